@@ -1,0 +1,83 @@
+"""The error classes of minikeras and the wording they share.
+
+    Exception
+    ├── ValueError, TypeError    bad input, as everywhere in Python
+    └── RuntimeError
+        ├── NotCompiledError     fit, evaluate or a step before compile
+        └── ForwardError         a layer could not take what reached it
+
+Every message says what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class NotCompiledError(RuntimeError):
+    """`fit`, `evaluate` or a part of the step was called before `compile`."""
+
+
+class ForwardError(RuntimeError):
+    """A layer could not take the tensor that reached it; raised by `summary`."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' when `name` is close to one of the `known` names, else ''.
+
+    >>> did_you_mean("val_los", ["loss", "val_loss"])
+    " Did you mean 'val_loss'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def positive_int(name: str, value: object) -> int:
+    """`value` as an int of 1 or more; a bool, a string or a fraction is refused."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+    return number
+
+
+def described(value: object) -> str:
+    """A value as an error message shows it: tensors and arrays by shape and dtype, containers by their parts.
+
+    >>> import torch
+    >>> described((torch.zeros(4, 2), [1, "a"]))
+    '(Tensor (4, 2) float32, [int, str])'
+    """
+    if isinstance(value, Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        shape = tuple(value.shape)
+        return f"{type(value).__name__} {shape} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {described(part)}" for key, part in value.items()) + "}"
+    if type(value) in (tuple, list):
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        shown = [described(part) for part in value[:4]] + ["..."] * (len(value) > 4)  # type: ignore[index,arg-type]
+        return left + ", ".join(shown) + right
+    return type(value).__name__
+
+
+def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Module, Any] | None:
+    """The innermost layer of `model` in whose forward `error` was raised: (name, layer, its first argument)."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        layer = frame.f_locals.get("self")
+        if frame.f_code.co_name == "forward" and id(layer) in names and isinstance(layer, nn.Module):
+            arguments = frame.f_code.co_varnames[1 : frame.f_code.co_argcount]
+            first = frame.f_locals.get(arguments[0]) if arguments else None
+            found = (names[id(layer)], layer, first)
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,224 @@
+"""What is added to torch.nn's losses: focal loss, L1 and L2 penalties, weight decay that spares the biases.
+
+    objective = loss_func(y_pred, y_true) + l1 * sum |w| + 0.5 * l2 * sum w^2      w: the weights, not the biases
+
+Losses and metrics are called with (y_pred, y_true), unlike TensorFlow's, which take y_true first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minikeras.errors import described, did_you_mean
+
+Loss = Tensor | tuple[Tensor, Tensor | float]  # the pair is (sum, count), where rows are not the unit
+
+
+def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
+    """What `backward` takes, a 0-d tensor or a pair (sum, count), from what a loss_func gives.
+
+    With `sample_weight` (batch,) the result must have a value per row: (batch, ...), of which the mean over the rows
+    of value * weight is taken.
+
+    >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
+    tensor(0.5000)
+    """
+    if not isinstance(result, Tensor):
+        result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
+    if sample_weight is not None:
+        rows = len(sample_weight)
+        if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
+            raise ValueError(
+                f"the batches carry a sample_weight, so the loss must have a value per row: expected shape ({rows},), "
+                f'got {described(result)}. Build it with reduction="none".'
+            )
+        return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    if not isinstance(result, Tensor) or result.numel() != 1:
+        raise ValueError(
+            f"the loss gave {described(result)}; expected one number, a 0-d tensor. "
+            f'Build it with reduction="mean", or end it with .mean().'
+        )
+    return result.reshape(()) if result.ndim else result
+
+
+class FocalLoss(nn.Module):
+    """Binary cross entropy in which easy elements, those already predicted well, count for little.
+
+    -a_t * (1 - p_t)^gamma * log(p_t), where p_t is the probability given to the true class, and a_t is `alpha`
+    for positives and 1 - `alpha` for negatives: Lin et al. 2017, "Focal Loss for Dense Object Detection",
+    equations 4 (without a_t) and 5. With gamma=0 and alpha=0.5 it is half the binary cross entropy.
+
+    Args:
+        gamma: how fast easy elements fade, 0 or more; 0 leaves all of them in.
+        alpha: weight of the positives, 0 to 1. The default suits rare positives; the paper's detectors use 0.25.
+        from_logits: y_pred is raw scores, not probabilities. Exact at scores of any size, and the only form that
+            mixed precision on a GPU takes.
+        reduction: "mean" or "sum" over all elements, or "none": one value per element, for a weight per row.
+
+    Called with (y_pred, y_true), unlike TensorFlow's: probabilities of any shape, and labels of that same shape
+    and any dtype, 0 or 1 or between (smoothed). Gives float32, or float64 where y_pred is float64.
+
+    Raises:
+        ValueError: an argument out of range, or y_pred and y_true of different shapes.
+
+    >>> y_pred, y_true = torch.tensor([[0.9], [0.1]]), torch.tensor([[1.0], [0.0]])
+    >>> nn.BCELoss()(y_pred, y_true), FocalLoss()(y_pred, y_true)
+    (tensor(0.1054), tensor(0.0005))
+    """
+
+    def __init__(
+        self, gamma: float = 2.0, alpha: float = 0.75, *, from_logits: bool = False, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"gamma must be finite and 0 or more, got {gamma}. Pass 2.0, or 0 to fade nothing.")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be 0 to 1, got {alpha}. Positives weigh alpha and negatives 1 - alpha.")
+        if reduction not in (known := ["mean", "sum", "none"]):
+            hint = did_you_mean(str(reduction), known)
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.{hint}")
+        self.gamma, self.alpha = gamma, alpha
+        self.from_logits, self.reduction = from_logits, reduction
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        if y_pred.shape != y_true.shape:
+            raise ValueError(
+                f"FocalLoss compares element by element: expected y_true of y_pred's shape {tuple(y_pred.shape)}, "
+                f"got {tuple(y_true.shape)}. Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
+            )
+        y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))  # bfloat16 would keep two or three digits
+        y_true = y_true.to(y_pred.dtype)
+        terms = _terms_of_logits if self.from_logits else _terms_of_probabilities
+        cross_entropy, fading = terms(y_pred, y_true, self.gamma)
+        loss = (y_true * self.alpha + (1 - y_true) * (1 - self.alpha)) * fading * cross_entropy
+        if self.reduction == "none":
+            return loss
+        return loss.mean() if self.reduction == "mean" else loss.sum()
+
+    def extra_repr(self) -> str:
+        shown = ("gamma", "alpha", "from_logits", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+def _terms_of_logits(logits: Tensor, y_true: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """-log(p_t) and (1 - p_t)^gamma, each of the logits' shape."""
+    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+    # Not BCEWithLogits: float32 rounds it to 0 for a negative with a score below about -15.
+    cross_entropy = -(y_true * log_p + (1 - y_true) * log_not_p)
+    # The power as exp of a log: 1 - p_t underflows to 0, where a power below 1 has an infinite slope.
+    log_miss = torch.logaddexp((1 - y_true).log() + log_p, y_true.log() + log_not_p)
+    return cross_entropy, (gamma * log_miss).exp()
+
+
+def _terms_of_probabilities(p: Tensor, y_true: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """-log(p_t), cut at 100 as BCELoss cuts it, and (1 - p_t)^gamma, each of the shape of `p`."""
+    miss = y_true * (1 - p) + (1 - y_true) * p
+    miss = miss.clamp(min=torch.finfo(p.dtype).tiny)  # at 0 the slope can be infinite, and infinity * 0 is NaN
+    return F.binary_cross_entropy(p, y_true, reduction="none"), miss**gamma
+
+
+def weights_and_biases(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters, each once. The last part of a name decides: `lstm.bias_ih_l0` is a bias,
+    `unbiased.weight` is not; nor is the scale of a BatchNorm, its `weight`.
+    """
+    weights: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():  # a tied parameter comes once, under its first name
+        if parameter.requires_grad:
+            (biases if "bias" in name.rpartition(".")[2] else weights).append(parameter)
+    return weights, biases
+
+
+def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tensor:
+    """l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements: 0-dim, on the device of the first weight."""
+    total = torch.zeros((), dtype=torch.float32, device=weights[0].device if weights else None)
+    for weight in weights:
+        wide = torch.promote_types(weight.dtype, torch.float32)  # float16 ends at 65504
+        if l1:
+            total = total + l1 * weight.abs().sum(dtype=wide).to(total.device)
+        if l2:
+            total = total + 0.5 * l2 * weight.to(wide).square().sum().to(total.device)
+    return total
+
+
+def l1_penalty(model: nn.Module, beta: float) -> Tensor:
+    """beta * sum |w| over the trainable weights, biases left out: drives weights to 0.
+
+    0-dim, with a gradient, on the model's device; a plain 0 where there are no weights or `beta` is 0.
+    Raises ValueError for a negative `beta`.
+
+    >>> model = nn.Sequential(nn.Linear(2, 1))
+    >>> _ = nn.init.constant_(model[0].weight, -2.0)
+    >>> l1_penalty(model, 0.5), l2_penalty(model, 0.5)
+    (tensor(2., grad_fn=<AddBackward0>), tensor(2., grad_fn=<AddBackward0>))
+    """
+    return penalty(weights_and_biases(model)[0], l1=_strength("beta", beta))
+
+
+def l2_penalty(model: nn.Module, alpha: float) -> Tensor:
+    """0.5 * alpha * sum w^2, otherwise as `l1_penalty`: keeps weights small. Its gradient is alpha * w."""
+    return penalty(weights_and_biases(model)[0], l2=_strength("alpha", alpha))
+
+
+class Regularized(nn.Module):
+    """A loss plus `l1_penalty` and `l2_penalty` of a model, to hand to `compile`.
+
+    Args:
+        loss_func: function or module called with (y_pred, y_true), unlike TensorFlow's; stays at `.loss_func`.
+        model: the one whose weights are penalized. It is no submodule: `parameters()`, `state_dict()` and `.to()`
+            do not reach it. A deepcopy holds a copy of the model too, so copy the two together.
+        l1, l2: strengths, 0 or more, default 0; a negative one is a ValueError.
+
+    The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"). A pair
+    (sum, count) becomes (sum + penalty * count, count), so that its mean, too, carries the penalty once.
+
+    >>> Regularized(FocalLoss(), nn.Linear(2, 1), l2=0.001)
+    Regularized(
+      l1=0.0, l2=0.001
+      (loss_func): FocalLoss(gamma=2.0, alpha=0.75, from_logits=False, reduction='mean')
+    )
+    """
+
+    def __init__(self, loss_func: Callable[..., Loss], model: nn.Module, l1: float = 0.0, l2: float = 0.0) -> None:
+        super().__init__()
+        self.loss_func = loss_func
+        self._held = (model,)  # nn.Module does not look into tuples
+        self.l1, self.l2 = _strength("l1", l1), _strength("l2", l2)
+
+    def forward(self, y_pred: Any, y_true: Any) -> Loss:
+        loss = self.loss_func(y_pred, y_true)
+        loss = loss if isinstance(loss, Tensor) else getattr(loss, "loss", loss)
+        weights, _ = weights_and_biases(self._held[0])  # anew at each call: a layer may have been replaced
+        added = penalty(weights, self.l1, self.l2)
+        return (loss[0] + added * loss[1], loss[1]) if isinstance(loss, tuple) else loss + added
+
+    def extra_repr(self) -> str:
+        return f"l1={self.l1}, l2={self.l2}"
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: weights with `weight_decay`, biases with 0, neither of them empty.
+
+    Only what is trainable, each parameter once. For SGD and Adam the same as `l2_penalty(model, weight_decay)`, at
+    less cost; AdamW's decay is another one. Raises ValueError for a negative `weight_decay`.
+
+    >>> optimizer = torch.optim.SGD(weight_decay_groups(nn.Linear(3, 2), 1e-5), lr=0.01, momentum=0.9)
+    >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+    [(1, 1e-05), (1, 0.0)]
+    """
+    decays = (_strength("weight_decay", weight_decay), 0.0)
+    groups = zip(weights_and_biases(model), decays, strict=True)
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def _strength(name: str, value: float) -> float:
+    if not value >= 0:  # NaN is refused as well
+        raise ValueError(f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none.")
+    return value

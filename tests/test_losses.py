@@ -1,0 +1,420 @@
+"""What a user may rely on in minikeras.losses: values and gradients by formula, penalties by hand."""
+
+import copy
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups, weights_and_biases
+
+HARD = torch.tensor([[0.5], [0.5]])
+EASY = torch.tensor([[0.9], [0.1]])
+LABELS = torch.tensor([[1.0], [0.0]])
+GAMMAS = [0.0, 0.01, 0.1, 0.5, 1.0, 1.5, 2.0, 5.0]
+
+
+def exactly(message):
+    return "^" + re.escape(message) + "$"
+
+
+def reference(p, y, gamma, alpha):
+    """Lin et al. 2017, equation 5, per element, in NumPy's float64."""
+    p_t = y * p + (1 - y) * (1 - p)
+    cross_entropy = -(y * np.log(p) + (1 - y) * np.log1p(-p))
+    return (y * alpha + (1 - y) * (1 - alpha)) * (1 - p_t) ** gamma * cross_entropy
+
+
+def reference_slope(z, y, gamma, alpha):
+    """d loss / d logit for labels 0 and 1, worked out by hand; exact at any logit, as 1 - p_t is not a difference."""
+    sign = 2 * y - 1
+    log_p_t, log_miss = -np.logaddexp(0, -sign * z), -np.logaddexp(0, sign * z)
+    a_t = y * alpha + (1 - y) * (1 - alpha)
+    return sign * a_t * np.exp(gamma * log_miss) * (gamma * np.exp(log_p_t) * log_p_t - np.exp(log_miss))
+
+
+# ---------------------------------------------------------------- focal loss: values
+
+
+@pytest.mark.parametrize(
+    ("y_pred", "focal", "bce", "ratio"),
+    [(HARD, "0.0866", "0.6931", 0.125), (EASY, "0.0005", "0.1054", 0.005)],
+    ids=["hard", "easy"],
+)
+def test_easy_samples_fade_and_hard_ones_stay(y_pred, focal, bce, ratio):
+    focal_loss, bce_loss = FocalLoss()(y_pred, LABELS).item(), nn.BCELoss()(y_pred, LABELS).item()
+    assert (f"{focal_loss:.4f}", f"{bce_loss:.4f}") == (focal, bce)
+    assert focal_loss / bce_loss == pytest.approx(ratio, rel=1e-5)
+
+
+def test_positives_weigh_alpha_and_negatives_the_rest():
+    per_element = FocalLoss(gamma=0.0, alpha=0.75, reduction="none")(HARD, LABELS)
+    torch.testing.assert_close(per_element, math.log(2) * torch.tensor([[0.75], [0.25]]))
+
+
+@given(
+    logit=st.floats(-8, 8), label=st.sampled_from([0.0, 0.1, 0.5, 1.0]), gamma=st.floats(0, 5), alpha=st.floats(0, 1)
+)
+def test_logits_and_probabilities_give_the_loss_of_the_paper(logit, label, gamma, alpha):
+    z, y = torch.tensor([logit], dtype=torch.float64), torch.tensor([label], dtype=torch.float64)
+    p = torch.sigmoid(z)
+    expected = torch.from_numpy(reference(p.numpy(), y.numpy(), gamma, alpha))
+    torch.testing.assert_close(FocalLoss(gamma, alpha, from_logits=True)(z, y), expected.mean(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(FocalLoss(gamma, alpha)(p, y), expected.mean(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_without_fading_and_balance_it_is_half_the_binary_cross_entropy(reduction):
+    z, y = torch.linspace(-6, 6, 8).view(4, 2), torch.tensor([0.0, 1.0]).expand(4, 2)
+    on_scores, half = (
+        FocalLoss(0.0, 0.5, from_logits=True, reduction=reduction),
+        FocalLoss(0.0, 0.5, reduction=reduction),
+    )
+    torch.testing.assert_close(on_scores(z, y), 0.5 * nn.BCEWithLogitsLoss(reduction=reduction)(z, y))
+    torch.testing.assert_close(half(z.sigmoid(), y), 0.5 * nn.BCELoss(reduction=reduction)(z.sigmoid(), y))
+
+
+def test_mean_and_sum_are_those_of_the_elements():
+    y_pred, y_true = torch.rand(5, 3), torch.randint(2, (5, 3)).float()
+    elements = FocalLoss(reduction="none")(y_pred, y_true)
+    assert elements.shape == (5, 3)
+    torch.testing.assert_close(FocalLoss()(y_pred, y_true), elements.mean())
+    torch.testing.assert_close(FocalLoss(reduction="sum")(y_pred, y_true), elements.sum())
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
+def test_labels_of_any_dtype_mean_the_same(dtype, from_logits):
+    focal_loss = FocalLoss(from_logits=from_logits)
+    assert torch.equal(focal_loss(EASY, LABELS.to(dtype)), focal_loss(EASY, LABELS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_lose_no_further_digits(dtype):
+    scores = torch.tensor([[1.5], [-0.75]])  # exact in half precision too
+    loss = FocalLoss(from_logits=True)(scores.to(dtype), LABELS)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, FocalLoss(from_logits=True)(scores, LABELS))
+
+
+def test_cross_entropy_is_log_softmax_then_negative_log_likelihood():
+    y_pred, y_true = torch.tensor([[10.0, 0.0, -10.0], [8.0, 8.0, 8.0]]), torch.tensor([0, 2])
+    log_probabilities = nn.LogSoftmax(dim=1)(y_pred)
+    torch.testing.assert_close(nn.CrossEntropyLoss()(y_pred, y_true), nn.NLLLoss()(log_probabilities, y_true))
+
+
+# ---------------------------------------------------------------- focal loss: gradients
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_gradients_agree_with_finite_differences(gamma, from_logits):
+    z = torch.tensor([-4.0, -1.0, -0.3, 0.5, 2.0, 4.0], dtype=torch.float64)
+    y_pred = (z if from_logits else z.sigmoid()).requires_grad_()
+    y_true = torch.tensor([0.0, 1.0, 0.2, 1.0, 0.9, 0.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(FocalLoss(gamma, from_logits=from_logits, reduction="none"), (y_pred, y_true))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_extreme_logits_have_the_right_value_and_gradient(gamma, dtype):
+    z = torch.tensor([-1000.0, -100, -20, 20, 100, 1000]).to(dtype).repeat(2).requires_grad_()
+    y = torch.tensor([0.0, 1.0]).to(dtype).repeat_interleave(6)
+    loss = FocalLoss(gamma, from_logits=True, reduction="none")(z, y)
+    loss.sum().backward()
+    z64, y64 = z.detach().double().numpy(), y.double().numpy()
+    sign = 2 * y64 - 1
+    value = (0.25 + 0.5 * y64) * np.exp(-gamma * np.logaddexp(0, sign * z64)) * np.logaddexp(0, -sign * z64)
+    slope = reference_slope(z64, y64, gamma, 0.75)
+    torch.testing.assert_close(loss.detach().double(), torch.from_numpy(value), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(z.grad.double(), torch.from_numpy(slope), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_probabilities_of_exactly_0_and_1_have_a_finite_loss_and_gradient(gamma, dtype):
+    p = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=dtype, requires_grad=True)
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=dtype)
+    loss = FocalLoss(gamma, reduction="none")(p, y)
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 0.0, 75.0, 25.0]  # BCELoss, too, ends at 100
+    assert p.grad.isfinite().all()
+    assert p.grad.sign().tolist() == [0.0, 0.0, -1.0, 1.0]
+
+
+# ---------------------------------------------------------------- focal loss: what it says
+
+
+def test_printing_it_shows_its_arguments():
+    assert repr(FocalLoss()) == "FocalLoss(gamma=2.0, alpha=0.75, from_logits=False, reduction='mean')"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gamma": -1.0}, "gamma must be finite and 0 or more, got -1.0. Pass 2.0, or 0 to fade nothing."),
+        ({"gamma": math.inf}, "gamma must be finite and 0 or more, got inf. Pass 2.0, or 0 to fade nothing."),
+        ({"gamma": math.nan}, "gamma must be finite and 0 or more, got nan. Pass 2.0, or 0 to fade nothing."),
+        ({"alpha": 1.5}, "alpha must be 0 to 1, got 1.5. Positives weigh alpha and negatives 1 - alpha."),
+        ({"alpha": -0.1}, "alpha must be 0 to 1, got -0.1. Positives weigh alpha and negatives 1 - alpha."),
+        ({"reduction": "means"}, "reduction must be 'mean', 'sum' or 'none', got 'means'. Did you mean 'mean'?"),
+        ({"reduction": None}, "reduction must be 'mean', 'sum' or 'none', got None. Did you mean 'none'?"),
+        ({"reduction": "batch"}, "reduction must be 'mean', 'sum' or 'none', got 'batch'."),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_remedy(arguments, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        FocalLoss(**arguments)
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_a_row_of_labels_does_not_broadcast_against_a_column_of_predictions(from_logits):
+    message = (
+        "FocalLoss compares element by element: expected y_true of y_pred's shape (4, 1), got (4,). "
+        "Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        FocalLoss(from_logits=from_logits)(torch.full((4, 1), 0.5), torch.ones(4))
+
+
+# ---------------------------------------------------------------- penalties
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(5, 3), nn.Linear(3, 5)
+        self.decoder.weight = self.encoder.weight
+
+
+class Unbiased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unbiased, self.bias_net = nn.Linear(2, 3), nn.Linear(3, 1, bias=False)
+
+
+def frozen_first():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    return model
+
+
+CASES = {  # a model, and the names of the weights that count
+    "linear": (lambda: nn.Linear(3, 2), ["weight"]),
+    "lstm": (lambda: nn.LSTM(3, 4), ["weight_ih_l0", "weight_hh_l0"]),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), ["in_proj_weight", "out_proj.weight"]),
+    "a layer merely called so": (Unbiased, ["unbiased.weight", "bias_net.weight"]),
+    "tied": (Tied, ["encoder.weight"]),
+    "frozen": (frozen_first, ["1.weight"]),
+    "batch norm": (lambda: nn.BatchNorm1d(3), ["weight"]),
+    "float64": (lambda: nn.Linear(3, 2).double(), ["weight"]),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def model_and_names(request):
+    torch.manual_seed(0)
+    build, names = request.param
+    return build(), names
+
+
+def test_penalties_count_each_trainable_weight_once_and_no_bias(model_and_names):
+    model, names = model_and_names
+    numbers = np.concatenate([model.get_parameter(name).detach().double().numpy().ravel() for name in names])
+    assert l1_penalty(model, 0.3).item() == pytest.approx(0.3 * np.abs(numbers).sum(), rel=1e-6)
+    assert l2_penalty(model, 0.3).item() == pytest.approx(0.15 * (numbers**2).sum(), rel=1e-6)
+
+
+def test_penalties_pull_on_the_weights_alone(model_and_names):
+    model, names = model_and_names
+    objective = l1_penalty(model, 0.5) + l2_penalty(model, 0.1)
+    assert objective.shape == ()
+    objective.backward()
+    for name, parameter in model.named_parameters():
+        if name in names:
+            torch.testing.assert_close(parameter.grad, 0.5 * parameter.sign().detach() + 0.1 * parameter.detach())
+        else:
+            assert parameter.grad is None
+
+
+def test_weights_and_biases_together_are_all_that_is_trainable(model_and_names):
+    weights, biases = weights_and_biases(model_and_names[0])
+    trainable = [parameter for parameter in model_and_names[0].parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in weights + biases} == {id(parameter) for parameter in trainable}
+    assert len(weights + biases) == len(trainable)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(3, 2).requires_grad_(False)], ids=["empty", "frozen"])
+@pytest.mark.parametrize("a_penalty", [l1_penalty, l2_penalty])
+def test_a_model_without_trainable_weights_has_no_penalty(model, a_penalty):
+    assert a_penalty(model, 0.1).item() == 0.0
+    assert a_penalty(model, 0.1).shape == ()
+
+
+@pytest.mark.parametrize("a_penalty", [l1_penalty, l2_penalty])
+def test_the_penalty_lives_on_the_device_of_the_model(a_penalty):
+    assert a_penalty(nn.Linear(3, 2, device="meta"), 0.1).device.type == "meta"
+
+
+def test_penalties_of_a_half_precision_model_do_not_overflow():
+    model = nn.Linear(300, 300).half()
+    nn.init.constant_(model.weight, 4.0)
+    assert l1_penalty(model, 1.0).item() == 360_000.0
+    assert l2_penalty(model, 1.0).item() == 720_000.0
+
+
+# ---------------------------------------------------------------- Regularized
+
+
+def test_regularized_adds_both_penalties_to_the_loss():
+    model, features = nn.Linear(3, 1), torch.rand(4, 3)
+    y_pred, y_true = model(features), torch.rand(4, 1)
+    expected = nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
+    for loss_func in (nn.functional.mse_loss, nn.MSELoss()):
+        regularized = Regularized(loss_func, model, l1=0.1, l2=0.2)
+        assert regularized.loss_func is loss_func
+        torch.testing.assert_close(regularized(y_pred, y_true), expected)
+
+
+def test_predictions_come_first_and_labels_second():
+    seen = []
+    Regularized(lambda y_pred, y_true: seen.append((y_pred, y_true)) or torch.zeros(()), nn.ReLU())("pred", "true")
+    assert seen == [("pred", "true")]
+
+
+@pytest.mark.parametrize("form", ["scalar", "per row", "pair"])
+def test_the_mean_carries_the_penalty_once_whatever_the_form_of_the_loss(form):
+    def loss_func(y_pred, y_true):
+        rows = (y_pred - y_true).square().mean(dim=1)
+        return {"scalar": rows.mean(), "per row": rows, "pair": (rows.sum(), torch.tensor(len(rows)))}[form]
+
+    model, y_pred, y_true = nn.Linear(3, 2), torch.rand(5, 2), torch.rand(5, 2)
+    loss = Regularized(loss_func, model, l1=0.1, l2=0.2)(y_pred, y_true)
+    mean = loss[0] / loss[1] if form == "pair" else loss.mean()
+    expected = nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
+    torch.testing.assert_close(mean, expected)
+    if form == "pair":
+        assert loss[1] == 5
+    elif form == "per row":
+        assert loss.shape == (5,)
+
+
+def test_the_model_is_no_part_of_its_loss_but_class_weights_are():
+    model, class_weights = nn.Linear(3, 2), torch.ones(2)
+    regularized = Regularized(nn.CrossEntropyLoss(weight=class_weights), model, l2=0.1)
+    assert list(regularized.parameters()) == []
+    assert list(regularized.state_dict()) == ["loss_func.weight"]
+    assert model not in list(regularized.modules())
+    regularized.to(torch.float64).eval()
+    assert regularized.loss_func.weight.dtype == torch.float64
+    assert model.weight.dtype == torch.float32
+    assert model.training
+
+
+def test_a_model_that_owns_its_loss_keeps_its_state_dict():
+    model = nn.Linear(3, 2)
+    names = list(model.state_dict())
+    model.loss = Regularized(nn.MSELoss(), model, l2=0.1)
+    assert list(model.state_dict()) == names
+    assert len(list(model.modules())) == 3
+
+
+def test_a_replaced_layer_is_penalized_from_then_on():
+    model = nn.Sequential(nn.Linear(3, 2))
+    regularized = Regularized(nn.MSELoss(), model, l1=1.0)
+    y = torch.zeros(2)
+    regularized(y, y)
+    model[0] = nn.Linear(3, 2)
+    torch.testing.assert_close(regularized(y, y), model[0].weight.abs().sum())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("order", [1, -1], ids=["model first", "loss first"])
+def test_copied_together_the_copied_loss_penalizes_the_copied_model(duplicate, order):
+    model = nn.Linear(3, 2)
+    model_copy, loss_copy = duplicate((model, Regularized(nn.MSELoss(), model, l1=1.0))[::order])[::order]
+    loss_copy(torch.zeros(2), torch.zeros(2)).backward()
+    torch.testing.assert_close(model_copy.weight.grad, model.weight.sign().detach())
+    assert model.weight.grad is None
+
+
+def test_without_strengths_the_loss_is_unchanged():
+    y_pred, y_true = torch.rand(4, 1), torch.rand(4, 1)
+    assert torch.equal(Regularized(nn.MSELoss(), nn.Linear(1, 1))(y_pred, y_true), nn.MSELoss()(y_pred, y_true))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("beta", lambda model, value: l1_penalty(model, value)),
+        ("alpha", lambda model, value: l2_penalty(model, value)),
+        ("l1", lambda model, value: Regularized(nn.MSELoss(), model, l1=value)),
+        ("l2", lambda model, value: Regularized(nn.MSELoss(), model, l2=value)),
+        ("weight_decay", lambda model, value: weight_decay_groups(model, value)),
+    ],
+)
+@pytest.mark.parametrize("value", [-0.1, math.nan])
+def test_a_negative_strength_is_refused_by_name(name, call, value):
+    message = f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none."
+    with pytest.raises(ValueError, match=exactly(message)):
+        call(nn.Linear(3, 2), value)
+
+
+# ---------------------------------------------------------------- weight decay
+
+
+def test_weights_decay_and_biases_do_not(model_and_names):
+    model, names = model_and_names
+    decay_of = {id(p): group["weight_decay"] for group in weight_decay_groups(model, 1e-5) for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name: decay_of[id(p)] for name, p in trainable.items()} == {
+        name: 1e-5 if name in names else 0.0 for name in trainable
+    }
+    assert len(decay_of) == sum(len(group["params"]) for group in weight_decay_groups(model, 1e-5)) == len(trainable)
+
+
+@pytest.mark.parametrize(
+    ("model", "decays"),
+    [
+        (nn.Linear(3, 2), [0.1, 0.0]),
+        (nn.Linear(3, 2, bias=False), [0.1]),
+        (nn.Linear(3, 2).requires_grad_(False), []),
+    ],
+    ids=["both", "no bias", "frozen"],
+)
+def test_no_group_is_empty(model, decays):
+    assert [group["weight_decay"] for group in weight_decay_groups(model, 0.1)] == decays
+
+
+def steps_taken(dtype, optimizer_class, options, by_penalty, decay=0.05, steps=50):
+    """The parameters after `steps`, the decay done by `l2_penalty` or by the optimizer."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+    features, labels = torch.rand(32, 4).to(dtype), torch.rand(32, 1).to(dtype)
+    loss_func = Regularized(nn.MSELoss(), model, l2=decay if by_penalty else 0.0)
+    optimizer = optimizer_class(model.parameters() if by_penalty else weight_decay_groups(model, decay), **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_func(model(features), labels).backward()
+        optimizer.step()
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "dtype"),
+    [
+        (torch.optim.SGD, {"lr": 0.1}, torch.float32),
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}, torch.float64),
+        (torch.optim.Adam, {"lr": 0.01}, torch.float64),
+    ],
+)
+def test_weight_decay_takes_the_steps_of_the_l2_penalty(optimizer_class, options, dtype):
+    by_penalty = steps_taken(dtype, optimizer_class, options, by_penalty=True)
+    by_decay = steps_taken(dtype, optimizer_class, options, by_penalty=False)
+    torch.testing.assert_close(by_penalty, by_decay, rtol=0, atol=1e-6)
