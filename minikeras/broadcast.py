@@ -1,0 +1,82 @@
+"""Finds outputs and labels that broadcast each other, (N, 1) against (N,), inside any loss or metric.
+
+each torch function that the loss calls:
+    a tensor made from the outputs only is of the outputs' side; one made from the labels only, of the labels'
+    one of each side, of as many elements but another shape, that give the larger shape: noted
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from minikeras.data import leaves
+
+CLASS_LOSSES = ("cross_entropy", "nll_loss")  # take a class index a row
+NOT_ELEMENTWISE = (*CLASS_LOSSES, "ctc_loss", "multi_margin_loss", "multilabel_margin_loss")
+
+
+class BroadcastGuard(TorchFunctionMode):
+    """Notes where outputs and labels of as many elements but another shape broadcast each other: (N, 1) against (N,).
+
+    Follows the tensors derived from the outputs only and from the labels only. It is wrong when one of each meet in an
+    op whose result has the larger shape, or in an elementwise loss of torch.nn.functional, which reduces it at once.
+    """
+
+    def __init__(self, outputs: Any, labels: Any) -> None:
+        super().__init__()
+        # by identity, with the tensor itself beside it: a freed tensor's id would be used again
+        self.side = {id(leaf): ("outputs", leaf) for leaf in leaves(outputs) if isinstance(leaf, Tensor)}
+        self.side |= {id(leaf): ("labels", leaf) for leaf in leaves(labels) if isinstance(leaf, Tensor)}
+        self.found: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
+        wide = self._wide(inputs)
+        elementwise = (
+            getattr(func, "__module__", "") == F.__name__
+            and func.__name__.endswith(("_loss", "_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"))
+            and func.__name__ not in NOT_ELEMENTWISE
+        )
+        if wide and elementwise:
+            self._note(wide)
+        with warnings.catch_warnings():
+            if wide:
+                warnings.simplefilter("ignore")  # torch's own "Using a target size": ours is raised for it
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            if wide and result.shape == wide[2]:
+                self._note(wide)
+            sides = {self.side[id(tensor)][0] for tensor in inputs if id(tensor) in self.side}
+            if len(sides) == 1:
+                self.side[id(result)] = (sides.pop(), result)
+        return result
+
+    def _wide(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, torch.Size] | None:
+        """A tensor of the outputs, one of the labels, and the larger shape they would broadcast to."""
+        from_outputs = [tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "outputs"]
+        from_labels = [tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "labels"]
+        for one in from_outputs:
+            for other in from_labels:
+                if one.shape != other.shape and one.numel() == other.numel() > 1:
+                    try:
+                        wide = torch.broadcast_shapes(one.shape, other.shape)
+                    except RuntimeError:
+                        continue
+                    if wide.numel() > one.numel():
+                        return one, other, wide
+        return None
+
+    def _note(self, wide: tuple[Tensor, Tensor, torch.Size]) -> None:
+        one, other, shape = wide
+        if self.found is None:
+            longer = one.ndim > other.ndim
+            self.found = (
+                f"predictions {tuple(one.shape)} and labels {tuple(other.shape)} would broadcast to {tuple(shape)}. "
+                f"Pass labels.{'un' if longer else ''}squeeze(-1), or {'' if longer else 'un'}squeeze the predictions."
+            )

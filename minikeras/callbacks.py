@@ -1,0 +1,88 @@
+"""What a user may do at each moment of a fit. The methods of `Callback` are the timetable of the loop:
+
+on_fit_begin
+for each epoch:
+    on_epoch_begin
+    for each batch: on_batch_end
+    (validation)
+    on_epoch_end
+on_fit_end              also after an error or Ctrl-C
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minikeras.model import Model
+
+
+class Callback:
+    """Base class: override the moments you need. `self.model` is the model from `on_fit_begin` on.
+
+    Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's index does.
+    """
+
+    model: Model
+
+    def on_fit_begin(self) -> None:
+        """Once, before the first epoch."""
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Before an epoch's first batch; the model is in train mode."""
+
+    def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        """After a batch's step. `logs` are the epoch's running means; reading one waits for the device."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """After validation. `logs` are the epoch's row of the history, `val_` names included."""
+
+    def on_fit_end(self) -> None:
+        """Once, however the fit ended."""
+
+
+class LambdaCallback(Callback):
+    """A callback from functions, each with the arguments of the method it stands for.
+
+    >>> from minikeras import LambdaCallback
+    >>> shout = LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs["loss"]))
+    >>> shout.on_epoch_end(1, {"loss": 0.25})
+    1 0.25
+    """
+
+    def __init__(
+        self,
+        on_fit_begin: Callable[[], Any] | None = None,
+        on_epoch_begin: Callable[[int], Any] | None = None,
+        on_batch_end: Callable[[int, Mapping[str, float]], Any] | None = None,
+        on_epoch_end: Callable[[int, dict[str, float]], Any] | None = None,
+        on_fit_end: Callable[[], Any] | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name.startswith("on_") and value is not None}
+        for name, function in given.items():
+            setattr(self, name, function)
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
+    """The callbacks as a list; a class or another object is refused."""
+    listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    for callback in listed:
+        if not isinstance(callback, Callback):
+            got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
+            raise TypeError(f"callbacks must be instances of minikeras.Callback, got {got}. Pass {_remedy(callback)}.")
+    return listed
+
+
+def _remedy(callback: Any) -> str:
+    if isinstance(callback, type):
+        return f"{callback.__name__}()"
+    return "LambdaCallback(on_epoch_end=...) for a function" if callable(callback) else "a subclass's instance"
+
+
+def with_method(callbacks: Iterable[Callback], name: str) -> list[Any]:
+    """The bound methods of those callbacks that do something at that moment: the rest costs nothing."""
+    empty = getattr(Callback, name)
+    return [
+        method for method in (getattr(c, name) for c in callbacks) if getattr(method, "__func__", None) is not empty
+    ]

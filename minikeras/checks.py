@@ -1,0 +1,338 @@
+"""What is looked at in the first batch of a fit or evaluate, and torch's errors in the user's words.
+
+first batch    outputs and labels that broadcast each other, losses that are always 0, softmax taken twice,
+               weights that are not one a row, metrics that are not a number
+any batch      what torch refuses anyway: the same error, saying which layer or which labels and what to do
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras.broadcast import CLASS_LOSSES, BroadcastGuard
+from minikeras.errors import described, failing_layer
+
+PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
+
+# --- losses and metrics, looked at ------------------------------------------------------------------------------------
+
+
+def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, *, scalar: bool = True) -> Any:
+    """`function(outputs, labels)`, refused when it broadcasts them; a result that is not a number is said first."""
+    guard = BroadcastGuard(outputs, labels)
+    try:
+        with guard:
+            result = function(outputs, labels)
+    except Exception:
+        if guard.found:
+            raise ValueError(f"{name}: {guard.found}") from None
+        raise
+    if scalar:
+        check_metric(name, result)
+    if guard.found:
+        raise ValueError(f"{name}: {guard.found}")
+    return result
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any) -> None:
+    """What torch accepts in silence, or answers from an accelerator too late: for losses over classes."""
+    loss_func = getattr(loss_func, "loss_func", loss_func)  # Regularized holds the loss it adds to
+    takes_scores = isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is F.cross_entropy
+    takes_classes = takes_scores or isinstance(loss_func, nn.NLLLoss) or loss_func is F.nll_loss
+    if not (takes_classes and isinstance(outputs, Tensor) and isinstance(labels, Tensor) and outputs.ndim > 1):
+        return
+    classes = outputs.shape[1]
+    if classes == 1:
+        raise ValueError(
+            f"predictions {tuple(outputs.shape)} have one class, so the loss is always 0. Give the model as many "
+            f"outputs as there are classes, or use BCEWithLogitsLoss for a yes-or-no question."
+        )
+    if not labels.is_floating_point() and labels.ndim == outputs.ndim - 1:
+        ignored = getattr(loss_func, "ignore_index", -100)
+        outside = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)]
+        if outside.numel():
+            raise ValueError(_outside(int(outside[0]), classes))
+    if takes_scores and outputs.ndim == 2 and _sums_to_one(outputs):
+        warnings.warn(
+            "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies softmax itself. "
+            "Give it raw scores: leave the softmax out of the model, or take log_softmax and NLLLoss.",
+            stacklevel=2,
+        )
+
+
+def _sums_to_one(outputs: Tensor) -> bool:
+    rows = outputs.detach().float()
+    return bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all())
+
+
+def _outside(label: int, classes: int) -> str:
+    return (
+        f"label {label} is outside the classes: the model has {classes} outputs, so labels go from 0 to "
+        f"{classes - 1}. Number the classes from 0, or give the model more outputs."
+    )
+
+
+def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
+    """Raise an error that torch raised inside a loss in the user's words, where the cause is known."""
+    inside = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        return
+    if inside.intersection(CLASS_LOSSES):
+        _explain_classes(error, outputs, labels)
+    if inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
+        values = labels if "target" in str(error) else outputs
+        who, remedy = (
+            ("labels", "Scale the labels to 0 and 1.")
+            if values is labels
+            else ("predictions", "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores.")
+        )
+        low, high = values.min().item(), values.max().item()
+        raise ValueError(
+            f"BCELoss takes probabilities from 0 to 1, and the {who} go from {low:.4g} to {high:.4g}. {remedy}"
+        ) from error
+    if "type" in str(error) and labels.dtype != outputs.dtype:
+        raise ValueError(
+            f"labels are {_name(labels)} and predictions {_name(outputs)}; the loss takes both in one dtype. "
+            f"Pass labels.{_cast(outputs.dtype)}."
+        ) from error
+
+
+def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor) -> None:
+    expected = f"expected one class index (int64) a row, or class probabilities of shape {tuple(outputs.shape)}"
+    if labels.is_floating_point() and labels.shape != outputs.shape:
+        raise ValueError(
+            f"labels are {_name(labels)} {tuple(labels.shape)}; {expected}. Pass labels.long()."
+        ) from error
+    if labels.ndim == outputs.ndim and labels.ndim > 1 and labels.shape[1] == 1:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; {expected}. Pass labels.squeeze(1).") from error
+    if "out of bounds" in str(error) and outputs.ndim > 1:
+        label = int("".join(c for c in str(error) if c.isdigit() or c == "-"))
+        raise ValueError(_outside(label, outputs.shape[1])) from error
+    if "target dtype" in str(error):
+        raise ValueError(f"labels are {_name(labels)}; {expected}. Pass labels.long().") from error
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def explain_forward(error: Exception, model: nn.Module) -> None:
+    """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
+    where = failing_layer(error, model)
+    if where is None:
+        return
+    name, layer, given = where
+    wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
+    if isinstance(given, Tensor) and wanted and given.dtype != wanted and "type" in str(error):
+        raise ValueError(
+            f"layer {name} has {_name(wanted)} parameters and was given {_name(given)} values. "
+            f"Pass features.{_cast(wanted)}, or change the model with model.to({given.dtype}) before compile."
+        ) from error
+    if isinstance(layer, nn.Linear) and isinstance(given, Tensor) and given.shape[-1:] != (layer.in_features,):
+        raise ValueError(
+            f"layer {name} takes rows of {layer.in_features} values (in_features) and was given {tuple(given.shape)}. "
+            f"Pass {layer.in_features} features a row, or build it with in_features={given.shape[-1]}."
+        ) from error
+    error.add_note(f"layer {name}: {layer} was given {described(given)}")
+
+
+def _cast(dtype: torch.dtype) -> str:
+    return "float()" if dtype == torch.float32 else f"to({dtype})"
+
+
+def _name(dtype: torch.dtype | Tensor) -> str:
+    return str(dtype.dtype if isinstance(dtype, Tensor) else dtype).removeprefix("torch.")
+
+
+# --- metrics and weights ----------------------------------------------------------------------------------------------
+
+
+def check_metric(name: str, value: Any) -> None:
+    """A metric's answer must be one number, or a (sum, count) pair of them with a whole count."""
+    check_number(name, value)
+    if isinstance(value, tuple) and float(value[1]) != int(value[1]):
+        raise ValueError(
+            f"{name} gave the pair ({float(value[0]):.4g}, {float(value[1]):.4g}); a pair is read as (sum, count) and "
+            f"the count must be whole. Give two results under two names of metrics_dict."
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """One number, or a pair (sum, count) of them."""
+    pair = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    if not all(_is_number(part) for part in pair):
+        raise ValueError(
+            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d tensor, "
+            f"or a pair (sum, count). Take the mean over the rows."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (Number, np.generic)) and not isinstance(value, complex)
+
+
+def check_results(results: Any, step: Callable[..., Any]) -> None:
+    """A step must return a dict of name -> number."""
+    name = getattr(step, "__name__", "the step")
+    if not isinstance(results, Mapping) or not results:
+        raise TypeError(
+            f"{name} returned {described(results)}; expected a dict of name -> number for the history. "
+            f'Return for instance {{"loss": loss}}.'
+        )
+    for key, value in results.items():
+        check_number(f"{name}'s {key!r}", value)
+
+
+def check_weights(sample_weight: Any, rows: int, step: Callable[..., Any]) -> None:
+    """A batch's third part must be one weight a row, and the step must take it."""
+    if sample_weight is None:
+        return
+    if not isinstance(sample_weight, Tensor) or sample_weight.numel() != rows or len(sample_weight) != rows:
+        raise ValueError(
+            f"the third part of a batch is a weight per row: expected shape ({rows},), got {described(sample_weight)}. "
+            f"Put several inputs into a tuple of their own: ((a, b), labels)."
+        )
+    try:
+        inspect.signature(step).bind(None, None, None)
+    except TypeError:
+        raise TypeError(
+            f"the batches carry a sample_weight, and {getattr(step, '__qualname__', step)} does not take one. "
+            f"Write it as train_step(self, features, labels, sample_weight=None)."
+        ) from None
+
+
+# --- before a fit -----------------------------------------------------------------------------------------------------
+
+
+def check_optimizers(
+    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: dict[int, torch.dtype]
+) -> None:
+    """Something must be there to train, and each optimizer must hold it as it is now.
+
+    `compiled` has the dtype that each parameter had at compile, by the parameter's id.
+    """
+    name = type(model).__name__
+    own = {id(parameter): parameter for parameter in parameters_of(model, loss_func)}
+    if not any(parameter.requires_grad for parameter in own.values()):
+        frozen = f"all {len(own)} parameters of {name} are frozen" if own else f"{name} has no parameters"
+        raise ValueError(f"there is nothing to train: {frozen}. Set requires_grad=True on some, then compile again.")
+    again = f"Make a new optimizer from model.parameters() and call {name}.compile again."
+    held = {id(parameter): parameter for optimizer in optimizers.values() for parameter in _held(optimizer)}
+    for key, optimizer in optimizers.items():
+        which = f"optimizer {key!r}" if key else "the optimizer"
+        if not any(id(parameter) in own for parameter in _held(optimizer)):
+            raise ValueError(
+                f"{which} holds none of the parameters of {name}: it was made from another model, or the network was "
+                f"replaced after compile. {again}"
+            )
+        for parameter in _held(optimizer):
+            before = compiled.get(id(parameter), parameter.dtype)
+            if before != parameter.dtype and optimizer.state.get(parameter):
+                raise ValueError(
+                    f"{which} holds stale state: it is {_name(before)} from earlier steps and the parameters are "
+                    f"{_name(parameter)} now. {again}"
+                )
+    replaced = any(key in compiled and key not in own for key in held)
+    untrained = sum(p.requires_grad and key not in held and key not in compiled for key, p in own.items())
+    if replaced and untrained:
+        raise ValueError(
+            f"the optimizer holds stale parameters: a layer was replaced after compile, and {untrained} new parameters "
+            f"would not be trained. {again}"
+        )
+
+
+def check_closures(optimizers: dict[str, Optimizer]) -> None:
+    """The default step cannot serve an optimizer that calls the model itself, several times a step."""
+    for optimizer in optimizers.values():
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(optimizer).__name__} needs a closure that computes the loss anew, which the default train_step "
+                f"does not give. Override train_step and call self.optimizer.step(closure) there."
+            )
+
+
+def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
+    """The parameters of the model and of a loss that has some, each once."""
+    loss_parameters = loss_func.parameters() if isinstance(loss_func, nn.Module) else ()
+    return list({id(parameter): parameter for parameter in (*model.parameters(), *loss_parameters)}.values())
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+# --- what compile is given --------------------------------------------------------------------------------------------
+
+
+def check_callable(name: str, function: Any) -> None:
+    """A loss or a metric must be a function or an instance, not a class, and a module must have been initialised."""
+    if isinstance(function, type):
+        raise TypeError(f"{name} is the class {function.__name__}; expected an instance. Pass {function.__name__}().")
+    if isinstance(function, nn.Module):
+        try:
+            list(function.parameters())
+        except AttributeError:
+            raise TypeError(
+                f"{name} is a {type(function).__name__} whose __init__ did not call super().__init__(). "
+                f"Call it there, before anything else."
+            ) from None
+    if not callable(function) and not is_stateful(function):
+        raise TypeError(
+            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. "
+            f"Pass for instance nn.MSELoss() or a function of your own."
+        )
+
+
+def is_stateful(metric: Any) -> bool:
+    """Whether a metric is an object with update, compute and reset, as torchmetrics has them."""
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+
+
+def check_metrics_dict(metrics_dict: Any) -> None:
+    """Names of columns -> functions or objects; the names that history uses itself are taken."""
+    if not isinstance(metrics_dict, Mapping):
+        raise TypeError(
+            f"metrics_dict must be a dict of name -> metric, got {type(metrics_dict).__name__}. "
+            f'Pass for instance {{"accuracy": accuracy}}.'
+        )
+    for name, metric in metrics_dict.items():
+        if not isinstance(name, str):
+            raise TypeError(f"metrics_dict has the name {name!r}; expected a string.")
+        if name in ("loss", "lr", "epoch") or name.startswith("val_"):
+            raise ValueError(
+                f"metrics_dict has the name {name!r}, which history uses itself (loss, lr, epoch and val_...). "
+                f"Give the metric another name."
+            )
+        check_callable(f"metric {name!r}", metric)
+
+
+def named_optimizers(optimizer: Any) -> dict[str, Optimizer]:
+    """A dict of optimizers from what compile was given; one alone goes by the name ''."""
+    optimizers = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
+    for name, one in optimizers.items():
+        if not isinstance(one, Optimizer):
+            got = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
+            where = f"optimizer {name!r}" if name else "optimizer"
+            raise TypeError(
+                f"{where} must be a torch.optim.Optimizer or a dict of them, got {got}. "
+                f"Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3)."
+            )
+    if not optimizers:
+        raise ValueError("optimizer is an empty dict; expected at least one. Leave it out for Adam(lr=1e-3).")
+    return dict(optimizers)

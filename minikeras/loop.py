@@ -1,0 +1,238 @@
+"""What happens to a fit, in calendar order.
+
+fit:
+    callbacks: on_fit_begin
+    for each epoch:
+        callbacks: on_epoch_begin
+        one_pass over dl_train:
+            for each batch: to the device, model.train_step, add to the totals, callbacks: on_batch_end
+        evaluate, when it is due: one_pass over dl_val:
+            for each batch: to the device, model.evaluate_step, add to the totals
+        one row of the history
+        callbacks: on_epoch_end
+    callbacks: on_fit_end, however the fit ended
+
+Between batches nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras import checks
+from minikeras.callbacks import Callback, with_method
+from minikeras.data import count_rows, empty, join, map_leaves, to_device, unpack
+from minikeras.errors import did_you_mean
+from minikeras.metrics import Totals
+
+if TYPE_CHECKING:
+    from minikeras.model import Model
+
+Step = Callable[..., Mapping[str, Any]]  # train_step or evaluate_step
+BatchEnd = Callable[[int, Mapping[str, float]], Any]
+
+
+@dataclass
+class Run:
+    """All that compile sets up, in one plain object: nothing of it enters the model's state_dict."""
+
+    loss_func: Any
+    optimizers: dict[str, Optimizer]  # one alone goes by the name ""
+    train: Totals
+    val: Totals
+    device: torch.device
+    dtypes: dict[int, torch.dtype] = field(default_factory=dict)  # of each parameter at compile, by its id
+    published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
+    totals: Totals = field(init=False)  # of the phase that is under way
+    rows: list[dict[str, float]] = field(default_factory=list)  # of the history, one an epoch
+    rates: list[dict[str, float]] = field(default_factory=list)  # learning rates, one row an epoch
+
+    def __post_init__(self) -> None:
+        self.totals = self.val
+
+    def named(self, optimizer: str | None) -> list[Optimizer]:
+        """The optimizer of that name, or all of them."""
+        if optimizer is None:
+            return list(self.optimizers.values())
+        if optimizer not in self.optimizers:
+            raise ValueError(
+                f"there is no optimizer {optimizer!r}; compile was given {', '.join(map(repr, self.optimizers))}."
+                f"{did_you_mean(optimizer, self.optimizers)}"
+            )
+        return [self.optimizers[optimizer]]
+
+    def inputs(self, optimizer: str) -> list[Tensor]:
+        """The parameters that the optimizer of that name trains."""
+        (one,) = self.named(optimizer)
+        return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+    def history(self) -> pd.DataFrame:
+        """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        names.sort(key=lambda name: name.startswith("val_"))  # stable: the order within each half stays
+        index = pd.RangeIndex(1, len(self.rows) + 1, name="epoch")
+        rates = pd.DataFrame(self.rates[: len(self.rows)], index=index, dtype=float)
+        changed = rates.loc[:, rates.nunique(dropna=False) > 1]
+        return pd.DataFrame(self.rows, index=index, columns=names).join(changed)
+
+
+@dataclass
+class Plan:
+    """What one call of fit is to do."""
+
+    epochs: int
+    train: Iterable[Any]
+    val: Iterable[Any] | None
+    validation_freq: int
+    callbacks: list[Callback]
+
+
+def fit(model: Model, run: Run, plan: Plan) -> None:
+    """Train for so many epochs; each whole epoch leaves its row in `run.rows`, whatever happens later."""
+    run.train.unseen = run.val.unseen = True
+    on_batch_end = with_method(plan.callbacks, "on_batch_end")
+    first = len(run.rows) + 1
+    with modes_kept(model), no_gradients_left(model, run), fit_callbacks(plan.callbacks, model):
+        for epoch in range(first, first + plan.epochs):
+            model.train()
+            for callback in plan.callbacks:
+                callback.on_epoch_begin(epoch)
+            with noted(f"epoch {epoch}"):
+                logs = one_pass(run, run.train, model.train_step, plan.train, "dl_train", on_batch_end)
+                if plan.val is not None and epoch % plan.validation_freq == 0:
+                    logs |= evaluate(model, run, plan.val)
+            run.rates.append(learning_rates(run))
+            run.rows.append(logs)
+            for callback in plan.callbacks:
+                callback.on_epoch_end(epoch, logs)
+
+
+def evaluate(model: Model, run: Run, batches: Iterable[Any]) -> dict[str, float]:
+    """The means over all rows of the batches, under names with val_."""
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        means = one_pass(run, run.val, model.evaluate_step, batches, "dl_val")
+    return {f"val_{name}": mean for name, mean in means.items()}
+
+
+def one_pass(
+    run: Run, totals: Totals, step: Step, batches: Iterable[Any], name: str, on_batch_end: Iterable[BatchEnd] = ()
+) -> dict[str, float]:
+    """Every batch once through `step`; returns the means over the rows."""
+    before, run.totals = run.totals, totals  # a callback may evaluate in the middle of an epoch
+    totals.reset()
+    number = 0
+    try:
+        for number, batch in enumerate(batches, start=1):
+            features, labels, sample_weight = to_device(unpack(batch), run.device)
+            if totals.unseen:
+                checks.check_weights(sample_weight, count_rows(features, labels), step)
+            results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
+            if totals.unseen:
+                checks.check_results(results, step)
+            totals.add(results, count_rows(features, labels))
+            totals.unseen = False
+            for call in on_batch_end:
+                call(number, totals)
+        if not number:
+            raise empty(batches, name)
+        return totals.means()
+    except Exception as error:
+        error.add_note(f"{name}, batch {number}")
+        raise
+    finally:
+        run.totals = before
+
+
+def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
+    """The model's outputs for every row, in order, on the CPU."""
+    pieces = []
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        for batch in batches:
+            outputs = model.compute_outputs(to_device(unpack(batch)[0], device))
+            pieces.append(map_leaves(off_device, outputs))
+    if not pieces:
+        raise empty(batches, "dl")
+    return join(pieces)
+
+
+def off_device(leaf: Any) -> Any:
+    """A tensor on the CPU, without what it was computed from; anything else as it is."""
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def place(model: Model, run: Run) -> None:
+    """Model, loss and optimizer state on the device; costs nothing where they are there already."""
+    model.to(run.device)
+    if isinstance(run.loss_func, nn.Module):
+        run.loss_func.to(run.device)
+    for optimizer in run.optimizers.values():
+        if any(_strayed(parameter, state) for parameter, state in optimizer.state.items()):
+            optimizer.load_state_dict(optimizer.state_dict())  # torch's own way to put state beside its parameter
+
+
+def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
+    # a 0-d tensor such as Adam's step stays on the CPU by torch's own choice
+    return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
+
+
+def learning_rates(run: Run) -> dict[str, float]:
+    """The rate of each optimizer's first group: lr, or lr_<name> where there are several optimizers."""
+    return {f"lr_{name}" if name else "lr": float(o.param_groups[0]["lr"]) for name, o in run.optimizers.items()}
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each submodule's train or eval mode is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def no_gradients_left(model: nn.Module, run: Run) -> Iterator[None]:
+    """Gradients from before the fit do not enter its first step, and none of a broken step stay behind."""
+
+    def clear() -> None:
+        model.zero_grad()
+        for optimizer in run.optimizers.values():
+            optimizer.zero_grad()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+@contextlib.contextmanager
+def fit_callbacks(callbacks: Iterable[Callback], model: Model) -> Iterator[None]:
+    """on_fit_begin at the start; on_fit_end at the end, however it comes, for those that began."""
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            callback.model = model
+            stack.callback(callback.on_fit_end)
+            callback.on_fit_begin()
+        yield
+
+
+@contextlib.contextmanager
+def noted(where: str) -> Iterator[None]:
+    """Adds to any error where in the fit it happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(where)
+        raise

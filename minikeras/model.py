@@ -1,0 +1,352 @@
+"""`Model`: an nn.Module with Keras's verbs. Read `train_step` first, then loop.py for what calls it.
+
+compile     loss, optimizer, metrics and device, held in one object beside the module (`_run`)
+fit         loop.fit: epochs of train_step over batches, validation, history
+evaluate    loop.evaluate: evaluate_step over batches
+predict     loop.predict: outputs of every row
+summary     layer_summary.summary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras import checks, layer_summary, loop
+from minikeras.callbacks import Callback, check_callbacks
+from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, is_batched, length, map_leaves
+from minikeras.errors import NotCompiledError, described, positive_int
+from minikeras.losses import scalar_loss
+from minikeras.metrics import Result, Totals
+from minikeras.progress import Progress, show, wants_bar
+
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
+
+
+class Model(nn.Module):
+    """A module that can be compiled, fitted, evaluated and asked to predict. Subclass it, or wrap a network.
+
+    Losses and metrics are called with (y_pred, y_true), as torch's are and unlike TensorFlow's.
+
+    Args:
+        net: a network to wrap, then found as `model.net`; leave it out in a subclass that has its own `forward`.
+
+    >>> import minikeras
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.linspace(-1, 1, 64).reshape(-1, 1)
+    >>> model = minikeras.Model(nn.Linear(1, 1))
+    >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.5), device="cpu")
+    >>> dfhistory = model.fit(20, (x, 3 * x + 1), verbose=0)
+    >>> round(model.predict(torch.tensor([[2.0]])).item(), 3)
+    7.0
+    """
+
+    _run: loop.Run | None = None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
+    optimizer: Any  # the optimizer or dict of optimizers, from compile on
+    history: Any  # the DataFrame that fit returns, from the first fit on
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        if net is not None:
+            self.net = net
+        self.register_state_dict_post_hook(_drop_compiled_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_compiled_names)  # type: ignore[no-untyped-call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped network's outputs; a subclass writes its own."""
+        if "net" not in self._modules:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no forward. Write one, or wrap a network: Model(net)."
+            )
+        return self.net(*args, **kwargs)
+
+    # --- the step: override it for custom training --------------------------------------------------------------------
+
+    def train_step(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Mapping[str, Result]:
+        """One batch: forward, loss, backward, metrics, step. Override it for adversarial or other custom training.
+
+        Args:
+            features: what goes into the model, on its device; (batch, ...), or a tuple or dict of several inputs.
+            labels: what the loss compares with; None where the data has none.
+            sample_weight: (batch,), given only where the batches have a third part.
+
+        Returns:
+            name -> mean over the batch's rows, or a pair (sum, count); the same names at each step. Each is a column
+            of the history, weighted by rows.
+        """
+        outputs = self.compute_outputs(features)
+        loss = self.compute_loss(outputs, labels, sample_weight)
+        self.backward(loss)
+        metrics = self.compute_metrics(outputs, labels)  # after backward: a metric may edit in place
+        self.optimizer_step()  # last: whatever was wrong with this batch has been said before a weight moves
+        return {"loss": loss, **metrics}
+
+    def evaluate_step(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Mapping[str, Result]:
+        """One batch of validation: forward, loss, metrics. Runs in eval mode without gradients."""
+        outputs = self.compute_outputs(features)
+        loss = self.compute_loss(outputs, labels, sample_weight)
+        return {"loss": loss, **self.compute_metrics(outputs, labels)}
+
+    def compute_outputs(self, features: Any) -> Any:
+        """The model called with a batch's features: whole when `forward` takes one argument.
+
+        Unpacked when it takes several, by name when they are a dict.
+        """
+        try:
+            return call_with(self, features)
+        except Exception as error:
+            checks.explain_forward(error, self)  # raises a plainer error where the cause is known
+            raise
+
+    def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:
+        """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or a pair (sum, count).
+
+        With `sample_weight` (batch,) the loss must be one per row, as with reduction="none"; the result is the mean
+        over the rows of loss * weight, as in Keras.
+        """
+        run = self._compiled("compute_loss")
+        if labels is None:
+            raise ValueError(
+                "the batches are features alone, and the loss compares with labels. Give batches of "
+                "(features, labels), for an autoencoder (X, X), or override train_step."
+            )
+        if run.totals.unseen:
+            checks.check_loss_inputs(run.loss_func, outputs, labels)
+        try:
+            result = self._call("the loss", run.loss_func, outputs, labels, scalar=False)
+        except (RuntimeError, IndexError) as error:
+            checks.explain_loss(error, outputs, labels)  # raises a plainer error where the cause is known
+            raise
+        return scalar_loss(result, sample_weight)
+
+    def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
+        """Each function of metrics_dict for a batch, on detached outputs; objects with an `update` take it in."""
+        run = self._compiled("compute_metrics")
+        return run.totals.metrics(map_leaves(_detached, outputs), labels, self._call)
+
+    def backward(self, loss: Result, optimizer: str | None = None) -> None:
+        """Fill the gradients of a loss: of every parameter, or of those of the optimizer of that name alone."""
+        run = self._compiled("backward")
+        if isinstance(loss, tuple):
+            total, count = loss
+            loss = total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError(
+                f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
+                f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
+            )
+        loss.backward(inputs=None if optimizer is None else run.inputs(optimizer))
+
+    def optimizer_step(self, optimizer: str | None = None) -> None:
+        """Move the weights and clear their gradients: by every optimizer, or by the one of that name alone."""
+        for one in self._compiled("optimizer_step").named(optimizer):
+            one.step()
+            one.zero_grad()
+
+    # --- the verbs ----------------------------------------------------------------------------------------------------
+
+    def compile(
+        self,
+        loss_func: Any,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+        metrics_dict: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Say how to train: loss, optimizer, metrics and device. The history starts anew.
+
+        `state_dict()` is the same before and after. This takes the place of nn.Module.compile, which runs
+        torch.compile: for that, wrap the compiled network, `Model(torch.compile(net))`.
+
+        Args:
+            loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
+                the batch's rows, or a pair (sum, count) where rows are not the unit.
+            optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
+                where it has some, of the loss.
+            metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
+                rows, or a pair (sum, count); or an object with update, compute and reset (torchmetrics).
+            device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
+
+        Raises:
+            TypeError: a class where an instance is meant, or something of another kind.
+            ValueError: a metric's name that history uses itself, or a device that is not there.
+        """
+        metrics_dict = {} if metrics_dict is None else metrics_dict
+        checks.check_callable("loss_func", loss_func)
+        checks.check_metrics_dict(metrics_dict)
+        optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
+        chosen = choose_device(device)
+        run = loop.Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
+        loop.place(self, run)
+        parameters = checks.parameters_of(self, loss_func)
+        run.dtypes = {id(parameter): parameter.dtype for parameter in parameters}
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        if optimizer is None and trainable:
+            optimizer = run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
+        run.published = {} if self._run is None else self._run.published
+        self._run = run
+        self._publish("optimizer", optimizer)
+        self._publish("history", run.history())
+
+    def fit(
+        self,
+        epochs: int,
+        dl_train: Any,
+        dl_val: Any = None,
+        log_step_freq: int | None = None,
+        *,
+        batch_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        validation_freq: int = 1,
+        callbacks: Iterable[Callback] = (),
+        verbose: str | int = "auto",
+    ) -> pd.DataFrame:
+        """Train, and return the history: one row per epoch since `compile`, index `epoch` from 1.
+
+        Columns: loss, metrics in the order of metrics_dict, other names that train_step returns, the same with val_,
+        then lr if it changed. Each value is the mean over the epoch's rows; NaN where validation was skipped. An
+        epoch that an error or Ctrl-C cut short leaves no row; the history up to it stays at `model.history`.
+
+        Args:
+            epochs: how many more epochs, 1 or more.
+            dl_train: a DataLoader; an iterable of (features, labels) or (features, labels, sample_weight) batches; a
+                Dataset; or arrays (X, y) as tensors, NumPy arrays, DataFrames or Series. Dataset and arrays are
+                shuffled. NumPy and pandas floats are cast to torch's default dtype.
+            dl_val: data of any of these kinds for validation; its columns begin with val_.
+            log_step_freq: steps between two lines of running means (in a pipe), or refreshes of the bar at the latest.
+            batch_size: rows a batch, for a Dataset and arrays; default 32.
+            steps_per_epoch: batches an epoch; the next epoch goes on where this one stopped, and data that comes to
+                its end starts anew. Default: all of them.
+            validation_freq: epochs between two validations, default 1.
+            callbacks: instances of `minikeras.Callback`.
+            verbose: "auto" a bar on a terminal or in a notebook, lines elsewhere; 0 nothing; 1 bar; 2 lines.
+
+        Raises:
+            NotCompiledError: before `compile`.
+            TypeError, ValueError: bad arguments or data, before any weight moves.
+        """
+        run = self._compiled("fit")
+        epochs = positive_int("epochs", epochs)
+        validation_freq = positive_int("validation_freq", validation_freq)
+        if log_step_freq is not None:
+            positive_int("log_step_freq", log_step_freq)
+        train = as_batches(dl_train, "dl_train", batch_size=batch_size, shuffle=True)
+        if steps_per_epoch is not None:
+            train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
+        val = None if dl_val is None else as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
+        listed = check_callbacks(callbacks)
+        if show(verbose):
+            last = len(run.rows) + epochs
+            best = min((row["val_loss"] for row in run.rows if "val_loss" in row), default=math.inf)
+            listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), best))
+        self._check_optimizers(run)
+        loop.place(self, run)
+        try:
+            loop.fit(self, run, loop.Plan(epochs, train, val, validation_freq, listed))
+        finally:
+            self._publish("history", run.history())
+        return run.history()
+
+    def evaluate(self, dl_val: Any, *, batch_size: int | None = None) -> dict[str, float]:
+        """Loss and metrics over all rows: {"val_loss": ..., "val_accuracy": ...}.
+
+        Args:
+            dl_val: as in `fit`.
+            batch_size: rows a batch, for a Dataset and arrays; default 32. The result does not depend on it where the
+                loss and the metrics are means over rows.
+
+        Raises:
+            NotCompiledError: before `compile`.
+        """
+        run = self._compiled("evaluate")
+        batches = as_batches(dl_val, "dl_val", batch_size=batch_size)
+        loop.place(self, run)
+        run.val.unseen = True
+        return loop.evaluate(self, run, batches)
+
+    def predict(self, dl: Any, *, batch_size: int | None = None) -> Any:
+        """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
+
+        Needs no compile. Labels in the batches are left aside.
+
+        Args:
+            dl: as in `fit`; X alone will do.
+            batch_size: rows a batch, for a Dataset and arrays; default 32.
+        """
+        batches = as_batches(dl, "dl", batch_size=batch_size)
+        if self._run is not None:
+            loop.place(self, self._run)
+            return loop.predict(self, batches, self._run.device)
+        first = next(self.parameters(), None)
+        return loop.predict(self, batches, torch.device("cpu") if first is None else first.device)
+
+    def summary(
+        self,
+        input_shape: Any = None,
+        input_dtype: Any = torch.float32,
+        *,
+        input_data: Any = None,
+        batch_size: int = -1,
+    ) -> layer_summary.Summary:
+        """Show layers, output shapes and parameter counts; see `minikeras.summary`."""
+        return layer_summary.summary(self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size)
+
+    # --- what holds them together -------------------------------------------------------------------------------------
+
+    def _compiled(self, verb: str) -> loop.Run:
+        if self._run is None:
+            raise NotCompiledError(
+                f"{verb} needs a loss and an optimizer, and {type(self).__name__} has not been compiled. "
+                f"Call model.compile(loss_func, optimizer) first."
+            )
+        return self._run
+
+    def _check_optimizers(self, run: loop.Run) -> None:
+        if "optimizer" in run.published and run.published["optimizer"] is not self.__dict__.get("optimizer"):
+            raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
+        checks.check_optimizers(self, run.loss_func, run.optimizers, run.dtypes)
+        if type(self).train_step is Model.train_step:
+            checks.check_closures(run.optimizers)
+
+    def _call(self, name: str, function: Any, outputs: Any, labels: Any, scalar: bool = True) -> Any:
+        """A loss or metric called, in the first batch under the eyes of checks.guarded."""
+        if self._run is not None and self._run.totals.unseen:
+            return checks.guarded(function, outputs, labels, name, scalar=scalar)
+        return function(outputs, labels)
+
+    def _publish(self, name: str, value: Any) -> None:
+        """Set a plain attribute that torchkeras's users know, unless the subclass has one of its own by that name."""
+        published = self._compiled(name).published
+        if name in published or not hasattr(self, name):
+            published[name] = value
+            setattr(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy, which give an uncompiled model."""
+        ours = {"_run", *(self._run.published if self._run is not None else ())}
+        return {name: value for name, value in self.__dict__.items() if name not in ours}
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _drop_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """`Model(torch.compile(net))` saves under the names of `Model(net)`."""
+    for name in [name for name in state if name.startswith(prefix) and COMPILED in name]:
+        state[name.replace(COMPILED, "")] = state.pop(name)
+
+
+def _add_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """... and loads them again."""
+    for wrapper, _ in module.named_modules(prefix=prefix.rstrip(".")):
+        if f"{wrapper}.".endswith("." + COMPILED):
+            outer = wrapper[: -len(COMPILED)] + "."
+            for name in [name for name in state if name.startswith(outer) and not name.startswith(wrapper)]:
+                state[wrapper + name[len(outer) - 1 :]] = state.pop(name)

@@ -1,0 +1,119 @@
+"""What a person sees while it trains: on a terminal a bar per epoch that gives way to one row of a growing table.
+
+on a terminal or in a notebook    the bar, refreshed by time, and every log_step_freq steps at the latest
+in a pipe or file                 the rows, and a line every log_step_freq steps; no control characters
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from minikeras.callbacks import Callback
+
+REFRESH = 0.1  # seconds between two refreshes of the bar
+SHARE = 0.01  # of the time may go into refreshing it
+
+
+def show(verbose: str | int) -> bool:
+    """Whether to show anything; a `verbose` that means nothing is refused."""
+    if verbose not in ("auto", 0, 1, 2):
+        raise ValueError(f'verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got {verbose!r}.')
+    return verbose != 0
+
+
+def wants_bar(verbose: str | int) -> bool:
+    """Whether to draw a bar: 1 asks for it, 2 for lines only, "auto" takes the bar on a terminal or in a notebook."""
+    return bool(verbose == 1 or (verbose == "auto" and (sys.stdout.isatty() or in_notebook())))
+
+
+def in_notebook() -> bool:
+    """Whether this is a Jupyter kernel, whose output is a page and not a terminal."""
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class Progress(Callback):
+    """The bar and the table of one fit.
+
+    Args:
+        epochs: number of the last epoch of this fit.
+        steps: batches an epoch, None where not known ahead.
+        log_step_freq: steps between two lines, or refreshes of the bar at the latest.
+        bar: draw the bar; else print lines only.
+        best: the lowest val_loss of earlier fits, so that the mark goes on.
+    """
+
+    def __init__(self, epochs: int, steps: int | None, log_step_freq: int | None, bar: bool, best: float) -> None:
+        self.epochs = epochs
+        self.steps = steps
+        self.log_step_freq = log_step_freq
+        self.draws = bar
+        self.best = best
+        self.bar: tqdm[Any] | None = None
+        self.columns: list[str] = []
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.next_refresh = 0.0
+        if self.draws:
+            label = f"epoch {epoch}/{self.epochs}"
+            self.bar = tqdm(total=self.steps, desc=label, leave=False, file=sys.stdout, dynamic_ncols=True, miniters=1)
+
+    def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        logged = self.log_step_freq is not None and batch % self.log_step_freq == 0
+        if self.bar is not None:
+            now = time.perf_counter()
+            if now >= self.next_refresh or logged:
+                self._refresh(self.bar, batch, logs)
+                spent = time.perf_counter() - now
+                self.next_refresh = now + max(REFRESH, spent / SHARE)
+        elif logged:
+            print(f"epoch {self.epoch}  step {batch}  {_shown(logs)}", flush=True)
+
+    def _refresh(self, bar: tqdm[Any], batch: int, logs: Mapping[str, float]) -> None:
+        bar.n = batch
+        bar.set_postfix_str(_shown(logs), refresh=False)
+        bar.refresh()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        self._close_bar()
+        header, row = self._lines(epoch, logs)
+        if self.columns != list(logs):
+            self.columns = list(logs)
+            print(header)
+        print(row, flush=True)
+
+    def _lines(self, epoch: int, logs: dict[str, float]) -> tuple[str, str]:
+        """The table's head and this epoch's row, in widths that are the same from epoch to epoch."""
+        better = logs.get("val_loss", math.nan) < self.best
+        self.best = logs["val_loss"] if better else self.best
+        head, row, widest = ["epoch"], [str(epoch)], [""]
+        for name, value in logs.items():
+            head.append(name)
+            row.append(f"{value:#.4g}")
+            widest.append("1.234e-05")
+            if name == "val_loss":  # the mark of the best one so far has a narrow column of its own
+                head.append("")
+                row.append("*" if better else "")
+                widest.append("*")
+        lines = tabulate([widest, row], head, "simple", disable_numparse=True, stralign="right").splitlines()
+        return "\n".join(lines[:2]), lines[3].rstrip()
+
+    def on_fit_end(self) -> None:
+        self._close_bar()
+
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _shown(logs: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:#.4g}" for name, value in logs.items())

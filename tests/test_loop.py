@@ -1,0 +1,347 @@
+"""What an epoch and a fit do: the same numbers as a bare loop, in the right order, with everything put back."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Net, accuracy, compiled, points
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import minikeras
+from minikeras import LambdaCallback
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def reference_fit(net, X, y, epochs, batch_size, drop_last, lr):
+    """A bare loop in float64; every mean is a sum over rows divided by the rows, at the very end."""
+    history = []
+    for _ in range(epochs):
+        rows, losses, right = 0, 0.0, 0.0
+        for start in range(0, len(X), batch_size):
+            features, labels = X[start : start + batch_size], y[start : start + batch_size]
+            if drop_last and len(features) < batch_size:
+                break
+            outputs = net(features)
+            loss = ((outputs - labels) ** 2).mean()
+            grads = torch.autograd.grad(loss, list(net.parameters()))
+            rows += len(features)
+            losses += ((outputs - labels) ** 2).mean(1).sum().item()
+            right += ((outputs > 0.5) == (labels > 0.5)).double().sum().item()
+            with torch.no_grad():
+                for parameter, grad in zip(net.parameters(), grads, strict=True):
+                    parameter -= lr * grad
+        outputs = net(X)
+        history.append(
+            {
+                "loss": losses / rows,
+                "accuracy": right / rows,
+                "val_loss": ((outputs - y) ** 2).mean().item(),
+                "val_accuracy": ((outputs > 0.5) == (y > 0.5)).double().mean().item(),
+            }
+        )
+    return pd.DataFrame(history, index=pd.RangeIndex(1, epochs + 1, name="epoch"))
+
+
+def accuracy64(y_pred, y_true):
+    return ((y_pred > 0.5) == (y_true > 0.5)).double().mean()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 33), st.integers(1, 80), st.booleans())
+def test_history_evaluate_and_predict_equal_a_bare_loop(rows, batch_size, val_batch_size, drop_last):
+    drop_last = drop_last and rows >= batch_size
+    X, y = (tensor.double() for tensor in points(rows))
+    model = Net().double()
+    bare = copy.deepcopy(model)
+    compiled(model, nn.MSELoss(), {"accuracy": accuracy64})
+    dl_train = DataLoader(TensorDataset(X, y), batch_size, drop_last=drop_last)
+    dl_val = DataLoader(TensorDataset(X, y), val_batch_size)
+
+    dfhistory = model.fit(3, dl_train, dl_val, verbose=0)
+
+    expected = reference_fit(bare, X, y, 3, batch_size, drop_last, lr=0.1)
+    pd.testing.assert_frame_equal(dfhistory, expected, rtol=1e-12)
+    last = expected.iloc[-1]
+    assert model.evaluate(dl_val) == pytest.approx(dict(last[["val_loss", "val_accuracy"]]), rel=1e-12)
+    torch.testing.assert_close(model.predict(dl_val), bare(X).detach(), rtol=1e-12, atol=0)
+
+
+def test_loss_is_the_mean_over_rows_when_the_last_batch_is_short():
+    X, y = points(100)
+    model = compiled()
+    by_80, by_100 = (model.evaluate((X, y), batch_size=size)["val_loss"] for size in (80, 100))
+    assert by_80 == pytest.approx(by_100, rel=1e-6)
+
+
+def test_a_short_last_batch_weighs_less_in_a_metric():
+    model = compiled(metrics_dict={"first": lambda y_pred, y_true: y_true[0, 0]})
+    y = torch.tensor([[1.0], [0.0], [0.0], [0.0], [0.0]])
+    assert model.evaluate([(torch.zeros(4, 2), y[:4]), (torch.zeros(1, 2), y[4:])])["val_first"] == 4 / 5
+
+
+def test_the_batches_and_random_draws_are_those_of_a_hand_written_loop():
+    X, y = points(50)
+    loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
+
+    class Noisy(Net):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    torch.manual_seed(1)
+    model = compiled(Noisy())
+    bare, optimizer = copy.deepcopy(model), None
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
+    torch.manual_seed(2)
+    model.fit(3, loader, verbose=0)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    for _ in range(3):
+        for features, labels in loader:
+            nn.BCELoss()(bare(features), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(state, torch.get_rng_state())
+    for trained, expected in zip(model.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(trained, expected)
+
+
+def test_no_batch_is_read_ahead_of_its_turn():
+    seen = []
+
+    class Batches:
+        def __iter__(self):
+            for number in range(3):
+                seen.append(f"read {number}")
+                yield points(4)
+
+    model = compiled()
+    step = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(f"step {batch - 1}"))
+    model.fit(1, Batches(), callbacks=[step], verbose=0)
+    assert seen == ["read 0", "step 0", "read 1", "step 1", "read 2", "step 2"]
+
+
+def test_forward_runs_once_per_batch_and_hooks_fire():
+    model = compiled()
+    calls = []
+    model.fc1.register_forward_hook(lambda *_: calls.append("fc1"))
+    model.register_forward_hook(lambda *_: calls.append("model"))
+    model.fit(2, points(64), batch_size=16, verbose=0)
+    assert calls == ["fc1", "model"] * 8
+
+
+# --- the history -----------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_loss_metrics_extras_then_the_same_with_val():
+    class Extra(Net):
+        def train_step(self, features, labels):
+            return {"zeta": 1.0, "alpha": 2, **super().train_step(features, labels)}
+
+    model = compiled(Extra(), metrics_dict={"accuracy": accuracy, "mae": nn.L1Loss()})
+    dfhistory = model.fit(1, points(), points(), verbose=0)
+    assert list(dfhistory) == ["loss", "accuracy", "mae", "zeta", "alpha", "val_loss", "val_accuracy", "val_mae"]
+    assert dfhistory.index.name == "epoch"
+    assert dfhistory["zeta"].item() == 1.0
+
+
+def test_history_goes_on_over_fits_and_starts_anew_with_compile():
+    model = compiled()
+    first = model.fit(2, points(), verbose=0)
+    both = model.fit(1, points(), points(), verbose=0)
+    assert list(both.index) == [1, 2, 3]
+    assert list(both["val_loss"].isna()) == [True, True, False]
+    pd.testing.assert_frame_equal(both[["loss"]].iloc[:2], first)
+    assert model.history.equals(both)
+    compiled(model)
+    assert model.history.empty
+    assert list(model.fit(1, points(), verbose=0).index) == [1]
+
+
+def test_validation_freq_leaves_nan_where_validation_was_skipped():
+    dfhistory = compiled().fit(5, points(), points(), validation_freq=2, verbose=0)
+    assert list(dfhistory["val_loss"].notna()) == [False, True, False, True, False]
+
+
+def test_lr_is_a_column_once_a_scheduler_has_changed_it():
+    model = compiled(lr=0.1)
+    assert "lr" not in model.fit(2, points(), verbose=0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(model.optimizer, gamma=0.5)
+    step = LambdaCallback(on_epoch_end=lambda epoch, logs: scheduler.step())
+    dfhistory = model.fit(3, points(), points(), callbacks=[step], verbose=0)
+    assert list(dfhistory) == ["loss", "val_loss", "lr"]
+    assert list(dfhistory["lr"]) == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
+
+
+def test_what_a_callback_adds_to_the_logs_reaches_the_history():
+    add = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(gap=logs["val_loss"] - logs["loss"]))
+    dfhistory = compiled().fit(2, points(), points(), callbacks=[add], verbose=0)
+    assert np.allclose(dfhistory["gap"], dfhistory["val_loss"] - dfhistory["loss"])
+
+
+def test_the_last_running_means_of_an_epoch_are_its_row():
+    last = {}
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: last.update(logs))
+    dfhistory = compiled(metrics_dict={"accuracy": accuracy}).fit(1, points(), callbacks=[keep], verbose=0)
+    assert last == dict(dfhistory.iloc[0])
+
+
+# --- steps_per_epoch -------------------------------------------------------------------------------------------------
+
+
+def test_steps_per_epoch_goes_on_where_the_last_epoch_stopped_and_starts_anew_at_the_end():
+    X = torch.arange(5.0).reshape(5, 1)
+    seen = []
+
+    class Watch(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 1)
+
+        def forward(self, x):
+            seen.append(int(x.item()))
+            return self.fc(x)
+
+    model = compiled(Watch(), nn.MSELoss(), lr=0.001)
+    model.fit(3, DataLoader(TensorDataset(X, X), 1), steps_per_epoch=3, verbose=0)
+    assert seen == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+
+
+def test_an_endless_generator_trains_with_steps_per_epoch():
+    def endless():
+        while True:
+            yield points(8)
+
+    assert len(compiled().fit(3, endless(), steps_per_epoch=4, verbose=0)) == 3
+
+
+# --- modes and state -------------------------------------------------------------------------------------------------
+
+
+def test_each_submodules_mode_is_put_back():
+    model = compiled()
+    model.fc1.eval()
+    modes = [module.training for module in model.modules()]
+    model.fit(1, points(), points(), verbose=0)
+    model.evaluate(points())
+    model.predict(points()[0])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_fit_is_in_train_mode_with_gradient_and_the_rest_in_eval_mode_without():
+    seen = []
+    model = compiled()
+    model.fc1.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
+    model.fit(1, points(4), points(4), verbose=0)
+    model.evaluate(points(4))
+    model.predict(points(4)[0])
+    assert seen == [(True, True), (False, False), (False, False), (False, False)]
+
+
+def test_a_callback_may_evaluate_in_the_middle_of_an_epoch():
+    X, y = points(100)
+    expected = compiled(metrics_dict={"accuracy": accuracy}).fit(2, [(X, y)] * 3, verbose=0)
+    torch.manual_seed(0)
+    model = compiled(metrics_dict={"accuracy": accuracy})
+    evaluate = LambdaCallback(on_batch_end=lambda batch, logs: model.evaluate((X, y)))
+    found = model.fit(2, [(X, y)] * 3, callbacks=[evaluate], verbose=0)
+    assert list(found["loss"]) != []
+    torch.manual_seed(0)
+    again = compiled(metrics_dict={"accuracy": accuracy}).fit(2, [(X, y)] * 3, verbose=0)
+    pd.testing.assert_frame_equal(found, again)
+    assert expected.shape == found.shape
+
+
+def fail_at(batch, error):
+    def raise_it(number, logs):
+        if number == batch:
+            raise error
+
+    return LambdaCallback(on_batch_end=raise_it)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_a_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_model_usable(error):
+    ended = []
+    ends = LambdaCallback(on_fit_end=lambda: ended.append("end"))
+    model = compiled()
+    model.fit(2, points(100), verbose=0)
+    with pytest.raises(type(error)):
+        model.fit(2, points(100), callbacks=[fail_at(3, error), ends], verbose=0)
+    assert ended == ["end"]
+    assert list(model.history.index) == [1, 2]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+    assert list(model.fit(1, points(100), verbose=0).index) == [1, 2, 3]
+
+
+def test_an_error_says_in_which_epoch_and_batch_it_came():
+    with pytest.raises(RuntimeError, match="mine") as error:
+        compiled().fit(2, points(100), callbacks=[fail_at(3, RuntimeError("mine"))], verbose=0)
+    assert error.value.__notes__ == ["dl_train, batch 3", "epoch 1"]
+
+
+def test_gradients_from_before_the_fit_do_not_enter_its_first_step():
+    X, y = points(32)
+    model, twin = compiled(), None
+    twin = copy.deepcopy(model)
+    compiled(twin)
+    nn.BCELoss()(twin(X), y).backward()
+    for one in (model, twin):
+        one.fit(1, [(X, y)], verbose=0)
+    for found, expected in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+# --- sample weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_third_part_of_a_batch_is_a_weight_per_row():
+    X, y = points(64)
+    weight = torch.rand(64)
+    model = compiled(loss_func=nn.BCELoss(reduction="none"))
+    with torch.no_grad():
+        expected = (nn.BCELoss(reduction="none")(model(X), y)[:, 0] * weight).mean().item()
+    assert model.evaluate((X, y, weight))["val_loss"] == pytest.approx(expected, rel=1e-6)
+    before = copy.deepcopy(model.state_dict())
+    model.fit(1, (X, y, torch.zeros(64)), verbose=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def test_predict_needs_no_compile_and_keeps_the_rows_in_order():
+    X, _ = points(77)
+    model = Net()
+    torch.testing.assert_close(model.predict(X, batch_size=10), model(X).detach())
+
+
+def test_predict_returns_the_structure_that_the_model_returns():
+    class Many(minikeras.Model):
+        def forward(self, x):
+            return {"double": 2 * x, "pair": (x, [x.sum(1), None]), "size": x.sum()}
+
+    X, _ = points(5)
+    found = Many().predict(X, batch_size=2)
+    torch.testing.assert_close(found["double"], 2 * X)
+    torch.testing.assert_close(found["pair"][0], X)
+    torch.testing.assert_close(found["pair"][1][0], X.sum(1))
+    assert found["pair"][1][1] is None
+    assert found["size"].shape == (3,)
+
+
+def test_a_layer_that_works_in_place_does_not_reach_the_users_data():
+    X, y = points(10)
+    kept = X.clone(), y.clone()
+    model = minikeras.Model(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 1), nn.Sigmoid()))
+    compiled(model, metrics_dict={"zeroed": lambda y_pred, y_true: y_true.zero_().sum()})
+    model.fit(1, (X, y), (X, y), verbose=0)
+    model.predict(X)
+    assert torch.equal(X, kept[0])
+    assert torch.equal(y, kept[1])

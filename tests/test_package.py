@@ -1,0 +1,148 @@
+"""The package as a whole: names, imports, README, examples, the files of the top level."""
+
+import ast
+import configparser
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minikeras
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minikeras"
+
+# a module may import those to its right only
+ORDER = [
+    ["__init__"],
+    ["model"],
+    ["loop", "progress"],
+    ["callbacks"],
+    ["metrics", "losses", "layer_summary"],
+    ["checks"],
+    ["broadcast"],
+    ["data"],
+    ["errors"],
+]
+
+
+def test_all_is_what_can_be_imported():
+    public = {name for name, value in vars(minikeras).items() if not name.startswith("_") and not is_module(value)}
+    assert sorted(public) == sorted(minikeras.__all__)
+
+
+def is_module(value):
+    return type(value).__name__ == "module"
+
+
+def test_no_module_has_the_name_of_something_exported():
+    assert not {path.stem for path in PACKAGE.glob("*.py")} & set(minikeras.__all__)
+
+
+def imports_of(tree):
+    """Names of the minikeras modules imported when the module runs; what only type checkers read is left out."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minikeras"):
+            inner = node.module.partition(".")[2]
+            yield from [inner] if inner else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_downward_only(path):
+    level = {name: number for number, names in enumerate(ORDER) for name in names}
+    for imported in imports_of(ast.parse(path.read_text())):
+        assert level[imported] > level[path.stem], f"{path.stem} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_no_module_outgrows_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_no_private_names_of_torch_are_used(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            assert not ast.unparse(node).startswith("torch."), ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            assert "._" not in node.module
+            assert not any(alias.name.startswith("_") for alias in node.names)
+
+
+def test_importing_brings_in_nothing_optional():
+    optional = "'matplotlib', 'sklearn', 'torchmetrics', 'IPython'"
+    code = f"import sys, minikeras; print([name for name in ({optional}) if name in sys.modules])"
+    assert run(["-c", code]).strip() == "[]"
+
+
+def test_the_version_is_that_of_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["version"] == minikeras.__version__
+
+
+def test_the_core_needs_five_packages():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    needed = config["options"]["install_requires"].split()
+    assert [re.split("[><=]", name)[0] for name in needed] == ["torch", "numpy", "pandas", "tqdm", "tabulate"]
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = 'pip install -e ".[test]" && pytest'
+    assert f"\n{command}\n" in readme
+    assert f"readme_command='{command}'\n" in ci
+
+
+def test_the_readme_runs_and_prints_what_it_shows():
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```\n", readme, re.DOTALL)
+    shown = re.search(r"```text\n(.*?)```\n", readme[code.end() :], re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code[1], "README.md", "exec"), {"__name__": "__main__"})
+    assert numbers_rounded(printed.getvalue()) == numbers_rounded(shown[1])
+
+
+def numbers_rounded(text):
+    """Two digits of each number: the rest may differ from one processor to another."""
+    return re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}", text).split()
+
+
+def test_the_readme_names_each_module_that_there_is():
+    readme = (ROOT / "README.md").read_text()
+    assert {path.name for path in PACKAGE.glob("*.py")} == set(re.findall(r"(\w+\.py)  ", readme))
+
+
+def run(arguments, **kwargs):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_ring_example_finds_the_rare_positives(tmp_path):
+    printed = run([str(ROOT / "examples" / "ring_focal.py")], cwd=tmp_path)
+    result = ast.literal_eval(printed.splitlines()[-1])
+    assert result["val_accuracy"] >= 0.975
+    assert result["val_recall"] >= 0.5
+    assert (tmp_path / "ring_focal.png").stat().st_size > 10_000
+    assert "[-1, 1]" in printed
+    assert "61" in printed
+
+
+def test_the_linear_regression_example_recovers_w_and_b(tmp_path):
+    printed = run([str(ROOT / "examples" / "linear_regression.py")], cwd=tmp_path)
+    found = re.search(r"found w = \[ *(\S+), *(\S+)\]  b = *(\S+)", printed)
+    assert [float(number) for number in found.groups()] == pytest.approx([2, -3, 10], abs=0.15)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short_and_say_what_they_are_for(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < 60
+    assert lines[0].startswith('"""')

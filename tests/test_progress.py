@@ -1,0 +1,102 @@
+"""What a person sees while it trains."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from conftest import accuracy, compiled, points
+
+SCRIPT = """
+import torch
+from conftest import accuracy, compiled, points
+torch.manual_seed(0)
+compiled(metrics_dict={"accuracy": accuracy}).fit(3, points(64), points(64))
+"""
+
+
+def test_a_pipe_gets_rows_and_log_lines_and_no_control_characters(capsys):
+    compiled(metrics_dict={"accuracy": accuracy}).fit(3, points(96), points(64), log_step_freq=2)
+    lines = capsys.readouterr().out.splitlines()
+    number = r" +\d\.\d{2,4}"
+    assert lines[1].split() == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy"]
+    assert [bool(re.fullmatch(rf"epoch \d  step 2  loss{number}  accuracy{number}", lines[i])) for i in (0, 4, 6)]
+    rows = [lines[i] for i in (3, 5, 7)]
+    assert all(
+        re.fullmatch(rf" +{epoch}{number}{number}{number}( +\*)?{number}", row) for epoch, row in enumerate(rows, 1)
+    )
+    assert len(lines) == 8
+    assert not re.search(r"[\r\x1b]", "".join(lines))
+
+
+def test_the_table_shows_what_the_history_holds(capsys):
+    dfhistory = compiled().fit(2, points(64), points(64))
+    rows = [line.replace("*", "").split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [[str(epoch), *(f"{value:#.4g}" for value in row)] for epoch, *row in dfhistory.itertuples()]
+
+
+def test_the_best_validation_loss_so_far_is_marked(capsys):
+    losses = iter([3.0, 4.0, 2.0, 2.0])
+    model = compiled()
+    model.evaluate_step = lambda features, labels: {"loss": next(losses)}
+    model.fit(3, points(8), [points(8)])
+    model.fit(1, points(8), [points(8)])
+    marks = [line.endswith("*") for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)]
+    assert marks == [True, False, True, False]
+
+
+def test_the_header_comes_once_and_again_only_when_the_columns_change(capsys):
+    compiled().fit(3, points(8), points(8), validation_freq=3)
+    heads = [line.split() for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert heads == [["epoch", "loss"], ["epoch", "loss", "val_loss"]]
+
+
+def test_verbose_0_prints_nothing(capsys):
+    compiled().fit(2, points(8), points(8), 1, verbose=0)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_an_epoch_number_goes_on_over_several_fits(capsys):
+    model = compiled()
+    model.fit(1, points(8))
+    model.fit(1, points(8))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)] == ["1", "2"]
+
+
+def on_a_terminal(code, columns=80):
+    """What a script writes to a terminal of that many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            read = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not read:
+            break
+        written += read
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_gets_a_bar_that_gives_way_to_the_row_of_the_table(columns):
+    written = on_a_terminal(SCRIPT, columns)
+    lines = written.replace("\r\n", "\n").split("\n")
+    assert re.search(r"epoch 1/3: +\d+%\|", written)
+    assert "loss 0." in written
+    kept = [line.rpartition("\r")[2] for line in lines]
+    assert [line.split()[0] for line in kept if line.strip()] == ["epoch", "-------", "1", "2", "3"]
+    assert max(len(part) for line in lines for part in line.split("\r")) <= columns
