@@ -111,9 +111,10 @@ def _table(rows: list[LayerRow], style: str = "simple") -> str:
     cells = []
     for row in rows:
         name = row.layer.rpartition(".")[2]
-        kind = row.type if len(row.type) <= 20 else row.type[:17] + "..."
+        label = f"{name} ({row.type})" if name else row.type
+        label = INDENT * row.depth + (label if len(label) <= 30 else label[:27] + "...")
         shape = "" if row.output_shape is None else textwrap.fill(str(row.output_shape), 30)
-        cells.append([INDENT * row.depth + (f"{name} ({kind})" if name else kind), shape, f"{row.params:,}", row.note])
+        cells.append([label, shape, f"{row.params:,}", row.note])
     n = 4 if any(row.note for row in rows) else 3
     text = tabulate([line[:n] for line in cells], headers[:n], style, disable_numparse=True, colalign=sides[:n])
     return text.replace(INDENT[0], "&nbsp;" if style == "html" else " ")
@@ -131,15 +132,14 @@ def summary(
 
     Args:
         model: any module. Copies of it are run, in eval mode.
-        input_shape: of one row, without the batch: (3, 32, 32). For several inputs a list of shapes, or a dict of
-            shapes by argument name.
+        input_shape: of one row, without the batch: (3, 32, 32); several as a list, or as a dict by argument name.
         input_dtype: torch.float32, torch.int64, torch.LongTensor, ...; or a list or dict of them like `input_shape`.
-        input_data: instead of `input_shape`, a real batch of whatever forward takes.
+        input_data: instead of `input_shape`, a real batch of what forward takes. The batch is then shown as first size.
         batch_size: rows of a batch, for the shapes and sizes shown; -1 shows -1, and the sizes are for 1 row.
 
     Returns:
-        The rows and the totals. Total params are the distinct elements of `model.parameters()`, and the rows add up to
-        them: a tied or reused parameter is counted where it comes first. A MB is 1024**2 bytes.
+        The rows and totals. Total params are the distinct elements of `model.parameters()`; the rows add up to them, as
+        a tied or reused parameter is counted where it comes first. A MB is 1024**2 bytes.
 
     Raises:
         ForwardError: a layer could not take what reached it; it names the layer, the shape and the rows so far.
@@ -168,8 +168,8 @@ def summary(
     if input_data is not None:
         features, row_counts = partial(_copied_batch, input_data), [max(count_rows(input_data), 1)]
     runs, note = _forward(model, features, row_counts)
-    run, share = runs[0] if runs else None, size / row_counts[0]  # of the run's rows, those the sizes are for
-    parameters = list(model.parameters())
+    run, parameters = runs[0] if runs else None, list(model.parameters())
+    share = size / row_counts[0]  # of the run's rows, those the sizes are for
     result = Summary(
         model=_type_name(model),
         rows=_rows(model, runs, batch_size),
@@ -325,7 +325,7 @@ def _explained(model: nn.Module, run: _Run, error: Exception) -> ForwardError:
     shown = _type_name(layer) if list(layer.children()) else repr(layer)
     given = run.given.get(name, described(first).removeprefix("Tensor "))
     words = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
-    table = _table([row for row in _rows(model, [run], -1) if row.layer in run.given])
+    table = _table([row for row in _rows(model, [run], run.rows) if row.layer in run.given])
     return ForwardError(
         f"{name}{': ' * bool(name)}{shown} was given {given}: {words}\n"
         f"The input, with {run.rows} rows, was {described(run.features)}. The layers up to there:\n\n{table}"
@@ -392,8 +392,7 @@ def _shape(output: Any, other: Any, rows: int, shown: int) -> Any:
 
 
 def _bytes(nest: Any) -> int:
-    held = {id(leaf): leaf.data.nbytes for leaf in leaves(nest) if isinstance(leaf, (Tensor, PackedSequence))}
-    return sum(held.values())
+    return sum({id(it): it.data.nbytes for it in leaves(nest) if isinstance(it, (Tensor, PackedSequence))}.values())
 
 
 def _type_name(layer: nn.Module) -> str:

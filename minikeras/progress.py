@@ -18,6 +18,8 @@ from tqdm import tqdm
 from minikeras.callbacks import Callback
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
+KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix}  [{elapsed}<{remaining}]"
+UNKNOWN_LENGTH = "{desc} {n_fmt}{postfix}  [{elapsed}]"
 SHARE = 0.01  # of the time may go into refreshing it
 
 
@@ -63,8 +65,14 @@ class Progress(Callback):
         self.epoch = epoch
         self.next_refresh = 0.0
         if self.draws:
-            label = f"epoch {epoch}/{self.epochs}"
-            self.bar = tqdm(total=self.steps, desc=label, leave=False, file=sys.stdout, dynamic_ncols=True, miniters=1)
+            self.bar = tqdm(
+                total=self.steps,
+                desc=f"epoch {epoch}/{self.epochs}",
+                bar_format=KNOWN_LENGTH if self.steps else UNKNOWN_LENGTH,
+                leave=False,
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         logged = self.log_step_freq is not None and batch % self.log_step_freq == 0
@@ -103,8 +111,11 @@ class Progress(Callback):
                 head.append("")
                 row.append("*" if better else "")
                 widest.append("*")
-        lines = tabulate([widest, row], head, "simple", disable_numparse=True, stralign="right").splitlines()
-        return "\n".join(lines[:2]), lines[3].rstrip()
+        # the head goes in as a row: as a head it would get two columns of padding, too much for 80 columns
+        rule, head_line, _, row_line, _ = tabulate(
+            [head, widest, row], tablefmt="simple", disable_numparse=True, stralign="right"
+        ).splitlines()
+        return f"{head_line}\n{rule}", row_line.rstrip()
 
     def on_fit_end(self) -> None:
         self._close_bar()

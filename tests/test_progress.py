@@ -95,8 +95,8 @@ def on_a_terminal(code, columns=80):
 def test_a_terminal_gets_a_bar_that_gives_way_to_the_row_of_the_table(columns):
     written = on_a_terminal(SCRIPT, columns)
     lines = written.replace("\r\n", "\n").split("\n")
-    assert re.search(r"epoch 1/3: +\d+%\|", written)
+    assert re.search(r"epoch 1/3 \|.{12}\| \d/2", written)
     assert "loss 0." in written
     kept = [line.rpartition("\r")[2] for line in lines]
-    assert [line.split()[0] for line in kept if line.strip()] == ["epoch", "-------", "1", "2", "3"]
+    assert [line.split()[0] for line in kept if line.strip()] == ["epoch", "-----", "1", "2", "3"]
     assert max(len(part) for line in lines for part in line.split("\r")) <= columns
