@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from minikeras.data import leaves
 
 CLASS_LOSSES = ("cross_entropy", "nll_loss")  # take a class index a row
-NOT_ELEMENTWISE = (*CLASS_LOSSES, "ctc_loss", "multi_margin_loss", "multilabel_margin_loss")
+NOT_ELEMENTWISE = (*CLASS_LOSSES, "ctc_loss", "cosine_embedding_loss", "multi_margin_loss", "multilabel_margin_loss")
 
 
 class BroadcastGuard(TorchFunctionMode):
@@ -26,6 +26,7 @@ class BroadcastGuard(TorchFunctionMode):
 
     Follows the tensors derived from the outputs only and from the labels only. It is wrong when one of each meet in an
     op whose result has the larger shape, or in an elementwise loss of torch.nn.functional, which reduces it at once.
+    What is done in NumPy is not seen.
     """
 
     def __init__(self, outputs: Any, labels: Any) -> None:
@@ -37,33 +38,41 @@ class BroadcastGuard(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
-        wide = self._wide(inputs)
         elementwise = (
             getattr(func, "__module__", "") == F.__name__
             and func.__name__.endswith(("_loss", "_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"))
             and func.__name__ not in NOT_ELEMENTWISE
         )
+        wide = self._wide(inputs, elementwise)
         if wide and elementwise:
             self._note(wide)
         with warnings.catch_warnings():
             if wide:
                 warnings.simplefilter("ignore")  # torch's own "Using a target size": ours is raised for it
-            result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            if wide and result.shape == wide[2]:
-                self._note(wide)
-            sides = {self.side[id(tensor)][0] for tensor in inputs if id(tensor) in self.side}
-            if len(sides) == 1:
-                self.side[id(result)] = (sides.pop(), result)
+            try:
+                result = func(*args, **(kwargs or {}))
+            except RuntimeError as error:
+                if wide and "broadcast" in str(error):  # an op in place, whose result cannot grow
+                    self._note(wide)
+                raise
+        sides = {self.side[id(tensor)][0] for tensor in inputs if id(tensor) in self.side}
+        for part in leaves(result):  # max, topk, chunk and split give several
+            if isinstance(part, Tensor):
+                if wide and part.shape == wide[2]:
+                    self._note(wide)
+                if len(sides) == 1:
+                    self.side[id(part)] = (next(iter(sides)), part)
         return result
 
-    def _wide(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, torch.Size] | None:
+    def _wide(self, inputs: list[Tensor], elementwise: bool) -> tuple[Tensor, Tensor, torch.Size] | None:
         """A tensor of the outputs, one of the labels, and the larger shape they would broadcast to."""
         from_outputs = [tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "outputs"]
         from_labels = [tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "labels"]
         for one in from_outputs:
             for other in from_labels:
-                if one.shape != other.shape and one.numel() == other.numel() > 1:
+                # with as many dimensions they were put crosswise on purpose, as for a matrix of distances
+                differ = one.shape != other.shape if elementwise else one.ndim != other.ndim
+                if differ and one.numel() == other.numel() > 1:
                     try:
                         wide = torch.broadcast_shapes(one.shape, other.shape)
                     except RuntimeError:
@@ -76,7 +85,11 @@ class BroadcastGuard(TorchFunctionMode):
         one, other, shape = wide
         if self.found is None:
             longer = one.ndim > other.ndim
+            here, there = (one, other) if longer else (other, one)
+            dims = [d for d in range(here.ndim) if here.shape[:d] + here.shape[d + 1 :] == there.shape]
+            dim = -1 if here.ndim - 1 in dims else dims[0] if dims else None
+            verb = f"reshape{tuple(one.shape)}" if dim is None else f"{'un' if longer else ''}squeeze({dim})"
             self.found = (
                 f"predictions {tuple(one.shape)} and labels {tuple(other.shape)} would broadcast to {tuple(shape)}. "
-                f"Pass labels.{'un' if longer else ''}squeeze(-1), or {'' if longer else 'un'}squeeze the predictions."
+                f"Pass labels.{verb}, or {'' if longer else 'un'}squeeze the predictions."
             )

@@ -66,7 +66,7 @@ class LambdaCallback(Callback):
 
 def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
     """The callbacks as a list; a class or another object is refused."""
-    listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     for callback in listed:
         if not isinstance(callback, Callback):
             got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)

@@ -8,21 +8,22 @@ any batch      what torch refuses anyway: the same error, saying which layer or 
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from numbers import Number
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.broadcast import CLASS_LOSSES, BroadcastGuard
-from minikeras.errors import described, failing_layer
+from minikeras.data import count_rows
+from minikeras.errors import described, failing_layer, is_number
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
 PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any) -> None:
+def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> None:
     """What torch accepts in silence, or answers from an accelerator too late: for losses over classes."""
     loss_func = getattr(loss_func, "loss_func", loss_func)  # Regularized holds the loss it adds to
     takes_scores = isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is F.cross_entropy
@@ -66,7 +67,7 @@ def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any) -> None:
         outside = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)]
         if outside.numel():
             raise ValueError(_outside(int(outside[0]), classes))
-    if takes_scores and outputs.ndim == 2 and _sums_to_one(outputs):
+    if warn and takes_scores and outputs.ndim == 2 and _sums_to_one(outputs):
         warnings.warn(
             "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies softmax itself. "
             "Give it raw scores: leave the softmax out of the model, or take log_softmax and NLLLoss.",
@@ -92,36 +93,50 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
         return
     if inside.intersection(CLASS_LOSSES):
-        _explain_classes(error, outputs, labels)
+        _explain_classes(error, outputs, labels, scores="cross_entropy" in inside)
     if inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
-        values = labels if "target" in str(error) else outputs
-        who, remedy = (
-            ("labels", "Scale the labels to 0 and 1.")
-            if values is labels
-            else ("predictions", "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores.")
-        )
-        low, high = values.min().item(), values.max().item()
         raise ValueError(
-            f"BCELoss takes probabilities from 0 to 1, and the {who} go from {low:.4g} to {high:.4g}. {remedy}"
+            f"BCELoss takes probabilities from 0 to 1, and {_off_range(error, outputs, labels)}"
         ) from error
-    if "type" in str(error) and labels.dtype != outputs.dtype:
+    if re.search("type|bool", str(error)) and labels.dtype != outputs.dtype:
         raise ValueError(
             f"labels are {_name(labels)} and predictions {_name(outputs)}; the loss takes both in one dtype. "
             f"Pass labels.{_cast(outputs.dtype)}."
         ) from error
 
 
-def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor) -> None:
-    expected = f"expected one class index (int64) a row, or class probabilities of shape {tuple(outputs.shape)}"
-    if labels.is_floating_point() and labels.shape != outputs.shape:
-        raise ValueError(
-            f"labels are {_name(labels)} {tuple(labels.shape)}; {expected}. Pass labels.long()."
-        ) from error
-    if labels.ndim == outputs.ndim and labels.ndim > 1 and labels.shape[1] == 1:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; {expected}. Pass labels.squeeze(1).") from error
+def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
+    which = "labels" if "target" in str(error) else "predictions"
+    values = labels if which == "labels" else outputs.detach()
+    missing = int(values.isnan().sum())
+    if missing:
+        return (
+            f"{missing} of {values.numel()} {which} {'are' if missing > 1 else 'is'} NaN. "
+            f"Look for NaN in the {'labels' if which == 'labels' else 'features'}, or lower the learning rate."
+        )
+    remedy = {
+        "labels": "Scale the labels to 0 and 1.",
+        "predictions": "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores.",
+    }
+    return f"the {which} go from {values.min().item():.4g} to {values.max().item():.4g}. {remedy[which]}"
+
+
+def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: bool) -> None:
     if "out of bounds" in str(error) and outputs.ndim > 1:
         label = int("".join(c for c in str(error) if c.isdigit() or c == "-"))
         raise ValueError(_outside(label, outputs.shape[1])) from error
+    expected = "expected one class index (int64) a row"
+    if scores:
+        expected += f", or class probabilities of shape {tuple(outputs.shape)}"
+    shape, column = tuple(labels.shape), labels.ndim == outputs.ndim > 1 and labels.shape[1] == 1
+    if labels.is_floating_point() and labels.shape != outputs.shape:
+        if labels.ndim == outputs.ndim and not column:
+            remedy = "Give labels and predictions as many columns."
+        else:
+            remedy = f"Pass labels.{'squeeze(1).' * column}long()."
+        raise ValueError(f"labels are {_name(labels)} {shape}; {expected}. {remedy}") from error
+    if column:
+        raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
     if "target dtype" in str(error):
         raise ValueError(f"labels are {_name(labels)}; {expected}. Pass labels.long().") from error
 
@@ -136,10 +151,17 @@ def explain_forward(error: Exception, model: nn.Module) -> None:
         return
     name, layer, given = where
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
-    if isinstance(given, Tensor) and wanted and given.dtype != wanted and "type" in str(error):
+    by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
+    if (
+        isinstance(given, Tensor)
+        and wanted not in (None, given.dtype)
+        and by_dtype
+        and not isinstance(layer, EMBEDDINGS)
+    ):
+        other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
         raise ValueError(
             f"layer {name} has {_name(wanted)} parameters and was given {_name(given)} values. "
-            f"Pass features.{_cast(wanted)}, or change the model with model.to({given.dtype}) before compile."
+            f"Pass features.{_cast(wanted)}{other}."
         ) from error
     if isinstance(layer, nn.Linear) and isinstance(given, Tensor) and given.shape[-1:] != (layer.in_features,):
         raise ValueError(
@@ -163,7 +185,7 @@ def _name(dtype: torch.dtype | Tensor) -> str:
 def check_metric(name: str, value: Any) -> None:
     """A metric's answer must be one number, or a (sum, count) pair of them with a whole count."""
     check_number(name, value)
-    if isinstance(value, tuple) and float(value[1]) != int(value[1]):
+    if isinstance(value, tuple) and not float(value[1]).is_integer():
         raise ValueError(
             f"{name} gave the pair ({float(value[0]):.4g}, {float(value[1]):.4g}); a pair is read as (sum, count) and "
             f"the count must be whole. Give two results under two names of metrics_dict."
@@ -173,17 +195,11 @@ def check_metric(name: str, value: Any) -> None:
 def check_number(name: str, value: Any) -> None:
     """One number, or a pair (sum, count) of them."""
     pair = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    if not all(_is_number(part) for part in pair):
+    if not all(map(is_number, pair)):
         raise ValueError(
             f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d tensor, "
             f"or a pair (sum, count). Take the mean over the rows."
         )
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, (Number, np.generic)) and not isinstance(value, complex)
 
 
 def check_results(results: Any, step: Callable[..., Any]) -> None:
@@ -195,13 +211,26 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
             f'Return for instance {{"loss": loss}}.'
         )
     for key, value in results.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name} returned the name {key!r}; expected a string.")
+        if key in ("lr", "epoch") or key.startswith("val_"):
+            raise ValueError(
+                f"{name} returned the name {key!r}, which history uses itself (lr, epoch and val_...). "
+                f"Give it another name."
+            )
         check_number(f"{name}'s {key!r}", value)
 
 
-def check_weights(sample_weight: Any, rows: int, step: Callable[..., Any]) -> None:
-    """A batch's third part must be one weight a row, and the step must take it."""
+def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
+    """The default step needs labels; a third part must be one weight a row, and the step must take it."""
+    if labels is None and step.__module__ == "minikeras.model":  # one that is overridden may do without
+        raise ValueError(
+            "the batches are features alone, and the loss compares with labels. Give batches of "
+            "(features, labels), for an autoencoder (X, X), or override train_step."
+        )
     if sample_weight is None:
         return
+    rows = count_rows(features, labels)
     if not isinstance(sample_weight, Tensor) or sample_weight.numel() != rows or len(sample_weight) != rows:
         raise ValueError(
             f"the third part of a batch is a weight per row: expected shape ({rows},), got {described(sample_weight)}. "
@@ -211,8 +240,8 @@ def check_weights(sample_weight: Any, rows: int, step: Callable[..., Any]) -> No
         inspect.signature(step).bind(None, None, None)
     except TypeError:
         raise TypeError(
-            f"the batches carry a sample_weight, and {getattr(step, '__qualname__', step)} does not take one. "
-            f"Write it as train_step(self, features, labels, sample_weight=None)."
+            f"the batches carry a sample_weight, and {step.__qualname__} does not take one. "
+            f"Write it as {step.__name__}(self, features, labels, sample_weight=None)."
         ) from None
 
 
@@ -229,8 +258,10 @@ def check_optimizers(
     name = type(model).__name__
     own = {id(parameter): parameter for parameter in parameters_of(model, loss_func)}
     if not any(parameter.requires_grad for parameter in own.values()):
-        frozen = f"all {len(own)} parameters of {name} are frozen" if own else f"{name} has no parameters"
-        raise ValueError(f"there is nothing to train: {frozen}. Set requires_grad=True on some, then compile again.")
+        why, remedy = f"{name} has no parameters", "Add a layer that has some"
+        if own:
+            why, remedy = f"all {len(own)} parameters of {name} are frozen", "Set requires_grad=True on some"
+        raise ValueError(f"there is nothing to train: {why}. {remedy}, then compile again.")
     again = f"Make a new optimizer from model.parameters() and call {name}.compile again."
     held = {id(parameter): parameter for optimizer in optimizers.values() for parameter in _held(optimizer)}
     for key, optimizer in optimizers.items():
@@ -249,10 +280,10 @@ def check_optimizers(
                 )
     replaced = any(key in compiled and key not in own for key in held)
     untrained = sum(p.requires_grad and key not in held and key not in compiled for key, p in own.items())
-    if replaced and untrained:
+    if untrained:
+        what = "holds stale parameters: a layer was replaced" if replaced else "lacks parameters: a layer was added"
         raise ValueError(
-            f"the optimizer holds stale parameters: a layer was replaced after compile, and {untrained} new parameters "
-            f"would not be trained. {again}"
+            f"the optimizer {what} after compile, and {untrained} new parameters would not be trained. {again}"
         )
 
 

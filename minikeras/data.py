@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from minikeras.errors import described, positive_int
 
+ONLY_ONCE = "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts anew"
+
 # --- nests ------------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +102,8 @@ def as_batches(data: Any, name: str, batch_size: int | None = None, *, shuffle: 
     """
     size = 32 if batch_size is None else positive_int("batch_size", batch_size)
     if isinstance(data, Dataset):
+        if length(data) == 0:
+            raise empty(data, name)
         return DataLoader(data, size, shuffle=shuffle and not isinstance(data, IterableDataset))
     if not is_batched(data):
         return ArrayBatches(data, name, size, shuffle)
@@ -186,6 +190,7 @@ class ContinuedBatches:
         self.steps = steps
         self.name = name
         self.iterator: Iterator[Any] | None = None
+        self.given = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -200,34 +205,37 @@ class ContinuedBatches:
         if batch is nothing:
             self.iterator = iter(self.batches)
             batch = next(self.iterator, nothing)
+        if batch is nothing and self.given:
+            why = f"it is a {type(self.batches).__name__}, {ONLY_ONCE}"
+            raise ValueError(
+                f"{self.name} ended after {self.given} batches, and steps_per_epoch={self.steps} needs more: {why}."
+            )
         if batch is nothing:
             raise empty(self.batches, self.name)
+        self.given += 1
         return batch
 
 
-def length(batches: Iterable[Any]) -> int | None:
+def length(batches: Any) -> int | None:
     """How many batches there are, or None where that is not known ahead."""
     try:
-        return len(batches)  # type: ignore[arg-type]
+        return len(batches)
     except (TypeError, NotImplementedError):  # a DataLoader over an IterableDataset has a len that raises
         return None
 
 
 def empty(batches: Any, name: str) -> ValueError:
     """The error for data that gave no batch, with the reason."""
-    dataset, size = getattr(batches, "dataset", None), getattr(batches, "batch_size", None)
-    rows = None if dataset is None else length(dataset)
-    if iter(batches) is batches:
-        reason = (
-            f"it is a {type(batches).__name__}, which can be iterated only once. "
-            f"Pass a list of batches or an object whose __iter__ starts anew, or give steps_per_epoch"
-        )
-    elif rows == 0 or getattr(batches, "rows", None) == 0:
+    dataset = batches if isinstance(batches, Dataset) else getattr(batches, "dataset", None)
+    rows, size = None if dataset is None else length(dataset), getattr(batches, "batch_size", None)
+    reason = "iterating it ended at once"
+    if rows == 0 or getattr(batches, "rows", None) == 0:
         reason = "its dataset has no rows" if rows == 0 else "its arrays have no rows"
     elif rows is not None and size is not None and rows < size and batches.drop_last:
         reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}. Set drop_last=False"
-    else:
-        reason = "iterating it ended at once"
+    elif iter(batches) is batches:
+        steps = ", or give steps_per_epoch" * (name == "dl_train")
+        reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}{steps}"
     return ValueError(f"{name} gave no batch: {reason}.")
 
 

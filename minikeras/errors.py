@@ -16,6 +16,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 
@@ -65,6 +66,13 @@ def described(value: object) -> str:
         shown = [described(part) for part in value[:4]] + ["..."] * (len(value) > 4)  # type: ignore[index,arg-type]
         return left + ", ".join(shown) + right
     return type(value).__name__
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is one real number: of Python, of NumPy, or a tensor of one element."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float, np.integer, np.floating, np.bool_))
 
 
 def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Module, Any] | None:

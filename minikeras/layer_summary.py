@@ -95,10 +95,8 @@ class Summary:
         """The lines under the table."""
         of = f"{self.batch} row{'s' * (self.batch != 1)}"
         lines = [f"Total params: {self.total_params:,}", f"Trainable params: {self.trainable_params:,}"]
-        lines += [
-            f"Non-trainable params: {self.non_trainable_params:,}",
-            f"Params size (MB): {self.params_bytes / MB:,.6f}",
-        ]
+        lines += [f"Non-trainable params: {self.non_trainable_params:,}"]
+        lines += [f"Params size (MB): {self.params_bytes / MB:,.6f}"]
         sizes = {"Input size (MB)": self.input_bytes, "Outputs size (MB)": self.output_bytes}
         lines += [f"{name}, {of}: {size / MB:,.6f}" for name, size in sizes.items() if size is not None]
         if self.multiply_adds is not None:
@@ -166,7 +164,8 @@ def summary(
     features: Features = partial(_made, input_shape, input_dtype)
     row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
     if input_data is not None:
-        features, row_counts = partial(_copied_batch, input_data), [max(count_rows(input_data), 1)]
+        row_counts = [max(count_rows(input_data), 1)]
+        features = lambda device, _: to_device(copy.deepcopy(input_data), device)  # noqa: E731 - forward may write into it
     runs, note = _forward(model, features, row_counts)
     run, parameters = runs[0] if runs else None, list(model.parameters())
     share = size / row_counts[0]  # of the run's rows, those the sizes are for
@@ -209,12 +208,17 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
 
 def _show(result: Summary) -> None:
     """Display it in a notebook, print it elsewhere."""
-    ipython = sys.modules.get("IPython")  # where it is not loaded, this is no notebook
-    if not ipython or not hasattr(ipython.get_ipython(), "kernel"):  # IPython in a terminal has none
+    if not in_notebook():
         print(result)
         return
     rich = f"{_table(result.rows, 'html')}\n<pre>{html.escape(result.totals())}</pre>"
-    ipython.display.display({"text/html": rich, "text/plain": str(result)}, raw=True)
+    sys.modules["IPython"].display.display({"text/html": rich, "text/plain": str(result)}, raw=True)
+
+
+def in_notebook() -> bool:
+    """Whether what is shown goes to a notebook's page: IPython is running, and not in a terminal."""
+    ipython = sys.modules.get("IPython")  # where it is not loaded, this is no notebook
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")  # IPython in a terminal has none
 
 
 def _made(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:
@@ -228,10 +232,6 @@ def _made(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:
     dtype = getattr(dtype, "dtype", dtype)  # torch.FloatTensor has one
     draw = torch.rand if dtype.is_floating_point or dtype.is_complex else torch.zeros
     return draw(rows, *shape, device=device).to(dtype)
-
-
-def _copied_batch(batch: Any, device: torch.device, rows: int) -> Any:
-    return to_device(copy.deepcopy(batch), device)  # a copy, since forward may write into it
 
 
 @dataclass

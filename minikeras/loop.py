@@ -63,10 +63,10 @@ class Run:
         if optimizer is None:
             return list(self.optimizers.values())
         if optimizer not in self.optimizers:
-            raise ValueError(
-                f"there is no optimizer {optimizer!r}; compile was given {', '.join(map(repr, self.optimizers))}."
-                f"{did_you_mean(optimizer, self.optimizers)}"
-            )
+            known = ", ".join(map(repr, self.optimizers))
+            hint = "one without a name. Leave the name out." if known == "''" else f"{known}."
+            hint += did_you_mean(optimizer, self.optimizers)
+            raise ValueError(f"there is no optimizer {optimizer!r}; compile was given {hint}")
         return [self.optimizers[optimizer]]
 
     def inputs(self, optimizer: str) -> list[Tensor]:
@@ -134,9 +134,9 @@ def one_pass(
         for number, batch in enumerate(batches, start=1):
             features, labels, sample_weight = to_device(unpack(batch), run.device)
             if totals.unseen:
-                checks.check_weights(sample_weight, count_rows(features, labels), step)
+                checks.check_batch(step, features, labels, sample_weight)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
-            if totals.unseen:
+            if totals.unseen or not isinstance(results, Mapping):
                 checks.check_results(results, step)
             totals.add(results, count_rows(features, labels))
             totals.unseen = False

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikeras.errors import described, did_you_mean
+from minikeras.errors import described, did_you_mean, is_number
 
 Loss = Tensor | tuple[Tensor, Tensor | float]  # the pair is (sum, count), where rows are not the unit
 
@@ -28,7 +28,10 @@ def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
     >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
     tensor(0.5000)
     """
-    if not isinstance(result, Tensor):
+    if isinstance(result, Tensor):
+        if result.ndim == 0 and sample_weight is None:
+            return result
+    else:
         result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
     if sample_weight is not None:
         rows = len(sample_weight)
@@ -38,14 +41,19 @@ def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
                 f'got {described(result)}. Build it with reduction="none".'
             )
         return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
-    if isinstance(result, tuple) and len(result) == 2:
+    if isinstance(result, tuple) and len(result) == 2 and all(map(is_number, result)):
+        if getattr(result[1], "requires_grad", False):
+            raise ValueError(
+                f"the loss gave the pair {described(result)} with a gradient in both; a pair is read as "
+                f"(sum, count). Add the two up, or make the second a metric."
+            )
         return result
-    if not isinstance(result, Tensor) or result.numel() != 1:
+    if not is_number(result):
         raise ValueError(
             f"the loss gave {described(result)}; expected one number, a 0-d tensor. "
             f'Build it with reduction="mean", or end it with .mean().'
         )
-    return result.reshape(()) if result.ndim else result
+    return result.reshape(()) if isinstance(result, Tensor) and result.ndim else result
 
 
 class FocalLoss(nn.Module):

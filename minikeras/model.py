@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from minikeras import checks, layer_summary, loop
 from minikeras.callbacks import Callback, check_callbacks
-from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, is_batched, length, map_leaves
+from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length, map_leaves
 from minikeras.errors import NotCompiledError, described, positive_int
 from minikeras.losses import scalar_loss
 from minikeras.metrics import Result, Totals
@@ -112,13 +112,8 @@ class Model(nn.Module):
         over the rows of loss * weight, as in Keras.
         """
         run = self._compiled("compute_loss")
-        if labels is None:
-            raise ValueError(
-                "the batches are features alone, and the loss compares with labels. Give batches of "
-                "(features, labels), for an autoencoder (X, X), or override train_step."
-            )
         if run.totals.unseen:
-            checks.check_loss_inputs(run.loss_func, outputs, labels)
+            checks.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
         try:
             result = self._call("the loss", run.loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError) as error:
@@ -240,6 +235,8 @@ class Model(nn.Module):
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         val = None if dl_val is None else as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
+        if val is not None and length(val) == 0:
+            raise empty(val, "dl_val")  # now, and not after an epoch
         listed = check_callbacks(callbacks)
         if show(verbose):
             last = len(run.rows) + epochs

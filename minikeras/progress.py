@@ -16,6 +16,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from minikeras.callbacks import Callback
+from minikeras.layer_summary import in_notebook
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
 KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix}  [{elapsed}<{remaining}]"
@@ -33,12 +34,6 @@ def show(verbose: str | int) -> bool:
 def wants_bar(verbose: str | int) -> bool:
     """Whether to draw a bar: 1 asks for it, 2 for lines only, "auto" takes the bar on a terminal or in a notebook."""
     return bool(verbose == 1 or (verbose == "auto" and (sys.stdout.isatty() or in_notebook())))
-
-
-def in_notebook() -> bool:
-    """Whether this is a Jupyter kernel, whose output is a page and not a terminal."""
-    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class Progress(Callback):
