@@ -34,6 +34,8 @@ class BroadcastGuard(TorchFunctionMode):
         # by identity, with the tensor itself beside it: a freed tensor's id would be used again
         self.side = {id(leaf): ("outputs", leaf) for leaf in leaves(outputs) if isinstance(leaf, Tensor)}
         self.side |= {id(leaf): ("labels", leaf) for leaf in leaves(labels) if isinstance(leaf, Tensor)}
+        shapes = [{leaf.shape for leaf in leaves(nest) if isinstance(leaf, Tensor)} for nest in (outputs, labels)]
+        self.alike = shapes[0] & shapes[1]  # what came in one shape and is crossed was crossed on purpose
         self.found: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,7 +74,8 @@ class BroadcastGuard(TorchFunctionMode):
             for other in from_labels:
                 # with as many dimensions they were put crosswise on purpose, as for a matrix of distances
                 differ = one.shape != other.shape if elementwise else one.ndim != other.ndim
-                if differ and one.numel() == other.numel() > 1:
+                crossed = min(one, other, key=Tensor.dim).shape in self.alike
+                if differ and not crossed and one.numel() == other.numel() > 1:
                     try:
                         wide = torch.broadcast_shapes(one.shape, other.shape)
                     except RuntimeError:

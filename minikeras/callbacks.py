@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Callback:
     """Base class: override the moments you need. `self.model` is the model from `on_fit_begin` on.
 
+    `self.model.history` is brought up to date before `on_fit_end`; until then, look at `logs`.
+
     Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's index does.
     """
 
@@ -39,7 +41,7 @@ class Callback:
         """After validation. `logs` are the epoch's row of the history, `val_` names included."""
 
     def on_fit_end(self) -> None:
-        """Once, however the fit ended."""
+        """Once, however the fit ended; the last callback comes first."""
 
 
 class LambdaCallback(Callback):
@@ -77,7 +79,9 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
 def _remedy(callback: Any) -> str:
     if isinstance(callback, type):
         return f"{callback.__name__}()"
-    return "LambdaCallback(on_epoch_end=...) for a function" if callable(callback) else "a subclass's instance"
+    return (
+        "LambdaCallback(on_epoch_end=...) for a function" if callable(callback) else "a list of instances, or nothing"
+    )
 
 
 def with_method(callbacks: Iterable[Callback], name: str) -> list[Any]:

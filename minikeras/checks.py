@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.broadcast import CLASS_LOSSES, BroadcastGuard
-from minikeras.data import count_rows
+from minikeras.data import count_rows, leaves
 from minikeras.errors import described, failing_layer, is_number
+from minikeras.losses import Regularized
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
 PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
@@ -51,9 +52,10 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
 
 def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> None:
     """What torch accepts in silence, or answers from an accelerator too late: for losses over classes."""
-    loss_func = getattr(loss_func, "loss_func", loss_func)  # Regularized holds the loss it adds to
-    takes_scores = isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is F.cross_entropy
-    takes_classes = takes_scores or isinstance(loss_func, nn.NLLLoss) or loss_func is F.nll_loss
+    loss_func = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
+    forward = getattr(type(loss_func), "forward", None)  # a subclass may do something else with labels
+    takes_scores = forward is nn.CrossEntropyLoss.forward or loss_func is F.cross_entropy
+    takes_classes = takes_scores or forward is nn.NLLLoss.forward or loss_func is F.nll_loss
     if not (takes_classes and isinstance(outputs, Tensor) and isinstance(labels, Tensor) and outputs.ndim > 1):
         return
     classes = outputs.shape[1]
@@ -89,7 +91,8 @@ def _outside(label: int, classes: int) -> str:
 
 def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
     """Raise an error that torch raised inside a loss in the user's words, where the cause is known."""
-    inside = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = {frame.name for frame in frames if frame.filename == F.__file__}
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
         return
     if inside.intersection(CLASS_LOSSES):
@@ -98,7 +101,8 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
         raise ValueError(
             f"BCELoss takes probabilities from 0 to 1, and {_off_range(error, outputs, labels)}"
         ) from error
-    if re.search("type|bool", str(error)) and labels.dtype != outputs.dtype:
+    by_dtype = ("type" in str(error) and inside) or ("bool tensor" in str(error) and labels.dtype == torch.bool)
+    if by_dtype and labels.dtype != outputs.dtype:
         raise ValueError(
             f"labels are {_name(labels)} and predictions {_name(outputs)}; the loss takes both in one dtype. "
             f"Pass labels.{_cast(outputs.dtype)}."
@@ -122,9 +126,9 @@ def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
 
 
 def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: bool) -> None:
-    if "out of bounds" in str(error) and outputs.ndim > 1:
-        label = int("".join(c for c in str(error) if c.isdigit() or c == "-"))
-        raise ValueError(_outside(label, outputs.shape[1])) from error
+    label = re.search(r"Target (-?\d+) is out of bounds", str(error))
+    if label and outputs.ndim > 1:
+        raise ValueError(_outside(int(label[1]), outputs.shape[1])) from error
     expected = "expected one class index (int64) a row"
     if scores:
         expected += f", or class probabilities of shape {tuple(outputs.shape)}"
@@ -148,6 +152,10 @@ def explain_forward(error: Exception, model: nn.Module) -> None:
     """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
     where = failing_layer(error, model)
     if where is None:
+        if isinstance(error, TypeError) and "missing" in str(error):
+            error.add_note(
+                "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
+            )
         return
     name, layer, given = where
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
@@ -161,14 +169,15 @@ def explain_forward(error: Exception, model: nn.Module) -> None:
         other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
         raise ValueError(
             f"layer {name} has {_name(wanted)} parameters and was given {_name(given)} values. "
-            f"Pass features.{_cast(wanted)}{other}."
+            f"Pass features.{_cast(wanted)}, or in NumPy and pandas .astype('{_name(wanted)}'){other}."
         ) from error
     if isinstance(layer, nn.Linear) and isinstance(given, Tensor) and given.shape[-1:] != (layer.in_features,):
         raise ValueError(
             f"layer {name} takes rows of {layer.in_features} values (in_features) and was given {tuple(given.shape)}. "
             f"Pass {layer.in_features} features a row, or build it with in_features={given.shape[-1]}."
         ) from error
-    error.add_note(f"layer {name}: {layer} was given {described(given)}")
+    shown = type(layer).__name__ if list(layer.children()) else str(layer)
+    error.add_note(f"{f'layer {name}: ' * bool(name)}{shown} was given {described(given)}")
 
 
 def _cast(dtype: torch.dtype) -> str:
@@ -202,6 +211,17 @@ def check_number(name: str, value: Any) -> None:
         )
 
 
+def check_rows_first(outputs: Any, rows: int) -> None:
+    """Outputs that are joined over batches must have the rows first, and not in a later dimension."""
+    for leaf in leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] != rows and rows in leaf.shape[1:]:
+            dim = leaf.shape.index(rows)
+            raise ValueError(
+                f"the model returned a tensor of shape {tuple(leaf.shape)} for {rows} rows; predict joins batches "
+                f"along the first dimension, and the rows are in dimension {dim}. Return it with .transpose(0, {dim})."
+            )
+
+
 def check_results(results: Any, step: Callable[..., Any]) -> None:
     """A step must return a dict of name -> number."""
     name = getattr(step, "__name__", "the step")
@@ -225,8 +245,8 @@ def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_wei
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
     if labels is None and step.__module__ == "minikeras.model":  # one that is overridden may do without
         raise ValueError(
-            "the batches are features alone, and the loss compares with labels. Give batches of "
-            "(features, labels), for an autoencoder (X, X), or override train_step."
+            f"the batches are features alone, and the loss compares with labels. Give batches of (features, labels), "
+            f"arrays as a tuple (X, y), for an autoencoder (X, X); or override {step.__name__}."
         )
     if sample_weight is None:
         return
@@ -248,12 +268,10 @@ def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_wei
 # --- before a fit -----------------------------------------------------------------------------------------------------
 
 
-def check_optimizers(
-    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: dict[int, torch.dtype]
-) -> None:
-    """Something must be there to train, and each optimizer must hold it as it is now.
+def check_optimizers(model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: set[int]) -> None:
+    """Something must be there to train, and the optimizers must hold it as it is now.
 
-    `compiled` has the dtype that each parameter had at compile, by the parameter's id.
+    `compiled` has the ids of the parameters that there were at compile.
     """
     name = type(model).__name__
     own = {id(parameter): parameter for parameter in parameters_of(model, loss_func)}
@@ -266,18 +284,16 @@ def check_optimizers(
     held = {id(parameter): parameter for optimizer in optimizers.values() for parameter in _held(optimizer)}
     for key, optimizer in optimizers.items():
         which = f"optimizer {key!r}" if key else "the optimizer"
-        if not any(id(parameter) in own for parameter in _held(optimizer)):
+        ids = {id(parameter) for parameter in _held(optimizer)}
+        if not ids & own.keys() and (ids & compiled or not held.keys() & own.keys()):
             raise ValueError(
                 f"{which} holds none of the parameters of {name}: it was made from another model, or the network was "
                 f"replaced after compile. {again}"
             )
-        for parameter in _held(optimizer):
-            before = compiled.get(id(parameter), parameter.dtype)
-            if before != parameter.dtype and optimizer.state.get(parameter):
-                raise ValueError(
-                    f"{which} holds stale state: it is {_name(before)} from earlier steps and the parameters are "
-                    f"{_name(parameter)} now. {again}"
-                )
+        stale = _stale_state(optimizer)
+        if stale:
+            what = f"it is {stale[0]} from earlier steps and the parameters are {stale[1]} now"
+            raise ValueError(f"{which} holds stale state: {what}. {again}")
     replaced = any(key in compiled and key not in own for key in held)
     untrained = sum(p.requires_grad and key not in held and key not in compiled for key, p in own.items())
     if untrained:
@@ -285,6 +301,17 @@ def check_optimizers(
         raise ValueError(
             f"the optimizer {what} after compile, and {untrained} new parameters would not be trained. {again}"
         )
+
+
+def _stale_state(optimizer: Optimizer) -> tuple[str, str] | None:
+    """The dtypes of a state and its parameter that differ; only torch's own optimizers always keep them alike."""
+    if type(optimizer).__module__.startswith("torch.optim"):
+        for parameter, state in optimizer.state.items():
+            for value in state.values():
+                alike = isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape
+                if alike and value.is_floating_point() and value.dtype != parameter.dtype:
+                    return _name(value), _name(parameter)
+    return None
 
 
 def check_closures(optimizers: dict[str, Optimizer]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from pandas.api.types import is_integer_dtype, is_numeric_dtype
+from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -112,10 +112,13 @@ def as_batches(data: Any, name: str, batch_size: int | None = None, *, shuffle: 
             f"batch_size={batch_size} is for data that is not batched yet, and {name} is a {type(data).__name__}, "
             f"which makes its own batches. Leave batch_size out, or set it where {name} is made."
         )
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+    if not hasattr(data, "__iter__"):
+        remedy = ""
+        if hasattr(data, "__getitem__"):  # Python would index it on and on: batches sliced past the end never stop
+            remedy = " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows."
         raise TypeError(
             f"{name} must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X, y), "
-            f"got {type(data).__name__}."
+            f"got {type(data).__name__}.{remedy}"
         )
     return cast(Iterable[Any], data)
 
@@ -163,16 +166,9 @@ def as_tensor(array: Any, name: str = "data") -> Tensor:
     """
     if isinstance(array, Tensor):
         return array
-    if isinstance(array, pd.DataFrame):
-        odd = [str(column) for column, dtype in array.dtypes.items() if not is_numeric_dtype(dtype)]
-        if odd:
-            raise TypeError(
-                f"{name} has columns that are not numbers: {', '.join(odd)}. Encode them first, "
-                f"for instance with pandas.get_dummies or column.astype('category').cat.codes."
-            )
-        whole = all(is_integer_dtype(dtype) for dtype in array.dtypes)
-        array = array.to_numpy(np.int64 if whole else np.float64)
-    array = np.asarray(array)
+    if isinstance(array, pd.Series):
+        return as_tensor(array.to_frame(), name)[:, 0]
+    array = _frame_values(array, name) if isinstance(array, pd.DataFrame) else np.asarray(array)
     if array.dtype.kind not in "fiubc":
         raise TypeError(f"{name} holds {array.dtype} values; expected numbers. Encode them as numbers first.")
     if array.dtype.kind == "f":
@@ -180,6 +176,19 @@ def as_tensor(array: Any, name: str = "data") -> Tensor:
     elif array.dtype.kind in "iu" and array.dtype != np.uint8:
         array = array.astype(np.int64, copy=False)
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # pandas hands out read-only arrays
+
+
+def _frame_values(frame: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
+    odd = [str(column) for column, dtype in frame.dtypes.items() if not is_numeric_dtype(dtype)]
+    if odd:
+        raise TypeError(
+            f"{name} has columns that are not numbers: {', '.join(odd)}. Encode them first, "
+            f"for instance with pandas.get_dummies or column.astype('category').cat.codes."
+        )
+    for is_kind, dtype in ((is_bool_dtype, np.bool_), (is_integer_dtype, np.int64)):
+        if all(is_kind(column) for column in frame.dtypes):
+            return frame.to_numpy(dtype)
+    return frame.to_numpy(np.float64)
 
 
 class ContinuedBatches:
@@ -231,7 +240,7 @@ def empty(batches: Any, name: str) -> ValueError:
     reason = "iterating it ended at once"
     if rows == 0 or getattr(batches, "rows", None) == 0:
         reason = "its dataset has no rows" if rows == 0 else "its arrays have no rows"
-    elif rows is not None and size is not None and rows < size and batches.drop_last:
+    elif rows is not None and size is not None and rows < size and getattr(batches, "drop_last", False):
         reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}. Set drop_last=False"
     elif iter(batches) is batches:
         steps = ", or give steps_per_epoch" * (name == "dl_train")
@@ -267,13 +276,15 @@ def to_device(nest: Any, device: torch.device) -> Any:
 
 
 def count_rows(features: Any, labels: Any = None) -> int:
-    """Rows of a batch: the first dimension of the first tensor in its features, else in its labels, else 1.
+    """Rows of a batch: the first size of its labels, where they are one tensor; else of the first tensor in it.
 
-    >>> count_rows((torch.zeros(8, 3), torch.zeros(8, 2)))
+    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do.
+
+    >>> count_rows((torch.zeros(30), torch.zeros(8)), labels=torch.zeros(8))
     8
     """
-    if isinstance(features, Tensor) and features.ndim:
-        return features.size(0)
+    if isinstance(labels, Tensor) and labels.ndim:
+        return labels.size(0)
     for leaf in (*leaves(features), *leaves(labels)):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
@@ -288,27 +299,38 @@ def call_with(module: nn.Module, features: Any) -> Any:
     Whole when its forward takes one argument; unpacked when it takes several, by name when they are a mapping.
     """
     if isinstance(features, Mapping):
-        return module(**features) if takes_several(module) else module(features)
-    if isinstance(features, (tuple, list)) and not hasattr(features, "to") and takes_several(module):
+        return module(**features) if _takes(module, tuple(features)) else module(features)
+    if isinstance(features, (tuple, list)) and not hasattr(features, "to") and _takes(module, None):
         return module(*features)
     return module(features)
 
 
-def takes_several(module: nn.Module) -> bool:
-    """Whether a module's forward takes several arguments; a wrapper's forward(*args) is judged by what it wraps."""
-    named, star = _arguments(getattr(module.forward, "__func__", module.forward), hasattr(module.forward, "__func__"))
+def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:
+    """Whether forward takes several arguments, those of these `names` where given.
+
+    A wrapper's forward(*args, **kwargs) is judged by what it wraps.
+    """
+    function = getattr(module.forward, "__func__", module.forward)
+    bound = function is not module.forward
+    several, passes_on = _arguments(function, bound, names)
     inner = list(module.children())
-    if star and not named and len(inner) == 1:
-        return takes_several(inner[0])
-    return star or named > 1
+    return _takes(inner[0], names) if passes_on and len(inner) == 1 else several
 
 
 @lru_cache(maxsize=256)
-def _arguments(function: Callable[..., Any], bound: bool) -> tuple[int, bool]:
-    """How many arguments a function names beside self, and whether it takes *args."""
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()][int(bound) :]
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return sum(kind not in variadic for kind in kinds), variadic[0] in kinds
+def _arguments(function: Callable[..., Any], bound: bool, names: tuple[str, ...] | None) -> tuple[bool, bool]:
+    """Whether a function takes several arguments (of these names), and whether it names none itself."""
+    signature = inspect.signature(function)
+    kinds = [parameter.kind for parameter in signature.parameters.values()][int(bound) :]
+    named = sum(kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds)
+    star = inspect.Parameter.VAR_POSITIONAL in kinds
+    if names is None:
+        return star or named > 1, star and not named
+    try:
+        signature.bind(*[None] * bound, **dict.fromkeys(names))
+    except TypeError:
+        return False, star and not named
+    return named != 1 or len(kinds) > 1, star and not named
 
 
 def join(pieces: list[Any]) -> Any:

@@ -82,7 +82,7 @@ def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Modul
     traceback = error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        layer = frame.f_locals.get("self")
+        layer = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
         if frame.f_code.co_name == "forward" and id(layer) in names and isinstance(layer, nn.Module):
             arguments = frame.f_code.co_varnames[1 : frame.f_code.co_argcount]
             first = frame.f_locals.get(arguments[0]) if arguments else None

@@ -49,11 +49,10 @@ class Run:
     train: Totals
     val: Totals
     device: torch.device
-    dtypes: dict[int, torch.dtype] = field(default_factory=dict)  # of each parameter at compile, by its id
+    parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
     published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
     totals: Totals = field(init=False)  # of the phase that is under way
-    rows: list[dict[str, float]] = field(default_factory=list)  # of the history, one an epoch
-    rates: list[dict[str, float]] = field(default_factory=list)  # learning rates, one row an epoch
+    epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
 
     def __post_init__(self) -> None:
         self.totals = self.val
@@ -76,12 +75,13 @@ class Run:
 
     def history(self) -> pd.DataFrame:
         """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
+        names = list(dict.fromkeys(name for row in rows for name in row))
         names.sort(key=lambda name: name.startswith("val_"))  # stable: the order within each half stays
-        index = pd.RangeIndex(1, len(self.rows) + 1, name="epoch")
-        rates = pd.DataFrame(self.rates[: len(self.rows)], index=index, dtype=float)
-        changed = rates.loc[:, rates.nunique(dropna=False) > 1]
-        return pd.DataFrame(self.rows, index=index, columns=names).join(changed)
+        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
+        changed = [name for name in (rates[0] if rates else ()) if len({row[name] for row in rates}) > 1]
+        changed = [name for name in changed if name not in names]  # where a callback logs it, its own value stays
+        return pd.DataFrame(rows, index, names).join(pd.DataFrame(rates, index, changed))
 
 
 @dataclass
@@ -96,10 +96,10 @@ class Plan:
 
 
 def fit(model: Model, run: Run, plan: Plan) -> None:
-    """Train for so many epochs; each whole epoch leaves its row in `run.rows`, whatever happens later."""
+    """Train for so many epochs; each whole epoch leaves its row in `run.epochs`, whatever happens later."""
     run.train.unseen = run.val.unseen = True
     on_batch_end = with_method(plan.callbacks, "on_batch_end")
-    first = len(run.rows) + 1
+    first = len(run.epochs) + 1
     with modes_kept(model), no_gradients_left(model, run), fit_callbacks(plan.callbacks, model):
         for epoch in range(first, first + plan.epochs):
             model.train()
@@ -109,16 +109,17 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 logs = one_pass(run, run.train, model.train_step, plan.train, "dl_train", on_batch_end)
                 if plan.val is not None and epoch % plan.validation_freq == 0:
                     logs |= evaluate(model, run, plan.val)
-            run.rates.append(learning_rates(run))
-            run.rows.append(logs)
+            run.epochs.append((logs, learning_rates(run)))
             for callback in plan.callbacks:
                 callback.on_epoch_end(epoch, logs)
 
 
 def evaluate(model: Model, run: Run, batches: Iterable[Any]) -> dict[str, float]:
     """The means over all rows of the batches, under names with val_."""
-    with modes_kept(model), torch.no_grad():
+    loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
+    with modes_kept(model, loss), torch.no_grad():
         model.eval()
+        loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
         means = one_pass(run, run.val, model.evaluate_step, batches, "dl_val")
     return {f"val_{name}": mean for name, mean in means.items()}
 
@@ -154,11 +155,14 @@ def one_pass(
 
 def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
     """The model's outputs for every row, in order, on the CPU."""
-    pieces = []
+    pieces: list[Any] = []
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
-            outputs = model.compute_outputs(to_device(unpack(batch)[0], device))
+            features = to_device(unpack(batch)[0], device)
+            outputs = model.compute_outputs(features)
+            if not pieces:
+                checks.check_rows_first(outputs, count_rows(features))
             pieces.append(map_leaves(off_device, outputs))
     if not pieces:
         raise empty(batches, "dl")
@@ -166,8 +170,8 @@ def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
 
 
 def off_device(leaf: Any) -> Any:
-    """A tensor on the CPU, without what it was computed from; anything else as it is."""
-    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+    """A tensor or packed sequence on the CPU; anything else as it is."""
+    return leaf.cpu() if hasattr(leaf, "cpu") else leaf
 
 
 def place(model: Model, run: Run) -> None:
@@ -191,9 +195,9 @@ def learning_rates(run: Run) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
+def modes_kept(*models: nn.Module) -> Iterator[None]:
     """Each submodule's train or eval mode is put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
     finally:

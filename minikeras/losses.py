@@ -184,7 +184,8 @@ class Regularized(nn.Module):
             do not reach it. A deepcopy holds a copy of the model too, so copy the two together.
         l1, l2: strengths, 0 or more, default 0; a negative one is a ValueError.
 
-    The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"). A pair
+    The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"), so that weights of
+    the rows weigh it too. A pair
     (sum, count) becomes (sum + penalty * count, count), so that its mean, too, carries the penalty once.
 
     >>> Regularized(FocalLoss(), nn.Linear(2, 1), l2=0.001)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.checks import is_stateful
+from minikeras.checks import check_number, is_stateful
 
 Result = Tensor | float | tuple[Any, Any]  # a mean over the batch's rows, or a pair (sum, count)
 
@@ -48,6 +48,8 @@ class Totals(Mapping[str, float]):
         """Each function's answer for a batch; the objects take it in and answer when they are read."""
         for name, metric in self.objects.items():
             call(f"metric {name!r}", metric.update, outputs, labels, scalar=False)
+            if self.unseen:
+                self._computed(name)  # one that is not a number is refused now, before a weight moves
         self.updated = True
         return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in self.functions.items()}
 
@@ -87,12 +89,17 @@ class Totals(Mapping[str, float]):
         sums = torch.stack(list(self.sums.values())).tolist() if names else []  # waits for the device, once
         read = {name: _mean(total, self.counts[name]) for name, total in zip(names, sums, strict=True)}
         if self.updated:
-            read |= {name: float(metric.compute()) for name, metric in self.objects.items()}
+            read |= {name: self._computed(name) for name in self.objects}
         return {name: read[name] for name in self}
+
+    def _computed(self, name: str) -> float:
+        value = self.objects[name].compute()
+        check_number(f"metric {name!r}", value)
+        return _mean(*value) if isinstance(value, tuple) else float(value)
 
     def __getitem__(self, name: str) -> float:
         if name in self.objects and self.updated:
-            return float(self.objects[name].compute())
+            return self._computed(name)
         return _mean(self.sums[name], self.counts[name])
 
     def __iter__(self) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, layer_summary, loop
-from minikeras.callbacks import Callback, check_callbacks
+from minikeras.callbacks import Callback, LambdaCallback, check_callbacks
 from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length, map_leaves
 from minikeras.errors import NotCompiledError, described, positive_int
 from minikeras.losses import scalar_loss
@@ -161,11 +161,13 @@ class Model(nn.Module):
 
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
-                the batch's rows, or a pair (sum, count) where rows are not the unit.
+                the batch's rows, or a pair (sum, count) where rows are not the unit. A batch's rows are the first size
+                of its labels, or where they are not one tensor of the first tensor in its features.
             optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
-                rows, or a pair (sum, count); or an object with update, compute and reset (torchmetrics).
+                rows, or a pair (sum, count); or an object with update, compute and reset (torchmetrics). In the first
+                batch, outputs and labels that broadcast each other are refused; what is done in NumPy is not seen.
             device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
 
         Raises:
@@ -180,7 +182,7 @@ class Model(nn.Module):
         run = loop.Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
         loop.place(self, run)
         parameters = checks.parameters_of(self, loss_func)
-        run.dtypes = {id(parameter): parameter.dtype for parameter in parameters}
+        run.parameters = {id(parameter) for parameter in parameters}
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         if optimizer is None and trainable:
             optimizer = run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
@@ -224,7 +226,7 @@ class Model(nn.Module):
 
         Raises:
             NotCompiledError: before `compile`.
-            TypeError, ValueError: bad arguments or data, before any weight moves.
+            TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
         """
         run = self._compiled("fit")
         epochs = positive_int("epochs", epochs)
@@ -239,15 +241,13 @@ class Model(nn.Module):
             raise empty(val, "dl_val")  # now, and not after an epoch
         listed = check_callbacks(callbacks)
         if show(verbose):
-            last = len(run.rows) + epochs
-            best = min((row["val_loss"] for row in run.rows if "val_loss" in row), default=math.inf)
-            listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), best))
+            last = len(run.epochs) + epochs
+            best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
+            listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), val is not None, best))
+        listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
         self._check_optimizers(run)
         loop.place(self, run)
-        try:
-            loop.fit(self, run, loop.Plan(epochs, train, val, validation_freq, listed))
-        finally:
-            self._publish("history", run.history())
+        loop.fit(self, run, loop.Plan(epochs, train, val, validation_freq, listed))
         return run.history()
 
     def evaluate(self, dl_val: Any, *, batch_size: int | None = None) -> dict[str, float]:
@@ -307,7 +307,7 @@ class Model(nn.Module):
     def _check_optimizers(self, run: loop.Run) -> None:
         if "optimizer" in run.published and run.published["optimizer"] is not self.__dict__.get("optimizer"):
             raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
-        checks.check_optimizers(self, run.loss_func, run.optimizers, run.dtypes)
+        checks.check_optimizers(self, run.loss_func, run.optimizers, run.parameters)
         if type(self).train_step is Model.train_step:
             checks.check_closures(run.optimizers)
 

@@ -44,14 +44,18 @@ class Progress(Callback):
         steps: batches an epoch, None where not known ahead.
         log_step_freq: steps between two lines, or refreshes of the bar at the latest.
         bar: draw the bar; else print lines only.
+        validates: there will be val_ columns, though not in each row.
         best: the lowest val_loss of earlier fits, so that the mark goes on.
     """
 
-    def __init__(self, epochs: int, steps: int | None, log_step_freq: int | None, bar: bool, best: float) -> None:
+    def __init__(
+        self, epochs: int, steps: int | None, log_step_freq: int | None, bar: bool, validates: bool, best: float
+    ) -> None:
         self.epochs = epochs
         self.steps = steps
         self.log_step_freq = log_step_freq
         self.draws = bar
+        self.validates = validates
         self.best = best
         self.bar: tqdm[Any] | None = None
         self.columns: list[str] = []
@@ -87,10 +91,14 @@ class Progress(Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self._close_bar()
-        header, row = self._lines(epoch, logs)
-        if self.columns != list(logs):
-            self.columns = list(logs)
-            print(header)
+        names = list(logs)
+        if self.validates and not any(name.startswith("val_") for name in names):
+            names += [f"val_{name}" for name in names]
+        new = not set(names) <= set(self.columns)
+        self.columns = names if new else self.columns
+        head, row = self._lines(epoch, logs)
+        if new:
+            print(head)
         print(row, flush=True)
 
     def _lines(self, epoch: int, logs: dict[str, float]) -> tuple[str, str]:
@@ -98,9 +106,9 @@ class Progress(Callback):
         better = logs.get("val_loss", math.nan) < self.best
         self.best = logs["val_loss"] if better else self.best
         head, row, widest = ["epoch"], [str(epoch)], [""]
-        for name, value in logs.items():
+        for name in self.columns:
             head.append(name)
-            row.append(f"{value:#.4g}")
+            row.append(f"{logs[name]:#.4g}" if name in logs else "")
             widest.append("1.234e-05")
             if name == "val_loss":  # the mark of the best one so far has a narrow column of its own
                 head.append("")

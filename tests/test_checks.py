@@ -328,6 +328,11 @@ def test_a_count_must_be_a_whole_number_of_one_or_more(name, value):
     fits_badly(f"ValueError: {name} must be a whole number of 1 or more, got {value!r}.", **{name: value})
 
 
+class Indexed:
+    def __getitem__(self, number):
+        return X, Y
+
+
 LOADER = DataLoader(TensorDataset(X, Y), 16, drop_last=True)
 NO_ROWS = TensorDataset(X[:0], Y[:0])
 CITIES = pd.DataFrame({"age": [1.0] * 8, "city": ["Rome"] * 8})
@@ -347,6 +352,7 @@ FIT = {
     "X alone": {"data": X},
     "a dict without labels": {"data": [{"x": X, "y": Y}]},
     "a number": {"data": 5},
+    "no iteration but items": {"data": Indexed()},
     "a text column": {"data": (CITIES, Y)},
     "an array of text": {"data": (np.array(["a"] * 8), Y)},
     "a sample_weight of two columns": {"data": (X, Y, torch.ones(8, 2))},
@@ -374,9 +380,13 @@ a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32, Te
     float32, Tensor (8, 1) float32); expected (features, labels) or (features, labels, sample_weight). Put several
     inputs into a tuple of their own: ((a, b), labels).
 a batch that is a lone tensor | X alone | a dict without labels | ValueError: the batches are features alone, and the
-    loss compares with labels. Give batches of (features, labels), for an autoencoder (X, X), or override train_step.
+    loss compares with labels. Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X);
+    or override train_step.
 a number | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X,
     y), got int.
+no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels) batches
+    or arrays (X, y), got Indexed. Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are
+    rows.
 a text column | TypeError: dl_train has columns that are not numbers: city. Encode them first, for instance with
     pandas.get_dummies or column.astype('category').cat.codes.
 an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers first.
@@ -562,8 +572,9 @@ LAYERS = {
 }
 LAYERS_SAY = """
 float64 tensors | ValueError: layer net has float32 parameters and was given float64 values. Pass features.float(), or
-    change the model with model.to(torch.float64) before compile.
-integers | ValueError: layer net has float32 parameters and was given int64 values. Pass features.float().
+    in NumPy and pandas .astype('float32'), or change the model with model.to(torch.float64) before compile.
+integers | ValueError: layer net has float32 parameters and was given int64 values. Pass features.float(), or in NumPy
+    and pandas .astype('float32').
 too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3). Pass 4 features a
     row, or build it with in_features=3.
 layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Pass 5
@@ -851,6 +862,46 @@ def test_what_looks_wrong_and_is_right_trains(given):
     loss, *data = given
     history = compiled(Scale(), loss, sgd).fit(1, tuple(data), verbose=0)
     assert history["loss"].notna().all()
+
+
+class Shifted(nn.Module):
+    """Labels from 1, as its users number them."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss_func = CE
+
+    def forward(self, p, t):
+        return self.loss_func(p, t - 1)
+
+
+class PerStep(nn.CrossEntropyLoss):
+    """Scores (N, T, classes) against labels (N, T)."""
+
+    def forward(self, p, t):
+        return super().forward(p.transpose(1, 2), t)
+
+
+OWN = {
+    "all pairs of rows": (lambda p, t: ((p.unsqueeze(1) - t) ** 2).sum(-1).min(1)[0].mean(), S, S.abs()),
+    "all pairs of numbers": (lambda p, t: (p[:, None] - t).abs().mean(), ROW.clone(), ROW),
+    "a wrapper with labels of its own": (Shifted(), S, CLASSES + 1),
+    "a subclass with axes of its own": (PerStep(), torch.randn(8, 2, 5), torch.full((8, 2), 4)),
+}
+
+
+@pytest.mark.parametrize("given", OWN.values(), ids=OWN)
+def test_a_loss_that_treats_its_labels_in_its_own_way_trains(given):
+    loss, *data = given
+    assert compiled(Scale(), loss, sgd).fit(1, tuple(data), verbose=0)["loss"].notna().all()
+
+
+def test_a_state_of_another_dtype_is_refused_though_compiled_anew():
+    model = compiled()
+    model.fit(1, (X, Y), verbose=0)
+    model.double().compile(nn.MSELoss(), model.optimizer, device="cpu")
+    with pytest.raises(ValueError, match="the optimizer holds stale state: it is float32 from earlier steps"):
+        model.fit(1, (X.double(), Y.double()), verbose=0)
 
 
 def test_softmax_before_cross_entropy_is_warned_of_once_per_fit():

@@ -129,12 +129,27 @@ def test_several_inputs_go_to_forward_unpacked_or_whole(model, join):
     if model is Whole and isinstance(features, dict):
         features = {"a": X[:, :1], "b": X[:, 1:]}
     compiled_model = compiled(model())
-    expected = torch.sigmoid(compiled_model.fc(X)).detach()
     assert len(compiled_model.fit(1, [(features, y)], verbose=0)) == 1
     compiled_model = compiled(model())
     expected = torch.sigmoid(compiled_model.fc(X)).detach()
     torch.testing.assert_close(compiled_model.predict([(features, y)]), expected)
     torch.testing.assert_close(compiled_model.predict((features, y)), expected)
+
+
+class Optional(TwoInputs):
+    def forward(self, batch, swap=False):
+        return super().forward(batch["a"], batch["b"])
+
+
+class Keywords(TwoInputs):
+    def forward(self, **batch):
+        return super().forward(batch["a"], batch["b"])
+
+
+@pytest.mark.parametrize("model", [Optional, Keywords])
+def test_a_dict_goes_by_name_where_its_names_fit_and_whole_where_they_do_not(model):
+    X, y = points(50)
+    assert len(compiled(model()).fit(1, ({"a": X[:, :1], "b": X[:, 1:]}, y), verbose=0)) == 1
 
 
 def test_a_packed_sequence_is_one_input():
@@ -166,6 +181,7 @@ def test_a_packed_sequence_is_one_input():
         (pd.DataFrame({"a": [1, 2], "b": [3, 4]}), torch.int64),
         (pd.DataFrame({"a": [1, 2], "b": [0.5, 4]}), torch.float32),
         (pd.DataFrame({"a": [True, False], "b": [0.5, 4]}), torch.float32),
+        (pd.DataFrame({"a": [True, False]}), torch.bool),
         (torch.ones(3, dtype=torch.float64), torch.float64),
     ],
 )

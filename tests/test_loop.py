@@ -184,6 +184,21 @@ def test_what_a_callback_adds_to_the_logs_reaches_the_history():
     assert np.allclose(dfhistory["gap"], dfhistory["val_loss"] - dfhistory["loss"])
 
 
+def test_the_history_is_there_when_a_fit_ends():
+    lengths = []
+    model = compiled()
+    model.fit(3, points(), callbacks=[LambdaCallback(on_fit_end=lambda: lengths.append(len(model.history)))], verbose=0)
+    assert lengths == [3]
+
+
+def test_a_metric_named_as_a_learning_rate_keeps_its_column():
+    model = Net()
+    optimizers = {"a": torch.optim.SGD(model.parameters(), lr=0.1)}
+    model.compile(nn.BCELoss(), optimizers, {"lr_a": nn.L1Loss()}, device="cpu")
+    slower = LambdaCallback(on_epoch_end=lambda epoch, logs: optimizers["a"].param_groups[0].update(lr=0.1 / epoch))
+    assert list(model.fit(3, points(), callbacks=[slower], verbose=0)) == ["loss", "lr_a"]
+
+
 def test_the_last_running_means_of_an_epoch_are_its_row():
     last = {}
     keep = LambdaCallback(on_batch_end=lambda batch, logs: last.update(logs))
@@ -244,17 +259,12 @@ def test_fit_is_in_train_mode_with_gradient_and_the_rest_in_eval_mode_without():
 
 
 def test_a_callback_may_evaluate_in_the_middle_of_an_epoch():
-    X, y = points(100)
-    expected = compiled(metrics_dict={"accuracy": accuracy}).fit(2, [(X, y)] * 3, verbose=0)
-    torch.manual_seed(0)
+    batches = [points(rows) for rows in (30, 50, 20)]
     model = compiled(metrics_dict={"accuracy": accuracy})
-    evaluate = LambdaCallback(on_batch_end=lambda batch, logs: model.evaluate((X, y)))
-    found = model.fit(2, [(X, y)] * 3, callbacks=[evaluate], verbose=0)
-    assert list(found["loss"]) != []
-    torch.manual_seed(0)
-    again = compiled(metrics_dict={"accuracy": accuracy}).fit(2, [(X, y)] * 3, verbose=0)
-    pd.testing.assert_frame_equal(found, again)
-    assert expected.shape == found.shape
+    twin = compiled(copy.deepcopy(model), metrics_dict={"accuracy": accuracy})
+    evaluate = LambdaCallback(on_batch_end=lambda batch, logs: model.evaluate(points(70)))
+    found = model.fit(2, batches, callbacks=[evaluate], verbose=0)
+    pd.testing.assert_frame_equal(found, twin.fit(2, batches, verbose=0))
 
 
 def fail_at(batch, error):
@@ -313,6 +323,37 @@ def test_a_third_part_of_a_batch_is_a_weight_per_row():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_labels_say_how_many_rows_a_batch_has():
+    class TimeFirst(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(2, 1)
+
+        def forward(self, x):
+            return self.lstm(x)[0][-1]
+
+    model = compiled(TimeFirst(), nn.MSELoss())
+    batches = [(torch.randn(3, 16, 2), torch.randn(16, 1)), (torch.randn(90, 4, 2), 10 * torch.randn(4, 1))]
+    with torch.no_grad():
+        errors = torch.cat([(model(x) - y) ** 2 for x, y in batches])
+    assert model.evaluate(batches)["val_loss"] == pytest.approx(errors.mean().item(), rel=1e-6)
+
+
+def test_a_loss_with_modes_is_in_eval_mode_for_validation_and_put_back():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, y_pred, y_true):
+            return (self.norm(y_pred) - y_true).square().mean()
+
+    loss_func = Normed()
+    compiled(loss_func=loss_func).evaluate(points())
+    assert loss_func.norm.num_batches_tracked == 0
+    assert loss_func.norm.training
+
+
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +375,15 @@ def test_predict_returns_the_structure_that_the_model_returns():
     torch.testing.assert_close(found["pair"][1][0], X.sum(1))
     assert found["pair"][1][1] is None
     assert found["size"].shape == (3,)
+
+
+def test_predict_refuses_rows_that_are_not_first():
+    with pytest.raises(ValueError, match="rows") as error:
+        minikeras.Model(nn.LSTM(4, 3, batch_first=True)).predict(torch.randn(64, 5, 4))
+    assert str(error.value) == (
+        "the model returned a tensor of shape (1, 32, 3) for 32 rows; predict joins batches along the first dimension, "
+        "and the rows are in dimension 1. Return it with .transpose(0, 1)."
+    )
 
 
 def test_a_layer_that_works_in_place_does_not_reach_the_users_data():

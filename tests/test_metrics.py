@@ -113,3 +113,11 @@ def test_a_metric_may_look_at_several_outputs():
     model = compiled(Two(), loss_func, {"mean_x": lambda y_pred, y_true: y_pred["x"].mean()})
     X, y = points(30)
     assert model.evaluate((X, y), batch_size=7)["val_mean_x"] == pytest.approx(X.mean().item(), abs=1e-6)
+
+
+def test_a_metric_object_that_gives_more_than_one_number_is_refused_before_a_weight_moves():
+    model = compiled(metrics_dict={"m": torchmetrics.MetricCollection([torchmetrics.classification.BinaryAccuracy()])})
+    before = model.fc1.weight.clone()
+    with pytest.raises(ValueError, match=r"metric 'm' gave \{'BinaryAccuracy': Tensor"):
+        model.fit(1, points(10), verbose=0)
+    assert torch.equal(model.fc1.weight, before)

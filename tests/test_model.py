@@ -153,8 +153,10 @@ def test_training_runs_on_the_accelerator_and_predict_answers_on_the_cpu():
     assert model.predict(X).device.type == "cpu"
 
 
+@pytest.mark.gpu
 def test_training_goes_on_after_the_model_was_moved_away_by_hand():
-    model = compiled(lr=0.1)
+    model = Net()
+    model.compile(nn.BCELoss())
     model.fit(1, points(), verbose=0)
     model.to("cpu")
     assert len(model.fit(1, points(), verbose=0)) == 2
@@ -374,6 +376,13 @@ def test_the_default_step_moves_every_optimizer_of_a_dict():
         one.fit(2, [(X, y)], verbose=0)
     for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_one_of_several_optimizers_may_hold_what_is_not_in_the_model():
+    model, temperature = Net(), torch.ones((), requires_grad=True)
+    optimizers = {"net": torch.optim.SGD(model.parameters(), lr=0.1), "temperature": torch.optim.SGD([temperature])}
+    model.compile(nn.BCELoss(), optimizers, device="cpu")
+    assert len(model.fit(1, points(), verbose=0)) == 1
 
 
 def test_lbfgs_trains_with_a_step_of_its_own():

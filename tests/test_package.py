@@ -22,9 +22,9 @@ ORDER = [
     ["model"],
     ["loop", "progress"],
     ["callbacks"],
-    ["metrics", "losses", "layer_summary"],
+    ["metrics", "layer_summary"],
     ["checks"],
-    ["broadcast"],
+    ["broadcast", "losses"],
     ["data"],
     ["errors"],
 ]
@@ -132,7 +132,7 @@ def test_the_ring_example_finds_the_rare_positives(tmp_path):
     assert result["val_recall"] >= 0.5
     assert (tmp_path / "ring_focal.png").stat().st_size > 10_000
     assert "[-1, 1]" in printed
-    assert "61" in printed
+    assert "Total params: 61" in printed
 
 
 def test_the_linear_regression_example_recovers_w_and_b(tmp_path):
