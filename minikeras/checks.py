@@ -222,6 +222,17 @@ def check_rows_first(outputs: Any, rows: int) -> None:
             )
 
 
+def check_name(who: str, name: Any, taken: tuple[str, ...]) -> None:
+    """A column's name must be a string that history does not use itself."""
+    if not isinstance(name, str):
+        raise TypeError(f"{who} the name {name!r}; expected a string.")
+    if name in taken or name.startswith("val_"):
+        raise ValueError(
+            f"{who} the name {name!r}, which history uses itself ({', '.join(taken)} and val_...). "
+            f"Give it another name."
+        )
+
+
 def check_results(results: Any, step: Callable[..., Any]) -> None:
     """A step must return a dict of name -> number."""
     name = getattr(step, "__name__", "the step")
@@ -231,13 +242,7 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
             f'Return for instance {{"loss": loss}}.'
         )
     for key, value in results.items():
-        if not isinstance(key, str):
-            raise TypeError(f"{name} returned the name {key!r}; expected a string.")
-        if key in ("lr", "epoch") or key.startswith("val_"):
-            raise ValueError(
-                f"{name} returned the name {key!r}, which history uses itself (lr, epoch and val_...). "
-                f"Give it another name."
-            )
+        check_name(f"{name} returned", key, ("lr", "epoch"))
         check_number(f"{name}'s {key!r}", value)
 
 
@@ -370,13 +375,7 @@ def check_metrics_dict(metrics_dict: Any) -> None:
             f'Pass for instance {{"accuracy": accuracy}}.'
         )
     for name, metric in metrics_dict.items():
-        if not isinstance(name, str):
-            raise TypeError(f"metrics_dict has the name {name!r}; expected a string.")
-        if name in ("loss", "lr", "epoch") or name.startswith("val_"):
-            raise ValueError(
-                f"metrics_dict has the name {name!r}, which history uses itself (loss, lr, epoch and val_...). "
-                f"Give the metric another name."
-            )
+        check_name("metrics_dict has", name, ("loss", "lr", "epoch"))
         check_callable(f"metric {name!r}", metric)
 
 

@@ -653,9 +653,9 @@ a list of metrics | TypeError: metrics_dict must be a dict of name -> metric, go
     accuracy}.
 a metric named 3 | TypeError: metrics_dict has the name 3; expected a string.
 a metric named loss | ValueError: metrics_dict has the name 'loss', which history uses itself (loss, lr, epoch and
-    val_...). Give the metric another name.
+    val_...). Give it another name.
 a metric named val_x | ValueError: metrics_dict has the name 'val_x', which history uses itself (loss, lr, epoch and
-    val_...). Give the metric another name.
+    val_...). Give it another name.
 an optimizer class | TypeError: optimizer must be a torch.optim.Optimizer or a dict of them, got the class Adam. Pass
     for instance torch.optim.Adam(model.parameters(), lr=1e-3).
 an optimizer by name | TypeError: optimizer must be a torch.optim.Optimizer or a dict of them, got 'adam'. Pass for
