@@ -248,7 +248,10 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
 
 def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
-    if labels is None and step.__module__ == "minikeras.model":  # one that is overridden may do without
+    if labels is None and step.__module__ in (
+        "minikeras.model",
+        "minikeras.jit",
+    ):  # one that is overridden may do without
         raise ValueError(
             f"the batches are features alone, and the loss compares with labels. Give batches of (features, labels), "
             f"arrays as a tuple (X, y), for an autoencoder (X, X); or override {step.__name__}."

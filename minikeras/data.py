@@ -298,11 +298,23 @@ def call_with(module: nn.Module, features: Any) -> Any:
 
     Whole when its forward takes one argument; unpacked when it takes several, by name when they are a mapping.
     """
+    return call_as(manner(module, features), module, features)
+
+
+def manner(module: nn.Module, features: Any) -> str:
+    """How a module is to be called with features such as these: "whole", "unpacked" or "by name"."""
     if isinstance(features, Mapping):
-        return module(**features) if _takes(module, tuple(features)) else module(features)
+        return "by name" if _takes(module, tuple(features)) else "whole"
     if isinstance(features, (tuple, list)) and not hasattr(features, "to") and _takes(module, None):
-        return module(*features)
-    return module(features)
+        return "unpacked"
+    return "whole"
+
+
+def call_as(how: str, module: nn.Module, features: Any) -> Any:
+    """`module` called with features whole, unpacked or by name."""
+    if how == "whole":
+        return module(features)
+    return module(**features) if how == "by name" else module(*features)
 
 
 def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:

@@ -51,11 +51,17 @@ class Run:
     device: torch.device
     parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
     published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
+    jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
     totals: Totals = field(init=False)  # of the phase that is under way
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
 
     def __post_init__(self) -> None:
         self.totals = self.val
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether steps of the user's own ask for forward and loss, which are then compiled each by itself."""
+        return self.jit is not None and self.jit.overrides("train_step")
 
     def named(self, optimizer: str | None) -> list[Optimizer]:
         """The optimizer of that name, or all of them."""
@@ -93,6 +99,7 @@ class Plan:
     val: Iterable[Any] | None
     validation_freq: int
     callbacks: list[Callback]
+    say: Callable[[str], None]  # shows a line to the user
 
 
 def fit(model: Model, run: Run, plan: Plan) -> None:
@@ -100,13 +107,15 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     run.train.unseen = run.val.unseen = True
     on_batch_end = with_method(plan.callbacks, "on_batch_end")
     first = len(run.epochs) + 1
-    with modes_kept(model), no_gradients_left(model, run), fit_callbacks(plan.callbacks, model):
+    jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
+    with modes_kept(model), no_gradients_left(model, run), jitted, fit_callbacks(plan.callbacks, model):
+        train_step = run.jit.step("train_step") if run.jit else model.train_step
         for epoch in range(first, first + plan.epochs):
             model.train()
             for callback in plan.callbacks:
                 callback.on_epoch_begin(epoch)
             with noted(f"epoch {epoch}"):
-                logs = one_pass(run, run.train, model.train_step, plan.train, "dl_train", on_batch_end)
+                logs = one_pass(run, run.train, train_step, plan.train, "dl_train", on_batch_end)
                 if plan.val is not None and epoch % plan.validation_freq == 0:
                     logs |= evaluate(model, run, plan.val)
             run.epochs.append((logs, learning_rates(run)))
@@ -120,7 +129,8 @@ def evaluate(model: Model, run: Run, batches: Iterable[Any]) -> dict[str, float]
     with modes_kept(model, loss), torch.no_grad():
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
-        means = one_pass(run, run.val, model.evaluate_step, batches, "dl_val")
+        evaluate_step = run.jit.step("evaluate_step") if run.jit else model.evaluate_step
+        means = one_pass(run, run.val, evaluate_step, batches, "dl_val")
     return {f"val_{name}": mean for name, mean in means.items()}
 
 
@@ -130,6 +140,7 @@ def one_pass(
     """Every batch once through `step`; returns the means over the rows."""
     before, run.totals = run.totals, totals  # a callback may evaluate in the middle of an epoch
     totals.reset()
+    flush = getattr(step, "flush", None)  # of a compiled step
     number = 0
     try:
         for number, batch in enumerate(batches, start=1):
@@ -137,6 +148,8 @@ def one_pass(
             if totals.unseen:
                 checks.check_batch(step, features, labels, sample_weight)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
+            if results is None and flush:  # it waits for others, to go through the graph together
+                continue
             if totals.unseen or not isinstance(results, Mapping):
                 checks.check_results(results, step)
             totals.add(results, count_rows(features, labels))
@@ -145,6 +158,10 @@ def one_pass(
                 call(number, totals)
         if not number:
             raise empty(batches, name)
+        if flush and (rest := flush()):
+            totals.add(rest, count_rows(features, labels))
+            for call in on_batch_end:
+                call(number, totals)
         return totals.means()
     except Exception as error:
         error.add_note(f"{name}, batch {number}")

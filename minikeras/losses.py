@@ -56,6 +56,14 @@ def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
     return result.reshape(()) if isinstance(result, Tensor) and result.ndim else result
 
 
+def mean_of(loss: Any) -> Any:
+    """The number to differentiate: of a pair (sum, count) its mean, and 0 where nothing was counted."""
+    if not isinstance(loss, tuple):
+        return loss
+    total, count = loss
+    return total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)
+
+
 class FocalLoss(nn.Module):
     """Binary cross entropy in which easy elements, those already predicted well, count for little.
 

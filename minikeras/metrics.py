@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minikeras.checks import check_number, is_stateful
+from minikeras.data import map_leaves
 
 Result = Tensor | float | tuple[Any, Any]  # a mean over the batch's rows, or a pair (sum, count)
 
@@ -44,14 +45,21 @@ class Totals(Mapping[str, float]):
             metric.reset()
 
     @torch.no_grad()
-    def metrics(self, outputs: Any, labels: Any, call: Callable[..., Any]) -> dict[str, Result]:
-        """Each function's answer for a batch; the objects take it in and answer when they are read."""
+    def metrics(
+        self, outputs: Any, labels: Any, call: Callable[..., Any] | None = None, functions: bool = True
+    ) -> dict[str, Result]:
+        """Each function's answer for a batch; the objects take it in and answer when they are read.
+
+        `call(name, function, outputs, labels)` may take a closer look at them.
+        """
+        call = call or _plain_call
         for name, metric in self.objects.items():
             call(f"metric {name!r}", metric.update, outputs, labels, scalar=False)
             if self.unseen:
                 self._computed(name)  # one that is not a number is refused now, before a weight moves
         self.updated = True
-        return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in self.functions.items()}
+        asked = self.functions if functions else {}
+        return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
 
     def add(self, results: Mapping[str, Result], rows: int) -> None:
         """Add what a step returned for a batch of so many rows."""
@@ -108,6 +116,15 @@ class Totals(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def detached(nest: Any) -> Any:
+    """A nest whose tensors are cut off from what they were computed from."""
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, nest)
+
+
+def _plain_call(name: str, function: Callable[..., Any], outputs: Any, labels: Any, scalar: bool = True) -> Any:
+    return function(outputs, labels)
 
 
 def _on(device: torch.device, metric: Any) -> Any:

@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 
 from minikeras import checks, layer_summary, loop
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks
-from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length, map_leaves
+from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length
 from minikeras.errors import NotCompiledError, described, positive_int
-from minikeras.losses import scalar_loss
-from minikeras.metrics import Result, Totals
-from minikeras.progress import Progress, show, wants_bar
+from minikeras.losses import mean_of, scalar_loss
+from minikeras.metrics import Result, Totals, detached
+from minikeras.progress import Progress, show, tell, wants_bar
 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
@@ -100,6 +100,8 @@ class Model(nn.Module):
         Unpacked when it takes several, by name when they are a dict.
         """
         try:
+            if self._run is not None and self._run.by_parts:
+                return self._run.jit.forward(features)
             return call_with(self, features)
         except Exception as error:
             checks.explain_forward(error, self)  # raises a plainer error where the cause is known
@@ -115,7 +117,8 @@ class Model(nn.Module):
         if run.totals.unseen:
             checks.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
         try:
-            result = self._call("the loss", run.loss_func, outputs, labels, scalar=False)
+            loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
+            result = self._call("the loss", loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError) as error:
             checks.explain_loss(error, outputs, labels)  # raises a plainer error where the cause is known
             raise
@@ -124,14 +127,12 @@ class Model(nn.Module):
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for a batch, on detached outputs; objects with an `update` take it in."""
         run = self._compiled("compute_metrics")
-        return run.totals.metrics(map_leaves(_detached, outputs), labels, self._call)
+        return run.totals.metrics(detached(outputs), labels, self._call)
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
         """Fill the gradients of a loss: of every parameter, or of those of the optimizer of that name alone."""
         run = self._compiled("backward")
-        if isinstance(loss, tuple):
-            total, count = loss
-            loss = total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)
+        loss = mean_of(loss)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise ValueError(
                 f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
@@ -153,11 +154,14 @@ class Model(nn.Module):
         optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
         metrics_dict: Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
+        *,
+        jit: bool | Mapping[str, Any] = False,
+        steps_per_execution: int = 1,
     ) -> None:
         """Say how to train: loss, optimizer, metrics and device. The history starts anew.
 
-        `state_dict()` is the same before and after. This takes the place of nn.Module.compile, which runs
-        torch.compile: for that, wrap the compiled network, `Model(torch.compile(net))`.
+        `state_dict()` is the same before and after. This takes the place of nn.Module.compile; what that did, running
+        the module through torch.compile, is `jit=True` here.
 
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
@@ -169,6 +173,10 @@ class Model(nn.Module):
                 rows, or a pair (sum, count); or an object with update, compute and reset (torchmetrics). In the first
                 batch, outputs and labels that broadcast each other are refused; what is done in NumPy is not seen.
             device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
+            jit: compile forward, loss, metrics, backward and optimizer into one graph, several times as fast for small
+                models once compiled; or a dict of arguments for torch.compile. What cannot be compiled runs in eager,
+                with a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}.
+            steps_per_execution: under jit, optimizer steps in one call of the graph; callbacks see every so many.
 
         Raises:
             TypeError: a class where an instance is meant, or something of another kind.
@@ -178,6 +186,10 @@ class Model(nn.Module):
         checks.check_callable("loss_func", loss_func)
         checks.check_metrics_dict(metrics_dict)
         optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
+        if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
+            raise ValueError(
+                f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps."
+            )
         chosen = choose_device(device)
         run = loop.Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
         loop.place(self, run)
@@ -186,6 +198,10 @@ class Model(nn.Module):
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         if optimizer is None and trainable:
             optimizer = run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
+        if jit:
+            from minikeras.jit import Jit  # on first use: it loads the compiler
+
+            run.jit = Jit(self, run, {} if jit is True else jit, steps_per_execution)
         run.published = {} if self._run is None else self._run.published
         self._run = run
         self._publish("optimizer", optimizer)
@@ -240,14 +256,16 @@ class Model(nn.Module):
         if val is not None and length(val) == 0:
             raise empty(val, "dl_val")  # now, and not after an epoch
         listed = check_callbacks(callbacks)
-        if show(verbose):
+        shown = show(verbose)
+        if shown:
             last = len(run.epochs) + epochs
             best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
             listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), val is not None, best))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
         self._check_optimizers(run)
         loop.place(self, run)
-        loop.fit(self, run, loop.Plan(epochs, train, val, validation_freq, listed))
+        say = tell if shown else (lambda line: None)
+        loop.fit(self, run, loop.Plan(epochs, train, val, validation_freq, listed, say))
         return run.history()
 
     def evaluate(self, dl_val: Any, *, batch_size: int | None = None) -> dict[str, float]:
@@ -328,10 +346,6 @@ class Model(nn.Module):
         """For pickle and deepcopy, which give an uncompiled model."""
         ours = {"_run", *(self._run.published if self._run is not None else ())}
         return {name: value for name, value in self.__dict__.items() if name not in ours}
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _drop_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

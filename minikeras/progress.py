@@ -36,6 +36,11 @@ def wants_bar(verbose: str | int) -> bool:
     return bool(verbose == 1 or (verbose == "auto" and (sys.stdout.isatty() or in_notebook())))
 
 
+def tell(line: str) -> None:
+    """Print a line above the bar, where there is one."""
+    tqdm.write(line, file=sys.stdout)
+
+
 class Progress(Callback):
     """The bar and the table of one fit.
 

@@ -1,0 +1,86 @@
+"""The steps as compiled graphs: forward, loss, metrics, backward and optimizer in one.
+
+a fit's first batch    in eager, as without jit: it is looked at closely, and the optimizers make their state
+the next one           traced and compiled in the first of these ways that works; a lesser one comes with a warning
+    "one graph"        everything
+    "metrics outside"  metrics that leave torch run on the graph's outputs
+    "forward and loss" backward and step in eager: also where hooks of parameters or optimizers must fire
+    "eager"
+every other            that graph for batches of its shape, one more graph for all other shapes
+
+Gradients are those of the real parameters: a loss that holds on to them, as a penalty does, keeps its share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from minikeras.data import call_as, manner
+from minikeras.jit.graphs import OrEager, Say
+from minikeras.jit.steps import EvaluateStep, TrainStep
+
+if TYPE_CHECKING:
+    from minikeras.loop import Run
+    from minikeras.model import Model
+
+PARTS = {
+    "train_step": ("train_step", "compute_outputs", "compute_loss", "compute_metrics", "backward", "optimizer_step"),
+    "evaluate_step": ("evaluate_step", "compute_outputs", "compute_loss", "compute_metrics"),
+}
+
+
+class Jit:
+    """The compiled parts of one model: its steps where nothing of them is overridden, else forward and loss."""
+
+    def __init__(self, model: Model, run: Run, options: Mapping[str, Any], together: int) -> None:
+        self.model = model
+        self.options = options
+        self.say: Say = lambda message: None
+        self.train = TrainStep(model, run, run.train, self, together)
+        self.evaluate = EvaluateStep(model, run, run.val, self)
+
+        def loss(outputs: Any, labels: Any) -> Any:
+            return run.loss_func(outputs, labels)
+
+        self.loss_func = OrEager(loss, options, [])
+        self.forwards: dict[str, OrEager] = {}
+
+    def step(self, name: str) -> Any:
+        """The step of that name for the loop."""
+        if self.overrides(name):
+            return getattr(self.model, name)
+        return self.train if name == "train_step" else self.evaluate
+
+    def overrides(self, name: str) -> bool:
+        """Whether the user wrote that step, or a part of it, anew."""
+        base = next(cls for cls in type(self.model).__mro__ if cls.__module__ == "minikeras.model")
+        own = vars(self.model)
+        return any(part in own or getattr(type(self.model), part) is not getattr(base, part) for part in PARTS[name])
+
+    def forward(self, features: Any) -> Any:
+        """The model's outputs, compiled."""
+        how, model = manner(self.model, features), self.model
+
+        def forward(features: Any) -> Any:
+            return call_as(how, model, features)
+
+        if how not in self.forwards:
+            self.forwards[how] = OrEager(forward, self.options, list(model.buffers()))
+        return self.forwards[how](features)
+
+    @contextlib.contextmanager
+    def fitting(self, say: Say) -> Iterator[None]:
+        """Tells the user of what is compiled meanwhile, and leaves optimizers as without jit at the end."""
+        self.say = say
+        try:
+            with warnings.catch_warnings():
+                # said by Dynamo of outputs that reach a loss compiled by itself; nothing reads their .grad
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                yield
+        finally:
+            self.say = lambda message: None
+            self.train.waiting.clear()
+            self.train.end()

@@ -1,0 +1,128 @@
+"""Functions compiled: as whole graphs, or part by part. A first call that fails leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import textwrap
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minikeras.data import leaves
+
+Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
+Say = Callable[[str], None]  # tells the user that something is being compiled
+_numbers = itertools.count()
+
+
+class CompileError(Exception):
+    """Tracing or compiling failed; whatever the attempt had changed has been put back."""
+
+
+class Graphs:
+    """One function compiled twice at most: for the shapes it is called with first, and for all others."""
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], say: Say, state: list[Tensor]) -> None:
+        self.function = function
+        self.options = options
+        self.say = say
+        self.state = state  # the tensors that the function changes
+        self.shapes: list[Any] = []
+        self.compiled: dict[bool, Callable[..., Any]] = {}  # for other shapes or not -> the compiled function
+
+    def fits(self, batches: Sequence[Batch]) -> bool:
+        """Whether the batches have the shapes that the function was called with first."""
+        return not self.shapes or [shapes_of(batch) for batch in batches] == self.shapes
+
+    def __call__(self, *batches: Any) -> Any:
+        other = not self.fits(batches)
+        if other in self.compiled:
+            return self.compiled[other](*batches)
+        begun = time.perf_counter()
+        self.say(f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ...")
+        compiled = torch.compile(own_code(self.function), fullgraph=True, dynamic=other, **self.options)
+        with undone_on_error(self.state):
+            result = compiled(*batches)
+        self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
+        self.compiled[other] = compiled
+        self.shapes = self.shapes or [shapes_of(batch) for batch in batches]
+        return result
+
+
+class ByParts:
+    """A function compiled part by part: what does not trace runs in eager."""
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], state: list[Tensor]) -> None:
+        self.function = function
+        self.state = state
+        self.compiled = torch.compile(own_code(function), **options)
+        self.worked = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.worked:
+            return self.compiled(*args)
+        with undone_on_error(self.state):
+            result = self.compiled(*args)
+        self.worked = True
+        return result
+
+
+class OrEager(ByParts):
+    """A function compiled part by part, or in eager where nothing compiles."""
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return super().__call__(*args)
+        except CompileError as error:
+            result = self.function(*args)  # raises by itself where the batch is at fault
+            warnings.warn(f"jit: {self.function.__name__} runs in eager, since {reason(error)}", stacklevel=2)
+            self.compiled, self.worked = self.function, True
+            return result
+
+
+def shapes_of(batch: Any) -> Any:
+    """What a graph is made for: the shape of each tensor in a batch."""
+    if isinstance(batch, Tensor) or batch is None:
+        return None if batch is None else batch.shape
+    if isinstance(batch, tuple):
+        return [shapes_of(part) for part in batch]
+    return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: Dynamo limits graphs per code object, which models share."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")  # the same from run to run
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+@contextlib.contextmanager
+def undone_on_error(state: list[Tensor]) -> Iterator[None]:
+    """Puts tensors and the random state back when a first call fails, so that the step can be taken in another way."""
+    kept, random_state = [tensor.detach().clone() for tensor in state], torch.get_rng_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's of torch; the user's own came with the batch in eager
+            yield
+    except BaseException as error:
+        with torch.no_grad():
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
+        torch.set_rng_state(random_state)
+        if isinstance(error, Exception):
+            raise CompileError(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def reason(error: CompileError) -> str:
+    """Why something did not compile: the user's function it came from, and torch's first words."""
+    text = str(error)
+    functions = re.findall(r"^ *File .*, in (\w+)$", text, re.MULTILINE)
+    words = textwrap.shorten(" ".join(line for line in text.splitlines()[:3]), 200, placeholder=" ...")
+    return f"in {functions[-1]}: {words}" if functions else words

@@ -1,0 +1,115 @@
+"""What an optimizer needs to step inside a graph, without its user seeing a difference."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Double:
+    """A twin of an optimizer for the graph: the same parameters and state, its rate in a tensor, its steps in float64.
+
+    The user's own optimizer looks as it does without jit: a fused flag, a float rate, float32 steps.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.twin: Optimizer = object.__new__(type(optimizer))
+        self.twin.__dict__.update(optimizer.__dict__)
+        self.twin.param_groups = [dict(group) for group in optimizer.param_groups]
+        self.twin.state = defaultdict(dict)
+        self.step = inspect.unwrap(type(optimizer).step)  # undecorated: hooks and profiling would break the graph
+        self.settings = [[(k, v) for k, v in g.items() if k not in ("params", "lr")] for g in optimizer.param_groups]
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.handle: Any = None
+        self.taken = 0  # steps in the graph since the twin took over
+        for group in self.twin.param_groups:
+            if group.get("fused"):
+                group["fused"] = False  # Dynamo refuses it, and the compiler fuses by itself
+            if not isinstance(group["lr"], Tensor):  # a float would be part of the code, compiled anew when it changes
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
+        self.read()
+
+    def follow(self) -> bool:
+        """Take over the learning rate; False when another setting has changed, which is part of the code."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            rate = group["lr"]
+            if rate is not self.rates[number]:
+                self.rates[number] = rate
+                self.twin.param_groups[number]["lr"].fill_(rate)
+            if any(group[key] is not value and group[key] != value for key, value in self.settings[number]):
+                return False
+        return True
+
+    def read(self) -> bool:
+        """Take over the optimizer's state after a step of its own; False when it is in other tensors than before."""
+        same = True
+        for parameter, state in self.optimizer.state.items():
+            twins = self.twin.state[parameter]
+            for key, value in state.items():
+                if not counts_steps(value):
+                    same = same and twins.get(key) is value
+                    twins[key] = value
+                elif key in twins:
+                    twins[key].copy_(value)
+                else:
+                    twins[key] = value.double()  # beta ** step in float32 would lose four digits
+        return same
+
+    def attach(self) -> None:
+        """From now on the twin steps; whoever asks the optimizer for its state gets it as it is then."""
+        self.handle = self.handle or self.optimizer.register_state_dict_pre_hook(lambda _: self.write_back())
+
+    def detach(self) -> None:
+        """From now on the optimizer steps by itself again."""
+        if self.handle is not None:
+            self.write_back()
+            self.handle.remove()
+            self.handle = None
+
+    def write_back(self) -> None:
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                if counts_steps(value):
+                    twin = self.twin.state[parameter][key]
+                    if key == "step" and twin == value:
+                        twin += self.taken  # the compiler leaves out a count that nothing reads, such as RMSprop's
+                    value.copy_(twin)
+        self.taken = 0
+
+
+def counts_steps(value: Any) -> bool:
+    """Whether a part of an optimizer's state is its count of steps, a float32 number."""
+    return isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float32
+
+
+def gradients_in_graph() -> Callable[..., tuple[Tensor, ...]]:
+    """torch.autograd.grad of a loss by parameters as one op of a graph."""
+
+    def gradients(loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, parameters)
+
+    # the compiler differentiates through it; Dynamo does not look inside
+    in_graph: Callable[..., tuple[Tensor, ...]] = torch.compiler.allow_in_graph(gradients)
+    return in_graph
+
+
+def has_hooks(parameters: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> bool:
+    """Whether somebody waits for gradients or steps, who would not be called. Torch has no public way to ask."""
+    names = (
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "_optimizer_step_pre_hooks",
+        "_optimizer_step_post_hooks",
+    )
+    own = any(getattr(one, name, None) for one in (*parameters, *optimizers) for name in names)
+    everywhere = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    module = sys.modules[Optimizer.__module__]
+    return own or any(getattr(module, name, None) for name in everywhere)

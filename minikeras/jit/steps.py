@@ -1,0 +1,285 @@
+"""The default steps for the loop, each as one graph where that can be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras.data import call_as, count_rows, manner
+from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, reason
+from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks
+from minikeras.losses import mean_of, scalar_loss
+from minikeras.metrics import Totals, detached
+
+if TYPE_CHECKING:
+    from minikeras.jit import Jit
+    from minikeras.loop import Run
+    from minikeras.model import Model
+
+
+IN_GRAPH = ("one graph", "metrics outside")  # the best ways
+
+
+class EvaluateStep:
+    """evaluate_step for the loop: forward, loss and metrics as one graph, where that can be."""
+
+    name = "evaluate_step"
+    ways: tuple[str, ...] = (*IN_GRAPH, "eager")
+    together = 1  # steps in one call of the graph
+
+    def __init__(self, model: Model, run: Run, totals: Totals, jit: Jit) -> None:
+        self.__name__ = self.name  # as the method that it stands for
+        self.model = model
+        self.run = run
+        self.totals = totals
+        self.jit = jit
+        self.way = "one graph"
+        self.graphs: Graphs | None = None
+        self.others_in_eager = False  # batches of other shapes than the graph's, where no graph can be made for them
+        self.waiting: list[Batch] = []
+
+    def __call__(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> dict[str, Any] | None:
+        """The results of this batch and of those that waited for it; None while it waits for others."""
+        batch = (features, labels, sample_weight)
+        if self.totals.unseen:
+            self.waiting.clear()
+            return self.first(batch)
+        self.waiting.append(batch)
+        return self.flush() if len(self.waiting) == self.together else None
+
+    def flush(self) -> dict[str, Any] | None:
+        """Take the steps of the batches that wait, if there are any."""
+        batches, self.waiting = self.waiting, []
+        if len(batches) == self.together and (self.graphs is None or self.graphs.fits(batches)):
+            return self.take(batches)
+        return combined([self.take([batch]) for batch in batches], batches) if batches else None
+
+    def take(self, batches: list[Batch]) -> dict[str, Any]:
+        """The steps of these batches, in the best way that is left."""
+        failed: CompileError | None = None
+        while True:
+            try:
+                results = self.taken(batches)
+                break
+            except CompileError as error:
+                failed = failed or error
+                self.descend()
+        if failed is not None:
+            self.warn(failed)
+        return results
+
+    def taken(self, batches: list[Batch]) -> dict[str, Any]:
+        if self.way in IN_GRAPH:
+            return self.through_the_graph(batches)
+        one = self.by_parts if self.way == "forward and loss" else self.eager
+        return combined([one(batch) for batch in batches], batches)
+
+    def descend(self, to: str = "") -> None:
+        """Go on in the next way down, or in the one named."""
+        self.graphs = None
+        below = self.ways[self.ways.index(self.way) + 1 :]
+        without_metrics = below[0] == "metrics outside" and not self.totals.functions
+        self.way = to or below[without_metrics]
+
+    def warn(self, error: CompileError | str) -> None:
+        why = error if isinstance(error, str) else reason(error)
+        warnings.warn(f"jit: {self.name} is not one graph: {self.way}, since {why}", stacklevel=2)
+
+    def through_the_graph(self, batches: list[Batch]) -> dict[str, Any]:
+        if self.graphs is None:
+            function = self.function(manner(self.model, batches[0][0]))
+            self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed())
+        elif self.others_in_eager and not self.graphs.fits(batches):
+            return combined([self.first(batch) for batch in batches], batches)
+        try:
+            results, outputs = self.graphs(*batches)
+        except CompileError as error:
+            if not self.graphs.compiled:
+                raise
+            results = combined([self.first(batch) for batch in batches], batches)  # raises if the batch is at fault
+            self.others_in_eager = True
+            warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
+            return results
+        self.count(len(batches))
+        if outputs is None:
+            return dict(results)
+        outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
+        return {**results, **combined(outside, batches)}
+
+    def count(self, steps: int) -> None:
+        """So many steps were taken in the graph."""
+
+    def outside(self, outputs: Any, labels: Any) -> dict[str, Any]:
+        """Objects, and functions that leave torch."""
+        return self.totals.metrics(outputs, labels, functions=self.way == "metrics outside")
+
+    def function(self, how: str) -> Callable[..., Any]:
+        """What is traced: the steps of some batches, giving their results and the outputs that are still wanted."""
+        one, wants_outputs = self.one(how), bool(self.totals.objects) or self.way != "one graph"
+
+        def step(*batches: Batch) -> tuple[dict[str, Any], list[Any] | None]:
+            done = [one(*batch) for batch in batches]
+            outputs = [output for _, output in done] if wants_outputs else None
+            return combined([results for results, _ in done], batches), outputs
+
+        step.__name__ = self.name
+        return step
+
+    def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
+        """One batch's step as plain torch."""
+        model, loss_func, functions = self.model, self.run.loss_func, self.functions()
+
+        def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
+            outputs = call_as(how, model, features)
+            loss = scalar_loss(loss_func(outputs, labels), sample_weight)
+            return {"loss": loss, **{name: metric(outputs, labels) for name, metric in functions.items()}}, outputs
+
+        return one
+
+    def functions(self) -> dict[str, Any]:
+        """The metrics that are in the graph."""
+        return self.totals.functions if self.way == "one graph" else {}
+
+    def first(self, batch: Batch) -> dict[str, Any]:
+        """A step in eager, after which the graph goes on."""
+        return self.eager(batch)
+
+    def eager(self, batch: Batch) -> dict[str, Any]:
+        step = getattr(self.model, self.name)
+        return dict(step(*batch[: 2 if batch[2] is None else 3]))
+
+    def by_parts(self, batch: Batch) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def changed(self) -> list[Tensor]:
+        """The tensors that a step changes."""
+        return list(self.model.buffers())
+
+
+class TrainStep(EvaluateStep):
+    """train_step for the loop: forward, loss, metrics, backward and optimizer as one graph, where that can be."""
+
+    name = "train_step"
+    ways = (*IN_GRAPH, "forward and loss", "eager")
+
+    def __init__(self, model: Model, run: Run, totals: Totals, jit: Jit, together: int) -> None:
+        super().__init__(model, run, totals, jit)
+        self.together = together
+        self.doubles: list[Double] = []
+        self.reached: list[nn.Parameter] = []  # by the loss, in an eager step
+        self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
+        self.forward_and_loss: ByParts | None = None
+
+    def taken(self, batches: list[Batch]) -> dict[str, Any]:
+        if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
+            self.descend("forward and loss")
+            self.warn("a setting of the optimizer other than lr has changed")
+        return super().taken(batches)
+
+    def count(self, steps: int) -> None:
+        for double in self.doubles:
+            double.taken += steps
+
+    def descend(self, to: str = "") -> None:
+        super().descend(to)
+        if self.way not in IN_GRAPH:
+            self.end()
+            self.doubles, self.reached = [], []
+
+    def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
+        model, loss_func, functions = self.model, self.run.loss_func, self.functions()
+        parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
+        gradients_of = gradients_in_graph()
+
+        def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
+            outputs = call_as(how, model, features)
+            loss = scalar_loss(loss_func(outputs, labels), sample_weight)
+            gradients = gradients_of(mean_of(loss), *parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients):  # noqa: B905 - strict does not trace
+                    parameter.grad.copy_(gradient)  # type: ignore[union-attr] # to set it would break the graph
+                for step, twin in steps:
+                    step(twin)
+                outputs = detached(outputs)
+                results = {name: metric(outputs, labels) for name, metric in functions.items()}
+            return {"loss": detached(loss), **results}, outputs
+
+        return one
+
+    def first(self, batch: Batch) -> dict[str, Any]:
+        """The model's own step, with the graph's buffers out of its way; the graph goes on from there."""
+        self.end()
+        reached: list[nn.Parameter] = []
+
+        def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            reached.extend(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+        optimizers = list(self.run.optimizers.values())
+        handles = [optimizer.register_step_pre_hook(note) for optimizer in optimizers]
+        try:
+            results = self.eager(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.way in IN_GRAPH and has_hooks(reached, optimizers):
+            self.descend("forward and loss")
+        if self.way in IN_GRAPH:
+            self.begin(reached, optimizers)
+        return results
+
+    def begin(self, reached: list[nn.Parameter], optimizers: list[Optimizer]) -> None:
+        """Set up for the graph, after an eager step whose loss reached these parameters."""
+        same = [id(parameter) for parameter in reached] == [id(parameter) for parameter in self.reached]
+        read = [double.read() for double in self.doubles]
+        if not same or not all(read):
+            self.graphs, self.reached = None, reached
+            self.gradients = [torch.zeros_like(parameter) for parameter in reached]
+            self.doubles = [Double(optimizer) for optimizer in optimizers]
+        for parameter, gradient in zip(self.reached, self.gradients, strict=True):
+            parameter.grad = gradient
+        for double in self.doubles:
+            double.attach()
+
+    def end(self) -> None:
+        """Leave optimizers and gradients as an eager loop would."""
+        for double in self.doubles:
+            double.detach()
+        for parameter in self.reached:
+            parameter.grad = None
+
+    def by_parts(self, batch: Batch) -> dict[str, Any]:
+        """Forward and loss compiled, backward and step in eager: hooks fire there."""
+        if self.forward_and_loss is None:
+            how, model, loss_func = manner(self.model, batch[0]), self.model, self.run.loss_func
+
+            def forward_and_loss(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
+                outputs = call_as(how, model, features)
+                return outputs, scalar_loss(loss_func(outputs, labels), sample_weight)
+
+            self.forward_and_loss = ByParts(forward_and_loss, self.jit.options, list(model.buffers()))
+        outputs, loss = self.forward_and_loss(*batch)
+        self.model.backward(loss)
+        metrics = self.model.compute_metrics(outputs, batch[1])
+        self.model.optimizer_step()
+        return {"loss": loss, **metrics}
+
+    def changed(self) -> list[Tensor]:
+        states = [value for double in self.doubles for state in double.twin.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *super().changed(), *self.gradients, *states]
+        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:
+    """The results of several steps as one: sums and counts over their rows."""
+    if len(results) == 1:
+        return dict(results[0])
+    pairs = [
+        {name: value if isinstance(value, tuple) else (value * rows, rows) for name, value in one.items()}
+        for one, rows in [(one, count_rows(batch[0], batch[1])) for one, batch in zip(results, batches)]  # noqa: B905
+    ]
+    return {name: (sum(one[name][0] for one in pairs), sum(one[name][1] for one in pairs)) for name in pairs[0]}

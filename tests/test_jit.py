@@ -1,0 +1,425 @@
+"""jit=True: the same numbers from one graph, and a way down, said once, for what does not trace."""
+
+import copy
+import gc
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from conftest import Net, accuracy, points
+from sklearn.metrics import accuracy_score
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import minikeras
+from minikeras import LambdaCallback
+
+FAST = {"backend": "aot_eager"}  # traces and differentiates as ever, and leaves out the C++ compiler
+PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "fused Adam": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+def batches(*rows):
+    return [points(n) for n in rows or (20, 20, 20, 20, 20, 20, 20, 7)]
+
+
+def compiled(model, loss_func=None, optimizer=None, metrics_dict=None, **kwargs):
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.01)
+    model.compile(loss_func or nn.BCELoss(), optimizer, metrics_dict or {"accuracy": accuracy}, "cpu", **kwargs)
+    return model
+
+
+def pair(kind=Net, **kwargs):
+    """The same model twice: in eager, and as jit has it."""
+    torch.manual_seed(1)
+    model = kind()
+    return model, copy.deepcopy(model)
+
+
+def assert_same(model, twin, tolerance=1e-6):
+    for (name, found), expected in zip(twin.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def way(model):
+    return model._run.jit.train.way
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "path"), list(zip(OPTIMIZERS.values(), [*PATHS.values()] * 3, strict=True)), ids=OPTIMIZERS
+)
+def test_history_and_weights_equal_eager(make, path):
+    model, twin = pair()
+    compiled(model, optimizer=make(model.parameters()))
+    compiled(twin, optimizer=make(twin.parameters()), **path)
+    expected = model.fit(4, batches(), batches(30, 11), verbose=0)
+    found = twin.fit(2, batches(), batches(30, 11), verbose=0)
+    found = twin.fit(2, batches(), batches(30, 11), verbose=0)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin, 1e-5)
+    assert way(twin) == "one graph"
+
+
+def test_the_compiled_code_gives_the_numbers_of_eager():
+    model, twin = pair()
+    compiled(model)
+    compiled(twin, jit=True, steps_per_execution=2)
+    expected, found = (one.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for one in (model, twin))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
+    torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
+
+
+def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
+    model, twin = pair()
+    for one, jit in ((model, False), (twin, FAST)):
+
+        def loss_func(y_pred, y_true, one=one):
+            return F.binary_cross_entropy(y_pred, y_true) + minikeras.l2_penalty(one, 1.0)
+
+        compiled(one, loss_func, jit=jit).fit(3, batches(), verbose=0)
+    assert_same(model, twin)
+
+
+def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
+    class Odd(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            self.unused = nn.Linear(3, 3)
+            self.fc1.bias.requires_grad_(False)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    model, twin = pair(Odd)
+    compiled(model).fit(2, batches(), verbose=0)
+    compiled(twin, jit=FAST).fit(2, batches(), verbose=0)
+    assert_same(model, twin)
+    assert twin.norm.num_batches_tracked == 16
+
+
+def test_weights_of_rows_several_inputs_and_pairs_go_through_the_graph():
+    class Two(Net):
+        def forward(self, a, b):
+            return super().forward(torch.cat([a, b], 1))
+
+    def per_row(y_pred, y_true):
+        return F.binary_cross_entropy(y_pred, y_true, reduction="none")
+
+    def found(y_pred, y_true):
+        return ((y_pred > 0.5) & (y_true > 0.5)).sum(), (y_true > 0.5).sum()
+
+    data = [({"b": X[:, 1:], "a": X[:, :1]}, y, torch.rand(len(X))) for X, y in batches()]
+    model, twin = pair(Two)
+    compiled(model, per_row, metrics_dict={"recall": found})
+    compiled(twin, per_row, metrics_dict={"recall": found}, jit=FAST, steps_per_execution=2)
+    pd.testing.assert_frame_equal(twin.fit(2, data, data, verbose=0), model.fit(2, data, data, verbose=0), rtol=1e-5)
+    assert_same(model, twin)
+    assert way(twin) == "one graph"
+
+
+def test_several_optimizers_step_in_one_graph():
+    model, twin = pair()
+    for one, jit in ((model, False), (twin, FAST)):
+        optimizers = {name: torch.optim.SGD(getattr(one, name).parameters(), lr=0.1) for name in ("fc1", "fc2")}
+        compiled(one, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
+    assert_same(model, twin)
+    assert way(twin) == "one graph"
+
+
+def test_callbacks_see_every_so_many_steps():
+    seen = []
+    model = compiled(Net(), jit=FAST, steps_per_execution=3)
+    model.fit(1, batches(), callbacks=[LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))], verbose=0)
+    assert seen == [1, 4, 7, 8]  # the first by itself, and what is left at the end
+
+
+# --- what may change between steps ------------------------------------------------------------------------------------
+
+
+def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
+    def train(one, **kwargs):
+        compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), **kwargs)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(one.optimizer, 0.9)
+        step = LambdaCallback(on_batch_end=lambda batch, logs: scheduler.step())
+        return one.fit(5, batches(), callbacks=[step], verbose=0)
+
+    model, twin = pair()
+    expected, found = train(model), train(twin, jit=FAST)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert isinstance(twin.optimizer.param_groups[0]["lr"], float)
+    assert way(twin) == "one graph"
+
+
+def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said_once():
+    def train(one, **kwargs):
+        compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9), **kwargs)
+
+        def less(batch, logs):
+            one.optimizer.param_groups[0]["momentum"] *= 0.95
+
+        return one.fit(2, batches(), callbacks=[LambdaCallback(on_batch_end=less)], verbose=0)
+
+    model, twin = pair()
+    expected = train(model)
+    with pytest.warns(UserWarning, match="a setting of the optimizer other than lr has changed") as caught:
+        found = train(twin, jit=FAST)
+    assert len(caught) == 1
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin)
+
+
+def test_batches_of_many_sizes_take_two_graphs():
+    model = compiled(Net(), jit=FAST)
+    model.fit(1, batches(*range(20, 40)), verbose=0)
+    assert set(model._run.jit.train.graphs.compiled) == {True, False}
+    assert way(model) == "one graph"
+
+
+def test_ten_models_in_one_process_share_no_limit():
+    for _ in range(10):
+        model = compiled(Net(), jit=FAST)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.fit(1, batches(20, 20, 20), verbose=0)
+        assert way(model) == "one graph"
+
+
+def test_a_layer_thawed_between_fits_is_trained():
+    model, twin = pair()
+    for one, jit in ((model, False), (twin, FAST)):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        one.fc1.requires_grad_(False)
+        compiled(one, optimizer=optimizer, jit=jit).fit(1, batches(), verbose=0)
+        one.fc1.requires_grad_(True)
+        one.fit(1, batches(), verbose=0)
+    assert_same(model, twin)
+
+
+# --- what the user's own objects look like ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_two(make):
+    model, twin = pair()
+    states = []
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: states.append(copy.deepcopy(twin.optimizer.state_dict())))
+    compiled(model, optimizer=make(model.parameters())).fit(1, batches(), verbose=0)
+    compiled(twin, optimizer=make(twin.parameters()), jit=FAST).fit(1, batches(), callbacks=[keep], verbose=0)
+    expected = model.optimizer.state_dict()
+    for state in (states[-1], twin.optimizer.state_dict()):
+        assert state["param_groups"] == expected["param_groups"]
+        for key, values in expected["state"].items():
+            for name, value in values.items():
+                torch.testing.assert_close(state["state"][key][name], value, rtol=1e-5, atol=1e-6)
+    assert [step["state"][0]["step"].item() for step in states if "step" in step["state"][0]][:3] in ([1, 2, 3], [])
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert all(parameter.grad is None for parameter in twin.parameters())
+    compiled(twin, optimizer=twin.optimizer)
+    compiled(model, optimizer=model.optimizer)
+    model.fit(1, batches(), verbose=0)
+    twin.fit(1, batches(), verbose=0)
+    assert_same(model, twin, 1e-5)
+
+
+def test_deepcopy_gives_an_uncompiled_model_and_a_model_is_freed():
+    model = compiled(Net(), jit=FAST)
+    model.fit(1, batches(20, 20, 20), verbose=0)
+    copy.deepcopy(model)
+    gc.collect()
+    assert copy.deepcopy(model)._run is None
+
+
+# --- the ways down ----------------------------------------------------------------------------------------------------
+
+
+def sklearn_accuracy(y_pred, y_true):
+    return float(accuracy_score(y_true.numpy(), y_pred.numpy() > 0.5))
+
+
+def branching(y_pred, y_true):
+    """A loss whose flow depends on the data."""
+    loss = F.binary_cross_entropy(y_pred, y_true)
+    return loss * 2 if loss.item() > 0.6 else loss
+
+
+def test_a_metric_that_leaves_torch_runs_outside_and_the_step_stays_one_graph():
+    model, twin = pair()
+    metrics = {"accuracy": sklearn_accuracy}
+    expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
+    with pytest.warns(UserWarning, match="_step is not one graph: metrics outside, since in ") as caught:
+        found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(2, batches(), batches(), verbose=0)
+    assert [str(one.message).split()[1] for one in caught] == ["train_step", "evaluate_step"]
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert way(twin) == "metrics outside"
+
+
+def test_a_metric_object_is_updated_outside_the_graph():
+    model, twin = pair()
+    metrics = {"f1": torchmetrics.classification.BinaryF1Score(), "accuracy": accuracy}
+    expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
+    found = compiled(twin, metrics_dict=metrics, jit=FAST, steps_per_execution=2).fit(
+        2, batches(), batches(), verbose=0
+    )
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert way(twin) == "one graph"
+
+
+def test_a_loss_whose_flow_depends_on_the_data_falls_back_by_parts_and_says_where():
+    model, twin = pair()
+    expected = compiled(model, branching).fit(2, batches(), verbose=0)
+    with pytest.warns(UserWarning, match="forward and loss, since in branching: ") as caught:
+        found = compiled(twin, branching, jit=FAST).fit(2, batches(), verbose=0)
+    assert len(caught) == 1
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin)
+
+
+def test_an_adaptive_softmax_trains_under_jit():
+    def make():
+        torch.manual_seed(0)
+        loss_func = nn.AdaptiveLogSoftmaxWithLoss(8, 30, cutoffs=[5, 20], div_value=2)
+        return minikeras.Model(nn.Linear(2, 8)), loss_func
+
+    data = [(X, torch.randint(30, (len(X),))) for X, _ in batches()]
+    results = []
+    for jit in (False, FAST):
+        model, loss_func = make()
+        model.compile(loss_func, device="cpu", jit=jit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(model.fit(2, data, verbose=0))
+    pd.testing.assert_frame_equal(*results, rtol=1e-5)
+
+
+def test_without_a_compiler_everything_runs_in_eager():
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    model, twin = pair()
+    expected = compiled(model).fit(2, batches(), batches(), verbose=0)
+    with pytest.warns(UserWarning, match="no compiler here"):
+        found = compiled(twin, jit={"backend": backend}).fit(2, batches(), batches(), verbose=0)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
+    assert_same(model, twin)
+
+
+def test_a_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_taken_twice():
+    calls = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("broken graph")
+            return graph(*args)
+
+        return run
+
+    model = compiled(Net(), jit={"backend": backend})
+    with pytest.raises(RuntimeError, match="broken graph"):
+        model.fit(1, batches(), verbose=0)
+
+
+def test_a_way_that_fails_in_its_first_call_leaves_no_trace():
+    def backend(graph, inputs):
+        def run(*args):
+            graph(*args)  # the step is taken, and then something breaks
+            raise RuntimeError("broken graph")
+
+        return run
+
+    model, twin = pair()
+    compiled(model).fit(1, batches(20, 20, 20), verbose=0)
+    with pytest.warns(UserWarning, match="broken graph"):
+        compiled(twin, jit={"backend": backend}).fit(1, batches(20, 20, 20), verbose=0)
+    assert_same(model, twin)
+
+
+# --- hooks and steps of one's own -------------------------------------------------------------------------------------
+
+
+def test_hooks_of_parameters_and_optimizers_fire():
+    seen = []
+    model, twin = pair()
+    compiled(model).fit(1, batches(), verbose=0)
+    compiled(twin, jit=FAST)
+    twin.fc1.weight.register_hook(lambda grad: seen.append("gradient"))
+    twin.optimizer.register_step_post_hook(lambda *_: seen.append("step"))
+    twin.fit(1, batches(), verbose=0)
+    assert seen.count("gradient") == seen.count("step") == 8
+    assert_same(model, twin)
+
+
+def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
+    steps = []
+
+    class Own(Net):
+        def train_step(self, features, labels):
+            steps.append(len(features))
+            return super().train_step(features, labels)
+
+    model, twin = pair(Own)
+    expected = compiled(model).fit(2, batches(), batches(), verbose=0)
+    del steps[:]
+    found = compiled(twin, jit=FAST).fit(2, batches(), batches(), verbose=0)
+    assert len(steps) == 16
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert twin._run.jit.forwards["whole"].worked
+
+
+def test_a_bad_batch_is_refused_in_the_users_words_also_when_it_comes_later():
+    X, y = points(20)
+    model = compiled(Net(), jit=FAST)
+    with pytest.raises(ValueError, match="layer fc1 takes rows of 2 values"):
+        model.fit(1, [(X, y), (X[:, :1], y)], verbose=0)
+
+
+def test_a_fit_that_fails_leaves_the_optimizer_as_it_should_be():
+    def stop(batch, logs):
+        if batch == 3:
+            raise KeyboardInterrupt
+
+    model = compiled(Net(), jit=FAST)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(1, batches(), callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0)
+    assert model.optimizer.state_dict()["state"][0]["step"] == 3
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(model.fit(1, batches(), verbose=0)) == 1
+
+
+def test_compiling_is_shown_with_its_seconds(capsys):
+    compiled(Net(), jit=FAST).fit(1, batches(20, 20, 20))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "compiling the train step ..."
+    assert lines[1].startswith("compiled in ")
+
+
+def test_a_shuffled_loader_draws_the_same_batches_under_jit():
+    X, y = points(50)
+    model, twin = pair()
+    loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
+    for one, jit in ((model, False), (twin, FAST)):
+        torch.manual_seed(3)
+        compiled(one, jit=jit).fit(2, loader, verbose=0)
+    assert_same(model, twin)
+
+
+def test_several_steps_per_execution_need_jit():
+    with pytest.raises(ValueError, match="steps") as error:
+        compiled(Net(), steps_per_execution=4)
+    assert str(error.value) == "steps_per_execution=4 needs jit=True, which makes a graph of the steps."
