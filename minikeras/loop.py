@@ -29,8 +29,9 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import Callback, with_method
-from minikeras.data import count_rows, empty, join, map_leaves, to_device, unpack
+from minikeras.data import count_rows, empty, join, map_leaves, prepared, to_device, unpack
 from minikeras.errors import did_you_mean
+from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 
 if TYPE_CHECKING:
@@ -108,7 +109,13 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     on_batch_end = with_method(plan.callbacks, "on_batch_end")
     first = len(run.epochs) + 1
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
-    with modes_kept(model), no_gradients_left(model, run), jitted, fit_callbacks(plan.callbacks, model):
+    with (
+        modes_kept(model),
+        no_gradients_left(model, run),
+        weights_found_once(),
+        jitted,
+        fit_callbacks(plan.callbacks, model),
+    ):
         train_step = run.jit.step("train_step") if run.jit else model.train_step
         for epoch in range(first, first + plan.epochs):
             model.train()
@@ -144,7 +151,7 @@ def one_pass(
     number = 0
     try:
         for number, batch in enumerate(batches, start=1):
-            features, labels, sample_weight = to_device(unpack(batch), run.device)
+            features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
                 checks.check_batch(step, features, labels, sample_weight)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)

@@ -7,7 +7,8 @@ Losses and metrics are called with (y_pred, y_true), unlike TensorFlow's, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,31 +137,60 @@ def _terms_of_logits(logits: Tensor, y_true: Tensor, gamma: float) -> tuple[Tens
 def _terms_of_probabilities(p: Tensor, y_true: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """-log(p_t), cut at 100 as BCELoss cuts it, and (1 - p_t)^gamma, each of the shape of `p`."""
     miss = y_true * (1 - p) + (1 - y_true) * p
-    miss = miss.clamp(min=torch.finfo(p.dtype).tiny)  # at 0 the slope can be infinite, and infinity * 0 is NaN
+    if 0 < gamma < 1:
+        miss = miss.clamp(min=torch.finfo(p.dtype).tiny)  # at 0 the slope is infinite, and infinity * 0 is NaN
     return F.binary_cross_entropy(p, y_true, reduction="none"), miss**gamma
 
 
 def weights_and_biases(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable parameters, each once. The last part of a name decides: `lstm.bias_ih_l0` is a bias,
+    """The parameters, each once. The last part of a name decides: `lstm.bias_ih_l0` is a bias,
     `unbiased.weight` is not; nor is the scale of a BatchNorm, its `weight`.
     """
     weights: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():  # a tied parameter comes once, under its first name
-        if parameter.requires_grad:
-            (biases if "bias" in name.rpartition(".")[2] else weights).append(parameter)
+        (biases if "bias" in name.rpartition(".")[2] else weights).append(parameter)
     return weights, biases
+
+
+_found: list[dict[nn.Module, list[nn.Parameter]]] = []  # while a fit runs: a model's weights, found once
+
+
+@contextlib.contextmanager
+def weights_found_once() -> Iterator[None]:
+    """Penalties inside look for a model's weights at their first call only; outside, at every call."""
+    _found.append({})
+    try:
+        yield
+    finally:
+        _found.pop()
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable weights of a model, biases left out."""
+    if not _found or torch.compiler.is_compiling():
+        weights = weights_and_biases(model)[0]
+    elif model in _found[-1]:
+        weights = _found[-1][model]
+    else:
+        weights = _found[-1][model] = weights_and_biases(model)[0]
+    return [weight for weight in weights if weight.requires_grad]
 
 
 def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tensor:
     """l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements: 0-dim, on the device of the first weight."""
-    total = torch.zeros((), dtype=torch.float32, device=weights[0].device if weights else None)
+    terms = []
     for weight in weights:
-        wide = torch.promote_types(weight.dtype, torch.float32)  # float16 ends at 65504
+        wide = weight.float() if weight.dtype.itemsize < 4 else weight  # float16 ends at 65504
         if l1:
-            total = total + l1 * weight.abs().sum(dtype=wide).to(total.device)
+            terms.append(l1 * wide.abs().sum())
         if l2:
-            total = total + 0.5 * l2 * weight.to(wide).square().sum().to(total.device)
+            terms.append((0.5 * l2) * wide.square().sum())
+    if not terms:
+        return torch.zeros(())
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + (term if term.device == total.device else term.to(total.device))
     return total
 
 
@@ -173,14 +203,14 @@ def l1_penalty(model: nn.Module, beta: float) -> Tensor:
     >>> model = nn.Sequential(nn.Linear(2, 1))
     >>> _ = nn.init.constant_(model[0].weight, -2.0)
     >>> l1_penalty(model, 0.5), l2_penalty(model, 0.5)
-    (tensor(2., grad_fn=<AddBackward0>), tensor(2., grad_fn=<AddBackward0>))
+    (tensor(2., grad_fn=<MulBackward0>), tensor(2., grad_fn=<MulBackward0>))
     """
-    return penalty(weights_and_biases(model)[0], l1=_strength("beta", beta))
+    return penalty(weights_of(model), l1=_strength("beta", beta))
 
 
 def l2_penalty(model: nn.Module, alpha: float) -> Tensor:
     """0.5 * alpha * sum w^2, otherwise as `l1_penalty`: keeps weights small. Its gradient is alpha * w."""
-    return penalty(weights_and_biases(model)[0], l2=_strength("alpha", alpha))
+    return penalty(weights_of(model), l2=_strength("alpha", alpha))
 
 
 class Regularized(nn.Module):
@@ -212,8 +242,7 @@ class Regularized(nn.Module):
     def forward(self, y_pred: Any, y_true: Any) -> Loss:
         loss = self.loss_func(y_pred, y_true)
         loss = loss if isinstance(loss, Tensor) else getattr(loss, "loss", loss)
-        weights, _ = weights_and_biases(self._held[0])  # anew at each call: a layer may have been replaced
-        added = penalty(weights, self.l1, self.l2)
+        added = penalty(weights_of(self._held[0]), self.l1, self.l2)
         return (loss[0] + added * loss[1], loss[1]) if isinstance(loss, tuple) else loss + added
 
     def extra_repr(self) -> str:
@@ -232,7 +261,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     """
     decays = (_strength("weight_decay", weight_decay), 0.0)
     groups = zip(weights_and_biases(model), decays, strict=True)
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    trained = [([one for one in parameters if one.requires_grad], decay) for parameters, decay in groups]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in trained if parameters]
 
 
 def _strength(name: str, value: float) -> float:

@@ -120,6 +120,8 @@ class Totals(Mapping[str, float]):
 
 def detached(nest: Any) -> Any:
     """A nest whose tensors are cut off from what they were computed from."""
+    if isinstance(nest, Tensor):
+        return nest.detach()
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, nest)
 
 

@@ -249,10 +249,14 @@ class Model(nn.Module):
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
-        train = as_batches(dl_train, "dl_train", batch_size=batch_size, shuffle=True)
+        train = as_batches(dl_train, "dl_train", batch_size, shuffle=True, device=run.device)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
-        val = None if dl_val is None else as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
+        val = (
+            None
+            if dl_val is None
+            else as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, device=run.device)
+        )
         if val is not None and length(val) == 0:
             raise empty(val, "dl_val")  # now, and not after an epoch
         listed = check_callbacks(callbacks)
@@ -280,7 +284,7 @@ class Model(nn.Module):
             NotCompiledError: before `compile`.
         """
         run = self._compiled("evaluate")
-        batches = as_batches(dl_val, "dl_val", batch_size=batch_size)
+        batches = as_batches(dl_val, "dl_val", batch_size, device=run.device)
         loop.place(self, run)
         run.val.unseen = True
         return loop.evaluate(self, run, batches)
@@ -294,12 +298,11 @@ class Model(nn.Module):
             dl: as in `fit`; X alone will do.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
         """
-        batches = as_batches(dl, "dl", batch_size=batch_size)
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         if self._run is not None:
             loop.place(self, self._run)
-            return loop.predict(self, batches, self._run.device)
-        first = next(self.parameters(), None)
-        return loop.predict(self, batches, torch.device("cpu") if first is None else first.device)
+            device = self._run.device
+        return loop.predict(self, as_batches(dl, "dl", batch_size, device=device), device)
 
     def summary(
         self,

@@ -68,15 +68,20 @@ class Progress(Callback):
     def on_epoch_begin(self, epoch: int) -> None:
         self.epoch = epoch
         self.next_refresh = 0.0
-        if self.draws:
+        label = f"epoch {epoch}/{self.epochs}"
+        if self.draws and self.bar is None:
             self.bar = tqdm(
                 total=self.steps,
-                desc=f"epoch {epoch}/{self.epochs}",
+                desc=label,
                 bar_format=KNOWN_LENGTH if self.steps else UNKNOWN_LENGTH,
                 leave=False,
                 file=sys.stdout,
                 dynamic_ncols=True,
             )
+        elif self.bar is not None:
+            self.bar.desc = label
+            self.bar.postfix = None
+            self.bar.n, self.bar.start_t = 0, time.time()
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         logged = self.log_step_freq is not None and batch % self.log_step_freq == 0
@@ -95,40 +100,35 @@ class Progress(Callback):
         bar.refresh()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        self._close_bar()
+        if self.bar is not None:
+            self.bar.clear()
         names = list(logs)
         if self.validates and not any(name.startswith("val_") for name in names):
             names += [f"val_{name}" for name in names]
-        new = not set(names) <= set(self.columns)
-        self.columns = names if new else self.columns
-        head, row = self._lines(epoch, logs)
-        if new:
-            print(head)
-        print(row, flush=True)
-
-    def _lines(self, epoch: int, logs: dict[str, float]) -> tuple[str, str]:
-        """The table's head and this epoch's row, in widths that are the same from epoch to epoch."""
+        if not set(names) <= set(self.columns):
+            self.columns = names
+            print(self._head())
         better = logs.get("val_loss", math.nan) < self.best
         self.best = logs["val_loss"] if better else self.best
-        head, row, widest = ["epoch"], [str(epoch)], [""]
+        cells = [str(epoch)]
         for name in self.columns:
-            head.append(name)
-            row.append(f"{logs[name]:#.4g}" if name in logs else "")
-            widest.append("1.234e-05")
+            cells.append(f"{logs[name]:#.4g}" if name in logs else "")
             if name == "val_loss":  # the mark of the best one so far has a narrow column of its own
-                head.append("")
-                row.append("*" if better else "")
-                widest.append("*")
-        # the head goes in as a row: as a head it would get two columns of padding, too much for 80 columns
-        rule, head_line, _, row_line, _ = tabulate(
-            [head, widest, row], tablefmt="simple", disable_numparse=True, stralign="right"
-        ).splitlines()
-        return f"{head_line}\n{rule}", row_line.rstrip()
+                cells.append("*" if better else "")
+        print("  ".join(map(str.rjust, cells, self.widths)).rstrip(), flush=True)
+
+    def _head(self) -> str:
+        """The table's head; its columns are as wide as any number, so that rows line up from epoch to epoch."""
+        head, widest = ["epoch"], [""]
+        for name in self.columns:
+            head += [name, ""] if name == "val_loss" else [name]
+            widest += ["1.234e-05", "*"] if name == "val_loss" else ["1.234e-05"]
+        # it goes in as a row: as a head it would get two columns of padding, too much for 80 columns
+        lines = tabulate([head, widest], tablefmt="simple", disable_numparse=True, stralign="right").splitlines()
+        self.widths = [len(dashes) for dashes in lines[0].split()]
+        return f"{lines[1]}\n{lines[0]}"
 
     def on_fit_end(self) -> None:
-        self._close_bar()
-
-    def _close_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -243,11 +243,10 @@ def test_penalties_pull_on_the_weights_alone(model_and_names):
             assert parameter.grad is None
 
 
-def test_weights_and_biases_together_are_all_that_is_trainable(model_and_names):
+def test_weights_and_biases_together_are_all_parameters(model_and_names):
     weights, biases = weights_and_biases(model_and_names[0])
-    trainable = [parameter for parameter in model_and_names[0].parameters() if parameter.requires_grad]
-    assert {id(parameter) for parameter in weights + biases} == {id(parameter) for parameter in trainable}
-    assert len(weights + biases) == len(trainable)
+    assert {id(parameter) for parameter in weights + biases} == {id(p) for p in model_and_names[0].parameters()}
+    assert len(weights + biases) == len(list(model_and_names[0].parameters()))
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(3, 2).requires_grad_(False)], ids=["empty", "frozen"])

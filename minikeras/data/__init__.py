@@ -1,0 +1,47 @@
+"""Whatever the user has -> batches of (features, labels, sample_weight) on the device.
+
+    DataLoader, or any re-iterable of batches    iterated as it is
+    Dataset                                      a DataLoader round it
+    (X, y), (X, y, sample_weight) or X           of tensors, NumPy arrays, DataFrames, Series: rows cut into batches
+
+nests.py        what batches are made of
+sources.py      from what the user has to batches
+in_memory.py    the batches of a loader over tensors, fetched whole
+batch.py        from a batch to what the step takes
+"""
+
+from minikeras.data.batch import (
+    call_as,
+    call_with,
+    choose_device,
+    count_rows,
+    join,
+    manner,
+    prepared,
+    to_device,
+    unpack,
+)
+from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.sources import ArrayBatches, ContinuedBatches, as_batches, as_tensor, empty, is_batched, length
+
+__all__ = [
+    "ArrayBatches",
+    "ContinuedBatches",
+    "as_batches",
+    "as_tensor",
+    "call_as",
+    "call_with",
+    "choose_device",
+    "count_rows",
+    "empty",
+    "is_batched",
+    "join",
+    "leaves",
+    "length",
+    "manner",
+    "map_leaves",
+    "parts",
+    "prepared",
+    "to_device",
+    "unpack",
+]

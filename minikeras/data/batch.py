@@ -1,0 +1,162 @@
+"""From a batch to what the step takes, on its device; and from the outputs of many batches to those of all rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.sources import as_tensor
+from minikeras.errors import described
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """(features, labels, sample_weight) of a batch; what it does not have is None."""
+    if not isinstance(batch, (tuple, list)) or hasattr(batch, "to"):
+        return batch, None, None
+    if not 1 <= len(batch) <= 3:
+        raise ValueError(
+            f"a batch has {len(batch)} parts: {described(batch)}; expected (features, labels) or "
+            f"(features, labels, sample_weight). Put several inputs into a tuple of their own: ((a, b), labels)."
+        )
+    features, labels, sample_weight = (*batch, None, None)[:3]
+    return features, labels, sample_weight
+
+
+def prepared(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
+    """(features, labels, sample_weight) of a batch, on the device."""
+    features, labels, sample_weight = unpack(batch)
+    if sample_weight is not None:
+        sample_weight = to_device(sample_weight, device)
+    return to_device(features, device), to_device(labels, device), sample_weight
+
+
+def to_device(nest: Any, device: torch.device) -> Any:
+    """A nest with everything that can move on the device; NumPy arrays in it become tensors."""
+    if type(nest) is Tensor:
+        return nest.to(device)
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
+            leaf = as_tensor(leaf)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+    return map_leaves(moved, nest)
+
+
+def count_rows(features: Any, labels: Any = None) -> int:
+    """Rows of a batch: the first size of its labels, where they are one tensor; else of the first tensor in it.
+
+    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do.
+
+    >>> count_rows((torch.zeros(30), torch.zeros(8)), labels=torch.zeros(8))
+    8
+    """
+    if isinstance(labels, Tensor) and labels.ndim:
+        return labels.size(0)
+    for leaf in (*leaves(features), *leaves(labels)):
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.size(0)
+    return 1
+
+
+def call_with(module: nn.Module, features: Any) -> Any:
+    """`module` called with a batch's features.
+
+    Whole when its forward takes one argument; unpacked when it takes several, by name when they are a mapping.
+    """
+    return call_as(manner(module, features), module, features)
+
+
+def manner(module: nn.Module, features: Any) -> str:
+    """How a module is to be called with features such as these: "whole", "unpacked" or "by name"."""
+    if isinstance(features, Mapping):
+        return "by name" if _takes(module, tuple(features)) else "whole"
+    if isinstance(features, (tuple, list)) and not hasattr(features, "to") and _takes(module, None):
+        return "unpacked"
+    return "whole"
+
+
+def call_as(how: str, module: nn.Module, features: Any) -> Any:
+    """`module` called with features whole, unpacked or by name."""
+    if how == "whole":
+        return module(features)
+    return module(**features) if how == "by name" else module(*features)
+
+
+def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:
+    """Whether forward takes several arguments, those of these `names` where given.
+
+    A wrapper's forward(*args, **kwargs) is judged by what it wraps.
+    """
+    function = getattr(module.forward, "__func__", module.forward)
+    bound = function is not module.forward
+    several, passes_on = _arguments(function, bound, names)
+    inner = list(module.children())
+    return _takes(inner[0], names) if passes_on and len(inner) == 1 else several
+
+
+@lru_cache(maxsize=256)
+def _arguments(function: Callable[..., Any], bound: bool, names: tuple[str, ...] | None) -> tuple[bool, bool]:
+    """Whether a function takes several arguments (of these names), and whether it names none itself."""
+    signature = inspect.signature(function)
+    kinds = [parameter.kind for parameter in signature.parameters.values()][int(bound) :]
+    named = sum(kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds)
+    star = inspect.Parameter.VAR_POSITIONAL in kinds
+    if names is None:
+        return star or named > 1, star and not named
+    try:
+        signature.bind(*[None] * bound, **dict.fromkeys(names))
+    except TypeError:
+        return False, star and not named
+    return named != 1 or len(kinds) > 1, star and not named
+
+
+def join(pieces: list[Any]) -> Any:
+    """The outputs of many batches as one: tensors concatenated along the rows, in any structure.
+
+    >>> join([(torch.zeros(2, 1), {"a": torch.ones(2)}), (torch.zeros(1, 1), {"a": torch.ones(1)})])[1]
+    {'a': tensor([1., 1., 1.])}
+    """
+    first = pieces[0]
+    found = parts(first)
+    if found is not None:
+        return found[1]([join(list(part)) for part in zip(*(parts(piece)[0] for piece in pieces), strict=True)])  # type: ignore[index]
+    if not isinstance(first, Tensor):
+        return None if first is None else pieces
+    try:
+        return torch.cat(pieces) if first.ndim else torch.stack(pieces)
+    except RuntimeError as error:
+        shapes = sorted({tuple(piece.shape[1:]) for piece in pieces})
+        raise ValueError(
+            f"the outputs of the batches have rows of different shapes, {shapes[0]} and {shapes[-1]}, and cannot be "
+            f"joined. Pad them to one shape in forward, or predict batch by batch."
+        ) from error
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or the best there is: the accelerator (CUDA, XPU, MPS, ...) where one works, else the CPU.
+
+    Raises:
+        ValueError: the device is not there; the message names the ones that are.
+    """
+    # current_accelerator() alone answers "cuda" on a CUDA build of torch even where there is no GPU
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return best or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        there = ["cpu"] + [f"{best.type}:{i}" for i in range(torch.accelerator.device_count() if best else 0) if best]
+        raise ValueError(f"device {str(device)!r} is not there; expected one of {', '.join(there)}.") from error
+    return chosen

@@ -1,0 +1,62 @@
+"""Nests: what a batch may be made of, a tensor, or tuples, named tuples, lists, mappings and dataclasses of nests."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+
+def parts(nest: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """A container's parts, and the function that builds the like of it from other parts; None for a leaf."""
+    if isinstance(nest, Tensor) or hasattr(nest, "to"):  # a PackedSequence is a tuple, but moves as one
+        return None
+    if isinstance(nest, Mapping):
+        return list(nest.values()), lambda values: _like_mapping(nest, values)
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return list(nest), lambda values: type(nest)(*values)
+    if isinstance(nest, (tuple, list)):
+        return list(nest), type(nest)
+    if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
+        names = [field.name for field in dataclasses.fields(nest) if field.init]
+        return (
+            [getattr(nest, name) for name in names],
+            lambda values: dataclasses.replace(nest, **dict(zip(names, values, strict=True))),
+        )
+    return None
+
+
+def _like_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, Any]:
+    pairs = dict(zip(nest, values, strict=True))
+    if type(nest) is dict or not isinstance(nest, MutableMapping):
+        return pairs
+    twin = copy.copy(nest)  # a defaultdict or a model's own output class has more to it than its items
+    for key, value in pairs.items():
+        twin[key] = value
+    return twin
+
+
+def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The same nest with `function` applied to everything in it that is not a container.
+
+    >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2), "b": [3]})
+    {'a': (2, 3), 'b': [4]}
+    """
+    found = parts(nest)
+    if found is None:
+        return function(nest)
+    inner, build = found
+    return build([map_leaves(function, part) for part in inner])
+
+
+def leaves(nest: Any) -> list[Any]:
+    """Everything in a nest that is not a container, in order.
+
+    >>> leaves({"a": (1, 2), "b": [3]})
+    [1, 2, 3]
+    """
+    found = parts(nest)
+    return [nest] if found is None else [leaf for part in found[0] for leaf in leaves(part)]

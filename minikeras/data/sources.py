@@ -1,0 +1,196 @@
+"""From what the user has to batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from minikeras.data.in_memory import InMemoryBatches, gathered, is_in_memory
+from minikeras.data.nests import leaves, map_leaves
+from minikeras.errors import described, positive_int
+
+ONLY_ONCE = "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts anew"
+
+
+def as_batches(
+    data: Any,
+    name: str,
+    batch_size: int | None = None,
+    *,
+    shuffle: bool = False,
+    device: torch.device | None = None,
+) -> Iterable[Any]:
+    """An iterable of batches from anything `fit`, `evaluate` and `predict` accept.
+
+    Args:
+        data: a DataLoader, a Dataset, a re-iterable of batches, or arrays: X, (X, y) or (X, y, sample_weight).
+        name: what the user calls it, for error messages.
+        batch_size: rows a batch of data that is not batched yet, default 32.
+        shuffle: whether a Dataset's or the arrays' rows come in a new random order each epoch.
+        device: where the batches are wanted; what is in memory is fetched there, the rest is moved later.
+
+    Raises:
+        TypeError: data of another kind, or arrays of something other than numbers.
+        ValueError: arrays of different lengths, or a batch_size for data that is batched already.
+    """
+    size = 32 if batch_size is None else positive_int("batch_size", batch_size)
+    if isinstance(data, Dataset):
+        if length(data) == 0:
+            raise empty(data, name)
+        loader = DataLoader(data, size, shuffle=shuffle and not isinstance(data, IterableDataset))
+        return InMemoryBatches(loader, device) if is_in_memory(loader) else loader
+    if not is_batched(data):
+        return ArrayBatches(data, name, size, shuffle, device)
+    if batch_size is None and is_in_memory(data):
+        return InMemoryBatches(data, device)
+    if batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size} is for data that is not batched yet, and {name} is a {type(data).__name__}, "
+            f"which makes its own batches. Leave batch_size out, or set it where {name} is made."
+        )
+    if not hasattr(data, "__iter__"):
+        remedy = ""
+        if hasattr(data, "__getitem__"):  # Python would index it on and on: batches sliced past the end never stop
+            remedy = " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows."
+        raise TypeError(
+            f"{name} must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X, y), "
+            f"got {type(data).__name__}.{remedy}"
+        )
+    return cast(Iterable[Any], data)
+
+
+def is_batched(data: Any) -> bool:
+    """Whether data comes in batches already, as a DataLoader or a list of batches does: a tuple is (X, y)."""
+    return not isinstance(data, (Dataset, Tensor, np.ndarray, pd.DataFrame, pd.Series, Mapping, tuple))
+
+
+class ArrayBatches:
+    """Batches cut from arrays that are whole in memory, in a new random order at each iteration when shuffled."""
+
+    def __init__(
+        self, data: Any, name: str, batch_size: int, shuffle: bool, device: torch.device | None = None
+    ) -> None:
+        if isinstance(data, tuple) and not 1 <= len(data) <= 3:
+            raise ValueError(
+                f"{name} is a tuple of {len(data)}; expected (X, y) or (X, y, sample_weight). "
+                f"Put several inputs into a tuple of their own: ((X1, X2), y)."
+            )
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.device = device
+        self.arrays = map_leaves(lambda leaf: as_tensor(leaf, name), data)
+        lengths = [len(tensor) if tensor.ndim else 1 for tensor in leaves(self.arrays)]
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"{name} holds arrays of {' and '.join(map(str, lengths))} rows; expected as many rows in each. "
+                f"Got {described(self.arrays)}."
+            )
+        self.rows = lengths[0]
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(self.rows) if self.shuffle else None
+        for tensors in gathered(leaves(self.arrays), order, self.batch_size, self.device):
+            remaining = iter(tensors)
+            yield map_leaves(lambda _, remaining=remaining: next(remaining), self.arrays)  # type: ignore[misc]
+
+
+def as_tensor(array: Any, name: str = "data") -> Tensor:
+    """A tensor of an array: floats in torch's default dtype, integers in int64 (uint8 stays); a tensor as it is.
+
+    >>> as_tensor(np.array([1.0, 2.0])).dtype
+    torch.float32
+    """
+    if isinstance(array, Tensor):
+        return array
+    if isinstance(array, pd.Series):
+        return as_tensor(array.to_frame(), name)[:, 0]
+    array = _frame_values(array, name) if isinstance(array, pd.DataFrame) else np.asarray(array)
+    if array.dtype.kind not in "fiubc":
+        raise TypeError(f"{name} holds {array.dtype} values; expected numbers. Encode them as numbers first.")
+    if array.dtype.kind == "f":
+        array = array.astype(str(torch.get_default_dtype()).removeprefix("torch."), copy=False)
+    elif array.dtype.kind in "iu" and array.dtype != np.uint8:
+        array = array.astype(np.int64, copy=False)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # pandas hands out read-only arrays
+
+
+def _frame_values(frame: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
+    odd = [str(column) for column, dtype in frame.dtypes.items() if not is_numeric_dtype(dtype)]
+    if odd:
+        raise TypeError(
+            f"{name} has columns that are not numbers: {', '.join(odd)}. Encode them first, "
+            f"for instance with pandas.get_dummies or column.astype('category').cat.codes."
+        )
+    for is_kind, dtype in ((is_bool_dtype, np.bool_), (is_integer_dtype, np.int64)):
+        if all(is_kind(column) for column in frame.dtypes):
+            return frame.to_numpy(dtype)
+    return frame.to_numpy(np.float64)
+
+
+class ContinuedBatches:
+    """`steps` batches at each iteration: the next goes on where the last one stopped, and starts anew at the end."""
+
+    def __init__(self, batches: Iterable[Any], steps: int, name: str) -> None:
+        self.batches = batches
+        self.steps = steps
+        self.name = name
+        self.iterator: Iterator[Any] | None = None
+        self.given = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.steps):
+            yield self._next()
+
+    def _next(self) -> Any:
+        nothing = object()
+        batch = nothing if self.iterator is None else next(self.iterator, nothing)
+        if batch is nothing:
+            self.iterator = iter(self.batches)
+            batch = next(self.iterator, nothing)
+        if batch is nothing and self.given:
+            why = f"it is a {type(self.batches).__name__}, {ONLY_ONCE}"
+            raise ValueError(
+                f"{self.name} ended after {self.given} batches, and steps_per_epoch={self.steps} needs more: {why}."
+            )
+        if batch is nothing:
+            raise empty(self.batches, self.name)
+        self.given += 1
+        return batch
+
+
+def length(batches: Any) -> int | None:
+    """How many batches there are, or None where that is not known ahead."""
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):  # a DataLoader over an IterableDataset has a len that raises
+        return None
+
+
+def empty(batches: Any, name: str) -> ValueError:
+    """The error for data that gave no batch, with the reason."""
+    batches = getattr(batches, "loader", batches)
+    dataset = batches if isinstance(batches, Dataset) else getattr(batches, "dataset", None)
+    rows, size = None if dataset is None else length(dataset), getattr(batches, "batch_size", None)
+    reason = "iterating it ended at once"
+    if rows == 0 or getattr(batches, "rows", None) == 0:
+        reason = "its dataset has no rows" if rows == 0 else "its arrays have no rows"
+    elif rows is not None and size is not None and rows < size and getattr(batches, "drop_last", False):
+        reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}. Set drop_last=False"
+    elif iter(batches) is batches:
+        steps = ", or give steps_per_epoch" * (name == "dl_train")
+        reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}{steps}"
+    return ValueError(f"{name} gave no batch: {reason}.")
