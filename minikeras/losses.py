@@ -168,7 +168,7 @@ def weights_found_once() -> Iterator[None]:
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
     """The trainable weights of a model, biases left out."""
-    if not _found or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _found:  # in this order: a graph must not depend on `_found`
         weights = weights_and_biases(model)[0]
     elif model in _found[-1]:
         weights = _found[-1][model]

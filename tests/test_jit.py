@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchmetrics
 from conftest import Net, accuracy, points
 from sklearn.metrics import accuracy_score
+from test_loop import accuracy64, reference_fit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,6 +72,19 @@ def test_history_and_weights_equal_eager(make, path):
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert_same(model, twin, 1e-5)
     assert way(twin) == "one graph"
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(("rows", "batch_size", "drop_last"), [(70, 8, False), (41, 8, True), (9, 7, False)])
+def test_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path):
+    X, y = (tensor.double() for tensor in points(rows))
+    model = Net().double()
+    bare = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled(model, nn.MSELoss(), optimizer, {"accuracy": accuracy64}, **path)
+    found = model.fit(3, DataLoader(TensorDataset(X, y), batch_size, drop_last=drop_last), (X, y), verbose=0)
+    expected = reference_fit(bare, X, y, 3, batch_size, drop_last, lr=0.1)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-10)
 
 
 def test_the_compiled_code_gives_the_numbers_of_eager():

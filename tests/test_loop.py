@@ -10,6 +10,7 @@ from conftest import Net, accuracy, compiled, points
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
@@ -133,6 +134,53 @@ def test_forward_runs_once_per_batch_and_hooks_fire():
     model.register_forward_hook(lambda *_: calls.append("model"))
     model.fit(2, points(64), batch_size=16, verbose=0)
     assert calls == ["fc1", "model"] * 8
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, outside of optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["loader", "arrays", "batches"])
+def test_the_host_reads_as_often_in_a_long_epoch_as_in_a_short_one(kind):
+    counts = []
+    for rows in (40, 400):
+        X, y = points(rows)
+        data = {
+            "loader": DataLoader(TensorDataset(X, y), 8, shuffle=True),
+            "arrays": (X, y),
+            "batches": list(zip(X.split(8), y.split(8), strict=True)),
+        }[kind]
+        model = compiled(metrics_dict={"accuracy": accuracy})
+        model.fit(1, data, data, verbose=0)
+        with HostReads() as reads:
+            model.fit(2, data, data, verbose=0)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    X, y = points(400)
+    model = Net()
+    model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), {"accuracy": accuracy})
+
+    def watch(batch, logs):  # from the second batch, the first is looked at closely, to the last but one
+        torch.cuda.set_sync_debug_mode("error" if batch < 9 else "default")
+
+    try:
+        model.fit(2, (X, y), batch_size=40, callbacks=[LambdaCallback(on_batch_end=watch)], verbose=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- the history -----------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Graphs:
         """Whether the batches have the shapes that the function was called with first."""
         return not self.shapes or [shapes_of(batch) for batch in batches] == self.shapes
 
-    def __call__(self, *batches: Any) -> Any:
-        other = not self.fits(batches)
+    def __call__(self, *batches: Any, other: bool) -> Any:
+        """The function's answer; `other` says that the batches do not fit."""
         if other in self.compiled:
             return self.compiled[other](*batches)
         begun = time.perf_counter()
@@ -52,7 +52,8 @@ class Graphs:
             result = compiled(*batches)
         self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
         self.compiled[other] = compiled
-        self.shapes = self.shapes or [shapes_of(batch) for batch in batches]
+        if not other:
+            self.shapes = [shapes_of(batch) for batch in batches]
         return result
 
 

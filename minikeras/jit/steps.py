@@ -56,15 +56,15 @@ class EvaluateStep:
         """Take the steps of the batches that wait, if there are any."""
         batches, self.waiting = self.waiting, []
         if len(batches) == self.together and (self.graphs is None or self.graphs.fits(batches)):
-            return self.take(batches)
-        return combined([self.take([batch]) for batch in batches], batches) if batches else None
+            return self.take(batches, other=False)
+        return combined([self.take([batch], other=True) for batch in batches], batches) if batches else None
 
-    def take(self, batches: list[Batch]) -> dict[str, Any]:
+    def take(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         """The steps of these batches, in the best way that is left."""
         failed: CompileError | None = None
         while True:
             try:
-                results = self.taken(batches)
+                results = self.taken(batches, other)
                 break
             except CompileError as error:
                 failed = failed or error
@@ -73,9 +73,9 @@ class EvaluateStep:
             self.warn(failed)
         return results
 
-    def taken(self, batches: list[Batch]) -> dict[str, Any]:
+    def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH:
-            return self.through_the_graph(batches)
+            return self.through_the_graph(batches, other)
         one = self.by_parts if self.way == "forward and loss" else self.eager
         return combined([one(batch) for batch in batches], batches)
 
@@ -90,14 +90,15 @@ class EvaluateStep:
         why = error if isinstance(error, str) else reason(error)
         warnings.warn(f"jit: {self.name} is not one graph: {self.way}, since {why}", stacklevel=2)
 
-    def through_the_graph(self, batches: list[Batch]) -> dict[str, Any]:
+    def through_the_graph(self, batches: list[Batch], other: bool) -> dict[str, Any]:
+        """`other`: the batches are not of the graph's own shapes, or fewer than it takes together."""
         if self.graphs is None:
             function = self.function(manner(self.model, batches[0][0]))
             self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed())
-        elif self.others_in_eager and not self.graphs.fits(batches):
+        if other and self.others_in_eager:
             return combined([self.first(batch) for batch in batches], batches)
         try:
-            results, outputs = self.graphs(*batches)
+            results, outputs = self.graphs(*batches, other=other)
         except CompileError as error:
             if not self.graphs.compiled:
                 raise
@@ -175,11 +176,11 @@ class TrainStep(EvaluateStep):
         self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
         self.forward_and_loss: ByParts | None = None
 
-    def taken(self, batches: list[Batch]) -> dict[str, Any]:
+    def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
             self.descend("forward and loss")
             self.warn("a setting of the optimizer other than lr has changed")
-        return super().taken(batches)
+        return super().taken(batches, other)
 
     def count(self, steps: int) -> None:
         for double in self.doubles:

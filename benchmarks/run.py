@@ -1,0 +1,216 @@
+"""Time minikeras against hand-written loops and other libraries: `python benchmarks/run.py`, see README.md.
+
+for each work:
+    for each round:
+        for each variant, in an order that turns from round to round:
+            a fresh process on one thread: variants.py WORK VARIANT
+        each variant's seconds / the tuned loop's seconds of the same round
+    a table of medians, lowest and highest
+import cost: fresh processes in the same way
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+# No torch here: on Linux a child's peak memory starts from its parent's.
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "KERAS_BACKEND": "torch",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])),
+}
+WORKS = {
+    "ring": "61 parameters, 4340 rows, batch 100, DataLoader with num_workers=2",
+    "ring0": "the same with num_workers=0",
+    "mlp": "784-256-128-10, 20,000 rows, batch 128",
+    "conv": "two convolutions on 1 x 28 x 28, 4,000 rows, batch 64",
+    "predict": "20-64-1, 1,000,000 rows, batch 1000",
+}
+SAME_BATCHES = 1e-3  # relative: rounding leads to 1e-4 on ring, another order of the rows to 1e-2
+PACKAGES = [
+    "torch", "numpy", "pandas", "torchkeras", "keras", "lightning", "pytorch-ignite", "skorch", "poutyne", "accelerate",
+]  # fmt: skip
+IMPORTS = {"torch, pandas": "import torch, pandas", "minikeras": "import minikeras"}
+TIMED_IMPORT = """
+import time, resource
+start = time.perf_counter()
+{}
+seconds = time.perf_counter() - start
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+Result = dict[str, Any]
+
+
+def variant_names(work: str) -> list[str]:
+    """What variants.py has for a work, asked in a process of its own, since it imports torch."""
+    code = f"import variants; print(variants.names({work!r}))"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=ENV, capture_output=True, text=True, check=True)
+    return list(ast.literal_eval(answer.stdout))
+
+
+def run_once(work: str, variant: str, seed: int, quick: bool) -> Result:
+    """One process. Its output goes to a file, so that bars are drawn and nobody has to read them."""
+    command = [sys.executable, str(HERE / "variants.py"), work, variant, "--seed", str(seed), *["--quick"] * quick]
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        status = subprocess.run(command, env=ENV, stdout=out, stderr=err, cwd=tempfile.gettempdir()).returncode
+        out.seek(0)
+        err.seek(0)
+        if status:
+            last = (err.read().strip().splitlines() or [f"exit status {status}"])[-1]
+            return {"missing": f"failed: {last}"}
+        return dict(json.loads(out.read().strip().splitlines()[-1]))
+
+
+def run_work(work: str, wanted: list[str] | None, repeats: int, quick: bool) -> dict[str, list[Result]]:
+    """variant -> its results, one a round; a variant that is missing has one result that says why."""
+    known = variant_names(work)
+    names = [name for name in known if not wanted or name in wanted or name == "tuned"]
+    if wanted and len(names) == 1 and wanted != ["tuned"]:
+        raise SystemExit(f"{work} has none of {', '.join(wanted)}; it has {', '.join(known)}.")
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if results[name] and "missing" in results[name][-1]:
+                continue
+            result = run_once(work, name, seed=turn, quick=quick)
+            results[name].append(result)
+            spent = result.get("missing") or f"{result['seconds'] / result['steps'] * 1e6:.1f} us a step"
+            print(f"{work} {turn + 1}/{repeats} {name}: {spent}", file=sys.stderr, flush=True)
+    return results
+
+
+def table(work: str, results: dict[str, list[Result]]) -> str:
+    tuned = results["tuned"]
+    if "missing" in tuned[-1]:
+        return f"The tuned loop did not run: {tuned[-1]['missing']}"
+    peak = median(one["peak_mb"] for one in tuned)
+    naive = results.get("naive", [])
+    lines = [
+        "| variant | ratio to tuned: median (lowest - highest) | of CPU time | us a step | peak MB | over tuned "
+        "| warming up, s | same work |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, ones in results.items():
+        if "missing" in ones[-1]:
+            lines.append(f"| {name} | {ones[-1]['missing'].replace('|', '/')} | | | | | | |")
+            continue
+        cells = [
+            name,
+            spread(ratios("seconds", ones, tuned)),
+            f"{median(ratios('cpu_seconds', ones, tuned)):.2f}",
+            f"{median(one['seconds'] / one['steps'] for one in ones) * 1e6:.1f}",
+            f"{(mb := median(one['peak_mb'] for one in ones)):.0f}",
+            f"{mb - peak:+.0f}",
+            span([one["compile_seconds"] for one in ones]),
+            same_work(ones, tuned, naive),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratios(key: str, ones: list[Result], tuned: list[Result]) -> list[float]:
+    """Each round's, since a machine's pace changes between rounds."""
+    return [one[key] / base[key] for one, base in zip(ones, tuned, strict=True)]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+
+
+def span(seconds: list[float]) -> str:
+    low, high = f"{min(seconds):.1f}", f"{max(seconds):.1f}"
+    return low if low == high else f"{low} - {high}"
+
+
+def same_work(ones: list[Result], tuned: list[Result], naive: list[Result]) -> str:
+    """Whether optimizer steps and final loss are what they must be, in each round."""
+    for one in ones:
+        if one["steps_taken"] != one["steps_expected"]:
+            return f"NO: {one['steps_taken']} steps of {one['steps_expected']}"
+    if naive and "missing" not in naive[-1] and all(map(equals_naive, ones, naive)):
+        return "yes, the naive loop's batches"
+    worst = max(abs(one["final_loss"] / base["final_loss"] - 1) for one, base in zip(ones, tuned, strict=True))
+    return f"{'yes' if worst <= ones[0]['tolerance'] else 'NO'}, loss within {worst:.1%}"
+
+
+def equals_naive(one: Result, naive: Result) -> bool:
+    within = min(SAME_BATCHES, one["tolerance"]) * abs(naive["final_loss"])
+    return bool(abs(one["final_loss"] - naive["final_loss"]) <= within)
+
+
+def import_table(repeats: int) -> str:
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPORTS}
+    for turn in range(repeats + 1):
+        for name, line in IMPORTS.items():
+            command = [sys.executable, "-c", TIMED_IMPORT.format(line)]
+            out = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True).stdout
+            if turn:  # the first one fills the disk's cache
+                results[name].append((float(out.split()[0]), float(out.split()[1])))
+    lines = ["| import | seconds: median (lowest - highest) | peak MB |", "|---|---|---|"]
+    for name, pairs in results.items():
+        seconds, peaks = zip(*pairs, strict=True)
+        lines.append(f"| {name} | {spread(seconds)} | {median(peaks):.0f} |")
+    return "\n".join(lines)
+
+
+def circumstances(repeats: int) -> str:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    older = next((HERE / "torchkeras2").glob("torchkeras-*.dist-info"), None)
+    if older:
+        found.append("torchkeras " + older.name.removeprefix("torchkeras-").removesuffix(".dist-info"))
+    return (
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, {platform.system()}, "
+        f"Python {platform.python_version()}, {', '.join(found)}; {repeats} rounds."
+    )
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", choices=[*WORKS, "import"], default=[*WORKS, "import"])
+    parser.add_argument("--variants", nargs="+", help="default all; the tuned loop always runs")
+    parser.add_argument("--repeats", type=int, help="rounds; default 5, or 2 with --quick")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the epochs")
+    parser.add_argument("--out", type=Path, default=HERE / "results.md", help="the Markdown file, default %(default)s")
+    args = parser.parse_args()
+    repeats = args.repeats or (2 if args.quick else 5)
+    parts = [circumstances(repeats)]
+    for work in args.works:
+        if work == "import":
+            parts += ["### import", import_table(repeats)]
+        else:
+            parts += [f"### {work}: {WORKS[work]}", table(work, run_work(work, args.variants, repeats, args.quick))]
+        args.out.write_text("\n\n".join(parts) + "\n")  # after each work: a run that is cut short leaves what it has
+    print("\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
