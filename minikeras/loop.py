@@ -53,16 +53,12 @@ class Run:
     parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
     published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
+    by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
     totals: Totals = field(init=False)  # of the phase that is under way
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
 
     def __post_init__(self) -> None:
         self.totals = self.val
-
-    @property
-    def by_parts(self) -> bool:
-        """Whether steps of the user's own ask for forward and loss, which are then compiled each by itself."""
-        return self.jit is not None and self.jit.overrides("train_step")
 
     def named(self, optimizer: str | None) -> list[Optimizer]:
         """The optimizer of that name, or all of them."""

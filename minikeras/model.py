@@ -202,6 +202,7 @@ class Model(nn.Module):
             from minikeras.jit import Jit  # on first use: it loads the compiler
 
             run.jit = Jit(self, run, {} if jit is True else jit, steps_per_execution)
+            run.by_parts = run.jit.overrides("train_step")
         run.published = {} if self._run is None else self._run.published
         self._run = run
         self._publish("optimizer", optimizer)
@@ -298,11 +299,16 @@ class Model(nn.Module):
             dl: as in `fit`; X alone will do.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
         """
-        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-        if self._run is not None:
-            loop.place(self, self._run)
-            device = self._run.device
-        return loop.predict(self, as_batches(dl, "dl", batch_size, device=device), device)
+        run = self._run
+        if run is None:
+            device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+            return loop.predict(self, as_batches(dl, "dl", batch_size, device=device), device)
+        loop.place(self, run)
+        before, run.by_parts = run.by_parts, run.jit is not None
+        try:
+            return loop.predict(self, as_batches(dl, "dl", batch_size, device=run.device), run.device)
+        finally:
+            run.by_parts = before
 
     def summary(
         self,

@@ -95,6 +95,7 @@ def test_the_compiled_code_gives_the_numbers_of_eager():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
     torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
+    assert twin._run.jit.forwards["whole"].worked
 
 
 def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
