@@ -221,7 +221,10 @@ def gathered(
     [[tensor([12, 10])], [tensor([11])]]
     """
     if order is None:
-        order = torch.arange(tensors[0].size(0))
+        tensors = resident(tensors, tensors[0].size(0), device)
+        for start in range(0, tensors[0].size(0), batch_size):
+            yield [_slice(tensor, start, start + batch_size, device) for tensor in tensors]
+        return
     tensors = resident(tensors, len(order), device)
     order = order.to(tensors[0].device)
     alone = order
@@ -254,6 +257,14 @@ def _spaced(tensors: list[Tensor], order: Tensor, batch_size: int) -> tuple[tupl
     full = len(order) // batch_size * batch_size
     table = torch.nn.functional.pad(order[:full].view(-1, batch_size), (0, filler))
     return table.split(batches), order[full:], [batch_size, filler]
+
+
+def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -> Tensor:
+    """Rows from start to stop on the device, contiguous and in memory of their own."""
+    rows = tensor[start:stop]
+    if device is not None and device != tensor.device:
+        rows = rows.to(device)
+    return rows.clone(memory_format=torch.contiguous_format) if rows.device == tensor.device else rows.contiguous()
 
 
 def _take(tensor: Tensor, rows: Tensor, device: torch.device | None) -> Tensor:
@@ -308,6 +319,12 @@ class InMemoryBatches:
 
     def _at_once(self, sampler: BatchSampler, order: Tensor | None) -> Iterator[list[Tensor]]:
         dataset, size = self.loader.dataset, sampler.batch_size
+        rows = len(sampler.sampler)  # type: ignore[arg-type]
+        in_order = type(sampler.sampler) is SequentialSampler and type(dataset) is not Subset
+        if in_order and rows <= len(_tensors(dataset)[0]):
+            rows -= rows % size if sampler.drop_last else 0
+            yield from gathered([tensor[:rows] for tensor in _tensors(dataset)], None, size, self.device)
+            return
         order = drawn(sampler.sampler) if order is None else order
         if sampler.drop_last:
             order = order[: len(order) // size * size]
