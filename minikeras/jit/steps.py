@@ -76,8 +76,7 @@ class EvaluateStep:
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH:
             return self.through_the_graph(batches, other)
-        one = self.by_parts if self.way == "forward and loss" else self.eager
-        return combined([one(batch) for batch in batches], batches)
+        return combined([self.eager(batch) for batch in batches], batches)
 
     def descend(self, to: str = "") -> None:
         """Go on in the next way down, or in the one named."""
@@ -154,9 +153,6 @@ class EvaluateStep:
         step = getattr(self.model, self.name)
         return dict(step(*batch[: 2 if batch[2] is None else 3]))
 
-    def by_parts(self, batch: Batch) -> dict[str, Any]:
-        raise NotImplementedError
-
     def changed(self) -> list[Tensor]:
         """The tensors that a step changes."""
         return list(self.model.buffers())
@@ -180,6 +176,8 @@ class TrainStep(EvaluateStep):
         if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
             self.descend("forward and loss")
             self.warn("a setting of the optimizer other than lr has changed")
+        if self.way == "forward and loss":
+            return combined([self.by_parts(batch) for batch in batches], batches)
         return super().taken(batches, other)
 
     def count(self, steps: int) -> None:
