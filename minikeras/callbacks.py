@@ -4,7 +4,7 @@ on_fit_begin
 for each epoch:
     on_epoch_begin
     for each batch: on_batch_end
-    (validation)
+    where validation is due: on_evaluate_begin, the batches of dl_val, on_evaluate_end
     on_epoch_end
 on_fit_end              also after an error or Ctrl-C
 """
@@ -24,6 +24,7 @@ class Callback:
     `self.model.history` is brought up to date before `on_fit_end`; until then, look at `logs`.
 
     Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's index does.
+    `self.model.stop_training = True` ends the fit after the batch at hand; the epoch so far is validated and recorded.
     """
 
     model: Model
@@ -37,11 +38,26 @@ class Callback:
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         """After a batch's step. `logs` are the epoch's running means; reading one waits for the device."""
 
+    def on_evaluate_begin(self) -> None:
+        """Before a fit's validation."""
+
+    def on_evaluate_end(self) -> None:
+        """After a fit's validation, also after an error in it; the last callback comes first."""
+
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """After validation. `logs` are the epoch's row of the history, `val_` names included."""
+        """After validation. `logs` are the epoch's row of the history, `val_` names included; all callbacks share it,
+        and what one adds is a column."""
 
     def on_fit_end(self) -> None:
         """Once, however the fit ended; the last callback comes first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run must remember of this callback, for `fit(checkpoint=...)`: tensors, numbers, strings, lists and
+        dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave in an earlier process; called after `on_fit_begin`."""
 
 
 class LambdaCallback(Callback):
@@ -58,6 +74,8 @@ class LambdaCallback(Callback):
         on_fit_begin: Callable[[], Any] | None = None,
         on_epoch_begin: Callable[[int], Any] | None = None,
         on_batch_end: Callable[[int, Mapping[str, float]], Any] | None = None,
+        on_evaluate_begin: Callable[[], Any] | None = None,
+        on_evaluate_end: Callable[[], Any] | None = None,
         on_epoch_end: Callable[[int, dict[str, float]], Any] | None = None,
         on_fit_end: Callable[[], Any] | None = None,
     ) -> None:
@@ -84,9 +102,7 @@ def _remedy(callback: Any) -> str:
     )
 
 
-def with_method(callbacks: Iterable[Callback], name: str) -> list[Any]:
-    """The bound methods of those callbacks that do something at that moment: the rest costs nothing."""
+def with_method(callbacks: Iterable[Callback], name: str) -> list[Callback]:
+    """Those callbacks that do something at that moment: the rest costs nothing."""
     empty = getattr(Callback, name)
-    return [
-        method for method in (getattr(c, name) for c in callbacks) if getattr(method, "__func__", None) is not empty
-    ]
+    return [callback for callback in callbacks if getattr(getattr(callback, name), "__func__", None) is not empty]

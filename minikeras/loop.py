@@ -6,10 +6,14 @@ fit:
         callbacks: on_epoch_begin
         one_pass over dl_train:
             for each batch: to the device, model.train_step, add to the totals, callbacks: on_batch_end
-        evaluate, when it is due: one_pass over dl_val:
-            for each batch: to the device, model.evaluate_step, add to the totals
+        when validation is due:
+            callbacks: on_evaluate_begin
+            one_pass over dl_val:
+                for each batch: to the device, model.evaluate_step, add to the totals
+            callbacks: on_evaluate_end
         one row of the history
         callbacks: on_epoch_end
+        no further epoch, and after a batch no further batch, where model.stop_training was set
     callbacks: on_fit_end, however the fit ended
 
 Between batches nothing here waits for the device.
@@ -18,7 +22,7 @@ Between batches nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 Step = Callable[..., Mapping[str, Any]]  # train_step or evaluate_step
-BatchEnd = Callable[[int, Mapping[str, float]], Any]
 
 
 @dataclass
@@ -102,7 +105,8 @@ class Plan:
 def fit(model: Model, run: Run, plan: Plan) -> None:
     """Train for so many epochs; each whole epoch leaves its row in `run.epochs`, whatever happens later."""
     run.train.unseen = run.val.unseen = True
-    on_batch_end = with_method(plan.callbacks, "on_batch_end")
+    model.stop_training = False
+    listeners = with_method(plan.callbacks, "on_batch_end")
     first = len(run.epochs) + 1
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
     with (
@@ -113,17 +117,30 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         fit_callbacks(plan.callbacks, model),
     ):
         train_step = run.jit.step("train_step") if run.jit else model.train_step
+
+        def after_batch(number: int) -> bool:
+            return model.stop_training
+
         for epoch in range(first, first + plan.epochs):
-            model.train()
-            for callback in plan.callbacks:
-                callback.on_epoch_begin(epoch)
             with noted(f"epoch {epoch}"):
-                logs = one_pass(run, run.train, train_step, plan.train, "dl_train", on_batch_end)
+                model.train()
+                call(plan.callbacks, "on_epoch_begin", epoch)
+                logs = one_pass(run, run.train, train_step, plan.train, "dl_train", listeners, after_batch)
                 if plan.val is not None and epoch % plan.validation_freq == 0:
-                    logs |= evaluate(model, run, plan.val)
-            run.epochs.append((logs, learning_rates(run)))
-            for callback in plan.callbacks:
-                callback.on_epoch_end(epoch, logs)
+                    logs |= validate(model, run, plan.val, plan.callbacks)
+                run.epochs.append((logs, learning_rates(run)))
+                call(plan.callbacks, "on_epoch_end", epoch, logs)
+            if model.stop_training:
+                break
+
+
+def validate(model: Model, run: Run, val: Iterable[Any], callbacks: Iterable[Callback]) -> dict[str, float]:
+    """A fit's evaluation of dl_val, between two moments of its callbacks; the second comes even after an error."""
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            stack.callback(call, [callback], "on_evaluate_end")
+            call([callback], "on_evaluate_begin")
+        return evaluate(model, run, val)
 
 
 def evaluate(model: Model, run: Run, batches: Iterable[Any]) -> dict[str, float]:
@@ -138,9 +155,15 @@ def evaluate(model: Model, run: Run, batches: Iterable[Any]) -> dict[str, float]
 
 
 def one_pass(
-    run: Run, totals: Totals, step: Step, batches: Iterable[Any], name: str, on_batch_end: Iterable[BatchEnd] = ()
+    run: Run,
+    totals: Totals,
+    step: Step,
+    batches: Iterable[Any],
+    name: str,
+    listeners: Sequence[Callback] = (),
+    after_batch: Callable[[int], bool] = lambda number: False,
 ) -> dict[str, float]:
-    """Every batch once through `step`; returns the means over the rows."""
+    """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows."""
     before, run.totals = run.totals, totals  # a callback may evaluate in the middle of an epoch
     totals.reset()
     flush = getattr(step, "flush", None)  # of a compiled step
@@ -157,14 +180,15 @@ def one_pass(
                 checks.check_results(results, step)
             totals.add(results, count_rows(features, labels))
             totals.unseen = False
-            for call in on_batch_end:
-                call(number, totals)
+            call(listeners, "on_batch_end", number, totals)
+            if after_batch(number):
+                break
         if not number:
             raise empty(batches, name)
         if flush and (rest := flush()):
             totals.add(rest, count_rows(features, labels))
-            for call in on_batch_end:
-                call(number, totals)
+            call(listeners, "on_batch_end", number, totals)
+            after_batch(number)
         return totals.means()
     except Exception as error:
         error.add_note(f"{name}, batch {number}")
@@ -247,9 +271,19 @@ def fit_callbacks(callbacks: Iterable[Callback], model: Model) -> Iterator[None]
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
             callback.model = model
-            stack.callback(callback.on_fit_end)
-            callback.on_fit_begin()
+            stack.callback(call, [callback], "on_fit_end")
+            call([callback], "on_fit_begin")
         yield
+
+
+def call(callbacks: Iterable[Callback], moment: str, *args: Any) -> None:
+    """That method of each callback; an error in one says whose it is."""
+    for callback in callbacks:
+        try:
+            getattr(callback, moment)(*args)
+        except Exception as error:
+            error.add_note(f"{type(callback).__name__}.{moment}")
+            raise
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class Model(nn.Module):
     _run: loop.Run | None = None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
     optimizer: Any  # the optimizer or dict of optimizers, from compile on
     history: Any  # the DataFrame that fit returns, from the first fit on
+    stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
 
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()

@@ -19,6 +19,12 @@ class Diary(Callback):
     def on_batch_end(self, batch, logs):
         self.lines.append(f"batch {batch}: {', '.join(logs)}")
 
+    def on_evaluate_begin(self):
+        self.lines.append("validation begins")
+
+    def on_evaluate_end(self):
+        self.lines.append("validation ends")
+
     def on_epoch_end(self, epoch, logs):
         self.lines.append(f"epoch {epoch}: {', '.join(logs)}")
 
@@ -39,6 +45,8 @@ def test_callbacks_are_called_in_calendar_order():
         "epoch 2 begins, training=True",
         "batch 1: loss, accuracy",
         "batch 2: loss, accuracy",
+        "validation begins",
+        "validation ends",
         "epoch 2: loss, accuracy, val_loss, val_accuracy",
         "fit ends",
     ]
@@ -84,3 +92,51 @@ def test_only_those_callbacks_that_began_are_ended():
         compiled().fit(1, points(8), callbacks=[first, Broken(), last], verbose=0)
     assert first.lines == ["fit begins with Net", "fit ends"]
     assert last.lines == []
+
+
+def test_stop_training_acts_after_the_batch_and_the_epoch_so_far_is_recorded():
+    batches = []
+
+    def stop(batch, logs):
+        batches.append(batch)
+        model.stop_training = len(batches) == 3
+
+    model = compiled()
+    dfhistory = model.fit(5, points(64), points(8), callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0)
+    assert batches == [1, 2, 1]
+    assert list(dfhistory.index) == [1, 2]
+    assert dfhistory["val_loss"].notna().all()
+
+
+def test_a_fit_stopped_at_an_epochs_end_trains_again_when_asked():
+    model = compiled()
+    stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True))
+    assert len(model.fit(5, points(8), callbacks=[stop], verbose=0)) == 1
+    assert len(model.fit(2, points(8), verbose=0)) == 3
+
+
+@pytest.mark.parametrize("moment", ["on_fit_begin", "on_epoch_begin", "on_evaluate_begin", "on_epoch_end"])
+def test_an_error_in_a_callback_says_whose_it_is_and_the_others_are_wound_down(moment):
+    class Faulty(Callback):
+        pass
+
+    def fail(self, *args):
+        raise RuntimeError("no luck")
+
+    setattr(Faulty, moment, fail)
+    diary, model = Diary(), compiled()
+    with pytest.raises(RuntimeError, match="no luck") as raised:
+        model.fit(1, points(8), points(8), callbacks=[diary, Faulty()], verbose=0)
+    assert raised.value.__notes__ == [f"Faulty.{moment}"] + ["epoch 1"] * (moment != "on_fit_begin")
+    assert diary.lines[-1] == "fit ends"
+    assert model.training
+
+
+def test_an_error_at_a_batchs_end_says_the_batch_and_the_callback():
+    class Faulty(Callback):
+        def on_batch_end(self, batch, logs):
+            raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck") as raised:
+        compiled().fit(1, points(8), callbacks=[Faulty()], verbose=0)
+    assert raised.value.__notes__ == ["Faulty.on_batch_end", "dl_train, batch 1", "epoch 1"]

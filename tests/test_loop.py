@@ -341,7 +341,7 @@ def test_a_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_mo
 def test_an_error_says_in_which_epoch_and_batch_it_came():
     with pytest.raises(RuntimeError, match="mine") as error:
         compiled().fit(2, points(100), callbacks=[fail_at(3, RuntimeError("mine"))], verbose=0)
-    assert error.value.__notes__ == ["dl_train, batch 3", "epoch 1"]
+    assert error.value.__notes__ == ["LambdaCallback.on_batch_end", "dl_train, batch 3", "epoch 1"]
 
 
 def test_gradients_from_before_the_fit_do_not_enter_its_first_step():
