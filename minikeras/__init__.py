@@ -1,7 +1,7 @@
 """minikeras: Keras's compile, fit, evaluate and predict for PyTorch modules."""
 
 from minikeras.callbacks import Callback, LambdaCallback
-from minikeras.errors import ForwardError, NotCompiledError
+from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
 from minikeras.layer_summary import summary
 from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
 from minikeras.model import Model
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Callback",
+    "CheckpointError",
     "FocalLoss",
     "ForwardError",
     "LambdaCallback",

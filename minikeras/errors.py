@@ -4,7 +4,8 @@
     ├── ValueError, TypeError    bad input, as everywhere in Python
     └── RuntimeError
         ├── NotCompiledError     fit, evaluate or a step before compile
-        └── ForwardError         a layer could not take what reached it
+        ├── ForwardError         a layer could not take what reached it
+        └── CheckpointError      a file that cannot be loaded, or not into this model
 
 Every message says what was expected, what came and what to do.
 """
@@ -26,6 +27,10 @@ class NotCompiledError(RuntimeError):
 
 class ForwardError(RuntimeError):
     """A layer could not take the tensor that reached it; raised by `summary`."""
+
+
+class CheckpointError(RuntimeError):
+    """A file of weights or of a run's state is damaged, foreign, or of something else than what it is loaded into."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

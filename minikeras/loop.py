@@ -2,6 +2,7 @@
 
 fit:
     callbacks: on_fit_begin
+    checkpoint: the state of the run from its file, where there is one
     for each epoch:
         callbacks: on_epoch_begin
         one_pass over dl_train:
@@ -13,6 +14,7 @@ fit:
             callbacks: on_evaluate_end
         one row of the history
         callbacks: on_epoch_end
+        checkpoint: the state of the run to its file
         no further epoch, and after a batch no further batch, where model.stop_training was set
     callbacks: on_fit_end, however the fit ended
 
@@ -33,14 +35,17 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import Callback, with_method
-from minikeras.data import count_rows, empty, join, map_leaves, prepared, to_device, unpack
+from minikeras.checkpoint import Checkpoint, Position
+from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves, prepared, to_device, unpack
 from minikeras.errors import did_you_mean
+from minikeras.faults import Interruptions
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 
 if TYPE_CHECKING:
     from minikeras.model import Model
 
+AfterBatch = Callable[[int], bool]  # of a batch's number; True ends the pass
 Step = Callable[..., Mapping[str, Any]]  # train_step or evaluate_step
 
 
@@ -94,63 +99,83 @@ class Run:
 class Plan:
     """What one call of fit is to do."""
 
-    epochs: int
+    last: int  # epoch
     train: Iterable[Any]
     val: Iterable[Any] | None
     validation_freq: int
     callbacks: list[Callback]
     say: Callable[[str], None]  # shows a line to the user
+    checkpoint: Checkpoint
 
 
 def fit(model: Model, run: Run, plan: Plan) -> None:
-    """Train for so many epochs; each whole epoch leaves its row in `run.epochs`, whatever happens later."""
+    """Train up to the last epoch; each whole epoch leaves its row in `run.epochs`, whatever happens later."""
     run.train.unseen = run.val.unseen = True
     model.stop_training = False
-    listeners = with_method(plan.callbacks, "on_batch_end")
-    first = len(run.epochs) + 1
+    listeners, checkpoint = with_method(plan.callbacks, "on_batch_end"), plan.checkpoint
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
     with (
         modes_kept(model),
         no_gradients_left(model, run),
         weights_found_once(),
         jitted,
+        Interruptions(active=checkpoint.path is not None) as interruptions,
         fit_callbacks(plan.callbacks, model),
     ):
         train_step = run.jit.step("train_step") if run.jit else model.train_step
+        at = checkpoint.restore(plan.callbacks, plan.say)
 
         def after_batch(number: int) -> bool:
+            at.step = number
+            checkpoint.after_batch(at)
+            interruptions.act(lambda: checkpoint.save(at))
             return model.stop_training
 
-        for epoch in range(first, first + plan.epochs):
-            with noted(f"epoch {epoch}"):
+        def after_validation_batch(number: int) -> bool:
+            interruptions.act(lambda: checkpoint.save(at))
+            return False
+
+        while at.epoch <= plan.last and not model.stop_training:
+            with noted(f"epoch {at.epoch}"):
                 model.train()
-                call(plan.callbacks, "on_epoch_begin", epoch)
-                logs = one_pass(run, run.train, train_step, plan.train, "dl_train", listeners, after_batch)
-                if plan.val is not None and epoch % plan.validation_freq == 0:
-                    logs |= validate(model, run, plan.val, plan.callbacks)
+                call(plan.callbacks, "on_epoch_begin", at.epoch)
+                checkpoint.enter(at)
+                if at.logs is None:
+                    at.logs = one_pass(
+                        run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, at.step
+                    )
+                logs = dict(at.logs)
+                if plan.val is not None and at.epoch % plan.validation_freq == 0:
+                    checkpoint.before_validation()
+                    logs |= validate(model, run, plan.val, plan.callbacks, after_validation_batch)
                 run.epochs.append((logs, learning_rates(run)))
-                call(plan.callbacks, "on_epoch_end", epoch, logs)
-            if model.stop_training:
-                break
+                call(plan.callbacks, "on_epoch_end", at.epoch, logs)
+                at = Position(at.epoch + 1)
+                checkpoint.epoch_ended(at)
+                interruptions.act(lambda: None)
 
 
-def validate(model: Model, run: Run, val: Iterable[Any], callbacks: Iterable[Callback]) -> dict[str, float]:
+def validate(
+    model: Model, run: Run, val: Iterable[Any], callbacks: Iterable[Callback], after_batch: AfterBatch
+) -> dict[str, float]:
     """A fit's evaluation of dl_val, between two moments of its callbacks; the second comes even after an error."""
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
             stack.callback(call, [callback], "on_evaluate_end")
             call([callback], "on_evaluate_begin")
-        return evaluate(model, run, val)
+        return evaluate(model, run, val, after_batch)
 
 
-def evaluate(model: Model, run: Run, batches: Iterable[Any]) -> dict[str, float]:
+def evaluate(
+    model: Model, run: Run, batches: Iterable[Any], after_batch: AfterBatch = lambda number: False
+) -> dict[str, float]:
     """The means over all rows of the batches, under names with val_."""
     loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
     with modes_kept(model, loss), torch.no_grad():
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
         evaluate_step = run.jit.step("evaluate_step") if run.jit else model.evaluate_step
-        means = one_pass(run, run.val, evaluate_step, batches, "dl_val")
+        means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch)
     return {f"val_{name}": mean for name, mean in means.items()}
 
 
@@ -161,15 +186,21 @@ def one_pass(
     batches: Iterable[Any],
     name: str,
     listeners: Sequence[Callback] = (),
-    after_batch: Callable[[int], bool] = lambda number: False,
+    after_batch: AfterBatch = lambda number: False,
+    done: int = 0,
 ) -> dict[str, float]:
-    """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows."""
+    """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows.
+
+    Where so many batches are `done`, `batches` begin after them and the totals hold them already.
+    """
     before, run.totals = run.totals, totals  # a callback may evaluate in the middle of an epoch
-    totals.reset()
+    if not done:
+        totals.reset()
     flush = getattr(step, "flush", None)  # of a compiled step
-    number = 0
+    number = done
+    remaining = batches.after(done) if isinstance(batches, ContinuedBatches) else batches
     try:
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(remaining, start=done + 1):
             features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
                 checks.check_batch(step, features, labels, sample_weight)

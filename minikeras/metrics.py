@@ -12,10 +12,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minikeras.checks import check_number, is_stateful
 from minikeras.data import map_leaves
@@ -43,6 +45,21 @@ class Totals(Mapping[str, float]):
         self.updated = False
         for metric in self.objects.values():
             metric.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the totals stand."""
+        objects = {name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()}
+        return {"sums": self.sums, "counts": self.counts, "updated": self.updated, "objects": objects}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` stood."""
+        self.sums, self.counts = map_leaves(self._placed, state["sums"]), map_leaves(self._placed, state["counts"])
+        self.updated = state["updated"]
+        for name, metric in self.objects.items():
+            set_state(metric, map_leaves(self._placed, state["objects"][name]))
+
+    def _placed(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     @torch.no_grad()
     def metrics(
@@ -116,6 +133,51 @@ class Totals(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def state_of(metric: Any, name: str) -> dict[str, Any]:
+    """What a metric object has counted: its own state_dict, or its attributes; those of a module's parts as well."""
+    if isinstance(metric, nn.Module):
+        return {path: attributes(module, name) for path, module in metric.named_modules()}
+    return metric.state_dict() if hasattr(metric, "state_dict") else attributes(metric, name)
+
+
+def set_state(metric: Any, state: Mapping[str, Any]) -> None:
+    """... and back."""
+    if isinstance(metric, nn.Module):
+        for path, module in metric.named_modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            for key, value in state[path].items():
+                vars(module)[key] = value if key not in buffers else buffers[key].copy_(value)
+    elif hasattr(metric, "load_state_dict"):
+        metric.load_state_dict(state)
+    else:
+        vars(metric).update(copy.deepcopy(dict(state)))
+
+
+def attributes(holder: Any, name: str) -> dict[str, Any]:
+    """The attributes that may change from batch to batch: tensors, arrays, numbers, strings and containers of them.
+
+    Raises:
+        TypeError: one is of another kind, and not plainly a constant as functions and settings are.
+    """
+    kept = {key: value for key, value in vars(holder).items() if is_countable(value)}
+    for key, value in vars(holder).items():
+        constant = callable(value) or isinstance(value, (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter))
+        if key not in kept and not constant and not (isinstance(holder, nn.Module) and key.startswith("_")):
+            raise TypeError(
+                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. Give the metric "
+                f"state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
+            )
+    return kept | dict(holder.named_buffers(recurse=False) if isinstance(holder, nn.Module) else {})
+
+
+def is_countable(value: Any) -> bool:
+    if type(value) in (list, tuple, set):
+        return all(map(is_countable, value))
+    if type(value) is dict:
+        return all(map(is_countable, (*value, *value.values())))
+    return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(value, (np.ndarray, np.generic))
 
 
 def detached(nest: Any) -> Any:

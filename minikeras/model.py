@@ -4,6 +4,7 @@ compile     loss, optimizer, metrics and device, held in one object beside the m
 fit         loop.fit: epochs of train_step over batches, validation, history
 evaluate    loop.evaluate: evaluate_step over batches
 predict     loop.predict: outputs of every row
+save, load  checkpoint.save_weights, load_weights
 summary     layer_summary.summary
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,13 +22,12 @@ from torch.optim import Optimizer
 
 from minikeras import checks, layer_summary, loop
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks
+from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length
 from minikeras.errors import NotCompiledError, described, positive_int
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Result, Totals, detached
 from minikeras.progress import Progress, show, tell, wants_bar
-
-COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
 
 class Model(nn.Module):
@@ -57,8 +58,7 @@ class Model(nn.Module):
         super().__init__()
         if net is not None:
             self.net = net
-        self.register_state_dict_post_hook(_drop_compiled_names)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_compiled_names)  # type: ignore[no-untyped-call]
+        under_plain_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped network's outputs; a subclass writes its own."""
@@ -221,6 +221,8 @@ class Model(nn.Module):
         validation_freq: int = 1,
         callbacks: Iterable[Callback] = (),
         verbose: str | int = "auto",
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
     ) -> pd.DataFrame:
         """Train, and return the history: one row per epoch since `compile`, index `epoch` from 1.
 
@@ -241,19 +243,22 @@ class Model(nn.Module):
             validation_freq: epochs between two validations, default 1.
             callbacks: instances of `minikeras.Callback`.
             verbose: "auto" a bar on a terminal or in a notebook, lines elsewhere; 0 nothing; 1 bar; 2 lines.
+            checkpoint: a file for the whole state of the run, written at each epoch's end. Where it is there already,
+                the fit goes on from it, and weights and history become those of a fit never stopped, bit by bit.
+            checkpoint_every: steps between two writings within an epoch as well.
 
         Raises:
             NotCompiledError: before `compile`.
             TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
+            CheckpointError: the file is damaged or of another run; or its last writing failed.
         """
         run = self._compiled("fit")
+        saved = Checkpoint(checkpoint, checkpoint_every)
         epochs = positive_int("epochs", epochs)
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
         train = as_batches(dl_train, "dl_train", batch_size, shuffle=True, device=run.device)
-        if steps_per_epoch is not None:
-            train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         val = (
             None
             if dl_val is None
@@ -261,17 +266,20 @@ class Model(nn.Module):
         )
         if val is not None and length(val) == 0:
             raise empty(val, "dl_val")  # now, and not after an epoch
+        train = saved.watched(train, val, run.device)
+        if steps_per_epoch is not None:
+            train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         listed = check_callbacks(callbacks)
+        self._check_optimizers(run)
+        loop.place(self, run)
+        last = saved.open(self, run, epochs)
         shown = show(verbose)
         if shown:
-            last = len(run.epochs) + epochs
             best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
             listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), val is not None, best))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
-        self._check_optimizers(run)
-        loop.place(self, run)
         say = tell if shown else (lambda line: None)
-        loop.fit(self, run, loop.Plan(epochs, train, val, validation_freq, listed, say))
+        loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved))
         return run.history()
 
     def evaluate(self, dl_val: Any, *, batch_size: int | None = None) -> dict[str, float]:
@@ -310,6 +318,34 @@ class Model(nn.Module):
             return loop.predict(self, as_batches(dl, "dl", batch_size, device=run.device), run.device)
         finally:
             run.by_parts = before
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights, `state_dict()`, to a file that is whole or not there; one there before becomes NAME.prev.
+
+        Args:
+            path: ends in .safetensors for that format (pip install "minikeras[safetensors]"), else what torch.save
+                writes; its folder is made.
+
+        >>> import minikeras, tempfile
+        >>> from torch import nn
+        >>> path = tempfile.mkdtemp() + "/weights.pt"
+        >>> minikeras.Model(nn.Linear(2, 1)).save(path)
+        >>> list(torch.load(path))
+        ['net.weight', 'net.bias']
+        """
+        save_weights(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Take over weights from a file of `save`, of torch.save(model.state_dict(), path) or of `fit(checkpoint=...)`.
+
+        Every byte is checked, and nothing in the file can run. Where the file is damaged and NAME.prev is whole, that
+        one is taken, with a warning.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            CheckpointError: it is damaged, foreign, or of another architecture; the model is as it was.
+        """
+        load_weights(self, Path(path))
 
     def summary(
         self,
@@ -356,18 +392,3 @@ class Model(nn.Module):
         """For pickle and deepcopy, which give an uncompiled model."""
         ours = {"_run", *(self._run.published if self._run is not None else ())}
         return {name: value for name, value in self.__dict__.items() if name not in ours}
-
-
-def _drop_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """`Model(torch.compile(net))` saves under the names of `Model(net)`."""
-    for name in [name for name in state if name.startswith(prefix) and COMPILED in name]:
-        state[name.replace(COMPILED, "")] = state.pop(name)
-
-
-def _add_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """... and loads them again."""
-    for wrapper, _ in module.named_modules(prefix=prefix.rstrip(".")):
-        if f"{wrapper}.".endswith("." + COMPILED):
-            outer = wrapper[: -len(COMPILED)] + "."
-            for name in [name for name in state if name.startswith(outer) and not name.startswith(wrapper)]:
-                state[wrapper + name[len(outer) - 1 :]] = state.pop(name)

@@ -21,11 +21,13 @@ ORDER = [
     ["__init__"],
     ["model"],
     ["loop", "progress", "jit"],
+    ["checkpoint", "faults"],
     ["callbacks"],
     ["metrics", "layer_summary"],
     ["checks"],
     ["broadcast", "losses"],
     ["data"],
+    ["randomness"],
     ["errors"],
 ]
 

@@ -7,6 +7,7 @@
 nests.py        what batches are made of
 sources.py      from what the user has to batches
 in_memory.py    the batches of a loader over tensors, fetched whole
+position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
 """
 
@@ -22,11 +23,13 @@ from minikeras.data.batch import (
     unpack,
 )
 from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sources import ArrayBatches, ContinuedBatches, as_batches, as_tensor, empty, is_batched, length
 
 __all__ = [
     "ArrayBatches",
     "ContinuedBatches",
+    "Positioned",
     "as_batches",
     "as_tensor",
     "call_as",
@@ -44,4 +47,5 @@ __all__ = [
     "prepared",
     "to_device",
     "unpack",
+    "warn_of_hidden_draws",
 ]

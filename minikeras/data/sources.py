@@ -152,24 +152,28 @@ class ContinuedBatches:
         return self.steps
 
     def __iter__(self) -> Iterator[Any]:
-        for _ in range(self.steps):
+        return self.after(0)
+
+    def after(self, done: int) -> Iterator[Any]:
+        """The batches of an epoch of which so many are done, in another process."""
+        for _ in range(done, self.steps):
             yield self._next()
 
     def _next(self) -> Any:
         nothing = object()
-        batch = nothing if self.iterator is None else next(self.iterator, nothing)
-        if batch is nothing:
-            self.iterator = iter(self.batches)
+        for _ in range(2):  # where the iteration under way has come to its end, a new one
+            self.iterator = iter(self.batches) if self.iterator is None else self.iterator
             batch = next(self.iterator, nothing)
-        if batch is nothing and self.given:
-            why = f"it is a {type(self.batches).__name__}, {ONLY_ONCE}"
+            if batch is not nothing:
+                self.given += 1
+                return batch
+            self.iterator = None
+        if self.given:
+            why = f"it is a {type(getattr(self.batches, 'loader', self.batches)).__name__}, {ONLY_ONCE}"
             raise ValueError(
                 f"{self.name} ended after {self.given} batches, and steps_per_epoch={self.steps} needs more: {why}."
             )
-        if batch is nothing:
-            raise empty(self.batches, self.name)
-        self.given += 1
-        return batch
+        raise empty(self.batches, self.name)
 
 
 def length(batches: Any) -> int | None:

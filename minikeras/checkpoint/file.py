@@ -1,0 +1,134 @@
+"""Plain values <-> a file that is whole or not there.
+
+write    to a temporary file beside it, flushed to the disk; the last one becomes NAME.prev, the new one takes its place
+read     every byte against its checksum, then values only: nothing in a file can run
+
+Whenever the process dies, NAME or NAME.prev is a whole state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minikeras.errors import CheckpointError
+
+ZIP = b"PK\x03\x04"  # how what torch.save writes begins
+
+
+def previous(path: Path) -> Path:
+    """Where the file before the newest is kept."""
+    return path.with_name(path.name + ".prev")
+
+
+def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> None:
+    """Put what `dump` writes into a file at `path`, whole; with `keep` the one there becomes NAME.prev.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; what was there is there still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        dump(temporary)
+        flush(temporary)
+        if keep and path.exists():
+            os.replace(path, previous(path))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def dump(value: Any) -> Callable[[Path], None]:
+    """Writes a plain value with torch.save."""
+
+    def save(path: Path) -> None:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+
+    return save
+
+
+def flush(path: Path) -> None:
+    """To the disk, so that it outlives a loss of power too."""
+    if os.name == "nt" and path.is_dir():  # Windows has no such thing for folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> Any:
+    """The plain value in a file, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is damaged, or holds something else than plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()  # torch.load takes a flipped bit in a tensor for a number
+        if part is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        why = f"its part {part} does not match its checksum"
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        why = reason(path, error)
+        raise CheckpointError(f"{path} {why}. {remedy(path)}") from error
+    raise CheckpointError(f"{path} is damaged: {why}. {remedy(path)}")
+
+
+def reason(path: Path, error: Exception) -> str:
+    """Why a file could not be read."""
+    if path.is_dir():
+        return "is a folder, and not a file"
+    with open(path, "rb") as file:
+        begin = file.read(len(ZIP))
+    if not begin:
+        return "is empty"
+    if begin != ZIP:
+        return "is not a file that torch.save wrote"
+    if "weights_only" in str(error):
+        return "holds more than tensors and plain values, which could run code, and was not read"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"is damaged or cut short: {first.rstrip('.')}"
+
+
+def remedy(path: Path) -> str:
+    if previous(path).exists():
+        return f"The one written before it is {previous(path)}."
+    return "There is none written before it: delete it to start anew, or give another file."
+
+
+def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:
+    """What `read` gives of the newest whole file at `path`, and which file that was; None where there is none.
+
+    Warns where the newest is damaged and the one before it is used.
+
+    Raises:
+        CheckpointError: there are files, and none is whole.
+    """
+    before = previous(path)
+    try:
+        return read(path), path
+    except FileNotFoundError:  # a death between two renamings leaves the one before alone
+        return (read(before), before) if before.exists() else None
+    except CheckpointError as error:
+        if not before.exists():
+            raise
+        value = read(before)
+        warnings.warn(f"{error} It is used instead.", stacklevel=2)
+        return value, before

@@ -1,0 +1,55 @@
+"""Plain values: tensors, numbers, strings and containers of them, which a file can hold without holding code."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AS_THEY_ARE = (type(None), str, bool, int, float, complex, bytes, torch.Size, torch.dtype, torch.device)
+ARRAY = "a NumPy array"  # the key of a dict that stands for one
+
+
+def plain(value: Any, where: str) -> Any:
+    """A value made of plain ones, NumPy's among them turned into torch's; `where` is what an error calls it.
+
+    Raises:
+        TypeError: something else is in it.
+
+    >>> plain({"best": np.float64(0.5)}, "the state")
+    {'best': 0.5}
+    """
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc":
+        return {ARRAY: torch.from_numpy(value.copy())}
+    if type(value) in AS_THEY_ARE:
+        return value
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(part, f"{where}[{number}]") for number, part in enumerate(value))
+    if type(value) in (dict, OrderedDict, Counter):
+        return type(value)((plain(key, where), plain(part, f"{where}[{key!r}]")) for key, part in value.items())
+    kinds: tuple[Any, ...] = (bool, int, float, str, dict, list, tuple)
+    for kind in kinds:  # an enum's member, a named tuple, a defaultdict
+        if isinstance(value, kind):
+            return plain(kind(value), where)
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, numbers, strings, "
+        f"lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+    )
+
+
+def restored(value: Any) -> Any:
+    """A plain value with NumPy's arrays as they were."""
+    if type(value) is dict and value.keys() == {ARRAY}:
+        return value[ARRAY].numpy()
+    if type(value) in (list, tuple, set):
+        return type(value)(restored(part) for part in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, restored(part)) for key, part in value.items())
+    return value

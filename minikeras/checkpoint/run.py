@@ -1,0 +1,252 @@
+"""The whole state of a run <-> one file, so that a fit can be killed at any instant and carried on bit by bit the same.
+
+opened      is there a file, is it whole, is it of this call of fit, does it fit this model? nothing is changed yet
+restored    weights, optimizers, totals, history, callbacks, random state; then the fit goes on where the file stands
+written     at each epoch's end, every so many steps, and when the process is asked to end
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from minikeras.callbacks import Callback
+from minikeras.checkpoint.file import dump, read_newest, remedy, write
+from minikeras.checkpoint.plain import plain, restored
+from minikeras.checkpoint.weights import RUN, check_weights, weights_of
+from minikeras.data import Positioned, warn_of_hidden_draws
+from minikeras.errors import CheckpointError, positive_int
+from minikeras.randomness import Randomness
+
+if TYPE_CHECKING:
+    from minikeras.loop import Run
+    from minikeras.model import Model
+
+VERSION = 1  # of the file's layout; files of older versions keep loading
+
+
+@dataclass
+class Position:
+    """Where a fit stands: in an epoch, after so many of its steps; `logs` are the training's once that is done."""
+
+    epoch: int
+    step: int = 0
+    logs: dict[str, float] | None = None
+
+
+class Checkpoint:
+    """One fit's file. Without a path nothing is read or written.
+
+    Args:
+        path: the file; its folder is made.
+        every: steps between two writings within an epoch, None for none.
+    """
+
+    def __init__(self, path: str | Path | None, every: int | None = None) -> None:
+        if path is None and every is not None:
+            raise ValueError(f'checkpoint_every={every} needs a file. Pass checkpoint="run.pt" as well.')
+        self.path = None if path is None else Path(path)
+        self.every = None if every is None else positive_int("checkpoint_every", every)
+        self.state: Any = None  # what is to be carried on from
+        self.whole = True  # the newest file is; else it is not worth keeping as the one before
+        self.written = ""  # the last writing, for people
+        self.random: Any = None  # as it was before the validation under way
+
+    # --- before a fit -------------------------------------------------------------------------------------------------
+
+    def watched(self, train: Iterable[Any], val: Iterable[Any] | None, device: torch.device) -> Iterable[Any]:
+        """The same training batches, knowing where they stand."""
+        if self.path is None:
+            return train
+        pairs = [(getattr(one, "loader", one), name) for one, name in ((train, "dl_train"), (val, "dl_val"))]
+        for loader, name in pairs:
+            warn_of_hidden_draws(loader, name)
+        self.loaders: list[Any] = [loader for loader, _ in pairs]
+        self.randomness = Randomness(device, self.loaders)
+        self.train = Positioned(train, "dl_train", self.randomness)
+        return self.train
+
+    def open(self, model: Model, run: Run, epochs: int) -> int:
+        """The number of the last epoch of this call of fit, the file looked at.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another run, model or optimizer.
+        """
+        self.model, self.run = model, run
+        self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
+        if self.path is None:
+            return self.last
+        plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
+        found = read_newest(self.path)
+        if found is not None:
+            self.whole = found[1] == self.path
+            self._check(found[0], found[1])
+            self.state = self._mine(found[0], found[1])
+        return self.last
+
+    def _check(self, state: Any, path: Path) -> None:
+        version = state.get(RUN) if isinstance(state, dict) else None
+        if not isinstance(version, int):
+            raise CheckpointError(f"{path} is not the state of a run of minikeras. {remedy(path)}")
+        if version > VERSION:
+            raise CheckpointError(
+                f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
+            )
+        check_weights(self.model, state["model"], path)
+        for name, optimizer in self.run.optimizers.items():
+            given = state["optimizers"].get(name)
+            own = optimizer.state_dict()
+            if given is None or given["class"] != type(optimizer).__name__ or sizes(given["state"]) != sizes(own):
+                was = "none" if given is None else f"{given['class']} {sizes(given['state'])}"
+                raise CheckpointError(
+                    f"{path} was written with another optimizer{f' {name!r}' * bool(name)}: {was} instead of "
+                    f"{type(optimizer).__name__} {sizes(own)} (parameters in each group). Compile as it was compiled "
+                    f"then. {remedy(path)}"
+                )
+
+    def _mine(self, state: Any, path: Path) -> Any:
+        """The state where this call of fit goes on with it, else None."""
+        done, rows = len(self.run.epochs), len(state["history"])
+        finished = state["stopped"] or rows >= state["last"]
+        if state["first"] == self.first:  # the same call in a new process
+            return state
+        if done == rows and not finished:  # broken off, and called once more in the same process
+            self.first, self.last = state["first"], state["last"]
+            return state
+        if done == rows:  # a call before this one, whose file this one takes over
+            return None
+        if state["first"] > self.last:  # a call after this one: this one was done long ago
+            return state
+        raise CheckpointError(
+            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is of epochs "
+            f"{self.first} to {self.last}. Give each fit a file of its own. {remedy(path)}"
+        )
+
+    # --- as it begins -------------------------------------------------------------------------------------------------
+
+    def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
+        """Take over the file's state, where there is one of this call; where the fit begins, said in a line."""
+        self.callbacks = callbacks
+        if self.state is None:
+            return Position(self.first)
+        state, self.state = self.state, None
+        self._load_weights(state)
+        at = Position(self.last + 1)
+        if state["first"] > self.last:
+            self.run.epochs = self.run.epochs[: self.last]
+        else:
+            self._load_course(state)
+            at = at if state["stopped"] else Position(**state["position"])
+        if at.epoch > self.last:
+            say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
+        else:
+            say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
+        return at
+
+    def _load_weights(self, state: Any) -> None:
+        run = self.run
+        self.model.load_state_dict(state["model"])
+        for name, buffer in self.model.named_buffers():
+            if name in state["buffers"]:
+                buffer.copy_(state["buffers"][name])
+        if isinstance(run.loss_func, nn.Module):
+            run.loss_func.load_state_dict(state["loss"])
+        for name, optimizer in run.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name]["state"])
+        run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
+
+    def _load_course(self, state: Any) -> None:
+        self.run.train.load_state_dict(restored(state["totals"]))
+        for name, callback in named(self.callbacks):
+            if name in state["callbacks"]:
+                callback.load_state_dict(restored(state["callbacks"][name]))
+        for loader in self.loaders:
+            if getattr(loader, "persistent_workers", False) and len(self.run.epochs) >= self.first:
+                iter(loader)  # in the run before, the seed of its workers was drawn in an epoch that is over
+        self.randomness.restore(state["random"])
+        self.train.carry_on(state["train"])
+        self.resumed = state["random"]
+
+    def enter(self, at: Position) -> None:
+        """Before an epoch's first batch: where the epoch had begun already, its callbacks may have drawn again."""
+        if at.step:
+            self.randomness.restore(self.resumed)
+
+    # --- as it goes on ------------------------------------------------------------------------------------------------
+
+    def after_batch(self, at: Position) -> None:
+        """Write where that is due."""
+        if self.every is not None and at.logs is None and at.step % self.every == 0:
+            self.save(at)
+
+    def before_validation(self) -> None:
+        """Validation is not carried on in its middle, but begun anew."""
+        if self.path is not None:
+            self.random = self.randomness.states()
+
+    def epoch_ended(self, at: Position) -> None:
+        """Write; `at` is where the next epoch begins. The fit's last state must be written, or it is an error."""
+        self.random = None
+        self.save(at, last=at.epoch > self.last or self.model.stop_training)
+
+    def save(self, at: Position, last: bool = False) -> None:
+        if self.path is None:
+            return
+        state = plain(self._state(at), "the state of the run")
+        try:
+            write(self.path, dump(state), keep=self.whole)
+        except (OSError, RuntimeError) as error:
+            before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
+            why = f"{self.path} could not be written: {error}. {before}."
+            if last:
+                raise CheckpointError(
+                    f"{why} Make room or give another file: these last weights are not saved."
+                ) from error
+            warnings.warn(f"{why} The fit goes on, and it is tried again at the next time.", stacklevel=2)
+            return
+        self.whole, self.written = True, f"epoch {at.epoch}, step {at.step}"
+
+    def _state(self, at: Position) -> dict[str, Any]:
+        model, run, loss = self.model, self.run, self.run.loss_func
+        weights = weights_of(model)
+        return {
+            RUN: VERSION,
+            "first": self.first,
+            "last": self.last,
+            "stopped": model.stop_training and not at.step,
+            "position": asdict(at),
+            "history": run.epochs,
+            "model": weights,
+            "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
+            "loss": weights_of(loss) if isinstance(loss, nn.Module) else {},
+            "optimizers": {
+                name: {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
+                for name, optimizer in run.optimizers.items()
+            },
+            "totals": run.train.state_dict(),
+            "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
+            "random": self.random or self.randomness.states(),
+            "train": self.train.position(),
+        }
+
+
+def sizes(optimizer_state: Any) -> list[int]:
+    """How many parameters each group of an optimizer has."""
+    return [len(group["params"]) for group in optimizer_state["param_groups"]]
+
+
+def named(callbacks: Iterable[Callback]) -> list[tuple[str, Callback]]:
+    """Each callback under its class's name, numbered from the second of a class on."""
+    seen: dict[str, int] = {}
+    pairs = []
+    for callback in callbacks:
+        name = type(callback).__name__
+        seen[name] = seen.get(name, 0) + 1
+        pairs.append((name if seen[name] == 1 else f"{name} {seen[name]}", callback))
+    return pairs

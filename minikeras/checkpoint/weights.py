@@ -1,0 +1,135 @@
+"""Weights alone in a file: .pt as torch's users know it, or .safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minikeras.checkpoint.file import dump, read, read_newest, remedy, write
+from minikeras.checkpoint.plain import plain
+from minikeras.errors import CheckpointError
+
+RUN = "minikeras"  # the key of the version number in a run's state
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The model's state_dict in a file: whole, or not there."""
+    state = weights_of(model)
+    write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state))
+
+
+def weights_of(module: nn.Module) -> dict[str, Any]:
+    """A module's state_dict, of plain values."""
+    state: dict[str, Any] = module.state_dict()
+    for key, value in state.items():  # in place: torch keeps version numbers beside the items
+        state[key] = plain(value, f"{key} in the state_dict of {type(module).__name__}")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Weights from a file into the model; nothing is changed where they do not fit."""
+    found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else read)
+    if found is None:
+        raise FileNotFoundError(f"there is no file {path}. Pass the path of a file that model.save wrote.")
+    state = found[0]["model"] if isinstance(found[0], dict) and RUN in found[0] else found[0]
+    check_weights(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_weights(model: nn.Module, state: Any, path: Path) -> None:
+    """A state_dict must have the model's keys and shapes.
+
+    Raises:
+        CheckpointError: it has others; the message names them.
+    """
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}")
+    own = model.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in own.items() if isinstance(value, Tensor)}
+    given = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    differing = [key for key in shapes if given.get(key, shapes[key]) != shapes[key]]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [f"{key} {given[key]} instead of {shapes[key]}" for key in differing],
+    }
+    told = [f"{what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}" for what, keys in problems.items() if keys]
+    if told:
+        raise CheckpointError(
+            f"{path} holds the weights of another architecture than {type(model).__name__}: {'; '.join(told)}. "
+            f"Build the model as it was when the file was written. {remedy(path)}"
+        )
+
+
+# --- safetensors, which has no checksum of its own: one goes into its metadata ----------------------------------------
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('.safetensors files need a package: pip install "minikeras[safetensors]"') from error
+    return safetensors
+
+
+def _dump_safetensors(state: dict[str, Any]) -> Any:
+    package = _safetensors()
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise TypeError(f"a .safetensors file holds tensors alone, and the model's state has {others[0]}. Save to .pt.")
+    whole = {key: value.cpu().contiguous().clone() for key, value in state.items()}  # it refuses tied ones
+
+    def save(path: Path) -> None:
+        package.torch.save_file(whole, path, metadata={"format": "pt", "sha256": _checksum(whole)})
+
+    return save
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+            checksum = (file.metadata() or {}).get("sha256")
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or is no safetensors file: {error}. {remedy(path)}") from error
+    if checksum not in (None, _checksum(state)):
+        raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum. {remedy(path)}")
+    return state
+
+
+def _checksum(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(f"{key} {state[key].dtype} {tuple(state[key].shape)}".encode())
+        digest.update(state[key].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def under_plain_names(model: nn.Module) -> None:
+    """From now on `Model(torch.compile(net))` saves and loads under the names of `Model(net)`."""
+    model.register_state_dict_post_hook(_drop_compiled_names)
+    model.register_load_state_dict_pre_hook(_add_compiled_names)
+
+
+def _drop_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix) and COMPILED in name]:
+        state[name.replace(COMPILED, "")] = state.pop(name)
+
+
+def _add_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for wrapper, _ in module.named_modules(prefix=prefix.rstrip(".")):
+        if f"{wrapper}.".endswith("." + COMPILED):
+            outer = wrapper[: -len(COMPILED)] + "."
+            for name in [name for name in state if name.startswith(outer) and not name.startswith(wrapper)]:
+                state[wrapper + name[len(outer) - 1 :]] = state.pop(name)

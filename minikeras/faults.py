@@ -1,0 +1,57 @@
+"""What can befall a fit from outside, and how it ends then.
+
+SIGTERM, Ctrl-C    with a checkpoint: the batch is finished and the state written first; a second one acts at once
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+TERMINATED = 128 + signal.SIGTERM  # the exit status that schedulers expect
+
+
+class Interruptions:
+    """SIGTERM and Ctrl-C, held back until a fit has written its state. For use in `with`; does nothing unless `active`.
+
+    Handlers that were there are called in their turn, and put back at the end.
+    """
+
+    def __init__(self, active: bool) -> None:
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.process = os.getpid()
+        self.before: dict[int, Any] = {}
+        self.received: int | None = None
+
+    def __enter__(self) -> Interruptions:
+        for number in (signal.SIGTERM, signal.SIGINT) if self.active else ():
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):  # whoever ignores it wants it ignored
+                self.before[number] = handler
+                signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:
+            return  # a DataLoader's worker, which Ctrl-C reaches too: it goes on, and the batch can be finished
+        if self.received is not None:
+            self._act(number, frame)
+        self.received = number
+
+    def act(self, save: Callable[[], None]) -> None:
+        """Where a signal has come: write the state, then do what the signal asks for."""
+        if self.received is not None:
+            save()
+            self._act(self.received, None)
+
+    def _act(self, number: int, frame: Any) -> None:
+        if callable(self.before[number]):
+            self.before[number](number, frame)  # Python's own for Ctrl-C raises KeyboardInterrupt
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)

@@ -1,0 +1,201 @@
+"""Runs of many kinds, for the tests of resuming: the same call of fit, whole or broken off and carried on."""
+
+import random
+
+import numpy as np
+import torch
+from conftest import accuracy, points
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import minikeras
+
+X, Y = points(90)
+EPOCHS = 3
+
+
+class Noisy(Dataset):
+    """Each row drawn anew at each reading, from all three generators."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, row):
+        noise = torch.rand(()).item() + np.random.rand() + random.random()
+        return X[row] + 0.1 * noise, Y[row]
+
+
+class Shuffled(IterableDataset):
+    def __iter__(self):
+        for row in torch.randperm(len(X)):
+            yield X[row], Y[row]
+
+
+class Batches:
+    """An iterable of one's own, with a generator of its own."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(3)
+
+    def __iter__(self):
+        order = torch.from_numpy(self.generator.permutation(len(X)))
+        for rows in order.split(20):
+            yield X[rows], Y[rows]
+
+
+class Mean:
+    """A metric object of one's own, which keeps what it has seen."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.seen, self.total = [], 0.0
+
+    def update(self, outputs, labels):
+        self.seen.append(outputs.numpy())
+        self.total += float(labels.sum())
+
+    def compute(self):
+        return float(np.concatenate(self.seen).mean()) + self.total
+
+
+class Stepping(nn.Module):
+    """A buffer that state_dict leaves out, and one that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("hidden", torch.zeros(()), persistent=False)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        if self.training:
+            self.hidden += 0.01
+        return self.norm(x) + self.hidden
+
+
+class Net(minikeras.Model):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2, 8), Stepping(), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, y_pred, y_true):
+        return nn.functional.binary_cross_entropy(y_pred, y_true) * self.scale.exp() + self.scale**2
+
+
+class Pair(minikeras.Model):
+    """Two optimizers, each with its own loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return torch.sigmoid(self.a(x) + self.b(x))
+
+    def train_step(self, features, labels):
+        losses = {}
+        for name in ("a", "b"):
+            losses[name] = self.compute_loss(self(features), labels)
+            self.backward(losses[name], name)
+            self.optimizer_step(name)
+        return {"loss": losses["b"], "first": losses["a"]}
+
+
+def memory(**kwargs):
+    return DataLoader(TensorDataset(X, Y), batch_size=20, **kwargs)
+
+
+def noisy(**kwargs):
+    return DataLoader(Noisy(), batch_size=20, **kwargs)
+
+
+def seeded():
+    return torch.Generator().manual_seed(5)
+
+
+def stateful():
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Noisy(), batch_size=20, shuffle=True)
+
+
+LOADERS = {
+    "arrays": lambda: (X, Y),
+    "list of batches": lambda: list(zip(X.split(20), Y.split(20), strict=True)),
+    "in memory": lambda: memory(shuffle=True),
+    "in memory, own generator": lambda: memory(shuffle=True, generator=seeded()),
+    "in memory, 2 workers": lambda: memory(shuffle=True, num_workers=2),
+    "in memory, replacement": lambda: memory(sampler=RandomSampler(X, replacement=True, generator=seeded())),
+    "noisy": lambda: noisy(shuffle=True),
+    "noisy, own generator": lambda: noisy(shuffle=True, generator=seeded()),
+    "noisy, 2 workers": lambda: noisy(shuffle=True, num_workers=2),
+    "noisy, weighted": lambda: noisy(sampler=WeightedRandomSampler(torch.arange(1.0, 91.0), 90)),
+    "noisy, replacement": lambda: noisy(sampler=RandomSampler(X, replacement=True, generator=seeded())),
+    "noisy, batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(X), 20, True)),
+    "noisy, whole batches": lambda: DataLoader(
+        Noisy(), batch_size=None, sampler=BatchSampler(RandomSampler(X), 20, False), collate_fn=lambda rows: rows
+    ),
+    "counting sampler": lambda: noisy(sampler=DistributedSampler(Noisy(), num_replicas=1, rank=0)),
+    "iterable, own generator": Batches,
+    "stateful": stateful,
+}
+
+
+def call_of(loader="in memory", **changes):
+    """The model and the arguments of a call of fit."""
+    changes = {key: value() if callable(value) else value for key, value in changes.items()}  # new ones each time
+    kind = changes.pop("model", "net")
+    model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
+    if kind == "pair":
+        optimizer = {
+            "a": torch.optim.Adam(model.a.parameters(), lr=0.01),
+            "b": torch.optim.SGD(model.b.parameters(), lr=0.1, momentum=0.9),
+        }
+    else:
+        optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
+    metrics = {"accuracy": accuracy, "mean": Mean()} if kind != "pair" else {}
+    model.compile(loss, optimizer, metrics | changes.pop("metrics", {}), device="cpu", **changes.pop("compile", {}))
+    arguments = {"epochs": EPOCHS, "dl_train": LOADERS[loader](), "dl_val": noisy(shuffle=True), "verbose": 0}
+    return model, arguments | changes
+
+
+def seed(number):
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def result_of(model, dfhistory):
+    """All that must be the same: history, weights, and what is drawn next."""
+    drawn = torch.rand(()).item(), np.random.rand(), random.random()
+    return dfhistory, {key: value.clone() for key, value in model.state_dict().items()}, drawn
+
+
+def differences(a, b):
+    """What differs between two results, bit by bit."""
+    found = [] if a[0].equals(b[0]) else [f"history:\n{a[0].compare(b[0]) if a[0].shape == b[0].shape else b[0]}"]
+    found += [key for key in a[1] if not torch.equal(a[1][key], b[1][key])]
+    return found + ["what is drawn next"] * (a[2] != b[2])
