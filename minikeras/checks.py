@@ -158,6 +158,12 @@ def explain_forward(error: Exception, model: nn.Module) -> None:
             )
         return
     name, layer, given = where
+    if "Expected more than 1 value per channel" in str(error) and isinstance(given, Tensor):
+        raise ValueError(
+            f"layer {name} ({type(layer).__name__}) cannot train on a batch of one row, which has no variance: it was "
+            f"given {tuple(given.shape)}. Leave the short last batch out with drop_last=True in the DataLoader, or "
+            f"choose a batch_size that leaves more."
+        ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
     if (

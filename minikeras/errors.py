@@ -54,6 +54,13 @@ def positive_int(name: str, value: object) -> int:
     return number
 
 
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a value that is not one of the known words."""
+    if value not in (words := list(known)):
+        hint = did_you_mean(str(value), words)
+        raise ValueError(f"{name} must be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, got {value!r}.{hint}")
+
+
 def described(value: object) -> str:
     """A value as an error message shows it: tensors and arrays by shape and dtype, containers by their parts.
 

@@ -24,6 +24,8 @@ Between batches nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,7 @@ from minikeras.callbacks import Callback, with_method
 from minikeras.checkpoint import Checkpoint, Position
 from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves, prepared, to_device, unpack
 from minikeras.errors import did_you_mean
-from minikeras.faults import Interruptions
+from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 
@@ -63,6 +65,7 @@ class Run:
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
     totals: Totals = field(init=False)  # of the phase that is under way
+    finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
 
     def __post_init__(self) -> None:
@@ -106,6 +109,7 @@ class Plan:
     callbacks: list[Callback]
     say: Callable[[str], None]  # shows a line to the user
     checkpoint: Checkpoint
+    on_nan: str  # "raise", "stop" or "ignore"
 
 
 def fit(model: Model, run: Run, plan: Plan) -> None:
@@ -119,51 +123,44 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         no_gradients_left(model, run),
         weights_found_once(),
         jitted,
-        Interruptions(active=checkpoint.path is not None) as interruptions,
+        checkpoint.interruptions,
+        watched_loss(run, plan),
         fit_callbacks(plan.callbacks, model),
     ):
         train_step = run.jit.step("train_step") if run.jit else model.train_step
         at = checkpoint.restore(plan.callbacks, plan.say)
 
         def after_batch(number: int) -> bool:
-            at.step = number
-            checkpoint.after_batch(at)
-            interruptions.act(lambda: checkpoint.save(at))
-            return model.stop_training
+            return checkpoint.after_batch(at, number)
 
-        def after_validation_batch(number: int) -> bool:
-            interruptions.act(lambda: checkpoint.save(at))
-            return False
-
-        while at.epoch <= plan.last and not model.stop_training:
-            with noted(f"epoch {at.epoch}"):
+        while at.epoch <= plan.last:
+            with checkpoint.noted(), noted(f"epoch {at.epoch}"), ended_by_bad_loss(model, run, plan, at.epoch):
                 model.train()
                 call(plan.callbacks, "on_epoch_begin", at.epoch)
                 checkpoint.enter(at)
                 if at.logs is None:
-                    at.logs = one_pass(
-                        run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, at.step
-                    )
+                    done = at.step
+                    at.logs = one_pass(run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done)
                 logs = dict(at.logs)
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
                     checkpoint.before_validation()
-                    logs |= validate(model, run, plan.val, plan.callbacks, after_validation_batch)
+                    logs |= validate(model, run, plan, after_batch)
                 run.epochs.append((logs, learning_rates(run)))
                 call(plan.callbacks, "on_epoch_end", at.epoch, logs)
                 at = Position(at.epoch + 1)
                 checkpoint.epoch_ended(at)
-                interruptions.act(lambda: None)
+            if model.stop_training:
+                break
 
 
-def validate(
-    model: Model, run: Run, val: Iterable[Any], callbacks: Iterable[Callback], after_batch: AfterBatch
-) -> dict[str, float]:
+def validate(model: Model, run: Run, plan: Plan, after_batch: AfterBatch) -> dict[str, float]:
     """A fit's evaluation of dl_val, between two moments of its callbacks; the second comes even after an error."""
+    assert plan.val is not None
     with contextlib.ExitStack() as stack:
-        for callback in callbacks:
+        for callback in plan.callbacks:
             stack.callback(call, [callback], "on_evaluate_end")
             call([callback], "on_evaluate_begin")
-        return evaluate(model, run, val, after_batch)
+        return evaluate(model, run, plan.val, after_batch)
 
 
 def evaluate(
@@ -199,8 +196,9 @@ def one_pass(
     flush = getattr(step, "flush", None)  # of a compiled step
     number = done
     remaining = batches.after(done) if isinstance(batches, ContinuedBatches) else batches
+    features = labels = None
     try:
-        for number, batch in enumerate(remaining, start=done + 1):
+        for number, batch in fetched(remaining, done, name):
             features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
                 checks.check_batch(step, features, labels, sample_weight)
@@ -220,12 +218,31 @@ def one_pass(
             totals.add(rest, count_rows(features, labels))
             call(listeners, "on_batch_end", number, totals)
             after_batch(number)
+        if run.finite_loss is not None and totals is run.train:
+            run.finite_loss.ended()
         return totals.means()
     except Exception as error:
-        error.add_note(f"{name}, batch {number}")
+        if isinstance(error, NonFiniteLoss):
+            error.batch = (features, labels, number)
+        elif not any(note.startswith(name) for note in getattr(error, "__notes__", ())):
+            tell_of_step(error, features, labels)
+            error.add_note(f"{name}, batch {number}")
+        features = labels = sample_weight = batch = results = None
         raise
     finally:
         run.totals = before
+
+
+def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int, Any]]:
+    """The batches with their numbers; an error in reading one says which."""
+    number = done
+    try:
+        for number, batch in enumerate(batches, start=done + 1):
+            yield number, batch
+    except Exception as error:
+        tell_of_reading(error, getattr(batches, "loader", batches))
+        error.add_note(f"{name}, batch {number + 1}, as it was read")
+        raise
 
 
 def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
@@ -294,6 +311,34 @@ def no_gradients_left(model: nn.Module, run: Run) -> Iterator[None]:
         yield
     finally:
         clear()
+
+
+@contextlib.contextmanager
+def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
+    """`run.finite_loss` looks at each loss, unless on_nan="ignore"."""
+    if plan.on_nan == "ignore":
+        yield
+        return
+    with FiniteLoss(run.device, run.optimizers.values(), run.jit.train.bad if run.jit else None) as run.finite_loss:
+        try:
+            yield
+        finally:
+            run.finite_loss = None
+
+
+@contextlib.contextmanager
+def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterator[None]:
+    """A loss that is not finite ends the fit: with an error, or with a warning and the history so far."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        last = run.finite_loss.last if run.finite_loss is not None else math.nan
+        message = explained(error, model, epoch, learning_rates(run), last)
+        if plan.on_nan == "raise":
+            error.args, error.batch = (message,), None
+            raise
+        warnings.warn(message, stacklevel=2)
+        model.stop_training = True
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikeras.errors import described, did_you_mean, is_number
+from minikeras.errors import described, is_number, one_of
 
 Loss = Tensor | tuple[Tensor, Tensor | float]  # the pair is (sum, count), where rows are not the unit
 
@@ -98,9 +98,7 @@ class FocalLoss(nn.Module):
             raise ValueError(f"gamma must be finite and 0 or more, got {gamma}. Pass 2.0, or 0 to fade nothing.")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be 0 to 1, got {alpha}. Positives weigh alpha and negatives 1 - alpha.")
-        if reduction not in (known := ["mean", "sum", "none"]):
-            hint = did_you_mean(str(reduction), known)
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.{hint}")
+        one_of("reduction", reduction, ("mean", "sum", "none"))
         self.gamma, self.alpha = gamma, alpha
         self.from_logits, self.reduction = from_logits, reduction
 

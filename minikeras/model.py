@@ -24,7 +24,7 @@ from minikeras import checks, layer_summary, loop
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length
-from minikeras.errors import NotCompiledError, described, positive_int
+from minikeras.errors import NotCompiledError, described, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Result, Totals, detached
 from minikeras.progress import Progress, show, tell, wants_bar
@@ -139,6 +139,8 @@ class Model(nn.Module):
                 f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
                 f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
             )
+        if run.finite_loss is not None:
+            run.finite_loss.look(loss)
         loss.backward(inputs=None if optimizer is None else run.inputs(optimizer))
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
@@ -223,6 +225,7 @@ class Model(nn.Module):
         verbose: str | int = "auto",
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
+        on_nan: str = "raise",
     ) -> pd.DataFrame:
         """Train, and return the history: one row per epoch since `compile`, index `epoch` from 1.
 
@@ -246,26 +249,28 @@ class Model(nn.Module):
             checkpoint: a file for the whole state of the run, written at each epoch's end. Where it is there already,
                 the fit goes on from it, and weights and history become those of a fit never stopped, bit by bit.
             checkpoint_every: steps between two writings within an epoch as well.
+            on_nan: what becomes of a training loss that is NaN or infinite, before it moves a weight: "raise" an error,
+                "stop" the fit with a warning, or "ignore".
 
         Raises:
             NotCompiledError: before `compile`.
             TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
             CheckpointError: the file is damaged or of another run; or its last writing failed.
+            FloatingPointError: the loss is not finite; the message says where, and what is known of the cause.
         """
         run = self._compiled("fit")
         saved = Checkpoint(checkpoint, checkpoint_every)
+        one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
         epochs = positive_int("epochs", epochs)
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
         train = as_batches(dl_train, "dl_train", batch_size, shuffle=True, device=run.device)
-        val = (
-            None
-            if dl_val is None
-            else as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, device=run.device)
-        )
-        if val is not None and length(val) == 0:
-            raise empty(val, "dl_val")  # now, and not after an epoch
+        val = None
+        if dl_val is not None:
+            val = as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, device=run.device)
+            if length(val) == 0:
+                raise empty(val, "dl_val")  # now, and not after an epoch
         train = saved.watched(train, val, run.device)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
@@ -279,7 +284,7 @@ class Model(nn.Module):
             listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), val is not None, best))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
         say = tell if shown else (lambda line: None)
-        loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved))
+        loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
         return run.history()
 
     def evaluate(self, dl_val: Any, *, batch_size: int | None = None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import pytest
 from runs import LOADERS, call_of, differences, result_of, seed
+from torchmetrics import AUROC
 
 from minikeras import LambdaCallback
 

@@ -7,8 +7,9 @@ written     at each epoch's end, every so many steps, and when the process is as
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
 from minikeras.data import Positioned, warn_of_hidden_draws
 from minikeras.errors import CheckpointError, positive_int
+from minikeras.faults import Interruptions
 from minikeras.randomness import Randomness
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Checkpoint:
         self.whole = True  # the newest file is; else it is not worth keeping as the one before
         self.written = ""  # the last writing, for people
         self.random: Any = None  # as it was before the validation under way
+        self.saved_step = 0  # of the epoch under way
+        self.interruptions = Interruptions(active=path is not None)
 
     # --- before a fit -------------------------------------------------------------------------------------------------
 
@@ -113,7 +117,7 @@ class Checkpoint:
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
         done, rows = len(self.run.epochs), len(state["history"])
-        finished = state["stopped"] or rows >= state["last"]
+        finished = stopped(state) or rows >= state["last"]
         if state["first"] == self.first:  # the same call in a new process
             return state
         if done == rows and not finished:  # broken off, and called once more in the same process
@@ -142,7 +146,8 @@ class Checkpoint:
             self.run.epochs = self.run.epochs[: self.last]
         else:
             self._load_course(state)
-            at = at if state["stopped"] else Position(**state["position"])
+            at = at if stopped(state) else Position(**state["position"])
+            self.model.stop_training = state["stopped"]
         if at.epoch > self.last:
             say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
         else:
@@ -175,15 +180,22 @@ class Checkpoint:
 
     def enter(self, at: Position) -> None:
         """Before an epoch's first batch: where the epoch had begun already, its callbacks may have drawn again."""
+        self.saved_step = at.step
         if at.step:
             self.randomness.restore(self.resumed)
 
     # --- as it goes on ------------------------------------------------------------------------------------------------
 
-    def after_batch(self, at: Position) -> None:
-        """Write where that is due."""
-        if self.every is not None and at.logs is None and at.step % self.every == 0:
-            self.save(at)
+    def after_batch(self, at: Position, number: int) -> bool:
+        """Write where that is due or the process is asked to end; whether the pass over the data is to end."""
+        if at.logs is None:
+            at.step = number
+            if self.model.stop_training:
+                return True
+            if self.every is not None and number - self.saved_step >= self.every:
+                self.save(at)
+        self.interruptions.act(lambda: self.save(at))
+        return False
 
     def before_validation(self) -> None:
         """Validation is not carried on in its middle, but begun anew."""
@@ -194,6 +206,7 @@ class Checkpoint:
         """Write; `at` is where the next epoch begins. The fit's last state must be written, or it is an error."""
         self.random = None
         self.save(at, last=at.epoch > self.last or self.model.stop_training)
+        self.interruptions.act(lambda: None)
 
     def save(self, at: Position, last: bool = False) -> None:
         if self.path is None:
@@ -210,7 +223,17 @@ class Checkpoint:
                 ) from error
             warnings.warn(f"{why} The fit goes on, and it is tried again at the next time.", stacklevel=2)
             return
-        self.whole, self.written = True, f"epoch {at.epoch}, step {at.step}"
+        self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Adds to any error where the last state is."""
+        try:
+            yield
+        except Exception as error:
+            if self.written:
+                error.add_note(f"The last state is in {self.path}: {self.written}. Call fit again to go on from there.")
+            raise
 
     def _state(self, at: Position) -> dict[str, Any]:
         model, run, loss = self.model, self.run, self.run.loss_func
@@ -219,7 +242,7 @@ class Checkpoint:
             RUN: VERSION,
             "first": self.first,
             "last": self.last,
-            "stopped": model.stop_training and not at.step,
+            "stopped": model.stop_training,
             "position": asdict(at),
             "history": run.epochs,
             "model": weights,
@@ -234,6 +257,11 @@ class Checkpoint:
             "random": self.random or self.randomness.states(),
             "train": self.train.position(),
         }
+
+
+def stopped(state: Any) -> bool:
+    """Whether the fit was stopped before its last epoch, and that epoch is over."""
+    return bool(state["stopped"] and not state["position"]["step"])
 
 
 def sizes(optimizer_state: Any) -> list[int]:

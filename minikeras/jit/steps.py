@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.data import call_as, count_rows, manner
+from minikeras.faults import count_bad
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, reason
 from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks
 from minikeras.losses import mean_of, scalar_loss
@@ -105,14 +106,14 @@ class EvaluateStep:
             self.others_in_eager = True
             warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
             return results
-        self.count(len(batches))
+        self.count(len(batches), results["loss"])
         if outputs is None:
             return dict(results)
         outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
         return {**results, **combined(outside, batches)}
 
-    def count(self, steps: int) -> None:
-        """So many steps were taken in the graph."""
+    def count(self, steps: int, loss: Any) -> None:
+        """So many steps were taken in the graph, with this loss."""
 
     def outside(self, outputs: Any, labels: Any) -> dict[str, Any]:
         """Objects, and functions that leave torch."""
@@ -171,6 +172,8 @@ class TrainStep(EvaluateStep):
         self.reached: list[nn.Parameter] = []  # by the loss, in an eager step
         self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
         self.forward_and_loss: ByParts | None = None
+        self.bad = torch.zeros((), device=run.device)  # steps since the first loss that was not finite
+        self.holds = torch.zeros((), dtype=torch.bool, device=run.device)  # whether that holds back the steps
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
@@ -180,9 +183,11 @@ class TrainStep(EvaluateStep):
             return combined([self.by_parts(batch) for batch in batches], batches)
         return super().taken(batches, other)
 
-    def count(self, steps: int) -> None:
+    def count(self, steps: int, loss: Any) -> None:
         for double in self.doubles:
             double.taken += steps
+        if self.run.finite_loss is not None:
+            self.run.finite_loss.look_back(mean_of(loss), steps)
 
     def descend(self, to: str = "") -> None:
         super().descend(to)
@@ -193,17 +198,22 @@ class TrainStep(EvaluateStep):
     def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
         model, loss_func, functions = self.model, self.run.loss_func, self.functions()
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
-        gradients_of = gradients_in_graph()
+        gradients_of, moved, bad, holds = gradients_in_graph(), self.moved(), self.bad, self.holds
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
             outputs = call_as(how, model, features)
             loss = scalar_loss(loss_func(outputs, labels), sample_weight)
             gradients = gradients_of(mean_of(loss), *parameters)
             with torch.no_grad():
+                before = [tensor.clone() for tensor in moved]
+                count_bad(bad, mean_of(loss))
                 for parameter, gradient in zip(parameters, gradients):  # noqa: B905 - strict does not trace
                     parameter.grad.copy_(gradient)  # type: ignore[union-attr] # to set it would break the graph
                 for step, twin in steps:
                     step(twin)
+                held = (bad > 0) & holds
+                for tensor, old in zip(moved, before):  # noqa: B905 - the compiler makes no copies of this
+                    tensor.copy_(torch.where(held, old, tensor))
                 outputs = detached(outputs)
                 results = {name: metric(outputs, labels) for name, metric in functions.items()}
             return {"loss": detached(loss), **results}, outputs
@@ -225,6 +235,7 @@ class TrainStep(EvaluateStep):
         finally:
             for handle in handles:
                 handle.remove()
+        self.holds.fill_(self.run.finite_loss is not None)
         if self.way in IN_GRAPH and has_hooks(reached, optimizers):
             self.descend("forward and loss")
         if self.way in IN_GRAPH:
@@ -267,10 +278,13 @@ class TrainStep(EvaluateStep):
         self.model.optimizer_step()
         return {"loss": loss, **metrics}
 
-    def changed(self) -> list[Tensor]:
+    def moved(self) -> list[Tensor]:
+        """The tensors that the optimizers change."""
         states = [value for double in self.doubles for state in double.twin.state.values() for value in state.values()]
-        tensors = [*self.model.parameters(), *super().changed(), *self.gradients, *states]
-        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        return [*self.reached, *(value for value in states if isinstance(value, Tensor))]
+
+    def changed(self) -> list[Tensor]:
+        return [*self.moved(), *super().changed(), *self.gradients, self.bad]
 
 
 def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""What can befall a fit from outside, and how it ends then.
-
-SIGTERM, Ctrl-C    with a checkpoint: the batch is finished and the state written first; a second one acts at once
-"""
+"""SIGTERM and Ctrl-C in a fit with a checkpoint: the batch is finished and the state written; a second acts at once."""
 
 from __future__ import annotations
 

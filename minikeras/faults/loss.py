@@ -1,0 +1,146 @@
+"""A loss that is NaN or infinite, found before it moves a weight.
+
+on the CPU      the loss is read at each step, where reading waits for nothing
+on a device     a count on the device grows from the first bad loss on; it is read every few steps, without waiting, and
+                holds back the steps of fused optimizers meanwhile
+under jit       the graph holds back its own steps; see jit/steps.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras.data import leaves
+
+READ_EVERY = 50  # steps, on a device
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss is NaN or infinite. What `fit` raises for it is a FloatingPointError."""
+
+    def __init__(self, value: float, ago: int = 0) -> None:
+        super().__init__(f"the loss is {value}; expected a finite number.")
+        self.value = value
+        self.ago = ago  # steps since the first such loss
+        self.batch: Any = (None, None, 0)  # features, labels and number of the batch at which it was found
+
+
+class FiniteLoss:
+    """The watch over a fit's losses. For use in `with`: what it hangs on optimizers is taken off at the end.
+
+    `bad` counts, on the device, the steps since the first bad loss, itself included; a graph counts by itself.
+    """
+
+    def __init__(self, device: torch.device, optimizers: Iterable[Optimizer], bad: Tensor | None = None) -> None:
+        self.last = math.nan  # the last finite loss that was read
+        self.reads_each = device.type == "cpu"
+        self.bad = torch.zeros((), device=device) if bad is None else bad.zero_()
+        self.found = torch.zeros((), device=device)  # 1 from the first bad loss on
+        self.reading = Reading(self.bad)
+        self.steps = 0
+        self.optimizers = list(optimizers)
+        self.blocks = all(group.get("fused") for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def __enter__(self) -> FiniteLoss:
+        if self.blocks and not self.reads_each:
+            for optimizer in self.optimizers:
+                optimizer.found_inf = self.found  # type: ignore[attr-defined] # torch's own way to skip a step
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for optimizer in self.optimizers:
+            vars(optimizer).pop("found_inf", None)
+
+    def look(self, loss: Tensor) -> None:
+        """Before a step moves a weight: raise NonFiniteLoss where the loss, 0-dim, is not finite."""
+        if self.reads_each:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise NonFiniteLoss(value)
+            self.last = value
+            return
+        with torch.no_grad():
+            count_bad(self.bad, loss)
+            self.found.copy_(self.bad > 0)
+        self._read_now_and_then(1)
+
+    def look_back(self, loss: Tensor, steps: int) -> None:
+        """After so many steps of a graph that counts and blocks by itself; `loss` is their mean."""
+        if not self.reads_each:
+            self._read_now_and_then(steps)
+        elif math.isfinite(value := float(loss)):
+            self.last = value
+        else:
+            self.ended()
+
+    def _read_now_and_then(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps >= READ_EVERY:
+            self.steps = 0
+            self.ended(self.reading.result())
+            self.reading.start()
+
+    def ended(self, bad: float | None = None) -> None:
+        """Raise NonFiniteLoss where the count is not 0; without one given it is read, which waits for the device."""
+        bad = float(self.bad) if bad is None else bad
+        if bad:
+            raise NonFiniteLoss(math.nan, ago=int(bad) - 1)
+
+
+def count_bad(bad: Tensor, loss: Tensor) -> None:
+    """One more step since the first bad loss, where there was one or this is it; without waiting for the device."""
+    bad.copy_(torch.where((bad > 0) | ~loss.detach().isfinite(), bad + 1, bad))
+
+
+class Reading:
+    """A number on a device, read without waiting: copied when asked for, looked at when the copy has arrived."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self.copy = torch.zeros((), pin_memory=source.device.type == "cuda")
+        self.arrived: Any = None
+
+    def start(self) -> None:
+        self.copy.copy_(self.source, non_blocking=True)
+        if self.source.device.type != "cpu":
+            self.arrived = torch.Event(device=self.source.device)
+            self.arrived.record()
+
+    def result(self) -> float:
+        """The number when it was copied last; 0 while the copy is under way."""
+        return self.copy.item() if self.arrived is None or self.arrived.query() else 0.0
+
+
+def explained(error: NonFiniteLoss, model: nn.Module, epoch: int, rates: Mapping[str, float], last: float) -> str:
+    """What is known of the cause: where, the rates, the last finite loss, the data, the weights; and what to do."""
+    features, labels, number = error.batch
+    spoiled = [name for name, nest in (("features", features), ("labels", labels)) if has_non_finite(nest)]
+    weights = [name for name, weight in model.named_parameters() if has_non_finite(weight)]
+    buffers = [name for name, buffer in model.named_buffers() if has_non_finite(buffer)]
+    began = f" (it began {error.ago} steps before)" * (error.ago > 0)
+    shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+    told = [f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
+            f"The last finite loss was {last:.4g}, at {shown}."]  # fmt: skip
+    if spoiled:
+        told += [f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."]
+    elif not weights:
+        told += ["Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."]
+    if weights:
+        told += [f"Weights are NaN or inf: {', '.join(weights[:3])}. Go back to a checkpoint."]
+    else:
+        told += ["The weights are those of before it."]
+    if buffers:
+        told += [f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint before you go on."]
+    return " ".join(told)
+
+
+def has_non_finite(nest: Any) -> bool:
+    """Whether any tensor in a nest holds NaN or inf."""
+    tensors = [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor)]
+    return any(not bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())

@@ -1,0 +1,271 @@
+"""What befalls a fit: losses that are not finite, signals, no memory, workers that die, rows that cannot be read."""
+
+import gc
+import math
+import os
+import signal
+import weakref
+
+import pytest
+import torch
+from conftest import Net, compiled, points
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import minikeras
+from minikeras import LambdaCallback
+from minikeras.faults import FiniteLoss
+
+# --- a loss that is not finite ----------------------------------------------------------------------------------------
+
+
+def bad_at(step, value=math.nan):
+    """MSE that is `value` times itself at one step, and what goes before it is remembered in `weights`."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def forward(self, y_pred, y_true):
+            self.count += 1
+            return ((y_pred - y_true) ** 2).mean() * (value if self.count == step else 1)
+
+    return Loss()
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_loss_that_is_not_finite_is_an_error_before_it_moves_a_weight(value):
+    model, weights = compiled(loss_func=bad_at(5, value)), []
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
+    with pytest.raises(FloatingPointError) as raised:
+        model.fit(2, points(96), batch_size=32, callbacks=[keep], verbose=0)
+    last = r"0\.\d+"
+    assert str(raised.value).startswith(f"the loss is {value} in epoch 2, batch 2; expected a finite number. ")
+    raised.match(
+        rf"The last finite loss was {last}, at lr 0\.1\. Features, labels and weights are finite: lower the rate, "
+        r"clip gradients, or look into the loss\. The weights are those of before it\.\nepoch 2$"
+    )
+    assert same(weights[-1], state(model))
+    assert list(model.history.index) == [1]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("part", ["features", "labels"])
+def test_it_is_said_whether_the_data_held_nan_already(part):
+    X, y = points(64)
+    (X if part == "features" else y)[40] = math.nan
+    model = compiled(loss_func=nn.MSELoss())
+    with pytest.raises(FloatingPointError) as raised:
+        model.fit(1, list(zip(X.split(32), y.split(32), strict=True)), verbose=0)
+    assert f"The {part} of this batch held NaN or inf already: clean the data. The weights are" in str(raised.value)
+    assert "in epoch 1, batch 2;" in str(raised.value)
+
+
+def test_it_is_said_where_the_forward_pass_has_spoiled_a_buffer():
+    X, y = points(64)
+    X[40] = math.nan
+    model = minikeras.Model(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)))
+    compiled(model, nn.MSELoss())
+    with pytest.raises(FloatingPointError, match=r"has spoiled net\.0\.running_mean, net\.0\.running_var: go back"):
+        model.fit(1, (X, y), verbose=0)
+
+
+def test_weights_that_are_nan_already_are_named():
+    model = compiled(loss_func=nn.MSELoss())
+    with torch.no_grad():
+        model.fc2.bias.fill_(math.nan)
+    with pytest.raises(
+        FloatingPointError, match=r"Weights are NaN or inf: fc2\.bias\. Go back to a checkpoint\.\nepoch 1$"
+    ):
+        model.fit(1, points(8), verbose=0)
+
+
+def test_on_nan_stop_ends_the_fit_with_a_warning_and_the_history_so_far():
+    model = compiled(loss_func=bad_at(5))
+    with pytest.warns(UserWarning, match="the loss is nan in epoch 2, batch 2; expected a finite number"):
+        dfhistory = model.fit(4, points(96), verbose=0, on_nan="stop")
+    assert list(dfhistory.index) == [1]
+    assert all(value.isfinite().all() for value in model.parameters())
+
+
+def test_on_nan_ignore_trains_on():
+    model = compiled(loss_func=bad_at(5))
+    dfhistory = model.fit(3, points(96), verbose=0, on_nan="ignore")
+    assert dfhistory["loss"].isna().tolist() == [False, True, True]
+
+
+def test_on_nan_must_be_a_word_that_is_known():
+    with pytest.raises(
+        ValueError, match=r"on_nan must be 'raise', 'stop' or 'ignore', got 'rais'\. Did you mean 'raise'"
+    ):
+        compiled().fit(1, points(8), on_nan="rais")
+
+
+def test_a_step_of_ones_own_is_watched_too_and_outside_a_fit_nothing_is():
+    class Own(Net):
+        def train_step(self, features, labels):
+            loss = self.compute_loss(self(features), labels) * math.inf
+            self.backward(loss)
+            self.optimizer_step()
+            return {"loss": loss}
+
+    model = compiled(Own())
+    with pytest.raises(FloatingPointError, match="the loss is inf in epoch 1, batch 1"):
+        model.fit(1, points(8), verbose=0)
+    model.train_step(*points(8))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_optimizers(fused, monkeypatch):
+    """Played on the CPU, whose fused optimizers skip steps in the same way."""
+    monkeypatch.setattr("minikeras.faults.loss.READ_EVERY", 10)
+    real = FiniteLoss.__init__
+
+    def as_on_a_device(self, *args):
+        real(self, *args)
+        self.reads_each = False
+
+    monkeypatch.setattr(FiniteLoss, "__init__", as_on_a_device)
+    model, weights = Net(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    model.compile(bad_at(15), optimizer, device="cpu")
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
+    with pytest.raises(FloatingPointError) as raised:
+        model.fit(1, points(64 * 32), callbacks=[keep], verbose=0)
+    assert "in epoch 1, batch 30 (it began 5 steps before)" in str(raised.value)  # copied at 20, looked at at 30
+    assert same(weights[13], state(model)) == fused
+    assert ("The weights are those of before it" in str(raised.value)) == fused
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_on_a_device_the_end_of_an_epoch_finds_it_at_the_latest(monkeypatch):
+    real = FiniteLoss.__init__
+
+    def as_on_a_device(self, *args):
+        real(self, *args)
+        self.reads_each = False
+
+    monkeypatch.setattr(FiniteLoss, "__init__", as_on_a_device)
+    with pytest.raises(FloatingPointError, match=r"in epoch 1, batch 4 \(it began 1 steps before\)"):
+        compiled(loss_func=bad_at(3)).fit(2, points(128), verbose=0)
+
+
+# --- no memory --------------------------------------------------------------------------------------------------------
+
+
+class Hungry(nn.Module):
+    """Takes as much memory as there is nowhere, from a batch of so many rows on."""
+
+    seen = None
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.fc = limit, nn.Linear(2, 1)
+
+    def forward(self, x):
+        hidden = self.fc(x)
+        Hungry.seen = weakref.ref(hidden)
+        if len(x) > self.limit:
+            torch.empty(2**60)
+        return torch.sigmoid(hidden)
+
+
+def test_out_of_memory_says_what_to_try_and_lets_go_of_what_it_held():
+    model = compiled(minikeras.Model(Hungry(limit=16)))
+    with pytest.raises(RuntimeError, match="can't allocate memory") as raised:
+        model.fit(1, points(64), batch_size=32, verbose=0)
+    gc.collect()
+    assert Hungry.seen() is None  # the activations are gone while the error is still at hand
+    assert raised.value.__notes__ == [
+        "layer net: Hungry was given Tensor (32, 2) float32",
+        "The batch was features Tensor (32, 2) float32, labels Tensor (32, 1) float32. Try batch_size=16 or a "
+        "smaller model.",
+        "dl_train, batch 1",
+        "epoch 1",
+    ]
+    assert len(model.fit(1, points(64), batch_size=16, verbose=0)) == 1
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Broken(Dataset):
+    """Row 37 cannot be read, or kills whoever reads it."""
+
+    def __init__(self, deadly=False):
+        self.deadly = deadly
+        self.X, self.y = points(64)
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        if row == 37:
+            if self.deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("no such picture")
+        return self.X[row], self.y[row]
+
+
+def test_a_row_that_cannot_be_read_is_named_with_its_batch_and_epoch():
+    with pytest.raises(OSError, match="no such picture") as raised:
+        compiled().fit(1, DataLoader(Broken(), batch_size=16), verbose=0)
+    assert raised.value.__notes__ == ["row 37 of the dataset", "dl_train, batch 3, as it was read", "epoch 1"]
+
+
+def test_in_a_worker_the_batch_is_named_and_how_to_find_the_row():
+    with pytest.raises(OSError, match="no such picture") as raised:
+        compiled().fit(1, DataLoader(Broken(), batch_size=16, num_workers=1), verbose=0)
+    assert raised.value.__notes__ == [
+        "It was raised in a worker: with num_workers=0 the row is named too.",
+        "dl_train, batch 3, as it was read",
+        "epoch 1",
+    ]
+
+
+def test_a_worker_that_dies_is_told_with_the_hint_on_memory_and_the_last_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    loader = DataLoader(Broken(deadly=True), batch_size=16, num_workers=1, prefetch_factor=1)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
+        compiled().fit(1, loader, verbose=0, checkpoint=path, checkpoint_every=1)
+    hint, batch, epoch, *saved = raised.value.__notes__
+    assert hint == (
+        "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer workers or "
+        'smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
+    )
+    assert batch in [f"dl_train, batch {number}, as it was read" for number in (1, 2, 3)]  # it dies ahead of its turn
+    assert epoch == "epoch 1"
+    step = batch.split()[2].rstrip(",")
+    if step != "1":  # something was written before
+        last = f"epoch 1, step {int(step) - 1}"
+        assert saved == [f"The last state is in {path}: {last}. Call fit again to go on from there."]
+
+
+def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():
+    model = compiled(minikeras.Model(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())))
+    with pytest.raises(ValueError, match="one row") as raised:
+        model.fit(1, points(33), verbose=0)
+    assert str(raised.value) == (
+        "layer net.1 (BatchNorm1d) cannot train on a batch of one row, which has no variance: it was given (1, 4). "
+        "Leave the short last batch out with drop_last=True in the DataLoader, or choose a batch_size that leaves more."
+    )
+    assert raised.value.__notes__ == ["dl_train, batch 2", "epoch 1"]
+
+
+def test_a_generator_that_is_exhausted_is_told_in_its_epoch():
+    with pytest.raises(ValueError, match="gave no batch") as raised:
+        compiled().fit(2, ((X, y) for X, y in [points(8)]), verbose=0)
+    assert str(raised.value) == (
+        "dl_train gave no batch: it is a generator, which can be iterated only once. Pass a list of batches or an "
+        "object whose __iter__ starts anew, or give steps_per_epoch."
+    )
+    assert raised.value.__notes__ == ["dl_train, batch 0", "epoch 2"]
