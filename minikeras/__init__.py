@@ -1,6 +1,15 @@
 """minikeras: Keras's compile, fit, evaluate and predict for PyTorch modules."""
 
-from minikeras.callbacks import Callback, LambdaCallback
+from minikeras.callbacks import (
+    EMA,
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LambdaCallback,
+    LRScheduler,
+    ModelCheckpoint,
+    Timer,
+)
 from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
 from minikeras.layer_summary import summary
 from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
@@ -9,14 +18,20 @@ from minikeras.model import Model
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
+    "CSVLogger",
     "Callback",
     "CheckpointError",
+    "EarlyStopping",
     "FocalLoss",
     "ForwardError",
+    "LRScheduler",
     "LambdaCallback",
     "Model",
+    "ModelCheckpoint",
     "NotCompiledError",
     "Regularized",
+    "Timer",
     "l1_penalty",
     "l2_penalty",
     "summary",

@@ -13,8 +13,9 @@ Every message says what was expected, what came and what to do.
 from __future__ import annotations
 
 import difflib
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def positive_int(name: str, value: object) -> int:
     """`value` as an int of 1 or more; a bool, a string or a fraction is refused."""
+    return whole_number(name, value, least=1)
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """`value` as an int of `least` or more; a bool, a string or a fraction is refused."""
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+    return number
+
+
+def real(name: str, value: object, expected: str, holds: Callable[[float], bool] = lambda number: True) -> float:
+    """`value` as a float of which something holds, `expected` in words; NaN, a bool and a string are refused."""
+    number = math.nan if isinstance(value, bool) or not is_number(value) else float(value)  # type: ignore[arg-type]
+    if math.isnan(number) or not holds(number):
+        raise ValueError(f"{name} must be a number {expected}, got {value!r}.")
     return number
 
 

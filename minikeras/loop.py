@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks
-from minikeras.callbacks import Callback, with_method
+from minikeras.callbacks import Callback, column_order, rates_of, with_method
 from minikeras.checkpoint import Checkpoint, Position
 from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves, prepared, to_device, unpack
 from minikeras.errors import did_you_mean
@@ -91,11 +91,11 @@ class Run:
         """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
         rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        names.sort(key=lambda name: name.startswith("val_"))  # stable: the order within each half stays
-        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
         changed = [name for name in (rates[0] if rates else ()) if len({row[name] for row in rates}) > 1]
-        changed = [name for name in changed if name not in names]  # where a callback logs it, its own value stays
-        return pd.DataFrame(rows, index, names).join(pd.DataFrame(rates, index, changed))
+        columns = column_order([*names, *(name for name in changed if name not in names)])
+        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
+        # where a callback logs a rate, its own value stays
+        return pd.DataFrame([rate | logs for logs, rate in self.epochs], index, columns)
 
 
 @dataclass
@@ -145,7 +145,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
                     checkpoint.before_validation()
                     logs |= validate(model, run, plan, after_batch)
-                run.epochs.append((logs, learning_rates(run)))
+                run.epochs.append((logs, rates_of(run.optimizers)))
                 call(plan.callbacks, "on_epoch_end", at.epoch, logs)
                 at = Position(at.epoch + 1)
                 checkpoint.epoch_ended(at)
@@ -281,11 +281,6 @@ def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
 
 
-def learning_rates(run: Run) -> dict[str, float]:
-    """The rate of each optimizer's first group: lr, or lr_<name> where there are several optimizers."""
-    return {f"lr_{name}" if name else "lr": float(o.param_groups[0]["lr"]) for name, o in run.optimizers.items()}
-
-
 @contextlib.contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
     """Each submodule's train or eval mode is put back at the end."""
@@ -333,7 +328,7 @@ def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterato
         yield
     except NonFiniteLoss as error:
         last = run.finite_loss.last if run.finite_loss is not None else math.nan
-        message = explained(error, model, epoch, learning_rates(run), last)
+        message = explained(error, model, epoch, rates_of(run.optimizers), last)
         if plan.on_nan == "raise":
             error.args, error.batch = (message,), None
             raise

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, layer_summary, loop
-from minikeras.callbacks import Callback, LambdaCallback, check_callbacks
+from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length
 from minikeras.errors import NotCompiledError, described, one_of, positive_int
@@ -275,6 +275,7 @@ class Model(nn.Module):
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         listed = check_callbacks(callbacks)
+        check_monitors(listed, validates=val is not None)
         self._check_optimizers(run)
         loop.place(self, run)
         last = saved.open(self, run, epochs)

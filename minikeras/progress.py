@@ -15,7 +15,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from minikeras.callbacks import Callback
+from minikeras.callbacks import Callback, column_order, is_rate
 from minikeras.layer_summary import in_notebook
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
@@ -104,7 +104,8 @@ class Progress(Callback):
             self.bar.clear()
         names = list(logs)
         if self.validates and not any(name.startswith("val_") for name in names):
-            names += [f"val_{name}" for name in names]
+            names += [f"val_{name}" for name in names if not is_rate(name)]
+        names = column_order(names)
         if not set(names) <= set(self.columns):
             self.columns = names
             print(self._head())

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
+
 if TYPE_CHECKING:
     from minikeras.model import Model
 
@@ -90,11 +92,14 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
     for callback in listed:
         if not isinstance(callback, Callback):
             got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
+            got = f"a torch {type(callback).__name__}" if isinstance(callback, TorchScheduler) else got
             raise TypeError(f"callbacks must be instances of minikeras.Callback, got {got}. Pass {_remedy(callback)}.")
     return listed
 
 
 def _remedy(callback: Any) -> str:
+    if isinstance(callback, TorchScheduler):
+        return "LRScheduler(scheduler)"
     if isinstance(callback, type):
         return f"{callback.__name__}()"
     return (
@@ -106,3 +111,17 @@ def with_method(callbacks: Iterable[Callback], name: str) -> list[Callback]:
     """Those callbacks that do something at that moment: the rest costs nothing."""
     empty = getattr(Callback, name)
     return [callback for callback in callbacks if getattr(getattr(callback, name), "__func__", None) is not empty]
+
+
+def column_order(names: Iterable[str]) -> list[str]:
+    """Names in the history's order: training's, then validation's, then learning rates.
+
+    >>> column_order(["loss", "lr", "val_loss", "accuracy"])
+    ['loss', 'accuracy', 'val_loss', 'lr']
+    """
+    return sorted(names, key=lambda name: (is_rate(name), name.startswith("val_")))  # the order within each part stays
+
+
+def is_rate(name: str) -> bool:
+    """Whether a column is that of a learning rate: lr, or lr_<name> where there are several optimizers."""
+    return name == "lr" or name.startswith("lr_")

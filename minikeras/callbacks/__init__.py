@@ -1,0 +1,25 @@
+"""What happens at each moment of a fit: the base class with its timetable, and the callbacks that come with it."""
+
+from minikeras.callbacks.averaging import EMA
+from minikeras.callbacks.base import Callback, LambdaCallback, check_callbacks, column_order, is_rate, with_method
+from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
+from minikeras.callbacks.monitor import check_monitors
+from minikeras.callbacks.rates import LRScheduler, rates_of
+from minikeras.callbacks.stopping import EarlyStopping, Timer
+
+__all__ = [
+    "EMA",
+    "CSVLogger",
+    "Callback",
+    "EarlyStopping",
+    "LRScheduler",
+    "LambdaCallback",
+    "ModelCheckpoint",
+    "Timer",
+    "check_callbacks",
+    "check_monitors",
+    "column_order",
+    "is_rate",
+    "rates_of",
+    "with_method",
+]

@@ -1,0 +1,161 @@
+"""Callbacks that write files: the weights, and the history as a table."""
+
+from __future__ import annotations
+
+import csv
+import math
+import string
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from minikeras.callbacks.base import Callback, column_order
+from minikeras.callbacks.monitor import Monitor, Watching, skipped, unknown
+
+
+class ModelCheckpoint(Watching):
+    """Saves the model's weights at the end of each epoch, or of those alone that are the best so far.
+
+    Args:
+        path: where to, as `Model.save` takes it; {epoch} and logged names in braces are filled in, with a format where
+            wanted: "weights/{epoch:02d}-{val_loss:.3f}.pt". A value of validation is nan in an epoch without one.
+            Folders are made.
+        monitor: with save_best_only, the name that tells the best epoch; one with val_ is looked at in the epochs with
+            a validation. It is not looked at otherwise.
+        save_best_only: save an epoch only when its value is better than any before; default False.
+        mode: "min" or "max" for what is better; "auto" goes by the name.
+
+    Each fit starts afresh. Epochs are numbered as in the history, from 1. NaN is never better.
+
+    Raises:
+        ValueError: a bad argument; at an epoch's end, a name that is not logged.
+
+    >>> import minikeras, tempfile, torch
+    >>> from torch import nn
+    >>> model = minikeras.Model(nn.Linear(1, 1))
+    >>> model.compile(nn.MSELoss())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save = minikeras.ModelCheckpoint(folder + "/weights/{epoch:02d}.pt")
+    ...     dfhistory = model.fit(2, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[save], verbose=0)
+    ...     print(sorted(file.name for file in Path(folder, "weights").iterdir()))
+    ['01.pt', '02.pt']
+    """
+
+    def __init__(
+        self, path: str | Path, monitor: str = "val_loss", *, save_best_only: bool = False, mode: str = "auto"
+    ) -> None:
+        self.path = str(path)
+        self.names = _names_in(self.path)
+        self.monitor = Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
+        self.on_fit_begin()
+
+    def on_fit_begin(self) -> None:
+        self.best = 0.0 if self.monitor is None else self.monitor.worst
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        if self.monitor is not None:
+            value = self.monitor.read(logs)
+            if value is None or not self.monitor.better(value, self.best):
+                return
+            self.best = value
+        known = {**logs, "epoch": epoch}
+        for name in self.names:
+            if skipped(name, logs):
+                known[name] = math.nan
+            elif name not in known:
+                raise unknown(f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known)
+        path = Path(self.path.format_map(known))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.model.save(path)
+
+    def watched(self) -> list[tuple[str, str, str]]:
+        in_path = [(name, "names its files by", "a path without it") for name in self.names]
+        return in_path + ([] if self.monitor is None else self.monitor.watched())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+def _names_in(path: str) -> list[str]:
+    """The names in a path's braces; a path that cannot be filled in is refused."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(path) if name is not None]
+        path.format_map(defaultdict(lambda: 0.5, epoch=1))  # formats are for an int and for floats
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"path {path!r} cannot be filled in: {error}. Write names in braces, {{epoch:02d}} or {{val_loss:.3f}}, "
+            f"and a brace that stands for itself twice."
+        ) from None
+    return names
+
+
+class CSVLogger(Callback):
+    """Writes each epoch's row of the history to a CSV file, and flushes it.
+
+    List this callback after those that add to the logs, such as LRScheduler. A value that an epoch has not got, as
+    where validation was skipped, is an empty field. Columns that turn up later widen the file.
+
+    Args:
+        path: the file; its folders are made.
+        append: go on in a file that is there, under its header; else it is written over at the fit's first row. A fit
+            that is carried on goes on in its file either way, without the rows after the last save.
+
+    >>> import minikeras, tempfile, torch
+    >>> from torch import nn
+    >>> model = minikeras.Model(nn.Linear(1, 1))
+    >>> model.compile(nn.MSELoss(), metrics_dict={"two": lambda y_pred, y_true: 2.0})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = minikeras.CSVLogger(folder + "/log.csv")
+    ...     dfhistory = model.fit(3, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[log], verbose=0)
+    ...     print(Path(folder, "log.csv").read_text().splitlines()[0])
+    epoch,loss,two
+    """
+
+    def __init__(self, path: str | Path, append: bool = False) -> None:
+        self.path = Path(path)
+        self.append = append
+
+    def on_fit_begin(self) -> None:
+        self.columns: list[str] = []  # of the file, from this fit's first row on
+        self.rows = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        if not self.columns or not logs.keys() <= set(self.columns):
+            self._make_room(list(logs))
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            self._writer(file).writerow({**logs, "epoch": epoch})
+        self.rows += 1
+
+    def _make_room(self, names: list[str]) -> None:
+        """The file anew, with the rows that are to stay and a column for each name."""
+        header, rows = self._read()
+        self.columns = header if self.rows or self.append else []
+        if not {"epoch", *names} <= set(self.columns):
+            names = list(dict.fromkeys([*self.columns, *names]))
+            self.columns = ["epoch", *column_order(name for name in names if name != "epoch")]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(self.path.name + ".new")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            self._writer(file).writeheader()
+            self._writer(file).writerows(rows[: self.rows])
+        beside.replace(self.path)  # at once: a crash leaves the one or the other
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        if not self.path.exists():
+            return [], []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            return list(reader.fieldnames or ()), list(reader)
+
+    def _writer(self, file: Any) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = state["rows"]
+        self.columns = []

@@ -1,0 +1,103 @@
+"""One name in the logs that a callback watches, and when it is better."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from minikeras.callbacks.base import Callback
+from minikeras.errors import did_you_mean, real
+
+# words in a name that say what is better; a name with none of them, or with both kinds, says nothing
+MORE = """
+    acc accuracy auc auroc ap map precision recall sensitivity specificity f1 fbeta r2 iou miou jaccard dice kappa mcc
+    correlation pearson spearman similarity psnr ssim bleu rouge ndcg mrr hits
+"""
+LESS = """
+    loss error err mae mse rmse msle rmsle mape smape bce nll entropy crossentropy perplexity ppl wer cer divergence kld
+    hinge distance brier
+"""
+
+
+class Watching(Callback):
+    """A callback that reads names in the logs of an epoch, known ahead."""
+
+    def watched(self) -> list[tuple[str, str, str]]:
+        """Triples: a name, what the callback does with it, and how to do without."""
+        raise NotImplementedError
+
+
+class Monitor:
+    """Reads one name from the logs; NaN is never better, and better is only what is so by more than `min_delta`.
+
+    Args:
+        owner: the class of the callback, for messages.
+        name: the name as logged, such as "val_loss".
+        mode: "min" or "max" for what is better; "auto" goes by the words in the name.
+        min_delta: how much better a value must be, in units of the value; 0 or more.
+
+    >>> accuracy = Monitor("EarlyStopping", "val_accuracy", min_delta=0.01)
+    >>> accuracy.better(0.92, 0.9), accuracy.better(0.905, 0.9)
+    (True, False)
+    """
+
+    def __init__(self, owner: str, name: str, mode: str = "auto", min_delta: float = 0.0) -> None:
+        self.owner = owner
+        self.name = name
+        self.min_delta = real("min_delta", min_delta, "of 0 or more", lambda delta: 0 <= delta < math.inf)
+        if mode not in ("auto", "min", "max"):
+            hint = did_you_mean(mode, ["auto", "min", "max"]) if isinstance(mode, str) else ""
+            raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}.{hint}')
+        self.sign = {"min": -1, "max": 1}[self._mode_of_name() if mode == "auto" else mode]
+        self.worst = -self.sign * math.inf
+
+    def _mode_of_name(self) -> str:
+        # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss
+        words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", self.name) + re.split(r"\W|_", self.name)
+        known = {form for word in words for form in (word.lower(), word.lower().rstrip("0123456789"))}
+        more, less = not known.isdisjoint(MORE.split()), not known.isdisjoint(LESS.split())
+        if more == less:
+            raise ValueError(
+                f"{self.owner} cannot tell from the name {self.name!r} whether more or less is better. "
+                f'Pass mode="max" or mode="min".'
+            )
+        return "max" if more else "min"
+
+    def read(self, logs: Mapping[str, float]) -> float | None:
+        """The value in an epoch's logs; None where it is of validation and none was due."""
+        if skipped(self.name, logs):
+            return None
+        if self.name not in logs:
+            raise unknown(f"{self.owner} monitors {self.name!r}", self.name, logs)
+        return float(logs[self.name])
+
+    def watched(self) -> list[tuple[str, str, str]]:
+        """What `Watching` asks for."""
+        return [(self.name, "monitors", f"monitor={self.name.removeprefix('val_')!r}")]
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether a value is better than another by more than min_delta."""
+        return self.sign * (value - than) > self.min_delta
+
+
+def skipped(name: str, logs: Iterable[str]) -> bool:
+    """Whether a name is of validation, and these logs are of an epoch where none was due."""
+    return name.startswith("val_") and not any(logged.startswith("val_") for logged in logs)
+
+
+def unknown(what: str, name: str, logs: Iterable[str]) -> ValueError:
+    """The error for a name that is not in the logs."""
+    known = list(logs)
+    logged = ", ".join(map(repr, known))
+    return ValueError(f"{what}, which is not logged. Logged are {logged}.{did_you_mean(name, known)}")
+
+
+def check_monitors(callbacks: Iterable[Callback], validates: bool) -> None:
+    """Refuse callbacks that wait for a name with val_ in a fit without dl_val."""
+    for callback in callbacks:
+        for name, verb, remedy in callback.watched() if isinstance(callback, Watching) else ():
+            if name.startswith("val_") and not validates:
+                raise ValueError(
+                    f"{type(callback).__name__} {verb} {name!r} and fit has no dl_val. Pass dl_val, or {remedy}."
+                )

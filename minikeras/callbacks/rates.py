@@ -1,0 +1,115 @@
+"""Learning rates: a torch scheduler as a callback."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer, lr_scheduler
+
+from minikeras.callbacks.monitor import Monitor, Watching
+from minikeras.errors import did_you_mean
+
+
+class LRScheduler(Watching):
+    """Steps a torch scheduler after each epoch or batch, and logs the rate that the epoch used.
+
+    The column is "lr", or "lr_<name>" where the model was compiled with several optimizers: the rate of the optimizer's
+    first group in the epoch's last batch. List this callback before those that read it, such as CSVLogger.
+
+    Args:
+        scheduler: from torch.optim.lr_scheduler, made with an optimizer that the model is compiled with. It goes on
+            over several fits, as its optimizer does.
+        step: when to step, "epoch" or "batch"; default "epoch".
+        monitor: the name that ReduceLROnPlateau watches, which steps in the epochs that log it; for it alone.
+
+    Raises:
+        TypeError: something other than a torch scheduler.
+        ValueError: a bad argument; at the fit's beginning, a scheduler of another optimizer.
+
+    >>> import minikeras, torch
+    >>> from torch import nn
+    >>> model = minikeras.Model(nn.Linear(1, 1))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    >>> model.compile(nn.MSELoss(), optimizer)
+    >>> halve = minikeras.LRScheduler(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    >>> list(model.fit(3, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[halve], verbose=0)["lr"])
+    [1.0, 0.5, 0.25]
+    """
+
+    def __init__(self, scheduler: lr_scheduler.LRScheduler, step: str = "epoch", monitor: str | None = None) -> None:
+        if not isinstance(scheduler, lr_scheduler.LRScheduler):
+            got = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else repr(scheduler)
+            raise TypeError(
+                f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {got}. "
+                f"Pass for instance torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)."
+            )
+        if step not in ("epoch", "batch"):
+            hint = did_you_mean(step, ["epoch", "batch"]) if isinstance(step, str) else ""
+            raise ValueError(f'step must be "epoch" or "batch", got {step!r}.{hint}')
+        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        if plateau and (monitor is None or step == "batch"):
+            raise ValueError(
+                "ReduceLROnPlateau needs the name of a value to watch, once an epoch. "
+                'Pass LRScheduler(scheduler, monitor="val_loss").'
+            )
+        if monitor is not None and not plateau:
+            raise ValueError(
+                f"monitor={monitor!r} is for ReduceLROnPlateau, and {type(scheduler).__name__} watches nothing. "
+                f"Leave monitor out."
+            )
+        self.scheduler: Any = scheduler  # torch's step takes the value in ReduceLROnPlateau alone
+        self.step = step
+        self.monitor = None if monitor is None else Monitor("LRScheduler", monitor, "min")  # the scheduler judges
+        self._afresh()
+
+    def _afresh(self) -> None:
+        self.rates: dict[str, float] = {}  # that the epoch uses
+        self.batch = 0  # the last one of the epoch
+
+    def on_fit_begin(self) -> None:
+        self._afresh()
+        if not self._rates():
+            raise ValueError(
+                f"LRScheduler has a {type(self.scheduler).__name__} of an optimizer that the model was not compiled "
+                f"with. Make it with model.optimizer, or compile the model with its optimizer."
+            )
+
+    def _rates(self) -> dict[str, float]:
+        optimizers = self.model._compiled("LRScheduler").optimizers
+        return rates_of({name: one for name, one in optimizers.items() if one is self.scheduler.optimizer})
+
+    def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        if self.step == "batch":
+            self.rates = self._rates()
+            for _ in range(self.batch, batch):  # several under steps_per_execution
+                self.scheduler.step()
+            self.batch = batch
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        rates = self.rates if self.step == "batch" else self._rates()
+        for name, rate in rates.items():
+            logs.setdefault(name, rate)  # another scheduler of this optimizer may have stepped since it logged
+        value = None if self.monitor is None else self.monitor.read(logs)
+        if value is not None:
+            self.scheduler.step(value)
+        elif self.step == "epoch" and self.monitor is None:
+            self.scheduler.step()
+        self.batch = 0
+
+    def watched(self) -> list[tuple[str, str, str]]:
+        return [] if self.monitor is None else self.monitor.watched()
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = copy.deepcopy(self.scheduler.state_dict())  # torch hands out its own lists
+        return {"scheduler": scheduler, "rates": self.rates, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+        self.rates, self.batch = state["rates"], state["batch"]
+
+
+def rates_of(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
+    """The rate of each optimizer's first group: lr, or lr_<name> where there are several optimizers."""
+    return {f"lr_{name}" if name else "lr": float(one.param_groups[0]["lr"]) for name, one in optimizers.items()}
