@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks
-from minikeras.callbacks import Callback, column_order, rates_of, with_method
+from minikeras.callbacks import Callback, column_order, rate_name, with_method
 from minikeras.checkpoint import Checkpoint, Position
 from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves, prepared, to_device, unpack
 from minikeras.errors import did_you_mean
@@ -145,7 +145,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
                     checkpoint.before_validation()
                     logs |= validate(model, run, plan, after_batch)
-                run.epochs.append((logs, rates_of(run.optimizers)))
+                run.epochs.append((logs, learning_rates(run)))
                 call(plan.callbacks, "on_epoch_end", at.epoch, logs)
                 at = Position(at.epoch + 1)
                 checkpoint.epoch_ended(at)
@@ -281,6 +281,11 @@ def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
 
 
+def learning_rates(run: Run) -> dict[str, float]:
+    """The rate of each optimizer's first group."""
+    return {rate_name(name): float(one.param_groups[0]["lr"]) for name, one in run.optimizers.items()}
+
+
 @contextlib.contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
     """Each submodule's train or eval mode is put back at the end."""
@@ -328,7 +333,7 @@ def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterato
         yield
     except NonFiniteLoss as error:
         last = run.finite_loss.last if run.finite_loss is not None else math.nan
-        message = explained(error, model, epoch, rates_of(run.optimizers), last)
+        message = explained(error, model, epoch, learning_rates(run), last)
         if plan.on_nan == "raise":
             error.args, error.batch = (message,), None
             raise

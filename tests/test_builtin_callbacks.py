@@ -529,6 +529,22 @@ def test_a_bare_scheduler_among_the_callbacks_is_told_how_to_come_in():
     )
 
 
+def test_a_scheduler_makes_up_for_the_batches_that_one_call_of_the_graph_took():
+    model = compiled()
+    schedule = LRScheduler(lr_scheduler.LambdaLR(model.optimizer, lambda n: float(n)), step="batch")
+    schedule.model = model
+    schedule.on_fit_begin()
+    model.optimizer.step()  # or torch warns that none came before the scheduler's
+    rates = []
+    for batch in [4, 8, 10, None, 4, 8]:  # steps_per_execution=4, epochs of ten batches
+        if batch is None:
+            schedule.on_epoch_end(1, {})
+        else:
+            schedule.on_batch_end(batch, {})
+        rates.append(model.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.8, 1.0, 1.0, 1.4, 1.8])
+
+
 # --- CSVLogger --------------------------------------------------------------------------------------------------------
 
 
@@ -657,6 +673,15 @@ def test_callbacks_after_an_ema_that_evaluates_save_and_restore_the_average(tmp_
     torch.testing.assert_close(list(weights(model).values()), best, rtol=0, atol=0)
     saved = torch.load(tmp_path / "2.pt", weights_only=True)
     torch.testing.assert_close(list(saved.values()), best, rtol=0, atol=0)
+
+
+def test_an_average_may_begin_before_the_layers_know_their_sizes():
+    model = compiled(Model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1), nn.Sigmoid())))
+    ema = EMA(0.5, evaluate=True)
+    ema.model = model
+    assert ema.state_dict() == {"averaged": {}, "raw": {}}
+    fit(2, [ema], model)
+    assert_same(ema.state_dict()["averaged"], weights(model))
 
 
 def test_a_reused_ema_starts_afresh():

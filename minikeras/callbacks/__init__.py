@@ -4,7 +4,7 @@ from minikeras.callbacks.averaging import EMA
 from minikeras.callbacks.base import Callback, LambdaCallback, check_callbacks, column_order, is_rate, with_method
 from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
 from minikeras.callbacks.monitor import check_monitors
-from minikeras.callbacks.rates import LRScheduler, rates_of
+from minikeras.callbacks.rates import LRScheduler, rate_name
 from minikeras.callbacks.stopping import EarlyStopping, Timer
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "check_monitors",
     "column_order",
     "is_rate",
-    "rates_of",
+    "rate_name",
     "with_method",
 ]

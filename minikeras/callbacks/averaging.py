@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from minikeras.callbacks.base import Callback
 from minikeras.errors import real
@@ -41,25 +41,27 @@ class EMA(Callback):
     def __init__(self, decay: float = 0.999, evaluate: bool = False) -> None:
         self.decay = real("decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1)
         self.evaluate = evaluate
+        self.average = get_ema_multi_avg_fn(self.decay)  # alone: torch's AveragedModel waits for the GPU at each update
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
-        self.averaged: AveragedModel | None = None
+        self.averaged: list[Tensor] = []  # empty before the first batch
         self.raw: list[Tensor] = []  # the model's own weights, as long as it holds the averaged ones
 
+    def _weights(self) -> dict[str, Tensor]:
+        there = [(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
+        return {name: p.detach() for name, p in there if p.is_floating_point() or p.is_complex()}
+
     def on_epoch_begin(self, epoch: int) -> None:
-        if self.raw:
-            _copy(self.raw, self.model.parameters())
-            self.raw = []
+        self._fill(self.raw)
+        self.raw = []
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        averaged = self.averaged or self._start()
-        averaged.update_parameters(self.weights)
-
-    def _start(self) -> AveragedModel:
-        self.weights = nn.ParameterList(self.model.parameters())  # the model's own, without its buffers and hooks
-        self.averaged = AveragedModel(self.weights, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        return self.averaged
+        weights = list(self._weights().values())
+        if self.averaged:
+            self.average(self.averaged, weights, batch)  # the count means nothing to it
+        else:
+            self.averaged = [tensor.clone() for tensor in weights]
 
     def on_evaluate_begin(self) -> None:
         if self.evaluate:
@@ -68,35 +70,29 @@ class EMA(Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.on_evaluate_begin()
 
-    def _lend(self) -> None:
-        """The model gets the averaged weights, where it has not got them."""
-        if self.averaged is not None and not self.raw:
-            self.raw = [parameter.detach().clone() for parameter in self.model.parameters()]
-            _copy(self.averaged.parameters(), self.model.parameters())
-
     def on_fit_end(self) -> None:
         self._lend()
         self.raw = []
 
+    def _lend(self) -> None:
+        """The model gets the averaged weights, where it has not got them."""
+        if self.averaged and not self.raw:
+            self.raw = [tensor.clone() for tensor in self._weights().values()]
+            self._fill(self.averaged)
+
+    def _fill(self, tensors: list[Tensor]) -> None:
+        for weight, tensor in zip(self._weights().values(), tensors, strict=False):  # none, or one for each
+            weight.copy_(tensor)
+
     def state_dict(self) -> dict[str, Any]:
-        names = [name for name, _ in self.model.named_parameters()]
-        averaged = [] if self.averaged is None else [tensor.detach().clone() for tensor in self.averaged.parameters()]
+        averaged = [tensor.clone() for tensor in self.averaged]  # they go on changing
         return {
-            "averaged": dict(zip(names, averaged, strict=False)),  # empty before the first batch
-            "raw": dict(zip(names, self.raw, strict=False)),  # empty while the model holds them itself
-            "updates": 0 if self.averaged is None else int(self.averaged.n_averaged),
+            "averaged": dict(zip(self._weights(), averaged, strict=False)),
+            "raw": dict(zip(self._weights(), self.raw, strict=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
-        if state["averaged"]:
-            averaged = self._start()
-            _copy([state["averaged"][name] for name in names], averaged.parameters())
-            averaged.n_averaged.fill_(state["updates"])
-        self.raw = [state["raw"][name] for name in names] if state["raw"] else []
-
-
-@torch.no_grad()
-def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
+        self.averaged, self.raw = (
+            [state[part][name].to(weight.device, copy=True) for name, weight in self._weights().items() if state[part]]
+            for part in ("averaged", "raw")
+        )

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from torch.optim import Optimizer, lr_scheduler
+from torch import Tensor
+from torch.optim import lr_scheduler
 
 from minikeras.callbacks.monitor import Monitor, Watching
 from minikeras.errors import did_you_mean
@@ -39,62 +40,46 @@ class LRScheduler(Watching):
     """
 
     def __init__(self, scheduler: lr_scheduler.LRScheduler, step: str = "epoch", monitor: str | None = None) -> None:
-        if not isinstance(scheduler, lr_scheduler.LRScheduler):
-            got = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else repr(scheduler)
-            raise TypeError(
-                f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {got}. "
-                f"Pass for instance torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)."
-            )
-        if step not in ("epoch", "batch"):
-            hint = did_you_mean(step, ["epoch", "batch"]) if isinstance(step, str) else ""
-            raise ValueError(f'step must be "epoch" or "batch", got {step!r}.{hint}')
-        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-        if plateau and (monitor is None or step == "batch"):
-            raise ValueError(
-                "ReduceLROnPlateau needs the name of a value to watch, once an epoch. "
-                'Pass LRScheduler(scheduler, monitor="val_loss").'
-            )
-        if monitor is not None and not plateau:
-            raise ValueError(
-                f"monitor={monitor!r} is for ReduceLROnPlateau, and {type(scheduler).__name__} watches nothing. "
-                f"Leave monitor out."
-            )
+        _check(scheduler, step, monitor)
         self.scheduler: Any = scheduler  # torch's step takes the value in ReduceLROnPlateau alone
         self.step = step
         self.monitor = None if monitor is None else Monitor("LRScheduler", monitor, "min")  # the scheduler judges
         self._afresh()
 
     def _afresh(self) -> None:
-        self.rates: dict[str, float] = {}  # that the epoch uses
+        self.rate: Any = None  # that the last batch used, where the scheduler steps after each
         self.batch = 0  # the last one of the epoch
 
     def on_fit_begin(self) -> None:
         self._afresh()
-        if not self._rates():
+        optimizers = self.model._compiled("LRScheduler").optimizers
+        names = [name for name, one in optimizers.items() if one is self.scheduler.optimizer]
+        if not names:
             raise ValueError(
                 f"LRScheduler has a {type(self.scheduler).__name__} of an optimizer that the model was not compiled "
                 f"with. Make it with model.optimizer, or compile the model with its optimizer."
             )
+        self.column = rate_name(names[0])
 
-    def _rates(self) -> dict[str, float]:
-        optimizers = self.model._compiled("LRScheduler").optimizers
-        return rates_of({name: one for name, one in optimizers.items() if one is self.scheduler.optimizer})
+    def _rate(self) -> Any:
+        rate = self.scheduler.optimizer.param_groups[0]["lr"]
+        return rate.clone() if isinstance(rate, Tensor) else rate  # not a float yet: that waits for the device
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         if self.step == "batch":
-            self.rates = self._rates()
+            self.rate = self._rate()
             for _ in range(self.batch, batch):  # several under steps_per_execution
                 self.scheduler.step()
             self.batch = batch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        rates = self.rates if self.step == "batch" else self._rates()
-        for name, rate in rates.items():
-            logs.setdefault(name, rate)  # another scheduler of this optimizer may have stepped since it logged
-        value = None if self.monitor is None else self.monitor.read(logs)
-        if value is not None:
-            self.scheduler.step(value)
-        elif self.step == "epoch" and self.monitor is None:
+        rate = self.rate if self.step == "batch" else self._rate()
+        logs.setdefault(self.column, float(rate))  # a scheduler of the same optimizer may have logged, and stepped
+        if self.monitor is not None:
+            value = self.monitor.read(logs)
+            if value is not None:
+                self.scheduler.step(value)
+        elif self.step == "epoch":
             self.scheduler.step()
         self.batch = 0
 
@@ -103,13 +88,37 @@ class LRScheduler(Watching):
 
     def state_dict(self) -> dict[str, Any]:
         scheduler = copy.deepcopy(self.scheduler.state_dict())  # torch hands out its own lists
-        return {"scheduler": scheduler, "rates": self.rates, "batch": self.batch}
+        return {"scheduler": scheduler, "rate": self.rate, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
-        self.rates, self.batch = state["rates"], state["batch"]
+        self.rate, self.batch = state["rate"], state["batch"]
 
 
-def rates_of(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
-    """The rate of each optimizer's first group: lr, or lr_<name> where there are several optimizers."""
-    return {f"lr_{name}" if name else "lr": float(one.param_groups[0]["lr"]) for name, one in optimizers.items()}
+def _check(scheduler: Any, step: Any, monitor: str | None) -> None:
+    """Refuse arguments of LRScheduler that mean nothing."""
+    if not isinstance(scheduler, lr_scheduler.LRScheduler):
+        got = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else repr(scheduler)
+        raise TypeError(
+            f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {got}. "
+            f"Pass for instance torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)."
+        )
+    if step not in ("epoch", "batch"):
+        hint = did_you_mean(step, ["epoch", "batch"]) if isinstance(step, str) else ""
+        raise ValueError(f'step must be "epoch" or "batch", got {step!r}.{hint}')
+    plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+    if plateau and (monitor is None or step == "batch"):
+        raise ValueError(
+            "ReduceLROnPlateau needs the name of a value to watch, once an epoch. "
+            'Pass LRScheduler(scheduler, monitor="val_loss").'
+        )
+    if monitor is not None and not plateau:
+        raise ValueError(
+            f"monitor={monitor!r} is for ReduceLROnPlateau, and {type(scheduler).__name__} watches nothing. "
+            f"Leave monitor out."
+        )
+
+
+def rate_name(optimizer: str) -> str:
+    """The column of an optimizer's rate: lr, or lr_<name> where there are several optimizers."""
+    return f"lr_{optimizer}" if optimizer else "lr"
