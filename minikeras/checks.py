@@ -160,9 +160,8 @@ def explain_forward(error: Exception, model: nn.Module) -> None:
     name, layer, given = where
     if "Expected more than 1 value per channel" in str(error) and isinstance(given, Tensor):
         raise ValueError(
-            f"layer {name} ({type(layer).__name__}) cannot train on a batch of one row, which has no variance: it was "
-            f"given {tuple(given.shape)}. Leave the short last batch out with drop_last=True in the DataLoader, or "
-            f"choose a batch_size that leaves more."
+            f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
+            f"{tuple(given.shape)}. Leave the short last batch out with drop_last=True, or choose another batch_size."
         ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
@@ -254,10 +253,7 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
 
 def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
-    if labels is None and step.__module__ in (
-        "minikeras.model",
-        "minikeras.jit",
-    ):  # one that is overridden may do without
+    if labels is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):  # one's own may do without
         raise ValueError(
             f"the batches are features alone, and the loss compares with labels. Give batches of (features, labels), "
             f"arrays as a tuple (X, y), for an autoencoder (X, X); or override {step.__name__}."

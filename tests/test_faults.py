@@ -255,8 +255,8 @@ def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():
     with pytest.raises(ValueError, match="one row") as raised:
         model.fit(1, points(33), verbose=0)
     assert str(raised.value) == (
-        "layer net.1 (BatchNorm1d) cannot train on a batch of one row, which has no variance: it was given (1, 4). "
-        "Leave the short last batch out with drop_last=True in the DataLoader, or choose a batch_size that leaves more."
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given (1, 4). Leave the "
+        "short last batch out with drop_last=True, or choose another batch_size."
     )
     assert raised.value.__notes__ == ["dl_train, batch 2", "epoch 1"]
 
