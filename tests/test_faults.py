@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import re
 import signal
 import weakref
 
@@ -242,12 +243,17 @@ def test_a_worker_that_dies_is_told_with_the_hint_on_memory_and_the_last_checkpo
         "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer workers or "
         'smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
     )
-    assert batch in [f"dl_train, batch {number}, as it was read" for number in (1, 2, 3)]  # it dies ahead of its turn
+    read = re.fullmatch(r"dl_train, batch ([123])(, as it was read)?", batch)  # it dies ahead of its turn
     assert epoch == "epoch 1"
-    step = batch.split()[2].rstrip(",")
-    if step != "1":  # something was written before
-        last = f"epoch 1, step {int(step) - 1}"
-        assert saved == [f"The last state is in {path}: {last}. Call fit again to go on from there."]
+    if saved:
+        step = int(read[1]) - (read[2] is not None)
+        known = [
+            f"The last state is in {path}: epoch 1, step {s}. Call fit again to go on from there."
+            for s in (step, step - 1)
+        ]
+        assert saved[0] in known
+    else:
+        assert read[1] == "1"
 
 
 def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():

@@ -32,7 +32,7 @@ def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> Non
     """Put what `dump` writes into a file at `path`, whole; with `keep` the one there becomes NAME.prev.
 
     Raises:
-        OSError, RuntimeError: it could not be written; what was there is there still.
+        OSError: it could not be written; what was there is there still.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -53,8 +53,11 @@ def dump(value: Any) -> Callable[[Path], None]:
     """Writes a plain value with torch.save."""
 
     def save(path: Path) -> None:
-        with open(path, "wb") as file:
-            torch.save(value, file)
+        try:
+            with open(path, "wb") as file:
+                torch.save(value, file)
+        except RuntimeError as error:  # torch's, of a position in the file, hides what the disk said
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     return save
 

@@ -214,7 +214,7 @@ class Checkpoint:
         state = plain(self._state(at), "the state of the run")
         try:
             write(self.path, dump(state), keep=self.whole)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
             why = f"{self.path} could not be written: {error}. {before}."
             if last:

@@ -15,16 +15,21 @@ from minikeras.errors import described
 
 def tell_of_reading(error: Exception, loader: Any) -> None:
     """A worker that died, or the row that could not be read."""
-    if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by signal" in str(error)):
-        error.add_note(
-            "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer "
-            'workers or smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
-        )
+    tell_of_worker(error)
     row = row_being_read(error, getattr(loader, "dataset", None))
     if row is not None:
         error.add_note(f"row {row} of the dataset")
     elif getattr(loader, "num_workers", 0) and "Caught" in str(error):
         error.add_note("It was raised in a worker: with num_workers=0 the row is named too.")
+
+
+def tell_of_worker(error: Exception) -> None:
+    """torch says it where the main process happens to be, be it in the middle of a step."""
+    if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by signal" in str(error)):
+        error.add_note(
+            "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer "
+            'workers or smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
+        )
 
 
 def row_being_read(error: BaseException, dataset: Any) -> Any:
@@ -43,6 +48,7 @@ def row_being_read(error: BaseException, dataset: Any) -> Any:
 
 def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
     """No memory: the batch's shapes and what to try; what the failed step held is let go, so that it can be tried."""
+    tell_of_worker(error)
     if not is_out_of_memory(error):
         return
     rows = count_rows(features, labels)
