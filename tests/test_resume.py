@@ -70,6 +70,7 @@ SETTINGS = {
     "validation with workers": {"dl_val": LOADERS["noisy, 2 workers"]},
     "two optimizers": {"model": "pair"},
     "3 steps an epoch": {"steps_per_epoch": 3},
+    "3 steps an epoch, written at the last": {"steps_per_epoch": 3, "checkpoint_every": 3, "loader": "noisy"},
     "7 steps an epoch": {"steps_per_epoch": 7, "loader": "noisy"},
     "as many steps an epoch as there are": {"steps_per_epoch": 5, "loader": "noisy, 2 workers"},
     "a torchmetrics object": {"metrics": lambda: {"auroc": AUROC("binary")}},
@@ -77,7 +78,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kills", [[4], [2, 1], [6], [8, 1]], ids=str)
+@pytest.mark.parametrize("kills", [[4], [2, 1], [6], [8, 1], [3, 0, 0]], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_so_it_is_in_each_setting(setting, kills, tmp_path):
     kwargs = SETTINGS[setting].copy()

@@ -20,6 +20,7 @@ import torch
 
 from minikeras.errors import CheckpointError
 
+FOLDER = 0x10  # the bit of a zip entry's attributes
 ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 
 
@@ -83,15 +84,16 @@ def read(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()  # torch.load takes a flipped bit in a tensor for a number
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & FOLDER]
+            part = part or next(iter(folders), None)  # torch.load takes what memory holds for a folder's content
         if part is None:
             return torch.load(path, map_location="cpu", weights_only=True)
-        why = f"its part {part} does not match its checksum"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except Exception as error:
         why = reason(path, error)
         raise CheckpointError(f"{path} {why}. {remedy(path)}") from error
-    raise CheckpointError(f"{path} is damaged: {why}. {remedy(path)}")
+    raise CheckpointError(f"{path} is damaged in {part}. {remedy(path)}")
 
 
 def reason(path: Path, error: Exception) -> str:
@@ -127,7 +129,7 @@ def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Pa
     before = previous(path)
     try:
         return read(path), path
-    except FileNotFoundError:  # a death between two renamings leaves the one before alone
+    except (FileNotFoundError, NotADirectoryError):  # a death between two renamings leaves the one before alone
         return (read(before), before) if before.exists() else None
     except CheckpointError as error:
         if not before.exists():

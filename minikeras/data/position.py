@@ -67,8 +67,8 @@ class Positioned:
 
     def position(self) -> dict[str, Any] | None:
         """Where the iteration under way stands, as plain values; None between two iterations."""
-        if self.start is None:
-            return None
+        if self.pending is not None or self.start is None:
+            return self.pending
         state = self.loader.state_dict() if keeps_state(self.loader) else None
         return {"start": self.start, "seen": self.seen, "loader": state}
 

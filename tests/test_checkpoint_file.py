@@ -1,0 +1,432 @@
+"""Files of weights and of runs: whole or refused, never half, never able to run anything."""
+
+import ast
+import io
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Net, compiled, points
+from torch import nn
+
+import minikeras
+from minikeras import CheckpointError
+from minikeras.checkpoint.file import dump, previous, read, write
+
+PACKAGE = Path(minikeras.__file__).parent
+DATA = Path(__file__).parent / "data"
+DELETE = "There is none written before it: delete it to start anew, or give another file."
+
+
+def run_file(path, epochs=2, **kwargs):
+    """The state of a short run in a file; the model it is of."""
+    model = compiled(**kwargs)
+    model.fit(epochs, points(40), batch_size=20, verbose=0, checkpoint=path)
+    return model
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w.pt", "folder/that/is/made/w.pt", "w.safetensors"])
+def test_weights_saved_and_loaded_are_the_same(name, tmp_path):
+    model, other = Net(), Net()
+    model.save(tmp_path / name)
+    other.load(str(tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_saved_file_is_what_torch_loads_and_what_torch_saved_is_loaded(tmp_path):
+    model, other = Net(), Net()
+    model.save(tmp_path / "ours.pt")
+    other.load_state_dict(torch.load(tmp_path / "ours.pt"))
+    torch.save(other.state_dict(), tmp_path / "theirs.pt")
+    third = Net()
+    third.load(tmp_path / "theirs.pt")
+    assert torch.equal(third.fc1.weight, model.fc1.weight)
+
+
+def test_safetensors_of_others_are_loaded_and_tied_weights_are_saved(tmp_path):
+    from safetensors.torch import save_file
+
+    model = Net()
+    save_file(model.state_dict(), tmp_path / "theirs.safetensors")
+    other = Net()
+    other.load(tmp_path / "theirs.safetensors")
+    assert torch.equal(other.fc1.weight, model.fc1.weight)
+    tied = minikeras.Model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    tied.net[1].weight = tied.net[0].weight
+    tied.save(tmp_path / "tied.safetensors")
+    tied.load(tmp_path / "tied.safetensors")
+
+
+def test_the_state_of_a_run_gives_its_weights(tmp_path):
+    model = run_file(tmp_path / "run.pt")
+    other = Net()
+    other.load(tmp_path / "run.pt")
+    assert torch.equal(other.fc1.weight, model.fc1.weight)
+
+
+def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(tmp_path):
+    model, path = Net(), tmp_path / "w.pt"
+    state = model.state_dict()
+    state["fc1.weight"], state["extra"] = torch.zeros(8, 3), torch.zeros(1)
+    del state["fc2.bias"]
+    torch.save(state, path)
+    before = model.fc2.weight.clone()
+    with pytest.raises(CheckpointError) as raised:
+        model.load(path)
+    assert str(raised.value) == (
+        f"{path} holds the weights of another architecture than Net: missing: fc2.bias; unexpected: extra; of another "
+        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {DELETE}"
+    )
+    assert torch.equal(model.fc2.weight, before)
+
+
+def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*w\.pt\. Pass the path of a file that model\.save"):
+        Net().load(tmp_path / "w.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError) as raised:
+        Net().load(tmp_path / "list.pt")
+    assert str(raised.value) == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {DELETE}"
+
+
+def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
+    path = tmp_path / "w.safetensors"
+    Net().save(path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as raised:
+        Net().load(path)
+    assert str(raised.value) == f"{path} is damaged: its tensors do not match its checksum. {DELETE}"
+
+
+def test_without_its_package_safetensors_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r'need a package: pip install "minikeras\[safetensors\]"$'):
+        Net().save(tmp_path / "w.safetensors")
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_damage_is_said_for_what_it_is(tmp_path):
+    path = tmp_path / "run.pt"
+    run_file(path, epochs=1)
+    whole = path.read_bytes()
+    middle = whole.index(b"\x3f", 2000)
+    cases = {
+        b"": "is empty",
+        b"epoch,loss\n1,0.5\n": "is not a file that torch.save wrote",
+        whole[: len(whole) // 2]: "is damaged or cut short: File is not a zip file",
+        whole[:middle] + b"\x3e" + whole[middle + 1 :]: r"is damaged in archive/\S+",
+    }
+    for content, told in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as raised:
+            run_file(path)
+        assert re.fullmatch(rf"{re.escape(str(path))} {told}\. {re.escape(DELETE)}", str(raised.value)), raised.value
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="is a folder, and not a file"):
+        run_file(path)
+
+
+def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_path):
+    path = tmp_path / "run.pt"
+    model = run_file(path, epochs=3)
+    kept = previous(path).read_bytes()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="is used instead") as warned:
+        again = run_file(path, epochs=3)
+    assert str(warned[0].message) == (
+        f"{path} is damaged or cut short: File is not a zip file. The one written before it is {path}.prev. "
+        f"It is used instead."
+    )
+    assert torch.equal(again.fc1.weight, model.fc1.weight)
+    assert previous(path).read_bytes() == kept  # a damaged file does not take its place
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(path)
+
+
+def test_where_a_death_between_two_renamings_left_the_one_before_it_is_used(tmp_path):
+    path = tmp_path / "run.pt"
+    model = run_file(path, epochs=3)
+    path.unlink()
+    assert torch.equal(run_file(path, epochs=3).fc1.weight, model.fc1.weight)
+
+
+def test_where_both_are_damaged_nothing_is_used(tmp_path):
+    path = tmp_path / "run.pt"
+    run_file(path)
+    for damaged in (path, previous(path)):
+        damaged.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"run\.pt\.prev is empty"):
+        run_file(path)
+
+
+def flat(value, where=""):
+    """Everything in a nest of plain values, as pairs that can be compared."""
+    if isinstance(value, torch.Tensor):
+        return [
+            (where, value.dtype, value.shape, value.reshape(-1).view(torch.uint8).tolist() if value.numel() else [])
+        ]
+    if isinstance(value, dict):
+        return [pair for key, part in value.items() for pair in flat(part, f"{where}/{key}")]
+    if isinstance(value, (list, tuple)):
+        return [pair for number, part in enumerate(value) for pair in flat(part, f"{where}/{number}")]
+    return [(where, repr(value))]
+
+
+def test_an_entry_that_claims_to_be_a_folder_is_found(tmp_path):
+    """A flip of this one bit makes torch.load return whatever the memory held."""
+    path = tmp_path / "run.pt"
+    run_file(path, epochs=1)
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.start_dir
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.rindex(b"archive/data/0", begin) - 46 + 38] ^= 0x10
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="is damaged in archive/data/0"):
+        read(path)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_no_flipped_bit_and_no_cut_is_loaded_wrong(part, tmp_path):
+    """700 of them: each one found, or harmless since the same values are read."""
+    path = tmp_path / "run.pt"
+    run_file(path, epochs=1)
+    whole, true, draw = path.read_bytes(), flat(read(path)), random.Random(part)
+    found = 0
+    for number in range(175):
+        damaged = bytearray(whole)
+        if number % 5 == 4:
+            del damaged[draw.randrange(len(whole)) :]
+        else:
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            value = read(path)
+        except CheckpointError:
+            found += 1
+        else:
+            assert flat(value) == true, f"damage number {number} was loaded"
+    assert found > 100
+
+
+# --- safety -----------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {Evil.mark}",)
+
+
+def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
+    Evil.mark, path = tmp_path / "ran", tmp_path / "run.pt"
+    torch.save({"minikeras": 1, "model": Evil()}, path)
+    with pytest.raises(CheckpointError) as raised:
+        run_file(path)
+    told = "holds more than tensors and plain values, which could run code, and was not read"
+    assert str(raised.value) == f"{path} {told}. {DELETE}"
+    with pytest.raises(CheckpointError):
+        Net().load(path)
+    assert not Evil.mark.exists()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_unpickles(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(names)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load"):
+            assert {k.arg: k.value.value for k in node.keywords if k.arg == "weights_only"} == {"weights_only": True}
+        if isinstance(node, ast.Call):
+            assert "add_safe_globals" not in ast.unparse(node.func)
+            assert not ast.unparse(node.func).startswith(("np.load", "numpy.load"))
+
+
+class Odd(minikeras.Callback):
+    def state_dict(self):
+        return {"when": [{1, 2}, Path("here")]}
+
+
+def test_a_state_that_is_not_plain_is_refused_as_it_is_written(tmp_path):
+    with pytest.raises(TypeError) as raised:
+        compiled().fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[Odd()])
+    assert str(raised.value) == (
+        "the state of the run['callbacks']['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected "
+        "tensors, numbers, strings, lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+    )
+
+
+def test_a_metric_that_cannot_be_held_is_refused_before_anything_moves(tmp_path):
+    class Window:
+        def __init__(self):
+            self.last = io.StringIO()
+
+        def reset(self):
+            pass
+
+        def update(self, outputs, labels):
+            pass
+
+        def compute(self):
+            return 0.0
+
+    model = compiled(metrics_dict={"window": Window()})
+    before = model.fc1.weight.clone()
+    with pytest.raises(TypeError) as raised:
+        model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt")
+    assert str(raised.value) == (
+        "metric 'window' holds a StringIO in .last, which a checkpoint cannot hold. Give the metric state_dict() and "
+        "load_state_dict(state) of tensors, numbers, lists and dicts."
+    )
+    assert torch.equal(model.fc1.weight, before)
+
+
+# --- another run's file -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_weights_is_no_state_of_a_run(tmp_path):
+    Net().save(tmp_path / "w.pt")
+    with pytest.raises(CheckpointError) as raised:
+        run_file(tmp_path / "w.pt")
+    assert str(raised.value) == f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. {DELETE}"
+
+
+def test_a_run_of_another_optimizer_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    run_file(path, epochs=1)
+    model = Net()
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    with pytest.raises(CheckpointError) as raised:
+        model.fit(2, points(40), verbose=0, checkpoint=path)
+    assert str(raised.value) == (
+        f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in each group). Compile "
+        f"as it was compiled then. {DELETE}"
+    )
+
+
+def test_a_run_of_another_architecture_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    run_file(path)
+    with pytest.raises(
+        CheckpointError, match=r"another architecture than Model: missing: net\.weight, net\.bias; unex"
+    ):
+        run_file(path, model=minikeras.Model(nn.Linear(2, 1)))
+
+
+def test_a_fit_of_other_epochs_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    run_file(path, epochs=4)
+    model = compiled()
+    model.fit(2, points(40), verbose=0)
+    with pytest.raises(CheckpointError) as raised:
+        model.fit(1, points(40), verbose=0, checkpoint=path)
+    assert str(raised.value) == (
+        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a file of its own. The "
+        f"one written before it is {path}.prev."
+    )
+
+
+def test_a_newer_layout_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    run_file(path, epochs=1)
+    write(path, dump(read(path) | {"minikeras": 99}))
+    with pytest.raises(
+        CheckpointError, match=r"has layout 99 and this minikeras knows those up to 1\. Update minikeras"
+    ):
+        run_file(path)
+
+
+def test_a_file_of_each_older_layout_keeps_loading(tmp_path):
+    for old in sorted(DATA.glob("run_v?.pt")):
+        path = tmp_path / old.name
+        shutil.copy(old, path)
+        model = compiled()
+        assert list(model.fit(2, points(40), batch_size=20, verbose=0, checkpoint=path).index) == [1, 2]
+        assert torch.equal(model.fc1.weight.sum(), torch.load(DATA / "run_v1_sum.pt"))
+
+
+# --- writing that fails -----------------------------------------------------------------------------------------------
+
+
+def limited(code, *, status=0):
+    """A script in a process whose files end at 20,000 bytes from `full()` to `emptied()`; what it printed."""
+    head = f"""
+    import resource, signal, sys, warnings
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from conftest import *
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    torch.manual_seed(0)
+    def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    def emptied(): resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    """
+    script = textwrap.dedent(head) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_full_disk_warns_leaves_the_old_file_and_is_tried_again(tmp_path):
+    out, err = limited(f"""
+    path = {str(tmp_path / "run.pt")!r}
+    from minikeras.checkpoint.file import read
+    class Disk(minikeras.Callback):
+        def on_epoch_end(self, epoch, logs):
+            if epoch == 2: full()
+            if epoch == 3:
+                emptied()
+                print("kept:", len(read(path)["history"]))
+    compiled().fit(4, points(40), verbose=0, checkpoint=path, callbacks=[Disk()])
+    print("in the end:", len(read(path)["history"]))
+    import os
+    print(sorted(os.listdir({str(tmp_path)!r})))
+    """)
+    assert out == "kept: 1\nin the end: 4\n['run.pt', 'run.pt.prev']\n"
+    assert (
+        "run.pt could not be written: [Errno 27] File too large. The state of epoch 2, step 0 is still there. "
+        "The fit goes on, and it is tried again at the next time." in err
+    )
+
+
+def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
+    _, err = limited(
+        f"""
+        full()
+        compiled().fit(1, points(40), verbose=0, checkpoint={str(tmp_path / "run.pt")!r})
+        """,
+        status=1,
+    )
+    assert (
+        f"CheckpointError: {tmp_path / 'run.pt'} could not be written: [Errno 27] File too large. Nothing was written "
+        f"before. Make room or give another file: these last weights are not saved." in err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = compiled()
+    with pytest.raises(CheckpointError, match=r"could not be written: .*(File exists|Not a directory)"):
+        model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "file" / "run.pt")
+    assert list(model.history.index) == [1]
+
+
+def test_checkpoint_every_needs_a_file():
+    with pytest.raises(ValueError, match=r'checkpoint_every=5 needs a file\. Pass checkpoint="run\.pt" as well\.$'):
+        compiled().fit(1, points(8), checkpoint_every=5)
