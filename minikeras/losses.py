@@ -177,18 +177,21 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
 
 def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tensor:
     """l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements: 0-dim, on the device of the first weight."""
-    terms = []
-    for weight in weights:
-        wide = weight.float() if weight.dtype.itemsize < 4 else weight  # float16 ends at 65504
-        if l1:
-            terms.append(l1 * wide.abs().sum())
-        if l2:
-            terms.append((0.5 * l2) * wide.square().sum())
-    if not terms:
+    if not weights or not (l1 or l2):
         return torch.zeros(())
+    wide = [weight.float() if weight.dtype.itemsize < 4 else weight for weight in weights]  # float16 ends at 65504
+    parts = []  # each strength is multiplied in once: on small models these few ops cost as much as the network
+    if l1:
+        parts.append(l1 * _total([torch.linalg.vector_norm(weight, 1) for weight in wide]))
+    if l2:
+        parts.append((0.5 * l2) * _total([weight.square().sum() for weight in wide]))
+    return _total(parts)
+
+
+def _total(terms: list[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
-        total = total + (term if term.device == total.device else term.to(total.device))
+        total = total + term.to(total.device)
     return total
 
 

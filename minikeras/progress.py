@@ -64,10 +64,10 @@ class Progress(Callback):
         self.best = best
         self.bar: tqdm[Any] | None = None
         self.columns: list[str] = []
+        self.next_refresh = 0.0  # by the clock, also over epochs shorter than REFRESH
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.epoch = epoch
-        self.next_refresh = 0.0
         label = f"epoch {epoch}/{self.epochs}"
         if self.draws and self.bar is None:
             self.bar = tqdm(
