@@ -178,7 +178,8 @@ class Model(nn.Module):
             device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
             jit: compile forward, loss, metrics, backward and optimizer into one graph, several times as fast for small
                 models once compiled; or a dict of arguments for torch.compile. What cannot be compiled runs in eager,
-                with a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}.
+                with a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}. On CUDA
+                the step is captured as a CUDA graph, but with {"options": {"triton.cudagraphs": False}}.
             steps_per_execution: under jit, optimizer steps in one call of the graph; callbacks see every so many.
 
         Raises:

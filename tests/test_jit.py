@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
+from minikeras.jit.graphs import Graphs, captured, chosen
 
 FAST = {"backend": "aot_eager"}  # traces and differentiates as ever, and leaves out the C++ compiler
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
@@ -440,3 +441,61 @@ def test_several_steps_per_execution_need_jit():
     with pytest.raises(ValueError, match="steps") as error:
         compiled(Net(), steps_per_execution=4)
     assert str(error.value) == "steps_per_execution=4 needs jit=True, which makes a graph of the steps."
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "on_cpu", "on_cuda"),
+    [
+        ({}, {"size_asserts": False}, {"size_asserts": False, "triton.cudagraphs": True}),
+        (
+            {"options": {"triton.cudagraphs": False}},
+            {"size_asserts": False, "triton.cudagraphs": False},
+            {"size_asserts": False, "triton.cudagraphs": False},
+        ),
+        ({"mode": "default"}, None, None),
+        (FAST, None, None),
+    ],
+)
+def test_what_the_user_asks_of_the_compiler_comes_before_our_choice(options, on_cpu, on_cuda):
+    assert chosen(options).get("options") == on_cpu
+    assert captured(chosen(options)).get("options") == on_cuda
+    assert {key: value for key, value in captured(chosen(options)).items() if key != "options"} == {
+        key: value for key, value in options.items() if key != "options"
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, as it loads its CUDA graphs
+def test_results_are_kept_though_the_next_replay_writes_over_them():
+    buffer = torch.zeros(1)
+
+    def replay(batch):
+        return {"loss": buffer.add_(1)}, None
+
+    graphs = Graphs(replay, {"backend": "eager"}, lambda message: None, [], torch.device("cuda"))
+    results = [graphs(None, other=False)[0]["loss"].item() for _ in range(3)]
+    kept = [graphs(None, other=False)[0]["loss"] for _ in range(3)]
+    assert results == [1, 2, 3]
+    assert [one.item() for one in kept] == [4, 5, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    model, twin = pair()
+    histories = []
+    for one, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
+        metrics_dict = {"accuracy": accuracy, "auroc": torchmetrics.AUROC(task="binary")}  # AUROC keeps all outputs
+        one.to("cuda").compile(nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options)
+        histories.append(one.fit(3, batches(), batches(20, 20, 7), verbose=0))
+    assert way(twin) == "one graph"
+    assert_same(model, twin, 1e-5)
+    pd.testing.assert_frame_equal(*histories, rtol=1e-5)
+    states = [one.optimizer.state_dict()["state"] for one in (model, twin)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)

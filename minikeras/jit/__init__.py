@@ -8,6 +8,9 @@ the next one           traced and compiled in the first of these ways that works
     "eager"
 every other            that graph for batches of its shape, one more graph for all other shapes
 
+On CUDA the compiled graph is captured as a CUDA graph too, unless the user gives a mode or backend, or the option
+"triton.cudagraphs"; its results are copied, for the next replay writes over them.
+
 Gradients are those of the real parameters: a loss that holds on to them, as a penalty does, keeps its share.
 """
 
@@ -19,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from minikeras.data import call_as, manner
-from minikeras.jit.graphs import OrEager, Say
+from minikeras.jit.graphs import OrEager, Say, chosen
 from minikeras.jit.steps import EvaluateStep, TrainStep
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ class Jit:
 
     def __init__(self, model: Model, run: Run, options: Mapping[str, Any], together: int) -> None:
         self.model = model
-        self.options = options
+        self.options = chosen(options)
         self.say: Say = lambda message: None
         self.train = TrainStep(model, run, run.train, self, together)
         self.evaluate = EvaluateStep(model, run, run.val, self)
@@ -45,7 +48,7 @@ class Jit:
         def loss(outputs: Any, labels: Any) -> Any:
             return run.loss_func(outputs, labels)
 
-        self.loss_func = OrEager(loss, options, [])
+        self.loss_func = OrEager(loss, self.options, [])
         self.forwards: dict[str, OrEager] = {}
 
     def step(self, name: str) -> Any:

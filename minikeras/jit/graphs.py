@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.data import leaves
+from minikeras.data import leaves, map_leaves
 
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled
@@ -29,9 +29,17 @@ class CompileError(Exception):
 class Graphs:
     """One function compiled twice at most: for the shapes it is called with first, and for all others."""
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], say: Say, state: list[Tensor]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        options: Mapping[str, Any],
+        say: Say,
+        state: list[Tensor],
+        device: torch.device | None = None,
+    ) -> None:
         self.function = function
-        self.options = options
+        self.on_cuda = device is not None and device.type == "cuda"
+        self.options = captured(options) if self.on_cuda else options
         self.say = say
         self.state = state  # the tensors that the function changes
         self.shapes: list[Any] = []
@@ -43,6 +51,13 @@ class Graphs:
 
     def __call__(self, *batches: Any, other: bool) -> Any:
         """The function's answer; `other` says that the batches do not fit."""
+        if not self.on_cuda:
+            return self._call(batches, other)
+        torch.compiler.cudagraph_mark_step_begin()  # the graph may write over the results of the call before
+        results = self._call(batches, other)
+        return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, results)  # ... not these
+
+    def _call(self, batches: Sequence[Any], other: bool) -> Any:
         if other in self.compiled:
             return self.compiled[other](*batches)
         begun = time.perf_counter()
@@ -86,6 +101,21 @@ class OrEager(ByParts):
             warnings.warn(f"jit: {self.function.__name__} runs in eager, since {reason(error)}", stacklevel=2)
             self.compiled, self.worked = self.function, True
             return result
+
+
+def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The user's arguments for torch.compile, and ours where they leave room."""
+    if "mode" in options or options.get("backend", "inductor") != "inductor":
+        return options
+    # the compiler's check of its own work at each call: a tenth of a small step
+    return {**options, "options": {"size_asserts": False, **options.get("options", {})}}
+
+
+def captured(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments that also capture the step as a CUDA graph, as mode="reduce-overhead" does."""
+    if "options" not in options:  # a mode or backend of the user's own
+        return options
+    return {**options, "options": {"triton.cudagraphs": True, **options["options"]}}
 
 
 def shapes_of(batch: Any) -> Any:

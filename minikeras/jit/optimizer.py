@@ -33,6 +33,8 @@ class Double:
         for group in self.twin.param_groups:
             if group.get("fused"):
                 group["fused"] = False  # Dynamo refuses it, and the compiler fuses by itself
+            if "capturable" in group and group["params"][0].is_cuda:
+                group["capturable"] = True  # a count of steps on the CPU would keep the step out of a CUDA graph
             if not isinstance(group["lr"], Tensor):  # a float would be part of the code, compiled anew when it changes
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
         self.read()
@@ -60,7 +62,8 @@ class Double:
                 elif key in twins:
                     twins[key].copy_(value)
                 else:
-                    twins[key] = value.double()  # beta ** step in float32 would lose four digits
+                    device = parameter.device if parameter.is_cuda else value.device
+                    twins[key] = value.to(device, torch.float64)  # beta ** step in float32 would lose four digits
         return same
 
     def attach(self) -> None:

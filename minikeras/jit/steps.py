@@ -94,7 +94,7 @@ class EvaluateStep:
         """`other`: the batches are not of the graph's own shapes, or fewer than it takes together."""
         if self.graphs is None:
             function = self.function(manner(self.model, batches[0][0]))
-            self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed())
+            self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed(), self.run.device)
         if other and self.others_in_eager:
             return combined([self.first(batch) for batch in batches], batches)
         try:
