@@ -92,10 +92,10 @@ class Run:
         rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
         names = list(dict.fromkeys(name for row in rows for name in row))
         changed = [name for name in (rates[0] if rates else ()) if len({row[name] for row in rates}) > 1]
-        columns = column_order([*names, *(name for name in changed if name not in names)])
+        names = column_order([*names, *(name for name in changed if name not in names)])
+        merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
         index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
-        # where a callback logs a rate, its own value stays
-        return pd.DataFrame([rate | logs for logs, rate in self.epochs], index, columns)
+        return pd.DataFrame({name: [row.get(name, math.nan) for row in merged] for name in names}, index)
 
 
 @dataclass
