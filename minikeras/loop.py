@@ -27,75 +27,26 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from minikeras import checks
-from minikeras.callbacks import Callback, column_order, rate_name, with_method
+from minikeras.callbacks import Callback, with_method
 from minikeras.checkpoint import Checkpoint, Position
 from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves, prepared, to_device, unpack
-from minikeras.errors import did_you_mean
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
+from minikeras.run import Run, learning_rates
 
 if TYPE_CHECKING:
     from minikeras.model import Model
 
 AfterBatch = Callable[[int], bool]  # of a batch's number; True ends the pass
 Step = Callable[..., Mapping[str, Any]]  # train_step or evaluate_step
-
-
-@dataclass
-class Run:
-    """All that compile sets up, in one plain object: nothing of it enters the model's state_dict."""
-
-    loss_func: Any
-    optimizers: dict[str, Optimizer]  # one alone goes by the name ""
-    train: Totals
-    val: Totals
-    device: torch.device
-    parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
-    published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
-    jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
-    by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
-    totals: Totals = field(init=False)  # of the phase that is under way
-    finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
-    epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
-
-    def __post_init__(self) -> None:
-        self.totals = self.val
-
-    def named(self, optimizer: str | None) -> list[Optimizer]:
-        """The optimizer of that name, or all of them."""
-        if optimizer is None:
-            return list(self.optimizers.values())
-        if optimizer not in self.optimizers:
-            known = ", ".join(map(repr, self.optimizers))
-            hint = "one without a name. Leave the name out." if known == "''" else f"{known}."
-            hint += did_you_mean(optimizer, self.optimizers)
-            raise ValueError(f"there is no optimizer {optimizer!r}; compile was given {hint}")
-        return [self.optimizers[optimizer]]
-
-    def inputs(self, optimizer: str) -> list[Tensor]:
-        """The parameters that the optimizer of that name trains."""
-        (one,) = self.named(optimizer)
-        return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
-
-    def history(self) -> pd.DataFrame:
-        """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
-        rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        changed = [name for name in (rates[0] if rates else ()) if len({row[name] for row in rates}) > 1]
-        names = column_order([*names, *(name for name in changed if name not in names)])
-        merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
-        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
-        return pd.DataFrame({name: [row.get(name, math.nan) for row in merged] for name in names}, index)
 
 
 @dataclass
@@ -264,26 +215,6 @@ def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
 def off_device(leaf: Any) -> Any:
     """A tensor or packed sequence on the CPU; anything else as it is."""
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
-
-
-def place(model: Model, run: Run) -> None:
-    """Model, loss and optimizer state on the device; costs nothing where they are there already."""
-    model.to(run.device)
-    if isinstance(run.loss_func, nn.Module):
-        run.loss_func.to(run.device)
-    for optimizer in run.optimizers.values():
-        if any(_strayed(parameter, state) for parameter, state in optimizer.state.items()):
-            optimizer.load_state_dict(optimizer.state_dict())  # torch's own way to put state beside its parameter
-
-
-def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
-    # a 0-d tensor such as Adam's step stays on the CPU by torch's own choice
-    return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
-
-
-def learning_rates(run: Run) -> dict[str, float]:
-    """The rate of each optimizer's first group."""
-    return {rate_name(name): float(one.param_groups[0]["lr"]) for name, one in run.optimizers.items()}
 
 
 @contextlib.contextmanager

@@ -23,11 +23,12 @@ from torch.optim import Optimizer
 from minikeras import checks, layer_summary, loop
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, as_batches, call_with, choose_device, empty, is_batched, length
+from minikeras.data import ContinuedBatches, as_batches, call_with, empty, is_batched, length
 from minikeras.errors import NotCompiledError, described, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss
-from minikeras.metrics import Result, Totals, detached
+from minikeras.metrics import Result, detached
 from minikeras.progress import Progress, show, tell, wants_bar
+from minikeras.run import Run, made, place
 
 
 class Model(nn.Module):
@@ -49,7 +50,7 @@ class Model(nn.Module):
     7.0
     """
 
-    _run: loop.Run | None = None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
+    _run: Run | None = None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
     optimizer: Any  # the optimizer or dict of optimizers, from compile on
     history: Any  # the DataFrame that fit returns, from the first fit on
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
@@ -186,27 +187,9 @@ class Model(nn.Module):
             TypeError: a class where an instance is meant, or something of another kind.
             ValueError: a metric's name that history uses itself, or a device that is not there.
         """
-        metrics_dict = {} if metrics_dict is None else metrics_dict
-        checks.check_callable("loss_func", loss_func)
-        checks.check_metrics_dict(metrics_dict)
-        optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
-        if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
-            raise ValueError(
-                f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps."
-            )
-        chosen = choose_device(device)
-        run = loop.Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
-        loop.place(self, run)
-        parameters = checks.parameters_of(self, loss_func)
-        run.parameters = {id(parameter) for parameter in parameters}
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        if optimizer is None and trainable:
-            optimizer = run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
-        if jit:
-            from minikeras.jit import Jit  # on first use: it loads the compiler
-
-            run.jit = Jit(self, run, {} if jit is True else jit, steps_per_execution)
-            run.by_parts = run.jit.overrides("train_step")
+        run = made(self, loss_func, optimizer, metrics_dict, device, jit, steps_per_execution)
+        if optimizer is None:
+            optimizer = run.optimizers.get("")
         run.published = {} if self._run is None else self._run.published
         self._run = run
         self._publish("optimizer", optimizer)
@@ -278,7 +261,7 @@ class Model(nn.Module):
         listed = check_callbacks(callbacks)
         check_monitors(listed, validates=val is not None)
         self._check_optimizers(run)
-        loop.place(self, run)
+        place(self, run)
         last = saved.open(self, run, epochs)
         shown = show(verbose)
         if shown:
@@ -302,7 +285,7 @@ class Model(nn.Module):
         """
         run = self._compiled("evaluate")
         batches = as_batches(dl_val, "dl_val", batch_size, device=run.device)
-        loop.place(self, run)
+        place(self, run)
         run.val.unseen = True
         return loop.evaluate(self, run, batches)
 
@@ -319,7 +302,7 @@ class Model(nn.Module):
         if run is None:
             device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
             return loop.predict(self, as_batches(dl, "dl", batch_size, device=device), device)
-        loop.place(self, run)
+        place(self, run)
         before, run.by_parts = run.by_parts, run.jit is not None
         try:
             return loop.predict(self, as_batches(dl, "dl", batch_size, device=run.device), run.device)
@@ -367,7 +350,7 @@ class Model(nn.Module):
 
     # --- what holds them together -------------------------------------------------------------------------------------
 
-    def _compiled(self, verb: str) -> loop.Run:
+    def _compiled(self, verb: str) -> Run:
         if self._run is None:
             raise NotCompiledError(
                 f"{verb} needs a loss and an optimizer, and {type(self).__name__} has not been compiled. "
@@ -375,7 +358,7 @@ class Model(nn.Module):
             )
         return self._run
 
-    def _check_optimizers(self, run: loop.Run) -> None:
+    def _check_optimizers(self, run: Run) -> None:
         if "optimizer" in run.published and run.published["optimizer"] is not self.__dict__.get("optimizer"):
             raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
         checks.check_optimizers(self, run.loss_func, run.optimizers, run.parameters)

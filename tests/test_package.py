@@ -22,6 +22,7 @@ ORDER = [
     ["model"],
     ["loop", "progress", "jit"],
     ["checkpoint"],
+    ["run"],
     ["callbacks"],
     ["metrics", "layer_summary"],
     ["checks"],

@@ -3,10 +3,10 @@
 file.py       any plain values <-> a file that is whole or not there
 plain.py      plain values: what can be read without running code
 weights.py    model.save, model.load
-run.py        fit(checkpoint=...): the state of a run, and whose fit it is
+state.py      fit(checkpoint=...): the state of a run, and whose fit it is
 """
 
-from minikeras.checkpoint.run import Checkpoint, Position
+from minikeras.checkpoint.state import Checkpoint, Position
 from minikeras.checkpoint.weights import load_weights, save_weights, under_plain_names
 
 __all__ = ["Checkpoint", "Position", "load_weights", "save_weights", "under_plain_names"]

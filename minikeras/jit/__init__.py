@@ -26,8 +26,8 @@ from minikeras.jit.graphs import OrEager, Say, chosen
 from minikeras.jit.steps import EvaluateStep, TrainStep
 
 if TYPE_CHECKING:
-    from minikeras.loop import Run
     from minikeras.model import Model
+    from minikeras.run import Run
 
 PARTS = {
     "train_step": ("train_step", "compute_outputs", "compute_loss", "compute_metrics", "backward", "optimizer_step"),

@@ -19,8 +19,8 @@ from minikeras.metrics import Totals, detached
 
 if TYPE_CHECKING:
     from minikeras.jit import Jit
-    from minikeras.loop import Run
     from minikeras.model import Model
+    from minikeras.run import Run
 
 
 IN_GRAPH = ("one graph", "metrics outside")  # the best ways

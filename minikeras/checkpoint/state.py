@@ -27,8 +27,8 @@ from minikeras.faults import Interruptions
 from minikeras.randomness import Randomness
 
 if TYPE_CHECKING:
-    from minikeras.loop import Run
     from minikeras.model import Model
+    from minikeras.run import Run
 
 VERSION = 1  # of the file's layout; files of older versions keep loading
 

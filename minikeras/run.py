@@ -1,0 +1,122 @@
+"""All that compile sets up, in one plain object beside the module: nothing of it enters the model's state_dict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras import checks
+from minikeras.callbacks import column_order, rate_name
+from minikeras.data import choose_device
+from minikeras.errors import did_you_mean, positive_int
+from minikeras.faults import FiniteLoss
+from minikeras.metrics import Totals
+
+if TYPE_CHECKING:
+    from minikeras.model import Model
+
+
+@dataclass
+class Run:
+    """What compile sets up, and what a fit adds to it."""
+
+    loss_func: Any
+    optimizers: dict[str, Optimizer]  # one alone goes by the name ""
+    train: Totals
+    val: Totals
+    device: torch.device
+    parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
+    published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
+    jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
+    by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
+    totals: Totals = field(init=False)  # of the phase that is under way
+    finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
+    epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
+
+    def __post_init__(self) -> None:
+        self.totals = self.val
+
+    def named(self, optimizer: str | None) -> list[Optimizer]:
+        """The optimizer of that name, or all of them."""
+        if optimizer is None:
+            return list(self.optimizers.values())
+        if optimizer not in self.optimizers:
+            known = ", ".join(map(repr, self.optimizers))
+            hint = "one without a name. Leave the name out." if known == "''" else f"{known}."
+            hint += did_you_mean(optimizer, self.optimizers)
+            raise ValueError(f"there is no optimizer {optimizer!r}; compile was given {hint}")
+        return [self.optimizers[optimizer]]
+
+    def inputs(self, optimizer: str) -> list[Tensor]:
+        """The parameters that the optimizer of that name trains."""
+        (one,) = self.named(optimizer)
+        return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+    def history(self) -> pd.DataFrame:
+        """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
+        rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        changed = [name for name in (rates[0] if rates else ()) if len({row[name] for row in rates}) > 1]
+        names = column_order([*names, *(name for name in changed if name not in names)])
+        merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
+        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
+        return pd.DataFrame({name: [row.get(name, math.nan) for row in merged] for name in names}, index)
+
+
+def made(
+    model: Model,
+    loss_func: Any,
+    optimizer: Optimizer | Mapping[str, Optimizer] | None,
+    metrics_dict: Mapping[str, Any] | None,
+    device: str | torch.device | None,
+    jit: bool | Mapping[str, Any],
+    steps_per_execution: int,
+) -> Run:
+    """What compile's arguments make, checked; the model and its loss are on the device."""
+    metrics_dict = {} if metrics_dict is None else metrics_dict
+    checks.check_callable("loss_func", loss_func)
+    checks.check_metrics_dict(metrics_dict)
+    optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
+    if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
+        raise ValueError(f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps.")
+    chosen = choose_device(device)
+    run = Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
+    place(model, run)
+    parameters = checks.parameters_of(model, loss_func)
+    run.parameters = {id(parameter) for parameter in parameters}
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if optimizer is None and trainable:
+        run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
+    if jit:
+        from minikeras.jit import Jit  # on first use: it loads the compiler
+
+        run.jit = Jit(model, run, {} if jit is True else jit, steps_per_execution)
+        run.by_parts = run.jit.overrides("train_step")
+    return run
+
+
+def place(model: Model, run: Run) -> None:
+    """Model, loss and optimizer state on the device; costs nothing where they are there already."""
+    model.to(run.device)
+    if isinstance(run.loss_func, nn.Module):
+        run.loss_func.to(run.device)
+    for optimizer in run.optimizers.values():
+        if any(_strayed(parameter, state) for parameter, state in optimizer.state.items()):
+            optimizer.load_state_dict(optimizer.state_dict())  # torch's own way to put state beside its parameter
+
+
+def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
+    # a 0-d tensor such as Adam's step stays on the CPU by torch's own choice
+    return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
+
+
+def learning_rates(run: Run) -> dict[str, float]:
+    """The rate of each optimizer's first group."""
+    return {rate_name(name): float(one.param_groups[0]["lr"]) for name, one in run.optimizers.items()}
