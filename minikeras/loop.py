@@ -168,7 +168,6 @@ def one_pass(
         if flush and (rest := flush()):
             totals.add(rest, count_rows(features, labels))
             call(listeners, "on_batch_end", number, totals)
-            after_batch(number)
         if run.finite_loss is not None and totals is run.train:
             run.finite_loss.ended()
         return totals.means()

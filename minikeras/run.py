@@ -36,6 +36,7 @@ class Run:
     published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
+    carried_on: set[str] = field(default_factory=set)  # steps that were taken in the fit before it was carried on here
     totals: Totals = field(init=False)  # of the phase that is under way
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates

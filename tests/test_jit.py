@@ -499,3 +499,48 @@ def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together
     pd.testing.assert_frame_equal(*histories, rtol=1e-5)
     states = [one.optimizer.state_dict()["state"] for one in (model, twin)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+
+
+# --- a loss that is not finite ----------------------------------------------------------------------------------------
+
+
+def spoiled(batch, batches=9):
+    """Batches of which one holds a NaN."""
+    X, y = points(16 * batches)
+    X[16 * batch - 1] = float("nan")
+    return list(zip(X.split(16), y.split(16), strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
+    model, weights = Net(), []
+    compiled(model, nn.MSELoss(), torch.optim.Adam(model.parameters()), jit=FAST, steps_per_execution=steps)
+    data = spoiled(6)
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(copy.deepcopy(model.state_dict())))
+    with pytest.raises(FloatingPointError) as raised:
+        model.fit(1, data, callbacks=[keep], verbose=0)
+    batch, ago = (6, 0) if steps == 1 else (7, 1)  # batches 5 to 7 go together
+    began = f" (it began {ago} steps before)" * (ago > 0)
+    assert str(raised.value).startswith(f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number.")
+    assert "The weights are those of before it." in str(raised.value)
+    twin = Net()
+    twin.load_state_dict(weights[-1])
+    if steps == 3:  # the batch before it, in the same graph, has had its step
+        assert not torch.equal(twin.fc1.weight, model.fc1.weight)
+    else:
+        assert torch.equal(twin.fc1.weight, model.fc1.weight)
+    assert model.fc1.weight.isfinite().all()
+
+
+def test_on_nan_ignore_lets_the_graph_go_on_and_the_next_fit_looks_again():
+    model = Net()
+    compiled(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), jit=FAST)
+    kept = copy.deepcopy(model.state_dict())
+    assert model.fit(1, spoiled(6), verbose=0, on_nan="ignore")["loss"].isna().all()
+    assert model.fc1.weight.isnan().all()
+    model.load_state_dict(kept)
+    with pytest.raises(FloatingPointError, match="in epoch 2, batch 6"):
+        model.fit(1, spoiled(6), verbose=0)
+    model.load_state_dict(kept)
+    with pytest.warns(UserWarning, match="in epoch 2, batch 6"):
+        model.fit(1, spoiled(6), verbose=0, on_nan="stop")

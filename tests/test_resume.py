@@ -1,5 +1,7 @@
 """A fit broken off and carried on in another process gives, bit by bit, what it gives never stopped."""
 
+import shutil
+
 import pytest
 from runs import LOADERS, call_of, differences, result_of, seed
 from torchmetrics import AUROC
@@ -84,3 +86,10 @@ def test_so_it_is_in_each_setting(setting, kills, tmp_path):
     kwargs = SETTINGS[setting].copy()
     every = kwargs.pop("checkpoint_every", 1)
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", kills, every, **kwargs)) == []
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.parametrize(("loader", "steps"), [("in memory", 1), ("noisy", 3)])
+def test_so_it_is_under_jit(loader, steps, tmp_path):
+    kwargs = {"loader": loader, "compile": {"jit": True, "steps_per_execution": steps}}
+    assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []

@@ -83,6 +83,7 @@ class Checkpoint:
             CheckpointError: the file is damaged, or of another run, model or optimizer.
         """
         self.model, self.run = model, run
+        run.carried_on.clear()
         self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
         if self.path is None:
             return self.last
@@ -168,6 +169,8 @@ class Checkpoint:
 
     def _load_course(self, state: Any) -> None:
         self.run.train.load_state_dict(restored(state["totals"]))
+        validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
+        self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
         for name, callback in named(self.callbacks):
             if name in state["callbacks"]:
                 callback.load_state_dict(restored(state["callbacks"][name]))

@@ -62,11 +62,11 @@ class Graphs:
             return self.compiled[other](*batches)
         begun = time.perf_counter()
         self.say(f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ...")
-        compiled = torch.compile(own_code(self.function), fullgraph=True, dynamic=other, **self.options)
+        function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **self.options)
         with undone_on_error(self.state):
-            result = compiled(*batches)
+            result = function(*batches)
         self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
-        self.compiled[other] = compiled
+        self.compiled[other] = function
         if not other:
             self.shapes = [shapes_of(batch) for batch in batches]
         return result
@@ -78,7 +78,7 @@ class ByParts:
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], state: list[Tensor]) -> None:
         self.function = function
         self.state = state
-        self.compiled = torch.compile(own_code(function), **options)
+        self.compiled = compiled(own_code(function), **options)
         self.worked = False
 
     def __call__(self, *args: Any) -> Any:
@@ -125,6 +125,13 @@ def shapes_of(batch: Any) -> Any:
     if isinstance(batch, tuple):
         return [shapes_of(part) for part in batch]
     return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile, without what torch's own modules warn of as they are loaded for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.compile(function, **options)
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

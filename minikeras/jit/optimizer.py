@@ -56,7 +56,7 @@ class Double:
         for parameter, state in self.optimizer.state.items():
             twins = self.twin.state[parameter]
             for key, value in state.items():
-                if not counts_steps(value):
+                if not counts_steps(parameter, key, value):
                     same = same and twins.get(key) is value
                     twins[key] = value
                 elif key in twins:
@@ -80,7 +80,7 @@ class Double:
     def write_back(self) -> None:
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
-                if counts_steps(value):
+                if counts_steps(parameter, key, value):
                     twin = self.twin.state[parameter][key]
                     if key == "step" and twin == value:
                         twin += self.taken  # the compiler leaves out a count that nothing reads, such as RMSprop's
@@ -88,9 +88,13 @@ class Double:
         self.taken = 0
 
 
-def counts_steps(value: Any) -> bool:
-    """Whether a part of an optimizer's state is its count of steps, a float32 number."""
-    return isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float32
+def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
+    """Whether a part of an optimizer's state is its count of steps or a product over them, a float32 number.
+
+    An average over a parameter that is itself one number is neither.
+    """
+    number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float32
+    return number and (parameter.ndim > 0 or key in ("step", "mu_product"))
 
 
 def gradients_in_graph() -> Callable[..., tuple[Tensor, ...]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +49,20 @@ class EvaluateStep:
     def __call__(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> dict[str, Any] | None:
         """The results of this batch and of those that waited for it; None while it waits for others."""
         batch = (features, labels, sample_weight)
-        if self.totals.unseen:
+        if self.totals.unseen and self.name not in self.run.carried_on:
             self.waiting.clear()
             return self.first(batch)
+        if self.name in self.run.carried_on:  # in the run before, this batch went through the graph
+            self.run.carried_on.remove(self.name)
+            with put_back(self.model, self.run, self.totals):
+                self.first(batch)
+            self.totals.unseen = False
+            self.ready()
         self.waiting.append(batch)
         return self.flush() if len(self.waiting) == self.together else None
+
+    def ready(self) -> None:
+        """What the graph changes has been put back to where it was."""
 
     def flush(self) -> dict[str, Any] | None:
         """Take the steps of the batches that wait, if there are any."""
@@ -242,6 +253,10 @@ class TrainStep(EvaluateStep):
             self.begin(reached, optimizers)
         return results
 
+    def ready(self) -> None:
+        for double in self.doubles:
+            double.read()
+
     def begin(self, reached: list[nn.Parameter], optimizers: list[Optimizer]) -> None:
         """Set up for the graph, after an eager step whose loss reached these parameters."""
         same = [id(parameter) for parameter in reached] == [id(parameter) for parameter in self.reached]
@@ -285,6 +300,22 @@ class TrainStep(EvaluateStep):
 
     def changed(self) -> list[Tensor]:
         return [*self.moved(), *super().changed(), *self.gradients, self.bad]
+
+
+@contextlib.contextmanager
+def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
+    """A step inside is taken only to be looked at: everything it changes is as before it, in the same tensors."""
+    state = [value for one in run.optimizers.values() for values in one.state.values() for value in values.values()]
+    loss = [*run.loss_func.parameters(), *run.loss_func.buffers()] if isinstance(run.loss_func, nn.Module) else []
+    tensors = [one for one in (*model.parameters(), *model.buffers(), *loss, *state) if isinstance(one, Tensor)]
+    before, counted = [one.detach().clone() for one in tensors], copy.deepcopy(totals.state_dict())
+    random_state = torch.get_rng_state()
+    yield
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+    totals.load_state_dict(counted)
+    torch.set_rng_state(random_state)
 
 
 def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:
