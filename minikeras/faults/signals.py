@@ -41,6 +41,8 @@ class Interruptions:
         if self.received is not None:
             self._act(number, frame)
         self.received = number
+        if hasattr(signal, "SIGCHLD"):  # the workers may have got it as well: torch must not complain of them now
+            self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def act(self, save: Callable[[], None]) -> None:
         """Where a signal has come: write the state, then do what the signal asks for."""

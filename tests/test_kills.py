@@ -1,0 +1,26 @@
+"""SIGKILL at any moment, in real processes; kills.py does it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = Path(__file__).parent / "kills.py"
+
+
+def stress(kills, seed):
+    command = [sys.executable, str(KILLS), "--kills", str(kills), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().endswith(" 0 differences")
+
+
+def test_runs_killed_again_and_again_end_as_runs_never_stopped():
+    stress(kills=30, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_so_they_do_for_many_more(seed):
+    stress(kills=100, seed=seed)

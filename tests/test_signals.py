@@ -1,0 +1,171 @@
+"""SIGTERM and Ctrl-C: with a checkpoint the batch is finished and the state written first; real signals throughout."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import compiled, points
+from runs import call_of, differences, result_of, seed
+
+from minikeras import Callback, LambdaCallback
+from minikeras.checkpoint.file import read
+
+
+def send(number, at, times=1):
+    """Sends this process a signal, after so many batches."""
+
+    def count_down(batch, logs):
+        nonlocal at
+        at -= 1
+        if at == 0:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return LambdaCallback(on_batch_end=count_down)
+
+
+class Ends(Callback):
+    ended = False
+
+    def on_fit_end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+)
+@pytest.mark.parametrize("at", [1, 3, 5, 7, 10])
+def test_the_batch_is_finished_the_state_written_and_the_run_carried_on(number, error, at, tmp_path):
+    before, path = signal.getsignal(number), tmp_path / "run.pt"
+    seed(1)
+    model, arguments = call_of("noisy")
+    expected = result_of(model, model.fit(**arguments))
+    seed(1)
+    model, arguments = call_of("noisy")
+    ends = Ends()
+    with pytest.raises(error) as raised:
+        model.fit(**arguments, checkpoint=path, callbacks=[ends, send(number, at)])
+    if error is SystemExit:
+        assert raised.value.code == 143
+    assert ends.ended
+    assert signal.getsignal(number) is before
+    assert len(model.history) == len(read(path)["history"]) == (at - 1) // 5
+    seed(9)
+    model, arguments = call_of("noisy")
+    assert differences(expected, result_of(model, model.fit(**arguments, checkpoint=path))) == []
+
+
+@pytest.mark.parametrize("steps_per_epoch", [None, 3])
+def test_in_the_middle_of_validation_too(steps_per_epoch, tmp_path):
+    path, calls = tmp_path / "run.pt", []
+    seed(1)
+    model, arguments = call_of("noisy", steps_per_epoch=steps_per_epoch)
+    expected = result_of(model, model.fit(**arguments))
+
+    def signalling(*args):
+        calls.append(args)
+        if len(calls) == 7:  # the second of the five batches of epoch 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return type(model).evaluate_step(model, *args)
+
+    seed(1)
+    model, arguments = call_of("noisy", steps_per_epoch=steps_per_epoch)
+    model.evaluate_step = signalling
+    with pytest.raises(SystemExit):
+        model.fit(**arguments, checkpoint=path)
+    assert len(calls) == 7
+    assert read(path)["position"]["logs"] is not None
+    seed(9)
+    model, arguments = call_of("noisy", steps_per_epoch=steps_per_epoch)
+    assert differences(expected, result_of(model, model.fit(**arguments, checkpoint=path))) == []
+
+
+def test_a_second_one_acts_at_once(tmp_path):
+    seen = []
+    after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))
+    with pytest.raises(SystemExit) as raised:
+        compiled().fit(1, points(96), verbose=0, checkpoint=tmp_path / "run.pt",
+                       callbacks=[send(signal.SIGTERM, at=2, times=2), after])  # fmt: skip
+    assert raised.value.code == 143
+    assert seen == [1]
+    assert not (tmp_path / "run.pt").exists()
+
+
+def test_a_handler_that_was_there_is_called_when_the_state_is_written(tmp_path):
+    path, seen = tmp_path / "run.pt", []
+
+    def handler(number, frame):
+        seen.append((number, read(path)["position"]["step"]))
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit):
+            compiled().fit(1, points(96), verbose=0, checkpoint=path, callbacks=[send(signal.SIGTERM, at=2)])
+        assert seen == [(signal.SIGTERM, 2)]
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        dfhistory = compiled().fit(
+            1, points(96), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGTERM, at=2)]
+        )
+        assert len(dfhistory) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_without_a_checkpoint_ctrl_c_acts_at_once_and_keeps_the_history():
+    seen, model = [], compiled()
+    after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(2, points(64), verbose=0, callbacks=[send(signal.SIGINT, at=3), after])
+    assert seen == [1, 2]
+    assert list(model.history.index) == [1]
+
+
+def test_a_fit_in_a_thread_leaves_signals_alone(tmp_path):
+    model = compiled()
+    thread = threading.Thread(
+        target=model.fit, args=(2, points(64)), kwargs={"verbose": 0, "checkpoint": tmp_path / "r"}
+    )
+    thread.start()
+    thread.join()
+    assert len(model.history) == 2
+
+
+def test_a_process_ends_with_status_143_and_its_workers_let_it_finish_the_batch(tmp_path):
+    """Ctrl-C reaches the whole group of processes, workers included."""
+    script = textwrap.dedent(f"""
+        import os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import signal
+        from runs import *
+        model, arguments = call_of("noisy, 2 workers")
+        ended = minikeras.LambdaCallback(on_fit_end=lambda: print("ended", flush=True))
+        def send(batch, logs):
+            if batch == 2 and len(sys.argv) == 2: os.killpg(os.getpgid(0), getattr(signal, sys.argv[1]))
+        both = [ended, minikeras.LambdaCallback(on_batch_end=send)]
+        model.fit(**arguments, checkpoint={str(tmp_path / "run.pt")!r}, callbacks=both)
+        print(len(model.history))
+    """)
+
+    def run(*args):
+        done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, process_group=0)
+        return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1:]
+
+    status, out, last = run("SIGINT")
+    assert (status, out, last) == (-signal.SIGINT, "ended\n", ["KeyboardInterrupt"])
+    assert read(tmp_path / "run.pt")["position"]["step"] == 2
+    (tmp_path / "run.pt").unlink()
+    status, out, last = run("SIGTERM")
+    assert (status, out) == (143, "ended\n")
+    assert run() == (0, "ended\n3\n", [])
