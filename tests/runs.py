@@ -149,6 +149,7 @@ LOADERS = {
     "in memory, own generator": lambda: memory(shuffle=True, generator=seeded()),
     "in memory, 2 workers": lambda: memory(shuffle=True, num_workers=2),
     "in memory, replacement": lambda: memory(sampler=RandomSampler(X, replacement=True, generator=seeded())),
+    "persistent workers": lambda: memory(shuffle=True, num_workers=1, persistent_workers=True),
     "noisy": lambda: noisy(shuffle=True),
     "noisy, own generator": lambda: noisy(shuffle=True, generator=seeded()),
     "noisy, 2 workers": lambda: noisy(shuffle=True, num_workers=2),

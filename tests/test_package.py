@@ -154,6 +154,16 @@ def test_the_linear_regression_example_recovers_w_and_b(tmp_path):
     assert [float(number) for number in found.groups()] == pytest.approx([2, -3, 10], abs=0.15)
 
 
+def test_the_resume_example_goes_on_where_it_was_stopped(tmp_path):
+    example = str(ROOT / "examples" / "resume.py")
+    whole = run([example, "--epochs", "2", "--pause", "0", "--file", "whole.pt"], cwd=tmp_path)
+    first = run([example, "--epochs", "1", "--pause", "0"], cwd=tmp_path)
+    second = run([example, "--epochs", "2", "--pause", "0"], cwd=tmp_path)
+    assert "resume.pt: carried on in epoch 2 after step 0" in second
+    assert first.splitlines()[:-4] == whole.splitlines()[: len(first.splitlines()) - 4]
+    assert second.splitlines()[-1] == whole.splitlines()[-1]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_say_what_they_are_for(path):
     lines = path.read_text().splitlines()

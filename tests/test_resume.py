@@ -2,8 +2,13 @@
 
 import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
-from runs import LOADERS, call_of, differences, result_of, seed
+import torch
+from conftest import compiled, points
+from runs import LOADERS, Noisy, Shuffled, call_of, differences, result_of, seed
+from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
 from minikeras import LambdaCallback
@@ -93,3 +98,133 @@ def test_so_it_is_in_each_setting(setting, kills, tmp_path):
 def test_so_it_is_under_jit(loader, steps, tmp_path):
     kwargs = {"loader": loader, "compile": {"jit": True, "steps_per_execution": steps}}
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
+
+
+# --- which call of fit a file is of -----------------------------------------------------------------------------------
+
+
+def fits(path, *epochs, kill=None):
+    """A script of several fits with one file; the histories they return, and the model."""
+    torch.manual_seed(1)
+    model, histories = compiled(), []
+    for number, count in enumerate(epochs):
+        callbacks = [killed_after(kill[1])] if kill and kill[0] == number else []
+        histories.append(model.fit(count, points(60), batch_size=20, verbose=0, callbacks=callbacks, **path))
+    return histories, model
+
+
+def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to_it(tmp_path, capsys):
+    path = {"checkpoint": tmp_path / "run.pt"}
+    (expected,), model = fits({}, 3)
+    fits(path, 3)
+    (again,), other = fits(path, 3)
+    pd.testing.assert_frame_equal(again, expected, check_exact=True)
+    assert torch.equal(other.fc1.weight, model.fc1.weight)
+    (longer,), _ = fits(path, 5)
+    pd.testing.assert_frame_equal(longer, fits({}, 5)[0][0], check_exact=True)
+
+
+@pytest.mark.parametrize("kill", [(0, 4), (1, 0), (1, 5), (2, 2)], ids=str)
+def test_a_script_of_several_fits_may_use_one_file(kill, tmp_path):
+    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
+    expected, model = fits({}, 2, 3, 1)
+    with pytest.raises(Killed):
+        fits(path, 2, 3, 1, kill=kill)
+    histories, other = fits(path, 2, 3, 1)
+    for one, two in zip(histories, expected, strict=True):
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert torch.equal(other.fc1.weight, model.fc1.weight)
+
+
+def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tmp_path):
+    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
+    (expected,), model = fits({}, 4)
+    torch.manual_seed(1)
+    other = compiled()
+    for kill in (1, 5, 2):
+        with pytest.raises(Killed):
+            other.fit(4, points(60), batch_size=20, verbose=0, callbacks=[killed_after(kill)], **path)
+    pd.testing.assert_frame_equal(
+        other.fit(4, points(60), batch_size=20, verbose=0, **path), expected, check_exact=True
+    )
+    assert torch.equal(other.fc1.weight, model.fc1.weight)
+
+
+def test_a_run_that_was_stopped_stays_stopped(tmp_path):
+    path = {"checkpoint": tmp_path / "run.pt"}
+    stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2))
+    for _ in range(2):
+        assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [1, 2]
+
+
+def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
+    path = tmp_path / "run.pt"
+
+    def fit(kill=None):
+        callbacks = [] if kill is None else [killed_after(kill)]
+        compiled().fit(2, points(60), batch_size=20, checkpoint=path, checkpoint_every=1, callbacks=callbacks)
+        return capsys.readouterr().out
+
+    with pytest.raises(Killed):
+        fit(kill=4)
+    capsys.readouterr()
+    assert fit().splitlines()[0] == f"{path}: carried on in epoch 2 after step 1"
+    assert fit() == f"{path}: finished after epoch 2, nothing is left to train\n"
+
+
+# --- what is not exact, and said so -----------------------------------------------------------------------------------
+
+
+def test_an_iterable_dataset_is_read_again_with_one_warning(tmp_path):
+    def fit(kill=None):
+        callbacks = [] if kill is None else [killed_after(kill)]
+        loader = DataLoader(Shuffled(), batch_size=20)
+        return compiled().fit(
+            2, loader, verbose=0, checkpoint=tmp_path / "run.pt", checkpoint_every=1, callbacks=callbacks
+        )
+
+    with pytest.raises(Killed):
+        fit(kill=3)
+    with pytest.warns(UserWarning, match="read again") as warned:
+        assert len(fit()) == 2
+    assert [str(one.message) for one in warned] == [
+        "dl_train is a Shuffled, which has no state_dict: the 3 batches already seen are read again and left out. The "
+        "run is exact only if they come as before. Give it state_dict and load_state_dict, or use a Dataset with "
+        "__getitem__."
+    ]
+
+
+class Generated(Noisy):
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+
+def test_a_generator_inside_the_dataset_is_warned_of_as_the_fit_begins(tmp_path):
+    with pytest.warns(UserWarning, match="generator of its own") as warned:
+        compiled().fit(1, DataLoader(Generated(), batch_size=20), verbose=0, checkpoint=tmp_path / "run.pt")
+    assert [str(one.message) for one in warned] == [
+        "the dataset of dl_train draws from a generator of its own (generator), whose state a checkpoint does not "
+        "hold: a resumed run would draw other numbers. Draw from torch's, NumPy's or Python's global generator, or set "
+        "num_workers=1."
+    ]
+
+
+def test_persistent_workers_that_may_draw_are_warned_of_as_the_fit_begins(tmp_path):
+    loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
+    with pytest.warns(UserWarning, match="persistent_workers") as warned:
+        compiled().fit(1, loader, verbose=0, checkpoint=tmp_path / "run.pt")
+    assert [str(one.message) for one in warned] == [
+        "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the dataset draws random "
+        "numbers, a resumed run draws others. Set persistent_workers=False for an exact resume."
+    ]
+
+
+def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):
+    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1, "verbose": 0, "batch_size": 20}
+    with pytest.raises(Killed):
+        compiled().fit(2, points(60), callbacks=[killed_after(2)], **path)
+    with pytest.raises(RuntimeError) as raised:
+        compiled().fit(2, points(20), **path)
+    assert str(raised.value) == (
+        "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as before."
+    )
