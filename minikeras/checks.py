@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from minikeras.broadcast import CLASS_LOSSES, BroadcastGuard
 from minikeras.data import count_rows, leaves
 from minikeras.errors import described, failing_layer, is_number
-from minikeras.losses import Regularized
+from minikeras.losses import Regularized, check_not_half, half_probabilities, parameters_of
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
 PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
@@ -53,6 +53,7 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
 def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> None:
     """What torch accepts in silence, or answers from an accelerator too late: for losses over classes."""
     loss_func = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
+    check_not_half(loss_func, outputs)
     forward = getattr(type(loss_func), "forward", None)  # a subclass may do something else with labels
     takes_scores = forward is nn.CrossEntropyLoss.forward or loss_func is F.cross_entropy
     takes_classes = takes_scores or forward is nn.NLLLoss.forward or loss_func is F.nll_loss
@@ -93,6 +94,8 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
     """Raise an error that torch raised inside a loss in the user's words, where the cause is known."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = {frame.name for frame in frames if frame.filename == F.__file__}
+    if "unsafe to autocast" in str(error):  # said on CUDA alone
+        raise ValueError(half_probabilities(outputs)) from error
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
         return
     if inside.intersection(CLASS_LOSSES):
@@ -333,12 +336,6 @@ def check_closures(optimizers: dict[str, Optimizer]) -> None:
                 f"{type(optimizer).__name__} needs a closure that computes the loss anew, which the default train_step "
                 f"does not give. Override train_step and call self.optimizer.step(closure) there."
             )
-
-
-def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
-    """The parameters of the model and of a loss that has some, each once."""
-    loss_parameters = loss_func.parameters() if isinstance(loss_func, nn.Module) else ()
-    return list({id(parameter): parameter for parameter in (*model.parameters(), *loss_parameters)}.values())
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:

@@ -40,6 +40,7 @@ from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
+from minikeras.precision import in_float32
 from minikeras.run import Run, learning_rates
 
 if TYPE_CHECKING:
@@ -69,16 +70,18 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     model.stop_training = False
     listeners, checkpoint = with_method(plan.callbacks, "on_batch_end"), plan.checkpoint
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
+    precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
     with (
         modes_kept(model),
         no_gradients_left(model, run),
         weights_found_once(),
         jitted,
+        precise,
         checkpoint.interruptions,
         watched_loss(run, plan),
         fit_callbacks(plan.callbacks, model),
     ):
-        train_step = run.jit.step("train_step") if run.jit else model.train_step
+        train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
         at = checkpoint.restore(plan.callbacks, plan.say)
 
         def after_batch(number: int) -> bool:
@@ -122,7 +125,7 @@ def evaluate(
     with modes_kept(model, loss), torch.no_grad():
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
-        evaluate_step = run.jit.step("evaluate_step") if run.jit else model.evaluate_step
+        evaluate_step = run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
         means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch)
     return {f"val_{name}": mean for name, mean in means.items()}
 
@@ -153,12 +156,13 @@ def one_pass(
             features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
                 checks.check_batch(step, features, labels, sample_weight)
+            run.rows = rows = count_rows(features, labels)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together
                 continue
             if totals.unseen or not isinstance(results, Mapping):
                 checks.check_results(results, step)
-            totals.add(results, count_rows(features, labels))
+            totals.add(results, rows)
             totals.unseen = False
             call(listeners, "on_batch_end", number, totals)
             if after_batch(number):
@@ -170,6 +174,8 @@ def one_pass(
             call(listeners, "on_batch_end", number, totals)
         if run.finite_loss is not None and totals is run.train:
             run.finite_loss.ended()
+        if run.precision is not None and totals is run.train:
+            run.precision.finish()
         return totals.means()
     except Exception as error:
         if isinstance(error, NonFiniteLoss):
@@ -198,11 +204,15 @@ def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int,
 def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
     """The model's outputs for every row, in order, on the CPU."""
     pieces: list[Any] = []
+    run = model._run
+    compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
             features = to_device(unpack(batch)[0], device)
-            outputs = model.compute_outputs(features)
+            outputs = compute_outputs(features)
+            if run is not None and run.precision is not None:
+                outputs = in_float32(outputs)
             if not pieces:
                 checks.check_rows_first(outputs, count_rows(features))
             pieces.append(map_leaves(off_device, outputs))

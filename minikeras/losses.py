@@ -65,6 +65,44 @@ def mean_of(loss: Any) -> Any:
     return total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)
 
 
+def with_gradient(loss: Any) -> Tensor:
+    """The loss as backward takes it."""
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise ValueError(
+            f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
+            f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
+        )
+    return loss
+
+
+def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
+    """The parameters of the model and of a loss that has some, each once."""
+    loss_parameters = loss_func.parameters() if isinstance(loss_func, nn.Module) else ()
+    return list({id(parameter): parameter for parameter in (*model.parameters(), *loss_parameters)}.values())
+
+
+def check_not_half(loss_func: Any, outputs: Any) -> None:
+    """Under autocast probabilities have lost what -log(1 - p) needs, unless the model made them in float32.
+
+    Raises:
+        ValueError: with the loss to take instead.
+    """
+    takes_them = isinstance(loss_func, nn.BCELoss) or loss_func is F.binary_cross_entropy
+    takes_them = takes_them or (isinstance(loss_func, FocalLoss) and not loss_func.from_logits)
+    half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
+    if takes_them and half and torch.is_autocast_enabled(outputs.device.type):
+        raise ValueError(half_probabilities(outputs))
+
+
+def half_probabilities(outputs: Any) -> str:
+    """What is wrong with a loss of probabilities under autocast, and what to take instead."""
+    return (
+        f"the loss takes probabilities, and the model's outputs are {described(outputs)} under autocast: those near 1 "
+        f"become 1, with a loss of 100 or none. Leave the sigmoid out of the model and take nn.BCEWithLogitsLoss() or "
+        f'FocalLoss(from_logits=True); or compile with precision="fp32".'
+    )
+
+
 class FocalLoss(nn.Module):
     """Binary cross entropy in which easy elements, those already predicted well, count for little.
 

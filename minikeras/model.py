@@ -24,8 +24,8 @@ from minikeras import checks, layer_summary, loop
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, as_batches, call_with, empty, is_batched, length
-from minikeras.errors import NotCompiledError, described, one_of, positive_int
-from minikeras.losses import mean_of, scalar_loss
+from minikeras.errors import NotCompiledError, one_of, positive_int
+from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
 from minikeras.progress import Progress, show, tell, wants_bar
 from minikeras.run import Run, made, place
@@ -129,24 +129,29 @@ class Model(nn.Module):
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for a batch, on detached outputs; objects with an `update` take it in."""
         run = self._compiled("compute_metrics")
+        if run.precision is not None:
+            return run.precision.metrics(run.totals, detached(outputs), labels, self._call)
         return run.totals.metrics(detached(outputs), labels, self._call)
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
         """Fill the gradients of a loss: of every parameter, or of those of the optimizer of that name alone."""
         run = self._compiled("backward")
-        loss = mean_of(loss)
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise ValueError(
-                f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
-                f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
-            )
+        mean = with_gradient(mean_of(loss))
         if run.finite_loss is not None:
-            run.finite_loss.look(loss)
-        loss.backward(inputs=None if optimizer is None else run.inputs(optimizer))
+            run.finite_loss.look(mean)
+        inputs = None if optimizer is None else run.inputs(optimizer)
+        if run.precision is None:
+            mean.backward(inputs=inputs)
+        else:
+            run.precision.backward(loss, mean, run.rows, run.named(optimizer), inputs)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
         """Move the weights and clear their gradients: by every optimizer, or by the one of that name alone."""
-        for one in self._compiled("optimizer_step").named(optimizer):
+        run = self._compiled("optimizer_step")
+        if run.precision is not None:
+            run.precision.step(run.named(optimizer))
+            return
+        for one in run.named(optimizer):
             one.step()
             one.zero_grad()
 
@@ -161,6 +166,10 @@ class Model(nn.Module):
         *,
         jit: bool | Mapping[str, Any] = False,
         steps_per_execution: int = 1,
+        precision: str = "fp32",
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        accumulate: int = 1,
     ) -> None:
         """Say how to train: loss, optimizer, metrics and device. The history starts anew.
 
@@ -182,12 +191,19 @@ class Model(nn.Module):
                 with a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}. On CUDA
                 the step is captured as a CUDA graph, but with {"options": {"triton.cudagraphs": False}}.
             steps_per_execution: under jit, optimizer steps in one call of the graph; callbacks see every so many.
+            precision: "bf16" or "fp16" (with its gradients scaled) computes forward and loss in that type where torch's
+                autocast has it; "auto" takes what a CUDA device can, and float32 elsewhere. Parameters, metrics and
+                predictions stay float32. Losses of probabilities are refused: take BCEWithLogitsLoss.
+            clip_grad_norm, clip_grad_value: the most that an optimizer's gradients may be, by their norm and each.
+            accumulate: batches that make one step, by the gradient of all their rows; the last ones of an epoch may be
+                fewer. Each optimizer counts its calls of `optimizer_step`.
 
         Raises:
             TypeError: a class where an instance is meant, or something of another kind.
             ValueError: a metric's name that history uses itself, or a device that is not there.
         """
-        run = made(self, loss_func, optimizer, metrics_dict, device, jit, steps_per_execution)
+        big = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
+        run = made(self, loss_func, optimizer, metrics_dict, device, jit, steps_per_execution, precision, **big)
         if optimizer is None:
             optimizer = run.optimizers.get("")
         run.published = {} if self._run is None else self._run.published

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from minikeras.callbacks import column_order, rate_name
 from minikeras.data import choose_device
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
+from minikeras.losses import parameters_of
 from minikeras.metrics import Totals
+from minikeras.precision import Precision, precision_of
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -37,6 +39,8 @@ class Run:
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
     carried_on: set[str] = field(default_factory=set)  # steps that were taken in the fit before it was carried on here
+    precision: Precision | None = None  # where compile was asked for mixed precision, clipping or accumulation
+    rows: int = 0  # of the batch at hand
     totals: Totals = field(init=False)  # of the phase that is under way
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
@@ -54,6 +58,10 @@ class Run:
             hint += did_you_mean(optimizer, self.optimizers)
             raise ValueError(f"there is no optimizer {optimizer!r}; compile was given {hint}")
         return [self.optimizers[optimizer]]
+
+    def under_autocast(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step, or what gives outputs, in the precision that compile was asked for."""
+        return step if self.precision is None else self.precision.under_autocast(step)
 
     def inputs(self, optimizer: str) -> list[Tensor]:
         """The parameters that the optimizer of that name trains."""
@@ -79,6 +87,8 @@ def made(
     device: str | torch.device | None,
     jit: bool | Mapping[str, Any],
     steps_per_execution: int,
+    precision: str,
+    **big: Any,
 ) -> Run:
     """What compile's arguments make, checked; the model and its loss are on the device."""
     metrics_dict = {} if metrics_dict is None else metrics_dict
@@ -90,11 +100,12 @@ def made(
     chosen = choose_device(device)
     run = Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
     place(model, run)
-    parameters = checks.parameters_of(model, loss_func)
+    parameters = parameters_of(model, loss_func)
     run.parameters = {id(parameter) for parameter in parameters}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if optimizer is None and trainable:
         run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
+    run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big)
     if jit:
         from minikeras.jit import Jit  # on first use: it loads the compiler
 

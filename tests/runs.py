@@ -94,6 +94,13 @@ class Net(minikeras.Model):
         return self.layers(x)
 
 
+class Scores(Net):
+    """Raw scores, as a loss in half precision takes them."""
+
+    def forward(self, x):
+        return self.layers[:-1](x)
+
+
 class Scaled(nn.Module):
     """A loss with a parameter of its own."""
 
@@ -170,6 +177,8 @@ def call_of(loader="in memory", **changes):
     changes = {key: value() if callable(value) else value for key, value in changes.items()}  # new ones each time
     kind = changes.pop("model", "net")
     model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
+    if kind == "scores":
+        model, loss = Scores(), nn.BCEWithLogitsLoss()
     if kind == "pair":
         optimizer = {
             "a": torch.optim.Adam(model.a.parameters(), lr=0.01),

@@ -24,6 +24,7 @@ ORDER = [
     ["checkpoint"],
     ["run"],
     ["callbacks"],
+    ["precision"],
     ["metrics", "layer_summary"],
     ["checks"],
     ["broadcast", "losses", "faults"],

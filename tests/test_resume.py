@@ -82,6 +82,14 @@ SETTINGS = {
     "as many steps an epoch as there are": {"steps_per_epoch": 5, "loader": "noisy, 2 workers"},
     "a torchmetrics object": {"metrics": lambda: {"auroc": AUROC("binary")}},
     "3 steps of a list": {"steps_per_epoch": 3, "loader": "list of batches"},
+    "3 batches a step": {"compile": {"accumulate": 3}},
+    "3 batches a step, every 2 batches": {"compile": {"accumulate": 3}, "checkpoint_every": 2},
+    "two optimizers, 3 batches a step": {"model": "pair", "compile": {"accumulate": 3}, "checkpoint_every": 2},
+    "3 batches a step, 7 an epoch": {"compile": {"accumulate": 3}, "steps_per_epoch": 7, "loader": "noisy"},
+    "fp16, 2 batches a step, clipped": {
+        "model": "scores",
+        "compile": {"accumulate": 2, "precision": "fp16", "clip_grad_norm": 0.1},
+    },
 }
 
 

@@ -22,7 +22,8 @@ class LRScheduler(Watching):
     Args:
         scheduler: from torch.optim.lr_scheduler, made with an optimizer that the model is compiled with. It goes on
             over several fits, as its optimizer does.
-        step: when to step, "epoch" or "batch"; default "epoch".
+        step: when to step, "epoch" or "batch"; default "epoch". Under `accumulate` "batch" is each step of the
+            optimizer; one that loss scaling skips in float16 counts too.
         monitor: the name that ReduceLROnPlateau watches, which steps in the epochs that log it; for it alone.
 
     Raises:
@@ -49,6 +50,7 @@ class LRScheduler(Watching):
     def _afresh(self) -> None:
         self.rate: Any = None  # that the last batch used, where the scheduler steps after each
         self.batch = 0  # the last one of the epoch
+        self.taken = 0  # steps of the optimizer that have been followed, under accumulate
 
     def on_fit_begin(self) -> None:
         self._afresh()
@@ -68,9 +70,18 @@ class LRScheduler(Watching):
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         if self.step == "batch":
             self.rate = self._rate()
-            for _ in range(self.batch, batch):  # several under steps_per_execution
-                self.scheduler.step()
-            self.batch = batch
+            self._follow(batch)
+
+    def _follow(self, batch: int) -> None:
+        precision = self.model._compiled("LRScheduler").precision
+        if precision is not None and precision.accumulate > 1:
+            done, taken = self.taken, precision.windows[self.scheduler.optimizer].steps
+            self.taken = taken
+        else:
+            done, taken = self.batch, batch
+        for _ in range(done, taken):  # several under steps_per_execution
+            self.scheduler.step()
+        self.batch = batch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         rate = self.rate if self.step == "batch" else self._rate()
@@ -81,6 +92,8 @@ class LRScheduler(Watching):
                 self.scheduler.step(value)
         elif self.step == "epoch":
             self.scheduler.step()
+        else:
+            self._follow(self.batch)  # the step that closed the epoch's last window
         self.batch = 0
 
     def watched(self) -> list[tuple[str, str, str]]:
@@ -88,11 +101,11 @@ class LRScheduler(Watching):
 
     def state_dict(self) -> dict[str, Any]:
         scheduler = copy.deepcopy(self.scheduler.state_dict())  # torch hands out its own lists
-        return {"scheduler": scheduler, "rate": self.rate, "batch": self.batch}
+        return {"scheduler": scheduler, "rate": self.rate, "batch": self.batch, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
-        self.rate, self.batch = state["rate"], state["batch"]
+        self.rate, self.batch, self.taken = state["rate"], state["batch"], state.get("taken", 0)
 
 
 def _check(scheduler: Any, step: Any, monitor: str | None) -> None:

@@ -171,6 +171,8 @@ class Checkpoint:
         self.run.train.load_state_dict(restored(state["totals"]))
         validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
         self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
+        if self.run.precision is not None and state.get("precision"):  # older files have none
+            self.run.precision.load_state_dict(restored(state["precision"]))
         for name, callback in named(self.callbacks):
             if name in state["callbacks"]:
                 callback.load_state_dict(restored(state["callbacks"][name]))
@@ -255,6 +257,7 @@ class Checkpoint:
                 name: {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
                 for name, optimizer in run.optimizers.items()
             },
+            "precision": None if run.precision is None else run.precision.state_dict(),
             "totals": run.train.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
             "random": self.random or self.randomness.states(),

@@ -39,7 +39,7 @@ class Jit:
     """The compiled parts of one model: its steps where nothing of them is overridden, else forward and loss."""
 
     def __init__(self, model: Model, run: Run, options: Mapping[str, Any], together: int) -> None:
-        self.model = model
+        self.model, self.run = model, run
         self.options = chosen(options)
         self.say: Say = lambda message: None
         self.train = TrainStep(model, run, run.train, self, together)
@@ -54,7 +54,7 @@ class Jit:
     def step(self, name: str) -> Any:
         """The step of that name for the loop."""
         if self.overrides(name):
-            return getattr(self.model, name)
+            return self.run.under_autocast(getattr(self.model, name))
         return self.train if name == "train_step" else self.evaluate
 
     def overrides(self, name: str) -> bool:

@@ -18,6 +18,7 @@ from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, reason
 from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
+from minikeras.precision import clipped, in_float32, parameters_of
 
 if TYPE_CHECKING:
     from minikeras.jit import Jit
@@ -144,14 +145,32 @@ class EvaluateStep:
 
     def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
         """One batch's step as plain torch."""
-        model, loss_func, functions = self.model, self.run.loss_func, self.functions()
+        forward_and_loss, functions = self.forward_and_loss(how), self.functions()
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
-            outputs = call_as(how, model, features)
-            loss = scalar_loss(loss_func(outputs, labels), sample_weight)
+            outputs, loss = forward_and_loss(features, labels, sample_weight)
             return {"loss": loss, **{name: metric(outputs, labels) for name, metric in functions.items()}}, outputs
 
         return one
+
+    def forward_and_loss(self, how: str) -> Callable[..., tuple[Any, Any]]:
+        """Outputs, in float32, and loss of a batch as plain torch."""
+        model, loss_func, precision = self.model, self.run.loss_func, self.run.precision
+
+        def forward_and_loss(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
+            outputs = call_as(how, model, features)
+            return outputs, scalar_loss(loss_func(outputs, labels), sample_weight)
+
+        if precision is None or precision.dtype is None:
+            return forward_and_loss
+        autocast = precision.autocast
+
+        def under_autocast(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
+            with autocast():
+                outputs, loss = forward_and_loss(features, labels, sample_weight)
+            return in_float32(outputs), loss
+
+        return under_autocast
 
     def functions(self) -> dict[str, Any]:
         """The metrics that are in the graph."""
@@ -162,7 +181,8 @@ class EvaluateStep:
         return self.eager(batch)
 
     def eager(self, batch: Batch) -> dict[str, Any]:
-        step = getattr(self.model, self.name)
+        self.run.rows = count_rows(batch[0], batch[1])
+        step = self.run.under_autocast(getattr(self.model, self.name))
         return dict(step(*batch[: 2 if batch[2] is None else 3]))
 
     def changed(self) -> list[Tensor]:
@@ -182,7 +202,7 @@ class TrainStep(EvaluateStep):
         self.doubles: list[Double] = []
         self.reached: list[nn.Parameter] = []  # by the loss, in an eager step
         self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
-        self.forward_and_loss: ByParts | None = None
+        self.parts: ByParts | None = None
         self.bad = torch.zeros((), device=run.device)  # steps since the first loss that was not finite
         self.holds = torch.zeros((), dtype=torch.bool, device=run.device)  # whether that holds back the steps
 
@@ -207,19 +227,19 @@ class TrainStep(EvaluateStep):
             self.doubles, self.reached = [], []
 
     def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
-        model, loss_func, functions = self.model, self.run.loss_func, self.functions()
+        forward_and_loss, functions, clip = self.forward_and_loss(how), self.functions(), self.clip()
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
         gradients_of, moved, bad, holds = gradients_in_graph(), self.moved(), self.bad, self.holds
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
-            outputs = call_as(how, model, features)
-            loss = scalar_loss(loss_func(outputs, labels), sample_weight)
+            outputs, loss = forward_and_loss(features, labels, sample_weight)
             gradients = gradients_of(mean_of(loss), *parameters)
             with torch.no_grad():
                 before = [tensor.clone() for tensor in moved]
                 count_bad(bad, mean_of(loss))
                 for parameter, gradient in zip(parameters, gradients):  # noqa: B905 - strict does not trace
                     parameter.grad.copy_(gradient)  # type: ignore[union-attr] # to set it would break the graph
+                clip()
                 for step, twin in steps:
                     step(twin)
                 held = (bad > 0) & holds
@@ -230,6 +250,18 @@ class TrainStep(EvaluateStep):
             return {"loss": detached(loss), **results}, outputs
 
         return one
+
+    def clip(self) -> Callable[[], None]:
+        """Clips the gradients of each optimizer, where compile was asked for it."""
+        precision, reached = self.run.precision, {id(parameter) for parameter in self.reached}
+        norm, value = (None, None) if precision is None else (precision.clip_grad_norm, precision.clip_grad_value)
+        held = [[p for p in parameters_of(double.optimizer) if id(p) in reached] for double in self.doubles]
+
+        def clip() -> None:
+            for parameters in held:
+                clipped(parameters, norm, value)
+
+        return clip
 
     def first(self, batch: Batch) -> dict[str, Any]:
         """The model's own step, with the graph's buffers out of its way; the graph goes on from there."""
@@ -247,6 +279,10 @@ class TrainStep(EvaluateStep):
             for handle in handles:
                 handle.remove()
         self.holds.fill_(self.run.finite_loss is not None)
+        outside = "" if self.run.precision is None else self.run.precision.outside_a_graph()
+        if self.way in IN_GRAPH and outside:
+            self.descend("forward and loss")
+            self.warn(f"{outside} needs backward and step outside it")
         if self.way in IN_GRAPH and has_hooks(reached, optimizers):
             self.descend("forward and loss")
         if self.way in IN_GRAPH:
@@ -279,15 +315,11 @@ class TrainStep(EvaluateStep):
 
     def by_parts(self, batch: Batch) -> dict[str, Any]:
         """Forward and loss compiled, backward and step in eager: hooks fire there."""
-        if self.forward_and_loss is None:
-            how, model, loss_func = manner(self.model, batch[0]), self.model, self.run.loss_func
-
-            def forward_and_loss(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
-                outputs = call_as(how, model, features)
-                return outputs, scalar_loss(loss_func(outputs, labels), sample_weight)
-
-            self.forward_and_loss = ByParts(forward_and_loss, self.jit.options, list(model.buffers()))
-        outputs, loss = self.forward_and_loss(*batch)
+        if self.parts is None:
+            function = self.forward_and_loss(manner(self.model, batch[0]))
+            self.parts = ByParts(function, self.jit.options, list(self.model.buffers()))
+        self.run.rows = count_rows(batch[0], batch[1])
+        outputs, loss = self.parts(*batch)
         self.model.backward(loss)
         metrics = self.model.compute_metrics(outputs, batch[1])
         self.model.optimizer_step()

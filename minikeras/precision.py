@@ -1,0 +1,329 @@
+"""Between a loss and an optimizer's step: mixed precision, accumulation, clipping.
+
+each step       forward and loss under autocast; metrics, backward and optimizer outside it
+backward        the gradient of loss * rows, or of the sum of a pair (sum, count), is added to what is there; in float16
+                it is scaled up, so that small gradients do not vanish
+optimizer_step  counts a batch of that optimizer's window, and closes it when it is full
+close           unscale, divide by the window's rows, clip, step, clear
+finish          a pass over the data has ended: what windows hold is closed as it is
+
+Nothing of this is made where compile is asked for nothing of it: `Run.precision` is None then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minikeras.data import map_leaves
+from minikeras.errors import one_of, positive_int, real
+from minikeras.losses import Regularized
+from minikeras.metrics import Result, Totals
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Window:
+    """What an optimizer's gradients have gathered since its last step."""
+
+    weight: Any = 0  # rows, or counts of pairs, so far: a number or a 0-d tensor
+    current: Any = None  # of them those of the batch at hand, from its first backward on
+    batches: int = 0
+    steps: int = 0  # that the optimizer took in this fit
+
+    def add(self, weight: Any) -> None:
+        """A batch's weight counts once, however often backward is called for it."""
+        if self.current is None:
+            self.current, self.weight = weight, self.weight + weight
+        elif self.current is not weight and bool(self.current != weight):
+            raise ValueError(
+                f"backward was called for one batch with losses over {float(self.current):g} and {float(weight):g} "
+                f"units, which accumulate cannot divide apart. Give each loss an optimizer of its own, or make both "
+                f"means over the batch's rows."
+            )
+
+
+class Precision:
+    """One compile's mixed precision, clipping and accumulation, and where its windows stand."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        optimizers: Mapping[str, Optimizer],
+        dtype: torch.dtype | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        self.optimizers = optimizers
+        self.dtype = dtype  # of autocast; None for none
+        self.clip_grad_norm, self.clip_grad_value, self.accumulate = clip_grad_norm, clip_grad_value, accumulate
+        self.scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+        # no cache of cast weights: it would outlive a step in the middle of train_step
+        cast = functools.partial(torch.autocast, device.type, dtype, cache_enabled=False)
+        self.autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else cast
+        off = functools.partial(torch.autocast, device.type, enabled=False)
+        self.no_autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else off
+        self.at_work = False  # gradients and weights move by our hand
+        self._begin()
+
+    def _begin(self) -> None:
+        self.windows = {one: Window() for one in self.optimizers.values()}
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def under_autocast(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The same step with autocast round it."""
+        if self.dtype is None:
+            return step
+
+        @functools.wraps(step)
+        def under_autocast(*args: Any) -> Any:
+            with self.autocast():
+                return step(*args)
+
+        return under_autocast
+
+    def metrics(self, totals: Totals, outputs: Any, labels: Any, call: Callable[..., Any]) -> dict[str, Result]:
+        """The metrics of a batch, in float32."""
+        with self.no_autocast():
+            return totals.metrics(in_float32(outputs), labels, call)
+
+    # --- backward and step --------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Any, mean: Tensor, rows: int, optimizers: Iterable[Optimizer], inputs: Any) -> None:
+        """Add a batch's gradients; `mean` is the loss as one number, `inputs` the parameters to fill, None for all."""
+        total = wide(mean)
+        if self.accumulate > 1:
+            total, weight = (wide(loss[0]), loss[1]) if isinstance(loss, tuple) else (total * rows, rows)
+            for one in optimizers:
+                self.windows[one].add(weight)
+        if self.scaler is not None:
+            total = self.scaler.scale(total)
+        with self.working():
+            total.backward(inputs=inputs)
+
+    def step(self, optimizers: Iterable[Optimizer]) -> None:
+        """One more batch in the windows of these optimizers; those that are full are closed."""
+        for one in (optimizers := list(optimizers)):
+            self.windows[one].batches += 1
+            self.windows[one].current = None
+        self.close([one for one in optimizers if self.windows[one].batches == self.accumulate])
+
+    def finish(self) -> None:
+        """Close what is open."""
+        self.close([one for one, window in self.windows.items() if window.batches])
+
+    def close(self, optimizers: list[Optimizer]) -> None:
+        """Step these optimizers with the gradients of their windows, and clear them."""
+        scaled = False
+        with self.working():
+            for one in optimizers:
+                gradients = gradients_of(one)
+                if self.scaler is not None and gradients:
+                    self.scaler.unscale_(one)
+                self.divide(gradients, self.windows[one].weight)
+                with_gradient = [parameter for parameter in parameters_of(one) if parameter.grad is not None]
+                clipped(with_gradient, self.clip_grad_norm, self.clip_grad_value)
+                if self.scaler is not None and gradients:
+                    self.scaler.step(one)  # or not, where a gradient is infinite
+                    scaled = True
+                else:
+                    one.step()
+                one.zero_grad()
+                self.windows[one] = Window(steps=self.windows[one].steps + 1)
+            if scaled:
+                self.update_scale()
+
+    def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:
+        """From sums over the rows to means; where nothing was counted they stay 0."""
+        if self.accumulate > 1:
+            weight = torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else weight or 1
+            for gradient in gradients:
+                gradient.div_(weight)
+
+    def update_scale(self) -> None:
+        """The scale of the next batch; gradients that wait in other windows follow it."""
+        assert self.scaler is not None
+        waiting = [gradient for one in self.windows for gradient in gradients_of(one)]
+        unit = torch.ones((), device=waiting[0].device) if waiting else torch.ones(())
+        before = self.scaler.scale(unit) if waiting else unit
+        self.scaler.update()
+        for gradient in waiting:
+            gradient.mul_(self.scaler.scale(unit) / before)  # a power of 2
+
+    # --- a fit --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def fitting(self, model: nn.Module) -> Iterator[None]:
+        """Empty windows; in a step of the user's own, gradients and weights that go past us are an error."""
+        self._begin()
+        parts = [getattr(model, name) for name in ("train_step", "backward", "optimizer_step")]
+        own = any(getattr(part, "__module__", "") != "minikeras.model" for part in parts)
+        handles = self._guards() if own and self.must_be_asked() else []
+        try:
+            yield
+        finally:
+            self._begin()
+            for handle in handles:
+                handle.remove()
+
+    def outside_a_graph(self) -> str:
+        """What a graph of forward, backward and step cannot hold; empty where there is nothing."""
+        if self.accumulate > 1:
+            return f"accumulate={self.accumulate}"
+        return "" if self.scaler is None else 'precision="fp16"'
+
+    def must_be_asked(self) -> str:
+        """Why a bare backward or step would be wrong; empty where it would not."""
+        if self.outside_a_graph():
+            return self.outside_a_graph()
+        if self.clip_grad_norm is not None:
+            return f"clip_grad_norm={self.clip_grad_norm:g}"
+        return "" if self.clip_grad_value is None else f"clip_grad_value={self.clip_grad_value:g}"
+
+    def _guards(self) -> list[Any]:
+        def refuse(called: str, instead: str) -> None:
+            if not self.at_work:
+                raise RuntimeError(
+                    f"train_step called {called}, which passes {self.must_be_asked()} by. Call {instead} there."
+                )
+
+        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            refuse("optimizer.step()", "self.optimizer_step()")
+
+        def after_gradient(parameter: Tensor) -> None:
+            refuse("loss.backward()", "self.backward(loss)")
+
+        trained = {parameter for one in self.windows for parameter in parameters_of(one) if parameter.requires_grad}
+        hooks = [one.register_step_pre_hook(before_step) for one in self.windows]
+        return [*hooks, *(parameter.register_post_accumulate_grad_hook(after_gradient) for parameter in trained)]
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Our own backward or step: outside autocast, which is for forward passes."""
+        self.at_work = True
+        try:
+            with self.no_autocast():
+                yield
+        finally:
+            self.at_work = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale, and what the windows hold: gradients too, in the middle of one."""
+        return {
+            "accumulate": self.accumulate,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "windows": {name: asdict(self.windows[one]) for name, one in self.optimizers.items()},
+            "gradients": {name: [p.grad for p in parameters_of(one)] for name, one in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        for name, one in self.optimizers.items():
+            self.windows[one] = Window(**state["windows"][name])
+            for parameter, gradient in zip(parameters_of(one), state["gradients"][name], strict=True):
+                parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+
+
+def clipped(parameters: list[Tensor], norm: float | None, value: float | None) -> None:
+    """Clip their gradients: each by itself, then their norm together."""
+    if value is not None:
+        nn.utils.clip_grad_value_(parameters, value)
+    if norm is not None:
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def wide(leaf: Any) -> Any:
+    """A half-precision tensor in float32, anything else as it is."""
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+
+
+def in_float32(nest: Any) -> Any:
+    """A nest with its half-precision tensors in float32."""
+    return wide(nest) if isinstance(nest, Tensor) else map_leaves(wide, nest)
+
+
+# --- what compile is given --------------------------------------------------------------------------------------------
+
+
+def precision_of(
+    device: torch.device,
+    loss_func: Any,
+    optimizers: Mapping[str, Optimizer],
+    precision: str = "fp32",
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    accumulate: int = 1,
+) -> Precision | None:
+    """What compile's arguments ask for, checked; None where they ask for nothing."""
+    one_of("precision", precision, (*DTYPES, "auto"))
+    clips = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value}
+    for name, most in clips.items():
+        if most is not None:
+            clips[name] = real(name, most, "above 0, or None", lambda number: number > 0)
+    dtype = best_dtype(device) if precision == "auto" else DTYPES[precision]
+    check_dtype(device, dtype, precision, optimizers)
+    if positive_int("accumulate", accumulate) > 1:
+        check_mean(loss_func, accumulate)
+    if dtype is None and accumulate == 1 and set(clips.values()) == {None}:
+        return None
+    return Precision(device, optimizers, dtype, **clips, accumulate=accumulate)
+
+
+def best_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where CUDA has it, else float16 on CUDA; elsewhere float32 alone."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_dtype(
+    device: torch.device, dtype: torch.dtype | None, precision: str, optimizers: Mapping[str, Optimizer]
+) -> None:
+    """The device must have the dtype, and the parameters must be wider than it."""
+    if dtype is None:
+        return
+    try:
+        if not torch.amp.is_autocast_available(device.type):
+            raise RuntimeError("torch has no autocast there")
+        torch.autocast(device.type, dtype)
+    except RuntimeError as error:
+        raise ValueError(
+            f'precision={precision!r} cannot be had on {device}: {error}. Pass precision="auto", or leave it out.'
+        ) from error
+    narrow = next((p for one in optimizers.values() for p in parameters_of(one) if wide(p) is not p), None)
+    if narrow is not None:
+        raise ValueError(
+            f"precision={precision!r} keeps the parameters in float32 and casts within the step, and they are "
+            f"{str(narrow.dtype).removeprefix('torch.')}. Call model.float() before you make the optimizer."
+        )
+
+
+def check_mean(loss_func: Any, accumulate: int) -> None:
+    """Batches are put together by their rows, which a sum over rows has counted already."""
+    inner = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
+    if getattr(inner, "reduction", None) == "sum":
+        raise ValueError(
+            f'loss_func has reduction="sum", and accumulate={accumulate} weighs each batch by its rows, which such a '
+            f'sum has counted already. Build it with reduction="mean", or return a pair (sum, count).'
+        )
