@@ -260,6 +260,8 @@ def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
         yield
         return
     with FiniteLoss(run.device, run.optimizers.values(), run.jit.train.bad if run.jit else None) as run.finite_loss:
+        if run.precision is not None and not run.finite_loss.reads_each:
+            run.precision.found = run.finite_loss.found
         try:
             yield
         finally:

@@ -72,6 +72,8 @@ class Precision:
         self.autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else cast
         off = functools.partial(torch.autocast, device.type, enabled=False)
         self.no_autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else off
+        self.weighted = accumulate > 1  # gradients are sums over rows until their window is closed
+        self.found: Tensor | None = None  # 1 from the first loss on that was not finite, on a device
         self.at_work = False  # gradients and weights move by our hand
         self._begin()
 
@@ -102,12 +104,14 @@ class Precision:
     def backward(self, loss: Any, mean: Tensor, rows: int, optimizers: Iterable[Optimizer], inputs: Any) -> None:
         """Add a batch's gradients; `mean` is the loss as one number, `inputs` the parameters to fill, None for all."""
         total = wide(mean)
-        if self.accumulate > 1:
+        if self.weighted:
             total, weight = (wide(loss[0]), loss[1]) if isinstance(loss, tuple) else (total * rows, rows)
             for one in optimizers:
                 self.windows[one].add(weight)
         if self.scaler is not None:
             total = self.scaler.scale(total)
+            if self.found is not None:
+                total = total * torch.where(self.found > 0, torch.nan, 1.0)  # the scaler skips these steps
         with self.working():
             total.backward(inputs=inputs)
 
@@ -145,7 +149,7 @@ class Precision:
 
     def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:
         """From sums over the rows to means; where nothing was counted they stay 0."""
-        if self.accumulate > 1:
+        if self.weighted:
             weight = torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else weight or 1
             for gradient in gradients:
                 gradient.div_(weight)
@@ -173,6 +177,7 @@ class Precision:
             yield
         finally:
             self._begin()
+            self.found = None
             for handle in handles:
                 handle.remove()
 
@@ -193,9 +198,7 @@ class Precision:
     def _guards(self) -> list[Any]:
         def refuse(called: str, instead: str) -> None:
             if not self.at_work:
-                raise RuntimeError(
-                    f"train_step called {called}, which passes {self.must_be_asked()} by. Call {instead} there."
-                )
+                raise RuntimeError(f"{called} passes {self.must_be_asked()} by. Call {instead} in train_step.")
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             refuse("optimizer.step()", "self.optimizer_step()")

@@ -14,6 +14,7 @@ from torch import nn
 
 import minikeras
 from minikeras import FocalLoss, LambdaCallback, LRScheduler
+from minikeras.faults import FiniteLoss
 
 ROWS = [7, 20, 1, 13, 4, 9, 16]
 
@@ -252,6 +253,55 @@ def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
         torch.testing.assert_close(value, rates[1][1][key], rtol=1e-12, atol=1e-12)
 
 
+def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_stopped(tmp_path):
+    def run(stop_at=None):
+        torch.manual_seed(0)
+        model = compiled(Net(), accumulate=3)
+        scheduler = LRScheduler(torch.optim.lr_scheduler.ExponentialLR(model.optimizer, 0.5), step="batch")
+
+        def stop(batch, logs):
+            if batch == stop_at:
+                raise KeyError
+
+        listed = [scheduler, LambdaCallback(on_batch_end=stop)]
+        path = tmp_path / "run.pt" if stop_at is not None else None
+        return model.fit(
+            2, batches(), callbacks=listed, verbose=0, checkpoint=path, checkpoint_every=1 if path else None
+        )
+
+    for batch in (5, 6):
+        with pytest.raises(KeyError):
+            run(batch)
+    pd.testing.assert_frame_equal(run(0), run(), rtol=0, atol=0)
+
+
+def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
+    def stop(batch, logs):
+        if batch == 3:
+            raise KeyError
+
+    data, path = batches(), tmp_path / "run.pt"
+    with pytest.raises(KeyError):
+        compiled(accumulate=3).fit(
+            1, data, callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0, checkpoint=path, checkpoint_every=2
+        )
+    with pytest.raises(minikeras.CheckpointError, match="between two steps") as error:
+        compiled().fit(1, data, verbose=0, checkpoint=path)
+    assert str(error.value).startswith(
+        f"{path} was written between two steps of accumulate=3, and the model was compiled with accumulate=1. "
+        f"Compile as it was compiled then."
+    )
+
+
+def test_a_file_from_before_there_was_accumulate_is_carried_on(tmp_path):
+    path = tmp_path / "run.pt"
+    compiled().fit(1, batches(), verbose=0, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state["precision"]
+    torch.save(state, path)
+    assert list(compiled(accumulate=3).fit(1, batches(), verbose=0, checkpoint=path).index) == [1]
+
+
 # --- clipping ---------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +414,25 @@ def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
     compiled(model, nn.MSELoss(), precision="fp16").fit(1, data, verbose=0)
     assert_same(model, before, 0)
     assert model._run.precision.scaler.get_scale() == 2.0**15
+
+
+def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_after_it(monkeypatch):
+    """As on a device."""
+    look = FiniteLoss.__init__
+
+    def later(self, device, *args):
+        look(self, device, *args)
+        self.reads_each = False
+
+    monkeypatch.setattr(FiniteLoss, "__init__", later)
+    model, data = Scores(), batches()
+    expected = copy.deepcopy(model)
+    compiled(expected, nn.MSELoss(), precision="fp16").fit(1, data[:2], verbose=0)
+    bad = (data[2][0] * torch.nan, data[2][1])
+    compiled(model, nn.MSELoss(), precision="fp16")
+    with pytest.raises(FloatingPointError, match="it began 4 steps before"):
+        model.fit(1, [*data[:2], bad, *data[3:]], verbose=0)
+    assert_same(model, expected, 0)
 
 
 class Own(Scores):
@@ -484,10 +553,10 @@ def test_a_bare_backward_or_step_is_an_error_that_names_ours(option, called, ins
     model = compiled(
         bare(backward=called == "backward", step=called == "step"), nn.BCEWithLogitsLoss(), **OPTIONS[option]
     )
-    with pytest.raises(RuntimeError, match="train_step called") as error:
+    with pytest.raises(RuntimeError, match="in train_step") as error:
         model.fit(1, batches(), verbose=0)
     name = "loss.backward()" if called == "backward" else "optimizer.step()"
-    assert str(error.value) == f"train_step called {name}, which passes {option} by. Call {instead} there."
+    assert str(error.value) == f"{name} passes {option} by. Call {instead} in train_step."
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     model.optimizer.step()  # after the fit it is the user's again

@@ -18,7 +18,8 @@ class EMA(Callback):
 
     After the first batch the average is the weights; after each later one, average = decay * average +
     (1 - decay) * weights. Buffers, such as the running statistics of BatchNorm, are not averaged: they are always
-    those of the training. Under `steps_per_execution=n` the average takes the weights in once every n steps.
+    those of the training. Under `steps_per_execution=n` the average takes the weights in once every n steps; under
+    `accumulate` it counts batches as ever.
 
     Args:
         decay: how much of the average stays at each batch, from 0 to 1; default 0.999, about the last 1000 batches.

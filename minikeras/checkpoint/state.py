@@ -104,6 +104,7 @@ class Checkpoint:
                 f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
             )
         check_weights(self.model, state["model"], path)
+        self._check_window(state.get("precision"), path)
         for name, optimizer in self.run.optimizers.items():
             given = state["optimizers"].get(name)
             own = optimizer.state_dict()
@@ -114,6 +115,15 @@ class Checkpoint:
                     f"{type(optimizer).__name__} {sizes(own)} (parameters in each group). Compile as it was compiled "
                     f"then. {remedy(path)}"
                 )
+
+    def _check_window(self, written: Any, path: Path) -> None:
+        now = 1 if self.run.precision is None else self.run.precision.accumulate
+        inside = written and any(window["batches"] for window in written["windows"].values())
+        if inside and written["accumulate"] != now:
+            raise CheckpointError(
+                f"{path} was written between two steps of accumulate={written['accumulate']}, and the model was "
+                f"compiled with accumulate={now}. Compile as it was compiled then. {remedy(path)}"
+            )
 
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
