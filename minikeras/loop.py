@@ -7,6 +7,7 @@ fit:
         callbacks: on_epoch_begin
         one_pass over dl_train:
             for each batch: to the device, model.train_step, add to the totals, callbacks: on_batch_end
+            under accumulate: the step of the batches that are left
         when validation is due:
             callbacks: on_evaluate_begin
             one_pass over dl_val:

@@ -74,7 +74,7 @@ class Precision:
         self.no_autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else off
         self.weighted = accumulate > 1  # gradients are sums over rows until their window is closed
         self.found: Tensor | None = None  # 1 from the first loss on that was not finite, on a device
-        self.at_work = False  # gradients and weights move by our hand
+        self.at_work = False  # it is we who fill gradients and move weights
         self._begin()
 
     def _begin(self) -> None:
@@ -128,24 +128,26 @@ class Precision:
 
     def close(self, optimizers: list[Optimizer]) -> None:
         """Step these optimizers with the gradients of their windows, and clear them."""
-        scaled = False
         with self.working():
-            for one in optimizers:
-                gradients = gradients_of(one)
-                if self.scaler is not None and gradients:
-                    self.scaler.unscale_(one)
-                self.divide(gradients, self.windows[one].weight)
-                with_gradient = [parameter for parameter in parameters_of(one) if parameter.grad is not None]
-                clipped(with_gradient, self.clip_grad_norm, self.clip_grad_value)
-                if self.scaler is not None and gradients:
-                    self.scaler.step(one)  # or not, where a gradient is infinite
-                    scaled = True
-                else:
-                    one.step()
-                one.zero_grad()
-                self.windows[one] = Window(steps=self.windows[one].steps + 1)
-            if scaled:
+            scaled = [self._close(one) for one in optimizers]
+            if any(scaled):
                 self.update_scale()
+
+    def _close(self, one: Optimizer) -> bool:
+        """Whether its gradients were scaled."""
+        trained = [parameter for parameter in parameters_of(one) if parameter.grad is not None]
+        scaler = self.scaler if trained else None  # it takes no step without a gradient
+        if scaler is not None:
+            scaler.unscale_(one)
+        self.divide(gradients_of(one), self.windows[one].weight)
+        clipped(trained, self.clip_grad_norm, self.clip_grad_value)
+        if scaler is not None:
+            scaler.step(one)  # or not, where a gradient is infinite
+        else:
+            one.step()
+        one.zero_grad()
+        self.windows[one] = Window(steps=self.windows[one].steps + 1)
+        return scaler is not None
 
     def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:
         """From sums over the rows to means; where nothing was counted they stay 0."""
@@ -157,12 +159,11 @@ class Precision:
     def update_scale(self) -> None:
         """The scale of the next batch; gradients that wait in other windows follow it."""
         assert self.scaler is not None
-        waiting = [gradient for one in self.windows for gradient in gradients_of(one)]
-        unit = torch.ones((), device=waiting[0].device) if waiting else torch.ones(())
-        before = self.scaler.scale(unit) if waiting else unit
+        waiting = {gradient for one in self.windows for gradient in gradients_of(one)}
+        before = {gradient: self.scaler.scale(gradient.new_ones(())) for gradient in waiting}
         self.scaler.update()
-        for gradient in waiting:
-            gradient.mul_(self.scaler.scale(unit) / before)  # a power of 2
+        for gradient, scale in before.items():
+            gradient.mul_(self.scaler.scale(gradient.new_ones(())) / scale)  # a power of 2
 
     # --- a fit --------------------------------------------------------------------------------------------------------
 
