@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
@@ -73,6 +75,7 @@ class Precision:
         off = functools.partial(torch.autocast, device.type, enabled=False)
         self.no_autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else off
         self.weighted = accumulate > 1  # gradients are sums over rows until their window is closed
+        self.sized = not self.weighted  # the scale allows for gradients that are sums
         self.found: Tensor | None = None  # 1 from the first loss on that was not finite, on a device
         self.at_work = False  # it is we who fill gradients and move weights
         self._begin()
@@ -108,12 +111,20 @@ class Precision:
             total, weight = (wide(loss[0]), loss[1]) if isinstance(loss, tuple) else (total * rows, rows)
             for one in optimizers:
                 self.windows[one].add(weight)
+            self._size_scale(weight)
         if self.scaler is not None:
             total = self.scaler.scale(total)
             if self.found is not None:
                 total = total * torch.where(self.found > 0, torch.nan, 1.0)  # the scaler skips these steps
         with self.working():
             total.backward(inputs=inputs)
+
+    def _size_scale(self, weight: Any) -> None:
+        """A sum over 1000 rows is 1000 times as large: its first scale is that much smaller, or steps are skipped."""
+        if self.scaler is not None and not self.sized:
+            smaller = math.ceil(math.log2(max(float(weight), 1)))
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": self.scaler.get_scale() / 2**smaller})
+        self.sized = True
 
     def step(self, optimizers: Iterable[Optimizer]) -> None:
         """One more batch in the windows of these optimizers; those that are full are closed."""
@@ -207,7 +218,8 @@ class Precision:
         def after_gradient(parameter: Tensor) -> None:
             refuse("loss.backward()", "self.backward(loss)")
 
-        trained = {parameter for one in self.windows for parameter in parameters_of(one) if parameter.requires_grad}
+        held = {parameter for one in self.windows for parameter in parameters_of(one)}
+        trained = [parameter for parameter in held if parameter.requires_grad and not is_lazy(parameter)]
         hooks = [one.register_step_pre_hook(before_step) for one in self.windows]
         return [*hooks, *(parameter.register_post_accumulate_grad_hook(after_gradient) for parameter in trained)]
 
@@ -233,6 +245,7 @@ class Precision:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+            self.sized = True
         for name, one in self.optimizers.items():
             self.windows[one] = Window(**state["windows"][name])
             for parameter, gradient in zip(parameters_of(one), state["gradients"][name], strict=True):

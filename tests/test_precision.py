@@ -435,6 +435,25 @@ def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_afte
     assert_same(model, expected, 0)
 
 
+@pytest.mark.parametrize("rows", [8, 256])
+def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
+    model = compiled(minikeras.Model(nn.Linear(2, 1)), nn.BCEWithLogitsLoss(), precision="fp16", accumulate=2)
+    model.fit(1, points(4 * rows), batch_size=rows, verbose=0)
+    assert model._run.precision.scaler.get_scale() == 2**16 / rows
+
+
+def test_layers_that_find_their_size_in_the_first_batch_can_be_accumulated():
+    class Lazy(Scores):
+        def __init__(self):
+            super().__init__()
+            self.fc1 = nn.LazyLinear(8)
+
+        def train_step(self, features, labels):
+            return super().train_step(features, labels)
+
+    assert len(compiled(Lazy(), nn.BCEWithLogitsLoss(), accumulate=2).fit(2, batches(), verbose=0)) == 2
+
+
 class Own(Scores):
     """A step of one's own that calls the module itself, and steps in its middle."""
 
