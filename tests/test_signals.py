@@ -85,6 +85,14 @@ def test_in_the_middle_of_validation_too(steps_per_epoch, tmp_path):
     assert differences(expected, result_of(model, model.fit(**arguments, checkpoint=path))) == []
 
 
+def test_it_is_said_in_a_line(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        compiled().fit(1, points(96), checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGINT, at=2)])
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from there\n"
+    )
+
+
 def test_a_second_one_acts_at_once(tmp_path):
     seen = []
     after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))

@@ -147,7 +147,7 @@ class Checkpoint:
 
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
         """Take over the file's state, where there is one of this call; where the fit begins, said in a line."""
-        self.callbacks = callbacks
+        self.callbacks, self.say = callbacks, say
         if self.state is None:
             return Position(self.first)
         state, self.state = self.state, None
@@ -209,7 +209,7 @@ class Checkpoint:
                 return True
             if self.every is not None and number - self.saved_step >= self.every:
                 self.save(at)
-        self.interruptions.act(lambda: self.save(at))
+        self.interruptions.act(lambda: self.left(at))
         return False
 
     def before_validation(self) -> None:
@@ -221,7 +221,13 @@ class Checkpoint:
         """Write; `at` is where the next epoch begins. The fit's last state must be written, or it is an error."""
         self.random = None
         self.save(at, last=at.epoch > self.last or self.model.stop_training)
-        self.interruptions.act(lambda: None)
+        self.interruptions.act(lambda: self.left(at, saved=True))
+
+    def left(self, at: Position, saved: bool = False) -> None:
+        """A signal has come: write, and say how to go on."""
+        if not saved:
+            self.save(at)
+        self.say(f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on from there")
 
     def save(self, at: Position, last: bool = False) -> None:
         if self.path is None:
