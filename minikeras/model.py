@@ -241,13 +241,13 @@ class Model(nn.Module):
             dl_val: data of any of these kinds for validation; its columns begin with val_.
             log_step_freq: steps between two lines of running means (in a pipe), or refreshes of the bar at the latest.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
-            steps_per_epoch: batches an epoch; the next epoch goes on where this one stopped, and data that comes to
-                its end starts anew. Default: all of them.
+            steps_per_epoch: batches an epoch, default all; the next goes on where this one stopped.
             validation_freq: epochs between two validations, default 1.
             callbacks: instances of `minikeras.Callback`.
             verbose: "auto" a bar on a terminal or in a notebook, lines elsewhere; 0 nothing; 1 bar; 2 lines.
             checkpoint: a file for the whole state of the run, written at each epoch's end. Where it is there already,
-                the fit goes on from it, and weights and history become those of a fit never stopped, bit by bit.
+                the fit goes on from it: weights and history become those of a fit never stopped, bit by bit, unless a
+                warning says why not.
             checkpoint_every: steps between two writings within an epoch as well.
             on_nan: what becomes of a training loss that is NaN or infinite, before it moves a weight: "raise" an error,
                 "stop" the fit with a warning, or "ignore".

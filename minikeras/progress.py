@@ -129,6 +129,12 @@ class Progress(Callback):
         self.widths = [len(dashes) for dashes in lines[0].split()]
         return f"{lines[1]}\n{lines[0]}"
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
     def on_fit_end(self) -> None:
         if self.bar is not None:
             self.bar.close()

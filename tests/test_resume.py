@@ -180,6 +180,18 @@ def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
     assert fit() == f"{path}: finished after epoch 2, nothing is left to train\n"
 
 
+def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
+    def fit(epochs):
+        model = compiled(loss_func=lambda y_pred, y_true: losses.pop(0) + 0 * y_pred.sum())
+        model.fit(epochs, points(8), points(8), checkpoint=tmp_path / "run.pt")
+        return [line for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()]
+
+    losses = [9.0, 1.0]
+    assert "*" in fit(1)[-1]
+    losses = [9.0, 2.0]
+    assert "*" not in fit(2)[-1]
+
+
 # --- what is not exact, and said so -----------------------------------------------------------------------------------
 
 
