@@ -188,8 +188,8 @@ def test_out_of_memory_says_what_to_try_and_lets_go_of_what_it_held():
     assert Hungry.seen() is None  # the activations are gone while the error is still at hand
     assert raised.value.__notes__ == [
         "layer net: Hungry was given Tensor (32, 2) float32",
-        "The batch was features Tensor (32, 2) float32, labels Tensor (32, 1) float32. Try batch_size=16 or a "
-        "smaller model.",
+        "The batch was features Tensor (32, 2) float32, labels Tensor (32, 1) float32. Try batch_size=16, with "
+        'accumulate=2 for the same gradient; precision="bf16"; or a smaller model.',
         "dl_train, batch 1",
         "epoch 1",
     ]

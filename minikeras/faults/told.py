@@ -52,10 +52,9 @@ def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
     if not is_out_of_memory(error):
         return
     rows = count_rows(features, labels)
-    remedy = f"Try batch_size={rows // 2}" if rows > 1 else "Try smaller inputs"
-    error.add_note(
-        f"The batch was features {described(features)}, labels {described(labels)}. {remedy} or a smaller model."
-    )
+    half = f"batch_size={rows // 2}, with accumulate=2 for the same gradient" if rows > 1 else "smaller inputs"
+    shapes = f"features {described(features)}, labels {described(labels)}"
+    error.add_note(f'The batch was {shapes}. Try {half}; precision="bf16"; or a smaller model.')
     for frame, _ in traceback.walk_tb(error.__traceback__):
         with contextlib.suppress(RuntimeError):  # those that still run
             frame.clear()
