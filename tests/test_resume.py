@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import compiled, points
-from runs import LOADERS, Noisy, Shuffled, call_of, differences, result_of, seed
+from runs import LOADERS, Mean, Noisy, Shuffled, call_of, differences, result_of, seed
 from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
-from minikeras import LambdaCallback
+from minikeras import CheckpointError, LambdaCallback
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +163,21 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path):
     stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2))
     for _ in range(2):
         assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [1, 2]
+
+
+def test_other_metric_objects_are_taken_between_epochs_and_refused_within_one(tmp_path):
+    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1, "verbose": 0, "batch_size": 20}
+    compiled(metrics_dict={"mean": Mean()}).fit(1, points(60), **path)
+    with pytest.raises(Killed):
+        compiled(metrics_dict={"other": Mean()}).fit(2, points(60), callbacks=[killed_after(2)], **path)
+    with pytest.raises(CheckpointError) as raised:
+        compiled().fit(2, points(60), **path)
+    assert str(raised.value) == (
+        f"{path['checkpoint']} was written within an epoch with the metric objects ['other'], and here are []. Compile "
+        f"as it was compiled then. The one written before it is {path['checkpoint']}.prev."
+    )
+    dfhistory = compiled(metrics_dict={"other": Mean()}).fit(2, points(60), **path)
+    assert dfhistory["mean"].isna().tolist() == [False, True]
 
 
 def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):

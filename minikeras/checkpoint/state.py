@@ -104,6 +104,7 @@ class Checkpoint:
                 f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
             )
         check_weights(self.model, state["model"], path)
+        self._check_metrics(state, path)
         self._check_window(state.get("precision"), path)
         for name, optimizer in self.run.optimizers.items():
             given = state["optimizers"].get(name)
@@ -115,6 +116,15 @@ class Checkpoint:
                     f"{type(optimizer).__name__} {sizes(own)} (parameters in each group). Compile as it was compiled "
                     f"then. {remedy(path)}"
                 )
+
+    def _check_metrics(self, state: Any, path: Path) -> None:
+        """Within an epoch, what has been counted must be counted on."""
+        counted, own = set(state["totals"]["objects"]), set(self.run.train.objects)
+        if state["position"]["step"] and counted != own:
+            raise CheckpointError(
+                f"{path} was written within an epoch with the metric objects {sorted(counted)}, and here are "
+                f"{sorted(own)}. Compile as it was compiled then. {remedy(path)}"
+            )
 
     def _check_window(self, written: Any, path: Path) -> None:
         now = 1 if self.run.precision is None else self.run.precision.accumulate
@@ -178,7 +188,8 @@ class Checkpoint:
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
 
     def _load_course(self, state: Any) -> None:
-        self.run.train.load_state_dict(restored(state["totals"]))
+        if state["position"]["step"]:
+            self.run.train.load_state_dict(restored(state["totals"]))
         validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
         self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
         if self.run.precision is not None and state.get("precision"):  # older files have none
