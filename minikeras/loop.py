@@ -37,12 +37,28 @@ from torch import nn
 from minikeras import checks
 from minikeras.callbacks import Callback, with_method
 from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import ContinuedBatches, count_rows, empty, join, map_leaves, prepared, to_device, unpack
+from minikeras.data import (
+    ContinuedBatches,
+    Idle,
+    as_batches,
+    count_rows,
+    empty,
+    join,
+    leaves,
+    map_leaves,
+    prepared,
+    sharded,
+    to_device,
+    unpack,
+    worked,
+)
+from minikeras.distributed import World
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 from minikeras.precision import in_float32
-from minikeras.run import Run, learning_rates
+from minikeras.randomness import Randomness, reseed
+from minikeras.run import Run, learning_rates, ready
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -69,10 +85,12 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     """Train up to the last epoch; each whole epoch leaves its row in `run.epochs`, whatever happens later."""
     run.train.unseen = run.val.unseen = True
     model.stop_training = False
+    world = run.world
     listeners, checkpoint = with_method(plan.callbacks, "on_batch_end"), plan.checkpoint
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
     precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
     with (
+        random_states_apart(world),
         modes_kept(model),
         no_gradients_left(model, run),
         weights_found_once(),
@@ -96,6 +114,8 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 if at.logs is None:
                     done = at.step
                     at.logs = one_pass(run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done)
+                    if world is not None:
+                        world.share(model.buffers())  # each has counted its own rows: rank 0's go on
                 logs = dict(at.logs)
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
                     checkpoint.before_validation()
@@ -154,6 +174,7 @@ def one_pass(
     features = labels = None
     try:
         for number, batch in fetched(remaining, done, name):
+            batch, totals.idle = worked(batch)
             features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
                 checks.check_batch(step, features, labels, sample_weight)
@@ -202,29 +223,75 @@ def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int,
         raise
 
 
-def predict(model: Model, batches: Iterable[Any], device: torch.device) -> Any:
-    """The model's outputs for every row, in order, on the CPU."""
+def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool) -> Any:
+    """The model's outputs for every row, in order, on the CPU; of several processes on rank 0 alone or `everywhere`."""
+    run = model._run
+    if run is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return join(outputs_of(model, as_batches(dl, "dl", batch_size, device=device), device))
+    ready(model, run)
+    before, run.by_parts = run.by_parts, run.jit is not None
+    try:
+        batches = sharded(as_batches(dl, "dl", batch_size, device=run.device), run.world, "dl")
+        pieces = outputs_of(model, batches, run.device)
+    finally:
+        run.by_parts = before
+    return join(pieces) if run.world is None else everyones(pieces, run.world, everywhere)
+
+
+def everyones(pieces: list[Any], world: World, everywhere: bool) -> Any:
+    """The outputs of all processes, by step and rank."""
+    template, _ = worked(pieces[0])
+    found = world.gather([None if idle else leaves(piece) for piece, idle in map(worked, pieces)], everywhere)
+    if found is None:
+        return None
+    tensors = [iter(part) for step in zip(*found, strict=True) for part in step if part is not None]
+    return join([map_leaves(lambda _, part=part: next(part), template) for part in tensors])  # type: ignore[misc]
+
+
+def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> list[Any]:
+    """The model's outputs for each batch."""
     pieces: list[Any] = []
     run = model._run
     compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
+            batch, idle = worked(batch)
             features = to_device(unpack(batch)[0], device)
             outputs = compute_outputs(features)
             if run is not None and run.precision is not None:
                 outputs = in_float32(outputs)
             if not pieces:
                 checks.check_rows_first(outputs, count_rows(features))
-            pieces.append(map_leaves(off_device, outputs))
+            outputs = map_leaves(off_device, outputs)
+            pieces.append(Idle(outputs) if idle else outputs)
     if not pieces:
         raise empty(batches, "dl")
-    return join(pieces)
+    return pieces
 
 
 def off_device(leaf: Any) -> Any:
     """A tensor or packed sequence on the CPU; anything else as it is."""
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
+
+
+@contextlib.contextmanager
+def random_states_apart(world: World | None) -> Iterator[None]:
+    """During a fit each process draws its own numbers, for dropout; after it they all go on as rank 0 does."""
+    if world is None:
+        yield
+        return
+    state = Randomness(torch.device("cpu"), [])
+    seed = int(world.broadcast(torch.get_rng_state().long().sum().item() + torch.initial_seed()))
+    if world.rank:
+        reseed((seed + world.rank) % 2**63)
+    world.apart = True
+    try:
+        yield
+    finally:
+        world.apart = False
+    state.restore(world.broadcast(state.states()))
 
 
 @contextlib.contextmanager
@@ -261,6 +328,9 @@ def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
         yield
         return
     with FiniteLoss(run.device, run.optimizers.values(), run.jit.train.bad if run.jit else None) as run.finite_loss:
+        run.finite_loss.alone = run.world is None
+        if run.precision is not None and run.world is not None:
+            run.precision.finite_loss = run.finite_loss
         if run.precision is not None and not run.finite_loss.reads_each:
             run.precision.found = run.finite_loss.found
         try:

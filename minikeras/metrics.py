@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minikeras.checks import check_number, is_stateful
 from minikeras.data import map_leaves
+from minikeras.distributed import World
 
 Result = Tensor | float | tuple[Any, Any]  # a mean over the batch's rows, or a pair (sum, count)
 
@@ -28,13 +29,19 @@ Result = Tensor | float | tuple[Any, Any]  # a mean over the batch's rows, or a 
 class Totals(Mapping[str, float]):
     """The running totals of one phase, training or validation; reads as a mapping of name -> mean so far."""
 
-    def __init__(self, metrics_dict: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(self, metrics_dict: Mapping[str, Any], device: torch.device, world: World | None = None) -> None:
         self.device = device
+        self.world = world
+        self.idle = False  # the batch at hand counts for nothing
+        self.syncs = False  # torchmetrics objects go through their own sync: at the end of a pass alone
         self.names = ["loss", *metrics_dict]  # the order of columns; what else a step returns follows
         self.functions = {name: metric for name, metric in metrics_dict.items() if not is_stateful(metric)}
         self.objects = {
             name: _on(device, copy.deepcopy(metric)) for name, metric in metrics_dict.items() if is_stateful(metric)
         }
+        if world is not None:
+            for name, metric in self.objects.items():
+                hold_back(metric, name, lambda: self.syncs)
         self.unseen = True  # the next batch is the first of a fit or evaluate: it is looked at closely
         self.reset()
 
@@ -70,11 +77,11 @@ class Totals(Mapping[str, float]):
         `call(name, function, outputs, labels)` may take a closer look at them.
         """
         call = call or _plain_call
-        for name, metric in self.objects.items():
+        for name, metric in () if self.idle else self.objects.items():
             call(f"metric {name!r}", metric.update, outputs, labels, scalar=False)
             if self.unseen:
                 self._computed(name)  # one that is not a number is refused now, before a weight moves
-        self.updated = True
+        self.updated = self.updated or not self.idle
         asked = self.functions if functions else {}
         return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
 
@@ -82,7 +89,7 @@ class Totals(Mapping[str, float]):
         """Add what a step returned for a batch of so many rows."""
         if results.keys() != self.sums.keys():
             self._start(results)
-        for name, value in results.items():
+        for name, value in () if self.idle else results.items():
             if isinstance(value, tuple):
                 self._add_pair(name, *value)
             elif isinstance(value, Tensor):
@@ -109,13 +116,37 @@ class Totals(Mapping[str, float]):
         self.counts = dict.fromkeys(results, 0)
 
     def means(self) -> dict[str, float]:
-        """Every mean so far, read from the device together."""
-        names = list(self.sums)
-        sums = torch.stack(list(self.sums.values())).tolist() if names else []  # waits for the device, once
-        read = {name: _mean(total, self.counts[name]) for name, total in zip(names, sums, strict=True)}
-        if self.updated:
+        """Every mean so far, of all processes, read from the device together."""
+        names, sums, counts = list(self.sums), list(self.sums.values()), self.counts
+        if self.world is not None and names:
+            sums, counts = self.summed()
+        numbers = torch.stack(sums).tolist() if names else []  # waits for the device, once
+        read = {name: _mean(total, counts[name]) for name, total in zip(names, numbers, strict=True)}
+        if self.objects and self.everywhere_updated():
+            self.syncs = self.world is not None
             read |= {name: self._computed(name) for name in self.objects}
+            self.syncs = False
         return {name: read[name] for name in self}
+
+    def summed(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """Sums and counts of all processes."""
+        assert self.world is not None
+        counts = [_zero(self.device) + self.counts[name] for name in self.sums]
+        together = self.world.add_up(torch.stack([*self.sums.values(), *counts]))
+        sums, counted = together.split(len(self.sums))
+        return list(sums), dict(zip(self.sums, counted, strict=True))
+
+    def everywhere_updated(self) -> bool:
+        """Whether the objects have seen rows: in each process, as torchmetrics needs it, or in none."""
+        if self.world is None:
+            return self.updated
+        some, none = self.world.agree(self.updated, not self.updated)
+        if some and none:
+            raise ValueError(
+                f"there are fewer rows than processes, {self.world.size}, and the metric objects of one have seen "
+                f"none. Give more rows, or start fewer processes."
+            )
+        return self.updated
 
     def _computed(self, name: str) -> float:
         value = self.objects[name].compute()
@@ -178,6 +209,25 @@ def is_countable(value: Any) -> bool:
     if type(value) is dict:
         return all(map(is_countable, (*value, *value.values())))
     return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(value, (np.ndarray, np.generic))
+
+
+def hold_back(metric: Any, name: str, syncs: Callable[[], bool]) -> None:
+    """A torchmetrics object speaks with other processes when `syncs` says so, and not whenever it is read.
+
+    Raises:
+        TypeError: it is another object, whose counts cannot be put together.
+    """
+    parts = list(metric.modules()) if isinstance(metric, nn.Module) else []
+    parts = [part for part in parts if hasattr(part, "distributed_available_fn")]
+    if not parts:
+        raise TypeError(
+            f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several processes cannot be put "
+            f"together. Give a function that returns a mean or a pair (sum, count), or a torchmetrics object."
+        )
+    for part in parts:
+        settings: Any = part
+        settings.distributed_available_fn = syncs
+        settings.compute_with_cache = False  # what was read before was of this process alone
 
 
 def detached(nest: Any) -> Any:

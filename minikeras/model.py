@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, layer_summary, loop
-from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
+from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, leads
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, as_batches, call_with, empty, is_batched, length
+from minikeras.data import ContinuedBatches, as_batches, call_with, empty, is_batched, length, sharded
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
 from minikeras.progress import Progress, show, tell, wants_bar
-from minikeras.run import Run, made, place
+from minikeras.run import Run, made, ready
 
 
 class Model(nn.Module):
@@ -137,13 +137,13 @@ class Model(nn.Module):
         """Fill the gradients of a loss: of every parameter, or of those of the optimizer of that name alone."""
         run = self._compiled("backward")
         mean = with_gradient(mean_of(loss))
-        if run.finite_loss is not None:
+        if run.finite_loss is not None and not run.totals.idle:
             run.finite_loss.look(mean)
         inputs = None if optimizer is None else run.inputs(optimizer)
         if run.precision is None:
             mean.backward(inputs=inputs)
         else:
-            run.precision.backward(loss, mean, run.rows, run.named(optimizer), inputs)
+            run.precision.backward(loss, mean, run.rows * (not run.totals.idle), run.named(optimizer), inputs)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
         """Move the weights and clear their gradients: by every optimizer, or by the one of that name alone."""
@@ -170,6 +170,7 @@ class Model(nn.Module):
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         accumulate: int = 1,
+        distributed: str | None = "auto",
     ) -> None:
         """Say how to train: loss, optimizer, metrics and device. The history starts anew.
 
@@ -197,13 +198,16 @@ class Model(nn.Module):
             clip_grad_norm, clip_grad_value: the most that an optimizer's gradients may be, by their norm and each.
             accumulate: batches that make one step, by the gradient of all their rows; the last ones of an epoch may be
                 fewer. Each optimizer counts its calls of `optimizer_step`.
+            distributed: "auto" trains together with the other processes that torchrun (or a process group) has started:
+                each takes batch_size rows of every step. "ddp" is an error where there are none; None trains alone.
 
         Raises:
             TypeError: a class where an instance is meant, or something of another kind.
             ValueError: a metric's name that history uses itself, or a device that is not there.
         """
-        big = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
-        run = made(self, loss_func, optimizer, metrics_dict, device, jit, steps_per_execution, precision, **big)
+        big: Any = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
+        more = (jit, steps_per_execution, precision, distributed)
+        run = made(self, loss_func, optimizer, metrics_dict, device, *more, **big)
         if optimizer is None:
             optimizer = run.optimizers.get("")
         run.published = {} if self._run is None else self._run.published
@@ -266,9 +270,11 @@ class Model(nn.Module):
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
         train = as_batches(dl_train, "dl_train", batch_size, shuffle=True, device=run.device)
+        train = sharded(train, run.world, "dl_train")
         val = None
         if dl_val is not None:
             val = as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, device=run.device)
+            val = sharded(val, run.world, "dl_val")
             if length(val) == 0:
                 raise empty(val, "dl_val")  # now, and not after an epoch
         train = saved.watched(train, val, run.device)
@@ -277,9 +283,9 @@ class Model(nn.Module):
         listed = check_callbacks(callbacks)
         check_monitors(listed, validates=val is not None)
         self._check_optimizers(run)
-        place(self, run)
+        ready(self, run)
         last = saved.open(self, run, epochs)
-        shown = show(verbose)
+        shown = show(verbose) and leads(self)
         if shown:
             best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
             listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), val is not None, best))
@@ -300,12 +306,12 @@ class Model(nn.Module):
             NotCompiledError: before `compile`.
         """
         run = self._compiled("evaluate")
-        batches = as_batches(dl_val, "dl_val", batch_size, device=run.device)
-        place(self, run)
+        batches = sharded(as_batches(dl_val, "dl_val", batch_size, device=run.device), run.world, "dl_val")
+        ready(self, run)
         run.val.unseen = True
         return loop.evaluate(self, run, batches)
 
-    def predict(self, dl: Any, *, batch_size: int | None = None) -> Any:
+    def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all") -> Any:
         """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
 
         Needs no compile. Labels in the batches are left aside.
@@ -313,24 +319,17 @@ class Model(nn.Module):
         Args:
             dl: as in `fit`; X alone will do.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
+            gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
         """
-        run = self._run
-        if run is None:
-            device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-            return loop.predict(self, as_batches(dl, "dl", batch_size, device=device), device)
-        place(self, run)
-        before, run.by_parts = run.by_parts, run.jit is not None
-        try:
-            return loop.predict(self, as_batches(dl, "dl", batch_size, device=run.device), run.device)
-        finally:
-            run.by_parts = before
+        one_of("gather", gather, ("all", "main"))
+        return loop.predict(self, dl, batch_size, gather == "all")
 
     def save(self, path: str | Path) -> None:
         """Write the weights, `state_dict()`, to a file that is whole or not there; one there before becomes NAME.prev.
 
         Args:
             path: ends in .safetensors for that format (pip install "minikeras[safetensors]"), else what torch.save
-                writes; its folder is made.
+                writes; its folder is made. Of several processes rank 0 alone writes.
 
         >>> import minikeras, tempfile
         >>> from torch import nn
@@ -339,7 +338,8 @@ class Model(nn.Module):
         >>> list(torch.load(path))
         ['net.weight', 'net.bias']
         """
-        save_weights(self, Path(path))
+        if leads(self):
+            save_weights(self, Path(path))
 
     def load(self, path: str | Path) -> None:
         """Take over weights from a file of `save`, of torch.save(model.state_dict(), path) or of `fit(checkpoint=...)`.

@@ -4,7 +4,7 @@ each step       forward and loss under autocast; metrics, backward and optimizer
 backward        the gradient of loss * rows, or of the sum of a pair (sum, count), is added to what is there; in float16
                 it is scaled up, so that small gradients do not vanish
 optimizer_step  counts a batch of that optimizer's window, and closes it when it is full
-close           unscale, divide by the window's rows, clip, step, clear
+close           add up those of all processes, unscale, divide by the window's rows, clip, step, clear
 finish          a pass over the data has ended: what windows hold is closed as it is
 
 Nothing of this is made where compile is asked for nothing of it: `Run.precision` is None then.
@@ -25,7 +25,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
+from minikeras.distributed import World
 from minikeras.errors import one_of, positive_int, real
+from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
 from minikeras.metrics import Result, Totals
 
@@ -64,8 +66,11 @@ class Precision:
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         accumulate: int = 1,
+        world: World | None = None,
     ) -> None:
         self.optimizers = optimizers
+        self.world = world
+        self.finite_loss: FiniteLoss | None = None  # during a fit of several processes
         self.dtype = dtype  # of autocast; None for none
         self.clip_grad_norm, self.clip_grad_value, self.accumulate = clip_grad_norm, clip_grad_value, accumulate
         self.scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
@@ -74,7 +79,7 @@ class Precision:
         self.autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else cast
         off = functools.partial(torch.autocast, device.type, enabled=False)
         self.no_autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else off
-        self.weighted = accumulate > 1  # gradients are sums over rows until their window is closed
+        self.weighted = accumulate > 1 or world is not None  # gradients are sums over rows until their window is closed
         self.sized = not self.weighted  # the scale allows for gradients that are sums
         self.found: Tensor | None = None  # 1 from the first loss on that was not finite, on a device
         self.at_work = False  # it is we who fill gradients and move weights
@@ -109,6 +114,8 @@ class Precision:
         total = wide(mean)
         if self.weighted:
             total, weight = (wide(loss[0]), loss[1]) if isinstance(loss, tuple) else (total * rows, rows)
+            if not rows:  # a batch that counts for nothing
+                total, weight = total * 0, 0
             for one in optimizers:
                 self.windows[one].add(weight)
             self._size_scale(weight)
@@ -122,6 +129,7 @@ class Precision:
     def _size_scale(self, weight: Any) -> None:
         """A sum over 1000 rows is 1000 times as large: its first scale is that much smaller, or steps are skipped."""
         if self.scaler is not None and not self.sized:
+            weight = weight if self.world is None else self.world.agree(float(weight))[0]
             smaller = math.ceil(math.log2(max(float(weight), 1)))
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": self.scaler.get_scale() / 2**smaller})
         self.sized = True
@@ -146,6 +154,8 @@ class Precision:
 
     def _close(self, one: Optimizer) -> bool:
         """Whether its gradients were scaled."""
+        if self.world is not None:
+            self._reduce(one, self.world)
         trained = [parameter for parameter in parameters_of(one) if parameter.grad is not None]
         scaler = self.scaler if trained else None  # it takes no step without a gradient
         if scaler is not None:
@@ -159,6 +169,14 @@ class Precision:
         one.zero_grad()
         self.windows[one] = Window(steps=self.windows[one].steps + 1)
         return scaler is not None
+
+    def _reduce(self, one: Optimizer, world: World) -> None:
+        """Gradients and weight of all processes; one bad loss among them holds back all."""
+        bad = 0.0 if self.finite_loss is None else self.finite_loss.own()
+        trained = [parameter for parameter in parameters_of(one) if parameter.requires_grad]
+        self.windows[one].weight, bad = world.reduce(trained, self.windows[one].weight, bad)
+        if self.finite_loss is not None:
+            self.finite_loss.heard(bad)
 
     def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:
         """From sums over the rows to means; where nothing was counted they stay 0."""
@@ -189,7 +207,7 @@ class Precision:
             yield
         finally:
             self._begin()
-            self.found = None
+            self.found = self.finite_loss = None
             for handle in handles:
                 handle.remove()
 
@@ -197,6 +215,8 @@ class Precision:
         """What a graph of forward, backward and step cannot hold; empty where there is nothing."""
         if self.accumulate > 1:
             return f"accumulate={self.accumulate}"
+        if self.world is not None:
+            return f"training on {self.world.size} processes"
         return "" if self.scaler is None else 'precision="fp16"'
 
     def must_be_asked(self) -> str:
@@ -290,6 +310,7 @@ def precision_of(
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
     accumulate: int = 1,
+    world: World | None = None,
 ) -> Precision | None:
     """What compile's arguments ask for, checked; None where they ask for nothing."""
     one_of("precision", precision, (*DTYPES, "auto"))
@@ -300,10 +321,12 @@ def precision_of(
     dtype = best_dtype(device) if precision == "auto" else DTYPES[precision]
     check_dtype(device, dtype, precision, optimizers)
     if positive_int("accumulate", accumulate) > 1:
-        check_mean(loss_func, accumulate)
-    if dtype is None and accumulate == 1 and set(clips.values()) == {None}:
+        check_mean(loss_func, f"accumulate={accumulate}")
+    if world is not None:
+        check_mean(loss_func, f"training on {world.size} processes")
+    elif dtype is None and accumulate == 1 and set(clips.values()) == {None}:
         return None
-    return Precision(device, optimizers, dtype, **clips, accumulate=accumulate)
+    return Precision(device, optimizers, dtype, **clips, accumulate=accumulate, world=world)
 
 
 def best_dtype(device: torch.device) -> torch.dtype | None:
@@ -336,11 +359,11 @@ def check_dtype(
         )
 
 
-def check_mean(loss_func: Any, accumulate: int) -> None:
+def check_mean(loss_func: Any, what: str) -> None:
     """Batches are put together by their rows, which a sum over rows has counted already."""
     inner = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
     if getattr(inner, "reduction", None) == "sum":
         raise ValueError(
-            f'loss_func has reduction="sum", and accumulate={accumulate} weighs each batch by its rows, which such a '
+            f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such a '
             f'sum has counted already. Build it with reduction="mean", or return a pair (sum, count).'
         )

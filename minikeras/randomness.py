@@ -2,6 +2,7 @@
 
 states    plain values, for a file
 restore   ... put back
+reseed    ... begun anew
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ class Randomness:
             set_state(generator, state)
         for sampler, epoch in zip(self.samplers, states["epochs"], strict=True):
             sampler.set_epoch(epoch)
+
+
+def reseed(seed: int) -> None:
+    """Start Python's, NumPy's and torch's global generators anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def holders_of(loader: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
 from minikeras.data import choose_device
+from minikeras.distributed import World, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
 from minikeras.losses import parameters_of
@@ -37,6 +38,7 @@ class Run:
     parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
     published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
+    world: World | None = None  # where several processes train together
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
     carried_on: set[str] = field(default_factory=set)  # steps that were taken in the fit before it was carried on here
     precision: Precision | None = None  # where compile was asked for mixed precision, clipping or accumulation
@@ -88,6 +90,7 @@ def made(
     jit: bool | Mapping[str, Any],
     steps_per_execution: int,
     precision: str,
+    distributed: str | None = None,
     **big: Any,
 ) -> Run:
     """What compile's arguments make, checked; the model and its loss are on the device."""
@@ -97,19 +100,21 @@ def made(
     optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
     if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
         raise ValueError(f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps.")
-    chosen = choose_device(device)
-    run = Run(loss_func, optimizers, Totals(metrics_dict, chosen), Totals(metrics_dict, chosen), chosen)
+    world = world_of(distributed)
+    chosen = choose_device(device) if world is None else world.device(choose_device(device))
+    train, val = (Totals(metrics_dict, chosen, world) for _ in ("train", "val"))
+    run = Run(loss_func, optimizers, train, val, chosen, world=world)
     place(model, run)
     parameters = parameters_of(model, loss_func)
     run.parameters = {id(parameter) for parameter in parameters}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if optimizer is None and trainable:
         run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
-    run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big)
+    run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big, world=world)
     if jit:
         from minikeras.jit import Jit  # on first use: it loads the compiler
 
-        run.jit = Jit(model, run, {} if jit is True else jit, steps_per_execution)
+        run.jit = Jit(model, run, {} if jit is True else jit, steps_per_execution if world is None else 1)
         run.by_parts = run.jit.overrides("train_step")
     return run
 
@@ -122,6 +127,15 @@ def place(model: Model, run: Run) -> None:
     for optimizer in run.optimizers.values():
         if any(_strayed(parameter, state) for parameter, state in optimizer.state.items()):
             optimizer.load_state_dict(optimizer.state_dict())  # torch's own way to put state beside its parameter
+
+
+def ready(model: Model, run: Run) -> None:
+    """In place, and with the weights of rank 0 where there are several processes."""
+    place(model, run)
+    if run.world is not None and not run.world.shared:
+        loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
+        run.world.share([*parameters_of(model, run.loss_func), *model.buffers(), *loss.buffers()])
+        run.world.shared = True
 
 
 def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ ORDER = [
     ["checks"],
     ["broadcast", "losses", "faults"],
     ["data"],
-    ["randomness"],
+    ["distributed", "randomness"],
     ["errors"],
 ]
 

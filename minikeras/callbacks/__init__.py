@@ -1,7 +1,15 @@
 """What happens at each moment of a fit: the base class with its timetable, and the callbacks that come with it."""
 
 from minikeras.callbacks.averaging import EMA
-from minikeras.callbacks.base import Callback, LambdaCallback, check_callbacks, column_order, is_rate, with_method
+from minikeras.callbacks.base import (
+    Callback,
+    LambdaCallback,
+    check_callbacks,
+    column_order,
+    is_rate,
+    leads,
+    with_method,
+)
 from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
 from minikeras.callbacks.monitor import check_monitors
 from minikeras.callbacks.rates import LRScheduler, rate_name
@@ -20,6 +28,7 @@ __all__ = [
     "check_monitors",
     "column_order",
     "is_rate",
+    "leads",
     "rate_name",
     "with_method",
 ]

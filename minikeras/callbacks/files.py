@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from minikeras.callbacks.base import Callback, column_order
+from minikeras.callbacks.base import Callback, column_order, leads
 from minikeras.callbacks.monitor import Monitor, Watching, skipped, unknown
 
 
@@ -64,6 +64,8 @@ class ModelCheckpoint(Watching):
                 known[name] = math.nan
             elif name not in known:
                 raise unknown(f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known)
+        if not leads(self.model):
+            return
         path = Path(self.path.format_map(known))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.model.save(path)
@@ -123,6 +125,8 @@ class CSVLogger(Callback):
         self.rows = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        if not leads(self.model):
+            return
         if not self.columns or not logs.keys() <= set(self.columns):
             self._make_room(list(logs))
         with self.path.open("a", newline="", encoding="utf-8") as file:

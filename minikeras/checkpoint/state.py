@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minikeras.callbacks import Callback
+from minikeras.callbacks import Callback, leads
 from minikeras.checkpoint.file import dump, read_newest, remedy, write
 from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
@@ -84,6 +84,7 @@ class Checkpoint:
         """
         self.model, self.run = model, run
         run.carried_on.clear()
+        self.interruptions.alone = run.world is None
         self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
         if self.path is None:
             return self.last
@@ -106,6 +107,7 @@ class Checkpoint:
         check_weights(self.model, state["model"], path)
         self._check_metrics(state, path)
         self._check_window(state.get("precision"), path)
+        self._check_processes(state, path)
         for name, optimizer in self.run.optimizers.items():
             given = state["optimizers"].get(name)
             own = optimizer.state_dict()
@@ -133,6 +135,23 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} was written between two steps of accumulate={written['accumulate']}, and the model was "
                 f"compiled with accumulate={now}. Compile as it was compiled then. {remedy(path)}"
+            )
+
+    def _check_processes(self, state: Any, path: Path) -> None:
+        """Means can be passed on to another number of processes in the middle of an epoch, and other counts not."""
+        then, now = len(state.get("ranks", [None])), 1 if self.run.world is None else self.run.world.size
+        train, windows = state["train"] or {}, (state.get("precision") or {}).get("windows", {})
+        held = {
+            "a half full window of accumulate": any(window["batches"] for window in windows.values()),
+            "metric objects": bool(state["totals"]["objects"]) and state["totals"]["updated"],
+            "a loader that keeps its own state": train.get("loader") is not None,
+        }
+        what = next((name for name, there in held.items() if there), None)
+        if then != now and what is not None and state["position"]["step"] and state["position"]["logs"] is None:
+            raise CheckpointError(
+                f"{path} was written by {then} process{'es' * (then > 1)} in the middle of an epoch, with {what}, and "
+                f"this is a run of {now}. Start as many as then; from an epoch's end on any number will do. "
+                f"{remedy(path)}"
             )
 
     def _mine(self, state: Any, path: Path) -> Any:
@@ -188,7 +207,15 @@ class Checkpoint:
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
 
     def _load_course(self, state: Any) -> None:
-        if state["position"]["step"]:
+        world, ranks = self.run.world, state.get("ranks", [])
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        same = size > 1 and len(ranks) == size
+        state = state | (ranks[rank] if same else {})
+        for name, buffer in self.model.named_buffers() if same else ():
+            buffer.copy_(state["own buffers"][name])
+        if not state["position"]["step"] or not (same or rank == 0):  # rank 0 has counted for all
+            self.run.train.reset()
+        else:
             self.run.train.load_state_dict(restored(state["totals"]))
         validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
         self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
@@ -200,9 +227,10 @@ class Checkpoint:
         for loader in self.loaders:
             if getattr(loader, "persistent_workers", False) and len(self.run.epochs) >= self.first:
                 iter(loader)  # in the run before, the seed of its workers was drawn in an epoch that is over
-        self.randomness.restore(state["random"])
+        if same or rank == 0:
+            self.randomness.restore(state["random"])
         self.train.carry_on(state["train"])
-        self.resumed = state["random"]
+        self.resumed = self.randomness.states()
 
     def enter(self, at: Position) -> None:
         """Before an epoch's first batch: where the epoch had begun already, its callbacks may have drawn again."""
@@ -214,6 +242,7 @@ class Checkpoint:
 
     def after_batch(self, at: Position, number: int) -> bool:
         """Write where that is due or the process is asked to end; whether the pass over the data is to end."""
+        self.agree()
         if at.logs is None:
             at.step = number
             if self.model.stop_training:
@@ -223,6 +252,14 @@ class Checkpoint:
         self.interruptions.act(lambda: self.left(at))
         return False
 
+    def agree(self) -> None:
+        """What one of several processes is asked to do, all do after the same batch."""
+        if self.run.world is not None:
+            received = self.interruptions.received or 0
+            stops, signal = self.run.world.agree(self.model.stop_training, received)
+            self.model.stop_training = bool(stops)
+            self.interruptions.agreed = int(signal) or None
+
     def before_validation(self) -> None:
         """Validation is not carried on in its middle, but begun anew."""
         if self.path is not None:
@@ -231,6 +268,7 @@ class Checkpoint:
     def epoch_ended(self, at: Position) -> None:
         """Write; `at` is where the next epoch begins. The fit's last state must be written, or it is an error."""
         self.random = None
+        self.agree()
         self.save(at, last=at.epoch > self.last or self.model.stop_training)
         self.interruptions.act(lambda: self.left(at, saved=True))
 
@@ -243,19 +281,31 @@ class Checkpoint:
     def save(self, at: Position, last: bool = False) -> None:
         if self.path is None:
             return
-        state = plain(self._state(at), "the state of the run")
+        error = self._write(self.path, plain(self._state(at), "the state of the run"))
+        if error is not None and last:
+            why = "Make room or give another file: these last weights are not saved."
+            raise CheckpointError(f"{self._unwritten(error)} {why}") from error
+        if error is not None:
+            why = "The fit goes on, and it is tried again at the next time."
+            warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
+        failed = error is not None
+        if self.run.world is not None:  # all must know, since all try again
+            failed = bool(self.run.world.agree(failed)[0])
+        if not failed:
+            self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
+
+    def _write(self, path: Path, state: Any) -> OSError | None:
+        """By rank 0, where there are several processes; the error, if it failed."""
         try:
-            write(self.path, dump(state), keep=self.whole)
+            if leads(self.model):
+                write(path, dump(state), keep=self.whole)
         except OSError as error:
-            before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
-            why = f"{self.path} could not be written: {error}. {before}."
-            if last:
-                raise CheckpointError(
-                    f"{why} Make room or give another file: these last weights are not saved."
-                ) from error
-            warnings.warn(f"{why} The fit goes on, and it is tried again at the next time.", stacklevel=2)
-            return
-        self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
+            return error
+        return None
+
+    def _unwritten(self, error: OSError) -> str:
+        before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
+        return f"{self.path} could not be written: {error}. {before}."
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -286,10 +336,29 @@ class Checkpoint:
             },
             "precision": None if run.precision is None else run.precision.state_dict(),
             "totals": run.train.state_dict(),
+            **self._of_ranks(),
             "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
             "random": self.random or self.randomness.states(),
             "train": self.train.position(),
         }
+
+    def _of_ranks(self) -> dict[str, Any]:
+        """What differs between processes, each one's; and the totals of all of them together."""
+        run = self.run
+        if run.world is None:
+            return {}
+        mine = {
+            "random": self.random or self.randomness.states(),
+            "train": self.train.position(),
+            "totals": run.train.state_dict(),
+            "precision": None if run.precision is None else run.precision.state_dict(),
+            "own buffers": dict(self.model.named_buffers()),
+        }
+        together = run.train.state_dict()
+        if run.train.sums:
+            sums, counts = run.train.summed()
+            together |= {"sums": dict(zip(run.train.sums, sums, strict=True)), "counts": counts}
+        return {"totals": together, "ranks": run.world.gather(plain(mine, "the state of a process"))}
 
 
 def stopped(state: Any) -> bool:

@@ -7,6 +7,7 @@
 nests.py        what batches are made of
 sources.py      from what the user has to batches
 in_memory.py    the batches of a loader over tensors, fetched whole
+sharded.py      one process's part, where there are several
 position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
 """
@@ -24,11 +25,13 @@ from minikeras.data.batch import (
 )
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
+from minikeras.data.sharded import Idle, sharded, worked
 from minikeras.data.sources import ArrayBatches, ContinuedBatches, as_batches, as_tensor, empty, is_batched, length
 
 __all__ = [
     "ArrayBatches",
     "ContinuedBatches",
+    "Idle",
     "Positioned",
     "as_batches",
     "as_tensor",
@@ -45,7 +48,9 @@ __all__ = [
     "map_leaves",
     "parts",
     "prepared",
+    "sharded",
     "to_device",
     "unpack",
     "warn_of_hidden_draws",
+    "worked",
 ]

@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import chain
 from operator import index
 from typing import Any
 
@@ -314,7 +315,20 @@ class InMemoryBatches:
             batches = self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None)
         else:
             batches = self._one_by_one(asked(loader))
-        names = getattr(_base(loader.dataset), "datasets", None)
+        return self._named(batches)
+
+    def of(self, shares: list[Any]) -> Iterator[Any]:
+        """The batches of these row numbers, one tensor or list for each."""
+        whole = all(isinstance(share, Tensor) and len(share) == len(shares[0]) for share in shares[:-1])
+        if not shares or not whole or not isinstance(shares[-1], Tensor):
+            return self._named(self._one_by_one(iter(shares)))
+        rows, tensors = _rows(self.loader.dataset, self.converted), _tensors(self.loader.dataset)
+        orders = [torch.cat(order) for order in (shares[:-1], shares[-1:]) if order]
+        size = max(len(shares[0]), 1)
+        return self._named(chain(*(gathered(tensors, rows[order], size, self.device) for order in orders)))
+
+    def _named(self, batches: Iterator[list[Tensor]]) -> Iterator[Any]:
+        names = getattr(_base(self.loader.dataset), "datasets", None)
         return (dict(zip(names, batch, strict=True)) for batch in batches) if type(names) is dict else batches
 
     def _at_once(self, sampler: BatchSampler, order: Tensor | None) -> Iterator[list[Tensor]]:

@@ -20,6 +20,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
 
 from minikeras.data.in_memory import InMemoryBatches
+from minikeras.data.sharded import Sharded
 from minikeras.data.sources import ArrayBatches
 from minikeras.errors import CheckpointError
 from minikeras.randomness import KINDS, Randomness
@@ -97,6 +98,8 @@ def keeps_state(loader: Any) -> bool:
 
 def passed_over(batches: Iterable[Any], loader: Any, count: int, name: str) -> Iterator[Any]:
     """An iterator of the batches after the first `count`."""
+    if isinstance(batches, Sharded):
+        return batches.after(count)
     by_number = skips_by_number(batches, loader)
     fetch = _Fetch(loader) if by_number else None
     iterator = iter(fetch.batches() if fetch else batches)

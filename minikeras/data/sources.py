@@ -99,8 +99,20 @@ class ArrayBatches:
         return math.ceil(self.rows / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        order = torch.randperm(self.rows) if self.shuffle else None
-        for tensors in gathered(leaves(self.arrays), order, self.batch_size, self.device):
+        return self.gathered(torch.randperm(self.rows) if self.shuffle else None, self.batch_size)
+
+    def order(self) -> Tensor:
+        """The row numbers of an epoch, (rows,) int64."""
+        return torch.randperm(self.rows) if self.shuffle else torch.arange(self.rows)
+
+    def of(self, shares: list[Tensor]) -> Iterator[Any]:
+        """The batches of these row numbers; all but the last have as many."""
+        for order in (shares[:-1], shares[-1:]):
+            if order:
+                yield from self.gathered(torch.cat(order), max(len(order[0]), 1))
+
+    def gathered(self, order: Tensor | None, batch_size: int) -> Iterator[Any]:
+        for tensors in gathered(leaves(self.arrays), order, batch_size, self.device):
             remaining = iter(tensors)
             yield map_leaves(lambda _, remaining=remaining: next(remaining), self.arrays)  # type: ignore[misc]
 

@@ -28,6 +28,7 @@ class NonFiniteLoss(FloatingPointError):
         super().__init__(f"the loss is {value}; expected a finite number.")
         self.value = value
         self.ago = ago  # steps since the first such loss
+        self.elsewhere = False  # it was in another process
         self.batch: Any = (None, None, 0)  # features, labels and number of the batch at which it was found
 
 
@@ -37,7 +38,11 @@ class FiniteLoss:
     `bad` counts, on the device, the steps since the first bad loss, itself included; a graph counts by itself.
     """
 
-    def __init__(self, device: torch.device, optimizers: Iterable[Optimizer], bad: Tensor | None = None) -> None:
+    def __init__(
+        self, device: torch.device, optimizers: Iterable[Optimizer], bad: Tensor | None = None, alone: bool = True
+    ) -> None:
+        self.alone = alone  # else nothing is raised before all processes have heard of it
+        self.value = 0.0  # the last loss that was read
         self.last = math.nan  # the last finite loss that was read
         self.reads_each = device.type == "cpu"
         self.bad = torch.zeros((), device=device) if bad is None else bad.zero_()
@@ -60,15 +65,36 @@ class FiniteLoss:
     def look(self, loss: Tensor) -> None:
         """Before a step moves a weight: raise NonFiniteLoss where the loss, 0-dim, is not finite."""
         if self.reads_each:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteLoss(value)
-            self.last = value
+            self._judge(loss.item())
             return
         with torch.no_grad():
             count_bad(self.bad, loss)
             self.found.copy_(self.bad > 0)
-        self._read_now_and_then(1)
+        if self.alone:
+            self._read_now_and_then(1)
+
+    def _judge(self, value: float) -> None:
+        if math.isfinite(value):
+            self.last = value
+        elif self.alone:
+            raise NonFiniteLoss(value)
+        else:
+            self.value = value
+
+    def own(self) -> Any:
+        """1 where a loss of this process was not finite, else 0."""
+        return float(not math.isfinite(self.value)) if self.reads_each else self.bad > 0
+
+    def heard(self, bad: Tensor) -> None:
+        """In how many processes it was so, before any of them moves a weight."""
+        if not self.reads_each:
+            self.bad.copy_(torch.where((bad > 0) & (self.bad == 0), 1.0, self.bad))
+            self.found.copy_(self.bad > 0)
+            self._read_now_and_then(1)
+        elif float(bad):
+            error = NonFiniteLoss(math.nan if math.isfinite(self.value) else self.value)
+            error.elsewhere = math.isfinite(self.value)
+            raise error
 
     def look_back(self, loss: Tensor, steps: int) -> None:
         """After so many steps of a graph that counts and blocks by itself; `loss` is their mean."""
@@ -83,7 +109,7 @@ class FiniteLoss:
         self.steps += steps
         if self.steps >= READ_EVERY:
             self.steps = 0
-            self.ended(self.reading.result())
+            self.ended(self.reading.result(wait=not self.alone))  # all must find it at the same step
             self.reading.start()
 
     def ended(self, bad: float | None = None) -> None:
@@ -112,8 +138,10 @@ class Reading:
             self.arrived = torch.Event(device=self.source.device)
             self.arrived.record()
 
-    def result(self) -> float:
-        """The number when it was copied last; 0 while the copy is under way."""
+    def result(self, wait: bool = False) -> float:
+        """The number when it was copied last; 0 while the copy is under way, unless that is to be waited for."""
+        if wait and self.arrived is not None:
+            self.arrived.synchronize()
         return self.copy.item() if self.arrived is None or self.arrived.query() else 0.0
 
 
@@ -129,6 +157,8 @@ def explained(error: NonFiniteLoss, model: nn.Module, epoch: int, rates: Mapping
             f"The last finite loss was {last:.4g}, at {shown}."]  # fmt: skip
     if spoiled:
         told += [f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."]
+    elif error.elsewhere:
+        told += ["It was in the batch of another process: its message says more."]
     elif not weights:
         told += ["Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."]
     if weights:

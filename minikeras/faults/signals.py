@@ -22,6 +22,8 @@ class Interruptions:
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
         self.received: int | None = None
+        self.agreed: int | None = None  # of several processes: one of them has received it
+        self.alone = True
 
     def __enter__(self) -> Interruptions:
         for number in (signal.SIGTERM, signal.SIGINT) if self.active else ():
@@ -46,11 +48,13 @@ class Interruptions:
 
     def act(self, save: Callable[[], None]) -> None:
         """Where a signal has come: write the state, then do what the signal asks for."""
-        if self.received is not None:
+        due = self.received if self.alone else self.agreed
+        if due is not None:
             save()
-            self._act(self.received, None)
+            self._act(due, None)
 
     def _act(self, number: int, frame: Any) -> None:
-        if callable(self.before[number]):
-            self.before[number](number, frame)  # Python's own for Ctrl-C raises KeyboardInterrupt
+        handler = self.before.get(number)
+        if callable(handler):
+            handler(number, frame)  # Python's own for Ctrl-C raises KeyboardInterrupt
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)

@@ -1,0 +1,220 @@
+"""One process's part of the batches that several processes have together.
+
+A step is one batch for each process. The order of an epoch is drawn as rank 0 draws it: its random state is passed on
+at the start of each iteration, each process draws from it, and other ranks go back to their own state.
+
+rows known by number       batch_size rows for each process, the last ones in parts that differ by one row at most
+a custom batch sampler,    as many batches as there are processes make one step
+a list of batches
+anything else              each process reads its own, for as long as one of them has a batch
+
+A process that has nothing to do in a step gets a batch that is seen already, marked as `Idle`: it counts for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from minikeras.data.in_memory import InMemoryBatches, asked, draw_seed, drawn, draws_at_once
+from minikeras.data.sources import ArrayBatches
+from minikeras.distributed import World
+from minikeras.randomness import Randomness
+
+
+class Idle:
+    """A batch that is run, so that this process keeps in step, and counts for nothing."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+
+def worked(batch: Any) -> tuple[Any, bool]:
+    """A batch, and whether it is an idle one."""
+    return (batch.batch, True) if isinstance(batch, Idle) else (batch, False)
+
+
+def sharded(batches: Iterable[Any], world: World | None, name: str) -> Iterable[Any]:
+    """This process's part of the batches; all of them where there is one process."""
+    if world is None:
+        return batches
+    if isinstance(batches, (ArrayBatches, InMemoryBatches)) and not by_user(getattr(batches, "loader", None)):
+        return Sharded(batches, world)
+    if type(batches) is list or by_number(batches):
+        return Sharded(batches, world)
+    return InStep(batches, world, name)
+
+
+def by_number(batches: Any) -> bool:
+    """Whether a loader's rows are known by number before they are read."""
+    return (
+        isinstance(batches, DataLoader)
+        and type(batches).__iter__ is DataLoader.__iter__
+        and not hasattr(batches, "state_dict")
+        and not isinstance(batches.dataset, IterableDataset)
+        and not by_user(batches)
+    )
+
+
+def by_user(loader: Any) -> bool:
+    """Whether the user has sharded it already."""
+    sampler = getattr(loader, "sampler", None)
+    return isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1
+
+
+class Sharded:
+    """One process's part of batches whose rows, or which themselves, are known by number."""
+
+    def __init__(self, batches: Any, world: World) -> None:
+        self.batches, self.world = batches, world
+        self.loader: Any = getattr(batches, "loader", batches)  # what the user handed over
+        self.randomness = Randomness(torch.device("cpu"), [self.loader])
+
+    @property
+    def by_rows(self) -> bool:
+        return isinstance(self.batches, ArrayBatches) or type(self.sampler) is BatchSampler
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self.loader, "batch_sampler", None)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step, of all processes together."""
+        return int((self.sampler or self.batches).batch_size) * self.world.size
+
+    @property
+    def drop_last(self) -> bool:
+        return bool(getattr(self.sampler, "drop_last", False))
+
+    def __len__(self) -> int:
+        if not self.by_rows:
+            return math.ceil(len(self.loader) / self.world.size)
+        rows = self.batches.rows if isinstance(self.batches, ArrayBatches) else len(self.sampler.sampler)
+        return int(rows // self.batch_size if self.drop_last else math.ceil(rows / self.batch_size))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.after(0)
+
+    def after(self, count: int) -> Iterator[Any]:
+        """The iteration without its first `count` batches, which are not read unless workers draw for them."""
+        rank, own = self.world.rank, self.randomness.states()
+        before = self.world.broadcast(own)
+        self.randomness.restore(before)
+        shares, idle = self.shares()
+        after = self.randomness.states()
+        # a loader's iterator draws a seed for its workers: on rank 0 as with one process, on others one of their own
+        self.randomness.restore(before if rank == 0 else own)
+        batches = self.read(shares, count)
+        if rank == 0 or not self.world.apart:
+            self.randomness.restore(after)
+        return marked(batches, max(len(shares) - count, 0), idle)
+
+    def shares(self) -> tuple[list[Any], bool]:
+        """What this process reads in each step, and whether it is idle in the last."""
+        rank, size = self.world.rank, self.world.size
+        if not self.by_rows:
+            chosen = self.chosen()
+            groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+            return [group[min(rank, len(group) - 1)] for group in groups], bool(groups) and rank >= len(groups[-1])
+        rows = self.rows()
+        if self.drop_last:
+            rows = rows[: len(rows) // self.batch_size * self.batch_size]
+        steps = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        parts = [part(step, rank, size) for step in steps]
+        idle = bool(parts) and not len(parts[-1])
+        return [*parts[:-1], steps[-1][:1]] if idle else parts, idle
+
+    def rows(self) -> Any:
+        """The numbers of an epoch's rows, drawn as the loader draws them."""
+        if isinstance(self.batches, ArrayBatches):
+            return self.batches.order()
+        draw_seed(self.loader)
+        sampler = self.sampler.sampler
+        return drawn(sampler) if draws_at_once(self.sampler) else list(sampler)
+
+    def chosen(self) -> list[Any]:
+        """The numbers of an epoch's batches or, of a list, the batches."""
+        if type(self.loader) is list:
+            return self.loader
+        if self.sampler is None:
+            draw_seed(self.loader)
+            return list(self.loader.sampler)
+        return list(map(list, asked(self.loader)))
+
+    def read(self, shares: list[Any], count: int) -> Iterator[Any]:
+        """The batches of these shares but for the first `count`."""
+        if type(self.loader) is list:
+            return iter(shares[count:])
+        if isinstance(self.batches, (ArrayBatches, InMemoryBatches)):
+            return self.batches.of(shares[count:])
+        skip = 0 if self.loader.num_workers else count
+        batches = iter(like(self.loader, list(map(numbers, shares[skip:])), self.world.rank))
+        return islice(batches, count - skip, None)
+
+
+def part(rows: Any, rank: int, size: int) -> Any:
+    """The rank's part of a step's rows; sizes differ by one at most."""
+    least, more = divmod(len(rows), size)
+    start = rank * least + min(rank, more)
+    return rows[start : start + least + (rank < more)]
+
+
+def numbers(share: Any) -> Any:
+    return share.tolist() if isinstance(share, Tensor) else share
+
+
+def marked(batches: Iterator[Any], count: int, idle: bool) -> Iterator[Any]:
+    """The batches, of which there are so many, the last one marked where it is idle."""
+    for number, batch in enumerate(batches, start=1):
+        yield Idle(batch) if idle and number == count else batch
+
+
+def like(loader: DataLoader[Any], shares: list[Any], rank: int) -> DataLoader[Any]:
+    """A loader of other batches, in all else as this one."""
+    workers = loader.num_workers > 0
+    kwargs: dict[str, Any] = {"batch_size": None, "sampler": shares} if loader.batch_sampler is None else {}
+    return DataLoader(
+        loader.dataset,
+        **kwargs or {"batch_sampler": shares},
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
+        prefetch_factor=loader.prefetch_factor if workers else None,
+        generator=loader.generator if rank == 0 else None,  # which differs by rank, as workers draw for their rows
+    )
+
+
+class InStep:
+    """Batches that each process reads for itself, for as long as one of them has one."""
+
+    def __init__(self, batches: Iterable[Any], world: World, name: str) -> None:
+        self.batches, self.world, self.name = batches, world, name
+        self.loader: Any = getattr(batches, "loader", batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type] # raises as theirs does
+
+    def __iter__(self) -> Iterator[Any]:
+        nothing = last = object()
+        iterator = iter(self.batches)
+        while True:
+            batch = next(iterator, nothing)
+            if not self.world.agree(batch is not nothing)[0]:
+                return
+            if batch is nothing is last:
+                raise ValueError(
+                    f"{self.name} gave no batch to process {self.world.rank}, and others have some. Give each process "
+                    f"at least one."
+                )
+            yield Idle(last) if batch is nothing else batch
+            last = last if batch is nothing else batch

@@ -1,0 +1,176 @@
+"""Several processes that train one model, started by torchrun or by whatever sets RANK, LOCAL_RANK and WORLD_SIZE.
+
+world_of      the group: one that is there is taken, else one is made where WORLD_SIZE is above 1, else none
+World         who this process is, and what all processes do together:
+    share         weights and buffers as rank 0 has them
+    broadcast     a plain value of rank 0
+    gather        a plain value of each
+    agree         numbers: the largest of each
+    add_up        tensors of counts
+    reduce        gradients, with their weights, in one flat collective
+
+One that fails ends, and the others then hear of it from torch: `answered` says so in words.
+Every function of this module must be called by all processes at the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from minikeras.errors import one_of
+
+TIMEOUT = timedelta(minutes=2)  # after which a lost process is an error; of a group of the user's own, what it has
+
+
+def world_of(distributed: str | None) -> World | None:
+    """What compile(distributed=...) asks for; None for one process."""
+    if distributed is None:
+        return None
+    one_of("distributed", distributed, ("auto", "ddp"))
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        if distributed == "ddp" and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                'distributed="ddp" needs several processes, and this one was started alone. Start the script with '
+                "torchrun --nproc-per-node=2 script.py, or leave distributed out."
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return World() if dist.get_world_size() > 1 else None
+
+
+class World:
+    """The processes that train together. Small things go through the CPU, so that no device is waited for."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.dist = dist
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        on_cpu = "cpu:" in dist.get_backend_config()
+        self.control = None if on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)  # None: the group of all
+        self.shared = False  # all have the weights of rank 0
+        self.apart = False  # a fit is under way: the random states of ranks differ, for dropout
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """This process's device of that kind."""
+        if chosen.type != "cuda" or chosen.index is not None:
+            return chosen
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {self.local_rank} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}. Start as many processes as there are GPUs, or pass device."
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        """An error of a collective, in words."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} got no answer from the others: one has ended, or has taken longer "
+                f"than the group's timeout. Look for its own error first. Processes must make the same calls of fit, "
+                f"evaluate and predict. For a longer timeout call torch.distributed.init_process_group(timeout=...) "
+                f"before compile."
+            ) from error
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Fill tensors with those of rank 0."""
+        with torch.no_grad(), self.answered():
+            for tensor in tensors:
+                if is_lazy(tensor):
+                    raise ValueError(
+                        "the model has lazy layers without weights yet, which each process would draw anew. Call it "
+                        "once on a batch before compile."
+                    )
+                whole = tensor.detach().contiguous()
+                self.dist.broadcast(whole, 0)
+                tensor.detach().copy_(whole)
+
+    def broadcast(self, value: Any) -> Any:
+        """A plain value of rank 0."""
+        packed = pack(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(packed)])
+        with self.answered():
+            self.dist.broadcast(size, 0, group=self.control)
+            packed = packed if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            self.dist.broadcast(packed, 0, group=self.control)
+        return value if self.rank == 0 else unpack(packed)
+
+    def gather(self, value: Any, everywhere: bool = True) -> list[Any] | None:
+        """The plain values of all, by rank; None on ranks other than 0 unless `everywhere`."""
+        packed = pack(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self.answered():
+            self.dist.all_gather(sizes, torch.tensor([len(packed)]), group=self.control)
+            longest = max(map(int, sizes))
+            packed = torch.nn.functional.pad(packed, (0, longest - len(packed)))
+            wanted = everywhere or self.rank == 0
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)] if wanted else None
+            if everywhere:
+                self.dist.all_gather(parts, packed, group=self.control)
+            else:
+                self.dist.gather(packed, parts, 0, group=self.control)
+        if parts is None:
+            return None
+        return [unpack(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def agree(self, *numbers: float) -> list[float]:
+        """The largest of each, of all processes."""
+        together = torch.tensor(numbers, dtype=torch.float64)
+        with self.answered():
+            self.dist.all_reduce(together, self.dist.ReduceOp.MAX, group=self.control)
+        return together.tolist()
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        with self.answered():
+            self.dist.all_reduce(tensor)
+        return tensor
+
+    def reduce(self, parameters: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
+        """Gradients become their sums over all processes, None where nobody has one; so do the numbers, returned."""
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
+            raise ValueError("gradients of several processes must be dense. Build the embedding with sparse=False.")
+        device = parameters[0].device if parameters else torch.device("cpu")
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        mine = [parameter.grad is not None for parameter in parameters]
+        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.detach().reshape(-1) for p in parameters]
+        counted = [torch.as_tensor(number, dtype=wide, device=device).reshape(1) for number in numbers]
+        flat = torch.cat([*(part.to(wide) for part in parts), torch.tensor(mine, dtype=wide, device=device), *counted])
+        self.add_up(flat)
+        sums, present, totals = flat.split([sum(map(len, parts)), len(mine), len(counted)])
+        # read from the device only where one is missing here
+        some = [True] * len(mine) if all(mine) else (present > 0).tolist()
+        for parameter, total, there in zip(parameters, sums.split([*map(len, parts)]), some, strict=True):
+            if there:
+                parameter.grad = total.to(parameter.dtype).view_as(parameter)
+        return list(totals)
+
+
+def pack(value: Any) -> Tensor:
+    """A plain value as bytes, (n,) uint8."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    """... and back; nothing in it can run."""
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)

@@ -1,0 +1,432 @@
+"""Fits that torchrun runs on several processes for test_distributed.py, and that one process runs with bigger batches.
+
+    torchrun --nproc-per-node=2 ranks.py FOLDER CASE ...     each rank leaves FOLDER/CASE.RANK.pt
+
+A case is a function of the number of processes; what it returns, of plain values, is to be the same for all numbers.
+"""
+
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import Net, accuracy, points
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import minikeras
+
+
+def seed(number=0):
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def doubles(rows):
+    X, y = points(rows)
+    return X.double(), y.double()
+
+
+class Rows(Dataset):
+    """Not in memory: read row by row."""
+
+    def __init__(self, rows):
+        self.X, self.y = doubles(rows)
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, row):
+        return self.X[row], self.y[row]
+
+
+def share(X, y):  # a metric that is a pair
+    return (X > 0.5).sum(), torch.tensor(X.numel())
+
+
+METRICS = {"accuracy": accuracy, "share": share}
+
+
+def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, **kwargs):
+    model = (Net() if model is None else model).double()
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.05)
+    model.compile(loss_func or nn.BCELoss(), optimizer, metrics_dict, device="cpu", **kwargs)
+    return model
+
+
+def found(model, dfhistory, dl=None, **more):
+    """What is to be the same."""
+    outputs = None if dl is None else model.predict(dl)
+    return {"history": dfhistory.to_dict("list"), "weights": model.state_dict(), "outputs": outputs, **more}
+
+
+def fitted(train, val=None, epochs=2, **kwargs):
+    seed(os.getpid() % 1000 if os.environ.get("RANK", "0") != "0" else 0)  # weights and orders are those of rank 0
+    model = compiled(**kwargs)
+    return found(
+        model, model.fit(epochs, train, val, verbose=0), val, evaluated=None if val is None else model.evaluate(val)
+    )
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+def arrays(size):
+    seed()
+    model = compiled()
+    dfhistory = model.fit(3, doubles(100), doubles(37), batch_size=12 // size, verbose=0)
+    return found(model, dfhistory, doubles(37))
+
+
+def loader_in_memory(size):
+    train = DataLoader(TensorDataset(*doubles(100)), 12 // size, shuffle=True)
+    return fitted(train, DataLoader(TensorDataset(*doubles(37)), 12 // size))
+
+
+def loader_by_rows(size):
+    return fitted(DataLoader(Rows(100), 12 // size, shuffle=True), DataLoader(Rows(37), 12 // size))
+
+
+def loader_with_workers(size):
+    train = DataLoader(Rows(100), 12 // size, shuffle=True, num_workers=2)
+    return fitted(train, DataLoader(Rows(37), 12 // size, num_workers=1))
+
+
+def loader_with_a_generator(size):
+    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+    return fitted(DataLoader(Rows(50), 12 // size, shuffle=True, generator=generator), drop(50, 12 // size))
+
+
+def drop(rows, batch):
+    return DataLoader(Rows(rows), batch, drop_last=True)
+
+
+def fewer_rows_than_processes(size):
+    return fitted(DataLoader(Rows(5), 6 // size), DataLoader(TensorDataset(*doubles(1)), 6 // size))
+
+
+def odd(size, world=None):
+    """Any rows, batch and drop_last, drawn by one seed; one process is told of how many others it stands for."""
+    cases, results = random.Random(7), {}
+    world = world or size
+    for number in range(10):
+        rows, batch = cases.randint(1, 40), cases.randint(1, 7)
+        last = cases.random() < 0.3 and rows >= batch * world
+        data = TensorDataset(*doubles(rows)) if cases.random() < 0.5 else Rows(rows)
+        batch = batch * world // size
+        train = DataLoader(data, batch, shuffle=True, drop_last=last)
+        results[str(number)] = fitted(train, DataLoader(Rows(rows), batch))
+    return results
+
+
+def batch_sampler(size):
+    seed()
+    sampler = Pieces(60, 12 // size)
+    model = compiled()
+    return found(model, model.fit(2, DataLoader(Rows(60), batch_sampler=sampler), verbose=0))
+
+
+class Pieces:
+    """A batch sampler of one's own."""
+
+    def __init__(self, rows, batch):
+        self.rows, self.batch = rows, batch
+
+    def __len__(self):
+        return self.rows // self.batch
+
+    def __iter__(self):
+        return iter([part.tolist() for part in torch.randperm(self.rows).split(self.batch)])
+
+
+def list_of_batches(size):
+    X, y = doubles(64)
+    return fitted(list(zip(X.split(8 // size), y.split(8 // size), strict=True)), doubles(9))
+
+
+def steps_per_epoch(size):
+    seed()
+    model = compiled()
+    data = DataLoader(Rows(50), 12 // size, shuffle=True)
+    return found(model, model.fit(4, data, steps_per_epoch=3, verbose=0))
+
+
+class Two(minikeras.Model):
+    """Two optimizers, and a step that calls parts of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.g, self.d = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return torch.sigmoid(self.d(self.g(x)))
+
+    def train_step(self, features, labels):
+        d_loss = self.compute_loss(torch.sigmoid(self.d(self.g(features).detach())), labels)
+        self.backward(d_loss, "d")
+        self.optimizer_step("d")
+        g_loss = self.compute_loss(torch.sigmoid(self.d(self.g(features))), 1 - labels)
+        self.backward(g_loss, "g")
+        self.optimizer_step("g")
+        return {"loss": d_loss, "g_loss": g_loss}
+
+
+def two_optimizers(size):
+    seed()
+    model = Two().double()
+    optimizers = {"g": torch.optim.Adam(model.g.parameters()), "d": torch.optim.SGD(model.d.parameters(), lr=0.1)}
+    model = compiled(model, optimizer=optimizers, metrics_dict={})
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, y_pred, y_true):
+        return nn.functional.binary_cross_entropy(y_pred, y_true) * self.scale.exp() + self.scale**2
+
+
+def own_parameters(size):
+    seed()
+    model, loss = Net().double(), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer)
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0), scale=loss.scale.detach())
+
+
+def big_steps(size):
+    seed()
+    model = compiled(accumulate=2, clip_grad_norm=0.1)
+    return found(model, model.fit(2, doubles(61), batch_size=12 // size, verbose=0))
+
+
+def auroc(size):
+    import torchmetrics
+
+    seed()
+    model, read = compiled(), []
+    callback = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: read.append(float(logs["auroc"])))
+    data, val = ((doubles(rows)[0], points(rows)[1].long()) for rows in (61, 33))
+    model.compile(Floating(), model.optimizer, {"auroc": torchmetrics.AUROC("binary")}, device="cpu")
+    dfhistory = model.fit(2, data, val, batch_size=12 // size, verbose=0, callbacks=[callback])
+    assert len(read) == 12, read
+    return found(model, dfhistory)
+
+
+class Floating(nn.BCELoss):
+    def forward(self, y_pred, y_true):
+        return super().forward(y_pred, y_true.to(y_pred.dtype))
+
+
+# --- ranks that differ ------------------------------------------------------------------------------------------------
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Uneven(IterableDataset):
+    """Each rank its own rows, of different numbers."""
+
+    parts = (0, 8), (8, 27)  # of 27 rows, in 2 and in 5 batches of 4
+
+    def __iter__(self):
+        X, y = doubles(27)
+        rows = range(*self.parts[RANK])
+        return iter([(X[row], y[row]) for row in rows])
+
+
+def uneven(size):
+    """Steps of 8, 8, 4, 4 and 3 rows."""
+    seed()
+    model = compiled()
+    if size > 1:
+        dfhistory = model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0)
+        return found(model, dfhistory)
+    steps = [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)], range(16, 20), range(20, 24), range(24, 27)]
+    X, y = doubles(27)
+    batches = [(X[list(rows)], y[list(rows)]) for rows in steps]
+    return found(model, model.fit(2, batches, batches, verbose=0))
+
+
+def early_stopping(size):
+    seed()
+    model = compiled(optimizer=None)
+    stop = minikeras.EarlyStopping("val_loss", patience=2, min_delta=0.02, restore_best_weights=True)
+    dfhistory = model.fit(50, doubles(60), doubles(30), batch_size=12 // size, callbacks=[stop], verbose=0)
+    assert len(dfhistory) < 50
+    return found(model, dfhistory)
+
+
+def one_rank_stops(size):
+    """After the batch in which one of them says so."""
+    seed()
+    model, seen = compiled(), []
+
+    def stop(batch, logs):
+        seen.append(batch)
+        model.stop_training = batch == 3 and size - 1 == RANK
+
+    callback = minikeras.LambdaCallback(on_batch_end=stop)
+    dfhistory = model.fit(5, doubles(60), batch_size=12 // size, callbacks=[callback], verbose=0)
+    return found(model, dfhistory, seen=seen)
+
+
+def timer(size):
+    """The clock of rank 0."""
+    seed()
+    model = compiled()
+    stop = minikeras.Timer(0.2 if RANK == 0 else 10**9)
+    dfhistory = model.fit(10**9, doubles(60), batch_size=12 // size, callbacks=[stop], verbose=0)
+    return {"epochs": len(dfhistory) > 0, "equal": apart(size, len(dfhistory))}
+
+
+def apart(size, number):
+    """Whether a number differs between ranks."""
+    if size == 1:
+        return False
+    numbers = [None] * size
+    torch.distributed.all_gather_object(numbers, number)
+    return len(set(numbers)) > 1
+
+
+def nan_on_one(size):
+    """All raise, before a weight moves."""
+    seed()
+    X, y = doubles(48)
+    y = y.clone()
+    y[24 + 17] = torch.nan  # in the part of the second process
+    model = compiled(loss_func=nn.MSELoss())
+    model.fit(1, doubles(24), batch_size=12 // size, verbose=0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    loader = [(X[24:], y[24:])] if size == 1 else DataLoader(TensorDataset(X[24:], y[24:]), 12)
+    try:
+        model.fit(1, loader, verbose=0)
+    except FloatingPointError as error:
+        said = str(error)
+    same = all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    mine = "another process" not in said
+    return {"same": same, "mine": mine if size > 1 else RANK, "epochs": len(model.history)}
+
+
+def dropout(size):
+    """Each rank draws its own."""
+    seed()
+    model = compiled(minikeras.Model(nn.Sequential(nn.Linear(2, 64), nn.Dropout(), nn.Linear(64, 1), nn.Sigmoid())))
+    masks = []
+    model.net[1].register_forward_hook(lambda layer, inputs, output: masks.append(float((output == 0).sum())))
+    one = torch.ones(24, 2, dtype=torch.float64), torch.ones(24, 1, dtype=torch.float64)
+    model.fit(1, one, batch_size=12 // size, verbose=0)
+    drawn = torch.rand(()).item(), np.random.rand(), random.random()
+    return {"masks": apart(size, sum(masks)) or size == 1, "drawn": apart(size, drawn)}
+
+
+def main_alone(size):
+    """gather="main" and files: rank 0's."""
+    seed()
+    model = compiled()
+    folder = Path(os.environ["FOLDER"], str(size))
+    log = minikeras.CSVLogger(folder / "log.csv")
+    save = minikeras.ModelCheckpoint(folder / "{epoch}.pt")
+    model.fit(2, doubles(24), batch_size=12 // size, callbacks=[log, save], verbose=0)
+    outputs = model.predict(doubles(9), gather="main")
+    assert RANK == 0 or outputs is None
+    model.save(folder / "weights.pt")
+    return {"outputs": outputs} if RANK == 0 else {}
+
+
+def refused(size):
+    """The messages of what cannot be had."""
+    model, said = Net(), []
+    for loss, metrics in ((nn.BCELoss(reduction="sum"), {}), (nn.BCELoss(), {"mean": Mean()})):
+        try:
+            model.compile(loss, metrics_dict=metrics)
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+    model = compiled(Bare())
+    try:
+        model.fit(1, doubles(8), verbose=0)
+    except RuntimeError as error:
+        said.append(str(error))
+    return {"said": said}
+
+
+class Mean:
+    """A metric object of one's own."""
+
+    def update(self, outputs, labels): ...
+    def compute(self): ...
+    def reset(self): ...
+
+
+class Bare(Net):
+    def train_step(self, features, labels):
+        self.compute_loss(self(features), labels).backward()
+
+
+def jit(size):
+    seed()
+    model = compiled(jit={"backend": "eager"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dfhistory = model.fit(2, doubles(61), doubles(13), batch_size=12 // size, verbose=0)
+    assert size == 1 or any("needs backward and step outside it" in str(one.message) for one in caught)
+    return found(model, dfhistory)
+
+
+# --- broken off and carried on ----------------------------------------------------------------------------------------
+
+
+def carried_on(size):
+    """A fit whose file is in FOLDER; KILL is "RANK SIGNAL EPOCH BATCH"."""
+    seed(RANK)
+    rank, number, epoch, batch = map(int, os.environ.get("KILL", "-1 0 0 0").split())
+    net = minikeras.Model(
+        nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Sigmoid())
+    )
+    if "PLAIN" in os.environ:
+        net = Net()
+    model = compiled(net)
+    at = [0]
+
+    def kill(done, logs):
+        if rank == RANK and (at[0], done) == (epoch, batch):
+            os.kill(os.getpid(), number)
+
+    begin = minikeras.LambdaCallback(on_epoch_begin=lambda epoch: at.__setitem__(0, epoch), on_batch_end=kill)
+    train = DataLoader(Rows(64), 12 // size, shuffle=True, num_workers=int(os.environ.get("WORKERS", "0")))
+    file = Path(os.environ["FOLDER"], "run.pt") if "FOLDER" in os.environ else None
+    every = 2 if file else None
+    dfhistory = model.fit(3, train, doubles(20), checkpoint=file, checkpoint_every=every, callbacks=[begin], verbose=0)
+    return found(model, dfhistory)
+
+
+def raising(size):
+    """One rank fails in the middle of an epoch."""
+    model = compiled()
+
+    def fail(batch, logs):
+        if RANK == 1 and batch == 2:
+            raise ValueError("this is the cause")
+
+    fails = minikeras.LambdaCallback(on_batch_end=fail)
+    model.fit(5, doubles(60), batch_size=4, callbacks=[fails], verbose=0)
+
+
+CASES = {name: case for name, case in list(globals().items()) if callable(case) and case.__module__ == __name__}
+
+
+def main(folder, names):
+    size, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
+    for name in names:
+        torch.save(CASES[name](size), Path(folder, f"{name}.{rank}.pt"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

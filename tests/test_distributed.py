@@ -1,0 +1,185 @@
+"""Several processes under torchrun, on the CPU: the numbers of one process whose batch is all of theirs together."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from conftest import compiled
+
+HERE = Path(__file__).parent
+SAME = [
+    "arrays",
+    "loader_in_memory",
+    "loader_by_rows",
+    "loader_with_workers",
+    "loader_with_a_generator",
+    "fewer_rows_than_processes",
+    "odd",
+    "batch_sampler",
+    "list_of_batches",
+    "steps_per_epoch",
+    "two_optimizers",
+    "own_parameters",
+    "big_steps",
+    "auroc",
+    "uneven",
+    "early_stopping",
+    "one_rank_stops",
+    "jit",
+]
+OTHERS = ["timer", "nan_on_one", "dropout", "refused", "main_alone"]
+ON_THREE = ["arrays", "fewer_rows_than_processes", "odd", "two_optimizers"]
+
+
+def torchrun(arguments, processes=2, env=(), **kwargs):
+    """A finished torchrun of a script, its output as text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **dict(env)}
+    command += map(str, arguments)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=100, **kwargs)
+
+
+def results_of(tmp_path_factory, cases, processes):
+    """Of each case, what each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = torchrun([HERE / "ranks.py", folder, *cases], processes, {"FOLDER": str(folder)})
+    assert done.returncode == 0, done.stderr
+    results = {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)] for case in cases}
+    return results | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    return results_of(tmp_path_factory, SAME + OTHERS, 2)
+
+
+@pytest.fixture(scope="module")
+def by_three(tmp_path_factory):
+    return results_of(tmp_path_factory, ON_THREE, 3)
+
+
+def assert_same(found, expected):
+    """Any nest of numbers and tensors."""
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def alone(case, processes):
+    """What one process finds."""
+    return ranks.odd(1, processes) if case == "odd" else ranks.CASES[case](1)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two):
+    expected = alone(case, 2)
+    for found in by_two[case]:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", ON_THREE)
+def test_three_processes_do_too(case, by_three):
+    expected = alone(case, 3)
+    for found in by_three[case]:
+        assert_same(found, expected)
+
+
+def test_the_clock_of_rank_0_ends_the_fit(by_two):
+    assert by_two["timer"] == [{"epochs": True, "equal": False}] * 2
+
+
+def test_a_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_moves(by_two):
+    found = by_two["nan_on_one"]
+    assert [one["mine"] for one in found] == [False, True]
+    assert all(one["same"] and one["epochs"] == 1 for one in found)
+
+
+def test_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_not(by_two):
+    assert by_two["dropout"] == [{"masks": True, "drawn": False}] * 2
+
+
+def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_two, monkeypatch):
+    folder = by_two["folder"]
+    monkeypatch.setenv("FOLDER", str(folder))
+    assert_same(by_two["main_alone"][0], alone("main_alone", 2))
+    assert by_two["main_alone"][1] == {}
+    one, two = ((folder / size / "log.csv").read_text() for size in "12")
+    assert one.splitlines()[0] == two.splitlines()[0]
+    assert len(one.splitlines()) == len(two.splitlines()) == 3
+    assert sorted(file.name for file in (folder / "2").iterdir()) == ["1.pt", "2.pt", "log.csv", "weights.pt"]
+
+
+def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two):
+    assert by_two["refused"][0]["said"] == by_two["refused"][1]["said"] == [
+        'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, which such a sum '
+        'has counted already. Build it with reduction="mean", or return a pair (sum, count).',
+        "metric 'mean' is a Mean, an object whose counts in several processes cannot be put together. Give a function "
+        "that returns a mean or a pair (sum, count), or a torchmetrics object.",
+        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
+    ]  # fmt: skip
+
+
+def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    said = (
+        'distributed="ddp" needs several processes, and this one was started alone. Start the script with '
+        "torchrun --nproc-per-node=2 script.py, or leave distributed out."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        compiled(distributed="ddp")
+    with pytest.raises(ValueError, match=r"Did you mean 'ddp'\?"):
+        compiled(distributed="dpp")
+
+
+def test_one_process_has_no_world():
+    assert compiled()._run.world is None
+    assert compiled()._run.precision is None
+
+
+# --- broken off and carried on ----------------------------------------------------------------------------------------
+
+
+def carried_on(folder, processes=2, **env):
+    """How the run ended, and what each rank found."""
+    done = torchrun([HERE / "ranks.py", folder, "carried_on"], processes, {"FOLDER": str(folder)} | env)
+    if done.returncode:
+        return done, []
+    return done, [torch.load(folder / f"carried_on.{rank}.pt") for rank in range(processes)]
+
+
+@pytest.mark.parametrize(("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, workers"])
+def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(number, workers, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    _, expected = carried_on(whole, WORKERS=workers)
+    done, _ = carried_on(broken, WORKERS=workers, KILL=f"1 {number} 2 4")
+    assert done.returncode != 0
+    if number == "15":
+        assert re.findall(r"exitcode *: *(-?\d+)", done.stderr).count("143") >= 1
+    _, found = carried_on(broken, WORKERS=workers)
+    for rank in range(2):
+        torch.testing.assert_close(found[rank], expected[rank], rtol=0, atol=0)
+
+
+def test_from_two_processes_to_one_and_back(tmp_path):
+    env = {"PLAIN": "1"}
+    for size, kill in ((2, "0 15 1 3"), (1, "0 15 2 2"), (2, "1 15 3 1"), (1, "")):
+        done, found = carried_on(tmp_path, size, **env, **({"KILL": kill} if kill else {}))
+        assert bool(done.returncode) == bool(kill), done.stderr
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    _, expected = carried_on(whole, 1, **env)
+    assert_same(found[0], expected[0])
+
+
+def test_a_rank_that_raises_ends_all_with_its_error_in_seconds(tmp_path):
+    begin = time.monotonic()
+    done = torchrun([HERE / "ranks.py", tmp_path, "raising"])
+    assert time.monotonic() - begin < 30
+    assert done.returncode == 1
+    assert "ValueError: this is the cause" in done.stderr
