@@ -1,5 +1,6 @@
 """Several processes under torchrun, on the CPU: the numbers of one process whose batch is all of theirs together."""
 
+import ast
 import os
 import re
 import subprocess
@@ -183,3 +184,15 @@ def test_a_rank_that_raises_ends_all_with_its_error_in_seconds(tmp_path):
     assert time.monotonic() - begin < 30
     assert done.returncode == 1
     assert "ValueError: this is the cause" in done.stderr
+
+
+def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twice_the_batch(tmp_path):
+    example = [HERE.parent / "examples" / "ring_focal.py", "--epochs", "2"]
+    two = torchrun(example, cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, *map(str, example), "--batch-size", "200"]
+    one = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert two.stdout.splitlines()[:-1] == one.stdout.splitlines()[:-1]
+    last = [ast.literal_eval(done.stdout.splitlines()[-1]) for done in (one, two)]
+    assert last[0] == pytest.approx(last[1], rel=1e-6)
