@@ -383,28 +383,36 @@ def jit(size):
 # --- broken off and carried on ----------------------------------------------------------------------------------------
 
 
-def carried_on(size):
+def carried_on(size, file=True, workers=None):
     """A fit whose file is in FOLDER; KILL is "RANK SIGNAL EPOCH BATCH"."""
     seed(RANK)
     rank, number, epoch, batch = map(int, os.environ.get("KILL", "-1 0 0 0").split())
-    net = minikeras.Model(
-        nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Sigmoid())
-    )
-    if "PLAIN" in os.environ:
-        net = Net()
-    model = compiled(net)
-    at = [0]
+    model, at = compiled(Net() if "PLAIN" in os.environ else minikeras.Model(Noisy())), [0]
 
     def kill(done, logs):
         if rank == RANK and (at[0], done) == (epoch, batch):
             os.kill(os.getpid(), number)
 
-    begin = minikeras.LambdaCallback(on_epoch_begin=lambda epoch: at.__setitem__(0, epoch), on_batch_end=kill)
-    train = DataLoader(Rows(64), 12 // size, shuffle=True, num_workers=int(os.environ.get("WORKERS", "0")))
-    file = Path(os.environ["FOLDER"], "run.pt") if "FOLDER" in os.environ else None
-    every = 2 if file else None
-    dfhistory = model.fit(3, train, doubles(20), checkpoint=file, checkpoint_every=every, callbacks=[begin], verbose=0)
-    return found(model, dfhistory)
+    callback = minikeras.LambdaCallback(on_epoch_begin=lambda epoch: at.__setitem__(0, epoch), on_batch_end=kill)
+    workers = int(os.environ.get("WORKERS", "0")) if workers is None else workers
+    train = DataLoader(Rows(64), 12 // size, shuffle=True, num_workers=workers)
+    more = {"checkpoint": Path(os.environ["FOLDER"], "run.pt"), "checkpoint_every": 2} if file else {}
+    return found(model, model.fit(3, train, doubles(20), callbacks=[callback], verbose=0, **more))
+
+
+class Noisy(nn.Sequential):
+    """Each rank has its own noise and running means."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Sigmoid())
+
+
+def whole(size):
+    return carried_on(size, file=False)
+
+
+def whole_with_a_worker(size):
+    return carried_on(size, file=False, workers=1)
 
 
 def raising(size):

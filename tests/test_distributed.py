@@ -34,7 +34,7 @@ SAME = [
     "one_rank_stops",
     "jit",
 ]
-OTHERS = ["timer", "nan_on_one", "dropout", "refused", "main_alone"]
+OTHERS = ["timer", "nan_on_one", "dropout", "refused", "main_alone", "whole", "whole_with_a_worker"]
 ON_THREE = ["arrays", "fewer_rows_than_processes", "odd", "two_optimizers"]
 
 
@@ -152,30 +152,27 @@ def carried_on(folder, processes=2, **env):
     return done, [torch.load(folder / f"carried_on.{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize(("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, workers"])
-def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(number, workers, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    _, expected = carried_on(whole, WORKERS=workers)
-    done, _ = carried_on(broken, WORKERS=workers, KILL=f"1 {number} 2 4")
+@pytest.mark.parametrize(("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, a worker"])
+def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(number, workers, by_two, tmp_path):
+    done, _ = carried_on(tmp_path, WORKERS=workers, KILL=f"1 {number} 2 4")
     assert done.returncode != 0
     if number == "15":
         assert re.findall(r"exitcode *: *(-?\d+)", done.stderr).count("143") >= 1
-    _, found = carried_on(broken, WORKERS=workers)
+    done, found = carried_on(tmp_path, WORKERS=workers)
+    assert done.returncode == 0, done.stderr
+    expected = by_two["whole_with_a_worker" if workers == "1" else "whole"]
     for rank in range(2):
         torch.testing.assert_close(found[rank], expected[rank], rtol=0, atol=0)
 
 
-def test_from_two_processes_to_one_and_back(tmp_path):
-    env = {"PLAIN": "1"}
-    for size, kill in ((2, "0 15 1 3"), (1, "0 15 2 2"), (2, "1 15 3 1"), (1, "")):
-        done, found = carried_on(tmp_path, size, **env, **({"KILL": kill} if kill else {}))
-        assert bool(done.returncode) == bool(kill), done.stderr
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    _, expected = carried_on(whole, 1, **env)
-    assert_same(found[0], expected[0])
+def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAIN", "1")
+    for size, kill in ((2, "0 15 1 3"), (1, "0 15 2 2"), (2, "-1 0 0 0")):
+        done, found = carried_on(tmp_path, size, KILL=kill)
+        assert bool(done.returncode) == (kill[0] != "-"), done.stderr
+    expected = ranks.carried_on(1, file=False)
+    for one in found:
+        assert_same(one, expected)
 
 
 def test_a_rank_that_raises_ends_all_with_its_error_in_seconds(tmp_path):

@@ -38,7 +38,8 @@ class Callback:
         """Before an epoch's first batch; the model is in train mode."""
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        """After a batch's step. `logs` are the epoch's running means; reading one waits for the device."""
+        """After a batch's step. `logs` are the epoch's running means, where there are several processes those of this
+        one; reading one waits for the device."""
 
     def on_evaluate_begin(self) -> None:
         """Before a fit's validation."""
