@@ -194,21 +194,32 @@ def one_pass(
         if flush and (rest := flush()):
             totals.add(rest, count_rows(features, labels))
             call(listeners, "on_batch_end", number, totals)
-        if run.finite_loss is not None and totals is run.train:
-            run.finite_loss.ended()
-        if run.precision is not None and totals is run.train:
-            run.precision.finish()
+        if totals is run.train:
+            trained(run)
         return totals.means()
     except Exception as error:
-        if isinstance(error, NonFiniteLoss):
-            error.batch = (features, labels, number)
-        elif not any(note.startswith(name) for note in getattr(error, "__notes__", ())):
-            tell_of_step(error, features, labels)
-            error.add_note(f"{name}, batch {number}")
-        features = labels = sample_weight = batch = results = None
+        tell_of_batch(error, features, labels, number, name)
+        features = labels = sample_weight = batch = results = None  # an error that is kept must not keep them
         raise
     finally:
         run.totals = before
+
+
+def trained(run: Run) -> None:
+    """A pass of training has seen all its batches."""
+    if run.finite_loss is not None:
+        run.finite_loss.ended()
+    if run.precision is not None:
+        run.precision.finish()
+
+
+def tell_of_batch(error: Exception, features: Any, labels: Any, number: int, name: str) -> None:
+    """Adds to an error at which batch it came, where that has not been said as the batch was read."""
+    if isinstance(error, NonFiniteLoss):
+        error.batch = (features, labels, number)
+    elif not any(note.startswith(name) for note in getattr(error, "__notes__", ())):
+        tell_of_step(error, features, labels)
+        error.add_note(f"{name}, batch {number}")
 
 
 def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int, Any]]:
