@@ -39,26 +39,17 @@ from minikeras.callbacks import Callback, with_method
 from minikeras.checkpoint import Checkpoint, Position
 from minikeras.data import (
     ContinuedBatches,
-    Idle,
-    as_batches,
     count_rows,
     empty,
-    join,
-    leaves,
-    map_leaves,
     prepared,
-    sharded,
-    to_device,
-    unpack,
     worked,
 )
 from minikeras.distributed import World
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
-from minikeras.precision import in_float32
 from minikeras.randomness import Randomness, reseed
-from minikeras.run import Run, learning_rates, ready
+from minikeras.run import Run, learning_rates
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -232,59 +223,6 @@ def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int,
         tell_of_reading(error, getattr(batches, "loader", batches))
         error.add_note(f"{name}, batch {number + 1}, as it was read")
         raise
-
-
-def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool) -> Any:
-    """The model's outputs for every row, in order, on the CPU; of several processes on rank 0 alone or `everywhere`."""
-    run = model._run
-    if run is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return join(outputs_of(model, as_batches(dl, "dl", batch_size, device=device), device))
-    ready(model, run)
-    before, run.by_parts = run.by_parts, run.jit is not None
-    try:
-        batches = sharded(as_batches(dl, "dl", batch_size, device=run.device), run.world, "dl")
-        pieces = outputs_of(model, batches, run.device)
-    finally:
-        run.by_parts = before
-    return join(pieces) if run.world is None else everyones(pieces, run.world, everywhere)
-
-
-def everyones(pieces: list[Any], world: World, everywhere: bool) -> Any:
-    """The outputs of all processes, by step and rank."""
-    template, _ = worked(pieces[0])
-    found = world.gather([None if idle else leaves(piece) for piece, idle in map(worked, pieces)], everywhere)
-    if found is None:
-        return None
-    tensors = [iter(part) for step in zip(*found, strict=True) for part in step if part is not None]
-    return join([map_leaves(lambda _, part=part: next(part), template) for part in tensors])  # type: ignore[misc]
-
-
-def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> list[Any]:
-    """The model's outputs for each batch."""
-    pieces: list[Any] = []
-    run = model._run
-    compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
-    with modes_kept(model), torch.no_grad():
-        model.eval()
-        for batch in batches:
-            batch, idle = worked(batch)
-            features = to_device(unpack(batch)[0], device)
-            outputs = compute_outputs(features)
-            if run is not None and run.precision is not None:
-                outputs = in_float32(outputs)
-            if not pieces:
-                checks.check_rows_first(outputs, count_rows(features))
-            outputs = map_leaves(off_device, outputs)
-            pieces.append(Idle(outputs) if idle else outputs)
-    if not pieces:
-        raise empty(batches, "dl")
-    return pieces
-
-
-def off_device(leaf: Any) -> Any:
-    """A tensor or packed sequence on the CPU; anything else as it is."""
-    return leaf.cpu() if hasattr(leaf, "cpu") else leaf
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 compile     loss, optimizer, metrics and device, held in one object beside the module (`_run`)
 fit         loop.fit: epochs of train_step over batches, validation, history
 evaluate    loop.evaluate: evaluate_step over batches
-predict     loop.predict: outputs of every row
+predict     prediction.predict: outputs of every row
 save, load  checkpoint.save_weights, load_weights
 summary     layer_summary.summary
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras import checks, layer_summary, loop
+from minikeras import checks, layer_summary, loop, prediction
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, leads
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, as_batches, call_with, empty, is_batched, length, sharded
@@ -322,7 +322,7 @@ class Model(nn.Module):
             gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
         """
         one_of("gather", gather, ("all", "main"))
-        return loop.predict(self, dl, batch_size, gather == "all")
+        return prediction.predict(self, dl, batch_size, gather == "all")
 
     def save(self, path: str | Path) -> None:
         """Write the weights, `state_dict()`, to a file that is whole or not there; one there before becomes NAME.prev.

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "minikeras"
 ORDER = [
     ["__init__"],
     ["model"],
+    ["prediction"],
     ["loop", "progress", "jit"],
     ["checkpoint"],
     ["run"],
