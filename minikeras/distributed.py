@@ -15,9 +15,11 @@ Every function of this module must be called by all processes at the same place.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -48,7 +50,16 @@ def world_of(distributed: str | None) -> World | None:
             return None
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
+        atexit.register(leave)
     return World() if dist.get_world_size() > 1 else None
+
+
+def leave() -> None:
+    """End the group that was made here: its threads must not outlive Python. After an error nothing is waited for."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
 
 
 class World:
