@@ -24,13 +24,8 @@ def ring(rows, radius):
     return torch.cat([r * torch.cos(angle), r * torch.sin(angle)], dim=1)
 
 
-def accuracy(y_pred, y_true):
-    return ((y_pred > 0.5) == (y_true > 0.5)).float().mean()
-
-
 def recall(y_pred, y_true):  # the share of positives that are found; (sum, count), since not every row is one
-    positive = y_true > 0.5
-    return ((y_pred > 0.5) & positive).sum(), positive.sum()
+    return ((y_pred > 0.5) & (y_true > 0.5)).sum(), (y_true > 0.5).sum()
 
 
 def main(epochs, batch_size):
@@ -40,25 +35,21 @@ def main(epochs, batch_size):
     ds_train, ds_valid = random_split(TensorDataset(X, Y), [0.7, 0.3])
     dl_train = DataLoader(ds_train, batch_size, shuffle=True, num_workers=2)
     dl_valid = DataLoader(ds_valid, batch_size, num_workers=2)
-    model, leads = DNNModel(), os.environ.get("RANK", "0") == "0"  # of several processes one prints and draws
-    if leads:
-        model.summary(input_shape=(2,))
+    model = DNNModel()
+    model.summary(input_shape=(2,))
     loss_func = minikeras.Regularized(minikeras.FocalLoss(), model, l1=0.001, l2=0.001)
-    model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), {"accuracy": accuracy, "recall": recall})
+    metrics = {"accuracy": lambda y_pred, y_true: ((y_pred > 0.5) == (y_true > 0.5)).float().mean(), "recall": recall}
+    model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
     dfhistory = model.fit(epochs, dl_train=dl_train, dl_val=dl_valid, log_step_freq=30)
     result, y_pred = model.evaluate(dl_valid), model.predict(X)
-    if leads:
-        draw(X, Y, y_pred, dfhistory)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one prints and draws
         print(result)  # calling everything negative has an accuracy of 0.968, and a recall of 0
-
-
-def draw(X, Y, y_pred, dfhistory):
-    _, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-    for axis, title, y in zip(axes, ["truth", "prediction"], [Y, y_pred]):
-        axis.scatter(*X.T, s=3, c=["tab:red" if positive else "tab:green" for positive in y > 0.5])
-        axis.set(title=title, aspect="equal")
-    curves = dfhistory[["loss", "val_loss"]].plot(ax=axes[2], title="focal loss and penalties")
-    curves.figure.savefig("ring_focal.png")
+        _, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+        for axis, title, y in zip(axes, ["truth", "prediction"], [Y, y_pred]):
+            axis.scatter(*X.T, s=3, c=["tab:red" if positive else "tab:green" for positive in y > 0.5])
+            axis.set(title=title, aspect="equal")
+        dfhistory[["loss", "val_loss"]].plot(ax=axes[2], title="focal loss and penalties")
+        plt.savefig("ring_focal.png")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ def world_of(distributed: str | None) -> World | None:
     return World() if dist.get_world_size() > 1 else None
 
 
+def is_main() -> bool:
+    """Whether this process is alone, or the first of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave() -> None:
     """End the group that was made here: its threads must not outlive Python. After an error nothing is waited for."""
     import torch.distributed as dist

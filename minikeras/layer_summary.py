@@ -31,6 +31,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from minikeras.data import call_with, count_rows, leaves, parts, to_device
+from minikeras.distributed import is_main
 from minikeras.errors import ForwardError, described, failing_layer, positive_int
 
 if TYPE_CHECKING:
@@ -207,12 +208,12 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
 
 
 def _show(result: Summary) -> None:
-    """Display it in a notebook, print it elsewhere."""
-    if not in_notebook():
+    """Display it in a notebook, print it elsewhere; of several processes on rank 0 alone."""
+    if in_notebook():
+        rich = f"{_table(result.rows, 'html')}\n<pre>{html.escape(result.totals())}</pre>"
+        sys.modules["IPython"].display.display({"text/html": rich, "text/plain": str(result)}, raw=True)
+    elif is_main():
         print(result)
-        return
-    rich = f"{_table(result.rows, 'html')}\n<pre>{html.escape(result.totals())}</pre>"
-    sys.modules["IPython"].display.display({"text/html": rich, "text/plain": str(result)}, raw=True)
 
 
 def in_notebook() -> bool:
