@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from minikeras import checks, layer_summary, loop, prediction
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, leads
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, as_batches, call_with, empty, is_batched, length, sharded
+from minikeras.data import ContinuedBatches, call_with, empty, is_batched, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
@@ -269,12 +269,9 @@ class Model(nn.Module):
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
-        train = as_batches(dl_train, "dl_train", batch_size, shuffle=True, device=run.device)
-        train = sharded(train, run.world, "dl_train")
-        val = None
+        train, val = run.batches(dl_train, "dl_train", batch_size, shuffle=True), None
         if dl_val is not None:
-            val = as_batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, device=run.device)
-            val = sharded(val, run.world, "dl_val")
+            val = run.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
             if length(val) == 0:
                 raise empty(val, "dl_val")  # now, and not after an epoch
         train = saved.watched(train, val, run.device)
@@ -306,7 +303,7 @@ class Model(nn.Module):
             NotCompiledError: before `compile`.
         """
         run = self._compiled("evaluate")
-        batches = sharded(as_batches(dl_val, "dl_val", batch_size, device=run.device), run.world, "dl_val")
+        batches = run.batches(dl_val, "dl_val", batch_size)
         ready(self, run)
         run.val.unseen = True
         return loop.evaluate(self, run, batches)

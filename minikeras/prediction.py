@@ -16,7 +16,6 @@ from minikeras.data import (
     join,
     leaves,
     map_leaves,
-    sharded,
     to_device,
     unpack,
     worked,
@@ -39,8 +38,7 @@ def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool) -> 
     ready(model, run)
     before, run.by_parts = run.by_parts, run.jit is not None
     try:
-        batches = sharded(as_batches(dl, "dl", batch_size, device=run.device), run.world, "dl")
-        pieces = outputs_of(model, batches, run.device)
+        pieces = outputs_of(model, run.batches(dl, "dl", batch_size), run.device)
     finally:
         run.by_parts = before
     return join(pieces) if run.world is None else everyones(pieces, run.world, everywhere)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
-from minikeras.data import choose_device
+from minikeras.data import as_batches, choose_device, sharded
 from minikeras.distributed import World, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
@@ -69,6 +69,10 @@ class Run:
         """The parameters that the optimizer of that name trains."""
         (one,) = self.named(optimizer)
         return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+    def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False) -> Iterable[Any]:
+        """What the user has as batches on the device; this process's part of them."""
+        return sharded(as_batches(dl, name, batch_size, shuffle=shuffle, device=self.device), self.world, name)
 
     def history(self) -> pd.DataFrame:
         """The rows so far: training columns first, then validation's, then a learning rate that has changed."""

@@ -22,6 +22,7 @@ from minikeras.checkpoint.file import dump, read_newest, remedy, write
 from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
 from minikeras.data import Positioned, warn_of_hidden_draws
+from minikeras.distributed import World
 from minikeras.errors import CheckpointError, positive_int
 from minikeras.faults import Interruptions
 from minikeras.randomness import Randomness
@@ -319,8 +320,8 @@ class Checkpoint:
 
     def _state(self, at: Position) -> dict[str, Any]:
         model, run, loss = self.model, self.run, self.run.loss_func
-        weights = weights_of(model)
-        return {
+        weights, mine = weights_of(model), self._of_process()
+        state = {
             RUN: VERSION,
             "first": self.first,
             "last": self.last,
@@ -334,31 +335,29 @@ class Checkpoint:
                 name: {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
                 for name, optimizer in run.optimizers.items()
             },
-            "precision": None if run.precision is None else run.precision.state_dict(),
-            "totals": run.train.state_dict(),
-            **self._of_ranks(),
             "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
+            **mine,
+        }
+        return state if run.world is None else state | self._of_ranks(run.world, mine)
+
+    def _of_process(self) -> dict[str, Any]:
+        """What each process has of its own."""
+        precision, totals = self.run.precision, self.run.train
+        return {
+            "precision": None if precision is None else precision.state_dict(),
+            "totals": totals.state_dict(),
             "random": self.random or self.randomness.states(),
             "train": self.train.position(),
         }
 
-    def _of_ranks(self) -> dict[str, Any]:
-        """What differs between processes, each one's; and the totals of all of them together."""
-        run = self.run
-        if run.world is None:
-            return {}
-        mine = {
-            "random": self.random or self.randomness.states(),
-            "train": self.train.position(),
-            "totals": run.train.state_dict(),
-            "precision": None if run.precision is None else run.precision.state_dict(),
-            "own buffers": dict(self.model.named_buffers()),
-        }
-        together = run.train.state_dict()
-        if run.train.sums:
-            sums, counts = run.train.summed()
-            together |= {"sums": dict(zip(run.train.sums, sums, strict=True)), "counts": counts}
-        return {"totals": together, "ranks": run.world.gather(plain(mine, "the state of a process"))}
+    def _of_ranks(self, world: World, mine: dict[str, Any]) -> dict[str, Any]:
+        """What each of several processes has of its own; and the totals of all of them together."""
+        together, totals = dict(mine["totals"]), self.run.train
+        if totals.sums:
+            sums, counts = totals.summed()
+            together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
+        mine = mine | {"own buffers": dict(self.model.named_buffers())}
+        return {"totals": together, "ranks": world.gather(plain(mine, "the state of a process"))}
 
 
 def stopped(state: Any) -> bool:
