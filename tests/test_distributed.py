@@ -43,7 +43,14 @@ def torchrun(arguments, processes=2, env=(), **kwargs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **dict(env)}
     command += map(str, arguments)
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=100, **kwargs)
+    for last in (False, True):
+        try:
+            return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=100, **kwargs)
+        except subprocess.TimeoutExpired:  # a DataLoader's worker, forked beside the group's threads, may never start
+            subprocess.run(["pkill", "-9", "-f", str(arguments[0])], check=False)
+            if last:
+                raise
+    return None
 
 
 def results_of(tmp_path_factory, cases, processes):
