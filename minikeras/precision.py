@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
-from minikeras.distributed import World
+from minikeras.distributed import GradientSums, World
 from minikeras.errors import one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
@@ -83,10 +83,13 @@ class Precision:
         self.sized = not self.weighted  # the scale allows for gradients that are sums
         self.found: Tensor | None = None  # 1 from the first loss on that was not finite, on a device
         self.at_work = False  # it is we who fill gradients and move weights
+        self.order: dict[Tensor, int] = {}  # of the layers, during a fit
+        self.one_backward = False  # a step has one, during a fit
         self._begin()
 
     def _begin(self) -> None:
         self.windows = {one: Window() for one in self.optimizers.values()}
+        self.sums: GradientSums | None = None  # which backward feeds
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -123,6 +126,8 @@ class Precision:
             total = self.scaler.scale(total)
             if self.found is not None:
                 total = total * torch.where(self.found > 0, torch.nan, 1.0)  # the scaler skips these steps
+        if self.one_backward and all(window.batches == self.accumulate - 1 for window in self.windows.values()):
+            self.sums = self._sums(self.windows)
         with self.working():
             total.backward(inputs=inputs)
 
@@ -148,14 +153,14 @@ class Precision:
     def close(self, optimizers: list[Optimizer]) -> None:
         """Step these optimizers with the gradients of their windows, and clear them."""
         with self.working():
+            if self.world is not None and optimizers:
+                self._reduce(optimizers)
             scaled = [self._close(one) for one in optimizers]
             if any(scaled):
                 self.update_scale()
 
     def _close(self, one: Optimizer) -> bool:
         """Whether its gradients were scaled."""
-        if self.world is not None:
-            self._reduce(one, self.world)
         trained = [parameter for parameter in parameters_of(one) if parameter.grad is not None]
         scaler = self.scaler if trained else None  # it takes no step without a gradient
         if scaler is not None:
@@ -170,13 +175,21 @@ class Precision:
         self.windows[one] = Window(steps=self.windows[one].steps + 1)
         return scaler is not None
 
-    def _reduce(self, one: Optimizer, world: World) -> None:
-        """Gradients and weight of all processes; one bad loss among them holds back all."""
+    def _reduce(self, optimizers: list[Optimizer]) -> None:
+        """Gradients and weights of all processes; one bad loss among them holds back all."""
         bad = 0.0 if self.finite_loss is None else self.finite_loss.own()
-        trained = [parameter for parameter in parameters_of(one) if parameter.requires_grad]
-        self.windows[one].weight, bad = world.reduce(trained, self.windows[one].weight, bad)
+        sums, self.sums = self.sums or self._sums(optimizers), None
+        *weights, bad = sums.finish(*(self.windows[one].weight for one in optimizers), bad)
+        for one, weight in zip(optimizers, weights, strict=True):
+            self.windows[one].weight = weight
         if self.finite_loss is not None:
             self.finite_loss.heard(bad)
+
+    def _sums(self, optimizers: Iterable[Optimizer]) -> GradientSums:
+        """What is trained by these, in the order of the layers; a loss's parameters come after them."""
+        assert self.world is not None
+        trained = {p: None for one in optimizers for p in parameters_of(one) if p.requires_grad}
+        return GradientSums(self.world, sorted(trained, key=lambda p: self.order.get(p, len(self.order))))
 
     def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:
         """From sums over the rows to means; where nothing was counted they stay 0."""
@@ -203,13 +216,23 @@ class Precision:
         parts = [getattr(model, name) for name in ("train_step", "backward", "optimizer_step")]
         own = any(getattr(part, "__module__", "") != "minikeras.model" for part in parts)
         handles = self._guards() if own and self.must_be_asked() else []
+        if self.world is not None:
+            self.order = {parameter: number for number, parameter in enumerate(model.parameters())}
+            self.one_backward = not own
+            sent_early = self._sums(self.windows).bucket_of if self.one_backward else ()
+            handles += [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in sent_early]
         try:
             yield
         finally:
             self._begin()
+            self.order, self.one_backward = {}, False
             self.found = self.finite_loss = None
             for handle in handles:
                 handle.remove()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self.sums is not None:
+            self.sums.arrived(parameter)
 
     def outside_a_graph(self) -> str:
         """What a graph of forward, backward and step cannot hold; empty where there is nothing."""

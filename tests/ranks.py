@@ -2,6 +2,9 @@
 
     torchrun --nproc-per-node=2 ranks.py FOLDER CASE ...     each rank leaves FOLDER/CASE.RANK.pt
 
+BUCKET=64 sends gradients in buckets of so many bytes, most while backward is at work; STEP=own makes a step of the
+user's own of Net's, whose gradients are all sent when it calls optimizer_step.
+
 A case is a function of the number of processes; what it returns, of plain values, is to be the same for all numbers.
 """
 
@@ -15,9 +18,26 @@ import numpy as np
 import torch
 from conftest import Net, accuracy, points
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import minikeras
+from minikeras.distributed import gradients
+
+
+def own_step(model, features, labels):
+    """The default step's parts, by the user."""
+    outputs = model(features)
+    loss = model.compute_loss(outputs, labels)
+    model.backward(loss)
+    metrics = model.compute_metrics(outputs, labels)
+    model.optimizer_step()
+    return {"loss": loss, **metrics}
+
+
+gradients.BUCKET = int(os.environ.get("BUCKET", gradients.BUCKET))
+if os.environ.get("STEP") == "own":
+    Net.train_step = own_step
 
 
 def seed(number=0):
@@ -202,6 +222,45 @@ def own_parameters(size):
     return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0), scale=loss.scale.detach())
 
 
+class Sometimes(Net):
+    """A layer that each process has in some batches only, and one that nobody has; penalties reach both."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra, self.unused = nn.Linear(2, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        hidden = self.fc1(x) + (self.extra(x) if x.shape[0] % 2 else 0)
+        return torch.sigmoid(self.fc2(torch.relu(hidden)))
+
+
+def layers_that_come_and_go(size):
+    """Weights are those of one process that takes the halves of each batch by themselves."""
+    seed()
+    model = Sometimes().double()
+    model = compiled(model, minikeras.Regularized(nn.BCELoss(), model, l2=0.01), accumulate=2 // size)
+    X, y = doubles(20)
+    parts = [(X[start : start + rows], y[start : start + rows]) for start, rows in ((0, 4), (4, 5), (9, 5), (14, 4))]
+    dfhistory = model.fit(2, parts, verbose=0)
+    return found(model, dfhistory)
+
+
+class Complex(minikeras.Model):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, dtype=torch.complex128) * (1 + 2j))
+
+    def forward(self, x):
+        return torch.sigmoid((x.to(self.weight.dtype) @ self.weight).abs())
+
+
+def complex_weights(size):
+    seed()
+    model = Complex()
+    model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
+
+
 def big_steps(size):
     seed()
     model = compiled(accumulate=2, clip_grad_norm=0.1)
@@ -354,7 +413,20 @@ def refused(size):
         model.fit(1, doubles(8), verbose=0)
     except RuntimeError as error:
         said.append(str(error))
+    model = compiled(Again())
+    try:
+        model.fit(1, doubles(8), verbose=0)
+    except RuntimeError as error:
+        said.append(str(error))
     return {"said": said}
+
+
+class Again(Net):
+    """Its first layer is gone through twice, and computed anew in backward each time."""
+
+    def forward(self, x):
+        again = [checkpoint(self.fc1, x.requires_grad_(), use_reentrant=True) for _ in range(2)]
+        return torch.sigmoid(self.fc2(torch.relu(sum(again))))
 
 
 class Mean:

@@ -27,6 +27,8 @@ SAME = [
     "steps_per_epoch",
     "two_optimizers",
     "own_parameters",
+    "layers_that_come_and_go",
+    "complex_weights",
     "big_steps",
     "auroc",
     "uneven",
@@ -35,6 +37,7 @@ SAME = [
     "jit",
 ]
 OTHERS = ["timer", "nan_on_one", "dropout", "refused", "main_alone", "whole", "whole_with_a_worker"]
+STEPS = ["arrays", "loader_by_rows", "fewer_rows_than_processes", "own_parameters", "big_steps", "auroc", "uneven"]
 ON_THREE = ["arrays", "fewer_rows_than_processes", "odd", "two_optimizers"]
 
 
@@ -53,10 +56,10 @@ def torchrun(arguments, processes=2, env=(), **kwargs):
     return None
 
 
-def results_of(tmp_path_factory, cases, processes):
+def results_of(tmp_path_factory, cases, processes, **env):
     """Of each case, what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = torchrun([HERE / "ranks.py", folder, *cases], processes, {"FOLDER": str(folder)})
+    done = torchrun([HERE / "ranks.py", folder, *cases], processes, {"FOLDER": str(folder)} | env)
     assert done.returncode == 0, done.stderr
     results = {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)] for case in cases}
     return results | {"folder": folder}
@@ -64,7 +67,12 @@ def results_of(tmp_path_factory, cases, processes):
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    return results_of(tmp_path_factory, SAME + OTHERS, 2)
+    return results_of(tmp_path_factory, SAME + OTHERS, 2, BUCKET="64")
+
+
+@pytest.fixture(scope="module")
+def by_two_at_the_end(tmp_path_factory):
+    return results_of(tmp_path_factory, STEPS, 2, STEP="own")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,13 @@ def alone(case, processes):
 def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two):
     expected = alone(case, 2)
     for found in by_two[case]:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(case, by_two_at_the_end):
+    expected = alone(case, 2)
+    for found in by_two_at_the_end[case]:
         assert_same(found, expected)
 
 
@@ -128,6 +143,8 @@ def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two
         "metric 'mean' is a Mean, an object whose counts in several processes cannot be put together. Give a function "
         "that returns a mean or a pair (sum, count), or a torchmetrics object.",
         "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
+        "backward filled the gradient of a parameter twice, after several processes had added it up, as "
+        "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
     ]  # fmt: skip
 
 

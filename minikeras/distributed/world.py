@@ -7,7 +7,6 @@ World         who this process is, and what all processes do together:
     gather        a plain value of each
     agree         numbers: the largest of each
     add_up        tensors of counts
-    reduce        gradients, with their weights, in one flat collective
 
 One that fails ends, and the others then hear of it from torch: `answered` says so in words.
 Every function of this module must be called by all processes at the same place.
@@ -20,7 +19,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -159,25 +158,6 @@ class World:
         with self.answered():
             self.dist.all_reduce(tensor)
         return tensor
-
-    def reduce(self, parameters: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
-        """Gradients become their sums over all processes, None where nobody has one; so do the numbers, returned."""
-        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
-            raise ValueError("gradients of several processes must be dense. Build the embedding with sparse=False.")
-        device = parameters[0].device if parameters else torch.device("cpu")
-        wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        mine = [parameter.grad is not None for parameter in parameters]
-        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.detach().reshape(-1) for p in parameters]
-        counted = [torch.as_tensor(number, dtype=wide, device=device).reshape(1) for number in numbers]
-        flat = torch.cat([*(part.to(wide) for part in parts), torch.tensor(mine, dtype=wide, device=device), *counted])
-        self.add_up(flat)
-        sums, present, totals = flat.split([sum(map(len, parts)), len(mine), len(counted)])
-        # read from the device only where one is missing here
-        some = [True] * len(mine) if all(mine) else (present > 0).tolist()
-        for parameter, total, there in zip(parameters, sums.split([*map(len, parts)]), some, strict=True):
-            if there:
-                parameter.grad = total.to(parameter.dtype).view_as(parameter)
-        return list(totals)
 
 
 def pack(value: Any) -> Tensor:
