@@ -21,7 +21,7 @@ from minikeras.callbacks import Callback, leads
 from minikeras.checkpoint.file import dump, read_newest, remedy, write
 from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
-from minikeras.data import Positioned, warn_of_hidden_draws
+from minikeras.data import Positioned, seeded, warn_of_hidden_draws
 from minikeras.distributed import World
 from minikeras.errors import CheckpointError, positive_int
 from minikeras.faults import Interruptions
@@ -227,7 +227,8 @@ class Checkpoint:
                 callback.load_state_dict(restored(state["callbacks"][name]))
         for loader in self.loaders:
             if getattr(loader, "persistent_workers", False) and len(self.run.epochs) >= self.first:
-                iter(loader)  # in the run before, the seed of its workers was drawn in an epoch that is over
+                # in the run before, the seed of its workers was drawn in an epoch that is over
+                seeded(loader, self.run.world)
         if same or rank == 0:
             self.randomness.restore(state["random"])
         self.train.carry_on(state["train"])

@@ -25,7 +25,7 @@ from minikeras.data.batch import (
 )
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
-from minikeras.data.sharded import Idle, sharded, worked
+from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ArrayBatches, ContinuedBatches, as_batches, as_tensor, empty, is_batched, length
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "map_leaves",
     "parts",
     "prepared",
+    "seeded",
     "sharded",
     "to_device",
     "unpack",

@@ -13,6 +13,7 @@ batches, their order and the state of every random generator afterwards are thos
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -40,6 +41,7 @@ from torch.utils.data import (
 BLOCK = 2**18  # bytes gathered at once: from 64 KiB on no faster, and small beside any data worth a thought
 ALIGNED = 64  # bytes; where torch's own memory begins
 DRAWN_AT_ONCE = (SequentialSampler, RandomSampler, WeightedRandomSampler, SubsetRandomSampler, DistributedSampler)
+DRAWN_FOR: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()  # persistent workers, which keep their seed
 
 # --- what can be served -----------------------------------------------------------------------------------------------
 
@@ -139,8 +141,14 @@ def _as_rows(indices: Any) -> Tensor:
 
 
 def draw_seed(loader: DataLoader[Any]) -> None:
-    """The draw that a loader makes for its workers at each `iter()`, made by torch itself on a loader of nothing."""
-    iter(DataLoader((), batch_size=None, generator=loader.generator))  # type: ignore[arg-type]
+    """The draw that a loader makes for its workers at each `iter()`, made by torch itself on a loader of nothing.
+
+    Where its workers persist it is made once.
+    """
+    if loader not in DRAWN_FOR:
+        iter(DataLoader((), batch_size=None, generator=loader.generator))  # type: ignore[arg-type]
+    if loader.persistent_workers:
+        DRAWN_FOR.add(loader)
 
 
 def draws_at_once(batch_sampler: Any) -> bool:

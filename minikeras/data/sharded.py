@@ -62,6 +62,14 @@ def by_number(batches: Any) -> bool:
     )
 
 
+def seeded(loader: DataLoader[Any], world: World | None) -> None:
+    """Draw what a loader draws for its persistent workers in its first iteration, in place of one that is over."""
+    if world is not None and by_number(loader):
+        draw_seed(loader)
+    else:
+        iter(loader)
+
+
 def by_user(loader: Any) -> bool:
     """Whether the user has sharded it already."""
     sampler = getattr(loader, "sampler", None)
