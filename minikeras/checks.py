@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from minikeras.broadcast import CLASS_LOSSES, BroadcastGuard
 from minikeras.data import count_rows, leaves
+from minikeras.distributed import World
 from minikeras.errors import described, failing_layer, is_number
 from minikeras.losses import Regularized, check_not_half, half_probabilities, parameters_of
 
@@ -151,7 +152,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def explain_forward(error: Exception, model: nn.Module) -> None:
+def explain_forward(error: Exception, model: nn.Module, world: World | None = None) -> None:
     """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
     where = failing_layer(error, model)
     if where is None:
@@ -162,9 +163,11 @@ def explain_forward(error: Exception, model: nn.Module) -> None:
         return
     name, layer, given = where
     if "Expected more than 1 value per channel" in str(error) and isinstance(given, Tensor):
+        whose, other = ("", "another") if world is None else (f", process {world.rank}'s part of the batch", "a bigger")
         raise ValueError(
             f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
-            f"{tuple(given.shape)}. Leave the short last batch out with drop_last=True, or choose another batch_size."
+            f"{tuple(given.shape)}{whose}. Leave the short last batch out with drop_last=True, or choose {other} "
+            f"batch_size."
         ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,12 @@ def made(
     if jit:
         from minikeras.jit import Jit  # on first use: it loads the compiler
 
+        if world is not None and world.rank == 0 and steps_per_execution > 1:
+            warnings.warn(
+                f"steps_per_execution={steps_per_execution} is 1 on {world.size} processes, which add up their "
+                f"gradients between backward and step. The numbers are the same. Leave it out there.",
+                stacklevel=3,
+            )
         run.jit = Jit(model, run, {} if jit is True else jit, steps_per_execution if world is None else 1)
         run.by_parts = run.jit.overrides("train_step")
     return run

@@ -198,15 +198,23 @@ def length(batches: Any) -> int | None:
 
 def empty(batches: Any, name: str) -> ValueError:
     """The error for data that gave no batch, with the reason."""
-    batches = getattr(batches, "loader", batches)
+    processes, batches = processes_of(batches), getattr(batches, "loader", batches)
     dataset = batches if isinstance(batches, Dataset) else getattr(batches, "dataset", None)
     rows, size = None if dataset is None else length(dataset), getattr(batches, "batch_size", None)
     reason = "iterating it ended at once"
     if rows == 0 or getattr(batches, "rows", None) == 0:
         reason = "its dataset has no rows" if rows == 0 else "its arrays have no rows"
-    elif rows is not None and size is not None and rows < size and getattr(batches, "drop_last", False):
-        reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}. Set drop_last=False"
+    elif rows is not None and size is not None and rows < size * processes and getattr(batches, "drop_last", False):
+        each = f" on each of {processes} processes" * (processes > 1)
+        reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set drop_last=False"
     elif iter(batches) is batches:
         steps = ", or give steps_per_epoch" * (name == "dl_train")
         reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}{steps}"
     return ValueError(f"{name} gave no batch: {reason}.")
+
+
+def processes_of(batches: Any) -> int:
+    """How many processes share these batches."""
+    while not hasattr(batches, "world") and hasattr(batches, "batches"):
+        batches = batches.batches
+    return getattr(getattr(batches, "world", None), "size", 1)
