@@ -101,12 +101,14 @@ class Model(nn.Module):
 
         Unpacked when it takes several, by name when they are a dict.
         """
+        run = self._run
         try:
-            if self._run is not None and self._run.by_parts:
-                return self._run.jit.forward(features)
+            if run is not None and run.by_parts:
+                return run.jit.forward(features)
             return call_with(self, features)
         except Exception as error:
-            checks.explain_forward(error, self)  # raises a plainer error where the cause is known
+            # raises a plainer error where the cause is known
+            checks.explain_forward(error, self, None if run is None else run.world)
             raise
 
     def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:
@@ -326,7 +328,8 @@ class Model(nn.Module):
 
         Args:
             path: ends in .safetensors for that format (pip install "minikeras[safetensors]"), else what torch.save
-                writes; its folder is made. Of several processes rank 0 alone writes.
+                writes; its folder is made. Of several processes all make the call, rank 0 writes,
+                and the file is there when any of them goes on.
 
         >>> import minikeras, tempfile
         >>> from torch import nn
@@ -335,8 +338,7 @@ class Model(nn.Module):
         >>> list(torch.load(path))
         ['net.weight', 'net.bias']
         """
-        if leads(self):
-            save_weights(self, Path(path))
+        save_weights(self, Path(path), None if self._run is None else self._run.world)
 
     def load(self, path: str | Path) -> None:
         """Take over weights from a file of `save`, of torch.save(model.state_dict(), path) or of `fit(checkpoint=...)`.

@@ -64,11 +64,7 @@ class ModelCheckpoint(Watching):
                 known[name] = math.nan
             elif name not in known:
                 raise unknown(f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known)
-        if not leads(self.model):
-            return
-        path = Path(self.path.format_map(known))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.model.save(path)
+        self.model.save(self.path.format_map(known))
 
     def watched(self) -> list[tuple[str, str, str]]:
         in_path = [(name, "names its files by", "a path without it") for name in self.names]

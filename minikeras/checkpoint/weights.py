@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from minikeras.checkpoint.file import dump, read, read_newest, remedy, write
 from minikeras.checkpoint.plain import plain
+from minikeras.distributed import World
 from minikeras.errors import CheckpointError
 
 RUN = "minikeras"  # the key of the version number in a run's state
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The model's state_dict in a file: whole, or not there."""
-    state = weights_of(model)
-    write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state))
+def save_weights(model: nn.Module, path: Path, world: World | None) -> None:
+    """The model's state_dict in a file: whole, or not there; there for each process when it goes on."""
+
+    def save() -> None:
+        state = weights_of(model)
+        write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state))
+
+    save() if world is None else world.by_main(save)
 
 
 def weights_of(module: nn.Module) -> dict[str, Any]:

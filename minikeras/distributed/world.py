@@ -6,6 +6,7 @@ World         who this process is, and what all processes do together:
     broadcast     a plain value of rank 0
     gather        a plain value of each
     agree         numbers: the largest of each
+    by_main       something that rank 0 does, and that is done when the others go on
     add_up        tensors of counts
 
 One that fails ends, and the others then hear of it from torch: `answered` says so in words.
@@ -19,7 +20,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -54,7 +55,11 @@ def world_of(distributed: str | None) -> World | None:
 
 
 def is_main() -> bool:
-    """Whether this process is alone, or the first of those that a launcher has started."""
+    """Whether this process is alone, or the first of those in its group, or of those that a launcher has started."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -74,7 +79,8 @@ class World:
 
         self.dist = dist
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        # where no launcher says it: as many processes on each machine as it has GPUs
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % (torch.cuda.device_count() or 1)))
         on_cpu = "cpu:" in dist.get_backend_config()
         self.control = None if on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)  # None: the group of all
         self.shared = False  # all have the weights of rank 0
@@ -101,8 +107,8 @@ class World:
             raise RuntimeError(
                 f"process {self.rank} of {self.size} got no answer from the others: one has ended, or has taken longer "
                 f"than the group's timeout. Look for its own error first. Processes must make the same calls of fit, "
-                f"evaluate and predict. For a longer timeout call torch.distributed.init_process_group(timeout=...) "
-                f"before compile."
+                f"evaluate, predict and save. For a longer timeout call "
+                f"torch.distributed.init_process_group(timeout=...) before compile."
             ) from error
 
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -152,6 +158,20 @@ class World:
         with self.answered():
             self.dist.all_reduce(together, self.dist.ReduceOp.MAX, group=self.control)
         return together.tolist()
+
+    def by_main(self, act: Callable[[], None]) -> None:
+        """What rank 0 does alone, done when the others go on; where it fails, all fail."""
+        error = None
+        if self.rank == 0:
+            try:
+                act()
+            except Exception as caught:
+                error = caught
+        failed = self.agree(error is not None)[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(f"process 0 of {self.size}, which writes the files, has failed. Look for its own error.")
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
