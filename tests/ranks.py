@@ -8,6 +8,8 @@ user's own of Net's, whose gradients are all sent when it calls optimizer_step.
 A case is a function of the number of processes; what it returns, of plain values, is to be the same for all numbers.
 """
 
+import contextlib
+import json
 import os
 import random
 import sys
@@ -116,6 +118,30 @@ def loader_with_workers(size):
     return fitted(train, DataLoader(Rows(37), 12 // size, num_workers=1))
 
 
+def persistent(size, epochs=3, **kwargs):
+    """A fit whose workers live on from epoch to epoch."""
+    train = DataLoader(Rows(40), 12 // size, shuffle=True, num_workers=2, persistent_workers=True)
+    seed()
+    model = compiled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dl_train has persistent_workers")  # whose own draws are not in the file
+        model.fit(epochs, train, verbose=0, **kwargs)
+        return found(model, model.fit(1, train, verbose=0))  # their seed is not drawn in a second fit either
+
+
+def persistent_carried_on(size):
+    """The same fit, broken off as its third epoch begins."""
+    file = Path(os.environ["FOLDER"], f"run of {size}.pt")
+
+    def fail(epoch):
+        if epoch == 3:
+            raise InterruptedError
+
+    with contextlib.suppress(InterruptedError):
+        persistent(size, checkpoint=file, callbacks=[minikeras.LambdaCallback(on_epoch_begin=fail)])
+    return persistent(size, checkpoint=file)
+
+
 def loader_with_a_generator(size):
     generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
     return fitted(DataLoader(Rows(50), 12 // size, shuffle=True, generator=generator), drop(50, 12 // size))
@@ -130,17 +156,22 @@ def fewer_rows_than_processes(size):
 
 
 def odd(size, world=None):
-    """Any rows, batch and drop_last, drawn by one seed; one process is told of how many others it stands for."""
-    cases, results = random.Random(7), {}
-    world = world or size
-    for number in range(10):
-        rows, batch = cases.randint(1, 40), cases.randint(1, 7)
-        last = cases.random() < 0.3 and rows >= batch * world
-        data = TensorDataset(*doubles(rows)) if cases.random() < 0.5 else Rows(rows)
-        batch = batch * world // size
-        train = DataLoader(data, batch, shuffle=True, drop_last=last)
-        results[str(number)] = fitted(train, DataLoader(Rows(rows), batch))
-    return results
+    """What hypothesis has drawn; one process is told of how many others it stands for."""
+    return [odd_one(size, world or size, **case) for case in json.loads(os.environ["ODD"])]
+
+
+def odd_one(size, world, kind, rows, val, batch, shuffle, drop_last):
+    batch = batch * world // size
+    try:
+        if kind == "arrays":
+            seed()
+            model = compiled()
+            return found(model, model.fit(2, doubles(rows), doubles(val), batch_size=batch, verbose=0), doubles(val))
+        data = Rows(rows) if kind == "rows" else TensorDataset(*doubles(rows))
+        train = DataLoader(data, batch, shuffle, drop_last=drop_last)
+        return fitted(train, DataLoader(Rows(val), batch))
+    except ValueError as error:
+        return {"error": str(error)}
 
 
 def batch_sampler(size):
@@ -427,6 +458,20 @@ class Again(Net):
     def forward(self, x):
         again = [checkpoint(self.fc1, x.requires_grad_(), use_reentrant=True) for _ in range(2)]
         return torch.sigmoid(self.fc2(torch.relu(sum(again))))
+
+
+def told(size):
+    """The messages of what is other with several processes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled(jit=True, steps_per_execution=4)
+    said = [str(one.message) for one in caught]
+    for model, data in ((Noisy(), DataLoader(Rows(8), 1)), (nn.Linear(2, 1), DataLoader(Rows(5), 3, drop_last=True))):
+        try:
+            compiled(minikeras.Model(model)).fit(1, data, verbose=0)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 class Mean:

@@ -1,6 +1,8 @@
 """Several processes under torchrun, on the CPU: the numbers of one process whose batch is all of theirs together."""
 
 import ast
+import functools
+import json
 import os
 import re
 import subprocess
@@ -8,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+import peers
 import pytest
 import ranks
 import torch
-from conftest import compiled
+from conftest import compiled, points
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 HERE = Path(__file__).parent
 SAME = [
@@ -21,7 +27,8 @@ SAME = [
     "loader_with_workers",
     "loader_with_a_generator",
     "fewer_rows_than_processes",
-    "odd",
+    "persistent",
+    "persistent_carried_on",
     "batch_sampler",
     "list_of_batches",
     "steps_per_epoch",
@@ -36,9 +43,9 @@ SAME = [
     "one_rank_stops",
     "jit",
 ]
-OTHERS = ["timer", "nan_on_one", "dropout", "refused", "main_alone", "whole", "whole_with_a_worker"]
+OTHERS = ["odd", "told", "timer", "nan_on_one", "dropout", "refused", "main_alone", "whole", "whole_with_a_worker"]
 STEPS = ["arrays", "loader_by_rows", "fewer_rows_than_processes", "own_parameters", "big_steps", "auroc", "uneven"]
-ON_THREE = ["arrays", "fewer_rows_than_processes", "odd", "two_optimizers"]
+ON_THREE = ["arrays", "fewer_rows_than_processes", "two_optimizers"]
 
 
 def torchrun(arguments, processes=2, env=(), **kwargs):
@@ -59,10 +66,47 @@ def torchrun(arguments, processes=2, env=(), **kwargs):
 def results_of(tmp_path_factory, cases, processes, **env):
     """Of each case, what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = torchrun([HERE / "ranks.py", folder, *cases], processes, {"FOLDER": str(folder)} | env)
+    env = {"FOLDER": str(folder), "ODD": json.dumps(drawn(processes))} | env
+    done = torchrun([HERE / "ranks.py", folder, *cases], processes, env)
     assert done.returncode == 0, done.stderr
     results = {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)] for case in cases}
     return results | {"folder": folder}
+
+
+@st.composite
+def odd_ones(draw, processes):
+    """Any kind of data, and as likely as not a row more or less in the last step than would come out even."""
+    batch = draw(st.integers(1, 7))  # of each process
+    step = batch * processes
+    last = draw(st.sampled_from([0, 1, processes - 1, processes, step - 1]) | st.integers(0, step))
+    return {
+        "kind": draw(st.sampled_from(["arrays", "tensors", "rows"])),
+        "rows": draw(st.integers(0, 3)) * step + last,
+        "val": draw(st.integers(1, 2 * step)),
+        "batch": batch,
+        "shuffle": draw(st.booleans()),
+        "drop_last": draw(st.booleans()),
+    }
+
+
+@functools.cache
+def drawn(processes):
+    """Cases that hypothesis comes up with, the same ones at each time: one launch serves all."""
+    cases = []
+
+    @settings(max_examples=25, derandomize=True, database=None, phases=[Phase.generate])
+    @given(odd_ones(processes))
+    def collect(case):
+        if case not in cases:
+            cases.append(case)
+
+    collect()
+    return cases
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    return results_of(tmp_path_factory, ["odd"], 1)
 
 
 @pytest.fixture(scope="module")
@@ -77,38 +121,62 @@ def by_two_at_the_end(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_three(tmp_path_factory):
-    return results_of(tmp_path_factory, ON_THREE, 3)
+    return results_of(tmp_path_factory, [*ON_THREE, "odd"], 3)
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, where=""):
     """Any nest of numbers and tensors."""
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
+    def told(said):
+        return f"{where}\n{said}"
 
-def alone(case, processes):
-    """What one process finds."""
-    return ranks.odd(1, processes) if case == "odd" else ranks.CASES[case](1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True, msg=told)
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two):
-    expected = alone(case, 2)
+def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, monkeypatch):
+    monkeypatch.setenv("FOLDER", str(by_two["folder"]))
+    expected = ranks.CASES[case](1)
     for found in by_two[case]:
         assert_same(found, expected)
 
 
 @pytest.mark.parametrize("case", STEPS)
 def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(case, by_two_at_the_end):
-    expected = alone(case, 2)
+    expected = ranks.CASES[case](1)
     for found in by_two_at_the_end[case]:
         assert_same(found, expected)
 
 
 @pytest.mark.parametrize("case", ON_THREE)
 def test_three_processes_do_too(case, by_three):
-    expected = alone(case, 3)
+    expected = ranks.CASES[case](1)
     for found in by_three[case]:
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("processes", "fixture"), [(1, "by_one"), (2, "by_two"), (3, "by_three")])
+def test_any_rows_batch_and_kind_of_data_give_what_one_process_finds(processes, fixture, request):
+    results = request.getfixturevalue(fixture)["odd"]
+    for number, case in enumerate(drawn(processes)):
+        expected = ranks.odd_one(1, processes, **case)
+        for found in (result[number] for result in results):
+            if "error" in expected:
+                assert found == results[0][number], case
+                assert found.keys() == expected.keys(), case
+            else:
+                assert_same(found, expected, case)
+
+
+def test_the_cases_drawn_have_the_edges():
+    for processes in (1, 2, 3):
+        cases = drawn(processes)
+        last = {case["rows"] % (case["batch"] * processes) for case in cases}
+        assert len(cases) >= 20
+        assert 1 in last
+        assert {case["kind"] for case in cases} == {"arrays", "tensors", "rows"}
+        assert any(case["rows"] < case["batch"] * processes and case["drop_last"] for case in cases)
+        assert processes == 1 or any(0 < case["rows"] < processes for case in cases)
 
 
 def test_the_clock_of_rank_0_ends_the_fit(by_two):
@@ -128,7 +196,7 @@ def test_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_
 def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_two, monkeypatch):
     folder = by_two["folder"]
     monkeypatch.setenv("FOLDER", str(folder))
-    assert_same(by_two["main_alone"][0], alone("main_alone", 2))
+    assert_same(by_two["main_alone"][0], ranks.main_alone(1))
     assert by_two["main_alone"][1] == {}
     one, two = ((folder / size / "log.csv").read_text() for size in "12")
     assert one.splitlines()[0] == two.splitlines()[0]
@@ -160,9 +228,73 @@ def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
         compiled(distributed="dpp")
 
 
+def test_what_is_other_with_several_processes_is_told(by_two):
+    steps = (
+        "steps_per_execution=4 is 1 on 2 processes, which add up their gradients between backward and step. "
+        "The numbers are the same. Leave it out there."
+    )
+    one_row = (
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given (1, 8), process {}'s "
+        "part of the batch. Leave the short last batch out with drop_last=True, or choose a bigger batch_size."
+    )
+    nothing = (
+        "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on each of 2 processes. "
+        "Set drop_last=False."
+    )
+    assert by_two["told"] == [[steps, one_row.format(0), nothing], [one_row.format(1), nothing]]
+
+
 def test_one_process_has_no_world():
     assert compiled()._run.world is None
     assert compiled()._run.precision is None
+
+
+# --- a group that is there already, without a launcher's variables ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_peers(tmp_path_factory):
+    """The folder of what two processes left, of which the second stands still at last; and what each printed."""
+    folder = tmp_path_factory.mktemp("peers")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(HERE / "peers.py"), str(folder)]
+    both = [subprocess.Popen([*command, rank], env=env, stdout=subprocess.PIPE, text=True) for rank in "01"]
+    try:
+        printed = [both[0].communicate(timeout=60)[0]]
+    finally:
+        for one in both:
+            one.kill()
+    return folder, [*printed, both[1].communicate()[0]]
+
+
+def test_a_group_made_by_the_user_is_taken_and_its_first_process_prints(by_peers):
+    folder, printed = by_peers
+    assert "Total params: 33" in printed[0]
+    assert printed[1] == ""
+    torch.manual_seed(0)
+    model = compiled()
+    expected = ranks.found(model, model.fit(2, points(30), batch_size=10, verbose=0))
+    for rank in range(2):
+        assert_same(torch.load(folder / f"{rank}.pt")[0]["weights"], expected["weights"])
+
+
+def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_cannot_be(by_peers):
+    folder, _ = by_peers
+    failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
+    assert failed[0].startswith(("NotADirectoryError", "FileExistsError"))
+    assert failed[1] == "RuntimeError: process 0 of 2, which writes the files, has failed. Look for its own error."
+
+
+def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peers):
+    said, seconds = torch.load(by_peers[0] / "left alone.pt")
+    assert said == (
+        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the group's timeout. "
+        "Look for its own error first. Processes must make the same calls of fit, evaluate, predict and save. For a "
+        "longer timeout call torch.distributed.init_process_group(timeout=...) before compile."
+    )
+    assert peers.TIMEOUT - 1 < seconds < peers.TIMEOUT + 5
 
 
 # --- broken off and carried on ----------------------------------------------------------------------------------------
@@ -217,3 +349,20 @@ def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twi
     assert two.stdout.splitlines()[:-1] == one.stdout.splitlines()[:-1]
     last = [ast.literal_eval(done.stdout.splitlines()[-1]) for done in (one, two)]
     assert last[0] == pytest.approx(last[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp_path):
+    pytest.importorskip("ray", reason='needs pip install "minikeras[ray]"')
+    examples = HERE.parent / "examples"
+    env = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{examples}", "HOME": str(tmp_path)}  # Ray keeps files there
+    script = tmp_path / "script.py"
+    script.write_text("import os, ring_focal\nring_focal.main(3, 100).to_csv(os.environ['RANK'] + '.csv')\n")
+    done = torchrun([script], env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = "import ray_train; ray_train.main(3, 100).to_csv('ray.csv')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected, found = (pd.read_csv(tmp_path / name, index_col="epoch") for name in ("0.csv", "ray.csv"))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-6)

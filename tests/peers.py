@@ -1,0 +1,72 @@
+"""Processes that make their group themselves, without a launcher's variables, for test_distributed.py.
+
+python peers.py FOLDER RANK     each of two leaves FOLDER/RANK.pt, and rank 1 stands still in the end
+"""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import ranks
+import torch
+from conftest import compiled, points
+
+import minikeras
+from minikeras.checkpoint import weights
+
+TIMEOUT = 3  # seconds
+
+
+def trained():
+    """Weights after a fit."""
+    model = compiled()
+    model.summary(input_shape=(2,))
+    model.fit(2, points(30), batch_size=5, verbose=0)
+    return model
+
+
+def saved(model, folder, rank):
+    """Whether each reads what rank 0 writes, which takes its time; and what each hears when it cannot."""
+    write = weights.write
+    weights.write = lambda *args: (time.sleep(0.5), write(*args))
+    path = folder / "new" / "weights.pt"
+    model.save(path)
+    same = compiled()
+    same.load(path)
+    try:
+        model.save(path / "in a file.pt")
+    except (OSError, RuntimeError) as error:
+        failed = f"{type(error).__name__}: {error}"
+    return ranks.found(same, model.history), failed
+
+
+def left_alone(model, rank):
+    """What rank 0 hears of the other, and after how many seconds."""
+
+    def stand_still(batch, logs):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    begin = time.monotonic()
+    try:
+        callback = minikeras.LambdaCallback(on_batch_end=stand_still)
+        model.fit(1, points(30), batch_size=5, callbacks=[callback], verbose=0)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begin
+
+
+def main(folder, rank):
+    torch.manual_seed(0)
+    rendezvous = {"init_method": f"file://{folder}/group", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT), **rendezvous)
+    model = trained()
+    results = saved(model, folder, rank)
+    torch.save(results, folder / f"{rank}.pt")
+    torch.save(left_alone(model, rank), folder / "left alone.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
