@@ -50,6 +50,7 @@ def main(epochs, batch_size):
             axis.set(title=title, aspect="equal")
         dfhistory[["loss", "val_loss"]].plot(ax=axes[2], title="focal loss and penalties")
         plt.savefig("ring_focal.png")
+    return dfhistory
 
 
 if __name__ == "__main__":
