@@ -501,13 +501,14 @@ def jit(size):
 
 
 def carried_on(size, file=True, workers=None):
-    """A fit whose file is in FOLDER; KILL is "RANK SIGNAL EPOCH BATCH"."""
+    """A fit whose file is in FOLDER; KILL is "RANK SIGNAL EPOCH BATCH", for the first start of several by torchrun."""
     seed(RANK)
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     rank, number, epoch, batch = map(int, os.environ.get("KILL", "-1 0 0 0").split())
     model, at = compiled(Net() if "PLAIN" in os.environ else minikeras.Model(Noisy())), [0]
 
     def kill(done, logs):
-        if rank == RANK and (at[0], done) == (epoch, batch):
+        if rank == RANK and (at[0], done) == (epoch, batch) and not again:
             os.kill(os.getpid(), number)
 
     callback = minikeras.LambdaCallback(on_epoch_begin=lambda epoch: at.__setitem__(0, epoch), on_batch_end=kill)

@@ -19,6 +19,8 @@ from conftest import compiled, points
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from minikeras.distributed import World
+
 HERE = Path(__file__).parent
 SAME = [
     "arrays",
@@ -280,6 +282,18 @@ def test_a_group_made_by_the_user_is_taken_and_its_first_process_prints(by_peers
         assert_same(torch.load(folder / f"{rank}.pt")[0]["weights"], expected["weights"])
 
 
+def test_without_a_launchers_word_a_process_takes_the_gpu_of_its_rank_on_its_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    asked = {"get_rank": 5, "get_world_size": 8, "get_backend_config": "cpu:gloo,cuda:nccl"}
+    for name, answer in asked.items():
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert World().device(torch.device("cuda")) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert World().device(torch.device("cuda")) == torch.device("cuda", 3)
+
+
 def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_cannot_be(by_peers):
     folder, _ = by_peers
     failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
@@ -329,6 +343,16 @@ def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
     expected = ranks.carried_on(1, file=False)
     for one in found:
         assert_same(one, expected)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by_two, tmp_path):
+    more = {"PET_MAX_RESTARTS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/growing.md
+    done, found = carried_on(tmp_path, KILL="1 9 2 4", **more)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    for rank in range(2):
+        torch.testing.assert_close(found[rank], by_two["whole"][rank], rtol=0, atol=0)
 
 
 def test_a_rank_that_raises_ends_all_with_its_error_in_seconds(tmp_path):
