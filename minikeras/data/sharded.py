@@ -95,7 +95,8 @@ class Sharded:
     @property
     def batch_size(self) -> int:
         """Rows of a step, of all processes together."""
-        return int((self.sampler or self.batches).batch_size) * self.world.size
+        sized = self.batches if self.sampler is None else self.sampler  # which is false where it has no batch
+        return int(sized.batch_size) * self.world.size
 
     @property
     def drop_last(self) -> bool:
