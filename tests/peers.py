@@ -20,6 +20,13 @@ from minikeras.checkpoint import weights
 TIMEOUT = 3  # seconds
 
 
+def met(folder, rank):
+    """Both are there: what Python loads must not count as their silence."""
+    (folder / f"{rank}.here").touch()
+    while not (folder / f"{1 - rank}.here").exists():
+        time.sleep(0.01)
+
+
 def trained():
     """Weights after a fit."""
     model = compiled()
@@ -28,7 +35,7 @@ def trained():
     return model
 
 
-def saved(model, folder, rank):
+def saved(model, folder):
     """Whether each reads what rank 0 writes, which takes its time; and what each hears when it cannot."""
     write = weights.write
     weights.write = lambda *args: (time.sleep(0.5), write(*args))
@@ -60,10 +67,11 @@ def left_alone(model, rank):
 
 def main(folder, rank):
     torch.manual_seed(0)
+    met(folder, rank)
     rendezvous = {"init_method": f"file://{folder}/group", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT), **rendezvous)
     model = trained()
-    results = saved(model, folder, rank)
+    results = saved(model, folder)
     torch.save(results, folder / f"{rank}.pt")
     torch.save(left_alone(model, rank), folder / "left alone.pt")
 

@@ -109,7 +109,7 @@ def drawn(processes):
     """The edges, and what hypothesis comes up with, the same each time: one launch serves all."""
     cases = list(edges(processes))
 
-    @settings(max_examples=40, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(max_examples=25, derandomize=True, database=None, phases=[Phase.generate])
     @given(odd_ones(processes))
     def collect(case):
         if case not in cases:
