@@ -44,7 +44,7 @@ from minikeras.data import (
     prepared,
     worked,
 )
-from minikeras.distributed import World
+from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
@@ -84,12 +84,13 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         random_states_apart(world),
         modes_kept(model),
         no_gradients_left(model, run),
-        weights_found_once(),
+        weights_found_once(model),
         jitted,
         precise,
         checkpoint.interruptions,
         watched_loss(run, plan),
         fit_callbacks(plan.callbacks, model),
+        settled(model),
     ):
         train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
         at = checkpoint.restore(plan.callbacks, plan.say)

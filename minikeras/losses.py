@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minikeras.distributed import is_part, sum_of_parts
 from minikeras.errors import described, is_number, one_of
 
 Loss = Tensor | tuple[Tensor, Tensor | float]  # the pair is (sum, count), where rows are not the unit
@@ -193,9 +194,13 @@ _found: list[dict[nn.Module, list[nn.Parameter]]] = []  # while a fit runs: a mo
 
 
 @contextlib.contextmanager
-def weights_found_once() -> Iterator[None]:
-    """Penalties inside look for a model's weights at their first call only; outside, at every call."""
-    _found.append({})
+def weights_found_once(model: nn.Module) -> Iterator[None]:
+    """Penalties inside look for a model's weights at their first call only; outside, at every call.
+
+    Where they are in parts they are found now: between forward and backward some are not in the model.
+    """
+    in_parts = any(map(is_part, model.parameters()))
+    _found.append({module: weights_and_biases(module)[0] for module in model.modules()} if in_parts else {})
     try:
         yield
     finally:
@@ -217,6 +222,8 @@ def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tens
     """l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements: 0-dim, on the device of the first weight."""
     if not weights or not (l1 or l2):
         return torch.zeros(())
+    if not torch.compiler.is_compiling() and any(map(is_part, weights)):
+        return _penalty_of_parts(weights, l1, l2)
     wide = [weight.float() if weight.dtype.itemsize < 4 else weight for weight in weights]  # float16 ends at 65504
     parts = []  # each strength is multiplied in once: on small models these few ops cost as much as the network
     if l1:
@@ -224,6 +231,14 @@ def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tens
     if l2:
         parts.append((0.5 * l2) * _total([weight.square().sum() for weight in wide]))
     return _total(parts)
+
+
+def _penalty_of_parts(weights: Sequence[Any], l1: float, l2: float) -> Tensor:
+    """Of weights whose parts are in several processes: each takes its own parts, and the sums are added up."""
+    parts = [weight for weight in weights if is_part(weight)]
+    others = [weight for weight in weights if not is_part(weight)]
+    together = sum_of_parts(penalty([part.to_local() for part in parts], l1, l2), parts[0])
+    return together + penalty(others, l1, l2) if others else together
 
 
 def _total(terms: list[Tensor]) -> Tensor:

@@ -173,6 +173,7 @@ class Model(nn.Module):
         clip_grad_value: float | None = None,
         accumulate: int = 1,
         distributed: str | None = "auto",
+        fsdp_blocks: Any = None,
     ) -> None:
         """Say how to train: loss, optimizer, metrics and device. The history starts anew.
 
@@ -201,20 +202,20 @@ class Model(nn.Module):
             accumulate: batches that make one step, by the gradient of all their rows; the last ones of an epoch may be
                 fewer. Each optimizer counts its calls of `optimizer_step`.
             distributed: "auto" trains together with the other processes that torchrun (or a process group) has started:
-                each takes batch_size rows of every step. "ddp" is an error where there are none; None trains alone.
+                each takes batch_size rows of every step; None trains alone. "ddp" is an error where there are none;
+                so is "fsdp", where each keeps one part of the weights, gradients and optimizer state.
+            fsdp_blocks: module classes put together one at a time; default the children of each ModuleList.
 
         Raises:
             TypeError: a class where an instance is meant, or something of another kind.
             ValueError: a metric's name that history uses itself, or a device that is not there.
         """
         big: Any = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
-        more = (jit, steps_per_execution, precision, distributed)
+        more = (jit, steps_per_execution, precision, distributed, fsdp_blocks)
         run = made(self, loss_func, optimizer, metrics_dict, device, *more, **big)
-        if optimizer is None:
-            optimizer = run.optimizers.get("")
         run.published = {} if self._run is None else self._run.published
         self._run = run
-        self._publish("optimizer", optimizer)
+        self._publish("optimizer", run.optimizers.get("") if optimizer is None else optimizer)
         self._publish("history", run.history())
 
     def fit(
@@ -328,8 +329,7 @@ class Model(nn.Module):
 
         Args:
             path: ends in .safetensors for that format (pip install "minikeras[safetensors]"), else what torch.save
-                writes; its folder is made. Of several processes all make the call, rank 0 writes,
-                and the file is there when any of them goes on.
+                writes; its folder is made. Several processes all make the call and find the file there after it.
 
         >>> import minikeras, tempfile
         >>> from torch import nn

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
-from minikeras.distributed import GradientSums, World
+from minikeras.distributed import GradientSums, World, is_part
 from minikeras.errors import one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
@@ -186,9 +186,12 @@ class Precision:
             self.finite_loss.heard(bad)
 
     def _sums(self, optimizers: Iterable[Optimizer]) -> GradientSums:
-        """What is trained by these, in the order of the layers; a loss's parameters come after them."""
+        """What is trained by these, in the order of the layers; a loss's parameters come after them.
+
+        The gradients of parameters in parts have been added up in backward.
+        """
         assert self.world is not None
-        trained = {p: None for one in optimizers for p in parameters_of(one) if p.requires_grad}
+        trained = {p: None for one in optimizers for p in parameters_of(one) if p.requires_grad and not is_part(p)}
         return GradientSums(self.world, sorted(trained, key=lambda p: self.order.get(p, len(self.order))))
 
     def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:

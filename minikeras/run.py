@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
 from minikeras.data import as_batches, choose_device, sharded
-from minikeras.distributed import World, world_of
+from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
 from minikeras.losses import parameters_of
@@ -96,6 +96,7 @@ def made(
     steps_per_execution: int,
     precision: str,
     distributed: str | None = None,
+    fsdp_blocks: Any = None,
     **big: Any,
 ) -> Run:
     """What compile's arguments make, checked; the model and its loss are on the device."""
@@ -110,6 +111,10 @@ def made(
     train, val = (Totals(metrics_dict, chosen, world) for _ in ("train", "val"))
     run = Run(loss_func, optimizers, train, val, chosen, world=world)
     place(model, run)
+    if distributed == "fsdp":
+        in_parts(model, run, fsdp_blocks, jit, precision)
+    elif fsdp_blocks is not None:
+        raise ValueError(f'fsdp_blocks needs distributed="fsdp", got distributed={distributed!r}. Pass both or none.')
     parameters = parameters_of(model, loss_func)
     run.parameters = {id(parameter) for parameter in parameters}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -130,6 +135,18 @@ def made(
     return run
 
 
+def in_parts(model: Model, run: Run, blocks: Any, jit: Any, precision: str) -> None:
+    """The parameters in parts, where there are several processes; those that were whole are rank 0's."""
+    if jit:
+        raise ValueError('distributed="fsdp" and jit=True do not go together. Leave one of them out.')
+    if precision == "fp16":
+        raise ValueError('distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".')
+    if run.world is not None:
+        share(model, run, run.world)
+        own_step = getattr(model.train_step, "__module__", "") != "minikeras.model"
+        shard(model, blocks, run.optimizers.values(), own_step)
+
+
 def place(model: Model, run: Run) -> None:
     """Model, loss and optimizer state on the device; costs nothing where they are there already."""
     model.to(run.device)
@@ -142,11 +159,18 @@ def place(model: Model, run: Run) -> None:
 
 def ready(model: Model, run: Run) -> None:
     """In place, and with the weights of rank 0 where there are several processes."""
+    settle(model)
     place(model, run)
     if run.world is not None and not run.world.shared:
-        loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
-        run.world.share([*parameters_of(model, run.loss_func), *model.buffers(), *loss.buffers()])
-        run.world.shared = True
+        share(model, run, run.world)
+
+
+def share(model: Model, run: Run, world: World) -> None:
+    """All get the weights of rank 0; what is in parts has come from it already."""
+    loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
+    tensors = [*parameters_of(model, run.loss_func), *model.buffers(), *loss.buffers()]
+    world.share([tensor for tensor in tensors if not is_part(tensor)])
+    world.shared = True
 
 
 def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from minikeras.callbacks.base import Callback
+from minikeras.distributed import as_part
 from minikeras.errors import real
 
 
@@ -93,7 +94,8 @@ class EMA(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        weights = self._weights().items()
         self.averaged, self.raw = (
-            [state[part][name].to(weight.device, copy=True) for name, weight in self._weights().items() if state[part]]
+            [as_part(state[part][name].to(weight.device, copy=True), weight) for name, weight in weights if state[part]]
             for part in ("averaged", "raw")
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minikeras.callbacks.base import Callback, leads
 from minikeras.callbacks.monitor import Monitor, Watching
+from minikeras.distributed import load_whole
 from minikeras.errors import real, whole_number
 
 
@@ -83,7 +84,7 @@ class EarlyStopping(Watching):
 
     def on_fit_end(self) -> None:
         if self.weights:
-            self.model.load_state_dict(self.weights)
+            load_whole(self.model, self.weights)
 
     def watched(self) -> list[tuple[str, str, str]]:
         return self.monitor.watched()

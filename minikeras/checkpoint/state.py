@@ -22,7 +22,7 @@ from minikeras.checkpoint.file import dump, read_newest, remedy, write
 from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
-from minikeras.distributed import World
+from minikeras.distributed import World, load_optimizer, load_whole
 from minikeras.errors import CheckpointError, positive_int
 from minikeras.faults import Interruptions
 from minikeras.randomness import Randomness
@@ -197,14 +197,14 @@ class Checkpoint:
 
     def _load_weights(self, state: Any) -> None:
         run = self.run
-        self.model.load_state_dict(state["model"])
+        load_whole(self.model, state["model"])
         for name, buffer in self.model.named_buffers():
             if name in state["buffers"]:
                 buffer.copy_(state["buffers"][name])
         if isinstance(run.loss_func, nn.Module):
             run.loss_func.load_state_dict(state["loss"])
         for name, optimizer in run.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name]["state"])
+            load_optimizer(optimizer, state["optimizers"][name]["state"])
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
 
     def _load_course(self, state: Any) -> None:

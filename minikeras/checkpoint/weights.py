@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minikeras.checkpoint.file import dump, read, read_newest, remedy, write
 from minikeras.checkpoint.plain import plain
-from minikeras.distributed import World
+from minikeras.distributed import World, load_whole
 from minikeras.errors import CheckpointError
 
 RUN = "minikeras"  # the key of the version number in a run's state
@@ -21,8 +21,9 @@ COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wra
 def save_weights(model: nn.Module, path: Path, world: World | None) -> None:
     """The model's state_dict in a file: whole, or not there; there for each process when it goes on."""
 
+    state = weights_of(model)  # by all: where it is in parts, it is put together
+
     def save() -> None:
-        state = weights_of(model)
         write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state))
 
     save() if world is None else world.by_main(save)
@@ -43,7 +44,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise FileNotFoundError(f"there is no file {path}. Pass the path of a file that model.save wrote.")
     state = found[0]["model"] if isinstance(found[0], dict) and RUN in found[0] else found[0]
     check_weights(model, state, path)
-    model.load_state_dict(state)
+    load_whole(model, state)
 
 
 def check_weights(model: nn.Module, state: Any, path: Path) -> None:

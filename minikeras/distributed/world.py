@@ -37,14 +37,14 @@ def world_of(distributed: str | None) -> World | None:
     """What compile(distributed=...) asks for; None for one process."""
     if distributed is None:
         return None
-    one_of("distributed", distributed, ("auto", "ddp"))
+    one_of("distributed", distributed, ("auto", "ddp", "fsdp"))
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        if distributed == "ddp" and "WORLD_SIZE" not in os.environ:
+        if distributed in ("ddp", "fsdp") and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                'distributed="ddp" needs several processes, and this one was started alone. Start the script with '
-                "torchrun --nproc-per-node=2 script.py, or leave distributed out."
+                f'distributed="{distributed}" needs several processes, and this one was started alone. Start the '
+                "script with torchrun --nproc-per-node=2 script.py, or leave distributed out."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return None

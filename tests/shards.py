@@ -1,0 +1,187 @@
+"""Fits with parameters in parts, that torchrun runs for test_fsdp.py, and one process or "ddp" without parts.
+
+    torchrun --nproc-per-node=2 shards.py FOLDER CASE ...     as ranks.py; KIND=ddp leaves the parameters whole
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import Net
+from ranks import METRICS, RANK, Scaled, Two, Uneven, doubles, seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+import minikeras
+
+
+class Deep(minikeras.Model):
+    """Blocks in a ModuleList, one in another, and layers beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.begin, self.end = nn.Linear(2, 5), nn.Linear(5, 1)
+        inner = nn.ModuleList([nn.Linear(5, 5), nn.Tanh()])
+        self.blocks = nn.ModuleList([Chain(inner), nn.Sequential(nn.Linear(5, 5), nn.Tanh())])
+
+    def forward(self, x):
+        x = self.begin(x)
+        for block in self.blocks:
+            x = block(x)
+        return torch.sigmoid(self.end(x))
+
+
+class Chain(nn.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, **kwargs):
+    model = (Deep() if model is None else model).double()
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.05)
+    kind = os.environ.get("KIND", "fsdp") if "RANK" in os.environ else "auto"
+    if kind != "fsdp":
+        kwargs.pop("fsdp_blocks", None)
+    model.compile(loss_func or nn.BCELoss(), optimizer, metrics_dict, device="cpu", distributed=kind, **kwargs)
+    return model
+
+
+def found(model, dfhistory, dl=None, **more):
+    """What is to be the same, with whole weights under their plain names."""
+    path = Path(os.environ["FOLDER"], f"{os.environ.get('WORLD_SIZE', '1')}.pt")
+    model.save(path)
+    outputs = None if dl is None else model.predict(dl)
+    return {"history": dfhistory.to_dict("list"), "weights": dict(torch.load(path)), "outputs": outputs, **more}
+
+
+def arrays(size):
+    seed(RANK)
+    model = compiled()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    dfhistory = model.fit(3, doubles(100), doubles(37), batch_size=12 // size, verbose=0)
+    weights = list(model.parameters())
+    moved = all(not torch.equal(local(a), local(b)) for a, b in zip(before, weights, strict=True) if local(a).numel())
+    assert moved and (size == 1 or os.environ.get("KIND") == "ddp" or all(hasattr(w, "to_local") for w in weights))
+    return found(model, dfhistory, doubles(37), evaluated=model.evaluate(doubles(37), batch_size=12 // size))
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def penalties(size):
+    seed()
+    model, loss = Deep().double(), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer)
+    dfhistory = model.fit(2, doubles(45), doubles(17), batch_size=12 // size, verbose=0)
+    return found(model, dfhistory, scale=loss.scale.detach())
+
+
+def big_steps(size):
+    seed()
+    model = compiled(accumulate=2, clip_grad_value=0.2, clip_grad_norm=0.1)
+    return found(model, model.fit(2, doubles(61), batch_size=12 // size, verbose=0))
+
+
+def fewer_rows_than_processes(size):
+    seed()
+    model = compiled()
+    return found(model, model.fit(2, doubles(5), doubles(1), batch_size=6 // size, verbose=0), doubles(1))
+
+
+def uneven(size):
+    seed()
+    model = compiled()
+    if size > 1:
+        return found(model, model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0))
+    steps = [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)], range(16, 20), range(20, 24), range(24, 27)]
+    X, y = doubles(27)
+    batches = [(X[list(rows)], y[list(rows)]) for rows in steps]
+    return found(model, model.fit(2, batches, batches, verbose=0))
+
+
+def two_optimizers(size):
+    seed()
+    model = Two().double()
+    optimizers = {"g": torch.optim.Adam(model.g.parameters()), "d": torch.optim.SGD(model.d.parameters(), lr=0.1)}
+    model = compiled(model, optimizer=optimizers, metrics_dict={}, fsdp_blocks=(nn.Linear,))
+    dfhistory = model.fit(2, doubles(45), batch_size=12 // size, verbose=0)
+    return found(model, dfhistory, doubles(7))
+
+
+def callbacks(size):
+    seed()
+    model = compiled()
+    stop = minikeras.EarlyStopping("val_loss", patience=2, min_delta=0.02, restore_best_weights=True)
+    path = Path(os.environ["FOLDER"], f"kept{size}.pt")
+    save = minikeras.ModelCheckpoint(path, "val_loss", save_best_only=True)
+    average = minikeras.EMA(0.9, evaluate=True)
+    rates = minikeras.LRScheduler(torch.optim.lr_scheduler.StepLR(model.optimizer, 2, 0.5))
+    listed = [average, stop, save, rates]
+    dfhistory = model.fit(20, doubles(60), doubles(30), batch_size=12 // size, callbacks=listed, verbose=0)
+    result = found(model, dfhistory, kept=dict(torch.load(path)))
+    model.load(path)
+    return result | {"evaluated": model.evaluate(doubles(30))}
+
+
+def compiled_again(size):
+    """An optimizer with state of its own, then parts that stay parts."""
+    seed()
+    model = Deep().double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    X, y = doubles(16)
+    nn.functional.binary_cross_entropy(model(X), y).backward()
+    optimizer.step()
+    model = compiled(model, optimizer=optimizer)
+    model.fit(1, doubles(45), batch_size=12 // size, verbose=0)
+    model = compiled(model, optimizer=optimizer)
+    return found(model, model.fit(1, doubles(45), batch_size=12 // size, verbose=0))
+
+
+def nan_on_one(size):
+    seed()
+    X, y = doubles(24)
+    y = y.clone()
+    y[17] = torch.nan
+    model = compiled(loss_func=nn.MSELoss())
+    try:
+        model.fit(1, [(X, y)] if size == 1 else [(X[:12], y[:12]), (X[12:], y[12:])], verbose=0)
+    except FloatingPointError as error:
+        said = "the weights are those of before it" in str(error).lower()
+    return found(model, model.fit(1, doubles(24), batch_size=12 // size, verbose=0), said=said)
+
+
+def carried_on(size):
+    """The same file, by one process or several."""
+    seed()
+    model = compiled()
+    at = Path(os.environ["FOLDER"], "run.pt")
+    average = minikeras.EMA(0.9)
+    stop = minikeras.LambdaCallback(on_epoch_end=lambda epoch, logs: check(epoch))
+    more = {"checkpoint": at} if "PART" in os.environ else {}
+
+    def check(epoch):
+        if str(epoch) == os.environ.get("PART"):
+            raise KeyboardInterrupt
+
+    dl = DataLoader(torch.utils.data.TensorDataset(*doubles(45)), 12 // size, shuffle=True)
+    try:
+        dfhistory = model.fit(3, dl, callbacks=[average, stop], verbose=0, **more)
+    except KeyboardInterrupt:
+        return {}
+    return found(model, dfhistory)
+
+
+CASES = {name: case for name, case in list(globals().items()) if callable(case) and case.__module__ == __name__}
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        torch.save(CASES[name](int(os.environ["WORLD_SIZE"])), Path(sys.argv[1], f"{name}.{os.environ['RANK']}.pt"))
