@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
-from minikeras.distributed import GradientSums, World, is_part
+from minikeras.distributed import GradientSums, World, backward, is_part
 from minikeras.errors import one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
@@ -129,7 +129,7 @@ class Precision:
         if self.one_backward and all(window.batches == self.accumulate - 1 for window in self.windows.values()):
             self.sums = self._sums(self.windows)
         with self.working():
-            total.backward(inputs=inputs)
+            backward(total, inputs, [parameter for one in self.windows for parameter in parameters_of(one)])
 
     def _size_scale(self, weight: Any) -> None:
         """A sum over 1000 rows is 1000 times as large: its first scale is that much smaller, or steps are skipped."""

@@ -159,6 +159,24 @@ def nan_on_one(size):
     return found(model, model.fit(1, doubles(24), batch_size=12 // size, verbose=0), said=said)
 
 
+def refused(size):
+    """What cannot be had is said."""
+    said = []
+    for more in ({"jit": True}, {"precision": "fp16"}, {"fsdp_blocks": nn.Conv1d}, {"fsdp_blocks": "Linear"}):
+        try:
+            Net().compile(nn.BCELoss(), device="cpu", distributed="fsdp", **more)
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+    model = Two()
+    optimizers = {"g": torch.optim.SGD(model.g.parameters()), "d": torch.optim.SGD(model.d.parameters())}
+    model.compile(nn.BCELoss(), optimizers, device="cpu", distributed="fsdp")
+    try:
+        model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0)
+    except RuntimeError as error:
+        said.append(error.__notes__[0])
+    return {"said": said}
+
+
 def carried_on(size):
     """The same file, by one process or several."""
     seed()

@@ -8,6 +8,7 @@ shards.py     parameters in parts, one in each process
 from minikeras.distributed.gradients import GradientSums
 from minikeras.distributed.shards import (
     as_part,
+    backward,
     is_part,
     load_optimizer,
     load_whole,
@@ -23,6 +24,7 @@ __all__ = [
     "GradientSums",
     "World",
     "as_part",
+    "backward",
     "is_main",
     "is_part",
     "leave",

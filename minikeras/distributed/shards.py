@@ -117,6 +117,21 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({**state, "state": parts})
 
 
+def backward(total: Tensor, inputs: Any, held: Iterable[Tensor]) -> None:
+    """total.backward(inputs=inputs). torch does not find parts among its inputs: the gradients of the rest of `held`
+    are laid aside meanwhile."""
+    if inputs is None or not any(map(is_part, inputs)):
+        total.backward(inputs=inputs)
+        return
+    wanted = set(inputs)
+    aside = {parameter: parameter.grad for parameter in held if parameter not in wanted}
+    for parameter in aside:
+        parameter.grad = None
+    total.backward()
+    for parameter, gradient in aside.items():
+        parameter.grad = gradient
+
+
 def settle(model: nn.Module) -> None:
     """In parts again, after a forward or backward that an error has ended."""
     for module in model.modules():

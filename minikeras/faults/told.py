@@ -49,6 +49,11 @@ def row_being_read(error: BaseException, dataset: Any) -> Any:
 def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
     """No memory: the batch's shapes and what to try; what the failed step held is let go, so that it can be tried."""
     tell_of_worker(error)
+    if "mixed torch.Tensor and DTensor" in str(error):
+        error.add_note(
+            "A step of your own called a layer whose weights are in parts, outside the forward of the block that puts "
+            'them together. Name its class among the blocks: compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).'
+        )
     if not is_out_of_memory(error):
         return
     rows = count_rows(features, labels)
