@@ -19,6 +19,7 @@ import torch
 from conftest import compiled, points
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from launch import assert_same, torchrun
 
 from minikeras.distributed import World
 
@@ -49,21 +50,6 @@ SAME = [
 OTHERS = ["odd", "told", "timer", "nan_on_one", "dropout", "refused", "main_alone", "whole", "whole_with_a_worker"]
 STEPS = ["arrays", "loader_by_rows", "fewer_rows_than_processes", "own_parameters", "big_steps", "auroc", "uneven"]
 ON_THREE = ["arrays", "fewer_rows_than_processes", "two_optimizers"]
-
-
-def torchrun(arguments, processes=2, env=(), **kwargs):
-    """A finished torchrun of a script, its output as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **dict(env)}
-    command += map(str, arguments)
-    for last in (False, True):
-        try:
-            return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=100, **kwargs)
-        except subprocess.TimeoutExpired:  # a DataLoader's worker, forked beside the group's threads, may never start
-            subprocess.run(["pkill", "-9", "-f", str(arguments[0])], check=False)
-            if last:
-                raise
-    return None
 
 
 def results_of(tmp_path_factory, cases, processes, **env):
@@ -137,15 +123,6 @@ def by_two_at_the_end(tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_three(tmp_path_factory):
     return results_of(tmp_path_factory, [*ON_THREE, "odd"], 3)
-
-
-def assert_same(found, expected, where=""):
-    """Any nest of numbers and tensors."""
-
-    def told(said):
-        return f"{where}\n{said}"
-
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True, msg=told)
 
 
 @pytest.mark.parametrize("case", SAME)

@@ -134,6 +134,7 @@ def backward(total: Tensor, inputs: Any, held: Iterable[Tensor]) -> None:
 
 def settle(model: nn.Module) -> None:
     """In parts again, after a forward or backward that an error has ended."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reset_iter_state"):
             with contextlib.suppress(AttributeError, RuntimeError):  # it is not the outermost, or has not been called
@@ -152,7 +153,7 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 def sum_of_parts(number: Tensor, like: Any) -> Tensor:
     """A 0-d tensor summed over the processes that hold parts of `like`; its gradients are summed, too."""
-    summed: Tensor = _Sum.apply(number, like.device_mesh.get_group())
+    summed: Tensor = _Sum.apply(number, like.device_mesh.get_group())  # type: ignore[no-untyped-call]
     return summed
 
 
@@ -163,7 +164,7 @@ class _Sum(torch.autograd.Function):
         return _added(number, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return _added(gradient, ctx.group), None
 
 
