@@ -58,8 +58,11 @@ class Totals(Mapping[str, float]):
         objects = {name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()}
         return {"sums": self.sums, "counts": self.counts, "updated": self.updated, "objects": objects}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` stood."""
+    def load_state_dict(self, state: Mapping[str, Any], counted: bool = True) -> None:
+        """Go on from where `state_dict` stood; unless `counted` with its names alone, another process has the rest."""
+        if not counted:
+            self._start(state["sums"])
+            return
         self.sums, self.counts = map_leaves(self._placed, state["sums"]), map_leaves(self._placed, state["counts"])
         self.updated = state["updated"]
         for name, metric in self.objects.items():

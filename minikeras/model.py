@@ -28,7 +28,7 @@ from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
 from minikeras.progress import Progress, show, tell, wants_bar
-from minikeras.run import Run, made, ready
+from minikeras.run import Run, check_optimizers, made, ready
 
 
 class Model(nn.Module):
@@ -173,6 +173,7 @@ class Model(nn.Module):
         clip_grad_value: float | None = None,
         accumulate: int = 1,
         distributed: str | None = "auto",
+        sync_batchnorm: bool = False,
         fsdp_blocks: Any = None,
     ) -> None:
         """Say how to train: loss, optimizer, metrics and device. The history starts anew.
@@ -204,6 +205,7 @@ class Model(nn.Module):
             distributed: "auto" trains together with the other processes that torchrun (or a process group) has started:
                 each takes batch_size rows of every step; None trains alone. "ddp" is an error where there are none;
                 so is "fsdp", where each keeps one part of the weights, gradients and optimizer state.
+            sync_batchnorm: BatchNorm over the rows of all processes, not of each (torch.nn.SyncBatchNorm; no CPU).
             fsdp_blocks: module classes put together one at a time; default the children of each ModuleList.
 
         Raises:
@@ -211,7 +213,7 @@ class Model(nn.Module):
             ValueError: a metric's name that history uses itself, or a device that is not there.
         """
         big: Any = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
-        more = (jit, steps_per_execution, precision, distributed, fsdp_blocks)
+        more = (jit, steps_per_execution, precision, distributed, sync_batchnorm, fsdp_blocks)
         run = made(self, loss_func, optimizer, metrics_dict, device, *more, **big)
         run.published = {} if self._run is None else self._run.published
         self._run = run
@@ -282,7 +284,7 @@ class Model(nn.Module):
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         listed = check_callbacks(callbacks)
         check_monitors(listed, validates=val is not None)
-        self._check_optimizers(run)
+        check_optimizers(self, run)
         ready(self, run)
         last = saved.open(self, run, epochs)
         shown = show(verbose) and leads(self)
@@ -372,13 +374,6 @@ class Model(nn.Module):
                 f"Call model.compile(loss_func, optimizer) first."
             )
         return self._run
-
-    def _check_optimizers(self, run: Run) -> None:
-        if "optimizer" in run.published and run.published["optimizer"] is not self.__dict__.get("optimizer"):
-            raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
-        checks.check_optimizers(self, run.loss_func, run.optimizers, run.parameters)
-        if type(self).train_step is Model.train_step:
-            checks.check_closures(run.optimizers)
 
     def _call(self, name: str, function: Any, outputs: Any, labels: Any, scalar: bool = True) -> Any:
         """A loss or metric called, in the first batch under the eyes of checks.guarded."""

@@ -96,6 +96,7 @@ def made(
     steps_per_execution: int,
     precision: str,
     distributed: str | None = None,
+    sync_batchnorm: bool = False,
     fsdp_blocks: Any = None,
     **big: Any,
 ) -> Run:
@@ -110,6 +111,8 @@ def made(
     chosen = choose_device(device) if world is None else world.device(choose_device(device))
     train, val = (Totals(metrics_dict, chosen, world) for _ in ("train", "val"))
     run = Run(loss_func, optimizers, train, val, chosen, world=world)
+    if sync_batchnorm and world is not None:
+        over_all_rows(model, world, chosen)
     place(model, run)
     if distributed == "fsdp":
         in_parts(model, run, fsdp_blocks, jit, precision)
@@ -135,6 +138,16 @@ def made(
     return run
 
 
+def over_all_rows(model: Model, world: World, device: torch.device) -> None:
+    """BatchNorm takes the rows of all processes together; the state_dict's keys stay."""
+    if device.type == "cpu":
+        raise ValueError(
+            f"sync_batchnorm=True with {world.size} processes needs GPUs: torch has no SyncBatchNorm for the CPU. "
+            f"Leave it out, and choose a batch_size that is enough for the statistics of each process."
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def in_parts(model: Model, run: Run, blocks: Any, jit: Any, precision: str) -> None:
     """The parameters in parts, where there are several processes; those that were whole are rank 0's."""
     if jit:
@@ -143,8 +156,7 @@ def in_parts(model: Model, run: Run, blocks: Any, jit: Any, precision: str) -> N
         raise ValueError('distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".')
     if run.world is not None:
         share(model, run, run.world)
-        own_step = getattr(model.train_step, "__module__", "") != "minikeras.model"
-        shard(model, blocks, run.optimizers.values(), own_step)
+        shard(model, blocks, run.optimizers.values(), has_own_step(model))
 
 
 def place(model: Model, run: Run) -> None:
@@ -176,6 +188,20 @@ def share(model: Model, run: Run, world: World) -> None:
 def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     # a 0-d tensor such as Adam's step stays on the CPU by torch's own choice
     return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
+
+
+def check_optimizers(model: Model, run: Run) -> None:
+    """Before a fit: they are those of compile, and train the model's parameters."""
+    if "optimizer" in run.published and run.published["optimizer"] is not vars(model).get("optimizer"):
+        raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
+    checks.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
+    if not has_own_step(model):
+        checks.check_closures(run.optimizers)
+
+
+def has_own_step(model: Model) -> bool:
+    """Whether train_step is the user's."""
+    return getattr(model.train_step, "__module__", "") != "minikeras.model"
 
 
 def learning_rates(run: Run) -> dict[str, float]:

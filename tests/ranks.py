@@ -466,6 +466,10 @@ def told(size):
         warnings.simplefilter("always")
         compiled(jit=True, steps_per_execution=4)
     said = [str(one.message) for one in caught]
+    try:
+        compiled(minikeras.Model(Noisy()), sync_batchnorm=True)
+    except ValueError as error:
+        said.append(str(error))
     for model, data in ((Noisy(), DataLoader(Rows(8), 1)), (nn.Linear(2, 1), DataLoader(Rows(5), 3, drop_last=True))):
         try:
             compiled(minikeras.Model(model)).fit(1, data, verbose=0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import peers
@@ -20,8 +21,11 @@ from conftest import compiled, points
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from launch import assert_same, torchrun
+from torch import nn
 
+import minikeras
 from minikeras.distributed import World
+from minikeras.run import over_all_rows
 
 HERE = Path(__file__).parent
 SAME = [
@@ -222,12 +226,24 @@ def test_what_is_other_with_several_processes_is_told(by_two):
         "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on each of 2 processes. "
         "Set drop_last=False."
     )
-    assert by_two["told"] == [[steps, one_row.format(0), nothing], [one_row.format(1), nothing]]
+    norm = (
+        "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. Leave it out, and "
+        "choose a batch_size that is enough for the statistics of each process."
+    )
+    assert by_two["told"] == [[steps, norm, one_row.format(0), nothing], [norm, one_row.format(1), nothing]]
 
 
 def test_one_process_has_no_world():
-    assert compiled()._run.world is None
-    assert compiled()._run.precision is None
+    run = compiled(sync_batchnorm=True)._run
+    assert run.world is run.precision is None
+
+
+def test_batchnorm_over_all_processes_keeps_weights_and_names():
+    model, world = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))), SimpleNamespace(size=2)
+    before = dict(model.named_parameters())
+    over_all_rows(model, world, torch.device("cuda"))
+    assert isinstance(model.net[1], nn.SyncBatchNorm)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 # --- a group that is there already, without a launcher's variables ---------------------------------------------------

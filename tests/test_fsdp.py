@@ -1,12 +1,15 @@
 """Parameters in parts, on the CPU under torchrun: the numbers of one process, and of whole parameters."""
 
 import re
+import shutil
 
 import pytest
 import shards
 import torch
 from conftest import compiled
 from launch import ROOT, assert_same, torchrun
+
+from minikeras.errors import CheckpointError
 
 SAME = [
     "arrays",
@@ -59,20 +62,61 @@ def test_three_processes_some_of_which_have_no_part_of_a_bias_do_too(tmp_path, m
             assert_same(one, expected[case])
 
 
-def test_a_fit_goes_on_bit_by_bit_the_same(in_parts, tmp_path):
-    results_of(tmp_path, ["carried_on"], PART="2")
+@pytest.mark.parametrize("number", ["15", "9"], ids=["SIGTERM", "SIGKILL"])
+def test_a_fit_goes_on_bit_by_bit_the_same_from_its_folder(number, in_parts, tmp_path):
+    env = {"FOLDER": str(tmp_path), "PART": "9"}
+    script = [ROOT / "tests" / "shards.py", tmp_path, "carried_on"]
+    assert torchrun(script, 2, env | {"KILL": f"1 {number} 2 3"}).returncode != 0
+    assert sorted(path.name for path in (tmp_path / "run.pt").iterdir()) == [
+        ".metadata", "__0_0.distcp", "__1_0.distcp", "run.pt"
+    ]  # fmt: skip
     found = results_of(tmp_path, ["carried_on"], PART="9")
     torch.testing.assert_close(found["carried_on"], in_parts["carried_on"], rtol=0, atol=0)
 
 
-def test_a_fit_goes_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory):
+    """A folder that has one before it, of two processes."""
+    folder = tmp_path_factory.mktemp("broken off")
+    results_of(folder, ["carried_on"], PART="2")
+    return folder
+
+
+def test_a_fit_goes_from_two_processes_to_one_and_back(broken_off, tmp_path, monkeypatch):
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = shards.carried_on(1)
-    results_of(tmp_path, ["carried_on"], PART="2")
+    shutil.copytree(broken_off / "run.pt", tmp_path / "run.pt")
     monkeypatch.setenv("PART", "3")
     assert shards.carried_on(1) == {}
+    assert (tmp_path / "run.pt").is_file()
     for one in results_of(tmp_path, ["carried_on"], PART="9")["carried_on"]:
         assert_same(one, expected)
+    assert (tmp_path / "run.pt").is_dir()
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", "run.pt"])
+def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_off, tmp_path):
+    folder, model = tmp_path / "run.pt", shards.Deep().double()
+    for one in ("run.pt", "run.pt.prev"):
+        shutil.copytree(broken_off / one, tmp_path / one)
+    model.load(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"is damaged in .* The one written before it is {folder}\.prev. It is used"):
+        model.load(folder)
+    shutil.rmtree(tmp_path / "run.pt.prev")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"is damaged in .* There is none written before it"):
+        model.load(folder)
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "run.pt").mkdir()
+    said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\. There is none written before it"
+    with pytest.raises(CheckpointError, match=said):
+        compiled().fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0)
 
 
 def test_what_cannot_be_had_with_parts_is_refused_with_a_remedy(in_parts):

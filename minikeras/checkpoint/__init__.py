@@ -1,6 +1,7 @@
-"""What outlives a process: the whole state of a run, and weights alone, each in one file.
+"""What outlives a process: the whole state of a run, and weights alone, each in one file or folder.
 
 file.py       any plain values <-> a file that is whole or not there
+folder.py     ... and a folder, where tensors lie in parts in several processes
 plain.py      plain values: what can be read without running code
 weights.py    model.save, model.load
 state.py      fit(checkpoint=...): the state of a run, and whose fit it is

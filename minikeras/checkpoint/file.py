@@ -3,13 +3,14 @@
 write    to a temporary file beside it, flushed to the disk; the last one becomes NAME.prev, the new one takes its place
 read     every byte against its checksum, then values only: nothing in a file can run
 
-Whenever the process dies, NAME or NAME.prev is a whole state.
+Whenever the process dies, NAME or NAME.prev is a whole state. A folder is written in the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -29,6 +30,11 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".prev")
 
 
+def temporary(path: Path) -> Path:
+    """Where the newest is written before it is whole."""
+    return path.with_name(path.name + ".tmp")
+
+
 def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> None:
     """Put what `dump` writes into a file at `path`, whole; with `keep` the one there becomes NAME.prev.
 
@@ -36,24 +42,40 @@ def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> Non
         OSError: it could not be written; what was there is there still.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    new = temporary(path)
     try:
-        dump(temporary)
-        flush(temporary)
+        dump(new)
+        flush(new)
         if keep and path.exists():
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
+            put(path, previous(path))
+        put(new, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            discard(new)
         raise
     flush(path.parent)
+
+
+def put(source: Path, target: Path) -> None:
+    """Give it that name, over what has it; between a folder that goes and the one that comes there is neither."""
+    if source.is_dir() or target.is_dir():
+        discard(target)
+    os.replace(source, target)
+
+
+def discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def dump(value: Any) -> Callable[[Path], None]:
     """Writes a plain value with torch.save."""
 
     def save(path: Path) -> None:
+        if path.is_dir():  # left by a run with parameters in parts
+            discard(path)
         try:
             with open(path, "wb") as file:
                 torch.save(value, file)

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minikeras.distributed import whole
-
 AS_THEY_ARE = (type(None), str, bool, int, float, complex, bytes, torch.Size, torch.dtype, torch.device)
 ARRAY = "a NumPy array"  # the key of a dict that stands for one
 
@@ -25,7 +23,7 @@ def plain(value: Any, where: str) -> Any:
     {'best': 0.5}
     """
     if isinstance(value, Tensor):
-        return whole(value).detach()
+        return value.detach()
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc":

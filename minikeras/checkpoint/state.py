@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from minikeras.callbacks import Callback, leads
-from minikeras.checkpoint.file import dump, read_newest, remedy, write
+from minikeras.checkpoint.file import dump, read_newest, remedy, temporary, write
+from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
@@ -90,7 +91,7 @@ class Checkpoint:
         if self.path is None:
             return self.last
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
-        found = read_newest(self.path)
+        found = read_newest(self.path, reader(model))
         if found is not None:
             self.whole = found[1] == self.path
             self._check(found[0], found[1])
@@ -214,10 +215,9 @@ class Checkpoint:
         state = state | (ranks[rank] if same else {})
         for name, buffer in self.model.named_buffers() if same else ():
             buffer.copy_(state["own buffers"][name])
-        if not state["position"]["step"] or not (same or rank == 0):  # rank 0 has counted for all
-            self.run.train.reset()
-        else:
-            self.run.train.load_state_dict(restored(state["totals"]))
+        self.run.train.reset()
+        if state["position"]["step"]:
+            self.run.train.load_state_dict(restored(state["totals"]), counted=same or rank == 0)  # by it for all
         validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
         self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
         if self.run.precision is not None and state.get("precision"):  # older files have none
@@ -297,10 +297,13 @@ class Checkpoint:
             self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
 
     def _write(self, path: Path, state: Any) -> OSError | None:
-        """By rank 0, where there are several processes; the error, if it failed."""
+        """By rank 0, where there are several processes, and what is in parts by all; the error, if it failed."""
+        state, parts = apart(state)
         try:
+            if parts and self.run.world is not None:
+                state["parts"] = save_parts(temporary(path), parts, self.run.world)
             if leads(self.model):
-                write(path, dump(state), keep=self.whole)
+                write(path, dump_rest(state) if parts else dump(state), keep=self.whole)
         except OSError as error:
             return error
         return None
@@ -358,7 +361,8 @@ class Checkpoint:
             sums, counts = totals.summed()
             together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
         mine = mine | {"own buffers": dict(self.model.named_buffers())}
-        return {"totals": together, "ranks": world.gather(plain(mine, "the state of a process"))}
+        rest, _ = apart(plain(mine, "the state of a process"))  # parts are in the whole state under the same names
+        return {"totals": together, "ranks": world.gather(rest)}
 
 
 def stopped(state: Any) -> bool:

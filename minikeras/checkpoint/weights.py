@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minikeras.checkpoint.file import dump, read, read_newest, remedy, write
+from minikeras.checkpoint.file import dump, read_newest, remedy, write
+from minikeras.checkpoint.folder import reader
 from minikeras.checkpoint.plain import plain
-from minikeras.distributed import World, load_whole
+from minikeras.distributed import World, load_whole, whole
 from minikeras.errors import CheckpointError
 
 RUN = "minikeras"  # the key of the version number in a run's state
@@ -21,7 +22,9 @@ COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wra
 def save_weights(model: nn.Module, path: Path, world: World | None) -> None:
     """The model's state_dict in a file: whole, or not there; there for each process when it goes on."""
 
-    state = weights_of(model)  # by all: where it is in parts, it is put together
+    state = weights_of(model)
+    for key, value in state.items():
+        state[key] = whole(value)  # by all processes
 
     def save() -> None:
         write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state))
@@ -39,7 +42,7 @@ def weights_of(module: nn.Module) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Weights from a file into the model; nothing is changed where they do not fit."""
-    found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else read)
+    found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else reader(model))
     if found is None:
         raise FileNotFoundError(f"there is no file {path}. Pass the path of a file that model.save wrote.")
     state = found[0]["model"] if isinstance(found[0], dict) and RUN in found[0] else found[0]
