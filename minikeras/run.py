@@ -114,7 +114,7 @@ def made(
     if sync_batchnorm and world is not None:
         over_all_rows(model, world, chosen)
     place(model, run)
-    if distributed == "fsdp":
+    if distributed == "fsdp" or any(map(is_part, model.parameters())):
         in_parts(model, run, fsdp_blocks, jit, precision)
     elif fsdp_blocks is not None:
         raise ValueError(f'fsdp_blocks needs distributed="fsdp", got distributed={distributed!r}. Pass both or none.')
@@ -154,6 +154,11 @@ def in_parts(model: Model, run: Run, blocks: Any, jit: Any, precision: str) -> N
         raise ValueError('distributed="fsdp" and jit=True do not go together. Leave one of them out.')
     if precision == "fp16":
         raise ValueError('distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".')
+    if run.world is None and any(map(is_part, model.parameters())):
+        raise ValueError(
+            "the model's parameters are in parts in several processes, and distributed=None trains in one alone. "
+            'Compile with distributed="fsdp", or build the model anew.'
+        )
     if run.world is not None:
         share(model, run, run.world)
         shard(model, blocks, run.optimizers.values(), has_own_step(model))

@@ -11,6 +11,7 @@ import torch
 from conftest import Net
 from ranks import METRICS, RANK, Scaled, Two, Uneven, doubles, seed
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import minikeras
@@ -81,7 +82,7 @@ def penalties(size):
     seed()
     model, loss = Deep().double(), Scaled()
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
-    model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer)
+    model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer, clip_grad_norm=0.1)
     dfhistory = model.fit(2, doubles(45), doubles(17), batch_size=12 // size, verbose=0)
     return found(model, dfhistory, scale=loss.scale.detach())
 
@@ -90,6 +91,33 @@ def big_steps(size):
     seed()
     model = compiled(accumulate=2, clip_grad_value=0.2, clip_grad_norm=0.1)
     return found(model, model.fit(2, doubles(61), batch_size=12 // size, verbose=0))
+
+
+def half(size):
+    seed()
+    model = minikeras.Model(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
+    kind = os.environ.get("KIND", "fsdp")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    model.compile(nn.MSELoss(), optimizer, device="cpu", distributed=kind, precision="bf16")
+    data = tuple(part.float() for part in doubles(45))
+    return found(model, model.fit(2, data, batch_size=12 // size, verbose=0))
+
+
+def by_the_user(size):
+    """fully_shard before compile, which takes the model as it comes."""
+    seed()
+    model = Deep().double()
+    if size > 1 and os.environ.get("KIND") != "ddp":
+        fully_shard(model.blocks[0])
+        fully_shard(model)
+        said = ""
+        try:
+            model.compile(nn.BCELoss(), device="cpu", distributed=None)
+        except ValueError as error:
+            said = str(error)
+        assert "are in parts in several processes" in said
+    model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), METRICS, device="cpu")
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
 
 
 def fewer_rows_than_processes(size):

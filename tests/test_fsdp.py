@@ -21,6 +21,7 @@ SAME = [
     "callbacks",
     "compiled_again",
     "nan_on_one",
+    "by_the_user",
 ]
 
 
@@ -33,12 +34,12 @@ def results_of(folder, cases, processes=2, **env):
 
 @pytest.fixture(scope="module")
 def in_parts(tmp_path_factory):
-    return results_of(tmp_path_factory.mktemp("parts"), [*SAME, "refused", "carried_on"])
+    return results_of(tmp_path_factory.mktemp("parts"), [*SAME, "half", "refused", "carried_on"])
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return results_of(tmp_path_factory.mktemp("whole"), SAME, KIND="ddp")
+    return results_of(tmp_path_factory.mktemp("whole"), [*SAME, "half"], KIND="ddp")
 
 
 @pytest.mark.parametrize("case", SAME)
@@ -49,7 +50,7 @@ def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(case,
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", [*SAME, "half"])
 def test_and_what_two_find_with_whole_parameters(case, in_parts, whole):
     assert_same(in_parts[case], whole[case])
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 
 def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_step: bool) -> None:
-    """Put a model into parts, which must be alike in all processes before; nothing is done where it has been.
+    """Put a model into parts, which must be alike in all processes before; one that is in parts stays as it is.
 
     Args:
         blocks: a class of modules or several, None for the children of each ModuleList.
@@ -32,13 +32,12 @@ def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_st
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     chosen = blocks_of(model, blocks)
-    if any(map(is_part, model.parameters())):
-        return
     before = dict(model.named_parameters())
-    for block in chosen:
-        fully_shard(block, reshard_after_forward=True)
-    if not own_step or not all(map(is_part, model.parameters())):
-        fully_shard(model, reshard_after_forward=True)
+    if not any(map(is_part, model.parameters())):
+        for block in chosen:
+            fully_shard(block, reshard_after_forward=True)
+        if not own_step or not all(map(is_part, model.parameters())):
+            fully_shard(model, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums and not means: all gradients here are sums until a step divides them
             module.set_gradient_divide_factor(1.0)
