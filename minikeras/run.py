@@ -111,31 +111,51 @@ def made(
     chosen = choose_device(device) if world is None else world.device(choose_device(device))
     train, val = (Totals(metrics_dict, chosen, world) for _ in ("train", "val"))
     run = Run(loss_func, optimizers, train, val, chosen, world=world)
-    if sync_batchnorm and world is not None:
-        over_all_rows(model, world, chosen)
-    place(model, run)
     if distributed == "fsdp" or any(map(is_part, model.parameters())):
-        in_parts(model, run, fsdp_blocks, jit, precision)
+        check_parts(model, run, jit, precision)
     elif fsdp_blocks is not None:
         raise ValueError(f'fsdp_blocks needs distributed="fsdp", got distributed={distributed!r}. Pass both or none.')
-    parameters = parameters_of(model, loss_func)
-    run.parameters = {id(parameter) for parameter in parameters}
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    place(model, run)
+    trainable = [parameter for parameter in parameters_of(model, loss_func) if parameter.requires_grad]
     if optimizer is None and trainable:
         run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
     run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big, world=world)
+    if sync_batchnorm and world is not None:
+        over_all_rows(model, world, chosen)
+    if world is not None and (distributed == "fsdp" or any(map(is_part, model.parameters()))):
+        share(model, run, world)
+        shard(model, fsdp_blocks, run.optimizers.values(), has_own_step(model))
+    run.parameters = {id(parameter) for parameter in parameters_of(model, loss_func)}
     if jit:
-        from minikeras.jit import Jit  # on first use: it loads the compiler
-
-        if world is not None and world.rank == 0 and steps_per_execution > 1:
-            warnings.warn(
-                f"steps_per_execution={steps_per_execution} is 1 on {world.size} processes, which add up their "
-                f"gradients between backward and step. The numbers are the same. Leave it out there.",
-                stacklevel=3,
-            )
-        run.jit = Jit(model, run, {} if jit is True else jit, steps_per_execution if world is None else 1)
+        run.jit = jit_of(model, run, jit, steps_per_execution)
         run.by_parts = run.jit.overrides("train_step")
     return run
+
+
+def check_parts(model: Model, run: Run, jit: Any, precision: str) -> None:
+    """Parameters in parts, one in each process, do not go with everything."""
+    if jit:
+        raise ValueError('distributed="fsdp" and jit=True do not go together. Leave one of them out.')
+    if precision == "fp16":
+        raise ValueError('distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".')
+    if run.world is None and any(map(is_part, model.parameters())):
+        raise ValueError(
+            "the model's parameters are in parts in several processes, and distributed=None trains in one alone. "
+            'Compile with distributed="fsdp", or build the model anew.'
+        )
+
+
+def jit_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Any:
+    """The steps as compiled graphs."""
+    from minikeras.jit import Jit  # on first use: it loads the compiler
+
+    if run.world is not None and run.world.rank == 0 and steps_per_execution > 1:
+        warnings.warn(
+            f"steps_per_execution={steps_per_execution} is 1 on {run.world.size} processes, which add up their "
+            f"gradients between backward and step. The numbers are the same. Leave it out there.",
+            stacklevel=4,
+        )
+    return Jit(model, run, {} if jit is True else jit, steps_per_execution if run.world is None else 1)
 
 
 def over_all_rows(model: Model, world: World, device: torch.device) -> None:
@@ -146,22 +166,6 @@ def over_all_rows(model: Model, world: World, device: torch.device) -> None:
             f"Leave it out, and choose a batch_size that is enough for the statistics of each process."
         )
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-def in_parts(model: Model, run: Run, blocks: Any, jit: Any, precision: str) -> None:
-    """The parameters in parts, where there are several processes; those that were whole are rank 0's."""
-    if jit:
-        raise ValueError('distributed="fsdp" and jit=True do not go together. Leave one of them out.')
-    if precision == "fp16":
-        raise ValueError('distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".')
-    if run.world is None and any(map(is_part, model.parameters())):
-        raise ValueError(
-            "the model's parameters are in parts in several processes, and distributed=None trains in one alone. "
-            'Compile with distributed="fsdp", or build the model anew.'
-        )
-    if run.world is not None:
-        share(model, run, run.world)
-        shard(model, blocks, run.optimizers.values(), has_own_step(model))
 
 
 def place(model: Model, run: Run) -> None:
