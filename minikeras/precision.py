@@ -142,6 +142,9 @@ class Precision:
     def step(self, optimizers: Iterable[Optimizer]) -> None:
         """One more batch in the windows of these optimizers; those that are full are closed."""
         for one in (optimizers := list(optimizers)):
+            untold = not self.windows[one].batches and self.windows[one].current is None
+            if untold and any(map(is_part, gradients_of(one))):  # which call no hook as they are filled
+                self.refuse("loss.backward()", "self.backward(loss)")
             self.windows[one].batches += 1
             self.windows[one].current = None
         self.close([one for one in optimizers if self.windows[one].batches == self.accumulate])
@@ -253,16 +256,16 @@ class Precision:
             return f"clip_grad_norm={self.clip_grad_norm:g}"
         return "" if self.clip_grad_value is None else f"clip_grad_value={self.clip_grad_value:g}"
 
-    def _guards(self) -> list[Any]:
-        def refuse(called: str, instead: str) -> None:
-            if not self.at_work:
-                raise RuntimeError(f"{called} passes {self.must_be_asked()} by. Call {instead} in train_step.")
+    def refuse(self, called: str, instead: str) -> None:
+        if not self.at_work:
+            raise RuntimeError(f"{called} passes {self.must_be_asked()} by. Call {instead} in train_step.")
 
+    def _guards(self) -> list[Any]:
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            refuse("optimizer.step()", "self.optimizer_step()")
+            self.refuse("optimizer.step()", "self.optimizer_step()")
 
         def after_gradient(parameter: Tensor) -> None:
-            refuse("loss.backward()", "self.backward(loss)")
+            self.refuse("loss.backward()", "self.backward(loss)")
 
         held = {parameter for one in self.windows for parameter in parameters_of(one)}
         trained = [parameter for parameter in held if parameter.requires_grad and not is_lazy(parameter)]

@@ -203,7 +203,21 @@ def refused(size):
         model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0)
     except RuntimeError as error:
         said.append(error.__notes__[0])
+    model = Bare()
+    model.compile(nn.BCELoss(), device="cpu", distributed="fsdp")
+    try:
+        model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0)
+    except RuntimeError as error:
+        said.append(str(error))
     return {"said": said}
+
+
+class Bare(Net):
+    """Gradients are not weighted by rows."""
+
+    def train_step(self, features, labels):
+        self.compute_loss(self(features), labels).backward()
+        self.optimizer_step()
 
 
 def carried_on(size):

@@ -128,6 +128,7 @@ def test_what_cannot_be_had_with_parts_is_refused_with_a_remedy(in_parts):
         "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
         "A step of your own called a layer whose weights are in parts, outside the forward of the block that puts them "
         'together. Name its class among the blocks: compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).',
+        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
     ]  # fmt: skip
 
 
