@@ -1,0 +1,60 @@
+"""The documentation: the code of every page runs, and prints what the page shows."""
+
+import contextlib
+import io
+import itertools
+import re
+
+import pytest
+from test_package import ROOT, numbers_rounded
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(page):
+    """The fenced blocks of a page in order: (language, text)."""
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    blocks = [*blocks_of(page), ("", "")]
+    for (language, code), (following, shown) in itertools.pairwise(blocks):
+        if language == "python":
+            printed = run(code, page, namespace)
+            if following == "text":
+                assert numbers_rounded(printed) == numbers_rounded(shown)
+
+
+def run(code, page, namespace):
+    """What a block prints; its lines keep their numbers in the page, for the traceback."""
+    before = page.read_text().partition(f"```python\n{code}")[0].count("\n") + 1
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n" * before + code, str(page), "exec"), namespace)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_the_language_of_each_of_its_blocks(page):
+    fences = re.findall(r"^ *(`{3,}.*)$", page.read_text(), re.MULTILINE)
+    assert len(fences) == 2 * len(blocks_of(page))
+    assert {language for language, _ in blocks_of(page)} <= {"python", "text", "bash"}
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(re.findall(r": (\w+\.md)$", menu, re.MULTILINE)) == [page.name for page in PAGES]
+
+
+def test_the_figures_are_small():
+    figures = sorted((DOCS / "img").glob("*.png"))
+    assert figures
+    assert all(figure.stat().st_size < 100_000 for figure in figures)
+    shown = {name for page in [*PAGES, ROOT / "README.md"] for name in re.findall(r"img/(\w+\.png)", page.read_text())}
+    assert shown == {figure.name for figure in figures}
