@@ -14,6 +14,7 @@ from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
 from minikeras.layer_summary import summary
 from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
 from minikeras.model import Model
+from minikeras.plotting import plot_history, plot_metric
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ __all__ = [
     "Timer",
     "l1_penalty",
     "l2_penalty",
+    "plot_history",
+    "plot_metric",
     "summary",
     "weight_decay_groups",
 ]

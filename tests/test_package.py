@@ -18,11 +18,12 @@ PACKAGE = ROOT / "minikeras"
 
 # a module may import those below it only; a folder is one room
 ORDER = [
+    ["__main__"],
     ["__init__"],
-    ["model"],
+    ["model", "plotting"],
     ["prediction"],
-    ["loop", "progress", "jit"],
-    ["checkpoint"],
+    ["loop", "notebook", "jit"],
+    ["progress", "checkpoint"],
     ["run"],
     ["callbacks"],
     ["precision"],

@@ -11,7 +11,7 @@ from minikeras.callbacks.base import (
     with_method,
 )
 from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
-from minikeras.callbacks.monitor import check_monitors
+from minikeras.callbacks.monitor import check_monitors, mode_of
 from minikeras.callbacks.rates import LRScheduler, rate_name
 from minikeras.callbacks.stopping import EarlyStopping, Timer
 
@@ -29,6 +29,7 @@ __all__ = [
     "column_order",
     "is_rate",
     "leads",
+    "mode_of",
     "rate_name",
     "with_method",
 ]

@@ -53,16 +53,13 @@ class Monitor:
         self.worst = -self.sign * math.inf
 
     def _mode_of_name(self) -> str:
-        # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss
-        words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", self.name) + re.split(r"\W|_", self.name)
-        known = {form for word in words for form in (word.lower(), word.lower().rstrip("0123456789"))}
-        more, less = not known.isdisjoint(MORE.split()), not known.isdisjoint(LESS.split())
-        if more == less:
+        mode = mode_of(self.name)
+        if mode is None:
             raise ValueError(
                 f"{self.owner} cannot tell from the name {self.name!r} whether more or less is better. "
                 f'Pass mode="max" or mode="min".'
             )
-        return "max" if more else "min"
+        return mode
 
     def read(self, logs: Mapping[str, float]) -> float | None:
         """The value in an epoch's logs; None where it is of validation and none was due."""
@@ -79,6 +76,21 @@ class Monitor:
     def better(self, value: float, than: float) -> bool:
         """Whether a value is better than another by more than min_delta."""
         return self.sign * (value - than) > self.min_delta
+
+
+def mode_of(name: str) -> str | None:
+    """What is better by the words in a name, "min" or "max"; None where they do not say.
+
+    >>> mode_of("val_MSELoss"), mode_of("val_top5_acc"), mode_of("temperature")
+    ('min', 'max', None)
+    """
+    # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss
+    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name) + re.split(r"\W|_", name)
+    known = {form for word in words for form in (word.lower(), word.lower().rstrip("0123456789"))}
+    more, less = not known.isdisjoint(MORE.split()), not known.isdisjoint(LESS.split())
+    if more == less:
+        return None
+    return "max" if more else "min"
 
 
 def skipped(name: str, logs: Iterable[str]) -> bool:

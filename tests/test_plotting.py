@@ -1,0 +1,175 @@
+"""The history as a figure."""
+
+import re
+import sys
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import accuracy, compiled, points
+
+import minikeras
+
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _figures_in_memory():
+    mpl.use("Agg")
+    yield
+    plt.close("all")
+
+
+def history(**columns):
+    index = pd.RangeIndex(1, 1 + len(next(iter(columns.values()))), name="epoch")
+    return pd.DataFrame(columns, index=index)
+
+
+def lines(axis):
+    """Label -> the points of a panel's lines."""
+    return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axis.get_lines()}
+
+
+def test_a_fit_becomes_a_panel_per_metric_with_validation_in_it():
+    model = compiled(metrics_dict={"accuracy": accuracy})
+    dfhistory = model.fit(3, points(64), points(32), verbose=0)
+    axes = minikeras.plot_history(dfhistory)
+    assert [axis.get_title() for axis in axes] == ["loss", "accuracy"]
+    for axis in axes:
+        drawn, name = lines(axis), axis.get_title()
+        assert drawn["training"] == list(dfhistory[name].items())
+        assert drawn["validation"] == list(dfhistory[f"val_{name}"].items())
+        assert axis.get_xlabel() == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "at"),
+    [
+        ({"loss": [3.0, 1, 2], "val_loss": [3.0, 4, 2]}, "best: 2 in epoch 3", (3, 2.0)),
+        ({"loss": [3.0, 1, 2]}, "best: 1 in epoch 2", (2, 1.0)),
+        ({"accuracy": [0.5, 0.9, 0.9]}, "best: 0.9 in epoch 2", (2, 0.9)),  # the first of equals
+        ({"mae": [NAN, 2.0, 1.0], "val_mae": [NAN, 0.25, NAN]}, "best: 0.25 in epoch 2", (2, 0.25)),
+    ],
+)
+def test_the_best_epoch_is_marked_by_what_the_name_says_is_better(columns, label, at):
+    assert lines(minikeras.plot_history(history(**columns))[0])[label] == [at]
+
+
+@pytest.mark.parametrize("columns", [{"temperature": [1.0, 2.0]}, {"lr": [0.1, 0.01]}, {"loss": [NAN, NAN]}])
+def test_no_epoch_is_marked_where_none_is_known_to_be_better(columns):
+    assert not [label for label in lines(minikeras.plot_history(history(**columns))[0]) if label.startswith("best")]
+
+
+def test_a_line_runs_through_epochs_without_validation():
+    axis = minikeras.plot_metric(history(loss=[4.0, 3, 2, 1], val_loss=[NAN, 3.5, NAN, 1.5]), "loss")
+    assert lines(axis)["validation"] == [(2, 3.5), (4, 1.5)]
+
+
+def test_an_infinite_loss_does_not_flatten_the_rest():
+    assert lines(minikeras.plot_metric(history(loss=[1.0, np.inf, 2.0]), "loss"))["training"] == [(1, 1.0), (3, 2.0)]
+
+
+def test_the_learning_rate_has_the_last_panel_on_a_log_scale_where_it_spans_much():
+    frame = history(loss=[1.0, 2, 3], accuracy=[0.1, 0.2, 0.3], lr=[0.1, 0.01, 0.001])
+    axes = minikeras.plot_history(frame)
+    assert [axis.get_title() for axis in axes] == ["loss", "accuracy", "lr"]
+    assert [axis.get_yscale() for axis in axes] == ["linear", "linear", "log"]
+    assert minikeras.plot_metric(frame[:2], "lr").get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 30, 31, 500])
+def test_the_epochs_on_the_axis_are_whole_and_a_short_history_has_markers(epochs):
+    axis = minikeras.plot_metric(history(loss=np.linspace(1, 0, epochs)), "loss")
+    axis.figure.canvas.draw()
+    labels = [text.get_text() for text in axis.get_xticklabels()]
+    assert labels
+    assert all(re.fullmatch(r"\d+|\N{MINUS SIGN}\d+", label) for label in labels)
+    assert (axis.get_lines()[0].get_marker() == "o") == (epochs <= 30)
+
+
+@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (7, (3, 3))])
+def test_the_panels_stand_in_rows_and_none_is_empty(panels, shape):
+    axes = minikeras.plot_history(history(**{f"metric{i}": [1.0] for i in range(panels)}))
+    assert len(axes) == panels
+    assert axes[0].figure.axes == axes
+    assert axes[0].get_gridspec().get_geometry() == shape
+
+
+@pytest.mark.parametrize(
+    ("metrics", "titles"),
+    [
+        ("accuracy", ["accuracy"]),
+        (["accuracy", "loss"], ["accuracy", "loss"]),
+        (("val_loss",), ["val_loss"]),
+        (None, ["loss", "accuracy", "val_other"]),
+    ],
+)
+def test_the_metrics_named_are_drawn_in_that_order(metrics, titles):
+    frame = history(loss=[1.0], accuracy=[0.5], val_loss=[2.0], val_other=[3.0])
+    assert [axis.get_title() for axis in minikeras.plot_history(frame, metrics)] == titles
+
+
+def test_validation_asked_for_by_name_is_drawn_alone():
+    axis = minikeras.plot_metric(history(loss=[1.0, 2.0], val_loss=[2.0, 1.0]), "val_loss")
+    assert lines(axis) == {"validation": [(1, 2.0), (2, 1.0)], "best: 1 in epoch 2": [(2, 1.0)]}
+
+
+def test_the_file_of_a_csv_logger_can_be_drawn(tmp_path):
+    log = minikeras.CSVLogger(tmp_path / "log.csv")
+    dfhistory = compiled().fit(2, points(32), callbacks=[log], verbose=0)
+    axis = minikeras.plot_metric(pd.read_csv(tmp_path / "log.csv"), "loss")
+    assert dict(lines(axis)["training"]) == pytest.approx(dict(dfhistory["loss"]))
+
+
+def test_nothing_is_shown_or_written_by_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plt, "show", lambda *args, **kwargs: pytest.fail("shown"))
+    axes = minikeras.plot_history(history(loss=[1.0]))
+    assert plt.get_fignums() == [axes[0].figure.number]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dfhistory", "metrics", "error", "message"),
+    [
+        (
+            history(loss=[1.0], val_loss=[1.0]),
+            "los",
+            ValueError,
+            "metrics has 'los', which is no column of the history. Its columns are 'loss', 'val_loss'. "
+            "Did you mean 'loss'?",
+        ),
+        (
+            history(loss=[1.0]),
+            [],
+            ValueError,
+            "metrics must name a column of the history or more, got none. Leave it out to draw all.",
+        ),
+        (
+            history(loss=[]),
+            None,
+            ValueError,
+            "dfhistory has no epoch to draw. Pass what fit returned, after one epoch or more.",
+        ),
+        (
+            {"loss": [1.0]},
+            None,
+            TypeError,
+            "dfhistory must be the DataFrame that fit returned, got dict. After a fit it is at model.history too.",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error_that_says_what_to_pass(dfhistory, metrics, error, message):
+    with pytest.raises(error) as caught:
+        minikeras.plot_history(dfhistory, metrics)
+    assert str(caught.value) == message
+    assert not plt.get_fignums()
+
+
+def test_without_matplotlib_the_error_is_the_command_that_mends_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        minikeras.plot_history(history(loss=[1.0]))
+    assert str(caught.value) == 'figures need a package: pip install "minikeras[plot]"'
