@@ -19,11 +19,12 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -33,9 +34,6 @@ from torch.nn.utils.rnn import PackedSequence
 from minikeras.data import call_with, count_rows, leaves, parts, to_device
 from minikeras.distributed import is_main
 from minikeras.errors import ForwardError, described, failing_layer, positive_int
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MB = 1024**2  # bytes
 ROWS, MORE_ROWS = 2, 4  # both even: some models pair the rows of a batch
@@ -73,6 +71,7 @@ class Summary:
     output_bytes: int | None  # of all layers, each tensor once
     multiply_adds: int | None  # in matrix products, convolutions and attention; None where they cannot be counted
     note: str  # what was done otherwise and why, in one line, or ""
+    cell: int | None = field(default=None, compare=False)  # of the notebook, where it was displayed
 
     @property
     def non_trainable_params(self) -> int:
@@ -81,8 +80,6 @@ class Summary:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer, with the fields of `LayerRow` as columns."""
-        import pandas as pd
-
         return pd.DataFrame([vars(row) for row in self.rows])
 
     def __str__(self) -> str:
@@ -91,6 +88,10 @@ class Summary:
 
     def __repr__(self) -> str:
         return f"<Summary of {self.model}: {len(self.rows)} rows, {self.total_params:,} params>"
+
+    def _repr_html_(self) -> str | None:
+        stands_there = self.cell is not None and self.cell == notebook_cell()  # as displayed already
+        return None if stands_there else f"{_table(self.rows, 'html')}\n<pre>{html.escape(self.totals())}</pre>"
 
     def totals(self) -> str:
         """The lines under the table."""
@@ -183,7 +184,7 @@ def summary(
         note=note,
     )
     _show(result)
-    return result
+    return replace(result, cell=notebook_cell())
 
 
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
@@ -202,24 +203,23 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
             "without the batch, such as (3, 32, 32), or a list or dict of such shapes; as input_dtype a dtype such as "
             "torch.float32, or a list or dict of dtypes like input_shape."
         ) from None
-    lazy = [name for name, layer in model.named_modules() if any(map(is_lazy, layer.parameters(recurse=False)))]
-    if lazy:
+    if lazy := [name for name, layer in model.named_modules() if any(map(is_lazy, layer.parameters(recurse=False)))]:
         raise ValueError(f"lazy layers have no parameters to count yet: {lazy}. Run a batch first: model(features).")
 
 
 def _show(result: Summary) -> None:
     """Display it in a notebook, print it elsewhere; of several processes on rank 0 alone."""
-    if in_notebook():
-        rich = f"{_table(result.rows, 'html')}\n<pre>{html.escape(result.totals())}</pre>"
+    if notebook_cell() is not None:
+        rich = result._repr_html_()
         sys.modules["IPython"].display.display({"text/html": rich, "text/plain": str(result)}, raw=True)
     elif is_main():
         print(result)
 
 
-def in_notebook() -> bool:
-    """Whether what is shown goes to a notebook's page: IPython is running, and not in a terminal."""
-    ipython = sys.modules.get("IPython")  # where it is not loaded, this is no notebook
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")  # IPython in a terminal has none
+def notebook_cell() -> int | None:
+    """The number of the notebook's cell that runs; None in a script or a terminal, where IPython has no kernel."""
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell.execution_count if hasattr(shell, "kernel") else None
 
 
 def _made(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:

@@ -27,6 +27,7 @@ from minikeras.data import ContinuedBatches, call_with, empty, is_batched, lengt
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
+from minikeras.notebook import LiveTable, model_html
 from minikeras.progress import Progress, show, tell, wants_bar
 from minikeras.run import Run, check_optimizers, made, ready
 
@@ -290,7 +291,8 @@ class Model(nn.Module):
         shown = show(verbose) and leads(self)
         if shown:
             best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
-            listed.append(Progress(last, length(train), log_step_freq, wants_bar(verbose), val is not None, best))
+            bar, kind = wants_bar(verbose), Progress if layer_summary.notebook_cell() is None else LiveTable
+            listed.append((kind if bar else Progress)(last, length(train), log_step_freq, bar, val is not None, best))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
         say = tell if shown else (lambda line: None)
         loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
@@ -364,6 +366,9 @@ class Model(nn.Module):
     ) -> layer_summary.Summary:
         """Show layers, output shapes and parameter counts; see `minikeras.summary`."""
         return layer_summary.summary(self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size)
+
+    def _repr_html_(self) -> str:  # what a notebook shows of a model
+        return model_html(self)
 
     # --- what holds them together -------------------------------------------------------------------------------------
 

@@ -128,8 +128,8 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
         axis.set_yscale("log")
     axis.set(title=name, xlabel="epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-    if len(frame) == 1:
-        axis.set_xticks([frame.index[0]])
+    first, last = frame.index.min(), frame.index.max()
+    axis.set_xlim(first - 0.5, last + max(0.5, (last - first) / 50))  # there is no epoch 0 to have a tick
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 

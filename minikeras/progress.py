@@ -1,7 +1,8 @@
 """What a person sees while it trains: on a terminal a bar per epoch that gives way to one row of a growing table.
 
-on a terminal or in a notebook    the bar, refreshed by time, and every log_step_freq steps at the latest
-in a pipe or file                 the rows, and a line every log_step_freq steps; no control characters
+on a terminal        the bar, refreshed by time, and every log_step_freq steps at the latest
+in a pipe or file    the rows, and a line every log_step_freq steps; no control characters
+in a notebook        what notebook.py makes of it
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from minikeras.callbacks import Callback, column_order, is_rate
-from minikeras.layer_summary import in_notebook
+from minikeras.layer_summary import notebook_cell
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
 KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix}  [{elapsed}<{remaining}]"
@@ -33,7 +34,7 @@ def show(verbose: str | int) -> bool:
 
 def wants_bar(verbose: str | int) -> bool:
     """Whether to draw a bar: 1 asks for it, 2 for lines only, "auto" takes the bar on a terminal or in a notebook."""
-    return bool(verbose == 1 or (verbose == "auto" and (sys.stdout.isatty() or in_notebook())))
+    return bool(verbose == 1 or (verbose == "auto" and (sys.stdout.isatty() or notebook_cell() is not None)))
 
 
 def tell(line: str) -> None:
@@ -63,7 +64,8 @@ class Progress(Callback):
         self.validates = validates
         self.best = best
         self.bar: tqdm[Any] | None = None
-        self.columns: list[str] = []
+        self.columns: list[str] = []  # of the table
+        self.epoch: int | None = None
         self.next_refresh = 0.0  # by the clock, also over epochs shorter than REFRESH
 
     def on_epoch_begin(self, epoch: int) -> None:
@@ -92,22 +94,17 @@ class Progress(Callback):
                 spent = time.perf_counter() - now
                 self.next_refresh = now + max(REFRESH, spent / SHARE)
         elif logged:
-            print(f"epoch {self.epoch}  step {batch}  {_shown(logs)}", flush=True)
+            print(f"epoch {self.epoch}  step {batch}  {shown(logs)}", flush=True)
 
     def _refresh(self, bar: tqdm[Any], batch: int, logs: Mapping[str, float]) -> None:
         bar.n = batch
-        bar.set_postfix_str(_shown(logs), refresh=False)
+        bar.set_postfix_str(shown(logs), refresh=False)
         bar.refresh()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.bar is not None:
             self.bar.clear()
-        names = list(logs)
-        if self.validates and not any(name.startswith("val_") for name in names):
-            names += [f"val_{name}" for name in names if not is_rate(name)]
-        names = column_order(names)
-        if not set(names) <= set(self.columns):
-            self.columns = names
+        if self.arrange(logs):
             print(self._head())
         better = logs.get("val_loss", math.nan) < self.best
         self.best = logs["val_loss"] if better else self.best
@@ -117,6 +114,16 @@ class Progress(Callback):
             if name == "val_loss":  # the mark of the best one so far has a narrow column of its own
                 cells.append("*" if better else "")
         print("  ".join(map(str.rjust, cells, self.widths)).rstrip(), flush=True)
+
+    def arrange(self, logs: Mapping[str, float]) -> bool:
+        """Bring the columns up to date; True where a name is new."""
+        names = list(logs)
+        if self.validates and not any(name.startswith("val_") for name in names):
+            names += [f"val_{name}" for name in names if not is_rate(name)]
+        if set(names) <= set(self.columns):
+            return False
+        self.columns = column_order(names)
+        return True
 
     def _head(self) -> str:
         """The table's head; its columns are as wide as any number, so that rows line up from epoch to epoch."""
@@ -141,5 +148,6 @@ class Progress(Callback):
             self.bar = None
 
 
-def _shown(logs: Mapping[str, float]) -> str:
+def shown(logs: Mapping[str, float]) -> str:
+    """Running means in one line."""
     return "  ".join(f"{name} {value:#.4g}" for name, value in logs.items())

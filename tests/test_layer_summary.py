@@ -323,18 +323,21 @@ def test_to_dataframe_has_a_row_per_layer():
 @pytest.mark.parametrize("where", ["notebook", "console", "script"])
 def test_the_table_is_shown_once(where, monkeypatch, capsys):
     shown = []
-    shell = {"notebook": types.SimpleNamespace(kernel=1), "console": types.SimpleNamespace(), "script": None}[where]
+    notebook = types.SimpleNamespace(kernel=1, execution_count=7)
+    shell = {"notebook": notebook, "console": types.SimpleNamespace(), "script": None}[where]
     display = types.SimpleNamespace(display=lambda data, raw: shown.append(data))
     ipython = types.SimpleNamespace(get_ipython=lambda: shell, display=display)
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     result = summary(Net(), (2,))
     assert capsys.readouterr().out == ("" if where == "notebook" else ARTICLE)
     assert len(shown) == (where == "notebook")
-    assert not hasattr(result, "_repr_html_")
+    assert (result._repr_html_() is None) == (where == "notebook")  # as a cell's last line it would be shown twice
     if shown:
         assert "<td>&nbsp;&nbsp;fc1 (Linear)</td>" in shown[0]["text/html"]
         assert "Total params: 61" in shown[0]["text/html"]
         assert shown[0]["text/plain"] + "\n" == ARTICLE
+        notebook.execution_count += 1
+        assert result._repr_html_() == shown[0]["text/html"]
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,230 @@
+"""What a person sees in a notebook: the notebooks of the examples run in a real kernel, and what is drawn there."""
+
+import html
+import re
+import sys
+import types
+import xml.etree.ElementTree as ET
+from datetime import datetime
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import Net, accuracy, compiled, points
+from nbclient import NotebookClient
+from torch import nn
+
+import minikeras
+from minikeras import notebook
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glob("*.ipynb"))
+NAN = float("nan")
+
+
+# --- the notebooks of the examples ------------------------------------------------------------------------------------
+
+
+class Reader(NotebookClient):
+    """Runs a notebook and keeps the messages that make or change the outputs of each cell."""
+
+    kinds: dict
+
+    def process_message(self, msg, cell, cell_index):
+        self.kinds.setdefault(cell_index, []).append(msg["msg_type"])
+        return super().process_message(msg, cell, cell_index)
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
+def executed(request):
+    """The cells of a notebook that has run, on one thread as is best for networks this small, and those messages."""
+    book = nbformat.read(request.param, as_version=4)
+    client = Reader(book, timeout=240, kernel_name="python3")
+    client.kinds = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        client.execute()  # an error in a cell is raised
+    return book.cells, client.kinds
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["digits", "ring"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebooks_are_kept_without_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def fit_of(cells):
+    """The number of the cell that fits with something shown."""
+    (number,) = [number for number, cell in enumerate(cells) if re.search(r"^dfhistory = ", cell.source, re.MULTILINE)]
+    return number
+
+
+def test_a_fit_in_a_notebook_is_one_output_that_is_redrawn_a_few_times_a_second(executed):
+    cells, kinds = executed
+    fit = fit_of(cells)
+    times = cells[fit].metadata["execution"]
+    begin, end = (datetime.fromisoformat(times[f"iopub.{moment}"]) for moment in ("execute_input", "status.idle"))
+    seconds = (end - begin).total_seconds()
+    drawn = [kind for kind in kinds[fit] if kind in ("display_data", "update_display_data", "stream", "execute_result")]
+    assert drawn[0] == "display_data"
+    assert set(drawn[1:]) == {"update_display_data"}
+    assert 2 <= len(drawn[1:]) <= seconds / notebook.REFRESH + 2
+    assert len(cells[fit].outputs) == 1
+
+
+def test_what_stays_of_a_fit_in_a_notebook_is_its_table_and_its_charts(executed):
+    cells, _ = executed
+    fit = fit_of(cells)
+    page = ET.fromstring(cells[fit].outputs[0]["data"]["text/html"].replace("&nbsp;", " "))
+    epochs = int(re.search(r"fit\((\d+)", cells[fit].source)[1])
+    assert "val_loss" in [cell.text for cell in page.iter("th")]
+    numbers = ["".join(row[0].itertext()) for row in page.findall(".//tbody/tr")]
+    assert numbers == [str(epoch) for epoch in range(1, epochs + 1)]
+    assert page[0].text.startswith(f"{epochs} epochs in ")
+    assert len(page.findall(".//polyline")) >= 4
+    assert not page.findall(".//progress")
+
+
+def test_figures_the_model_and_its_summary_are_shown_in_the_notebooks(executed):
+    cells, _ = executed
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    shown = [output["data"].get("text/html", "") for output in outputs]
+    assert sum("image/png" in output["data"] for output in outputs) == 3
+    assert sum("Total params: " in page for page in shown) == 1  # once, though it is the cell's last line as well
+    assert not [output for output in outputs if output["output_type"] in ("stream", "error")]
+
+
+# --- one live output --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """The outputs that a fit makes under a notebook's IPython: [first, redrawn, ...], by display."""
+    made = []
+
+    def display(data, raw, display_id=False):
+        made.append([data])
+        return types.SimpleNamespace(update=lambda data, raw: made[-1].append(data))
+
+    shell = types.SimpleNamespace(kernel=1, execution_count=1)
+    module = types.SimpleNamespace(get_ipython=lambda: shell, display=types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    return made
+
+
+def text_of(output):
+    return html.unescape(re.sub(r"<[^>]+>", " ", output["text/html"]))
+
+
+def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is(page, monkeypatch, capsys):
+    monkeypatch.setattr(notebook, "REFRESH", 0.0)
+    monkeypatch.setattr(notebook, "SHARE", 1e9)
+    compiled(metrics_dict={"accuracy": accuracy}).fit(2, points(96), points(32))
+    (outputs,) = page
+    shown = [output["text/html"] for output in outputs]
+    assert "starting" in shown[0]
+    assert any('<progress max="3" value="2"></progress> 2/3' in it and "loss 0." in it for it in shown)
+    assert any("epoch 2/2" in it and "validating" in it for it in shown)
+    assert "progress" not in shown[-1]
+    assert capsys.readouterr().out == ""
+
+
+def test_many_short_epochs_do_not_flood_the_page(page):
+    dfhistory = compiled().fit(200, points(32), points(32))
+    (outputs,) = page
+    assert len(outputs) <= 2 + 30  # 30 updates are 9 seconds
+    assert len(outputs[-1]["text/html"]) < 20_000
+    table = outputs[-1]["text/html"]
+    assert f"{200 - notebook.ROWS} earlier epochs are not shown" in table
+    assert f"<b>{dfhistory['val_loss'].idxmin()}</b>" in table
+
+
+def test_the_best_epoch_stays_in_the_table_though_it_is_long_past():
+    rows = {epoch: {"loss": 1.0, "val_loss": abs(epoch - 3) + 1.0} for epoch in range(1, 101)}
+    table = notebook.epochs_table(["loss", "val_loss"], rows)
+    numbers = [int(number) for number in re.findall(r"<tr><td [^>]*>(?:<b>)?(\d+)", table)]
+    assert numbers == [3, *range(102 - notebook.ROWS, 101)]
+    assert "<b>1.000</b>" in table
+
+
+def test_a_fit_that_is_cut_short_leaves_what_there_was(page):
+    def stop(epoch, logs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled().fit(5, points(64), callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
+    assert "epoch 1/5" in text_of(page[0][-1])
+
+
+@pytest.mark.parametrize(("verbose", "displays"), [("auto", 1), (1, 1), (2, 0), (0, 0)])
+def test_verbose_means_in_a_notebook_what_it_means_elsewhere(page, capsys, verbose, displays):
+    compiled().fit(1, points(32), verbose=verbose)
+    assert len(page) == displays
+    assert bool(capsys.readouterr().out) == (verbose == 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "dots"),
+    [
+        ({"loss": [3.0, 2, 1], "val_loss": [4.0, 3, 4]}, 2, 1),
+        ({"loss": [3.0, 2, 1], "val_loss": [NAN, 3, NAN]}, 1, 2),  # a line of one point is a dot
+        ({"temperature": [3.0, 2, 1]}, 1, 0),  # nothing says what is best
+        ({"loss": [1.0]}, 0, 2),
+        ({"loss": [NAN, float("inf")]}, 0, 0),
+        ({"loss": [2.0, 2.0]}, 1, 1),
+    ],
+)
+def test_a_chart_has_a_line_for_training_and_one_for_validation(columns, lines, dots):
+    rows = {
+        epoch: dict(zip(columns, row, strict=True)) for epoch, row in enumerate(zip(*columns.values(), strict=True))
+    }
+    drawn = notebook.chart(next(iter(columns)), rows)
+    assert (drawn.count("<polyline"), drawn.count("<circle")) == (lines, dots)
+    assert not drawn or ET.fromstring(drawn).tag == "svg"
+    assert "nan" not in drawn
+
+
+def test_a_chart_keeps_every_number_inside_it():
+    drawn = ET.fromstring(notebook.chart("<loss>", {epoch: {"<loss>": 1 / (epoch + 1)} for epoch in range(1000)}))
+    points = drawn.find("polyline").attrib["points"].split()
+    assert len(points) <= notebook.POINTS * 2
+    for point in points:
+        x, y = map(float, point.split(","))
+        assert 0 <= x <= notebook.WIDTH
+        assert 0 <= y <= notebook.HEIGHT
+    assert drawn.find("text").text == "<loss>"
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_shown_as_a_table_of_its_layers():
+    model = Net()
+    model.fc1.requires_grad_(False)
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", model._repr_html_())
+    first, second = ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"], ["&nbsp;&nbsp;fc2 (Linear)", "9", ""]
+    assert cells == ["Net", "33", "partly frozen", *first, *second]
+    assert repr(model).startswith("Net(\n  (fc1)")
+
+
+def test_a_big_model_is_shown_as_deep_as_a_short_table_goes():
+    block = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(20)]
+    shown = minikeras.Model(nn.Sequential(*block))._repr_html_()
+    assert shown.count("<tr>") == 1 + 22
+    assert "40 more layers inside; model.summary(input_shape) has them." in shown
+    assert minikeras.Model(nn.Sequential(*[nn.ReLU() for _ in range(999)]))._repr_html_().count("<tr>") <= 31
+
+
+def test_a_lazy_layer_is_shown_without_a_count():
+    shown = minikeras.Model(nn.LazyLinear(3))._repr_html_()
+    assert "net (LazyLinear)" in shown
+    assert "lazy" in shown
+
+
+def test_a_tied_layer_is_counted_once_in_the_whole():
+    layer = nn.Linear(2, 2)
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", minikeras.Model(nn.Sequential(layer, nn.ReLU(), layer))._repr_html_())
+    assert cells[1] == str(sum(parameter.numel() for parameter in layer.parameters()))
