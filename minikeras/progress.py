@@ -20,8 +20,8 @@ from minikeras.callbacks import Callback, column_order, is_rate
 from minikeras.layer_summary import notebook_cell
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
-KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix}  [{elapsed}<{remaining}]"
-UNKNOWN_LENGTH = "{desc} {n_fmt}{postfix}  [{elapsed}]"
+KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+UNKNOWN_LENGTH = "{desc} {n_fmt} [{elapsed}]{postfix}"
 SHARE = 0.01  # of the time may go into refreshing it
 
 
@@ -97,8 +97,9 @@ class Progress(Callback):
             print(f"epoch {self.epoch}  step {batch}  {shown(logs)}", flush=True)
 
     def _refresh(self, bar: tqdm[Any], batch: int, logs: Mapping[str, float]) -> None:
-        bar.n = batch
-        bar.set_postfix_str(shown(logs), refresh=False)
+        bar.n, bar.postfix = batch, None
+        columns = bar.format_dict["ncols"]  # None where it is not a terminal
+        bar.set_postfix_str(shown(logs, math.inf if columns is None else columns - len(str(bar)) - 2), refresh=False)
         bar.refresh()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -148,6 +149,16 @@ class Progress(Callback):
             self.bar = None
 
 
-def shown(logs: Mapping[str, float]) -> str:
-    """Running means in one line."""
-    return "  ".join(f"{name} {value:#.4g}" for name, value in logs.items())
+def shown(logs: Mapping[str, float], width: float = math.inf) -> str:
+    """Running means in one line: as many as fit into it whole, since half a number is another one.
+
+    >>> shown({"loss": 0.25, "accuracy": 0.96875}), shown({"loss": 0.25, "accuracy": 0.96875}, 22)
+    ('loss 0.2500  accuracy 0.9688', 'loss 0.2500')
+    """
+    line = ""
+    for name, value in logs.items():
+        longer = f"{line}{'  ' * bool(line)}{name} {value:#.4g}"
+        if len(longer) > width:
+            break
+        line = longer
+    return line

@@ -1,6 +1,7 @@
 """What a person sees while it trains."""
 
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -71,11 +72,13 @@ def test_an_epoch_number_goes_on_over_several_fits(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)] == ["1", "2"]
 
 
-def on_a_terminal(code, columns=80):
+@functools.cache
+def on_a_terminal(code, columns, encoding="utf-8"):
     """What a script writes to a terminal of that many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent)}
+    environment |= {"PYTHONIOENCODING": encoding, "NO_COLOR": "1" if encoding == "ascii" else ""}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     written = b""
@@ -101,3 +104,44 @@ def test_a_terminal_gets_a_bar_that_gives_way_to_the_row_of_the_table(columns):
     kept = [line.rpartition("\r")[2] for line in lines]
     assert [line.split()[0] for line in kept if line.strip()] == ["epoch", "-----", "1", "2", "3"]
     assert max(len(part) for line in lines for part in line.split("\r")) <= columns
+
+
+MANY = """
+from conftest import compiled, points
+names = ["precision", "recall", "sensitivity", "specificity"]
+metrics = {name: lambda y_pred, y_true: 0.123456 for name in names}
+compiled(metrics_dict=metrics).fit(2, points(64), log_step_freq=1)
+"""
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_the_bar_shows_whole_numbers_and_its_time_however_narrow_the_terminal(columns):
+    written = on_a_terminal(MANY, columns)
+    bars = [part.rstrip() for part in re.split(r"[\r\n]", written) if "loss 0." in part]
+    assert bars
+    for bar in bars:
+        assert re.fullmatch(r"epoch \d/2 \|.{12}\| \d/2 \[\d\d:\d\d<\S+\], loss \d\.\d{4}(  [a-z]+ 0\.1235)*", bar), bar
+        assert len(bar) < columns
+    assert max(bar.count("0.1235") for bar in bars) == {60: 0, 120: 3}[columns]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_the_bar_is_of_characters_that_the_terminal_has(encoding):
+    written = on_a_terminal(SCRIPT, 80, encoding)
+    bars = re.findall(r"\|(.{12})\|", written)
+    assert bars
+    assert any("\u2588" in bar for bar in bars) == (encoding == "utf-8")
+    assert any("#" in bar for bar in bars) == (encoding != "utf-8")
+
+
+def test_no_colour_is_used_so_that_light_and_dark_and_no_color_look_alike():
+    assert not re.search(r"\x1b\[[\d;]*m", on_a_terminal(SCRIPT, 80) + on_a_terminal(SCRIPT, 80, "ascii"))
+
+
+def test_a_pipe_in_ascii_gets_ascii():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent)}
+    code = f"{SCRIPT}\nimport torch, minikeras\nminikeras.summary(torch.nn.Linear(2, 1), (2,))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+    assert len(done.stdout.splitlines()) > 5
