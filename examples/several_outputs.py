@@ -1,0 +1,56 @@
+"""Several outputs: a dict of two heads, a loss of one's own over both, and metrics that look at one head each."""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_wine
+from torch import nn
+
+import minikeras
+
+
+class WineModel(minikeras.Model):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 32), nn.ReLU())
+        self.grape, self.alcohol = nn.Linear(32, 3), nn.Linear(32, 1)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return {"grape": self.grape(hidden), "alcohol": self.alcohol(hidden)}
+
+
+def loss_func(y_pred, y_true):  # means over the rows; alcohol in standard deviations, squared
+    return F.cross_entropy(y_pred["grape"], y_true["grape"]) + F.mse_loss(y_pred["alcohol"], y_true["alcohol"])
+
+
+def grape_accuracy(y_pred, y_true):
+    return (y_pred["grape"].argmax(1) == y_true["grape"]).float().mean()
+
+
+def alcohol_mae(y_pred, y_true):
+    return F.l1_loss(y_pred["alcohol"], y_true["alcohol"])
+
+
+def main(epochs):
+    torch.manual_seed(0)
+    wine = load_wine()
+    order = torch.randperm(len(wine.target))
+    table = torch.tensor(wine.data, dtype=torch.float32)[order]
+    table = (table - table[:128].mean(0)) / table[:128].std(0)
+    X, labels = table[:, 1:], {"grape": torch.tensor(wine.target)[order], "alcohol": table[:, :1]}
+
+    model = WineModel()
+    metrics = {"grape_accuracy": grape_accuracy, "alcohol_mae": alcohol_mae}
+    model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
+    train, val = ((X[rows], {k: v[rows] for k, v in labels.items()}) for rows in [slice(128), slice(128, None)])
+    model.fit(epochs, train, dl_val=val)
+    outputs = model.predict(X[-3:])  # the structure that forward returns
+    print({name: part.shape for name, part in outputs.items()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=40)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,84 @@
+"""Each example, run shortly as its user would run it, and what it is there to show."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path, capsys):
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.chdir(tmp_path)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # these networks are small, and other work may share the machine
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
+
+
+def column(printed, name):
+    """The values of a column of the printed history."""
+    header, *rows = [line.replace("*", " ").split() for line in printed[printed.index("epoch ") :].splitlines()]
+    return [float(row[header.index(name)]) for row in rows if len(row) == len(header) and row[0].isdigit()]
+
+
+def test_a_convolutional_net_learns_the_digits_in_two_epochs(example):
+    printed = example("image_classification.py", "--epochs", 2)
+    assert column(printed, "val_accuracy")[-1] > 0.9
+    assert int(re.search(r"(\d+) of 450 validation rows wrong", printed)[1]) < 45
+
+
+def test_a_table_with_categories_tells_more_than_the_mean(example):
+    printed = example("tabular_categories.py", "--epochs", 10)
+    ours, mean = map(float, re.search(r"error (\S+); of the mean as the answer (\S+)", printed).groups())
+    assert ours < 0.8 * mean
+
+
+def test_lines_of_different_lengths_are_learnt_by_an_lstm(example):
+    right, lines = map(int, re.search(r"(\d+) of (\d+) lines", example("sequence_lstm.py", "--epochs", 25)).groups())
+    assert lines == 20
+    assert right >= 18
+
+
+def test_both_heads_learn_from_one_loss(example):
+    printed = example("several_outputs.py", "--epochs", 15)
+    assert column(printed, "val_grape_accuracy")[-1] > 0.9
+    assert column(printed, "val_alcohol_mae")[-1] < 0.9 * column(printed, "val_alcohol_mae")[0]
+    assert "{'grape': torch.Size([3, 3]), 'alcohol': torch.Size([3, 1])}" in printed
+
+
+def test_losses_for_rare_positives_are_measured_side_by_side(example):
+    printed = example("imbalanced.py", "--epochs", 8, "--seeds", 2)
+    found = re.findall(r"average precision (\S+) ± \S+ precision \S+ ± \S+ recall \S+ ± \S+\n", printed)
+    assert len(found) == 4
+    assert all(float(number) > 0.3 for number in found)  # guessing has 0.05
+
+
+def test_what_was_learnt_of_other_digits_helps_where_few_are_labelled(example):
+    head, tuned, anew = map(float, re.findall(r"0\.\d{3}\n", example("transfer.py", "--epochs", 3)))
+    assert anew < head <= tuned
+
+
+def test_an_adversarial_pair_has_a_column_for_each_side(example):
+    printed = example("adversarial.py", "--epochs", 3)
+    assert column(printed, "loss_g")[0] > 0
+    assert 0.5 < column(printed, "told_apart")[-1] <= 1
+    *_, last = printed.split("-" * 16 + "\n")
+    assert [len(line) for line in last.splitlines()] == [16] * 8
+
+
+def test_an_autoencoder_gives_the_digits_back(example):
+    printed = example("autoencoder.py", "--epochs", 5)
+    assert float(re.search(r"64 numbers as 8: mean squared error (\S+),", printed)[1]) < 0.045
