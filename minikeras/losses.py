@@ -138,8 +138,10 @@ class FocalLoss(nn.Module):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be 0 to 1, got {alpha}. Positives weigh alpha and negatives 1 - alpha.")
         one_of("reduction", reduction, ("mean", "sum", "none"))
-        self.gamma, self.alpha = gamma, alpha
-        self.from_logits, self.reduction = from_logits, reduction
+        self.gamma: float = gamma
+        self.alpha: float = alpha
+        self.from_logits: bool = from_logits
+        self.reduction: str = reduction
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         if y_pred.shape != y_true.shape:
@@ -291,7 +293,8 @@ class Regularized(nn.Module):
         super().__init__()
         self.loss_func = loss_func
         self._held = (model,)  # nn.Module does not look into tuples
-        self.l1, self.l2 = _strength("l1", l1), _strength("l2", l2)
+        self.l1: float = _strength("l1", l1)
+        self.l2: float = _strength("l2", l2)
 
     def forward(self, y_pred: Any, y_true: Any) -> Loss:
         loss = self.loss_func(y_pred, y_true)

@@ -31,7 +31,7 @@ from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
 from minikeras.metrics import Result, Totals
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -41,9 +41,10 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999, evaluate: bool = False) -> None:
-        self.decay = real("decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1)
+        self.decay: float = real("decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1)
         self.evaluate = evaluate
-        self.average = get_ema_multi_avg_fn(self.decay)  # alone: torch's AveragedModel waits for the GPU at each update
+        # alone: torch's AveragedModel waits for the GPU at each update
+        self.average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:

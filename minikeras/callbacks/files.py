@@ -44,13 +44,13 @@ class ModelCheckpoint(Watching):
     def __init__(
         self, path: str | Path, monitor: str = "val_loss", *, save_best_only: bool = False, mode: str = "auto"
     ) -> None:
-        self.path = str(path)
-        self.names = _names_in(self.path)
-        self.monitor = Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
+        self.path: str = str(path)
+        self.names: list[str] = _names_in(self.path)
+        self.monitor: Monitor | None = Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
-        self.best = 0.0 if self.monitor is None else self.monitor.worst
+        self.best: float = 0.0 if self.monitor is None else self.monitor.worst
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.monitor is not None:
@@ -113,12 +113,12 @@ class CSVLogger(Callback):
     """
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.append = append
 
     def on_fit_begin(self) -> None:
         self.columns: list[str] = []  # of the file, from this fit's first row on
-        self.rows = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
+        self.rows: int = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if not leads(self.model):

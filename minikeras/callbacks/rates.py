@@ -44,13 +44,15 @@ class LRScheduler(Watching):
         _check(scheduler, step, monitor)
         self.scheduler: Any = scheduler  # torch's step takes the value in ReduceLROnPlateau alone
         self.step = step
-        self.monitor = None if monitor is None else Monitor("LRScheduler", monitor, "min")  # the scheduler judges
+        self.monitor: Monitor | None = None
+        if monitor is not None:
+            self.monitor = Monitor("LRScheduler", monitor, "min")  # the scheduler judges
         self._afresh()
 
     def _afresh(self) -> None:
         self.rate: Any = None  # that the last batch used, where the scheduler steps after each
-        self.batch = 0  # the last one of the epoch
-        self.taken = 0  # steps of the optimizer that have been followed, under accumulate
+        self.batch: int = 0  # the last one of the epoch
+        self.taken: int = 0  # steps of the optimizer that have been followed, under accumulate
 
     def on_fit_begin(self) -> None:
         self._afresh()
@@ -61,7 +63,7 @@ class LRScheduler(Watching):
                 f"LRScheduler has a {type(self.scheduler).__name__} of an optimizer that the model was not compiled "
                 f"with. Make it with model.optimizer, or compile the model with its optimizer."
             )
-        self.column = rate_name(names[0])
+        self.column: str = rate_name(names[0])
 
     def _rate(self) -> Any:
         rate = self.scheduler.optimizer.param_groups[0]["lr"]

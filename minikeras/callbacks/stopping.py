@@ -54,17 +54,17 @@ class EarlyStopping(Watching):
         restore_best_weights: bool = False,
         start_from_epoch: int = 0,
     ) -> None:
-        self.monitor = Monitor("EarlyStopping", monitor, mode, min_delta)
-        self.patience = max(whole_number("patience", patience, least=0), 1)
-        self.baseline = baseline if baseline is None else real("baseline", baseline, "or None")
+        self.monitor: Monitor = Monitor("EarlyStopping", monitor, mode, min_delta)
+        self.patience: int = max(whole_number("patience", patience, least=0), 1)
+        self.baseline: float | None = baseline if baseline is None else real("baseline", baseline, "or None")
         self.restore_best_weights = restore_best_weights
-        self.start_from_epoch = whole_number("start_from_epoch", start_from_epoch, least=0)
+        self.start_from_epoch: int = whole_number("start_from_epoch", start_from_epoch, least=0)
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
-        self.best = self.monitor.worst
-        self.epochs = 0  # of this fit
-        self.wait = 0  # epochs since the last that was better
+        self.best: float = self.monitor.worst
+        self.epochs: int = 0  # of this fit
+        self.wait: int = 0  # epochs since the last that was better
         self.weights: dict[str, Any] = {}  # of the best epoch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -123,11 +123,13 @@ class Timer(Callback):
     def __init__(self, max_seconds: float | timedelta) -> None:
         if isinstance(max_seconds, timedelta):
             max_seconds = max_seconds.total_seconds()
-        self.max_seconds = real("max_seconds", max_seconds, "of seconds above 0, or a timedelta", lambda s: s > 0)
+        self.max_seconds: float = real(
+            "max_seconds", max_seconds, "of seconds above 0, or a timedelta", lambda s: s > 0
+        )
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
-        self.begin = time.monotonic()
+        self.begin: float = time.monotonic()
 
     def seconds(self) -> float:
         """Seconds since the fit's beginning."""
