@@ -5,6 +5,7 @@ fit         loop.fit: epochs of train_step over batches, validation, history
 evaluate    loop.evaluate: evaluate_step over batches
 predict     prediction.predict: outputs of every row
 save, load  checkpoint.save_weights, load_weights
+export      export.export
 summary     layer_summary.summary
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras import checks, layer_summary, loop, prediction
+from minikeras import checks, export, layer_summary, loop, prediction
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, leads
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, call_with, empty, is_batched, length
@@ -355,6 +356,10 @@ class Model(nn.Module):
             CheckpointError: it is damaged, foreign, or of another architecture; the model is as it was.
         """
         load_weights(self, Path(path))
+
+    def export(self, path: str | Path, example: Any) -> None:
+        """Write a program that runs without its code, .pt2 or .onnx; see `minikeras.export.export`."""
+        export.export(self, Path(path), example)
 
     def summary(
         self,

@@ -1,0 +1,260 @@
+"""Exported files, run by torch.export and by onnxruntime on other rows than the example, against predict."""
+
+import copy
+import sys
+import warnings
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import compiled
+from torch import nn
+
+import minikeras
+from minikeras import export
+
+
+class Whole(minikeras.Model):
+    """Everything that differs between train and eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(8, 3)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Several(minikeras.Model):
+    """Two inputs, a dict of outputs; one of them is an input as it came."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x, tokens):
+        return {"scores": self.fc(x) + tokens.unsqueeze(-1), "pair": (x.sum(1), tokens)}
+
+
+class Keys(minikeras.Model):
+    """One argument that is a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, features):
+        return self.fc(features["x"]), features["tokens"] * 2
+
+
+def rows(count):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 4, generator=generator), torch.randint(9, (count,), generator=generator)
+
+
+def by_name(count):
+    x, tokens = rows(count)
+    return {"tokens": tokens, "x": x}  # not in forward's order
+
+
+CASES = {
+    "a subclass": (Whole, lambda count: rows(count)[0]),
+    "a wrapped network": (lambda: minikeras.Model(Whole().layers), lambda count: rows(count)[0]),
+    "a tuple": (Several, rows),
+    "a dict": (Several, by_name),
+    "a dict to a wrapped network": (lambda: minikeras.Model(Several()), by_name),
+    "a dict as one argument": (Keys, by_name),
+}
+
+
+def leaves(nest):
+    if isinstance(nest, dict):
+        nest = list(nest.values())
+    return [nest] if isinstance(nest, torch.Tensor) else [leaf for part in nest for leaf in leaves(part)]
+
+
+def called_with(model, features):
+    if isinstance(features, dict):
+        return (
+            ((features,), {}) if isinstance(model, Keys) else ((), {"x": features["x"], "tokens": features["tokens"]})
+        )
+    return (features if isinstance(features, tuple) else (features,)), {}
+
+
+def run(path, model, features):
+    """The outputs of a file for these features, in a list."""
+    if path.suffix == ".pt2":
+        args, kwargs = called_with(model, features)
+        return leaves(torch.export.load(path).module()(*args, **kwargs))
+    session = onnxruntime.InferenceSession(path)
+    if isinstance(features, dict):
+        given = {"features_" * isinstance(model, Keys) + name: value.numpy() for name, value in features.items()}
+    else:
+        given = dict(
+            zip([one.name for one in session.get_inputs()], map(torch.Tensor.numpy, leaves([features])), strict=True)
+        )
+    return [torch.from_numpy(value) for value in session.run(None, given)]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_gives_what_predict_gives_for_other_rows_and_any_number_of_them(case, suffix, tmp_path):
+    make, features = CASES[case]
+    model, path = make(), tmp_path / "made" / f"model{suffix}"
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.export(path, features(5))
+    for count in (7, 2, 1):
+        expected = leaves(model.predict([(features(count),)]))
+        found = run(path, model, features(count))
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_one_row_will_do_as_an_example(suffix, tmp_path):
+    model, path = Whole(), tmp_path / f"model{suffix}"
+    model.export(str(path), np.zeros((1, 4), np.float32))
+    torch.testing.assert_close(run(path, model, rows(6)[0])[0], model.predict(rows(6)[0]), atol=1e-5, rtol=0)
+
+
+def test_the_model_stays_as_it_is_and_goes_on_training(tmp_path):
+    model = compiled(Whole(), nn.CrossEntropyLoss())
+    data = (rows(20)[0], torch.arange(20) % 3)
+    model.fit(1, data, verbose=0)
+    model.layers[1].eval()
+    calls = []
+    model.layers.register_forward_hook(lambda module, args, output: calls.append(0))
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    model.export(tmp_path / "model.pt2", data[0])
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    calls.clear()
+    assert len(model.fit(1, data, verbose=0)) == 2
+    assert calls == [0]
+
+
+def test_what_a_hook_changes_is_in_the_file(tmp_path):
+    model = Whole()
+    model.layers.register_forward_hook(lambda module, args, output: output * 100)
+    model.export(tmp_path / "model.pt2", rows(3)[0])
+    torch.testing.assert_close(run(tmp_path / "model.pt2", model, rows(6)[0])[0], model.predict(rows(6)[0]))
+
+
+def test_an_onnx_file_has_the_users_names_and_an_open_number_of_rows(tmp_path):
+    Several().export(tmp_path / "model.onnx", rows(3))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_inputs()] == ["x", "tokens"]
+    assert [one.name for one in session.get_outputs()] == ["scores", "pair_0", "pair_1"]
+    assert [one.shape for one in session.get_inputs()] == [["batch", 4], ["batch"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_an_output_with_the_name_of_an_input_gets_another(tmp_path):
+    class Same(minikeras.Model):
+        def forward(self, x):
+            return {"x": x + 1}
+
+    Same().export(tmp_path / "model.onnx", rows(3)[0])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_inputs()] == ["x"]
+    assert [one.name for one in session.get_outputs()] == ["x_out"]
+
+
+def test_weights_too_big_for_one_onnx_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "ONE_FILE", 100)
+    model = minikeras.Model(nn.Linear(4, 4096))
+    model.export(tmp_path / "model.onnx", rows(3)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    found = run(tmp_path / "model.onnx", model, rows(6)[0])[0]
+    torch.testing.assert_close(found, model.predict(rows(6)[0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # as torch's compiler loads
+def test_a_compiled_network_is_exported_as_the_network_it_was(tmp_path):
+    model = minikeras.Model(torch.compile(Whole().layers))
+    model.export(tmp_path / "model.pt2", rows(3)[0])
+    expected = minikeras.Model(Whole().layers)
+    expected.load_state_dict(model.state_dict())
+    torch.testing.assert_close(run(tmp_path / "model.pt2", model, rows(6)[0])[0], expected.predict(rows(6)[0]))
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_device_is_exported_for_the_cpu(tmp_path):
+    model = Whole()
+    model.compile(nn.CrossEntropyLoss())
+    model.fit(1, (rows(20)[0], torch.arange(20) % 3), verbose=0)
+    model.export(tmp_path / "model.pt2", rows(3)[0])
+    assert next(model.parameters()).device.type != "cpu"
+    found = run(tmp_path / "model.pt2", model, rows(6)[0])[0]
+    torch.testing.assert_close(found, model.predict(rows(6)[0]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_warning_of_the_users_forward_is_heard(tmp_path):
+    class Warns(minikeras.Model):
+        def forward(self, x):
+            warnings.warn("mind the gap", FutureWarning, stacklevel=1)
+            return x + 1
+
+    with pytest.warns(FutureWarning, match="mind the gap"):
+        Warns().export(tmp_path / "model.pt2", rows(3)[0])
+
+
+def test_another_ending_is_refused():
+    with pytest.raises(ValueError, match="path") as caught:
+        Whole().export("model.pth", rows(3)[0])
+    assert str(caught.value) == "path must end in .pt2 or .onnx, got 'model.pth'. The first is torch.export's own."
+
+
+@pytest.mark.parametrize(
+    ("example", "got"), [(None, "NoneType"), (torch.zeros(0, 4), "Tensor (0, 4) float32"), ([], "[]")]
+)
+def test_an_example_without_rows_is_refused(example, got, tmp_path):
+    with pytest.raises(TypeError) as caught:
+        Whole().export(tmp_path / "model.pt2", example)
+    assert str(caught.value) == (
+        f"example must be a batch of features as forward takes it, one row or more, got {got}. "
+        f"Pass the features of a batch, X[:2]."
+    )
+
+
+class Fixed(Whole):
+    def forward(self, x):
+        return self.layers(x.reshape(5, 4))
+
+
+class Deciding(Whole):
+    def forward(self, x):
+        return self.layers(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Fixed, 'Constraints violated (batch)! For more information, run with TORCH_LOGS="+dynamic".'),
+        (Deciding, "Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)). "),
+    ],
+)
+def test_a_forward_that_cannot_be_followed_is_an_error_that_says_what_to_write(kind, why, tmp_path):
+    with pytest.raises(ValueError, match="cannot be exported") as caught:
+        kind().export(tmp_path / "model.pt2", rows(5)[0])
+    message = str(caught.value)
+    assert message.startswith(f"{kind.__name__} cannot be exported for any number of rows: {why.strip()}")
+    assert message.endswith(
+        "Its forward must go the same way whatever the values and the number of rows: "
+        "torch.where for an if, x.flatten(1) for a reshape to the example's size."
+    )
+    assert not (tmp_path / "model.pt2").exists()
+
+
+def test_without_the_packages_it_says_which_pip_install_mends_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        Whole().export("model.onnx", rows(3)[0])
+    assert str(caught.value) == '.onnx files need two packages: pip install "minikeras[onnx]"'
