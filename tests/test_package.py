@@ -18,10 +18,10 @@ PACKAGE = ROOT / "minikeras"
 
 # a module may import those below it only; a folder is one room
 ORDER = [
-    ["__main__"],
+    ["__main__", "integrations"],
     ["__init__"],
     ["model", "plotting"],
-    ["prediction"],
+    ["prediction", "export"],
     ["loop", "notebook", "jit"],
     ["progress", "checkpoint"],
     ["run"],

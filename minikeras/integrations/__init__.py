@@ -1,0 +1,5 @@
+"""Other libraries, each in a file of its own, on the public names alone; the core imports none of them.
+
+sklearn.py        Classifier and Regressor: a model as a scikit-learn estimator
+huggingface.py    HubModel: save_pretrained, from_pretrained, push_to_hub
+"""

@@ -1,0 +1,278 @@
+"""A model as a scikit-learn estimator: in pipelines, cross-validation and searches.
+
+fit        rows looked at as scikit-learn does -> a new network from the factory -> Model.compile, Model.fit
+predict    Model.predict -> classes, or numbers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import minikeras
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.utils import check_array, check_consistent_length, check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'minikeras.integrations.sklearn needs a package: pip install "minikeras[sklearn]"'
+    ) from error
+
+
+def perceptron(n_features: int, n_outputs: int, hidden: int = 64) -> nn.Module:
+    """The network that is trained where none is given: one hidden layer with ReLU."""
+    return nn.Sequential(nn.Linear(n_features, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs))
+
+
+class Estimator(BaseEstimator):  # type: ignore[misc]
+    """What Classifier and Regressor share: their arguments, and training."""
+
+    default_loss: Callable[..., nn.Module]
+
+    def __init__(
+        self,
+        model: Callable[..., nn.Module] | None = None,
+        loss_func: Any = None,
+        optimizer: Callable[..., Any] | None = None,
+        *,
+        epochs: int = 10,
+        batch_size: int = 32,
+        lr: float = 0.01,
+        device: str | torch.device | None = None,
+        verbose: str | int = 0,
+        random_state: Any = None,
+        **factory_arguments: Any,
+    ) -> None:
+        self.model = model
+        self.loss_func = loss_func
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.device = device
+        self.verbose = verbose
+        self.random_state = random_state
+        for name, value in factory_arguments.items():
+            setattr(self, name, value)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments; with `deep` also those keyword arguments of the factory that were left at their defaults."""
+        own: dict[str, Any] = super().get_params(deep)
+        return own | (defaults_of(perceptron if self.model is None else self.model) if deep else {}) | self._given()
+
+    def set_params(self, **params: Any) -> Any:
+        """Set arguments by name, those of the factory too; a new factory comes first."""
+        if "model" in params:
+            super().set_params(model=params.pop("model"))
+        return super().set_params(**params)
+
+    def _given(self) -> dict[str, Any]:
+        """The factory's arguments that were set; fitted attributes end with an underscore."""
+        own = self._get_param_names()
+        return {name: value for name, value in vars(self).items() if name not in own and name.strip("_") == name}
+
+    def _network(self, n_outputs: int) -> nn.Module:
+        factory = perceptron if self.model is None else self.model
+        if not callable(factory) or isinstance(factory, nn.Module):
+            raise TypeError(
+                f"model must be a function of (n_features, n_outputs) that makes a new network for each fit, got "
+                f"{type(factory).__name__}. Pass lambda n_features, n_outputs: ..., or the network's class."
+            )
+        known, given = defaults_of(factory), self._given()
+        unknown = [name for name in given if name not in known and not takes_any(factory)]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} got {unknown[0]!r}, which is no argument of its own and none of the model's "
+                f"factory. Expected {', '.join([*self._get_param_names(), *known])}."
+            )
+        network = factory(self.n_features_in_, n_outputs, **given)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"model must give a torch.nn.Module, got {type(network).__name__}. Let it return one.")
+        return network
+
+    def _train(self, X: np.ndarray, y: Tensor, sample_weight: Any, n_outputs: int) -> None:
+        data: tuple[Any, ...] = (X, y)
+        if sample_weight is not None:
+            data = (X, y, weights_of(sample_weight, X))
+        with seeded(int(check_random_state(self.random_state).randint(2**31 - 1))):
+            network = self._network(n_outputs)
+            model = network if isinstance(network, minikeras.Model) else minikeras.Model(network)
+            loss_func = self.loss_func
+            if loss_func is None:
+                loss_func = self.default_loss(reduction="mean" if sample_weight is None else "none")
+            optimizer = (self.optimizer or torch.optim.Adam)(model.parameters(), lr=self.lr)
+            model.compile(loss_func, optimizer, device=self.device)
+            self.history_ = model.fit(self.epochs, data, batch_size=self.batch_size, verbose=self.verbose)
+        self.model_ = model
+
+    def _outputs(self, X: Any, n_outputs: int) -> Tensor:
+        """The network's outputs; (rows, n_outputs)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float32, reset=False)
+        outputs = self.model_.predict(X, batch_size=self.batch_size)
+        if not isinstance(outputs, Tensor) or outputs.shape != (len(X), n_outputs):
+            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"{type(self).__name__} needs outputs of shape {(len(X), n_outputs)}, got {got}. "
+                f"Let the model's factory make n_outputs outputs."
+            )
+        return outputs
+
+
+class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
+    """A network that classifies, as a scikit-learn estimator.
+
+    Args:
+        model: function of (n_features, n_classes), or a class, that makes a new network, an nn.Module or a
+            minikeras.Model, for each fit: (rows, n_features) float32 -> (rows, n_classes) raw scores. Its keyword
+            arguments are arguments of the estimator too, for set_params and searches. Default one hidden layer of
+            `hidden` units, 64. Name it at the top of a module, no lambda, where it is to be pickled.
+        loss_func: function or module of (y_pred, y_true), y_true the numbers of the classes, (rows,) int64; default
+            CrossEntropyLoss. With sample_weight it must give a value per row, as with reduction="none".
+        optimizer: function of (parameters, lr=), such as torch.optim.SGD; default torch.optim.Adam.
+        epochs, batch_size: passes over the rows, and rows a step.
+        lr: learning rate.
+        device: where to train; default the accelerator where there is one, else the CPU.
+        verbose: as in `Model.fit`; default nothing.
+        random_state: an int for the same network each time; None draws from NumPy's global state, as scikit-learn does.
+            torch's random state is left as it was.
+
+    Attributes:
+        classes_: the labels found, sorted.
+        model_: the trained minikeras.Model.
+        history_: what its fit returned.
+        n_features_in_: columns of X.
+
+    >>> from minikeras.integrations.sklearn import Classifier
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> classifier = Classifier(epochs=50, hidden=32, random_state=0, device="cpu").fit(X, y)
+    >>> bool(classifier.score(X, y) > 0.9)
+    True
+    >>> classifier.predict_proba(X[:2]).shape
+    (2, 3)
+    """
+
+    default_loss = nn.CrossEntropyLoss
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Classifier:
+        """Train a new network.
+
+        Args:
+            X: (rows, n_features), numbers.
+            y: (rows,), labels of any kind.
+            sample_weight: (rows,); the loss is the mean over the rows of loss * weight.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float32)
+        check_classification_targets(y)
+        self.classes_, numbers = np.unique(y, return_inverse=True)
+        self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(self.classes_))
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The softmax of the outputs; (rows, n_classes), in the order of classes_."""
+        check_is_fitted(self)
+        proba: np.ndarray = self._outputs(X, len(self.classes_)).double().softmax(1).numpy()
+        return proba
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable label of each row; (rows,)."""
+        found: np.ndarray = self.predict_proba(X).argmax(1)
+        labels: np.ndarray = self.classes_[found]
+        return labels
+
+
+class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
+    """A network that predicts one number a row, or several, as a scikit-learn estimator.
+
+    Networks learn numbers near 1: put a StandardScaler before it, and large targets into a TransformedTargetRegressor.
+
+    Args:
+        model: as in `Classifier`, a function of (n_features, n_outputs).
+        loss_func: function or module of (y_pred, y_true), both (rows, n_outputs); default MSELoss.
+        optimizer, epochs, batch_size, lr, device, verbose, random_state: as in `Classifier`.
+
+    Attributes:
+        model_, history_, n_features_in_: as in `Classifier`.
+
+    >>> import numpy as np
+    >>> from minikeras.integrations.sklearn import Regressor
+    >>> X = np.linspace(-1, 1, 200).reshape(-1, 1)
+    >>> regressor = Regressor(epochs=30, random_state=0, device="cpu").fit(X, X[:, 0] ** 2)
+    >>> bool(regressor.score(X, X[:, 0] ** 2) > 0.95)
+    True
+    """
+
+    default_loss = nn.MSELoss
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Regressor:
+        """Train a new network.
+
+        Args:
+            X: (rows, n_features), numbers.
+            y: (rows,) or (rows, n_outputs), numbers.
+            sample_weight: (rows,); for one output, the loss is the mean over the rows of loss * weight.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
+        self._shape = y.shape[1:]
+        labels = torch.tensor(y.reshape(len(y), -1), dtype=torch.get_default_dtype())
+        self._train(X, labels, sample_weight, labels.shape[1])
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The network's outputs as float64; (rows,) or (rows, n_outputs), as y was in fit."""
+        check_is_fitted(self)
+        outputs = self._outputs(X, int(np.prod(self._shape)))
+        predicted: np.ndarray = outputs.double().reshape(len(outputs), *self._shape).numpy()
+        return predicted
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def defaults_of(factory: Any) -> dict[str, Any]:
+    """The keyword arguments of a factory, after the two numbers it is called with, and their defaults.
+
+    >>> defaults_of(perceptron)
+    {'hidden': 64}
+    """
+    if not callable(factory):
+        return {}
+    parameters = list(inspect.signature(factory).parameters.values())[2:]
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+def takes_any(factory: Any) -> bool:
+    """Whether a factory takes keyword arguments that it does not name."""
+    kinds = [parameter.kind for parameter in inspect.signature(factory).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def weights_of(sample_weight: Any, X: np.ndarray) -> Tensor:
+    """A weight per row."""
+    weights = check_array(sample_weight, ensure_2d=False, dtype=np.float32, input_name="sample_weight")
+    if weights.ndim != 1:
+        raise ValueError(f"sample_weight must be one number a row, {(len(X),)}, got {weights.shape}.")
+    check_consistent_length(X, weights)
+    if not weights.any():
+        raise ValueError("sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight.")
+    return torch.from_numpy(weights)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's random numbers from this seed on; afterwards they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

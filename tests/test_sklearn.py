@@ -1,0 +1,203 @@
+"""Models as scikit-learn estimators, under scikit-learn's own checks and in its tools."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+
+import minikeras
+from minikeras.integrations.sklearn import Classifier, Regressor
+
+CPU = {"device": "cpu", "random_state": 0}
+ROUNDING = "steps over batches in float32: a row of weight 2 is not, to 1e-7, the row twice"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@parametrize_with_checks(
+    [Classifier(**CPU), Regressor(**CPU)],
+    expected_failed_checks=lambda estimator: {"check_sample_weight_equivalence_on_dense_data": ROUNDING},
+    xfail_strict=True,
+)
+def test_an_estimator_does_what_scikit_learn_expects_of_one(estimator, check):
+    check(estimator)
+
+
+def network(n_features, n_outputs, width=8, depth=1):
+    layers = [nn.Linear(n_features, width), nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, n_outputs))
+
+
+def iris():
+    X, y = load_iris(return_X_y=True)
+    return X, np.array(["setosa", "versicolor", "virginica"])[y]
+
+
+def test_a_classifier_learns_labels_of_any_kind_in_a_pipeline():
+    X, y = iris()
+    pipeline = make_pipeline(StandardScaler(), Classifier(network, epochs=30, **CPU)).fit(X, y)
+    assert pipeline.score(X, y) > 0.95
+    assert pipeline.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+    proba = pipeline.predict_proba(X)
+    assert (pipeline.classes_[proba.argmax(1)] == pipeline.predict(X)).all()
+    np.testing.assert_allclose(proba.sum(1), 1)
+
+
+def test_a_regressor_learns_one_number_or_several():
+    X, y = load_diabetes(return_X_y=True)
+    y = (y - y.mean()) / y.std()
+    one = make_pipeline(StandardScaler(), Regressor(epochs=20, lr=0.003, **CPU))
+    assert cross_val_score(one, X, y, cv=3).min() > 0.35  # LinearRegression has 0.47 at the least
+    two = Regressor(epochs=5, **CPU).fit(X, np.stack([y, -y], 1))
+    assert two.predict(X).shape == (442, 2)
+    assert Regressor(epochs=1, **CPU).fit(X, y[:, None]).predict(X).shape == (442, 1)
+
+
+def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():
+    X, y = iris()
+    search = GridSearchCV(
+        Classifier(network, epochs=5, **CPU), [{"width": [2, 16], "lr": [0.03]}, {"model": [None], "hidden": [4]}], cv=2
+    ).fit(X, y)
+    assert len(search.cv_results_["params"]) == 3
+    assert search.best_params_ in ({"width": 2, "lr": 0.03}, {"width": 16, "lr": 0.03}, {"model": None, "hidden": 4})
+    searched = GridSearchCV(Classifier(network, epochs=1, **CPU), {"width": [5]}, cv=2).fit(X, y)
+    assert searched.best_estimator_.model_.net[0].out_features == 5
+
+
+def test_arguments_are_told_set_and_cloned():
+    classifier = Classifier(network, width=3, epochs=2)
+    assert classifier.get_params()["width"] == 3
+    assert classifier.get_params()["depth"] == 1  # the factory's default
+    assert "depth" not in classifier.get_params(deep=False)
+    twin = clone(classifier.set_params(depth=2, lr=0.5))
+    assert twin.get_params() == classifier.get_params()
+    assert (twin.depth, twin.width, twin.lr) == (2, 3, 0.5)
+    assert not hasattr(twin, "model_")
+
+
+def weights(estimator):
+    return torch.nn.utils.parameters_to_vector(estimator.model_.parameters())
+
+
+def test_the_same_random_state_gives_the_same_network_and_leaves_the_global_one_alone():
+    X, y = iris()
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = Classifier(network, epochs=2, **CPU).fit(X, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    torch.rand(5)
+    again = Classifier(network, epochs=2, **CPU).fit(X, y)
+    other = Classifier(network, epochs=2, device="cpu", random_state=1).fit(X, y)
+    assert torch.equal(weights(first), weights(again))
+    assert not torch.equal(weights(first), weights(other))
+
+
+def test_a_fitted_classifier_can_be_pickled():
+    X, y = iris()
+    classifier = Classifier(network, epochs=2, **CPU).fit(X, y)
+    assert (pickle.loads(pickle.dumps(classifier)).predict_proba(X) == classifier.predict_proba(X)).all()
+
+
+def test_a_model_a_loss_and_an_optimizer_of_ones_own_are_used():
+    class Net(minikeras.Model):
+        def __init__(self, n_features, n_classes, start=0.0):
+            super().__init__()
+            self.fc = nn.Linear(n_features, n_classes)
+            nn.init.constant_(self.fc.weight, start)
+            nn.init.zeros_(self.fc.bias)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    seen = []
+
+    def loss_func(y_pred, y_true):
+        seen.append((tuple(y_pred.shape), y_true.dtype))
+        return nn.functional.cross_entropy(y_pred, y_true)
+
+    X, y = iris()
+    classifier = Classifier(Net, loss_func, torch.optim.SGD, epochs=1, batch_size=150, lr=0.5, start=0.25, **CPU)
+    classifier.fit(X, y)
+    assert isinstance(classifier.model_, Net)
+    assert seen == [((150, 3), torch.int64)]
+    reference = torch.full((3, 4), 0.25, requires_grad=True)
+    rows, labels = torch.tensor(X, dtype=torch.float32), torch.tensor(load_iris().target)
+    nn.functional.cross_entropy(rows @ reference.T, labels).backward()
+    torch.testing.assert_close(classifier.model_.fc.weight, reference - 0.5 * reference.grad)
+    assert list(classifier.history_.columns) == ["loss"]
+
+
+def test_weights_weigh_the_rows():
+    X, y = iris()
+    weight = np.where(y == "setosa", 0.0, 1.0)
+    classifier = Classifier(network, epochs=10, **CPU).fit(X, y, sample_weight=weight)
+    assert "setosa" not in classifier.predict(X)
+    assert Regressor(epochs=30, **CPU).fit(X, (y == "setosa") * 5.0, sample_weight=weight).predict(X).max() < 1
+
+
+MISTAKES = {
+    "a network instead of its factory": (
+        Classifier(nn.Linear(4, 3)),
+        TypeError,
+        "model must be a function of (n_features, n_outputs) that makes a new network for each fit, got Linear. "
+        "Pass lambda n_features, n_outputs: ..., or the network's class.",
+    ),
+    "a misspelt argument": (
+        Classifier(network, epoch=3),
+        TypeError,
+        "Classifier got 'epoch', which is no argument of its own and none of the model's factory. Expected batch_size, "
+        "device, epochs, loss_func, lr, model, optimizer, random_state, verbose, width, depth.",
+    ),
+    "a factory without a return": (
+        Classifier(lambda n_features, n_outputs: None),
+        TypeError,
+        "model must give a torch.nn.Module, got NoneType. Let it return one.",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_an_error_that_says_what_to_pass(mistake):
+    estimator, kind, message = MISTAKES[mistake]
+    with pytest.raises(kind) as caught:
+        estimator.fit(*iris())
+    assert str(caught.value) == message
+
+
+def test_outputs_for_other_classes_are_an_error():
+    X, y = iris()
+    classifier = Classifier(lambda n_features, n_classes: nn.Linear(n_features, 7), epochs=1, **CPU).fit(X, y)
+    with pytest.raises(ValueError, match="needs outputs") as caught:
+        classifier.predict(X)
+    assert str(caught.value) == (
+        "Classifier needs outputs of shape (150, 3), got (150, 7). Let the model's factory make n_outputs outputs."
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.ones((150, 2)), "sample_weight must be one number a row, (150,), got (150, 2)."),
+        (np.zeros(150), "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight."),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(weight, message):
+    with pytest.raises(ValueError, match="sample_weight") as caught:
+        Classifier(epochs=1, **CPU).fit(*iris(), sample_weight=weight)
+    assert str(caught.value) == message
