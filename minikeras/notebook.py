@@ -44,7 +44,8 @@ class LiveTable(Progress):
 
     def on_fit_begin(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
-        self.batch, self.logs, self.validating = 0, "", False
+        self.batch, self.logs = 0, ""
+        self.validating = self.ended = False
         self.started = time.perf_counter()
         self.display = sys.modules["IPython"].display.display(self.shown(), raw=True, display_id=True)
 
@@ -71,6 +72,7 @@ class LiveTable(Progress):
         self.redraw_if_due()
 
     def on_fit_end(self) -> None:
+        self.ended = True
         self.redraw()
 
     def redraw_if_due(self) -> None:
@@ -98,12 +100,16 @@ class LiveTable(Progress):
         return {"text/html": f'<div style="{STYLE}">{"".join(parts)}</div>', "text/plain": "\n".join(plain)}
 
     def bar_html(self) -> str:
-        """The epoch at hand with its bar and running means; where the fit is at its end, how long it took."""
-        if self.epochs in self.rows:
-            return f"<div>{len(self.rows)} epochs in {clock(time.perf_counter() - self.started)}</div>"
+        """The epoch at hand with its bar and running means; in the end what became of the fit."""
         if self.epoch is None:
             return "<div>starting</div>"
         steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
+        if self.ended:
+            took = clock(time.perf_counter() - self.started)
+            if self.epoch not in self.rows:
+                return f"<div>ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {took}</div>"
+            stopped = f"stopped after epoch {self.epoch} of {self.epochs}, {took}"
+            return f"<div>{stopped if self.epoch < self.epochs else f'{len(self.rows)} epochs in {took}'}</div>"
         bar = f'<progress max="{self.steps}" value="{self.batch}"></progress> ' if self.steps else ""
         tail = "validating" if self.validating else html.escape(self.logs)
         return f"<div>epoch {self.epoch}/{self.epochs} {bar}{steps} &nbsp;{tail}</div>"

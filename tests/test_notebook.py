@@ -79,11 +79,10 @@ def test_what_stays_of_a_fit_in_a_notebook_is_its_table_and_its_charts(executed)
     cells, _ = executed
     fit = fit_of(cells)
     page = ET.fromstring(cells[fit].outputs[0]["data"]["text/html"].replace("&nbsp;", " "))
-    epochs = int(re.search(r"fit\((\d+)", cells[fit].source)[1])
     assert "val_loss" in [cell.text for cell in page.iter("th")]
     numbers = ["".join(row[0].itertext()) for row in page.findall(".//tbody/tr")]
-    assert numbers == [str(epoch) for epoch in range(1, epochs + 1)]
-    assert page[0].text.startswith(f"{epochs} epochs in ")
+    assert numbers == [str(epoch) for epoch in range(1, len(numbers) + 1)]
+    assert re.match(rf"{len(numbers)} epochs in |stopped after epoch {len(numbers)} of ", page[0].text)
     assert len(page.findall(".//polyline")) >= 4
     assert not page.findall(".//progress")
 
@@ -150,13 +149,32 @@ def test_the_best_epoch_stays_in_the_table_though_it_is_long_past():
     assert "<b>1.000</b>" in table
 
 
-def test_a_fit_that_is_cut_short_leaves_what_there_was(page):
-    def stop(epoch, logs):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_fit_that_is_cut_short_says_after_which_step(page, number):
+    def interrupt(batch, logs):
+        if batch == number:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compiled().fit(5, points(64), callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
-    assert "epoch 1/5" in text_of(page[0][-1])
+        compiled().fit(5, points(96), callbacks=[minikeras.LambdaCallback(on_batch_end=interrupt)])
+    assert re.match(rf" +ended in epoch 1 of 5, at step {number - 1}/3, after \S+ s ", text_of(page[0][-1]))
+
+
+def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
+    model = compiled()
+
+    def stop(epoch, logs):
+        model.stop_training = epoch == 2
+
+    model.fit(5, points(64), callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
+    assert re.match(r" +stopped after epoch 2 of 5, \S+ s ", text_of(page[0][-1]))
+
+
+def test_a_later_fit_counts_its_own_epochs(page):
+    model = compiled()
+    model.fit(2, points(64))
+    model.fit(3, points(64))
+    assert [re.match(r" +(\d) epochs in ", text_of(outputs[-1]))[1] for outputs in page] == ["2", "3"]
 
 
 @pytest.mark.parametrize(("verbose", "displays"), [("auto", 1), (1, 1), (2, 0), (0, 0)])
