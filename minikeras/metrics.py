@@ -169,6 +169,25 @@ class Totals(Mapping[str, float]):
         return len(list(iter(self)))
 
 
+def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A metric for each column of the history: a torchmetrics.MetricCollection is its members, under their own names.
+
+    Raises:
+        ValueError: two of them have the same name.
+    """
+    columns: dict[str, Any] = {}
+    for name, metric in metrics_dict.items():
+        members = dict(metric.items()) if isinstance(metric, nn.ModuleDict) and is_stateful(metric) else {name: metric}
+        twice = sorted(columns.keys() & members.keys())
+        if twice:
+            raise ValueError(
+                f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a column for each of "
+                f'its members, under their own names. Give it a prefix: MetricCollection(..., prefix="{name}_").'
+            )
+        columns |= members
+    return columns
+
+
 def state_of(metric: Any, name: str) -> dict[str, Any]:
     """What a metric object has counted: its own state_dict, or its attributes; those of a module's parts as well."""
     if isinstance(metric, nn.Module):

@@ -20,7 +20,7 @@ from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
 from minikeras.losses import parameters_of
-from minikeras.metrics import Totals
+from minikeras.metrics import Totals, by_column
 from minikeras.precision import Precision, precision_of
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def made(
     """What compile's arguments make, checked; the model and its loss are on the device."""
     metrics_dict = {} if metrics_dict is None else metrics_dict
     checks.check_callable("loss_func", loss_func)
+    checks.check_metrics_dict(metrics_dict)
+    metrics_dict = by_column(metrics_dict)
     checks.check_metrics_dict(metrics_dict)
     optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
     if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
