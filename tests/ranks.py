@@ -311,6 +311,18 @@ def auroc(size):
     return found(model, dfhistory)
 
 
+def collection(size):
+    import torchmetrics
+    from torchmetrics.classification import BinaryF1Score, BinaryPrecision
+
+    seed()
+    model = compiled()
+    data, val = ((doubles(rows)[0], points(rows)[1].long()) for rows in (61, 33))
+    scores = torchmetrics.MetricCollection([BinaryF1Score(), BinaryPrecision()], prefix="of_")
+    model.compile(Floating(), model.optimizer, {"scores": scores}, device="cpu")
+    return found(model, model.fit(2, data, val, batch_size=12 // size, verbose=0))
+
+
 class Floating(nn.BCELoss):
     def forward(self, y_pred, y_true):
         return super().forward(y_pred, y_true.to(y_pred.dtype))
@@ -429,6 +441,22 @@ def main_alone(size):
     assert RANK == 0 or outputs is None
     model.save(folder / "weights.pt")
     return {"outputs": outputs} if RANK == 0 else {}
+
+
+def tracked(size):
+    """A run that rank 0 alone writes; what is in it is all that is there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from minikeras.integrations.tensorboard import TensorBoard
+
+    seed()
+    model, folder = compiled(), Path(os.environ["FOLDER"], f"board of {size}")
+    board = TensorBoard(folder, histograms=True)
+    dfhistory = model.fit(2, doubles(24), batch_size=12 // size, callbacks=[board], verbose=0)
+    files = len(list(folder.iterdir())) if RANK == 0 else 1
+    events = EventAccumulator(str(folder)).Reload() if RANK == 0 else None
+    losses = [point.value for point in events.Scalars("loss")] if events else list(dfhistory["loss"])
+    return {"files": files, "losses": torch.tensor(losses, dtype=torch.float32)}
 
 
 def refused(size):

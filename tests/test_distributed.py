@@ -46,6 +46,8 @@ SAME = [
     "complex_weights",
     "big_steps",
     "auroc",
+    "collection",
+    "tracked",
     "uneven",
     "early_stopping",
     "one_rank_stops",

@@ -90,6 +90,7 @@ def test_no_private_names_of_torch_are_used(path):
 
 def test_importing_brings_in_nothing_optional():
     optional = "'matplotlib', 'sklearn', 'torchmetrics', 'IPython', 'torch._dynamo', 'torch._inductor', 'minikeras.jit'"
+    optional += ", 'tensorboard', 'mlflow', 'wandb', 'minikeras.integrations'"
     code = f"import sys, minikeras; print([name for name in ({optional}) if name in sys.modules])"
     assert run(["-c", code]).strip() == "[]"
 

@@ -2,4 +2,6 @@
 
 sklearn.py        Classifier and Regressor: a model as a scikit-learn estimator
 huggingface.py    HubModel: save_pretrained, from_pretrained, push_to_hub
+tensorboard.py, mlflow.py, wandb.py
+                  TensorBoard, MLflow, WandB: callbacks that log a fit to a run; tracking.py is what they share
 """

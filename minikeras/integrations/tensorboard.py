@@ -1,0 +1,180 @@
+"""TensorBoard: a fit as event files, written by torch.utils.tensorboard."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minikeras.errors import positive_int
+from minikeras.integrations.tracking import Tracker, imported
+
+EVENTS = "torch.utils.tensorboard"
+HPARAMS = "tensorboard.plugins.hparams"
+
+
+@contextlib.contextmanager
+def _as_torch_does() -> Iterator[None]:
+    """torch's add_graph goes by torch.jit.trace; what torch warns of in that is nothing to a drawing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class TensorBoard(Tracker):
+    """Writes each epoch's row of the history, and the learning rates, for TensorBoard.
+
+    The tags are the history's columns ("loss", "val_loss", "lr"), over the epochs' numbers. List this callback after
+    those that add to the logs, such as LRScheduler. Several processes are one run, written by rank 0.
+
+    A fit that is carried on goes on in its folder, without the points after the last save. A run that begins anew in
+    the folder of another takes the place of its points: give each run a folder of its own to see them side by side.
+
+    Args:
+        log_dir: the folder; it is made.
+        every: batches between two points of the running means, default none; they are the run "steps" in the folder of
+            that name, under the same tags, over the number of the batch since the run began. Reading them waits for the
+            device. The rates there are those that hold when this callback is called.
+        histograms: at each epoch's end, of each parameter's finite values, under "weights/" and its name.
+        graph: an example batch of what forward takes, a tensor or a tuple of them, to draw the model with; it is run
+            once, in eval mode. By torch.jit.trace, which does not take every model.
+        hparams: name -> number, string or bool, for the table of the HPARAMS tab, which has the history's columns
+            beside them, and whether the fit succeeded.
+
+    Raises:
+        ModuleNotFoundError: the package is missing: pip install "minikeras[tensorboard]".
+        ValueError: `every` is no whole number of 1 or more; at the fit's beginning, a graph of parameters in parts.
+
+    Look at it with `tensorboard --logdir runs`::
+
+        from minikeras.integrations.tensorboard import TensorBoard
+
+        board = TensorBoard("runs/first", every=50, histograms=True, graph=X[:1], hparams={"lr": 0.01, "width": 16})
+        model.fit(30, dl_train, dl_valid, callbacks=[board])
+    """
+
+    def __init__(
+        self,
+        log_dir: str | Path,
+        every: int | None = None,
+        histograms: bool = False,
+        graph: Any = None,
+        hparams: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.package = imported(EVENTS, "TensorBoard", "tensorboard")
+        self.folder = Path(log_dir)
+        self.every = None if every is None else positive_int("every", every)
+        self.histograms = histograms
+        self.graph = graph
+        self.hparams = None if hparams is None else dict(hparams)
+        self.anew()
+
+    def anew(self) -> None:
+        super().anew()
+        self.step = 0  # batches, since the run began
+        self.before = 0  # of them, those of the epochs before this one
+
+    def open(self, epoch: int) -> None:
+        self.run_id = str(self.folder)
+        self.columns: list[str] = []  # of the first epoch here, for the table of hparams
+        self.writers = [self.package.SummaryWriter(self.folder, purge_step=epoch)]
+        if self.every is not None:
+            self.writers.append(self.package.SummaryWriter(self.folder / "steps", purge_step=self.step + 1))
+        if self.graph is not None:
+            self._draw()
+
+    def _own_file(self, suffix: str) -> Any:
+        """A writer for what there is one of in a run; an earlier one goes."""
+        for file in self.folder.glob(f"events.*{suffix}"):
+            file.unlink()
+        return self.package.SummaryWriter(self.folder, filename_suffix=suffix)
+
+    def _draw(self) -> None:
+        """The graph, without a trace on the model: its mode and the random state are as they were."""
+        model, parameters = self.model, list(self.model.parameters())
+        if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+            raise ValueError("TensorBoard cannot draw the graph of parameters in parts. Leave graph out.")
+        device = parameters[0].device if parameters else torch.device("cpu")
+        example = self.graph if isinstance(self.graph, (tuple, list)) else (self.graph,)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.no_grad(),
+                self._own_file(".graph") as writer,
+                _as_torch_does(),
+            ):
+                writer.add_graph(model, tuple(part.to(device) for part in example))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def on_fit_begin(self) -> None:
+        super().on_fit_begin()
+        self.step = self.before  # an epoch that was broken off begins anew, unless a checkpoint says where it stands
+
+    def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        last, self.step = self.step, self.before + batch
+        if self.opened and self.every is not None and self.step // self.every > last // self.every:
+            for name, value in self.values(logs).items():
+                self.writers[1].add_scalar(name, value, self.step)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        self.before = self.step
+        self.weights = dict(self._weights()) if self.histograms else {}  # by all processes
+        super().on_epoch_end(epoch, logs)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            if whole.is_floating_point():
+                yield name, whole.detach().float()[whole.isfinite()]
+
+    def write(self, epoch: int, values: dict[str, float]) -> None:
+        writer = self.writers[0]
+        for name, value in values.items():
+            writer.add_scalar(name, value, epoch)
+        for name, weight in self.weights.items():
+            if weight.numel():
+                writer.add_histogram(f"weights/{name}", weight, epoch)
+        self.columns = list(values)
+        self._flush()
+
+    def _flush(self) -> None:
+        for writer in self.writers if self.opened else ():
+            writer.flush()
+
+    def close(self, error: BaseException | None) -> None:
+        for writer in self.writers:
+            writer.close()
+        if self.hparams is not None and self.columns:
+            self._write_hparams("STATUS_SUCCESS" if error is None else "STATUS_FAILURE")
+
+    def _write_hparams(self, status: str) -> None:
+        """The session as the HPARAMS tab wants it; its metrics are the scalars of this folder."""
+        summaries = imported(f"{EVENTS}.summary", "TensorBoard", "tensorboard")
+        api = imported(f"{HPARAMS}.api_pb2", "TensorBoard", "tensorboard")
+        data = imported(f"{HPARAMS}.plugin_data_pb2", "TensorBoard", "tensorboard")
+        experiment, start, end = summaries.hparams(self.hparams, dict.fromkeys(self.columns, 0.0))
+        held = end.value[0].metadata.plugin_data  # torch says success whatever happened
+        content = data.HParamsPluginData.FromString(held.content)
+        content.session_end_info.status = api.Status.Value(status)
+        held.content = content.SerializeToString()
+        with self._own_file(".hparams") as writer:
+            for summary in (experiment, start, end):
+                writer.file_writer.add_summary(summary)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()  # what the state says was logged is in the files
+        return super().state_dict() | {"step": self.step, "before": self.before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.step, self.before = state["step"], state["before"]

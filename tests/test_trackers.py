@@ -1,0 +1,456 @@
+"""The run that TensorBoard, MLflow and W&B hold is the history, however often it was broken off."""
+
+import math
+import struct
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+import wandb
+from conftest import Net, accuracy, compiled, points
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
+
+import minikeras
+from minikeras.integrations.mlflow import MLflow
+from minikeras.integrations.tensorboard import TensorBoard
+from minikeras.integrations.wandb import WandB
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # SQLAlchemy's, of MLflow
+
+STATES = {0: "FINISHED", 1: "FAILED", 255: "KILLED", "STATUS_SUCCESS": "FINISHED", "STATUS_FAILURE": "FAILED"}
+
+
+# --- one way to make each tracker, and to read back what it has written -----------------------------------------------
+
+
+class Board:
+    def __init__(self, folder):
+        self.folder = folder / "board"
+
+    def callback(self):
+        return TensorBoard(self.folder, every=2, hparams={"lr": 0.1, "kind": "ring"})
+
+    def table(self):
+        return scalars(self.folder)
+
+    def state(self):
+        return STATES[status(self.folder)]
+
+    def runs(self):
+        return 1  # there is one for each folder
+
+
+def events(folder):
+    return EventAccumulator(str(folder), size_guidance={HISTOGRAMS: 0}).Reload()
+
+
+def scalars(folder):
+    """Names -> the values in order, each step once."""
+    held = events(folder)
+    points = {name: held.Scalars(name) for name in held.Tags()["scalars"]}
+    for name, found in points.items():
+        steps = [point.step for point in found]
+        assert steps == sorted(set(steps)), name
+    return {name: {point.step: point.value for point in found} for name, found in points.items()}
+
+
+def status(folder):
+    held = events(folder)
+    content = held.SummaryMetadata("_hparams_/session_end_info").plugin_data.content
+    return session_status(HParamsPluginData.FromString(content).session_end_info.status)
+
+
+def session_status(number):
+    from tensorboard.plugins.hparams.api_pb2 import Status
+
+    return Status.Name(number)
+
+
+class Store:
+    """An SQLite file, that MLflow takes seconds to make: a copy of one."""
+
+    made = None
+
+    def __init__(self, folder):
+        self.uri = f"sqlite:///{folder}/mlflow.db"
+        if Store.made is None:
+            self.client().search_experiments()
+            Store.made = (folder / "mlflow.db").read_bytes()
+        (folder / "mlflow.db").write_bytes(Store.made)
+
+    def callback(self):
+        return MLflow("rings", "first", self.uri, {"lr": 0.1, "kind": "ring"})
+
+    def client(self):
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def found(self):
+        experiment = self.client().get_experiment_by_name("rings")
+        return self.client().search_runs([experiment.experiment_id])
+
+    def run(self):
+        (run,) = self.found()
+        return run
+
+    def table(self):
+        run, table = self.run(), {}
+        for name in run.data.metrics:
+            found = self.client().get_metric_history(run.info.run_id, name)
+            table[name] = {point.step: point.value for point in found}
+            assert len(table[name]) == len(found), name
+        return table
+
+    def state(self):
+        return self.run().info.status
+
+    def runs(self):
+        return len(self.found())
+
+
+class Files:
+    """W&B offline: a folder for each part of a run, all with its id."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def callback(self):
+        return WandB("rings", "first", {"lr": 0.1, "kind": "ring"}, mode="offline", dir=str(self.folder))
+
+    def records(self, kind):
+        files = sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))
+        return [getattr(record, kind) for file in files for record in ended(file) if record.HasField(kind)]
+
+    def table(self):
+        table = {}
+        for row in self.records("history"):
+            items = {item.key or item.nested_key[0]: float(item.value_json) for item in row.item}
+            for name, value in items.items():
+                if not name.startswith("_"):
+                    assert items["_step"] not in table.setdefault(name, {}), name
+                    table[name][int(items["_step"])] = value
+        return table
+
+    def state(self):
+        return STATES[self.records("exit")[-1].exit_code]
+
+    def runs(self):
+        return len({run.run_id for run in self.records("run")})
+
+
+def ended(path):
+    """The records up to that of the end: W&B's own process may still be writing them."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        found = list(records(path))
+        if found and found[-1].HasField("exit"):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has no end")
+
+
+def records(path):
+    """The records in a .wandb file: LevelDB's log, in blocks of 32 KiB, of protobuf messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, whole, at = path.read_bytes(), b"", 7
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + size > len(data):
+            return
+        whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part of one
+            yield Record.FromString(whole)
+            whole = b""
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Files in a folder of the test's own, and nothing that speaks with the world."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture(params=[Board, Store, Files], ids=["TensorBoard", "MLflow", "WandB"])
+def tracker(request, tmp_path):
+    return request.param(tmp_path)
+
+
+def ring(lr=0.1):
+    torch.manual_seed(0)
+    return compiled(metrics_dict={"accuracy": accuracy}, lr=lr)
+
+
+def fit(model, callbacks, epochs=3, **kwargs):
+    return model.fit(epochs, points(50), points(20), batch_size=10, callbacks=callbacks, verbose=0, **kwargs)
+
+
+def halving(model):
+    return minikeras.LRScheduler(torch.optim.lr_scheduler.ExponentialLR(model.optimizer, 0.5))
+
+
+def assert_holds(table, dfhistory):
+    """Each value of the history under its column's name, once, and nothing else."""
+    assert sorted(table) == sorted(dfhistory)
+    for name, column in dfhistory.items():
+        expected = {epoch: value for epoch, value in column.items() if not math.isnan(value)}
+        assert table[name] == pytest.approx(expected, rel=1e-6), name
+
+
+# --- what each of them does -------------------------------------------------------------------------------------------
+
+
+def test_the_run_is_the_history_under_its_columns_names(tracker):
+    model = ring()
+    dfhistory = fit(model, [halving(model), tracker.callback()], validation_freq=2)
+    assert list(dfhistory["lr"]) == [0.1, 0.05, 0.025]
+    assert_holds(tracker.table(), dfhistory)
+    assert tracker.state() == "FINISHED"
+
+
+def test_learning_rates_are_there_even_where_they_do_not_change(tracker):
+    generator, critic = nn.Linear(1, 1), nn.Linear(1, 1)
+    model = ring()
+    model.both = nn.ModuleList([generator, critic])
+    optimizers = {
+        "net": torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.25),
+        "both": torch.optim.SGD(model.both.parameters(), lr=0.5),
+    }
+    model.compile(nn.BCELoss(), optimizers, device="cpu")
+    fit(model, [tracker.callback()], epochs=1)
+    assert {name: points[1] for name, points in tracker.table().items() if "lr" in name} == {
+        "lr_net": 0.25,
+        "lr_both": 0.5,
+    }
+
+
+class Breaks(minikeras.Callback):
+    """Raises in the middle of an epoch, or after it."""
+
+    def __init__(self, error, epoch, batch=None):
+        self.error, self.epoch, self.batch = error, epoch, batch
+
+    def on_epoch_begin(self, epoch):
+        self.now = epoch
+
+    def on_batch_end(self, batch, logs):
+        if (self.now, batch) == (self.epoch, self.batch):
+            raise self.error
+
+    def on_epoch_end(self, epoch, logs):
+        if self.batch is None and epoch == self.epoch:
+            raise self.error
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(1, 3), (3, 4), (2, None)], ids=str)
+def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(tracker, epoch, batch, tmp_path):
+    model, run = ring(), {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(model, [halving(model), tracker.callback(), Breaks(RuntimeError("broken"), epoch, batch)], **run)
+    if tracker.table():  # of the first epoch nothing may be there yet
+        assert tracker.state() == "FAILED"
+    model = ring()
+    dfhistory = fit(model, [halving(model), tracker.callback()], **run)
+    assert_holds(tracker.table(), dfhistory)
+    assert tracker.state() == "FINISHED"
+    assert tracker.runs() == 1
+
+
+def test_an_error_ends_the_run_as_failed(tracker):
+    with pytest.raises(ValueError, match="no"):
+        fit(ring(), [tracker.callback(), Breaks(ValueError("no"), 2, 1)])
+    assert tracker.state() == "FAILED"
+
+
+def test_a_fit_that_is_called_where_an_error_is_handled_has_not_failed(tracker):
+    try:
+        raise ValueError("an older one")
+    except ValueError:
+        fit(ring(), [tracker.callback()], epochs=1)
+    assert tracker.state() == "FINISHED"
+
+
+def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(tracker):
+    model, callback = ring(), tracker.callback()
+    fit(model, [callback], epochs=1)
+    dfhistory = fit(model, [callback], epochs=2)
+    assert_holds({name: values for name, values in tracker.table().items() if name != "lr"}, dfhistory)
+    model.compile(nn.BCELoss(), model.optimizer, device="cpu")
+    fit(model, [callback], epochs=1)
+    assert tracker.runs() == (1 if isinstance(tracker, Board) else 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "missing", "extra"),
+    [
+        (lambda: TensorBoard("runs"), "torch.utils.tensorboard", "tensorboard"),
+        (MLflow, "mlflow", "mlflow"),
+        (lambda: WandB("rings"), "wandb", "wandb"),
+    ],
+    ids=["TensorBoard", "MLflow", "WandB"],
+)
+def test_a_missing_package_is_one_line_that_says_what_to_install(make, missing, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        make()
+    name = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "wandb": "WandB"}[extra]
+    assert str(error.value) == f'{name} needs a package: pip install "minikeras[{extra}]"'
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
+
+
+def test_running_means_are_points_over_the_batches(tmp_path):
+    seen = []
+    log = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["loss"]))
+    fit(ring(), [TensorBoard(tmp_path, every=2), log], epochs=2)
+    assert scalars(tmp_path / "steps")["loss"] == pytest.approx({step: seen[step - 1] for step in (2, 4, 6, 8, 10)})
+
+
+def test_points_over_the_batches_go_on_where_the_checkpoint_stands(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
+    fit(ring(), [TensorBoard(whole, every=1)])
+    with pytest.raises(RuntimeError):
+        fit(ring(), [TensorBoard(broken, every=1), Breaks(RuntimeError("broken"), 2, 5)], **run)
+    fit(ring(), [TensorBoard(broken, every=1)], **run)
+    assert scalars(broken / "steps") == scalars(whole / "steps")
+    assert len(scalars(whole / "steps")["loss"]) == 15
+
+
+def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_points(tmp_path):
+    model, board = ring(), TensorBoard(tmp_path, every=1)
+    with pytest.raises(RuntimeError):
+        fit(model, [board, Breaks(RuntimeError("broken"), 2, 3)])
+    fit(model, [board], epochs=2)
+    assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1, 16))
+
+
+def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
+    model = ring()
+    fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=2)
+    held = events(tmp_path)
+    assert sorted(held.Tags()["histograms"]) == [f"weights/fc{n}.{part}" for n in (1, 2) for part in ("bias", "weight")]
+    points = held.Histograms("weights/fc1.weight")
+    assert [point.step for point in points] == [1, 2]
+    assert points[-1].histogram_value.num == 16
+    assert points[-1].histogram_value.sum == pytest.approx(model.fc1.weight.sum().item(), rel=1e-5)
+
+
+def test_weights_that_are_not_finite_are_left_out_of_histograms(tmp_path):
+    model = ring()
+    model.unused = nn.Parameter(torch.tensor([math.nan, math.inf, 1.0]))
+    model.nothing = nn.Parameter(torch.tensor(math.nan))
+    model.compile(nn.BCELoss(), torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()]), device="cpu")
+    fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=1)
+    held = events(tmp_path)
+    assert held.Histograms("weights/unused")[0].histogram_value.num == 1
+    assert "weights/nothing" not in held.Tags()["histograms"]
+
+
+class Noisy(Net):
+    """With what a run of the model would move: statistics, and random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return super().forward(self.drop(self.norm(x + 0.1 * torch.randn_like(x))))
+
+
+def noisy(callbacks):
+    torch.manual_seed(0)
+    model = compiled(Noisy())
+    model.drop.eval()
+    return fit(model, callbacks, epochs=2)
+
+
+def test_the_graph_shows_the_layers_and_moves_nothing(tmp_path):
+    drawn = noisy([TensorBoard(tmp_path, graph=points(3)[0])])
+    pd.testing.assert_frame_equal(drawn, noisy([]), check_exact=True)
+    nodes = [node.name for node in graph_of(tmp_path).node]
+    assert all(any(layer in name for name in nodes) for layer in ("fc1", "fc2", "norm"))
+
+
+def graph_of(folder):
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+    return GraphDef.FromString(events(folder).Graph().SerializeToString())
+
+
+def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
+    board = Board(tmp_path)
+    for _ in range(2):  # the second takes the place of the first
+        fit(ring(), [board.callback()], epochs=1)
+    held = events(board.folder)
+    content = {tag: held.SummaryMetadata(tag).plugin_data.content for tag in held.PluginTagToContent("hparams")}
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    assert (start["lr"].number_value, start["kind"].string_value) == (0.1, "ring")
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    columns = ["loss", "accuracy", "val_loss", "val_accuracy", "lr"]
+    assert [metric.name.tag for metric in experiment.metric_infos] == columns
+    assert len(list(board.folder.glob("*.hparams"))) == 1
+
+
+def test_every_must_be_a_whole_number(tmp_path):
+    with pytest.raises(ValueError, match=r"^every must be a whole number of 1 or more, got 0\.$"):
+        TensorBoard(tmp_path, every=0)
+
+
+# --- MLflow and W&B ---------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
+    store, model = Store(tmp_path), ring()
+    summary = model.summary(input_shape=(2,))
+    fit(model, [MLflow("rings", "first", store.uri, {"lr": 0.1, "kind": "ring"}, summary=summary)], epochs=1)
+    run = store.run()
+    assert run.data.params == {"lr": "0.1", "kind": "ring"}
+    assert run.info.run_name == "first"
+    path = store.client().download_artifacts(run.info.run_id, "summary.txt", str(tmp_path))
+    with open(path) as file:
+        assert file.read() == str(summary)
+
+
+def test_mlflow_says_killed_after_ctrl_c(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(ring(), [store.callback(), Breaks(KeyboardInterrupt(), 2, 1)])
+    assert store.state() == "KILLED"
+
+
+def test_mlflow_takes_the_experiment_of_the_environment(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "rings")
+    fit(ring(), [MLflow(tracking_uri=store.uri)], epochs=1)
+    assert store.runs() == 1
+
+
+def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):
+    files = Files(tmp_path)
+    fit(ring(), [files.callback()], epochs=1)
+    (run,) = files.records("run")
+    assert (run.project, run.display_name) == ("rings", "first")
+    config = {item.key: item.value_json for item in run.config.update}
+    assert (config["lr"], config["kind"]) == ("0.1", '"ring"')
+
+
+def test_wandb_goes_by_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it has read the environment already
+    fit(ring(), [WandB("rings", dir=str(tmp_path))], epochs=1)
+    assert Files(tmp_path).runs() == 1
+    fit(ring(), [WandB("rings", mode="disabled", dir=str(tmp_path))], epochs=1)
+    assert Files(tmp_path).runs() == 1
