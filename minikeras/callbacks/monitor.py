@@ -45,12 +45,12 @@ class Monitor:
     def __init__(self, owner: str, name: str, mode: str = "auto", min_delta: float = 0.0) -> None:
         self.owner = owner
         self.name = name
-        self.min_delta = real("min_delta", min_delta, "of 0 or more", lambda delta: 0 <= delta < math.inf)
+        self.min_delta: float = real("min_delta", min_delta, "of 0 or more", lambda delta: 0 <= delta < math.inf)
         if mode not in ("auto", "min", "max"):
             hint = did_you_mean(mode, ["auto", "min", "max"]) if isinstance(mode, str) else ""
             raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}.{hint}')
-        self.sign = {"min": -1, "max": 1}[self._mode_of_name() if mode == "auto" else mode]
-        self.worst = -self.sign * math.inf
+        self.sign: int = {"min": -1, "max": 1}[self._mode_of_name() if mode == "auto" else mode]
+        self.worst: float = -self.sign * math.inf
 
     def _mode_of_name(self) -> str:
         mode = mode_of(self.name)
