@@ -28,8 +28,8 @@ from minikeras.data import ContinuedBatches, call_with, empty, is_batched, lengt
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
-from minikeras.notebook import LiveTable, model_html
-from minikeras.progress import Progress, show, tell, wants_bar
+from minikeras.notebook import model_html, progress
+from minikeras.progress import show, tell
 from minikeras.run import Run, check_optimizers, made, ready
 
 
@@ -105,12 +105,9 @@ class Model(nn.Module):
         """
         run = self._run
         try:
-            if run is not None and run.by_parts:
-                return run.jit.forward(features)
-            return call_with(self, features)
+            return run.jit.forward(features) if run is not None and run.by_parts else call_with(self, features)
         except Exception as error:
-            # raises a plainer error where the cause is known
-            checks.explain_forward(error, self, None if run is None else run.world)
+            checks.explain_forward(error, self, None if run is None else run.world)  # says it plainer where it can
             raise
 
     def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:
@@ -126,7 +123,7 @@ class Model(nn.Module):
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = self._call("the loss", loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError) as error:
-            checks.explain_loss(error, outputs, labels)  # raises a plainer error where the cause is known
+            checks.explain_loss(error, outputs, labels)  # says it plainer where it can
             raise
         return scalar_loss(result, sample_weight)
 
@@ -194,9 +191,9 @@ class Model(nn.Module):
                 a column per member). Outputs and labels that broadcast are refused, in the first batch; not in NumPy.
             device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
             jit: compile forward, loss, metrics, backward and optimizer into one graph, several times as fast for small
-                models once compiled; or a dict of arguments for torch.compile. What cannot be compiled runs in eager,
-                with a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}. On CUDA
-                the step is captured as a CUDA graph, but with {"options": {"triton.cudagraphs": False}}.
+                models once compiled; or a dict for torch.compile. What cannot be compiled runs in eager, with
+                a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}. On CUDA a CUDA
+                graph is made of the step, but with {"options": {"triton.cudagraphs": False}}.
             steps_per_execution: under jit, optimizer steps in one call of the graph; callbacks see every so many.
             precision: "bf16" or "fp16" (with its gradients scaled) computes forward and loss in that type where torch's
                 autocast has it; "auto" takes what a CUDA device can, and float32 elsewhere. Parameters, metrics and
@@ -292,8 +289,7 @@ class Model(nn.Module):
         shown = show(verbose) and leads(self)
         if shown:
             best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
-            bar, kind = wants_bar(verbose), Progress if layer_summary.notebook_cell() is None else LiveTable
-            listed.append((kind if bar else Progress)(last, length(train), log_step_freq, bar, val is not None, best))
+            listed.append(progress(verbose, last, length(train), log_step_freq, val is not None, best))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
         say = tell if shown else (lambda line: None)
         loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from minikeras.callbacks import is_rate, mode_of
-from minikeras.progress import Progress, shown
+from minikeras.layer_summary import notebook_cell
+from minikeras.progress import Progress, shown, wants_bar
 
 REFRESH = 0.3  # seconds between two redrawings
 SHARE = 0.02  # of the time may go into them
@@ -34,6 +35,13 @@ LEGEND = (
 )
 STYLE = "font-family: sans-serif; font-size: 13px"
 Rows = Mapping[int, Mapping[str, float]]  # epoch -> its row of the history
+
+
+def progress(verbose: str | int, *args: Any) -> Progress:
+    """What shows a fit here; `args` are those of `Progress` without `bar`."""
+    bar = wants_bar(verbose)
+    kind = LiveTable if bar and notebook_cell() is not None else Progress
+    return kind(bar, *args)
 
 
 class LiveTable(Progress):

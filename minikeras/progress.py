@@ -46,16 +46,16 @@ class Progress(Callback):
     """The bar and the table of one fit.
 
     Args:
+        bar: draw the bar; else print lines only.
         epochs: number of the last epoch of this fit.
         steps: batches an epoch, None where not known ahead.
         log_step_freq: steps between two lines, or refreshes of the bar at the latest.
-        bar: draw the bar; else print lines only.
         validates: there will be val_ columns, though not in each row.
         best: the lowest val_loss of earlier fits, so that the mark goes on.
     """
 
     def __init__(
-        self, epochs: int, steps: int | None, log_step_freq: int | None, bar: bool, validates: bool, best: float
+        self, bar: bool, epochs: int, steps: int | None, log_step_freq: int | None, validates: bool, best: float
     ) -> None:
         self.epochs = epochs
         self.steps = steps

@@ -107,8 +107,7 @@ def made(
     metrics_dict = by_column(metrics_dict)
     checks.check_metrics_dict(metrics_dict)
     optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
-    if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
-        raise ValueError(f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps.")
+    check_jit(jit, steps_per_execution)
     world = world_of(distributed)
     chosen = choose_device(device) if world is None else world.device(choose_device(device))
     train, val = (Totals(metrics_dict, chosen, world) for _ in ("train", "val"))
@@ -145,6 +144,20 @@ def check_parts(model: Model, run: Run, jit: Any, precision: str) -> None:
             "the model's parameters are in parts in several processes, and distributed=None trains in one alone. "
             'Compile with distributed="fsdp", or build the model anew.'
         )
+
+
+def check_jit(jit: Any, steps_per_execution: int) -> None:
+    """Whether the steps can be compiled as asked for."""
+    if not isinstance(jit, bool | Mapping):
+        raise TypeError(f"jit must be True, False or a dict of torch.compile's arguments, got {jit!r}.")
+    ours = {"fullgraph", "dynamic"} & set(jit if isinstance(jit, Mapping) else ())
+    if ours:
+        raise ValueError(
+            f"jit={jit!r}: {min(ours)} is set by minikeras, which makes one graph where it can and says with a warning "
+            f"where it cannot. Leave it out; mode, backend and options are yours."
+        )
+    if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
+        raise ValueError(f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps.")
 
 
 def jit_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Any:

@@ -6,6 +6,8 @@ from torch import nn
 
 import minikeras
 
+collect_ignore = ["typed"]  # for type checkers to read, not to run
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

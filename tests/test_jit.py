@@ -443,6 +443,24 @@ def test_several_steps_per_execution_need_jit():
     assert str(error.value) == "steps_per_execution=4 needs jit=True, which makes a graph of the steps."
 
 
+@pytest.mark.parametrize(
+    ("jit", "message"),
+    [
+        ("max-autotune", "jit must be True, False or a dict of torch.compile's arguments, got 'max-autotune'."),
+        (None, "jit must be True, False or a dict of torch.compile's arguments, got None."),
+        (
+            {"fullgraph": True},
+            "jit={'fullgraph': True}: fullgraph is set by minikeras, which makes one graph where it can and says with "
+            "a warning where it cannot. Leave it out; mode, backend and options are yours.",
+        ),
+    ],
+)
+def test_what_compile_cannot_give_the_compiler_is_refused(jit, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        compiled(Net(), jit=jit)
+    assert str(error.value) == message
+
+
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
