@@ -30,8 +30,7 @@ def recall(y_pred, y_true):  # the share of positives that are found; (sum, coun
 
 def main(epochs, batch_size):
     torch.manual_seed(0)
-    X = torch.cat([ring(200, 5.0), ring(6000, 8.0)])
-    Y = torch.cat([torch.ones(200, 1), torch.zeros(6000, 1)])
+    X, Y = torch.cat([ring(200, 5.0), ring(6000, 8.0)]), torch.cat([torch.ones(200, 1), torch.zeros(6000, 1)])
     ds_train, ds_valid = random_split(TensorDataset(X, Y), [0.7, 0.3])
     dl_train = DataLoader(ds_train, batch_size, shuffle=True, num_workers=2)
     dl_valid = DataLoader(ds_valid, batch_size, num_workers=2)

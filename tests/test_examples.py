@@ -82,3 +82,21 @@ def test_an_adversarial_pair_has_a_column_for_each_side(example):
 def test_an_autoencoder_gives_the_digits_back(example):
     printed = example("autoencoder.py", "--epochs", 5)
     assert float(re.search(r"64 numbers as 8: mean squared error (\S+),", printed)[1]) < 0.045
+
+
+def test_a_small_bert_tells_praise_from_complaint(example, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    praise, complaint = map(
+        float, re.search(r"praise: tensor\(\[(\S+), (\S+)\]\)", example("transformers_text.py")).groups()
+    )
+    assert praise > 0.8
+    assert complaint < 0.2
+
+
+def test_a_search_prunes_and_finds_a_good_model(example):
+    printed = example("optuna_search.py", "--trials", 12)
+    complete, pruned = map(int, re.search(r"(\d+) trials ran to their end, (\d+) were pruned", printed).groups())
+    assert complete >= 3
+    assert pruned >= 3
+    assert complete + pruned == 12
+    assert float(re.search(r"best val_loss (\S+)", printed)[1]) < 0.15

@@ -1,0 +1,137 @@
+"""A model saved to a folder and built from it again, as huggingface_hub does it. Nothing here goes to the network."""
+
+import json
+
+import pytest
+import torch
+from conftest import compiled
+from launch import torchrun
+from safetensors.torch import load_file
+from torch import nn
+
+import minikeras
+from minikeras.integrations.huggingface import HubModel
+
+
+class Net(HubModel):
+    """Dropout and BatchNorm, a size and a list from the constructor."""
+
+    def __init__(self, hidden, widths=(1, 2), *, act=None):
+        super().__init__()
+        self.hidden, self.widths = hidden, widths
+        self.fc1, self.norm = nn.Linear(2, hidden), nn.BatchNorm1d(hidden)
+        self.act, self.drop = act or nn.ReLU(), nn.Dropout()
+        self.fc2 = nn.Linear(hidden, 1)
+
+    def forward(self, x):
+        return torch.sigmoid(self.fc2(self.drop(self.act(self.norm(self.fc1(x))))))
+
+
+def trained():
+    model = compiled(Net(16, widths=[3, 4]))
+    model.fit(2, (torch.randn(40, 2), torch.rand(40, 1).round()), verbose=0)
+    return model
+
+
+def test_a_model_comes_back_from_its_folder_with_arguments_and_weights(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path / "net")
+    twin = Net.from_pretrained(tmp_path / "net")
+    assert (twin.hidden, twin.widths) == (16, [3, 4])
+    assert not twin.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+    x = torch.randn(9, 2)
+    assert torch.equal(twin.predict(x), model.predict(x))
+
+
+def test_the_folder_holds_what_the_hub_shows(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"hidden": 16, "widths": [3, 4], "act": None}
+    assert "library_name: minikeras" in (tmp_path / "README.md").read_text()
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in weights.items()} == {
+        name: tuple(value.shape) for name, value in model.state_dict().items()
+    }
+
+
+def test_what_json_cannot_hold_is_given_anew(tmp_path):
+    Net(4, act=nn.Tanh()).save_pretrained(tmp_path)
+    assert isinstance(Net.from_pretrained(tmp_path, act=nn.Tanh()).act, nn.Tanh)
+
+
+def test_the_model_is_compiled_and_trained_before_and_after(tmp_path):
+    model = trained()
+    before = set(model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert set(model.state_dict()) == before
+    assert len(model.fit(1, (torch.randn(40, 2), torch.rand(40, 1).round()), verbose=0)) == 3
+    twin = compiled(Net.from_pretrained(tmp_path))
+    assert len(twin.fit(1, (torch.randn(40, 2), torch.rand(40, 1).round()), verbose=0)) == 1
+
+
+def test_weights_shared_by_two_layers_come_back_shared(tmp_path):
+    class Tied(HubModel):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+    model = Tied()
+    model.save_pretrained(tmp_path)
+    twin = Tied.from_pretrained(tmp_path)
+    assert twin.a.weight is twin.b.weight
+    assert torch.equal(twin.a.weight, model.a.weight)
+
+
+def test_a_folder_of_another_architecture_is_refused(tmp_path):
+    trained().save_pretrained(tmp_path)
+    with pytest.raises(minikeras.CheckpointError) as caught:
+        Net.from_pretrained(tmp_path, hidden=8)
+    assert f"{tmp_path / 'model.safetensors'} holds the weights of another architecture than Net" in str(caught.value)
+
+
+def test_a_folder_without_weights_is_an_error(tmp_path):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        Net.from_pretrained(tmp_path)
+    assert str(caught.value) == (
+        f"there is no file {tmp_path / 'model.safetensors'}. Pass the path of a file that model.save wrote."
+    )
+
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from minikeras.integrations.huggingface import HubModel
+
+class Net(HubModel):
+    def __init__(self, rows):
+        super().__init__()
+        self.fc = nn.Linear(rows, 1)
+    def forward(self, x):
+        return self.fc(x)
+
+torch.manual_seed(0)
+model = Net(3)
+model.compile(nn.MSELoss(), device="cpu", distributed=sys.argv[2])
+model.fit(1, (torch.ones(8, 3), torch.ones(8, 1)), verbose=0)
+rank = torch.distributed.get_rank()
+model.save_pretrained(sys.argv[1] if rank == 0 else sys.argv[1] + "-other")
+torch.distributed.barrier()
+outputs = model.predict(torch.eye(3))
+assert torch.allclose(Net.from_pretrained(sys.argv[1]).predict(torch.eye(3)), outputs)
+"""
+
+
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+def test_of_two_processes_one_writes_and_the_weights_are_whole(distributed, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = torchrun([tmp_path / "script.py", tmp_path / "net", distributed])
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "script.py"]
+    assert load_file(tmp_path / "net" / "model.safetensors")["fc.weight"].shape == (1, 3)
