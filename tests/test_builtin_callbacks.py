@@ -664,6 +664,28 @@ def test_the_average_is_that_of_a_plain_loop(evaluate, validation_freq):
         assert dfhistory["val_loss"].iloc[-1] == model.evaluate(BATCHES)["val_loss"]
 
 
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_under_accumulate_the_average_follows_the_steps(evaluate):
+    model = compiled(accumulate=2)  # of 3 batches an epoch: the second step closes a window of one
+    net, average, ends = copy.deepcopy(model), None, []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        for batches in (BATCHES[:2], BATCHES[2:]):
+            features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            optimizer.zero_grad()
+            nn.BCELoss()(net(features), labels).backward()
+            optimizer.step()
+            now = [parameter.detach().clone() for parameter in net.parameters()]
+            average = now if average is None else [0.7 * a + 0.3 * w for a, w in zip(average, now, strict=True)]
+        ends.append((average, now))
+    peek = Peek()
+    fit(3, [EMA(0.7, evaluate), peek], model, val=BATCHES)
+    held = [average if evaluate else raw for average, raw in ends]
+    torch.testing.assert_close(peek.seen["on_evaluate_begin"], held)
+    torch.testing.assert_close(peek.seen["on_epoch_end"], held)
+    torch.testing.assert_close([parameter.detach() for parameter in model.parameters()], ends[-1][0])
+
+
 def test_callbacks_after_an_ema_that_evaluates_save_and_restore_the_average(tmp_path):
     model, peek = compiled(), Peek()
     stop = EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
@@ -679,7 +701,7 @@ def test_an_average_may_begin_before_the_layers_know_their_sizes():
     model = compiled(Model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1), nn.Sigmoid())))
     ema = EMA(0.5, evaluate=True)
     ema.model = model
-    assert ema.state_dict() == {"averaged": {}, "raw": {}}
+    assert ema.state_dict() == {"taken": 0, "averaged": {}, "raw": {}}
     fit(2, [ema], model)
     assert_same(ema.state_dict()["averaged"], weights(model))
 

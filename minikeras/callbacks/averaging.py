@@ -17,13 +17,13 @@ from minikeras.errors import real
 class EMA(Callback):
     """Keeps an exponential moving average of the model's parameters, which the model holds after the fit.
 
-    After the first batch the average is the weights; after each later one, average = decay * average +
+    After the first step the average is the weights; after each later one, average = decay * average +
     (1 - decay) * weights. Buffers, such as the running statistics of BatchNorm, are not averaged: they are always
-    those of the training. Under `steps_per_execution=n` the average takes the weights in once every n steps; under
-    `accumulate` it counts batches as ever.
+    those of the training. A step is a batch, under `accumulate` one that moved the weights; under
+    `steps_per_execution=n` the average takes the weights in once every n steps.
 
     Args:
-        decay: how much of the average stays at each batch, from 0 to 1; default 0.999, about the last 1000 batches.
+        decay: how much of the average stays at each step, from 0 to 1; default 0.999, about the last 1000 steps.
         evaluate: from validation (from the epoch's end where none is due) until the next epoch begins, the model
             holds the averaged weights, so that validation, and ModelCheckpoint and EarlyStopping after this callback in
             the list, see those.
@@ -48,7 +48,8 @@ class EMA(Callback):
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
-        self.averaged: list[Tensor] = []  # empty before the first batch
+        self.taken = 0  # steps of the optimizers that have been followed, under accumulate
+        self.averaged: list[Tensor] = []  # empty before the first step
         self.raw: list[Tensor] = []  # the model's own weights, as long as it holds the averaged ones
 
     def _weights(self) -> dict[str, Tensor]:
@@ -60,13 +61,22 @@ class EMA(Callback):
         self.raw = []
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        self._follow(moved=True)
+
+    def _follow(self, moved: bool) -> None:
+        """Take the weights in, where a step has moved them; under `accumulate` that is looked up."""
+        precision = self.model._compiled("EMA").precision
+        if precision is not None and precision.accumulate > 1:
+            steps = sum(window.steps for window in precision.windows.values())
+            moved, self.taken = steps > self.taken, steps
         weights = list(self._weights().values())
-        if self.averaged:
-            self.average(self.averaged, weights, batch)  # the count means nothing to it
-        else:
+        if moved and self.averaged:
+            self.average(self.averaged, weights, 0)  # the count means nothing to it
+        elif moved:
             self.averaged = [tensor.clone() for tensor in weights]
 
     def on_evaluate_begin(self) -> None:
+        self._follow(moved=False)  # but by the step that closed the epoch's last window
         if self.evaluate:
             self._lend()
 
@@ -90,12 +100,14 @@ class EMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         averaged = [tensor.clone() for tensor in self.averaged]  # they go on changing
         return {
+            "taken": self.taken,
             "averaged": dict(zip(self._weights(), averaged, strict=False)),
             "raw": dict(zip(self._weights(), self.raw, strict=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         weights = self._weights().items()
+        self.taken = state.get("taken", 0)
         self.averaged, self.raw = (
             [as_part(state[part][name].to(weight.device, copy=True), weight) for name, weight in weights if state[part]]
             for part in ("averaged", "raw")
