@@ -133,9 +133,9 @@ def summary(
     Args:
         model: any module. Copies of it are run, in eval mode.
         input_shape: of one row, without the batch: (3, 32, 32); several as a list, or as a dict by argument name.
-        input_dtype: torch.float32, torch.int64, torch.LongTensor, ...; or a list or dict of them like `input_shape`.
+        input_dtype: default torch.float32; torch.LongTensor will do, as will a list or dict of them like `input_shape`.
         input_data: instead of `input_shape`, a real batch of what forward takes. The batch is then shown as first size.
-        batch_size: rows of a batch, for the shapes and sizes shown; -1 shows -1, and the sizes are for 1 row.
+        batch_size: rows of a batch, for the shapes and sizes shown; -1, the default, shows -1, and sizes are for 1 row.
 
     Returns:
         The rows and totals. Total params are the distinct elements of `model.parameters()`; the rows add up to them, as

@@ -112,17 +112,19 @@ class FocalLoss(nn.Module):
     equations 4 (without a_t) and 5. With gamma=0 and alpha=0.5 it is half the binary cross entropy.
 
     Args:
-        gamma: how fast easy elements fade, 0 or more; 0 leaves all of them in.
-        alpha: weight of the positives, 0 to 1. The default suits rare positives; the paper's detectors use 0.25.
-        from_logits: y_pred is raw scores, not probabilities. Exact at scores of any size, and the only form that
-            mixed precision on a GPU takes.
-        reduction: "mean" or "sum" over all elements, or "none": one value per element, for a weight per row.
+        gamma: how fast easy elements fade, 0 or more, default 2; 0 leaves all of them in.
+        alpha: weight of the positives, 0 to 1. The default, 0.75, suits rare positives; the paper's detectors use 0.25.
+        from_logits: y_pred is raw scores, not probabilities, the default. Exact at scores of any size, and the only
+            form that mixed precision on a GPU takes.
+        reduction: "mean", the default, or "sum" over all elements, or "none": one value per element, for a weight per
+            row.
 
     Called with (y_pred, y_true), unlike TensorFlow's: probabilities of any shape, and labels of that same shape
     and any dtype, 0 or 1 or between (smoothed). Gives float32, or float64 where y_pred is float64.
 
     Raises:
         ValueError: an argument out of range, or y_pred and y_true of different shapes.
+        RuntimeError: probabilities below 0 or above 1, from torch; in `fit` and `evaluate` a ValueError.
 
     >>> y_pred, y_true = torch.tensor([[0.9], [0.1]]), torch.tensor([[1.0], [0.0]])
     >>> nn.BCELoss()(y_pred, y_true), FocalLoss()(y_pred, y_true)
@@ -251,10 +253,18 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 
 def l1_penalty(model: nn.Module, beta: float) -> Tensor:
-    """beta * sum |w| over the trainable weights, biases left out: drives weights to 0.
+    """beta * sum |w| over the trainable weights, biases left out: drives weights to 0 (Tibshirani 1996, "Regression
+    Shrinkage and Selection via the Lasso").
 
-    0-dim, with a gradient, on the model's device; a plain 0 where there are no weights or `beta` is 0.
-    Raises ValueError for a negative `beta`.
+    Args:
+        model: any module; each of its parameters counts once.
+        beta: strength, 0 or more, in units of the loss per unit of weight.
+
+    Returns:
+        0-dim, with a gradient, on the model's device; a plain 0 where there are no weights or `beta` is 0.
+
+    Raises:
+        ValueError: a negative `beta`.
 
     >>> model = nn.Sequential(nn.Linear(2, 1))
     >>> _ = nn.init.constant_(model[0].weight, -2.0)
@@ -265,7 +275,15 @@ def l1_penalty(model: nn.Module, beta: float) -> Tensor:
 
 
 def l2_penalty(model: nn.Module, alpha: float) -> Tensor:
-    """0.5 * alpha * sum w^2, otherwise as `l1_penalty`: keeps weights small. Its gradient is alpha * w."""
+    """0.5 * alpha * sum w^2: keeps weights small (ridge: Hoerl and Kennard 1970). Its gradient is alpha * w.
+
+    `model`, the strength `alpha`, what is returned and raised are as in `l1_penalty`, which has an example of both.
+
+    >>> model = nn.Linear(2, 1)
+    >>> l2_penalty(model, 0.1).backward()
+    >>> torch.allclose(model.weight.grad, 0.1 * model.weight), model.bias.grad
+    (True, None)
+    """
     return penalty(weights_of(model), l2=_strength("alpha", alpha))
 
 
@@ -276,11 +294,14 @@ class Regularized(nn.Module):
         loss_func: function or module called with (y_pred, y_true), unlike TensorFlow's; stays at `.loss_func`.
         model: the one whose weights are penalized. It is no submodule: `parameters()`, `state_dict()` and `.to()`
             do not reach it. A deepcopy holds a copy of the model too, so copy the two together.
-        l1, l2: strengths, 0 or more, default 0; a negative one is a ValueError.
+        l1, l2: strengths, 0 or more, default 0.
 
     The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"), so that weights of
-    the rows weigh it too. A pair
-    (sum, count) becomes (sum + penalty * count, count), so that its mean, too, carries the penalty once.
+    the rows weigh it too. A pair (sum, count) becomes (sum + penalty * count, count), so that its mean, too, carries
+    the penalty once.
+
+    Raises:
+        ValueError: a negative strength.
 
     >>> Regularized(FocalLoss(), nn.Linear(2, 1), l2=0.001)
     Regularized(
@@ -309,8 +330,15 @@ class Regularized(nn.Module):
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: weights with `weight_decay`, biases with 0, neither of them empty.
 
-    Only what is trainable, each parameter once. For SGD and Adam the same as `l2_penalty(model, weight_decay)`, at
-    less cost; AdamW's decay is another one. Raises ValueError for a negative `weight_decay`.
+    For SGD and Adam the same as `l2_penalty(model, weight_decay)`, at less cost. AdamW's decay is another one, lr *
+    weight_decay * w beside the step: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
+
+    Args:
+        model: any module; only what is trainable is taken, each parameter once.
+        weight_decay: 0 or more, what an optimizer has under this name.
+
+    Raises:
+        ValueError: a negative `weight_decay`.
 
     >>> optimizer = torch.optim.SGD(weight_decay_groups(nn.Linear(3, 2), 1e-5), lr=0.01, momentum=0.9)
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]

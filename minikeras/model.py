@@ -11,7 +11,6 @@ summary     layer_summary.summary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch.optim import Optimizer
 from minikeras import checks, export, layer_summary, loop, prediction
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, leads
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, call_with, empty, is_batched, length
+from minikeras.data import ContinuedBatches, call_with, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
@@ -48,13 +47,15 @@ class Model(nn.Module):
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.5), device="cpu")
     >>> dfhistory = model.fit(20, (x, 3 * x + 1), verbose=0)
+    >>> model.evaluate((x, 3 * x + 1))["val_loss"] < 1e-6  # of {"val_loss": ...}
+    True
     >>> round(model.predict(torch.tensor([[2.0]])).item(), 3)
     7.0
     """
 
     _run: Run | None = None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
     optimizer: Any  # the optimizer or dict of optimizers, from compile on
-    history: Any  # the DataFrame that fit returns, from the first fit on
+    history: Any  # the DataFrame that fit returns, from compile on; as of the last fit that ended
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
 
     def __init__(self, net: nn.Module | None = None) -> None:
@@ -64,7 +65,7 @@ class Model(nn.Module):
         under_plain_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped network's outputs; a subclass writes its own."""
+        """The wrapped network's outputs; a subclass writes its own, or this is a NotImplementedError."""
         if "net" not in self._modules:
             raise NotImplementedError(
                 f"{type(self).__name__} has no forward. Write one, or wrap a network: Model(net)."
@@ -84,6 +85,14 @@ class Model(nn.Module):
         Returns:
             name -> mean over the batch's rows, or a pair (sum, count); the same names at each step. Each is a column
             of the history, weighted by rows.
+
+        >>> class Noisy(Model):
+        ...     def train_step(self, features, labels, sample_weight=None):
+        ...         return super().train_step(features + torch.randn_like(features), labels, sample_weight)
+        >>> model = Noisy(nn.Linear(2, 1))
+        >>> model.compile(nn.MSELoss())
+        >>> list(model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0))
+        ['loss']
         """
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
@@ -93,16 +102,13 @@ class Model(nn.Module):
         return {"loss": loss, **metrics}
 
     def evaluate_step(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Mapping[str, Result]:
-        """One batch of validation: forward, loss, metrics. Runs in eval mode without gradients."""
+        """One batch of validation, in eval mode, without gradients; `features`, `labels`, `sample_weight`: as above."""
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
         return {"loss": loss, **self.compute_metrics(outputs, labels)}
 
     def compute_outputs(self, features: Any) -> Any:
-        """The model called with a batch's features: whole when `forward` takes one argument.
-
-        Unpacked when it takes several, by name when they are a dict.
-        """
+        """The model called with `features`: whole, or unpacked where `forward` takes several, a dict by its names."""
         run = self._run
         try:
             return run.jit.forward(features) if run is not None and run.by_parts else call_with(self, features)
@@ -114,28 +120,30 @@ class Model(nn.Module):
         """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or a pair (sum, count).
 
         With `sample_weight` (batch,) the loss must be one per row, as with reduction="none"; the result is the mean
-        over the rows of loss * weight, as in Keras.
+        over the rows of loss * weight, as in Keras. What is no number, and `outputs` and `labels` that would broadcast
+        each other, are a ValueError.
         """
         run = self._compiled("compute_loss")
         if run.totals.unseen:
             checks.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
-            result = self._call("the loss", loss_func, outputs, labels, scalar=False)
+            result = run.call("the loss", loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError) as error:
             checks.explain_loss(error, outputs, labels)  # says it plainer where it can
             raise
         return scalar_loss(result, sample_weight)
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
-        """Each function of metrics_dict for a batch, on detached outputs; objects with an `update` take it in."""
+        """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
         run = self._compiled("compute_metrics")
         if run.precision is not None:
-            return run.precision.metrics(run.totals, detached(outputs), labels, self._call)
-        return run.totals.metrics(detached(outputs), labels, self._call)
+            return run.precision.metrics(run.totals, detached(outputs), labels, run.call)
+        return run.totals.metrics(detached(outputs), labels, run.call)
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
-        """Fill the gradients of a loss: of every parameter, or of those of the optimizer of that name alone."""
+        """Fill the gradients of a `loss`, 0-dim or a pair (sum, count): of every parameter, or of those alone that the
+        `optimizer` of that name trains. A ValueError where there is no gradient, or no optimizer of that name."""
         run = self._compiled("backward")
         mean = with_gradient(mean_of(loss))
         if run.finite_loss is not None and not run.totals.idle:
@@ -147,7 +155,7 @@ class Model(nn.Module):
             run.precision.backward(loss, mean, run.rows * (not run.totals.idle), run.named(optimizer), inputs)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
-        """Move the weights and clear their gradients: by every optimizer, or by the one of that name alone."""
+        """Move the weights and clear their gradients: by every optimizer, or by the `optimizer` of that name alone."""
         run = self._compiled("optimizer_step")
         if run.precision is not None:
             run.precision.step(run.named(optimizer))
@@ -209,7 +217,7 @@ class Model(nn.Module):
 
         Raises:
             TypeError: a class where an instance is meant, or something of another kind.
-            ValueError: a metric's name that history uses itself, or a device that is not there.
+            ValueError: a metric's name that history uses, a device that is not there, or an argument out of its range.
         """
         big: Any = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
         more = (jit, steps_per_execution, precision, distributed, sync_batchnorm, fsdp_blocks)
@@ -265,6 +273,7 @@ class Model(nn.Module):
             TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
             CheckpointError: the file is damaged or of another run; or its last writing failed.
             FloatingPointError: the loss is not finite; the message says where, and what is known of the cause.
+            RuntimeError: another of several processes has ended or does not answer.
         """
         run = self._compiled("fit")
         saved = Checkpoint(checkpoint, checkpoint_every)
@@ -273,11 +282,7 @@ class Model(nn.Module):
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
-        train, val = run.batches(dl_train, "dl_train", batch_size, shuffle=True), None
-        if dl_val is not None:
-            val = run.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
-            if length(val) == 0:
-                raise empty(val, "dl_val")  # now, and not after an epoch
+        train, val = run.batches_of_fit(dl_train, dl_val, batch_size)
         train = saved.watched(train, val, run.device)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
@@ -288,8 +293,7 @@ class Model(nn.Module):
         last = saved.open(self, run, epochs)
         shown = show(verbose) and leads(self)
         if shown:
-            best = min((logs["val_loss"] for logs, _ in run.epochs if "val_loss" in logs), default=math.inf)
-            listed.append(progress(verbose, last, length(train), log_step_freq, val is not None, best))
+            listed.append(progress(verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss()))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
         say = tell if shown else (lambda line: None)
         loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
@@ -305,6 +309,7 @@ class Model(nn.Module):
 
         Raises:
             NotCompiledError: before `compile`.
+            TypeError, ValueError: no data, or data that the model or the loss cannot take.
         """
         run = self._compiled("evaluate")
         batches = run.batches(dl_val, "dl_val", batch_size)
@@ -321,6 +326,9 @@ class Model(nn.Module):
             dl: as in `fit`; X alone will do.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
             gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
+
+        Raises:
+            TypeError, ValueError: no data, data that the model cannot take, or outputs that do not have the rows first.
         """
         one_of("gather", gather, ("all", "main"))
         return prediction.predict(self, dl, batch_size, gather == "all")
@@ -332,8 +340,11 @@ class Model(nn.Module):
             path: ends in .safetensors for that format (pip install "minikeras[safetensors]"), else what torch.save
                 writes; its folder is made. Several processes all make the call and find the file there after it.
 
+        Raises:
+            TypeError: the state_dict holds something that `load` could not read back.
+            OSError: the file cannot be written; what was there before is there.
+
         >>> import minikeras, tempfile
-        >>> from torch import nn
         >>> path = tempfile.mkdtemp() + "/weights.pt"
         >>> minikeras.Model(nn.Linear(2, 1)).save(path)
         >>> list(torch.load(path))
@@ -342,7 +353,7 @@ class Model(nn.Module):
         save_weights(self, Path(path), None if self._run is None else self._run.world)
 
     def load(self, path: str | Path) -> None:
-        """Take over weights from a file of `save`, of torch.save(model.state_dict(), path) or of `fit(checkpoint=...)`.
+        """Take over weights from a file of `save`, torch.save(model.state_dict(), path) or `fit(checkpoint=path)`.
 
         Every byte is checked, and nothing in the file can run. Where the file is damaged and NAME.prev is whole, that
         one is taken, with a warning.
@@ -354,18 +365,13 @@ class Model(nn.Module):
         load_weights(self, Path(path))
 
     def export(self, path: str | Path, example: Any) -> None:
-        """Write a program that runs without its code, .pt2 or .onnx; see `minikeras.export.export`."""
+        """Write a program that runs without its code to `path`, for rows like `example`: `minikeras.export.export`."""
         export.export(self, Path(path), example)
 
     def summary(
-        self,
-        input_shape: Any = None,
-        input_dtype: Any = torch.float32,
-        *,
-        input_data: Any = None,
-        batch_size: int = -1,
+        self, input_shape: Any = None, input_dtype: Any = torch.float32, *, input_data: Any = None, batch_size: int = -1
     ) -> layer_summary.Summary:
-        """Show layers, output shapes and parameter counts; see `minikeras.summary`."""
+        """Show layers, by `input_shape`, `input_dtype`, `input_data` and `batch_size` as `minikeras.summary` does."""
         return layer_summary.summary(self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size)
 
     def _repr_html_(self) -> str:  # what a notebook shows of a model
@@ -380,12 +386,6 @@ class Model(nn.Module):
                 f"Call model.compile(loss_func, optimizer) first."
             )
         return self._run
-
-    def _call(self, name: str, function: Any, outputs: Any, labels: Any, scalar: bool = True) -> Any:
-        """A loss or metric called, in the first batch under the eyes of checks.guarded."""
-        if self._run is not None and self._run.totals.unseen:
-            return checks.guarded(function, outputs, labels, name, scalar=scalar)
-        return function(outputs, labels)
 
     def _publish(self, name: str, value: Any) -> None:
         """Set a plain attribute that torchkeras's users know, unless the subclass has one of its own by that name."""

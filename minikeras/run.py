@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
-from minikeras.data import as_batches, choose_device, sharded
+from minikeras.data import as_batches, choose_device, empty, is_batched, length, sharded
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
@@ -71,9 +71,29 @@ class Run:
         (one,) = self.named(optimizer)
         return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
 
+    def call(self, name: str, function: Any, outputs: Any, labels: Any, scalar: bool = True) -> Any:
+        """A loss or metric called, in the first batch under the eyes of checks.guarded."""
+        if self.totals.unseen:
+            return checks.guarded(function, outputs, labels, name, scalar=scalar)
+        return function(outputs, labels)
+
     def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False) -> Iterable[Any]:
         """What the user has as batches on the device; this process's part of them."""
         return sharded(as_batches(dl, name, batch_size, shuffle=shuffle, device=self.device), self.world, name)
+
+    def batches_of_fit(self, dl_train: Any, dl_val: Any, batch_size: int | None) -> tuple[Iterable[Any], Any]:
+        """What a fit trains on, and what it validates on or None; without a batch that is an error before an epoch."""
+        train = self.batches(dl_train, "dl_train", batch_size, shuffle=True)
+        if dl_val is None:
+            return train, None
+        val = self.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
+        if length(val) == 0:
+            raise empty(val, "dl_val")
+        return train, val
+
+    def best_val_loss(self) -> float:
+        """The lowest so far; infinite before the first."""
+        return min((logs["val_loss"] for logs, _ in self.epochs if "val_loss" in logs), default=math.inf)
 
     def history(self) -> pd.DataFrame:
         """The rows so far: training columns first, then validation's, then a learning rate that has changed."""

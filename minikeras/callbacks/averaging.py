@@ -18,15 +18,19 @@ class EMA(Callback):
     """Keeps an exponential moving average of the model's parameters, which the model holds after the fit.
 
     After the first step the average is the weights; after each later one, average = decay * average +
-    (1 - decay) * weights. Buffers, such as the running statistics of BatchNorm, are not averaged: they are always
-    those of the training. A step is a batch, under `accumulate` one that moved the weights; under
-    `steps_per_execution=n` the average takes the weights in once every n steps.
+    (1 - decay) * weights, as in Tarvainen and Valpola 2017, "Mean teachers are better role models". Buffers, such as
+    the running statistics of BatchNorm, are not averaged: they are always those of the training. A step is a batch,
+    under `accumulate` one that moved the weights; under `steps_per_execution=n` the average takes the weights in once
+    every n steps.
 
     Args:
         decay: how much of the average stays at each step, from 0 to 1; default 0.999, about the last 1000 steps.
         evaluate: from validation (from the epoch's end where none is due) until the next epoch begins, the model
             holds the averaged weights, so that validation, and ModelCheckpoint and EarlyStopping after this callback in
-            the list, see those.
+            the list, see those; default False.
+
+    Raises:
+        ValueError: `decay` is no number from 0 to 1.
 
     Each fit starts afresh. When a fit ends the first callback in the list has the last word: put EMA before
     EarlyStopping(restore_best_weights=True) to end with the averaged weights, or after it to end with the best ones.
@@ -38,6 +42,8 @@ class EMA(Callback):
     >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
     >>> ema = minikeras.EMA(decay=0.99, evaluate=True)
     >>> dfhistory = model.fit(2, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[ema], verbose=0)
+    >>> torch.equal(model.net.bias, ema.averaged[-1])
+    True
     """
 
     def __init__(self, decay: float = 0.999, evaluate: bool = False) -> None:

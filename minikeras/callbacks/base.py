@@ -27,6 +27,16 @@ class Callback:
 
     Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's index does.
     `self.model.stop_training = True` ends the fit after the batch at hand; the epoch so far is validated and recorded.
+    An error in a method ends the fit, and says whose it is.
+
+    >>> import minikeras, torch
+    >>> class Gap(minikeras.Callback):
+    ...     def on_epoch_end(self, epoch, logs):
+    ...         logs["gap"] = logs["val_loss"] - logs["loss"]  # a column of the history
+    >>> data, model = (torch.zeros(8, 1), torch.ones(8, 1)), minikeras.Model(torch.nn.Linear(1, 1))
+    >>> model.compile(torch.nn.MSELoss())
+    >>> list(model.fit(1, data, data, callbacks=[Gap()], verbose=0))
+    ['loss', 'gap', 'val_loss']
     """
 
     model: Model
@@ -35,11 +45,11 @@ class Callback:
         """Once, before the first epoch."""
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Before an epoch's first batch; the model is in train mode."""
+        """Before the first batch of that `epoch`; the model is in train mode."""
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        """After a batch's step. `logs` are the epoch's running means, where there are several processes those of this
-        one; reading one waits for the device."""
+        """After the step of that `batch`. `logs` are the epoch's running means, where there are several processes those
+        of this one; reading one waits for the device."""
 
     def on_evaluate_begin(self) -> None:
         """Before a fit's validation."""
@@ -48,8 +58,8 @@ class Callback:
         """After a fit's validation, also after an error in it; the last callback comes first."""
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """After validation. `logs` are the epoch's row of the history, `val_` names included; all callbacks share it,
-        and what one adds is a column."""
+        """After validation. `logs` are the row of that `epoch` in the history, `val_` names included; all callbacks
+        share it, and what one adds is a column."""
 
     def on_fit_end(self) -> None:
         """Once, however the fit ended; the last callback comes first."""
@@ -60,11 +70,17 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave in an earlier process; called after `on_fit_begin`."""
+        """Take over the `state` that `state_dict` gave in an earlier process; called after `on_fit_begin`."""
 
 
 class LambdaCallback(Callback):
-    """A callback from functions, each with the arguments of the method it stands for.
+    """A callback from functions, each with the arguments of the method of `Callback` it stands for.
+
+    Args:
+        on_fit_begin, on_evaluate_begin, on_evaluate_end, on_fit_end: of nothing.
+        on_epoch_begin: of the epoch's number.
+        on_batch_end: of the batch's number and the running means.
+        on_epoch_end: of the epoch's number and its row of the history, a dict that may be added to.
 
     >>> from minikeras import LambdaCallback
     >>> shout = LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs["loss"]))

@@ -20,15 +20,16 @@ class ModelCheckpoint(Watching):
         path: where to, as `Model.save` takes it; {epoch} and logged names in braces are filled in, with a format where
             wanted: "weights/{epoch:02d}-{val_loss:.3f}.pt". A value of validation is nan in an epoch without one.
             Folders are made.
-        monitor: with save_best_only, the name that tells the best epoch; one with val_ is looked at in the epochs with
-            a validation. It is not looked at otherwise.
+        monitor: with save_best_only, the name that tells the best epoch, default "val_loss"; one with val_ is looked at
+            in the epochs with a validation. It is not looked at otherwise.
         save_best_only: save an epoch only when its value is better than any before; default False.
-        mode: "min" or "max" for what is better; "auto" goes by the name.
+        mode: "min" or "max" for what is better; "auto", the default, goes by the name.
 
     Each fit starts afresh. Epochs are numbered as in the history, from 1. NaN is never better.
 
     Raises:
-        ValueError: a bad argument; at an epoch's end, a name that is not logged.
+        ValueError: a bad argument; at the fit's beginning, a name with val_ without dl_val; at an epoch's end, one that
+            is not logged.
 
     >>> import minikeras, tempfile, torch
     >>> from torch import nn
@@ -99,7 +100,10 @@ class CSVLogger(Callback):
     Args:
         path: the file; its folders are made.
         append: go on in a file that is there, under its header; else it is written over at the fit's first row. A fit
-            that is carried on goes on in its file either way, without the rows after the last save.
+            that is carried on goes on in its file either way, without the rows after the last save. Default False.
+
+    Raises:
+        OSError: at an epoch's end, the file cannot be written.
 
     >>> import minikeras, tempfile, torch
     >>> from torch import nn

@@ -24,11 +24,13 @@ class LRScheduler(Watching):
             over several fits, as its optimizer does.
         step: when to step, "epoch" or "batch"; default "epoch". Under `accumulate` "batch" is each step of the
             optimizer; one that loss scaling skips in float16 counts too.
-        monitor: the name that ReduceLROnPlateau watches, which steps in the epochs that log it; for it alone.
+        monitor: the name that ReduceLROnPlateau watches, which steps in the epochs that log it; for it alone. No
+            default.
 
     Raises:
         TypeError: something other than a torch scheduler.
-        ValueError: a bad argument; at the fit's beginning, a scheduler of another optimizer.
+        ValueError: a bad argument; at the fit's beginning, a scheduler of another optimizer, or a name with val_
+            without dl_val; at an epoch's end, one that is not logged.
 
     >>> import minikeras, torch
     >>> from torch import nn

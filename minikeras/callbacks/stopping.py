@@ -20,19 +20,21 @@ class EarlyStopping(Watching):
     """Stops the fit when a logged value has not become better for `patience` epochs.
 
     Args:
-        monitor: the name as logged; one with val_ is looked at in the epochs with a validation.
+        monitor: the name as logged, default "val_loss"; one with val_ is looked at in the epochs with a validation.
         min_delta: a value is better only when better by more than this, in units of the value; default 0.
-        patience: epochs without a better value after which to stop; 0 behaves as 1.
-        mode: "min" or "max" for what is better; "auto" goes by the name.
+        patience: epochs without a better value after which to stop; 0, the default, behaves as 1.
+        mode: "min" or "max" for what is better; "auto", the default, goes by the name.
         baseline: a value to beat: until one is better than it, the epochs count towards patience, better or not.
+            Default none.
         restore_best_weights: give the model the weights of the best epoch when the fit ends, also after an error.
-            They are held on the CPU. Parameters of the loss are not among them.
-        start_from_epoch: epochs of this fit before the first one that counts.
+            They are held on the CPU. Parameters of the loss are not among them. Default False.
+        start_from_epoch: epochs of this fit before the first one that counts; default 0.
 
     Each fit starts afresh. NaN is never better. Epochs without a validation do not count.
 
     Raises:
-        ValueError: a bad argument; at an epoch's end, a name that is not logged.
+        ValueError: a bad argument; at the fit's beginning, a name with val_ without dl_val; at an epoch's end, one that
+            is not logged.
 
     >>> import minikeras, torch
     >>> from torch import nn
@@ -113,11 +115,16 @@ class Timer(Callback):
 
     Each fit starts afresh; a fit that is carried on counts the time that it had spent when it was saved.
 
+    Raises:
+        ValueError: no time above 0.
+
     >>> import minikeras, torch
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss())
     >>> dfhistory = model.fit(10**9, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[minikeras.Timer(0.1)], verbose=0)
+    >>> 0 < len(dfhistory) < 10**9
+    True
     """
 
     def __init__(self, max_seconds: float | timedelta) -> None:
