@@ -32,7 +32,7 @@ FOR_WORK_ON_IT = "test", "dev", "docs"  # extras that no user's fault comes from
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and do what it asks for."""
     parser = argparse.ArgumentParser(prog="python -m minikeras", description=str(minikeras.__doc__))
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{env,summary}")
     commands.add_parser("env", help="print the versions and devices that a bug report needs")
     table = commands.add_parser("summary", help="print a network's layers, output shapes and parameters")
     table.add_argument("target", metavar="MODULE:NAME", help="an nn.Module, its class, or a function that makes one")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         show_summary(given.target, given.input, given.dtype or ["float32"])
-    except (Wrong, minikeras.ForwardError, ValueError) as error:
+    except Wrong as error:
         table.exit(1, f"{error}\n")
 
 
@@ -113,12 +113,18 @@ def show_summary(target: str, inputs: list[str], dtypes: list[str]) -> None:
     """Print the summary of what a target names."""
     shapes, types = [_shape(text) for text in inputs], [_dtype(name) for name in dtypes]
     if len(types) not in (1, len(shapes)):
-        raise Wrong(f"--dtype must come once, or once for each --input: got {len(types)} for {len(shapes)} inputs.")
-    model = _model(target)
-    if len(shapes) == 1:
-        minikeras.summary(model, shapes[0], types[0])
-    else:
-        minikeras.summary(model, shapes, types if len(types) > 1 else types * len(shapes))
+        raise Wrong(
+            f"--dtype must come once for all, or once for each --input, got {len(types)} for {len(shapes)}. Pass as "
+            f"many of the one as of the other."
+        )
+    model = _model(target)  # an error in the user's code comes with its traceback
+    try:
+        if len(shapes) == 1:
+            minikeras.summary(model, shapes[0], types[0])
+        else:
+            minikeras.summary(model, shapes, types if len(types) > 1 else types * len(shapes))
+    except (minikeras.ForwardError, ValueError) as error:
+        raise Wrong(str(error)) from error
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -157,12 +163,14 @@ def _model(target: str) -> nn.Module:
 def _module(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())  # where python -m looks too, but for python -P
     try:
+        if name.startswith("."):  # relative to nothing
+            raise ModuleNotFoundError(name=name)
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # it is there, and what it imports is not
         path = name.removesuffix(".py").replace("/", ".").strip(".")
-        hint = f" Did you mean {path!r}?" if path != name else ""
+        hint = f" Did you mean {path!r}?" if path not in ("", name) else ""
         raise Wrong(
             f"there is no module {name!r} to import from {os.getcwd()}.{hint} Pass it as an import statement there "
             f"would have it: package.module:Net, or net:Net for a file net.py."

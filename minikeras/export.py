@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from minikeras import checks
 from minikeras.checkpoint.file import write
 from minikeras.data import count_rows, leaves, manner, map_leaves, parts, to_device
 from minikeras.distributed import is_part
@@ -33,36 +35,47 @@ if TYPE_CHECKING:
 ONE_FILE = 2**31 - 2**24  # bytes of weights; beyond it protobuf cannot hold them, and they lie in NAME.data
 
 
-def export(model: Model, path: Path, example: Any) -> None:
+def export(model: Model, path: str | Path, example: Any) -> None:
     """Write the model as a program that runs without its code, for any number of rows.
 
     What is written is `forward` in eval mode and in float32, weights on the CPU. The model stays as it is; its hooks
     are called while it is traced, and what they change is in the file.
 
     Args:
+        model: a Model, compiled or not.
         path: NAME.pt2 for torch.export.load, or NAME.onnx (pip install "minikeras[onnx]"), whose inputs have the names
             of forward's arguments, and its outputs those of a dict's keys, else output, output_1, ... Its folder is
             made. Several processes all make the call; rank 0 writes.
         example: features as `predict` gives them to forward, one row or more: a tensor, or a tuple or dict of them.
 
     Raises:
-        ValueError: another ending; parameters in parts; a forward that goes by values, or by the number of rows.
+        ValueError: another ending; parameters in parts, or none yet; a forward that goes by values, or by the number
+            of rows; an example that a layer cannot take, as in `predict`.
         TypeError: an example without a tensor of rows.
+        ModuleNotFoundError: for .onnx, one of its packages is missing.
 
     >>> import minikeras, tempfile
-    >>> path = Path(tempfile.mkdtemp(), "model.pt2")
+    >>> path = tempfile.mkdtemp() + "/model.pt2"
     >>> minikeras.Model(nn.Linear(2, 1)).export(path, torch.zeros(1, 2))
     >>> torch.export.load(path).module()(torch.zeros(5, 2)).shape
     torch.Size([5, 1])
     """
+    path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"path must end in .pt2 or .onnx, got {str(path)!r}. The first is torch.export's own.")
+        raise ValueError(
+            f"path must end in .pt2 or .onnx, got {str(path)!r}. Take .pt2 for torch.export.load, .onnx for other "
+            f"runtimes."
+        )
     if path.suffix == ".onnx":
         _needed()
     if any(map(is_part, model.parameters())):
         raise ValueError(
             "export needs whole parameters, and this process holds one part of each. "
             "Write them with model.save, load them into a new model, and export that."
+        )
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError(
+            "export needs weights, and the model has lazy layers without any yet. Fit it, or call it once on a batch."
         )
     world = None if model._run is None else model._run.world
     if world is None:
@@ -75,10 +88,19 @@ def _write(model: Model, path: Path, example: Any) -> None:
     twin = with_names(copy.deepcopy(model).cpu().eval())
     args, kwargs = arguments(twin, two_rows(example))
     with of_torch_alone(), torch.no_grad():
-        outputs = twin(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # a layer may work in place
+        outputs = outputs_of(twin, *copy.deepcopy((args, kwargs)))  # a layer may work in place
         program = traced(twin, args, kwargs)
         dump = _onnx(program, twin, (args, kwargs), outputs) if path.suffix == ".onnx" else _pt2(program)
         dump(path)
+
+
+def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The outputs for the example; where it is wrong, torch's error in the user's words."""
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        checks.explain_forward(error, model)
+        raise
 
 
 # --- the example ------------------------------------------------------------------------------------------------------
@@ -90,7 +112,7 @@ def two_rows(example: Any) -> Any:
     if not any(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) for leaf in leaves(example)):
         raise TypeError(
             f"example must be a batch of features as forward takes it, one row or more, got {described(example)}. "
-            f"Pass the features of a batch, X[:2]."
+            f"Pass tensors or arrays, X[:2]; of a DataFrame X[:2].to_numpy('float32')."
         )
     if count_rows(example) > 1:
         return example

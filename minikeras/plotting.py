@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from minikeras.callbacks import is_rate, mode_of
 from minikeras.errors import did_you_mean
@@ -42,7 +43,8 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError, ValueError: no history, one without an epoch, or a name that is not one of its columns.
+        TypeError, ValueError: no history, one without an epoch or with values that are no numbers, or a name that is
+            not one of its columns.
 
     >>> import minikeras
     >>> dfhistory = pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4], "lr": [0.1, 0.01]}, index=[1, 2])
@@ -52,6 +54,7 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
     """
     frame = _checked(dfhistory)
     names = _names(frame, metrics)
+    _check_numbers(frame, names)
     plt = _pyplot()
     columns = 2 if len(names) == 4 else min(len(names), WIDEST)
     rows = -(-len(names) // columns)
@@ -66,7 +69,7 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
 
 
 def plot_metric(dfhistory: pd.DataFrame, metric: str) -> Axes:
-    """Draw one metric, with its validation, and return the panel; see `plot_history`.
+    """Draw one column of `dfhistory`, `metric`, with its validation, and return the panel; see `plot_history`.
 
     >>> import minikeras
     >>> axis = minikeras.plot_metric(pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4]}, index=[1, 2]), "loss")
@@ -93,7 +96,10 @@ def _checked(dfhistory: Any) -> pd.DataFrame:
         )
     if dfhistory.empty:
         raise ValueError("dfhistory has no epoch to draw. Pass what fit returned, after one epoch or more.")
-    return dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory
+    frame = (dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory).rename(columns=str)
+    if frame.columns.empty:
+        raise ValueError("dfhistory has no column but epoch. Pass what fit returned, with loss and metrics.")
+    return frame
 
 
 def _names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str]:
@@ -101,6 +107,8 @@ def _names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str
     columns = [str(name) for name in frame]
     if metrics is None:
         return [name for name in columns if name.removeprefix("val_") not in columns or not name.startswith("val_")]
+    if not isinstance(metrics, Iterable):
+        raise TypeError(f'metrics must be a column\'s name or several, got {metrics!r}. Pass "loss" or ["loss", "lr"].')
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     if not names:
         raise ValueError("metrics must name a column of the history or more, got none. Leave it out to draw all.")
@@ -110,6 +118,21 @@ def _names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str
             hint = did_you_mean(str(name), columns)
             raise ValueError(f"metrics has {name!r}, which is no column of the history. Its columns are {known}.{hint}")
     return names
+
+
+def _check_numbers(frame: pd.DataFrame, names: list[str]) -> None:
+    """What is drawn must be numbers, and over numbers."""
+    if not is_numeric_dtype(frame.index):
+        raise ValueError(
+            f"dfhistory's index must be the epochs' numbers, got {frame.index[0]!r}. Pass what fit returned."
+        )
+    drawn = [column for name in names for column in (name, f"val_{name}") if column in frame]
+    for column in drawn:
+        if not is_numeric_dtype(frame[column]):
+            raise ValueError(
+                f"dfhistory has {frame[column].iloc[0]!r} in the column {column!r}; expected numbers. Name the columns "
+                f"to draw in metrics, or drop this one."
+            )
 
 
 def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:

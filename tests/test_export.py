@@ -209,7 +209,9 @@ def test_a_warning_of_the_users_forward_is_heard(tmp_path):
 def test_another_ending_is_refused():
     with pytest.raises(ValueError, match="path") as caught:
         Whole().export("model.pth", rows(3)[0])
-    assert str(caught.value) == "path must end in .pt2 or .onnx, got 'model.pth'. The first is torch.export's own."
+    assert str(caught.value) == (
+        "path must end in .pt2 or .onnx, got 'model.pth'. Take .pt2 for torch.export.load, .onnx for other runtimes."
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,8 +222,39 @@ def test_an_example_without_rows_is_refused(example, got, tmp_path):
         Whole().export(tmp_path / "model.pt2", example)
     assert str(caught.value) == (
         f"example must be a batch of features as forward takes it, one row or more, got {got}. "
-        f"Pass the features of a batch, X[:2]."
+        f"Pass tensors or arrays, X[:2]; of a DataFrame X[:2].to_numpy('float32')."
     )
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (
+            torch.zeros(3, 5),
+            "layer layers.0 takes rows of 4 values (in_features) and was given (3, 5). Pass 4 features a row, or build "
+            "it with in_features=5.",
+        ),
+        (
+            torch.zeros(3, 4, dtype=torch.float64),
+            "layer layers.0 has float32 parameters and was given float64 values. Pass features.float(), or in NumPy "
+            "and pandas .astype('float32'), or change the model with model.to(torch.float64) before compile.",
+        ),
+    ],
+    ids=["width", "dtype"],
+)
+def test_an_example_that_a_layer_cannot_take_is_explained_as_in_predict(example, message, tmp_path):
+    with pytest.raises(ValueError, match=r"layers\.0") as caught:
+        Whole().export(tmp_path / "model.pt2", example)
+    assert str(caught.value) == message
+
+
+def test_lazy_layers_without_weights_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="lazy") as caught:
+        minikeras.Model(nn.LazyLinear(1)).export(tmp_path / "model.pt2", rows(3)[0])
+    assert str(caught.value) == (
+        "export needs weights, and the model has lazy layers without any yet. Fit it, or call it once on a batch."
+    )
+    assert not list(tmp_path.iterdir())
 
 
 class Fixed(Whole):

@@ -99,7 +99,7 @@ def test_a_folder_without_weights_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         Net.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"there is no file {tmp_path / 'model.safetensors'}. Pass the path of a file that model.save wrote."
+        f"there is no model.safetensors in {tmp_path}. Pass a folder that save_pretrained wrote."
     )
 
 

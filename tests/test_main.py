@@ -139,6 +139,11 @@ def test_one_dtype_is_for_all_inputs(folder, capsys):
             "import statement there would have it: package.module:Net, or net:Net for a file net.py.",
         ),
         (
+            ["./plain.py:net"],
+            "there is no module './plain.py' to import from {here}. Did you mean 'plain'? Pass it as an import "
+            "statement there would have it: package.module:Net, or net:Net for a file net.py.",
+        ),
+        (
             ["package.other:Net"],
             "there is no module 'package.other' to import from {here}. Pass it as an import statement there would have "
             "it: package.module:Net, or net:Net for a file net.py.",
@@ -168,7 +173,8 @@ def test_one_dtype_is_for_all_inputs(folder, capsys):
         ),
         (
             ["package.nets:Net", "--dtype", "int64", "--dtype", "int64"],
-            "--dtype must come once, or once for each --input: got 2 for 1 inputs.",
+            "--dtype must come once for all, or once for each --input, got 2 for 1. Pass as many of the one as of the "
+            "other.",
         ),
     ],
 )
@@ -197,6 +203,21 @@ def test_a_layer_that_cannot_take_the_input_is_named(folder, capsys):
         "fc: Linear(in_features=3, out_features=2, bias=True) was given (2, 4) float32: mat1 and mat2 shapes cannot be "
         "multiplied (2x4 and 3x2)\n"
     )
+
+
+def test_an_error_in_the_network_itself_is_not_taken_for_one_in_the_command(folder):
+    (folder / "plain.py").write_text("def net():\n    raise ValueError('no such width')")
+    done = command("summary", "plain:net", "--input", "3", cwd=folder)
+    assert done.returncode == 1
+    assert 'plain.py", line 2, in net' in done.stderr
+    assert done.stderr.endswith("ValueError: no such width\n")
+
+
+def test_a_command_that_is_missing_is_one_of_those_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: {env,summary}\n")
 
 
 def test_a_package_that_the_module_itself_lacks_is_not_taken_for_the_module(folder):

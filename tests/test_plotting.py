@@ -159,6 +159,31 @@ def test_nothing_is_shown_or_written_by_itself(tmp_path, monkeypatch):
             TypeError,
             "dfhistory must be the DataFrame that fit returned, got dict. After a fit it is at model.history too.",
         ),
+        (
+            history(loss=[1.0]),
+            3,
+            TypeError,
+            'metrics must be a column\'s name or several, got 3. Pass "loss" or ["loss", "lr"].',
+        ),
+        (
+            pd.DataFrame({"epoch": [1, 2]}),
+            None,
+            ValueError,
+            "dfhistory has no column but epoch. Pass what fit returned, with loss and metrics.",
+        ),
+        (
+            history(loss=[1.0], remark=["slow"]),
+            None,
+            ValueError,
+            "dfhistory has 'slow' in the column 'remark'; expected numbers. Name the columns to draw in metrics, or "
+            "drop this one.",
+        ),
+        (
+            history(loss=[1.0]).rename(index=str),
+            None,
+            ValueError,
+            "dfhistory's index must be the epochs' numbers, got '1'. Pass what fit returned.",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_that_says_what_to_pass(dfhistory, metrics, error, message):
@@ -166,6 +191,11 @@ def test_what_cannot_be_drawn_is_an_error_that_says_what_to_pass(dfhistory, metr
         minikeras.plot_history(dfhistory, metrics)
     assert str(caught.value) == message
     assert not plt.get_fignums()
+
+
+def test_a_column_of_words_may_stay_beside_those_that_are_drawn():
+    (axis,) = minikeras.plot_history(history(loss=[1.0, 0.5], remark=["slow", "fast"]), "loss")
+    assert axis.get_title() == "loss"
 
 
 def test_without_matplotlib_the_error_is_the_command_that_mends_it(monkeypatch):

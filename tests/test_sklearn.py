@@ -169,6 +169,18 @@ MISTAKES = {
         TypeError,
         "model must give a torch.nn.Module, got NoneType. Let it return one.",
     ),
+    "a factory that takes one number": (
+        Classifier(lambda n_features: nn.Linear(n_features, 3)),
+        TypeError,
+        "model is called with (n_features, n_outputs), and <lambda> cannot be: too many positional arguments. Let it "
+        "take the two, and give what else it needs a default.",
+    ),
+    "an optimizer instead of its class": (
+        Classifier(network, optimizer=torch.optim.SGD(nn.Linear(4, 3).parameters())),
+        TypeError,
+        "optimizer must be a function of (parameters, lr=) that makes one for each fit, got SGD. Pass the class, "
+        "torch.optim.SGD, or functools.partial of it.",
+    ),
 }
 
 
@@ -178,6 +190,13 @@ def test_a_mistake_is_an_error_that_says_what_to_pass(mistake):
     with pytest.raises(kind) as caught:
         estimator.fit(*iris())
     assert str(caught.value) == message
+
+
+def test_one_class_alone_is_nothing_to_tell_apart():
+    X, y = iris()
+    with pytest.raises(ValueError, match="one class") as caught:
+        Classifier(network, **CPU).fit(X[:50], y[:50])
+    assert str(caught.value) == "y has one class, setosa; expected two or more to tell apart. Add rows of another."
 
 
 def test_outputs_for_other_classes_are_an_error():
@@ -193,7 +212,10 @@ def test_outputs_for_other_classes_are_an_error():
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (np.ones((150, 2)), "sample_weight must be one number a row, (150,), got (150, 2)."),
+        (
+            np.ones((150, 2)),
+            "sample_weight must be one number a row, of shape (150,), got (150, 2). Pass one weight for each.",
+        ),
         (np.zeros(150), "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight."),
     ],
 )

@@ -5,6 +5,7 @@ import struct
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -307,6 +308,21 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(make, missing, 
     assert str(error.value) == f'{name} needs a package: pip install "minikeras[{extra}]"'
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda made_with: TensorBoard("runs", hparams=made_with), "hparams"),
+        (lambda made_with: MLflow(params=made_with), "params"),
+        (lambda made_with: WandB("rings", config=made_with), "config"),
+    ],
+    ids=["TensorBoard", "MLflow", "WandB"],
+)
+def test_what_a_run_was_made_with_is_a_dict(make, name):
+    with pytest.raises(TypeError) as error:
+        make(["lr", 0.1])
+    assert str(error.value) == f'{name} must be a dict of name -> value, got [str, float]. Pass such as {{"lr": 0.1}}.'
+
+
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +418,43 @@ def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
     columns = ["loss", "accuracy", "val_loss", "val_accuracy", "lr"]
     assert [metric.name.tag for metric in experiment.metric_infos] == columns
     assert len(list(board.folder.glob("*.hparams"))) == 1
+
+
+def test_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path):
+    with pytest.raises(ValueError, match="hparams") as error:
+        TensorBoard(tmp_path, hparams={"lr": 0.1, "widths": [8, 8]})
+    assert str(error.value) == (
+        "hparams has [int, int] under 'widths'; expected a number, a string or a bool. Pass it as a string, str(...)."
+    )
+
+
+def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
+    numbers = {"lr": np.float32(0.5), "width": np.int64(8), "decay": torch.tensor(0.25), "nesterov": True}
+    fit(ring(), [TensorBoard(tmp_path, hparams=numbers)], epochs=1)
+    content = events(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {name: start[name].number_value or start[name].bool_value for name in numbers} == {
+        "lr": 0.5,
+        "width": 8,
+        "decay": 0.25,
+        "nesterov": True,
+    }
+
+
+def test_a_graph_of_something_else_than_tensors_is_refused(tmp_path):
+    with pytest.raises(TypeError) as error:
+        TensorBoard(tmp_path, graph="X")
+    assert str(error.value) == "graph must be a tensor or a tuple of them, got str. Pass features, X[:1]."
+
+
+def test_a_graph_that_the_model_cannot_take_is_said_in_one_error(tmp_path, capsys):
+    with pytest.raises(ValueError, match="graph") as error:
+        fit(ring(), [TensorBoard(tmp_path, graph=torch.zeros(1, 3))], epochs=1)
+    assert str(error.value) == (
+        "TensorBoard cannot draw the model with graph=(Tensor (1, 3) float32): mat1 and mat2 shapes cannot be "
+        "multiplied (1x3 and 2x8). Pass features as forward takes them, such as X[:1], or leave graph out."
+    )
+    assert "No graph saved" not in capsys.readouterr().out
 
 
 def test_every_must_be_a_whole_number(tmp_path):

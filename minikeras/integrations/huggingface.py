@@ -34,6 +34,13 @@ class HubModel(
     Weights are whole and checked as by `Model.save` and `Model.load`: a file of another architecture is an error.
     On several processes all call save_pretrained, and rank 0 writes.
 
+    Args:
+        net: as in `Model`; JSON cannot hold one, so what from_pretrained is to build again is a subclass.
+
+    Raises:
+        CheckpointError: from_pretrained finds weights that are damaged, or of another architecture.
+        FileNotFoundError: from_pretrained finds no weights in a folder.
+
     >>> import tempfile
     >>> import torch
     >>> from torch import nn
@@ -92,6 +99,8 @@ class HubModel(
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         source = {name: arguments.pop(name) for name in names}
         folder = Path(model_id)
+        if folder.is_dir() and not (folder / WEIGHTS).exists():
+            raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}. Pass a folder that save_pretrained wrote.")
         path = folder / WEIGHTS if folder.is_dir() else hf_hub_download(model_id, WEIGHTS, **source)
         model = cls(**arguments)
         model.load(path)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from minikeras.integrations.tracking import Tracker, imported
+from minikeras.integrations.tracking import Tracker, as_dict, imported
 
 
 class MLflow(Tracker):
@@ -27,6 +27,7 @@ class MLflow(Tracker):
 
     Raises:
         ModuleNotFoundError: the package is missing: pip install "minikeras[mlflow]".
+        TypeError: `params` is no dict. What MLflow itself raises comes at the first epoch.
 
     The extra is what writes; `pip install mlflow` adds `mlflow ui`, to look at it::
 
@@ -50,7 +51,7 @@ class MLflow(Tracker):
         self.experiment = experiment
         self.run_name = run_name
         self.tracking_uri = tracking_uri
-        self.params = {} if params is None else dict(params)
+        self.params = {} if params is None else as_dict("params", params)
         self.summary = summary
 
     def open(self, epoch: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import minikeras
+from minikeras.errors import described
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -29,7 +30,10 @@ except ModuleNotFoundError as error:
 
 
 def perceptron(n_features: int, n_outputs: int, hidden: int = 64) -> nn.Module:
-    """The network that is trained where none is given: one hidden layer with ReLU."""
+    """The network that is trained where none is given: one hidden layer with ReLU, of `hidden` units.
+
+    `n_features` columns go in and `n_outputs` come out.
+    """
     return nn.Sequential(nn.Linear(n_features, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs))
 
 
@@ -94,6 +98,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
                 f"{type(self).__name__} got {unknown[0]!r}, which is no argument of its own and none of the model's "
                 f"factory. Expected {', '.join([*self._get_param_names(), *known])}."
             )
+        check_takes(factory, given)
         network = factory(self.n_features_in_, n_outputs, **given)
         if not isinstance(network, nn.Module):
             raise TypeError(f"model must give a torch.nn.Module, got {type(network).__name__}. Let it return one.")
@@ -109,7 +114,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             loss_func = self.loss_func
             if loss_func is None:
                 loss_func = self.default_loss(reduction="mean" if sample_weight is None else "none")
-            optimizer = (self.optimizer or torch.optim.Adam)(model.parameters(), lr=self.lr)
+            optimizer = optimizer_maker(self.optimizer)(model.parameters(), lr=self.lr)
             model.compile(loss_func, optimizer, device=self.device)
             self.history_ = model.fit(self.epochs, data, batch_size=self.batch_size, verbose=self.verbose)
         self.model_ = model
@@ -139,12 +144,13 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         loss_func: function or module of (y_pred, y_true), y_true the numbers of the classes, (rows,) int64; default
             CrossEntropyLoss. With sample_weight it must give a value per row, as with reduction="none".
         optimizer: function of (parameters, lr=), such as torch.optim.SGD; default torch.optim.Adam.
-        epochs, batch_size: passes over the rows, and rows a step.
-        lr: learning rate.
+        epochs, batch_size: passes over the rows, default 10, and rows a step, default 32.
+        lr: learning rate, default 0.01.
         device: where to train; default the accelerator where there is one, else the CPU.
         verbose: as in `Model.fit`; default nothing.
         random_state: an int for the same network each time; None draws from NumPy's global state, as scikit-learn does.
             torch's random state is left as it was.
+        **factory_arguments: keyword arguments of `model`, such as `hidden`.
 
     Attributes:
         classes_: the labels found, sorted.
@@ -165,27 +171,32 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     default_loss = nn.CrossEntropyLoss
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Classifier:
-        """Train a new network.
+        """Train a new network, and return the estimator.
 
         Args:
             X: (rows, n_features), numbers.
-            y: (rows,), labels of any kind.
+            y: (rows,), labels of any kind, two or more of them.
             sample_weight: (rows,); the loss is the mean over the rows of loss * weight.
+
+        Raises:
+            TypeError, ValueError: an argument of the estimator, or data, that cannot be trained with.
         """
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
+        if len(self.classes_) == 1:
+            raise ValueError(f"y has one class, {y[0]!s}; expected two or more to tell apart. Add rows of another.")
         self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(self.classes_))
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The softmax of the outputs; (rows, n_classes), in the order of classes_."""
+        """The softmax of the outputs for the rows of `X`; (rows, n_classes), in the order of classes_."""
         check_is_fitted(self)
         proba: np.ndarray = self._outputs(X, len(self.classes_)).double().softmax(1).numpy()
         return proba
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable label of each row; (rows,)."""
+        """The most probable label of each row of `X`; (rows,)."""
         found: np.ndarray = self.predict_proba(X).argmax(1)
         labels: np.ndarray = self.classes_[found]
         return labels
@@ -200,6 +211,7 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         model: as in `Classifier`, a function of (n_features, n_outputs).
         loss_func: function or module of (y_pred, y_true), both (rows, n_outputs); default MSELoss.
         optimizer, epochs, batch_size, lr, device, verbose, random_state: as in `Classifier`.
+        **factory_arguments: as in `Classifier`.
 
     Attributes:
         model_, history_, n_features_in_: as in `Classifier`.
@@ -215,12 +227,15 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
     default_loss = nn.MSELoss
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Regressor:
-        """Train a new network.
+        """Train a new network, and return the estimator.
 
         Args:
             X: (rows, n_features), numbers.
             y: (rows,) or (rows, n_outputs), numbers.
             sample_weight: (rows,); for one output, the loss is the mean over the rows of loss * weight.
+
+        Raises:
+            TypeError, ValueError: as in `Classifier.fit`.
         """
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
         self._shape = y.shape[1:]
@@ -229,7 +244,7 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The network's outputs as float64; (rows,) or (rows, n_outputs), as y was in fit."""
+        """The network's outputs for the rows of `X`, float64; (rows,) or (rows, n_outputs), as y was in fit."""
         check_is_fitted(self)
         outputs = self._outputs(X, int(np.prod(self._shape)))
         predicted: np.ndarray = outputs.double().reshape(len(outputs), *self._shape).numpy()
@@ -259,11 +274,38 @@ def takes_any(factory: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
+def check_takes(factory: Callable[..., Any], given: dict[str, Any]) -> None:
+    """A factory takes the two numbers, and needs nothing that is not given."""
+    try:
+        inspect.signature(factory).bind(1, 1, **given)
+    except TypeError as error:
+        raise TypeError(
+            f"model is called with (n_features, n_outputs), and {getattr(factory, '__name__', 'it')} cannot be: "
+            f"{error}. Let it take the two, and give what else it needs a default."
+        ) from None
+
+
+def optimizer_maker(optimizer: Any) -> Callable[..., Any]:
+    """What makes the optimizer of a fit, for new parameters each time."""
+    if optimizer is None:
+        return torch.optim.Adam
+    if not callable(optimizer):
+        raise TypeError(
+            f"optimizer must be a function of (parameters, lr=) that makes one for each fit, got "
+            f"{described(optimizer)}. Pass the class, torch.optim.SGD, or functools.partial of it."
+        )
+    made: Callable[..., Any] = optimizer
+    return made
+
+
 def weights_of(sample_weight: Any, X: np.ndarray) -> Tensor:
     """A weight per row."""
     weights = check_array(sample_weight, ensure_2d=False, dtype=np.float32, input_name="sample_weight")
     if weights.ndim != 1:
-        raise ValueError(f"sample_weight must be one number a row, {(len(X),)}, got {weights.shape}.")
+        raise ValueError(
+            f"sample_weight must be one number a row, of shape {(len(X),)}, got {weights.shape}. Pass "
+            f"one weight for each."
+        )
     check_consistent_length(X, weights)
     if not weights.any():
         raise ValueError("sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight.")

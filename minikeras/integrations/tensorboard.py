@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.errors import positive_int
-from minikeras.integrations.tracking import Tracker, imported
+from minikeras.errors import described, is_number, positive_int
+from minikeras.integrations.tracking import Tracker, as_dict, imported
 
 EVENTS = "torch.utils.tensorboard"
 HPARAMS = "tensorboard.plugins.hparams"
@@ -26,6 +27,25 @@ def _as_torch_does() -> Iterator[None]:
         yield
 
 
+def _tensors(graph: Any) -> tuple[Tensor, ...]:
+    """The arguments of forward."""
+    example = tuple(graph) if isinstance(graph, (tuple, list)) else (graph,)
+    if not all(isinstance(part, Tensor) for part in example):
+        raise TypeError(f"graph must be a tensor or a tuple of them, got {described(graph)}. Pass features, X[:1].")
+    return example
+
+
+def _shown_by_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
+    """The values that the table takes; what is no such value is said now, and not when the fit has ended."""
+    for name, value in hparams.items():
+        if not isinstance(value, str) and not is_number(value):
+            raise ValueError(
+                f"hparams has {described(value)} under {name!r}; expected a number, a string or a bool. Pass it as a "
+                f"string, str(...)."
+            )
+    return {name: value.item() if hasattr(value, "item") else value for name, value in hparams.items()}
+
+
 class TensorBoard(Tracker):
     """Writes each epoch's row of the history, and the learning rates, for TensorBoard.
 
@@ -36,26 +56,31 @@ class TensorBoard(Tracker):
     the folder of another takes the place of its points: give each run a folder of its own to see them side by side.
 
     Args:
-        log_dir: the folder; it is made.
+        log_dir: the folder; it is made. `tensorboard --logdir` shows it.
         every: batches between two points of the running means, default none; they are the run "steps" in the folder of
             that name, under the same tags, over the number of the batch since the run began. Reading them waits for the
             device. The rates there are those that hold when this callback is called.
-        histograms: at each epoch's end, of each parameter's finite values, under "weights/" and its name.
+        histograms: at each epoch's end, of each parameter's finite values, under "weights/" and its name; default none.
         graph: an example batch of what forward takes, a tensor or a tuple of them, to draw the model with; it is run
-            once, in eval mode. By torch.jit.trace, which does not take every model.
+            once, in eval mode. By torch.jit.trace, which does not take every model. Default none.
         hparams: name -> number, string or bool, for the table of the HPARAMS tab, which has the history's columns
-            beside them, and whether the fit succeeded.
+            beside them, and whether the fit succeeded. Default no such table.
 
     Raises:
         ModuleNotFoundError: the package is missing: pip install "minikeras[tensorboard]".
-        ValueError: `every` is no whole number of 1 or more; at the fit's beginning, a graph of parameters in parts.
+        ValueError: `every` is no whole number of 1 or more, or one of `hparams` is something else; at the first epoch,
+            a graph that cannot be drawn.
+        TypeError: `hparams` is no dict, or `graph` no tensors.
 
-    Look at it with `tensorboard --logdir runs`::
-
-        from minikeras.integrations.tensorboard import TensorBoard
-
-        board = TensorBoard("runs/first", every=50, histograms=True, graph=X[:1], hparams={"lr": 0.01, "width": 16})
-        model.fit(30, dl_train, dl_valid, callbacks=[board])
+    >>> import minikeras, tempfile
+    >>> from minikeras.integrations.tensorboard import TensorBoard
+    >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    >>> model = minikeras.Model(torch.nn.Linear(1, 1))
+    >>> model.compile(torch.nn.MSELoss())
+    >>> board = TensorBoard(tempfile.mkdtemp(), histograms=True, graph=torch.zeros(1, 1), hparams={"lr": 0.001})
+    >>> dfhistory = model.fit(2, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[board], verbose=0)
+    >>> [point.step for point in EventAccumulator(str(board.folder)).Reload().Scalars("loss")]
+    [1, 2]
     """
 
     def __init__(
@@ -71,8 +96,8 @@ class TensorBoard(Tracker):
         self.folder = Path(log_dir)
         self.every = None if every is None else positive_int("every", every)
         self.histograms = histograms
-        self.graph = graph
-        self.hparams = None if hparams is None else dict(hparams)
+        self.graph = None if graph is None else _tensors(graph)
+        self.hparams = None if hparams is None else _shown_by_hparams(as_dict("hparams", hparams))
         self.anew()
 
     def anew(self) -> None:
@@ -101,7 +126,6 @@ class TensorBoard(Tracker):
         if any(hasattr(parameter, "full_tensor") for parameter in parameters):
             raise ValueError("TensorBoard cannot draw the graph of parameters in parts. Leave graph out.")
         device = parameters[0].device if parameters else torch.device("cpu")
-        example = self.graph if isinstance(self.graph, (tuple, list)) else (self.graph,)
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
@@ -111,10 +135,20 @@ class TensorBoard(Tracker):
                 self._own_file(".graph") as writer,
                 _as_torch_does(),
             ):
-                writer.add_graph(model, tuple(part.to(device) for part in example))
+                self._trace(writer, tuple(part.to(device) for part in self.graph or ()))
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    def _trace(self, writer: Any, example: tuple[Tensor, ...]) -> None:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # torch prints the error too
+                writer.add_graph(self.model, example)
+        except Exception as error:
+            raise ValueError(
+                f"TensorBoard cannot draw the model with graph={described(example)}: {str(error).splitlines()[0]}. "
+                f"Pass features as forward takes them, such as X[:1], or leave graph out."
+            ) from error
 
     def on_fit_begin(self) -> None:
         super().on_fit_begin()

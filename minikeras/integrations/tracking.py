@@ -16,6 +16,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from minikeras.callbacks import Callback, column_order, leads, rate_name
+from minikeras.errors import described
 
 
 class Tracker(Callback):
@@ -94,6 +95,13 @@ def rates(optimizer: Any) -> dict[str, float]:
     named = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
     pairs = [(rate_name(name), one) for name, one in named.items() if isinstance(one, Optimizer)]
     return {name: float(one.param_groups[0]["lr"]) for name, one in pairs}
+
+
+def as_dict(name: str, value: Any) -> dict[str, Any]:
+    """What a run was made with, under its names."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f'{name} must be a dict of name -> value, got {described(value)}. Pass such as {{"lr": 0.1}}.')
+    return dict(value)
 
 
 def imported(module: str, who: str, extra: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minikeras.integrations.tracking import Tracker, imported
+from minikeras.integrations.tracking import Tracker, as_dict, imported
 
 INTERRUPTED = 255  # the exit code that W&B gives a run that Ctrl-C ended
 CLOSED = "minikeras_epoch.txt"  # a file beside W&B's own, with the last epoch in it
@@ -32,6 +32,7 @@ class WandB(Tracker):
 
     Raises:
         ModuleNotFoundError: the package is missing: pip install "minikeras[wandb]".
+        TypeError: `config` is no dict. What W&B itself raises comes at the first epoch.
 
     ::
 
@@ -47,7 +48,7 @@ class WandB(Tracker):
         self.package = imported("wandb", "WandB", "wandb")
         self.project = project
         self.name = name
-        self.config = None if config is None else dict(config)
+        self.config = None if config is None else as_dict("config", config)
         self.kwargs = kwargs
         self.begun = 0.0  # the time when the last part of the run was, in seconds
 
