@@ -189,7 +189,7 @@ def summary(
 
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {described(model)}.")
+        raise TypeError(f"model must be a torch.nn.Module, got {described(model)}. Pass an instance, nn.Linear(2, 1).")
     if (input_shape is None) == (input_data is None):
         raise ValueError(
             f"summary takes either input_shape or input_data, got {'neither' if input_data is None else 'both'}. Pass "
@@ -203,7 +203,7 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
             "without the batch, such as (3, 32, 32), or a list or dict of such shapes; as input_dtype a dtype such as "
             "torch.float32, or a list or dict of dtypes like input_shape."
         ) from None
-    if lazy := [name for name, layer in model.named_modules() if any(map(is_lazy, layer.parameters(recurse=False)))]:
+    if lazy := [name or "model" for name, it in model.named_modules() if any(map(is_lazy, it.parameters(False)))]:
         raise ValueError(f"lazy layers have no parameters to count yet: {lazy}. Run a batch first: model(features).")
 
 

@@ -301,6 +301,7 @@ class Regularized(nn.Module):
     the penalty once.
 
     Raises:
+        TypeError: a class where a loss is meant, or a model that is no module.
         ValueError: a negative strength.
 
     >>> Regularized(FocalLoss(), nn.Linear(2, 1), l2=0.001)
@@ -312,6 +313,11 @@ class Regularized(nn.Module):
 
     def __init__(self, loss_func: Callable[..., Loss], model: nn.Module, l1: float = 0.0, l2: float = 0.0) -> None:
         super().__init__()
+        if isinstance(loss_func, type):
+            name = loss_func.__name__
+            raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {described(model)}. Pass the one that is trained.")
         self.loss_func = loss_func
         self._held = (model,)  # nn.Module does not look into tuples
         self.l1: float = _strength("l1", l1)

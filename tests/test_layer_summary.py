@@ -600,14 +600,16 @@ def test_wrong_arguments_say_what_to_pass(arguments, message):
 def test_lazy_layers_say_what_to_do():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lazy modules announce themselves
-        model = nn.Sequential(nn.LazyLinear(3), nn.ReLU())
-    with pytest.raises(ValueError, match="lazy") as caught:
-        summary(model, (2,))
-    assert str(caught.value) == (
-        "lazy layers have no parameters to count yet: ['0']. Run a batch first: model(features)."
-    )
+        models = {"0": nn.Sequential(nn.LazyLinear(3), nn.ReLU()), "model": nn.LazyLinear(3)}
+    for name, model in models.items():
+        with pytest.raises(ValueError, match="lazy") as caught:
+            summary(model, (2,))
+        assert str(caught.value) == (
+            f"lazy layers have no parameters to count yet: ['{name}']. Run a batch first: model(features)."
+        )
 
 
 def test_something_else_than_a_module_is_refused():
-    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got function\.$"):
+    with pytest.raises(TypeError) as caught:
         summary(lambda x: x, (2,))
+    assert str(caught.value) == "model must be a torch.nn.Module, got function. Pass an instance, nn.Linear(2, 1)."

@@ -281,6 +281,19 @@ def test_regularized_adds_both_penalties_to_the_loss():
         torch.testing.assert_close(regularized(y_pred, y_true), expected)
 
 
+@pytest.mark.parametrize(
+    ("loss_func", "model", "message"),
+    [
+        (nn.MSELoss, nn.Linear(3, 1), "loss_func is the class MSELoss; expected an instance. Pass MSELoss()."),
+        (nn.MSELoss(), 0.1, "model must be a torch.nn.Module, got float. Pass the one that is trained."),
+    ],
+)
+def test_regularized_refuses_what_is_no_loss_or_no_model(loss_func, model, message):
+    with pytest.raises(TypeError) as caught:
+        Regularized(loss_func, model)
+    assert str(caught.value) == message
+
+
 def test_predictions_come_first_and_labels_second():
     seen = []
     Regularized(lambda y_pred, y_true: seen.append((y_pred, y_true)) or torch.zeros(()), nn.ReLU())("pred", "true")

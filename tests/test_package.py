@@ -339,6 +339,7 @@ MISTAKES = {
     ("Timer", "ValueError"): lambda folder: minikeras.Timer(0),
     ("FocalLoss", "ValueError"): lambda folder: minikeras.FocalLoss()(y, y[:, 0]),
     ("FocalLoss", "RuntimeError"): lambda folder: minikeras.FocalLoss()(y + 1, y),
+    ("Regularized", "TypeError"): lambda folder: minikeras.Regularized(nn.MSELoss, plain()),
     ("Regularized", "ValueError"): lambda folder: minikeras.Regularized(nn.MSELoss(), plain(), l2=-1),
     ("l1_penalty", "ValueError"): lambda folder: minikeras.l1_penalty(plain(), -1),
     ("weight_decay_groups", "ValueError"): lambda folder: minikeras.weight_decay_groups(plain(), -1),
