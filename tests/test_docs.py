@@ -6,6 +6,7 @@ import itertools
 import re
 
 import pytest
+import torch
 from test_package import ROOT, numbers_rounded
 
 DOCS = ROOT / "docs"
@@ -19,6 +20,25 @@ def blocks_of(page):
     return BLOCK.findall(page.read_text())
 
 
+@pytest.fixture
+def _offline(monkeypatch):
+    """Trackers speak with no one, and say nothing."""
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture
+def _one_thread():
+    """The networks of the pages are small, and other work may share the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_offline", "_one_thread")
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # SQLAlchemy's, of MLflow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -50,6 +70,11 @@ def test_a_page_names_the_language_of_each_of_its_blocks(page):
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     assert sorted(re.findall(r": (\w+\.md)$", menu, re.MULTILINE)) == [page.name for page in PAGES]
+
+
+def test_each_example_is_in_the_list():
+    listed = re.findall(r"^\| `(\w+\.py)` \|", (DOCS / "examples.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_the_figures_are_small():
