@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_package import ORDER, ROOT, numbers_rounded
 
+import minikeras
+
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
@@ -70,6 +72,11 @@ def test_a_page_names_the_language_of_each_of_its_blocks(page):
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     assert sorted(re.findall(r": (\w+\.md)$", menu, re.MULTILINE)) == [page.name for page in PAGES]
+
+
+def test_the_reference_has_every_public_name():
+    shown = re.findall(r"^::: minikeras\.(\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(minikeras.__all__)
 
 
 def test_each_example_is_in_the_list():
