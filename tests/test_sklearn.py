@@ -91,6 +91,22 @@ def test_arguments_are_told_set_and_cloned():
     assert not hasattr(twin, "model_")
 
 
+def test_an_argument_of_the_estimators_own_is_not_the_factorys_of_that_name():
+    def rated(n_features, n_outputs, lr=5.0):
+        return nn.Linear(n_features, n_outputs)
+
+    assert Classifier(rated, lr=0.5).get_params()["lr"] == 0.5
+
+
+def test_a_factory_may_have_arguments_without_a_default():
+    def wide(n_features, n_outputs, *, width):
+        return network(n_features, n_outputs, width)
+
+    classifier = Classifier(wide, width=3, epochs=1, **CPU).fit(*iris())
+    assert classifier.model_.net[0].out_features == 3
+    assert clone(classifier).width == 3
+
+
 def weights(estimator):
     return torch.nn.utils.parameters_to_vector(estimator.model_.parameters())
 

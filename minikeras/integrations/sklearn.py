@@ -71,7 +71,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments; with `deep` also those keyword arguments of the factory that were left at their defaults."""
         own: dict[str, Any] = super().get_params(deep)
-        return own | (defaults_of(perceptron if self.model is None else self.model) if deep else {}) | self._given()
+        return (defaults_of(perceptron if self.model is None else self.model) if deep else {}) | own | self._given()
 
     def set_params(self, **params: Any) -> Any:
         """Set arguments by name, those of the factory too; a new factory comes first."""
@@ -91,7 +91,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
                 f"model must be a function of (n_features, n_outputs) that makes a new network for each fit, got "
                 f"{type(factory).__name__}. Pass lambda n_features, n_outputs: ..., or the network's class."
             )
-        known, given = defaults_of(factory), self._given()
+        known, given = arguments_of(factory), self._given()
         unknown = [name for name in given if name not in known and not takes_any(factory)]
         if unknown:
             raise TypeError(
@@ -262,10 +262,15 @@ def defaults_of(factory: Any) -> dict[str, Any]:
     >>> defaults_of(perceptron)
     {'hidden': 64}
     """
-    if not callable(factory):
-        return {}
+    found = arguments_of(factory) if callable(factory) else {}
+    return {name: one.default for name, one in found.items() if one.default is not inspect.Parameter.empty}
+
+
+def arguments_of(factory: Any) -> dict[str, inspect.Parameter]:
+    """A factory's arguments, after the two numbers it is called with."""
     parameters = list(inspect.signature(factory).parameters.values())[2:]
-    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+    any_more = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return {one.name: one for one in parameters if one.kind not in any_more}
 
 
 def takes_any(factory: Any) -> bool:
