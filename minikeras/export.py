@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from minikeras import checks
@@ -85,7 +86,7 @@ def export(model: Model, path: str | Path, example: Any) -> None:
 
 
 def _write(model: Model, path: Path, example: Any) -> None:
-    twin = with_names(copy.deepcopy(model).cpu().eval())
+    twin = with_names(copied(model).cpu().eval())
     args, kwargs = arguments(twin, two_rows(example))
     with of_torch_alone(), torch.no_grad():
         outputs = outputs_of(twin, *copy.deepcopy((args, kwargs)))  # a layer may work in place
@@ -94,10 +95,19 @@ def _write(model: Model, path: Path, example: Any) -> None:
         dump(path)
 
 
+def copied(model: Model) -> Model:
+    """A copy of the model; what a forward has kept, such as attention weights, comes without the graph that deepcopy
+    refuses."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    kept = [leaf for leaf in leaves(attributes) if isinstance(leaf, Tensor) and not leaf.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in kept})
+
+
 def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The outputs for the example; where it is wrong, torch's error in the user's words."""
     try:
-        return model(*args, **kwargs)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a forward may count in them
+        return functional_call(model, buffers, args, kwargs)
     except Exception as error:
         checks.explain_forward(error, model)
         raise
@@ -241,6 +251,7 @@ def of_torch_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"torch\.|copyreg")
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? (\S*\._flat_weights\[\d+\],? )+w")  # nn.LSTM
         warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
         logger.setLevel(logging.ERROR)
         try:

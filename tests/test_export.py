@@ -60,6 +60,48 @@ def by_name(count):
     return {"tokens": tokens, "x": x}  # not in forward's order
 
 
+class Reader(minikeras.Model):
+    """A recurrent network."""
+
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.recurrent = kind(4, 8, batch_first=True)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, tokens):
+        return self.fc(self.recurrent(self.embedding(tokens))[0][:, -1])
+
+
+class Counting(minikeras.Model):
+    """A buffer that each forward moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Keeping(minikeras.Model):
+    """A forward that keeps what it has computed, to be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.seen = {}
+
+    def forward(self, x):
+        self.seen["scores"] = self.fc(x)
+        return self.seen["scores"].softmax(1)
+
+
+def sentences(count):
+    return rows(5 * count)[1].reshape(count, 5)
+
+
 CASES = {
     "a subclass": (Whole, lambda count: rows(count)[0]),
     "a wrapped network": (lambda: minikeras.Model(Whole().layers), lambda count: rows(count)[0]),
@@ -67,6 +109,8 @@ CASES = {
     "a dict": (Several, by_name),
     "a dict to a wrapped network": (lambda: minikeras.Model(Several()), by_name),
     "a dict as one argument": (Keys, by_name),
+    "an LSTM": (Reader, sentences),
+    "a GRU": (lambda: Reader(nn.GRU), sentences),
 }
 
 
@@ -138,6 +182,24 @@ def test_the_model_stays_as_it_is_and_goes_on_training(tmp_path):
     calls.clear()
     assert len(model.fit(1, data, verbose=0)) == 2
     assert calls == [0]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_buffer_that_forward_changes_has_the_models_value_in_the_file(suffix, tmp_path):
+    model, path = Counting(), tmp_path / f"model{suffix}"
+    model.export(path, rows(3)[0])
+    torch.testing.assert_close(run(path, model, rows(6)[0])[0], rows(6)[0])
+    assert model.calls == 0
+
+
+def test_a_model_that_keeps_what_it_computed_is_exported_after_a_fit_too(tmp_path):
+    model = compiled(Keeping(), nn.NLLLoss())
+    model.fit(1, (rows(20)[0], torch.arange(20) % 3), verbose=0)
+    assert model.seen["scores"].grad_fn is not None
+    with pytest.warns(UserWarning, match="self.seen"):  # torch's, that the file will not keep it
+        model.export(tmp_path / "model.pt2", rows(3)[0])
+    assert model.seen["scores"].grad_fn is not None
+    torch.testing.assert_close(run(tmp_path / "model.pt2", model, rows(6)[0])[0], model.predict(rows(6)[0]))
 
 
 def test_what_a_hook_changes_is_in_the_file(tmp_path):
