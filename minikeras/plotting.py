@@ -147,7 +147,7 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
     if not is_rate(name):
         _mark_best(axis, _finite(frame[list(styles)[-1]]), name)
         axis.legend(frameon=False, fontsize="small")
-    elif _finite(frame[name]).min() * 100 <= _finite(frame[name]).max():
+    elif 0 < _finite(frame[name]).min() * 100 <= _finite(frame[name]).max():  # a rate of 0 has no place on a log scale
         axis.set_yscale("log")
     axis.set(title=name, xlabel="epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))

@@ -192,6 +192,17 @@ def test_a_buffer_that_forward_changes_has_the_models_value_in_the_file(suffix, 
     assert model.calls == 0
 
 
+def test_the_example_is_not_changed_by_a_forward_that_works_in_place(tmp_path):
+    class Adding(minikeras.Model):
+        def forward(self, x):
+            x += 1
+            return x * 2
+
+    example = rows(3)[0]
+    Adding().export(tmp_path / "model.onnx", example)
+    assert torch.equal(example, rows(3)[0])
+
+
 def test_a_model_that_keeps_what_it_computed_is_exported_after_a_fit_too(tmp_path):
     model = compiled(Keeping(), nn.NLLLoss())
     model.fit(1, (rows(20)[0], torch.arange(20) % 3), verbose=0)

@@ -127,6 +127,7 @@ def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is
     assert "starting" in shown[0]
     assert any('<progress max="3" value="2"></progress> 2/3' in it and "loss 0." in it for it in shown)
     assert any("epoch 2/2" in it and "validating" in it for it in shown)
+    assert not any('value="2"' in it and "validating" in it for it in shown)
     assert "progress" not in shown[-1]
     assert capsys.readouterr().out == ""
 
@@ -203,6 +204,40 @@ def test_a_chart_has_a_line_for_training_and_one_for_validation(columns, lines, 
     assert (drawn.count("<polyline"), drawn.count("<circle")) == (lines, dots)
     assert not drawn or ET.fromstring(drawn).tag == "svg"
     assert "nan" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("columns", "epoch"),
+    [
+        ({"loss": [3.0, 1, 2]}, 2),
+        ({"accuracy": [0.1, 0.5, 0.9]}, 3),
+        ({"loss": [3.0, 2, 1], "val_loss": [NAN, 3, 4]}, 2),
+    ],
+)
+def test_a_chart_rings_the_best_epoch_of_validation_where_there_is_one(columns, epoch):
+    rows = {number + 1: {name: values[number] for name, values in columns.items()} for number in range(3)}
+    *_, ring = ET.fromstring(notebook.chart(next(iter(columns)), rows)).findall("circle")
+    left, right = notebook.LEFT, notebook.WIDTH - 6
+    assert float(ring.attrib["cx"]) == left + (right - left) * (epoch - 1) / 2
+
+
+def test_redrawing_what_is_slow_to_draw_takes_a_small_share_of_the_time(page, monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(notebook, "time", clock)
+    drawing = sys.modules["IPython"].display.display
+
+    def slow(*args, **kwargs):
+        first = drawing(*args, **kwargs)
+        return types.SimpleNamespace(update=lambda *args, **kwargs: (first.update(*args, **kwargs), pass_time(0.2)))
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(sys.modules["IPython"].display, "display", slow)
+    second = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: pass_time(1.0))
+    compiled().fit(1, points(32 * 100), callbacks=[second])
+    assert 9 <= len(page[0]) <= 13  # 0.2 s of each 10
 
 
 def test_a_chart_keeps_every_number_inside_it():

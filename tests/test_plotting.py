@@ -79,6 +79,13 @@ def test_the_learning_rate_has_the_last_panel_on_a_log_scale_where_it_spans_much
     assert minikeras.plot_metric(frame[:2], "lr").get_yscale() == "linear"
 
 
+def test_a_learning_rate_that_warms_up_from_zero_is_seen_from_there():
+    axis = minikeras.plot_metric(history(loss=[3.0, 2, 1], lr=[0.0, 0.001, 0.1]), "lr")
+    axis.figure.canvas.draw()
+    assert axis.get_ylim()[0] <= 0
+    assert axis.get_yscale() == "linear"
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3, 30, 31, 500])
 def test_the_epochs_on_the_axis_are_whole_and_a_short_history_has_markers(epochs):
     axis = minikeras.plot_metric(history(loss=np.linspace(1, 0, epochs)), "loss")
