@@ -1,5 +1,6 @@
 """A model saved to a folder and built from it again, as huggingface_hub does it. Nothing here goes to the network."""
 
+import itertools
 import json
 
 import pytest
@@ -39,10 +40,25 @@ def test_a_model_comes_back_from_its_folder_with_arguments_and_weights(tmp_path)
     twin = Net.from_pretrained(tmp_path / "net")
     assert (twin.hidden, twin.widths) == (16, [3, 4])
     assert not twin.training
+    assert Net.from_pretrained(tmp_path / "net", map_location="meta").fc1.weight.is_meta
     for name, value in model.state_dict().items():
         assert torch.equal(twin.state_dict()[name], value)
     x = torch.randn(9, 2)
     assert torch.equal(twin.predict(x), model.predict(x))
+
+
+def test_the_arguments_are_kept_as_they_were_given_though_the_constructor_changes_them(tmp_path):
+    class Stack(HubModel):
+        def __init__(self, sizes):
+            super().__init__()
+            sizes.append(1)
+            self.layers = nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes)))
+
+    sizes = [2, 4]
+    model = Stack(sizes)
+    assert sizes == [2, 4, 1]  # it is the user's own list that the constructor was given
+    model.save_pretrained(tmp_path)
+    assert len(Stack.from_pretrained(tmp_path).layers) == 2
 
 
 def test_the_folder_holds_what_the_hub_shows(tmp_path):

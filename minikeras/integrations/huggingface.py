@@ -6,6 +6,7 @@ from_pretrained    the constructor with those arguments, then Model.load
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class HubModel(
     True
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """huggingface_hub keeps the arguments here, before the constructor may change a list among them."""
+        return super().__new__(cls, *map(_as_given, args), **{name: _as_given(it) for name, it in kwargs.items()})
+
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> str | None:
         """Write weights, arguments and a model card into a folder; huggingface_hub's arguments.
 
@@ -105,3 +110,7 @@ class HubModel(
         model = cls(**arguments)
         model.load(path)
         return model.to(map_location).eval()
+
+
+def _as_given(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value

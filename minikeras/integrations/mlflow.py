@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,10 @@ from minikeras.integrations.tracking import Tracker, as_dict, imported
 class MLflow(Tracker):
     """Logs each epoch's row of the history, and the learning rates, to a run of MLflow.
 
-    The metrics' names are the history's columns ("loss", "val_loss", "lr"), their steps the epochs. List this callback
-    after those that add to the logs, such as LRScheduler. The run ends as FINISHED, as FAILED after an error, or as
-    KILLED after Ctrl-C or SIGTERM; a fit that is carried on goes on in it. Several processes are one run, of rank 0.
+    The metrics' names are the history's columns ("loss", "val_loss", "lr"), with _ for a character that MLflow refuses,
+    such as the @ of "acc@1"; their steps are the epochs. List this callback after those that add to the logs, such as
+    LRScheduler. The run ends as FINISHED, as FAILED after an error, or as KILLED after Ctrl-C or SIGTERM; a fit that is
+    carried on goes on in it. Several processes are one run, of rank 0.
 
     Args:
         experiment: its name; it is made where there is none. Default MLflow's own, or MLFLOW_EXPERIMENT_NAME.
@@ -84,7 +86,8 @@ class MLflow(Tracker):
 
     def write(self, epoch: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)  # in ms
-        self._log(metrics=[self.package.entities.Metric(name, value, now, epoch) for name, value in values.items()])
+        named = {re.sub(r"[^\w/.: -]", "_", name): value for name, value in values.items()}
+        self._log(metrics=[self.package.entities.Metric(name, value, now, epoch) for name, value in named.items()])
 
     def close(self, error: BaseException | None) -> None:
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
