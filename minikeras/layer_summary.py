@@ -218,7 +218,7 @@ def _show(result: Summary) -> None:
 
 def notebook_cell() -> int | None:
     """The number of the notebook's cell that runs; None in a script or a terminal, where IPython has no kernel."""
-    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell.execution_count if hasattr(shell, "kernel") else None
 
 

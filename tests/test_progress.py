@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import math
 import os
 import pty
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from conftest import accuracy, compiled, points
+
+from minikeras.progress import Progress
 
 SCRIPT = """
 import torch
@@ -57,6 +60,22 @@ def test_the_header_comes_once_though_validation_comes_now_and_then(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "loss" in line] == [["epoch", "loss", "val_loss"]]
     assert [len(line.replace("*", "").split()) for line in lines[2:]] == [2, 3, 2, 3, 2]
+
+
+def test_the_bar_counts_the_time_of_each_epoch_from_its_beginning(capsys):
+    bar = Progress(True, epochs=2, steps=3, log_step_freq=None, validates=False, best=math.inf)
+    bar.on_epoch_begin(1)
+    bar.bar.start_t -= 1000  # seconds
+    assert bar.bar.format_dict["elapsed"] > 999
+    bar.on_epoch_begin(2)
+    assert bar.bar.format_dict["elapsed"] < 100
+    bar.on_fit_end()
+
+
+def test_ipython_that_cannot_be_imported_is_no_notebook(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    compiled().fit(1, points(8), verbose=1)
+    assert "loss" in capsys.readouterr().out
 
 
 def test_verbose_0_prints_nothing(capsys):

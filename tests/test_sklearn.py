@@ -98,6 +98,18 @@ def test_an_argument_of_the_estimators_own_is_not_the_factorys_of_that_name():
     assert Classifier(rated, lr=0.5).get_params()["lr"] == 0.5
 
 
+def test_an_argument_of_the_factory_may_end_with_an_underscore():
+    def scaled(n_features, n_outputs, lambda_=1.0):
+        layer = nn.Linear(n_features, n_outputs)
+        layer.scale = lambda_
+        return layer
+
+    classifier = Classifier(scaled, lambda_=3.0, epochs=1, **CPU).fit(*iris())
+    assert classifier.model_.net.scale == 3.0
+    assert classifier.get_params()["lambda_"] == clone(classifier).lambda_ == 3.0
+    assert "classes_" not in classifier.get_params()
+
+
 def test_a_factory_may_have_arguments_without_a_default():
     def wide(n_features, n_outputs, *, width):
         return network(n_features, n_outputs, width)

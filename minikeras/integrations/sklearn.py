@@ -71,7 +71,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments; with `deep` also those keyword arguments of the factory that were left at their defaults."""
         own: dict[str, Any] = super().get_params(deep)
-        return (defaults_of(perceptron if self.model is None else self.model) if deep else {}) | own | self._given()
+        return (defaults_of(self._factory()) if deep else {}) | own | self._given()
 
     def set_params(self, **params: Any) -> Any:
         """Set arguments by name, those of the factory too; a new factory comes first."""
@@ -79,13 +79,17 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             super().set_params(model=params.pop("model"))
         return super().set_params(**params)
 
+    def _factory(self) -> Any:
+        return perceptron if self.model is None else self.model
+
     def _given(self) -> dict[str, Any]:
-        """The factory's arguments that were set; fitted attributes end with an underscore."""
-        own = self._get_param_names()
-        return {name: value for name, value in vars(self).items() if name not in own and name.strip("_") == name}
+        """The factory's arguments that were set; other names with an underscore at an end are not arguments."""
+        own, known = self._get_param_names(), arguments_of(self._factory())
+        asked = {name: value for name, value in vars(self).items() if name in known or name.strip("_") == name}
+        return {name: value for name, value in asked.items() if name not in own}
 
     def _network(self, n_outputs: int) -> nn.Module:
-        factory = perceptron if self.model is None else self.model
+        factory = self._factory()
         if not callable(factory) or isinstance(factory, nn.Module):
             raise TypeError(
                 f"model must be a function of (n_features, n_outputs) that makes a new network for each fit, got "
@@ -262,13 +266,13 @@ def defaults_of(factory: Any) -> dict[str, Any]:
     >>> defaults_of(perceptron)
     {'hidden': 64}
     """
-    found = arguments_of(factory) if callable(factory) else {}
-    return {name: one.default for name, one in found.items() if one.default is not inspect.Parameter.empty}
+    found = arguments_of(factory).items()
+    return {name: one.default for name, one in found if one.default is not inspect.Parameter.empty}
 
 
 def arguments_of(factory: Any) -> dict[str, inspect.Parameter]:
     """A factory's arguments, after the two numbers it is called with."""
-    parameters = list(inspect.signature(factory).parameters.values())[2:]
+    parameters = list(inspect.signature(factory).parameters.values())[2:] if callable(factory) else []
     any_more = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {one.name: one for one in parameters if one.kind not in any_more}
 
