@@ -110,7 +110,7 @@ class LiveTable(Progress):
     def bar_html(self) -> str:
         """The epoch at hand with its bar and running means; in the end what became of the fit."""
         if self.epoch is None:
-            return "<div>starting</div>"
+            return "" if self.ended else "<div>starting</div>"
         steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
         if self.ended:
             took = clock(time.perf_counter() - self.started)

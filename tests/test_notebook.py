@@ -171,6 +171,14 @@ def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
     assert re.match(r" +stopped after epoch 2 of 5, \S+ s ", text_of(page[0][-1]))
 
 
+def test_a_fit_that_its_checkpoint_says_is_finished_does_not_look_like_one_that_starts(page, tmp_path, capsys):
+    for _ in range(2):
+        compiled().fit(1, points(64), checkpoint=tmp_path / "run.pt")
+    assert text_of(page[1][0]).split() == ["starting"]
+    assert text_of(page[1][-1]).split() == []
+    assert "finished after epoch 1" in capsys.readouterr().out
+
+
 def test_a_later_fit_counts_its_own_epochs(page):
     model = compiled()
     model.fit(2, points(64))
