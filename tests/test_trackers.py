@@ -293,6 +293,17 @@ def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(trac
     assert tracker.runs() == (1 if isinstance(tracker, Board) else 3)
 
 
+def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
+    model, callback = ring(), tracker.callback()
+    with pytest.raises(ValueError, match="no"):
+        fit(model, [callback, Breaks(ValueError("no"), 1, 2)])
+    model.compile(nn.BCELoss(), model.optimizer, device="cpu")
+    dfhistory = fit(model, [callback], epochs=1)
+    assert tracker.runs() == (1 if isinstance(tracker, Board) else 2)
+    if isinstance(tracker, Board):
+        assert_holds({name: values for name, values in tracker.table().items() if name != "lr"}, dfhistory)
+
+
 @pytest.mark.parametrize(
     ("make", "missing", "extra"),
     [
@@ -408,6 +419,13 @@ def graph_of(folder):
     return GraphDef.FromString(events(folder).Graph().SerializeToString())
 
 
+def test_a_graph_that_cannot_be_drawn_leaves_no_file_open(tmp_path):
+    board = TensorBoard(tmp_path, graph=torch.zeros(1, 7))
+    with pytest.raises(RuntimeError):
+        fit(ring(), [board])
+    assert [writer.file_writer for writer in board.writers] == [None]
+
+
 def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
     board = Board(tmp_path)
     for _ in range(2):  # the second takes the place of the first
@@ -477,6 +495,13 @@ def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
     path = store.client().download_artifacts(run.info.run_id, "summary.txt", str(tmp_path))
     with open(path) as file:
         assert file.read() == str(summary)
+
+
+def test_a_run_that_fails_as_it_begins_has_failed(tmp_path):
+    stored = Store(tmp_path)
+    with pytest.raises(Exception, match="rate@"):
+        fit(ring(), [MLflow("rings", tracking_uri=stored.uri, params={"rate@": 1})])
+    assert stored.state() == "FAILED"
 
 
 def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):

@@ -67,6 +67,7 @@ class MLflow(Tracker):
     def _create(self) -> None:
         run = self.client.create_run(self._experiment_id(), run_name=self.run_name)
         self.run_id = run.info.run_id
+        self.opened = True  # now already: what follows may fail
         self._log(params=[self.package.entities.Param(name, str(value)) for name, value in self.params.items()])
         self.client.log_text(self.run_id, str(self.model if self.summary is None else self.summary), "summary.txt")
 

@@ -111,6 +111,7 @@ class TensorBoard(Tracker):
         self.writers = [self.package.SummaryWriter(self.folder, purge_step=epoch)]
         if self.every is not None:
             self.writers.append(self.package.SummaryWriter(self.folder / "steps", purge_step=self.step + 1))
+        self.opened = True  # now already: the graph may fail
         if self.graph is not None:
             self._draw()
 

@@ -23,14 +23,15 @@ class Tracker(Callback):
     """Logs each epoch of a fit to a run; of several processes rank 0 does. A subclass opens, writes and closes it.
 
     Fits whose epochs go on counting go on in the same run, as does a fit carried on from its checkpoint; an epoch that
-    the run has already is not logged again. After a new `compile`, whose epochs start at 1, it is a new run.
+    the run has already is not logged again. A fit that begins with epoch 1, as after `compile`, is a new run.
     """
 
     def __init__(self) -> None:
         self.run_id: str | None = None  # None until a run is there
         self.epoch = 0  # the last one logged
         self.logged = 0  # the last one that the run held already as it was opened
-        self.opened = False
+        self.opened = False  # there is something to close
+        self.carried_on = False  # from a checkpoint
 
     def open(self, epoch: int) -> None:
         """The run of `self.run_id`, or a new one, from this epoch on."""
@@ -49,12 +50,13 @@ class Tracker(Callback):
         self.run_id, self.epoch, self.logged = None, 0, 0
 
     def on_fit_begin(self) -> None:
+        self.carried_on = False
         self.outer = sys.exception()  # fit may have been called where an error is being handled
 
     def on_epoch_begin(self, epoch: int) -> None:
         if self.opened or not leads(self.model):
             return
-        if epoch <= self.epoch:
+        if epoch <= self.epoch or (epoch == 1 and not self.carried_on):
             self.anew()
         self.open(epoch)
         self.opened = True
@@ -82,6 +84,7 @@ class Tracker(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.run_id, self.epoch = state["run_id"], state["epoch"]
+        self.carried_on = True
 
 
 def rates(optimizer: Any) -> dict[str, float]:
