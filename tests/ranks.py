@@ -440,6 +440,7 @@ def main_alone(size):
     outputs = model.predict(doubles(9), gather="main")
     assert RANK == 0 or outputs is None
     model.save(folder / "weights.pt")
+    model.export(folder / f"{RANK}.pt2", doubles(2)[0])
     return {"outputs": outputs} if RANK == 0 else {}
 
 

@@ -188,7 +188,7 @@ def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_t
     one, two = ((folder / size / "log.csv").read_text() for size in "12")
     assert one.splitlines()[0] == two.splitlines()[0]
     assert len(one.splitlines()) == len(two.splitlines()) == 3
-    assert sorted(file.name for file in (folder / "2").iterdir()) == ["1.pt", "2.pt", "log.csv", "weights.pt"]
+    assert sorted(file.name for file in (folder / "2").iterdir()) == ["0.pt2", "1.pt", "2.pt", "log.csv", "weights.pt"]
 
 
 def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two):
