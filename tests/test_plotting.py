@@ -92,6 +92,7 @@ def test_the_epochs_on_the_axis_are_whole_and_a_short_history_has_markers(epochs
     axis.figure.canvas.draw()
     labels = [text.get_text() for text in axis.get_xticklabels()]
     assert labels
+    assert axis.get_xlim()[0] > 0  # there is no epoch 0
     assert all(re.fullmatch(r"\d+|\N{MINUS SIGN}\d+", label) for label in labels)
     assert (axis.get_lines()[0].get_marker() == "o") == (epochs <= 30)
 

@@ -143,8 +143,9 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     Args:
         model: function of (n_features, n_classes), or a class, that makes a new network, an nn.Module or a
             minikeras.Model, for each fit: (rows, n_features) float32 -> (rows, n_classes) raw scores. Its keyword
-            arguments are arguments of the estimator too, for set_params and searches. Default one hidden layer of
-            `hidden` units, 64. Name it at the top of a module, no lambda, where it is to be pickled.
+            arguments, but for names of the estimator's own such as lr, are arguments of the estimator too, for
+            set_params and searches. Default one hidden layer of `hidden` units, 64. Name it at the top of a module, no
+            lambda, where it is to be pickled.
         loss_func: function or module of (y_pred, y_true), y_true the numbers of the classes, (rows,) int64; default
             CrossEntropyLoss. With sample_weight it must give a value per row, as with reduction="none".
         optimizer: function of (parameters, lr=), such as torch.optim.SGD; default torch.optim.Adam.
