@@ -365,6 +365,14 @@ def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_point
     assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1, 16))
 
 
+def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
+    model, board = ring(), TensorBoard(tmp_path)
+    time.sleep(1 - time.time() % 1)  # there is time for two in a second
+    fit(model, [board], epochs=1)
+    fit(model, [board], epochs=1)
+    assert len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2  # files are in order of seconds
+
+
 def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
     model = ring()
     fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=2)
@@ -421,7 +429,7 @@ def graph_of(folder):
 
 def test_a_graph_that_cannot_be_drawn_leaves_no_file_open(tmp_path):
     board = TensorBoard(tmp_path, graph=torch.zeros(1, 7))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="cannot draw"):
         fit(ring(), [board])
     assert [writer.file_writer for writer in board.writers] == [None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,12 +109,19 @@ class TensorBoard(Tracker):
     def open(self, epoch: int) -> None:
         self.run_id = str(self.folder)
         self.columns: list[str] = []  # of the first epoch here, for the table of hparams
+        self._wait()
         self.writers = [self.package.SummaryWriter(self.folder, purge_step=epoch)]
         if self.every is not None:
             self.writers.append(self.package.SummaryWriter(self.folder / "steps", purge_step=self.step + 1))
         self.opened = True  # now already: the graph may fail
         if self.graph is not None:
             self._draw()
+
+    def _wait(self) -> None:
+        """Until the second after the last file's: they are read by name, in which a second's tenth comes before its
+        ninth."""
+        while any(self.folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(1 - time.time() % 1)
 
     def _own_file(self, suffix: str) -> Any:
         """A writer for what there is one of in a run; an earlier one goes."""
