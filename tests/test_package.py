@@ -401,6 +401,8 @@ def test_the_example_of_a_tracker_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "MLflow":
         Store(tmp_path)  # the database that the example would take seconds to make
+    else:
+        importlib.import_module("wandb").teardown()  # it remembers the folder that an earlier test ran in
     code = textwrap.dedent(re.search(r"::\n\n((?: {4}.*\n?|\n)+)", described_by(name))[1])
     model = compiled()
     names = {"model": model, "dl_train": (X, y), "dl_valid": (X, y)}
