@@ -66,7 +66,7 @@ class Model(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped network's outputs; a subclass writes its own, or this is a NotImplementedError."""
-        if "net" not in self._modules:
+        if not hasattr(self, "net"):
             raise NotImplementedError(
                 f"{type(self).__name__} has no forward. Write one, or wrap a network: Model(net)."
             )

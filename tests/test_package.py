@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 import textwrap
+import tokenize
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import yaml
 from conftest import compiled, points
 from torch import nn
 
@@ -89,12 +91,166 @@ def test_no_module_outgrows_400_lines(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_private_names_of_torch_are_used(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            assert not ast.unparse(node).startswith("torch."), ast.unparse(node)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
-            assert "._" not in node.module
-            assert not any(alias.name.startswith("_") for alias in node.names)
+    assert private_names(path.read_text()) == []
+
+
+def private_names(code):
+    """What the code has of torch, or reads of an nn.Module, that begins with an underscore, in its strings too."""
+    tree = ast.parse(code)
+    torch_names = dict(imports_from_torch(tree))
+    used = [*torch_names.values(), *(full_name(node, torch_names) for node in ast.walk(tree))]
+    used += [name for node in ast.walk(tree) if isinstance(node, ast.Constant) for name in named_in(node.value)]
+    return sorted({name for name in used if any(is_private(part) for part in name.split("."))})
+
+
+def is_private(part):
+    return part.startswith("_") and not part.startswith("__")
+
+
+def imports_from_torch(tree):
+    """Each name that an import binds, with the full name of what it stands for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [(alias.asname or alias.name, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found = [(alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names]
+        else:
+            continue
+        yield from ((name, full) for name, full in found if full.split(".")[0] == "torch")
+
+
+def full_name(node, torch_names):
+    """`torch.nn.Module._x` for `nn.Module._x`, called or indexed on the way or not; "" for what is not torch's."""
+    if isinstance(node, ast.Name):
+        return torch_names.get(node.id, "torch" if node.id == "torch" else "")
+    if isinstance(node, ast.Call | ast.Subscript):
+        return full_name(node.func if isinstance(node, ast.Call) else node.value, torch_names)
+    if not isinstance(node, ast.Attribute):
+        return ""
+    owner = full_name(node.value, torch_names) or ("Module" if node.attr in OF_MODULES else "")
+    return owner and f"{owner}.{node.attr}"
+
+
+OF_MODULES = {name for name in dir(torch.nn.Module()) if is_private(name)}  # `model._parameters`, whatever model is
+
+
+def named_in(value):
+    return re.findall(r"\btorch(?:\.\w+)+", value) if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import torch\ntorch._x", "torch._x"),
+        ("import torch\ntorch.nn.modules._x.y(1)", "torch.nn.modules._x"),
+        ("import torch\ntorch.randn(1)[0]._x", "torch.randn._x"),
+        ("import torch._x", "torch._x"),
+        ("import torch.nn._x as x", "torch.nn._x"),
+        ("import torch as t\nt._x = 1", "torch._x"),
+        ("import torch.distributed as dist\ndist._x()", "torch.distributed._x"),
+        ("from torch import _x", "torch._x"),
+        ("from torch import _x as x", "torch._x"),
+        ("from torch._x import y", "torch._x.y"),
+        ("from torch.nn import functional as F, _x", "torch.nn._x"),
+        ("def f():\n    from torch import nn\n    return nn.Module._x", "torch.nn.Module._x"),
+        ("from torch import nn\nnn.modules._y", "torch.nn.modules._y"),
+        ("from torch import Tensor\nclass X(Tensor._x): ...", "torch.Tensor._x"),
+        ("importlib.import_module('torch._x')", "torch._x"),
+        ("def f():\n    'torch.nn._x(1)'", "torch.nn._x"),
+        ("list(model.net._parameters)", "Module._parameters"),
+    ],
+)
+def test_a_private_name_of_torch_is_found_however_it_is_reached(code, found):
+    assert found in private_names(code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.__version__; torch.nn.Module.__call__",
+        "from torch import nn\nclass Model(nn.Module):\n    def f(self): return self._run",
+        "from torchmetrics import _x\nimport pandas\npandas._x",
+        "from minikeras import nn\nnn._x",
+    ],
+)
+def test_what_is_public_or_not_of_torch_is_not_taken_for_private(code):
+    assert private_names(code) == []
+
+
+# The core: what makes of compile, fit, evaluate and predict their numbers, their table and their errors. Not of it is
+# what a fit passes on its way (checkpoints, processes, faults), and what is asked for by name (the other callbacks,
+# plots, summaries, export, jit, integrations).
+CORE = ["__init__", "model", "loop", "prediction", "run", "metrics", "data", "precision", "losses", "progress"]
+CORE += ["checks", "broadcast", "errors", "callbacks/base", "callbacks/monitor"]
+
+
+def test_the_core_is_read_in_one_sitting():
+    assert sum(lines_of_code(path.read_text()) for room in CORE for path in files_of(room)) <= 3_000
+
+
+def files_of(room):
+    return [path] if (path := PACKAGE / f"{room}.py").exists() else sorted((PACKAGE / room).rglob("*.py"))
+
+
+def lines_of_code(code):
+    """Docstrings, comments and blank lines are not counted."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.string.strip() and token.type != tokenize.COMMENT:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_docstrings_comments_and_blank_lines_are_no_lines_of_code():
+    assert lines_of_code(COUNTED) == 5
+
+
+COUNTED = '''"""Two lines of
+what."""
+
+# why
+
+def f(x):  # counted
+    """What."""
+
+    y = """three
+    # lines
+    of text"""
+    return y
+'''
+
+
+def read_yaml(name):
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_the_citation_has_what_the_format_asks_for():
+    citation = read_yaml("CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert all("name" in author or "family-names" in author for author in citation["authors"])
+    assert citation["version"] == minikeras.__version__
+
+
+FORMS = sorted(set((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")) - {ROOT / ".github/ISSUE_TEMPLATE/config.yml"})
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_an_issue_form_has_what_github_asks_for(path):
+    form = read_yaml(path)
+    assert {"name", "description", "body"} <= set(form)
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids) > 0
+    for field in form["body"]:
+        assert field["type"] in {"checkboxes", "dropdown", "input", "textarea"}
+        assert field["attributes"]["label"]
+
+
+def test_there_is_a_form_for_what_is_wrong_and_one_for_what_is_missing():
+    assert [path.name for path in FORMS] == ["bug.yml", "feature.yml"]
+    assert isinstance(read_yaml(".github/ISSUE_TEMPLATE/config.yml")["blank_issues_enabled"], bool)
 
 
 def test_importing_brings_in_nothing_optional():
