@@ -54,7 +54,7 @@ class EMA(Callback):
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
-        self.taken = 0  # steps of the optimizers that have been followed, under accumulate
+        self.taken: int = 0  # steps of the optimizers that have been followed, under accumulate
         self.averaged: list[Tensor] = []  # empty before the first step
         self.raw: list[Tensor] = []  # the model's own weights, as long as it holds the averaged ones
 
