@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, export, layer_summary, loop, prediction
-from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, leads
+from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, call_with, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
@@ -67,9 +67,7 @@ class Model(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped network's outputs; a subclass writes its own, or this is a NotImplementedError."""
         if not hasattr(self, "net"):
-            raise NotImplementedError(
-                f"{type(self).__name__} has no forward. Write one, or wrap a network: Model(net)."
-            )
+            raise NotImplementedError(f"{type(self).__name__} has no forward. Write it, or wrap a network: Model(net).")
         return self.net(*args, **kwargs)
 
     # --- the step: override it for custom training --------------------------------------------------------------------
@@ -185,8 +183,7 @@ class Model(nn.Module):
     ) -> None:
         """Say how to train: loss, optimizer, metrics and device. The history starts anew.
 
-        `state_dict()` is the same before and after. This takes the place of nn.Module.compile; what that did, running
-        the module through torch.compile, is `jit=True` here.
+        `state_dict()` stays the same. This takes the place of nn.Module.compile: its torch.compile is `jit=True` here.
 
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
@@ -291,7 +288,7 @@ class Model(nn.Module):
         check_optimizers(self, run)
         ready(self, run)
         last = saved.open(self, run, epochs)
-        shown = show(verbose) and leads(self)
+        shown = show(verbose) and self.is_main_process
         if shown:
             listed.append(progress(verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss()))
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
@@ -304,8 +301,7 @@ class Model(nn.Module):
 
         Args:
             dl_val: as in `fit`.
-            batch_size: rows a batch, for a Dataset and arrays; default 32. The result does not depend on it where the
-                loss and the metrics are means over rows.
+            batch_size: rows a batch, for a Dataset and arrays; default 32. Means over rows do not depend on it.
 
         Raises:
             NotCompiledError: before `compile`.
@@ -374,8 +370,12 @@ class Model(nn.Module):
         """Show layers, by `input_shape`, `input_dtype`, `input_data` and `batch_size` as `minikeras.summary` does."""
         return layer_summary.summary(self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size)
 
-    def _repr_html_(self) -> str:  # what a notebook shows of a model
-        return model_html(self)
+    _repr_html_ = model_html  # what a notebook shows of a model
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that prints and writes files, rank 0 of several; from `compile` on."""
+        return self._run is None or self._run.world is None or self._run.world.rank == 0
 
     # --- what holds them together -------------------------------------------------------------------------------------
 

@@ -439,6 +439,7 @@ def main_alone(size):
     model.fit(2, doubles(24), batch_size=12 // size, callbacks=[log, save], verbose=0)
     outputs = model.predict(doubles(9), gather="main")
     assert RANK == 0 or outputs is None
+    assert model.is_main_process == (RANK == 0)
     model.save(folder / "weights.pt")
     model.export(folder / f"{RANK}.pt2", doubles(2)[0])
     return {"outputs": outputs} if RANK == 0 else {}

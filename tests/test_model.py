@@ -232,7 +232,7 @@ def test_a_compiled_network_of_several_inputs_gets_them_unpacked():
 def test_wrapping_nothing_and_writing_no_forward_is_said():
     with pytest.raises(NotImplementedError) as error:
         minikeras.Model()(torch.ones(1))
-    assert str(error.value) == "Model has no forward. Write one, or wrap a network: Model(net)."
+    assert str(error.value) == "Model has no forward. Write it, or wrap a network: Model(net)."
 
 
 # --- every loss of the article ----------------------------------------------------------------------------------------

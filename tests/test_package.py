@@ -89,6 +89,18 @@ def test_no_module_outgrows_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "integrations").glob("*.py")), ids=lambda path: path.name)
+def test_integrations_use_the_public_names_alone(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    ours = {name for name in imported if name.startswith("minikeras") and "integrations" not in name}
+    assert ours <= {"minikeras", "minikeras.errors"}  # the last for its wording
+    named = [node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "minikeras"]
+    assert set(named) <= set(minikeras.__all__)
+    assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {"_run", "_compiled", "_publish"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_private_names_of_torch_are_used(path):
     assert private_names(path.read_text()) == []

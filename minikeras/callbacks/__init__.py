@@ -7,7 +7,6 @@ from minikeras.callbacks.base import (
     check_callbacks,
     column_order,
     is_rate,
-    leads,
     with_method,
 )
 from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
@@ -28,7 +27,6 @@ __all__ = [
     "check_monitors",
     "column_order",
     "is_rate",
-    "leads",
     "mode_of",
     "rate_name",
     "with_method",

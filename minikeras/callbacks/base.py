@@ -103,11 +103,6 @@ class LambdaCallback(Callback):
             setattr(self, name, function)
 
 
-def leads(model: Model) -> bool:
-    """Whether this process is the one that prints and writes files."""
-    return model._run is None or model._run.world is None or model._run.world.rank == 0
-
-
 def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
     """The callbacks as a list; a class or another object is refused."""
     listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]

@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from minikeras.callbacks.base import Callback, column_order, leads
+from minikeras.callbacks.base import Callback, column_order
 from minikeras.callbacks.monitor import Monitor, Watching, skipped, unknown
 
 
@@ -125,7 +125,7 @@ class CSVLogger(Callback):
         self.rows: int = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        if not leads(self.model):
+        if not self.model.is_main_process:
             return
         if not self.columns or not logs.keys() <= set(self.columns):
             self._make_room(list(logs))

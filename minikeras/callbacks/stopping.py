@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minikeras.callbacks.base import Callback, leads
+from minikeras.callbacks.base import Callback
 from minikeras.callbacks.monitor import Monitor, Watching
 from minikeras.distributed import load_whole
 from minikeras.errors import real, whole_number
@@ -143,7 +143,7 @@ class Timer(Callback):
         return time.monotonic() - self.begin
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        if self.seconds() >= self.max_seconds and leads(self.model):  # one clock, of several processes
+        if self.seconds() >= self.max_seconds and self.model.is_main_process:  # one clock, of several processes
             self.model.stop_training = True
 
     def state_dict(self) -> dict[str, Any]:

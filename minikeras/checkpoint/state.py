@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minikeras.callbacks import Callback, leads
+from minikeras.callbacks import Callback
 from minikeras.checkpoint.file import dump, read_newest, remedy, temporary, write
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.plain import plain, restored
@@ -302,7 +302,7 @@ class Checkpoint:
         try:
             if parts and self.run.world is not None:
                 state["parts"] = save_parts(temporary(path), parts, self.run.world)
-            if leads(self.model):
+            if self.model.is_main_process:
                 write(path, dump_rest(state) if parts else dump(state), keep=self.whole)
         except OSError as error:
             return error

@@ -1,4 +1,4 @@
-"""Other libraries, each in a file of its own, on the public names alone; the core imports none of them.
+"""Other libraries, each in a file of its own, by public names and the wording of errors.py; the core imports none.
 
 sklearn.py        Classifier and Regressor: a model as a scikit-learn estimator
 huggingface.py    HubModel: save_pretrained, from_pretrained, push_to_hub

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import minikeras
-from minikeras.callbacks import leads
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -70,7 +69,7 @@ class HubModel(
             save_directory: the folder, made where it is not there.
             arguments: `config`, `repo_id`, `push_to_hub`, ... as in huggingface_hub.
         """
-        if leads(self):
+        if self.is_main_process:
             url: str | None = super().save_pretrained(save_directory, **arguments)
             return url
         self.save(Path(save_directory) / WEIGHTS)  # its share of what rank 0 writes
@@ -88,7 +87,7 @@ class HubModel(
         Returns:
             the address of the commit; "" on a process other than rank 0, which uploads.
         """
-        if leads(self):
+        if self.is_main_process:
             url: str = super().push_to_hub(repo_id, **arguments)
             return url
         self.save(WEIGHTS)  # its share of what rank 0 uploads; this writes nothing

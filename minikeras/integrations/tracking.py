@@ -15,11 +15,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from minikeras.callbacks import Callback, column_order, leads, rate_name
+import minikeras
 from minikeras.errors import described
 
 
-class Tracker(Callback):
+class Tracker(minikeras.Callback):
     """Logs each epoch of a fit to a run; of several processes rank 0 does. A subclass opens, writes and closes it.
 
     Fits whose epochs go on counting go on in the same run, as does a fit carried on from its checkpoint; an epoch that
@@ -54,7 +54,7 @@ class Tracker(Callback):
         self.outer = sys.exception()  # fit may have been called where an error is being handled
 
     def on_epoch_begin(self, epoch: int) -> None:
-        if self.opened or not leads(self.model):
+        if self.opened or not self.model.is_main_process:
             return
         if epoch <= self.epoch or (epoch == 1 and not self.carried_on):
             self.anew()
@@ -73,11 +73,11 @@ class Tracker(Callback):
             self.close(None if error is self.outer else error)
 
     def values(self, logs: Mapping[str, float]) -> dict[str, float]:
-        """The logs and the learning rates, under the names and in the order of the history's columns."""
-        found = rates(getattr(self.model, "optimizer", None)) | dict(
-            logs
-        )  # where a callback logs a rate, its own stays
-        return {name: float(found[name]) for name in column_order(found)}
+        """The logs, and the learning rates that no callback has logged, under the columns' names."""
+        found = dict(logs)
+        for name, rate in rates(getattr(self.model, "optimizer", None)).items():
+            found.setdefault(name, rate)
+        return {name: float(value) for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self.run_id, "epoch": self.epoch}
@@ -96,8 +96,8 @@ def rates(optimizer: Any) -> dict[str, float]:
     ({'lr': 0.5}, {'lr_g': 0.5, 'lr_d': 0.5})
     """
     named = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
-    pairs = [(rate_name(name), one) for name, one in named.items() if isinstance(one, Optimizer)]
-    return {name: float(one.param_groups[0]["lr"]) for name, one in pairs}
+    found = [(f"lr_{name}" if name else "lr", one) for name, one in named.items() if isinstance(one, Optimizer)]
+    return {name: float(one.param_groups[0]["lr"]) for name, one in found}
 
 
 def as_dict(name: str, value: Any) -> dict[str, Any]:
