@@ -34,7 +34,8 @@ def main(epochs):
 
     found = model.predict(X_val).argmax(1)  # raw scores: (rows, 10)
     wrong = (found != torch.tensor(y_val)).nonzero().flatten().tolist()
-    print(f"{len(wrong)} of {len(y_val)} validation rows wrong:", *(f"{y_val[row]} for {found[row]}" for row in wrong))
+    taken = ", ".join(f"{y_val[row]} for {found[row]}" for row in wrong)
+    print(f"{len(wrong)} of {len(y_val)} validation rows wrong: {taken}")
 
 
 if __name__ == "__main__":
