@@ -193,7 +193,7 @@ class Model(nn.Module):
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
                 rows, or a pair (sum, count); or an object with update, compute and reset (torchmetrics; a collection is
-                a column per member). Outputs and labels that broadcast are refused, in the first batch; not in NumPy.
+                a column per member). Outputs (N, 1) against labels (N,) are refused, in the first batch; not in NumPy.
             device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
             jit: compile forward, loss, metrics, backward and optimizer into one graph, several times as fast for small
                 models once compiled; or a dict for torch.compile. What cannot be compiled runs in eager, with
