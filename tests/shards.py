@@ -251,5 +251,6 @@ def carried_on(size):
 CASES = {name: case for name, case in list(globals().items()) if callable(case) and case.__module__ == __name__}
 
 if __name__ == "__main__":
+    sys.setswitchinterval(60)  # a thread that waits for the GIL as the process ends, waits its longest
     for name in sys.argv[2:]:
         torch.save(CASES[name](int(os.environ["WORLD_SIZE"])), Path(sys.argv[1], f"{name}.{os.environ['RANK']}.pt"))

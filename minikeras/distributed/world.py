@@ -20,6 +20,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -48,7 +49,7 @@ def world_of(distributed: str | None) -> World | None:
             )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return None
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
         atexit.register(leave)
     return World() if dist.get_world_size() > 1 else None
@@ -64,11 +65,16 @@ def is_main() -> bool:
 
 
 def leave() -> None:
-    """End the group that was made here: its threads must not outlive Python. After an error nothing is waited for."""
+    """End the group that was made here. After an error nothing is waited for.
+
+    Its threads end with it, unless parameters in parts hold it: torch keeps those to the end. A thread that frees a tensor
+    then waits for the GIL; were Python to end in that wait, the process would abort. The pause lets go of the GIL.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
+        time.sleep(0.05)
 
 
 class World:
