@@ -56,7 +56,8 @@ class Totals(Mapping[str, float]):
     def state_dict(self) -> dict[str, Any]:
         """Where the totals stand."""
         objects = {name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()}
-        return {"sums": self.sums, "counts": self.counts, "updated": self.updated, "objects": objects}
+        own = {"sums": self.sums, "counts": self.counts, "names": self.names, "updated": self.updated}
+        return own | {"objects": objects}
 
     def load_state_dict(self, state: Mapping[str, Any], counted: bool = True) -> None:
         """Go on from where `state_dict` stood; unless `counted` with its names alone, another process has the rest."""

@@ -24,7 +24,7 @@ from minikeras.checkpoint.file import dump, previous, read, write
 
 PACKAGE = Path(minikeras.__file__).parent
 DATA = Path(__file__).parent / "data"
-DELETE = "There is none written before it: delete it to start anew, or give another file."
+REMEDY = "There is none written before it: give another file, or move this one away to start anew."
 
 
 def run_file(path, epochs=2, **kwargs):
@@ -87,9 +87,32 @@ def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(
         model.load(path)
     assert str(raised.value) == (
         f"{path} holds the weights of another architecture than Net: missing: fc2.bias; unexpected: extra; of another "
-        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {DELETE}"
+        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {REMEDY}"
     )
     assert torch.equal(model.fc2.weight, before)
+
+
+def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
+    net = nn.Linear(2, 1)
+    model, state = minikeras.Model(net), net.state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save({f"module.net.{name}": value for name, value in state.items()}, tmp_path / "wrapped.pt")
+    torch.save({"epoch": 3, "all": model.state_dict()}, tmp_path / "inner.pt")
+    remedies = {
+        "bare.pt": "They have the names of model.net: model.net.load_state_dict(...) takes them.",
+        "wrapped.pt": 'Each name has "module." in front, which the model\'s have not: save them without it.',
+        "inner.pt": 'They are under "all" in it: model.load_state_dict(torch.load(...)["all"]) takes them.',
+    }
+    for name, remedy in remedies.items():
+        with pytest.raises(CheckpointError) as raised:
+            model.load(tmp_path / name)
+        assert str(raised.value).endswith(f". {remedy} {REMEDY}")
+
+
+@pytest.mark.parametrize("path", [".", ""])
+def test_a_checkpoint_without_a_name_is_refused(path):
+    with pytest.raises(ValueError, match=r'checkpoint=".?" is not the path of a file. Pass one, such as "run\.pt"\.$'):
+        compiled().fit(1, points(20), checkpoint=path, verbose=0)
 
 
 def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
@@ -98,7 +121,7 @@ def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError) as raised:
         Net().load(tmp_path / "list.pt")
-    assert str(raised.value) == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {DELETE}"
+    assert str(raised.value) == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {REMEDY}"
 
 
 def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
@@ -109,7 +132,7 @@ def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as raised:
         Net().load(path)
-    assert str(raised.value) == f"{path} is damaged: its tensors do not match its checksum. {DELETE}"
+    assert str(raised.value) == f"{path} is damaged: its tensors do not match its checksum. {REMEDY}"
 
 
 def test_without_its_package_safetensors_says_what_to_install(tmp_path, monkeypatch):
@@ -136,7 +159,7 @@ def test_each_damage_is_said_for_what_it_is(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as raised:
             run_file(path)
-        assert re.fullmatch(rf"{re.escape(str(path))} {told}\. {re.escape(DELETE)}", str(raised.value)), raised.value
+        assert re.fullmatch(rf"{re.escape(str(path))} {told}\. {re.escape(REMEDY)}", str(raised.value)), raised.value
     path.unlink()
     path.mkdir()
     with pytest.raises(CheckpointError, match="is a folder, and not a file"):
@@ -240,7 +263,7 @@ def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         run_file(path)
     told = "holds more than tensors and plain values, which could run code, and was not read"
-    assert str(raised.value) == f"{path} {told}. {DELETE}"
+    assert str(raised.value) == f"{path} {told}. {REMEDY}"
     with pytest.raises(CheckpointError):
         Net().load(path)
     assert not Evil.mark.exists()
@@ -305,7 +328,7 @@ def test_a_file_of_weights_is_no_state_of_a_run(tmp_path):
     Net().save(tmp_path / "w.pt")
     with pytest.raises(CheckpointError) as raised:
         run_file(tmp_path / "w.pt")
-    assert str(raised.value) == f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. {DELETE}"
+    assert str(raised.value) == f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. {REMEDY}"
 
 
 def test_a_run_of_another_optimizer_is_refused(tmp_path):
@@ -317,7 +340,7 @@ def test_a_run_of_another_optimizer_is_refused(tmp_path):
         model.fit(2, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
         f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in each group). Compile "
-        f"as it was compiled then. {DELETE}"
+        f"as it was compiled then. {REMEDY}"
     )
 
 

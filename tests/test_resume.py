@@ -11,7 +11,7 @@ from runs import LOADERS, Mean, Noisy, Shuffled, call_of, differences, result_of
 from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
-from minikeras import CheckpointError, LambdaCallback
+from minikeras import CheckpointError, LambdaCallback, LRScheduler
 
 
 @pytest.fixture(autouse=True)
@@ -165,18 +165,19 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path):
         assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [1, 2]
 
 
-def test_other_metric_objects_are_taken_between_epochs_and_refused_within_one(tmp_path):
+@pytest.mark.parametrize("metric", [Mean(), lambda y_pred, y_true: y_pred.mean()], ids=["object", "function"])
+def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, tmp_path):
     path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1, "verbose": 0, "batch_size": 20}
     compiled(metrics_dict={"mean": Mean()}).fit(1, points(60), **path)
     with pytest.raises(Killed):
-        compiled(metrics_dict={"other": Mean()}).fit(2, points(60), callbacks=[killed_after(2)], **path)
+        compiled(metrics_dict={"other": metric}).fit(2, points(60), callbacks=[killed_after(2)], **path)
     with pytest.raises(CheckpointError) as raised:
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
-        f"{path['checkpoint']} was written within an epoch with the metric objects ['other'], and here are []. Compile "
-        f"as it was compiled then. The one written before it is {path['checkpoint']}.prev."
+        f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it would be loss. "
+        f"Compile as it was compiled then. The one written before it is {path['checkpoint']}.prev."
     )
-    dfhistory = compiled(metrics_dict={"other": Mean()}).fit(2, points(60), **path)
+    dfhistory = compiled(metrics_dict={"other": metric}).fit(2, points(60), **path)
     assert dfhistory["mean"].isna().tolist() == [False, True]
 
 
@@ -252,6 +253,53 @@ def test_persistent_workers_that_may_draw_are_warned_of_as_the_fit_begins(tmp_pa
         "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the dataset draws random "
         "numbers, a resumed run draws others. Set persistent_workers=False for an exact resume."
     ]
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(40, 5), (80, 10)])
+def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_size, tmp_path):
+    path = tmp_path / "run.pt"
+
+    def fit(rows, batch_size, after=None):
+        callbacks = [] if after is None else [killed_after(after)]
+        more = {"checkpoint": path, "checkpoint_every": 1, "callbacks": callbacks, "verbose": 0}
+        compiled().fit(2, points(rows), batch_size=batch_size, **more)
+
+    with pytest.raises(Killed):
+        fit(40, 10, after=1)
+    with pytest.warns(UserWarning, match="the checkpoint stands") as told:
+        fit(rows, batch_size)
+    assert str(told[0].message) == (
+        "the checkpoint stands in an epoch of 4 batches, and dl_train has 8 here: it has other rows, or another "
+        "batch_size. The first 1 are left out, and others than those that were trained on. Give the same data and "
+        "batch_size as before; from an epoch's end on any will do."
+    )
+
+
+def test_another_batch_size_from_an_epochs_end_on_is_nothing_to_tell_of(tmp_path):
+    for epochs, batch_size in ((1, 10), (2, 5)):
+        compiled().fit(epochs, points(40), batch_size=batch_size, checkpoint=tmp_path / "run.pt", verbose=0)
+
+
+def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not(tmp_path):
+    path = tmp_path / "run.pt"
+
+    def fit(epochs, lr, warmed=True):
+        model = compiled(lr=lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(model.optimizer, lambda step: min(1.0, (step + 1) / 10))
+        callbacks = [LRScheduler(scheduler, step="batch")] if warmed else []
+        model.fit(epochs, points(40), callbacks=callbacks, checkpoint=path, verbose=0)
+        model.optimizer.param_groups[0]["lr"] = 0.5  # by hand, for what follows
+        return model.fit(epochs, points(40), checkpoint=path, verbose=0)["loss"]
+
+    first = fit(2, 0.1)
+    for _ in range(2):
+        assert fit(2, 0.1).equals(first)
+    with pytest.warns(UserWarning, match="was begun") as told:
+        fit(2, 0.2)
+    assert str(told[0].message) == (
+        f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and not 0.02, initial_lr "
+        f"0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a callback to change them in the run."
+    )
 
 
 def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):

@@ -137,7 +137,7 @@ def reason(path: Path, error: Exception) -> str:
 def remedy(path: Path) -> str:
     if previous(path).exists():
         return f"The one written before it is {previous(path)}."
-    return "There is none written before it: delete it to start anew, or give another file."
+    return "There is none written before it: give another file, or move this one away to start anew."
 
 
 def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:

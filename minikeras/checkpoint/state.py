@@ -20,7 +20,7 @@ from torch import nn
 from minikeras.callbacks import Callback
 from minikeras.checkpoint.file import dump, read_newest, remedy, temporary, write
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
-from minikeras.checkpoint.plain import plain, restored
+from minikeras.checkpoint.plain import other_settings, plain, restored, settings, sizes
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
 from minikeras.distributed import World, load_optimizer, load_whole
@@ -56,6 +56,8 @@ class Checkpoint:
         if path is None and every is not None:
             raise ValueError(f'checkpoint_every={every} needs a file. Pass checkpoint="run.pt" as well.')
         self.path = None if path is None else Path(path)
+        if self.path is not None and not self.path.name:
+            raise ValueError(f'checkpoint="{path}" is not the path of a file. Pass one, such as "run.pt".')
         self.every = None if every is None else positive_int("checkpoint_every", every)
         self.state: Any = None  # what is to be carried on from
         self.whole = True  # the newest file is; else it is not worth keeping as the one before
@@ -91,11 +93,13 @@ class Checkpoint:
         if self.path is None:
             return self.last
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
+        run.begun = settings(run.optimizers) if run.begun is None else run.begun
         found = read_newest(self.path, reader(model))
         if found is not None:
             self.whole = found[1] == self.path
             self._check(found[0], found[1])
             self.state = self._mine(found[0], found[1])
+            self._compare_settings(found[0].get("begun"))
         return self.last
 
     def _check(self, state: Any, path: Path) -> None:
@@ -123,11 +127,12 @@ class Checkpoint:
 
     def _check_metrics(self, state: Any, path: Path) -> None:
         """Within an epoch, what has been counted must be counted on."""
-        counted, own = set(state["totals"]["objects"]), set(self.run.train.objects)
-        if state["position"]["step"] and counted != own:
+        own = self.run.train.names
+        counted = state["totals"].get("names", own)  # older files have none
+        if state["position"]["step"] and set(counted) != set(own):
             raise CheckpointError(
-                f"{path} was written within an epoch with the metric objects {sorted(counted)}, and here are "
-                f"{sorted(own)}. Compile as it was compiled then. {remedy(path)}"
+                f"{path} was written within an epoch that counts {', '.join(counted)}, and here it would be "
+                f"{', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
             )
 
     def _check_window(self, written: Any, path: Path) -> None:
@@ -155,6 +160,18 @@ class Checkpoint:
                 f"this is a run of {now}. Start as many as then; from an epoch's end on any number will do. "
                 f"{remedy(path)}"
             )
+
+    def _compare_settings(self, begun: Any) -> None:
+        if begun is None:  # an older file has none
+            return
+        other = other_settings(begun, self.run.begun)
+        if other and self.state is not None and self.model.is_main_process:
+            warnings.warn(
+                f"{self.path} was begun with other settings of the optimizer than this script's, {other}. The file's "
+                f"go on. Set them in on_epoch_begin of a callback to change them in the run.",
+                stacklevel=4,
+            )
+        self.run.begun = begun
 
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
@@ -332,6 +349,7 @@ class Checkpoint:
             "stopped": model.stop_training,
             "position": asdict(at),
             "history": run.epochs,
+            "begun": run.begun,
             "model": weights,
             "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
             "loss": weights_of(loss) if isinstance(loss, nn.Module) else {},
@@ -368,11 +386,6 @@ class Checkpoint:
 def stopped(state: Any) -> bool:
     """Whether the fit was stopped before its last epoch, and that epoch is over."""
     return bool(state["stopped"] and not state["position"]["step"])
-
-
-def sizes(optimizer_state: Any) -> list[int]:
-    """How many parameters each group of an optimizer has."""
-    return [len(group["params"]) for group in optimizer_state["param_groups"]]
 
 
 def named(callbacks: Iterable[Callback]) -> list[tuple[str, Callback]]:

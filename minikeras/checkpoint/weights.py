@@ -71,8 +71,26 @@ def check_weights(model: nn.Module, state: Any, path: Path) -> None:
     if told:
         raise CheckpointError(
             f"{path} holds the weights of another architecture than {type(model).__name__}: {'; '.join(told)}. "
-            f"Build the model as it was when the file was written. {remedy(path)}"
+            f"{under_other_names(own, state) or 'Build the model as it was when the file was written.'} {remedy(path)}"
         )
+
+
+def under_other_names(own: dict[str, Any], state: dict[str, Any]) -> str:
+    """Where a part of the model, or what the file holds under one name, would have the right names: what to call.
+
+    >>> under_other_names({"net.weight": 0}, {"weight": 0})
+    'They have the names of model.net: model.net.load_state_dict(...) takes them.'
+    """
+    for part in {key.partition(".")[0] for key in own}:
+        if {f"{part}.{key}" for key in state} == set(own):
+            return f"They have the names of model.{part}: model.{part}.load_state_dict(...) takes them."
+    for first in {key.partition(".")[0] for key in state}:
+        if {f"{first}.{key}" for key in own} == set(state):
+            return f'Each name has "{first}." in front, which the model\'s have not: save them without it.'
+    for key, value in state.items():
+        if isinstance(value, dict) and set(value) == set(own):
+            return f'They are under "{key}" in it: model.load_state_dict(torch.load(...)["{key}"]) takes them.'
+    return ""
 
 
 # --- safetensors, which has no checksum of its own: one goes into its metadata ----------------------------------------

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset,
 
 from minikeras.data.in_memory import InMemoryBatches
 from minikeras.data.sharded import Sharded
-from minikeras.data.sources import ArrayBatches
+from minikeras.data.sources import ArrayBatches, length
 from minikeras.errors import CheckpointError
 from minikeras.randomness import KINDS, Randomness
 
@@ -71,7 +71,7 @@ class Positioned:
         if self.pending is not None or self.start is None:
             return self.pending
         state = self.loader.state_dict() if keeps_state(self.loader) else None
-        return {"start": self.start, "seen": self.seen, "loader": state}
+        return {"start": self.start, "seen": self.seen, "loader": state, "steps": length(self.batches)}
 
     def carry_on(self, position: dict[str, Any] | None) -> None:
         """The next iteration begins at that position."""
@@ -81,6 +81,7 @@ class Positioned:
         position, self.pending = self.pending or {}, None
         now = self.randomness.states()
         self.start, self.seen = position["start"], position["seen"]
+        warn_of_another_epoch(position.get("steps"), length(self.batches), self.seen, self.name)
         self.randomness.restore(self.start)
         if position["loader"] is not None:
             self.loader.load_state_dict(position["loader"])
@@ -118,6 +119,17 @@ def passed_over(batches: Iterable[Any], loader: Any, count: int, name: str) -> I
     if fetch:
         fetch.reads = True
     return iterator
+
+
+def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: str) -> None:
+    """Other data, or another batch_size, in the middle of an epoch."""
+    if then is not None and now is not None and then != now and seen <= now:
+        warnings.warn(
+            f"the checkpoint stands in an epoch of {then} batches, and {name} has {now} here: it has other rows, or "
+            f"another batch_size. The first {seen} are left out, and others than those that were trained on. Give the "
+            f"same data and batch_size as before; from an epoch's end on any will do.",
+            stacklevel=2,
+        )
 
 
 def skips_by_number(batches: Iterable[Any], loader: Any) -> bool:

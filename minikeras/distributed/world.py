@@ -67,8 +67,8 @@ def is_main() -> bool:
 def leave() -> None:
     """End the group that was made here. After an error nothing is waited for.
 
-    Its threads end with it, unless parameters in parts hold it: torch keeps those to the end. A thread that frees a tensor
-    then waits for the GIL; were Python to end in that wait, the process would abort. The pause lets go of the GIL.
+    Its threads end with it, unless parameters in parts hold it: torch keeps those to the end. A thread that frees a
+    tensor then waits for the GIL; were Python to end in that wait, the process would abort. The pause lets go of it.
     """
     import torch.distributed as dist
 
