@@ -25,7 +25,6 @@ Between batches nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -295,8 +294,7 @@ def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterato
     try:
         yield
     except NonFiniteLoss as error:
-        last = run.finite_loss.last if run.finite_loss is not None else math.nan
-        message = explained(error, model, epoch, learning_rates(run), last)
+        message = explained(error, model, run.loss_func, epoch, learning_rates(run), run.finite_loss)
         if plan.on_nan == "raise":
             error.args, error.batch = (message,), None
             raise
