@@ -168,13 +168,13 @@ def one_pass(
             batch, totals.idle = worked(batch)
             features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
-                checks.check_batch(step, features, labels, sample_weight)
+                checks.inputs.check_batch(step, features, labels, sample_weight)
             run.rows = rows = count_rows(features, labels)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together
                 continue
             if totals.unseen or not isinstance(results, Mapping):
-                checks.check_results(results, step)
+                checks.inputs.check_results(results, step)
             totals.add(results, rows)
             totals.unseen = False
             call(listeners, "on_batch_end", number, totals)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minikeras import Callback, Model
-from minikeras.checks import guarded
+from minikeras.checks.inputs import guarded
 
 random = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 4, generator=random), torch.randn(8, 1, generator=random)

@@ -157,8 +157,9 @@ def explained(
     weights = [name for name, weight in model.named_parameters() if has_non_finite(weight)]
     buffers = [name for name, buffer in model.named_buffers() if has_non_finite(buffer)]
     began = f" (it began {error.ago} steps before)" * (error.ago > 0)
+    shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
     told = [f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
-            f"{before(error, watch)} at {', '.join(f'{name} {rate:.4g}' for name, rate in rates.items())}."]  # fmt: skip
+            f"{before(error, watch)} at {shown}."]  # fmt: skip
     if spoiled:
         told += [f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."]
     elif error.elsewhere:
