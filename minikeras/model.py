@@ -61,7 +61,7 @@ class Model(nn.Module):
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
         if net is not None:
-            self.net = net
+            self.net = checks.inputs.network(net)
         under_plain_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ class Model(nn.Module):
         try:
             return run.jit.forward(features) if run is not None and run.by_parts else call_with(self, features)
         except Exception as error:
-            checks.causes.explain_forward(error, self, None if run is None else run.world)  # plainer, where it can
+            checks.causes.explain_forward(error, self, features, None if run is None else run.world)
             raise
 
     def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:

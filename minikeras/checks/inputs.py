@@ -32,9 +32,11 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
     try:
         with guard:
             result = function(outputs, labels)
-    except Exception:
+    except Exception as error:
         if guard.found:
             raise ValueError(f"{name}: {guard.found}") from None
+        hint = ". The model returns a tuple: let forward return its first part." * ("'tuple'" in str(error))
+        error.add_note(f"{name}, given {described((outputs, labels))}{hint * isinstance(outputs, tuple)}")
         raise
     if scalar:
         check_metric(name, result)
@@ -140,9 +142,14 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
 def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
     if labels is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):  # one's own may do without
+        are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
+        if isinstance(features, Mapping) and len(features) > 1:
+            key = ([key for key in features if key in ("labels", "label", "targets", "target")] or list(features))[-1]
+            are = f"dicts of {', '.join(map(str, features))}, all of them features"
+            remedy = f"(batch, batch.pop({key!r})) where they are made"
         raise ValueError(
-            f"the batches are features alone, and the loss compares with labels. Give batches of (features, labels), "
-            f"arrays as a tuple (X, y), for an autoencoder (X, X); or override {step.__name__}."
+            f"the batches are {are}, and the loss compares with labels. Give batches of (features, labels), "
+            f"{remedy}; or override {step.__name__}."
         )
     if sample_weight is None:
         return
@@ -225,7 +232,17 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-# --- what compile is given --------------------------------------------------------------------------------------------
+# --- what Model and compile are given ---------------------------------------------------------------------------------
+
+
+def network(net: nn.Module) -> nn.Module:
+    """What Model wraps, which must be a module."""
+    if isinstance(net, nn.Module):
+        return net
+    got = f"{described(net)}. Pass nn.Sequential(*layers), or subclass Model and write its forward."
+    if isinstance(net, type):
+        got = f"the class {net.__name__}. Pass an instance, {net.__name__}(...)."
+    raise TypeError(f"Model wraps a torch.nn.Module, got {got}")
 
 
 def check_callable(name: str, function: Any) -> None:
