@@ -125,7 +125,8 @@ BROADCAST = {
     "after float and detach": lambda p, t: ((p.detach().float() - t.float()) ** 2).mean().item(),
 }
 IT_BROADCASTS = "predictions (8, 1) and labels (8,) would broadcast to (8, 8). "
-IT_BROADCASTS += "Pass labels.unsqueeze(-1), or squeeze the predictions."
+IT_BROADCASTS += "Pass labels.unsqueeze(-1), in NumPy labels[:, None], in pandas labels.to_frame(), "
+IT_BROADCASTS += "or squeeze the predictions."
 
 
 @pytest.mark.parametrize("function", BROADCAST.values(), ids=BROADCAST)

@@ -68,11 +68,10 @@ def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
             f"{missing} of {values.numel()} {which} {'are' if missing > 1 else 'is'} NaN. "
             f"Look for NaN in the {'labels' if which == 'labels' else 'features'}, or lower the learning rate."
         )
-    remedy = {
-        "labels": "Scale the labels to 0 and 1.",
-        "predictions": "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores.",
-    }
-    return f"the {which} go from {values.min().item():.4g} to {values.max().item():.4g}. {remedy[which]}"
+    remedy = "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores."
+    if which == "labels":
+        remedy = "Scale the labels to 0 and 1."
+    return f"the {which} go from {values.min().item():.4g} to {values.max().item():.4g}. {remedy}"
 
 
 def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: bool) -> None:
