@@ -426,9 +426,9 @@ a sample_weight of two columns | ValueError: the third part of a batch is a weig
     Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b), labels).
 a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
     Tensor (7,) float32. Put several inputs into a tuple of their own: ((a, b), labels).
-a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, so the loss must have a value
-    per row: expected shape (8,), got Tensor () float32. Build it with reduction="none"; or for two inputs give ((a, b),
-    labels).
+a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, their third part, so the loss
+    must have a value per row: expected shape (8,), got Tensor () float32. Build it with reduction="none"; two inputs
+    are ((a, b), y).
 a loud verbose | ValueError: verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got 'loud'.
 a callback class | a lone callback class | TypeError: callbacks must be instances of minikeras.Callback, got the class
     Callback. Pass Callback().
@@ -589,9 +589,12 @@ def test_a_metric_whose_pair_has_no_whole_count_is_refused_before_a_weight_moves
 FAILS = {
     "a metric": (
         {"metrics": {"m": lambda p, t: 1 / 0}},
-        "metric 'm', given (Tensor (8, 1) float32, Tensor (8, 1) float32)",
+        "metric 'm', given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
     ),
-    "a loss": ({"loss": lambda p, t: 1 / 0}, "the loss, given (Tensor (8, 1) float32, Tensor (8, 1) float32)"),
+    "a loss": (
+        {"loss": lambda p, t: 1 / 0},
+        "the loss, given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
+    ),
 }
 
 
@@ -606,8 +609,8 @@ def test_a_loss_that_is_given_all_that_an_lstm_returns_is_told_so():
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
         compiled(nn.LSTM(4, 1)).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [
-        "the loss, given ((Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) float32)), Tensor (8, 1) "
-        "float32). The model returns a tuple: let forward return its first part.",
+        "the loss, given y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) float32)), y_true Tensor "
+        "(8, 1) float32. Let forward return the first part alone.",
         "dl_train, batch 1",
         "epoch 1",
     ]

@@ -35,8 +35,8 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
     except Exception as error:
         if guard.found:
             raise ValueError(f"{name}: {guard.found}") from None
-        hint = ". The model returns a tuple: let forward return its first part." * ("'tuple'" in str(error))
-        error.add_note(f"{name}, given {described((outputs, labels))}{hint * isinstance(outputs, tuple)}")
+        hint = ". Let forward return the first part alone." * (isinstance(outputs, tuple) and "'tuple'" in str(error))
+        error.add_note(f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}")
         raise
     if scalar:
         check_metric(name, result)

@@ -111,8 +111,9 @@ class FiniteLoss:
     def _read_now_and_then(self, steps: int) -> None:
         self.steps += steps
         if self.steps >= READ_EVERY:
+            bad = self.reading.result(wait=not self.alone)  # all must find it at the same step
+            self.ended(bad and bad + self.steps)
             self.steps = 0
-            self.ended(self.reading.result(wait=not self.alone))  # all must find it at the same step
             self.reading.start()
 
     def ended(self, bad: float | None = None) -> None:
