@@ -92,7 +92,8 @@ class BroadcastGuard(TorchFunctionMode):
             dims = [d for d in range(here.ndim) if here.shape[:d] + here.shape[d + 1 :] == there.shape]
             dim = -1 if here.ndim - 1 in dims else dims[0] if dims else None
             verb = f"reshape{tuple(one.shape)}" if dim is None else f"{'un' if longer else ''}squeeze({dim})"
+            array = ", in NumPy labels[:, None], in pandas labels.to_frame()" * (dim == -1 and other.ndim == 1)
             self.found = (
                 f"predictions {tuple(one.shape)} and labels {tuple(other.shape)} would broadcast to {tuple(shape)}. "
-                f"Pass labels.{verb}, or {'' if longer else 'un'}squeeze the predictions."
+                f"Pass labels.{verb}{array}, or {'' if longer else 'un'}squeeze the predictions."
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,7 +57,9 @@ def whole_number(name: str, value: object, least: int) -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+        plain = value is None or isinstance(value, (int, float, str))
+        shown = repr(value) if plain else described(value) + ". Epochs come first: fit(5, (X, y))" * (name == "epochs")
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {shown}.")
     return number
 
 
@@ -105,13 +108,9 @@ def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Modul
     """The innermost layer of `model` in whose forward `error` was raised: (name, layer, its first argument)."""
     names = {id(module): name for name, module in model.named_modules()}
     found = None
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        layer = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
-        if frame.f_code.co_name == "forward" and id(layer) in names and isinstance(layer, nn.Module):
-            arguments = frame.f_code.co_varnames[1 : frame.f_code.co_argcount]
-            first = frame.f_locals.get(arguments[0]) if arguments else None
-            found = (names[id(layer)], layer, first)
-        traceback = traceback.tb_next
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+        if code.co_name == "forward" and len(given) > 1 and isinstance(given[0], nn.Module) and id(given[0]) in names:
+            found = (names[id(given[0])], given[0], given[1])
     return found

@@ -109,7 +109,7 @@ def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a forward may count in them
         return functional_call(model, buffers, args, kwargs)
     except Exception as error:
-        checks.explain_forward(error, model)
+        checks.causes.explain_forward(error, model, args[0] if args else kwargs)
         raise
 
 

@@ -25,7 +25,6 @@ Between batches nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,13 +168,13 @@ def one_pass(
             batch, totals.idle = worked(batch)
             features, labels, sample_weight = prepared(batch, run.device)
             if totals.unseen:
-                checks.check_batch(step, features, labels, sample_weight)
+                checks.inputs.check_batch(step, features, labels, sample_weight)
             run.rows = rows = count_rows(features, labels)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together
                 continue
             if totals.unseen or not isinstance(results, Mapping):
-                checks.check_results(results, step)
+                checks.inputs.check_results(results, step)
             totals.add(results, rows)
             totals.unseen = False
             call(listeners, "on_batch_end", number, totals)
@@ -295,8 +294,7 @@ def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterato
     try:
         yield
     except NonFiniteLoss as error:
-        last = run.finite_loss.last if run.finite_loss is not None else math.nan
-        message = explained(error, model, epoch, learning_rates(run), last)
+        message = explained(error, model, run.loss_func, epoch, learning_rates(run), run.finite_loss)
         if plan.on_nan == "raise":
             error.args, error.batch = (message,), None
             raise

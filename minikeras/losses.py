@@ -39,8 +39,8 @@ def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
         rows = len(sample_weight)
         if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
             raise ValueError(
-                f"the batches carry a sample_weight, so the loss must have a value per row: expected shape ({rows},), "
-                f'got {described(result)}. Build it with reduction="none".'
+                f"the batches carry a sample_weight, their third part, so the loss must have a value per row: expected "
+                f'shape ({rows},), got {described(result)}. Build it with reduction="none"; two inputs are ((a, b), y).'
             )
         return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
     if isinstance(result, tuple) and len(result) == 2 and all(map(is_number, result)):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minikeras.checks import check_number, is_stateful
+from minikeras.checks.inputs import check_number, is_stateful
 from minikeras.data import map_leaves
 from minikeras.distributed import World
 

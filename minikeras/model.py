@@ -61,7 +61,7 @@ class Model(nn.Module):
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
         if net is not None:
-            self.net = net
+            self.net = checks.inputs.network(net)
         under_plain_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ class Model(nn.Module):
         try:
             return run.jit.forward(features) if run is not None and run.by_parts else call_with(self, features)
         except Exception as error:
-            checks.explain_forward(error, self, None if run is None else run.world)  # says it plainer where it can
+            checks.causes.explain_forward(error, self, features, None if run is None else run.world)
             raise
 
     def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:
@@ -123,12 +123,12 @@ class Model(nn.Module):
         """
         run = self._compiled("compute_loss")
         if run.totals.unseen:
-            checks.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
+            checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError) as error:
-            checks.explain_loss(error, outputs, labels)  # says it plainer where it can
+            checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
         return scalar_loss(result, sample_weight)
 

@@ -73,9 +73,9 @@ class Run:
         return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
 
     def call(self, name: str, function: Any, outputs: Any, labels: Any, scalar: bool = True) -> Any:
-        """A loss or metric called, in the first batch under the eyes of checks.guarded."""
+        """A loss or metric called, in the first batch under the eyes of checks.inputs.guarded."""
         if self.totals.unseen:
-            return checks.guarded(function, outputs, labels, name, scalar=scalar)
+            return checks.inputs.guarded(function, outputs, labels, name, scalar=scalar)
         return function(outputs, labels)
 
     def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False) -> Iterable[Any]:
@@ -123,11 +123,11 @@ def made(
 ) -> Run:
     """What compile's arguments make, checked; the model and its loss are on the device."""
     metrics_dict = {} if metrics_dict is None else metrics_dict
-    checks.check_callable("loss_func", loss_func)
-    checks.check_metrics_dict(metrics_dict)
+    checks.inputs.check_callable("loss_func", loss_func)
+    checks.inputs.check_metrics_dict(metrics_dict)
     metrics_dict = by_column(metrics_dict)
-    checks.check_metrics_dict(metrics_dict)
-    optimizers = {} if optimizer is None else checks.named_optimizers(optimizer)
+    checks.inputs.check_metrics_dict(metrics_dict)
+    optimizers = {} if optimizer is None else checks.inputs.named_optimizers(optimizer)
     check_jit(jit, steps_per_execution)
     world = world_of(distributed)
     chosen = choose_device(device) if world is None else world.device(choose_device(device))
@@ -239,9 +239,9 @@ def check_optimizers(model: Model, run: Run) -> None:
     """Before a fit: they are those of compile, and train the model's parameters."""
     if "optimizer" in run.published and run.published["optimizer"] is not vars(model).get("optimizer"):
         raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
-    checks.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
+    checks.inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
     if not has_own_step(model):
-        checks.check_closures(run.optimizers)
+        checks.inputs.check_closures(run.optimizers)
 
 
 def has_own_step(model: Model) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minikeras import Callback, Model
-from minikeras.checks import guarded
+from minikeras.checks.inputs import guarded
 
 random = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 4, generator=random), torch.randn(8, 1, generator=random)
@@ -125,7 +125,8 @@ BROADCAST = {
     "after float and detach": lambda p, t: ((p.detach().float() - t.float()) ** 2).mean().item(),
 }
 IT_BROADCASTS = "predictions (8, 1) and labels (8,) would broadcast to (8, 8). "
-IT_BROADCASTS += "Pass labels.unsqueeze(-1), or squeeze the predictions."
+IT_BROADCASTS += "Pass labels.unsqueeze(-1), in NumPy labels[:, None], in pandas labels.to_frame(), "
+IT_BROADCASTS += "or squeeze the predictions."
 
 
 @pytest.mark.parametrize("function", BROADCAST.values(), ids=BROADCAST)
@@ -323,6 +324,22 @@ NOT_COUNTS = [("epochs", value) for value in (0, -1, "3", True, 2.5, None)]
 NOT_COUNTS += [(name, 0) for name in ("steps_per_epoch", "validation_freq", "batch_size", "log_step_freq")]
 
 
+KERAS = {"X first": X, "arrays first": (X, Y), "NumPy first": X.numpy()}
+KERAS_SAYS = """
+X first | ValueError: epochs must be a whole number of 1 or more, got Tensor (8, 4) float32. Epochs come first: fit(5,
+    (X, y)).
+arrays first | ValueError: epochs must be a whole number of 1 or more, got (Tensor (8, 4) float32, Tensor (8, 1)
+    float32). Epochs come first: fit(5, (X, y)).
+NumPy first | ValueError: epochs must be a whole number of 1 or more, got ndarray (8, 4) float32. Epochs come first:
+    fit(5, (X, y)).
+"""
+
+
+@pytest.mark.parametrize(("first", "message"), cases(KERAS, KERAS_SAYS))
+def test_who_gives_the_data_first_is_told_that_epochs_come_first(first, message):
+    fits_badly(message, Y, first)
+
+
 @pytest.mark.parametrize(("name", "value"), NOT_COUNTS)
 def test_a_count_must_be_a_whole_number_of_one_or_more(name, value):
     fits_badly(f"ValueError: {name} must be a whole number of 1 or more, got {value!r}.", **{name: value})
@@ -346,11 +363,16 @@ FIT = {
     "an empty list": {"data": []},
     "an empty list in steps": {"data": [], "steps_per_epoch": 2},
     "X and y of different lengths": {"data": (X, Y[:7])},
+    "labels as a list": {"data": (X, ONES.tolist())},
+    "X and y as lists": {"data": (ONES.tolist(), Y.tolist())},
+    "rows of many lengths": {"data": ([np.zeros(3), np.zeros(5), np.zeros(4), np.zeros(6)], Y)},
     "a tuple of 4 arrays": {"data": (X, X, Y, Y)},
     "a batch of 4 parts": {"data": [(X, X, Y, Y)]},
     "a batch that is a lone tensor": {"data": [X]},
     "X alone": {"data": X},
+    "a dict of one": {"data": [{"x": X}]},
     "a dict without labels": {"data": [{"x": X, "y": Y}]},
+    "a dict with labels first": {"data": [{"labels": Y, "input_ids": X}]},
     "a number": {"data": 5},
     "no iteration but items": {"data": Indexed()},
     "a text column": {"data": (CITIES, Y)},
@@ -374,14 +396,24 @@ drop_last drops everything | ValueError: dl_train gave no batch: drop_last=True 
 an empty list | an empty list in steps | ValueError: dl_train gave no batch: iterating it ended at once.
 X and y of different lengths | ValueError: dl_train holds arrays of 8 and 7 rows; expected as many rows in each. Got
     (Tensor (8, 4) float32, Tensor (7, 1) float32).
+labels as a list | X and y as lists | TypeError: dl_train holds 1.0; expected an array of numbers. A list is many
+    arrays: pass one array of equal rows, or a DataLoader with a collate_fn.
+rows of many lengths | ValueError: dl_train holds arrays of 3 and 5 and 4 and ... rows; expected as many rows in each.
+    Got ([Tensor (3,) float32, Tensor (5,) float32, Tensor (4,) float32, Tensor (6,) float32], Tensor (8, 1) float32). A
+    list is many arrays: pass one array of equal rows, or a DataLoader with a collate_fn.
 a tuple of 4 arrays | ValueError: dl_train is a tuple of 4; expected (X, y) or (X, y, sample_weight). Put several inputs
     into a tuple of their own: ((X1, X2), y).
 a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32, Tensor (8, 4) float32, Tensor (8, 1)
     float32, Tensor (8, 1) float32); expected (features, labels) or (features, labels, sample_weight). Put several
     inputs into a tuple of their own: ((a, b), labels).
-a batch that is a lone tensor | X alone | a dict without labels | ValueError: the batches are features alone, and the
-    loss compares with labels. Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X);
-    or override train_step.
+a batch that is a lone tensor | X alone | a dict of one | ValueError: the batches are features alone, and the loss
+    compares with labels. Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X); or
+    override train_step.
+a dict without labels | ValueError: the batches are dicts of x, y, all of them features, and the loss compares with
+    labels. Give batches of (features, labels), (batch, batch.pop('y')) where they are made; or override train_step.
+a dict with labels first | ValueError: the batches are dicts of labels, input_ids, all of them features, and the loss
+    compares with labels. Give batches of (features, labels), (batch, batch.pop('labels')) where they are made; or
+    override train_step.
 a number | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X,
     y), got int.
 no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels) batches
@@ -394,8 +426,9 @@ a sample_weight of two columns | ValueError: the third part of a batch is a weig
     Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b), labels).
 a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
     Tensor (7,) float32. Put several inputs into a tuple of their own: ((a, b), labels).
-a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, so the loss must have a value
-    per row: expected shape (8,), got Tensor () float32. Build it with reduction="none".
+a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, their third part, so the loss
+    must have a value per row: expected shape (8,), got Tensor () float32. Build it with reduction="none"; two inputs
+    are ((a, b), y).
 a loud verbose | ValueError: verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got 'loud'.
 a callback class | a lone callback class | TypeError: callbacks must be instances of minikeras.Callback, got the class
     Callback. Pass Callback().
@@ -476,17 +509,17 @@ LOSSES = {
 }
 LOSSES_SAY = """
 float labels | ValueError: labels are float32 (8,); expected one class index (int64) a row, or class probabilities of
-    shape (8, 3). Pass labels.long().
+    shape (8, 3). Pass labels.long(), or in NumPy and pandas .astype('int64').
 (N, 1) labels | ValueError: labels have shape (8, 1); expected one class index (int64) a row, or class probabilities of
     shape (8, 3). Pass labels.squeeze(1).
 (N, 1) float labels | ValueError: labels are float32 (8, 1); expected one class index (int64) a row, or class
-    probabilities of shape (8, 3). Pass labels.squeeze(1).long().
+    probabilities of shape (8, 3). Pass labels.squeeze(1).long(), or in NumPy and pandas .astype('int64').
 probabilities of 2 of 3 classes | ValueError: labels are float32 (8, 2); expected one class index (int64) a row, or
     class probabilities of shape (8, 3). Give labels and predictions as many columns.
 int32 labels | ValueError: labels are int32; expected one class index (int64) a row, or class probabilities of shape (8,
-    3). Pass labels.long().
+    3). Pass labels.long(), or in NumPy and pandas .astype('int64').
 float labels for NLLLoss | ValueError: labels are float32 (8,); expected one class index (int64) a row. Pass
-    labels.long().
+    labels.long(), or in NumPy and pandas .astype('int64').
 a label past the classes | ValueError: label 3 is outside the classes: the model has 3 outputs, so labels go from 0 to
     2. Number the classes from 0, or give the model more outputs.
 a label below 0 | ValueError: label -1 is outside the classes: the model has 3 outputs, so labels go from 0 to 2. Number
@@ -502,11 +535,12 @@ labels of 1 to 8 for BCELoss | ValueError: BCELoss takes probabilities from 0 to
 NaN for BCELoss | ValueError: BCELoss takes probabilities from 0 to 1, and 1 of 8 predictions is NaN. Look for NaN in
     the features, or lower the learning rate.
 int labels for BCELoss | int labels for logits | ValueError: labels are int64 and predictions float32; the loss takes
-    both in one dtype. Pass labels.float().
+    both in one dtype. Pass labels.float(), or in NumPy and pandas .astype('float32').
 bool labels for BCELoss | bool labels for logits | bool labels for a loss of one's own | ValueError: labels are bool and
-    predictions float32; the loss takes both in one dtype. Pass labels.float().
+    predictions float32; the loss takes both in one dtype. Pass labels.float(), or in NumPy and pandas
+    .astype('float32').
 float64 labels for BCELoss | ValueError: labels are float64 and predictions float32; the loss takes both in one dtype.
-    Pass labels.float().
+    Pass labels.float(), or in NumPy and pandas .astype('float32').
 one loss per row | ValueError: the loss gave Tensor (8, 1) float32; expected one number, a 0-d tensor. Build it with
     reduction="mean", or end it with .mean().
 a loss cut off by detach | ValueError: the loss is Tensor () float32 without a gradient: it does not depend on any
@@ -552,6 +586,55 @@ def test_a_metric_whose_pair_has_no_whole_count_is_refused_before_a_weight_moves
     refused_metric(lambda p, t: (torch.tensor(1.0), torch.tensor(count)), message)
 
 
+FAILS = {
+    "a metric": (
+        {"metrics": {"m": lambda p, t: 1 / 0}},
+        "metric 'm', given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
+    ),
+    "a loss": (
+        {"loss": lambda p, t: 1 / 0},
+        "the loss, given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "note"), FAILS.values(), ids=FAILS)
+def test_an_error_in_a_metric_or_a_loss_says_which_and_what_it_was_given(model, note):
+    with pytest.raises(ZeroDivisionError) as error:
+        compiled(**model).fit(1, (X, Y), verbose=0)
+    assert error.value.__notes__ == [note, "dl_train, batch 1", "epoch 1"]
+
+
+def test_a_loss_that_is_given_all_that_an_lstm_returns_is_told_so():
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
+        compiled(nn.LSTM(4, 1)).fit(1, (X, Y), verbose=0)
+    assert error.value.__notes__ == [
+        "the loss, given y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) float32)), y_true Tensor "
+        "(8, 1) float32. Let forward return the first part alone.",
+        "dl_train, batch 1",
+        "epoch 1",
+    ]
+
+
+SWAPPED = {
+    "cross entropy": (lambda y_true, y_pred: F.cross_entropy(y_pred, y_true), S, CLASSES),
+    "binary cross entropy": (lambda y_true, y_pred: F.binary_cross_entropy(y_pred, y_true), COLUMN, ONES * 2),
+    "a module's": (lambda y_true, y_pred: CE(y_pred, y_true), S, CLASSES),
+}
+
+
+@pytest.mark.parametrize("given", SWAPPED.values(), ids=SWAPPED)
+def test_a_loss_that_takes_its_arguments_in_kerass_order_is_told_ours(given):
+    loss, features, labels = given
+    with pytest.raises(RuntimeError) as error:
+        compiled(Scale(), loss).fit(1, (features, labels), verbose=0)
+    assert error.value.__notes__[1:] == [
+        "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's.",
+        "dl_train, batch 1",
+        "epoch 1",
+    ]
+
+
 # ---------------------------------------------------------------- bad input: what reaches a layer
 
 
@@ -569,6 +652,7 @@ LAYERS = {
     "integers": {"data": (X.long().numpy(), Y)},
     "too few features": {"data": (X[:, :3], Y)},
     "layers that do not meet": {"model": {"net": Narrow()}},
+    "pictures for rows": {"data": (MAPS, Y), "model": {"net": nn.Linear(25, 1)}},
 }
 LAYERS_SAY = """
 float64 tensors | ValueError: layer net has float32 parameters and was given float64 values. Pass features.float(), or
@@ -579,6 +663,8 @@ too few features | ValueError: layer net takes rows of 4 values (in_features) an
     row, or build it with in_features=3.
 layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Pass 5
     features a row, or build it with in_features=6.
+pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1, 5, 5). Put
+    nn.Flatten() before it, or build it with in_features=5.
 """
 
 
@@ -592,11 +678,30 @@ class Joins(Scale):
         return x * self.weight + "suffix"
 
 
+RNN = nn.LSTM(4, 4)
+FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
 NOTES = {
     "channels": (nn.Sequential(nn.Conv2d(3, 1, 5)), MAPS, f"{CONV} was given Tensor (8, 1, 5, 5) float32"),
     "int16 words": (nn.Embedding(5, 2), CLASSES.short(), "layer net: Embedding(5, 2) was given Tensor (8,) int16"),
-    "words past the end": (nn.Embedding(2, 2), CLASSES, "layer net: Embedding(2, 2) was given Tensor (8,) int64"),
+    "words past the end": (
+        nn.Embedding(2, 2),
+        CLASSES,
+        "layer net: Embedding(2, 2) was given Tensor (8,) int64 of 0 to 2, and takes 0 to 1: number from 0, or build "
+        "it with more rows.",
+    ),
+    "all that an LSTM returns": (
+        nn.Sequential(RNN, nn.Linear(4, 1)),
+        X,
+        "layer net.1: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) float32, "
+        f"(Tensor (1, 4) float32, Tensor (1, 4) float32)). {FIRST}",
+    ),
+    "two inputs for one": (
+        nn.Linear(4, 1),
+        (X, X),
+        "layer net: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) float32, Tensor (8, 4) "
+        "float32)",
+    ),
     "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
 }
 
@@ -608,13 +713,65 @@ def test_any_other_error_in_a_layer_carries_a_note_that_names_it(net, features, 
     assert error.value.__notes__ == [note, "dl_train, batch 1", "epoch 1"]
 
 
+class Tab(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 1)
+
+    def forward(self, num, cat):
+        return self.fc(torch.cat([num, cat], 1))
+
+
+@pytest.mark.parametrize("keys", [("numb", "cat"), ("num",), ("num", "cat", "id")], ids=["other", "missing", "extra"])
+@pytest.mark.parametrize("verb", ["fit", "predict"])
+def test_a_dict_whose_keys_are_not_forwards_names_is_told_both(keys, verb):
+    model, features = compiled(Tab()), dict.fromkeys(keys, X)
+    message = f"the features are a dict with the keys {', '.join(keys)}, and forward takes num, cat. "
+    with refused(f"ValueError: {message}Name the keys like these.", model):
+        model.fit(1, (features, Y), verbose=0) if verb == "fit" else model.predict(features)
+
+
+def test_one_input_for_two_is_told_to_make_them_a_tuple():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
+        compiled(Tab()).predict(X)
+    note = "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
+    assert error.value.__notes__ == [note]
+
+
+def test_a_layer_of_ones_own_that_is_called_wrongly_is_not_put_down_to_the_keys():
+    class Inner(Tab):
+        def forward(self, num, cat):
+            return self.tab(num)
+
+    net = Inner()
+    net.tab = Tab()
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
+        compiled(net).predict({"num": X, "cat": X})
+    assert error.value.__notes__ == ["layer net: Inner was given Tensor (8, 4) float32"]
+
+
 def test_outputs_of_ragged_shapes_cannot_be_joined():
     message = "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be joined. "
     with refused(f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."):
         Model(nn.Identity()).predict([torch.ones(2, 3), torch.ones(2, 4)])
 
 
-# ---------------------------------------------------------------- bad input: what compile is given
+# ---------------------------------------------------------------- bad input: what Model and compile are given
+
+NETS = {"a class": nn.Linear, "layers": [nn.Linear(4, 1), nn.ReLU()], "a function": mse}
+NETS_SAY = """
+a class | TypeError: Model wraps a torch.nn.Module, got the class Linear. Pass an instance, Linear(...).
+layers | TypeError: Model wraps a torch.nn.Module, got [Linear, ReLU]. Pass nn.Sequential(*layers), or subclass Model
+    and write its forward.
+a function | TypeError: Model wraps a torch.nn.Module, got function. Pass nn.Sequential(*layers), or subclass Model
+    and write its forward.
+"""
+
+
+@pytest.mark.parametrize(("net", "message"), cases(NETS, NETS_SAY))
+def test_model_wraps_a_module_and_nothing_else(net, message):
+    with refused(message):
+        Model(net)
 
 
 class Forgetful(nn.Module):

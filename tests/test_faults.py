@@ -60,6 +60,40 @@ def test_a_loss_that_is_not_finite_is_an_error_before_it_moves_a_weight(value):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+NO_ONE = "There was no finite loss before it in this fit, at lr 0.1. "
+FINITE = "Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss. "
+AS_BEFORE = "The weights are those of before it."
+
+
+def test_a_first_loss_that_is_not_finite_has_none_before_it():
+    with pytest.raises(FloatingPointError) as raised:
+        compiled(loss_func=bad_at(1)).fit(1, points(8), verbose=0)
+    where = "the loss is nan in epoch 1, batch 1; expected a finite number. "
+    assert str(raised.value) == where + NO_ONE + FINITE + AS_BEFORE
+
+
+IGNORE = {
+    "CrossEntropyLoss": (nn.CrossEntropyLoss(ignore_index=0), 0),
+    "torch's default": (nn.NLLLoss(), -100),
+    "a function": (lambda p, t: nn.functional.cross_entropy(p, t), -100),
+    "with penalties": (minikeras.Regularized(nn.CrossEntropyLoss(ignore_index=1), nn.Linear(2, 3)), 1),
+}
+
+
+@pytest.mark.parametrize(("loss", "ignored"), IGNORE.values(), ids=IGNORE)
+def test_a_batch_in_which_the_loss_ignores_every_label_is_told_so(loss, ignored):
+    model = compiled(minikeras.Model(nn.Linear(2, 3)), loss)
+    before = state(model)
+    with pytest.raises(FloatingPointError) as raised:
+        model.fit(1, [(points(8)[0], torch.full((8,), ignored))], verbose=0)
+    assert str(raised.value) == (
+        f"the loss is nan in epoch 1, batch 1; expected a finite number. {NO_ONE}No label of this batch counts: all "
+        f"are {ignored}, which the loss ignores, and its mean over none is nan. Let the loss give a pair (sum, count). "
+        f"{AS_BEFORE}"
+    )
+    assert same(before, state(model))
+
+
 @pytest.mark.parametrize("part", ["features", "labels"])
 def test_it_is_said_whether_the_data_held_nan_already(part):
     X, y = points(64)
@@ -142,7 +176,8 @@ def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_opti
     keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, points(64 * 32), callbacks=[keep], verbose=0)
-    assert "in epoch 1, batch 30 (it began 5 steps before)" in str(raised.value)  # copied at 20, looked at at 30
+    where = "in epoch 1, batch 30 (it began 15 steps before); expected a finite number. It was at lr 0.01. "
+    assert where in str(raised.value)  # copied at 20, looked at at 30
     assert same(weights[13], state(model)) == fused
     assert ("The weights are those of before it" in str(raised.value)) == fused
     assert not hasattr(optimizer, "found_inf")

@@ -18,6 +18,7 @@ from minikeras.data.nests import leaves, map_leaves
 from minikeras.errors import described, positive_int
 
 ONLY_ONCE = "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts anew"
+LISTS = " A list is many arrays: pass one array of equal rows, or a DataLoader with a collate_fn."
 
 
 def as_batches(
@@ -89,9 +90,10 @@ class ArrayBatches:
         self.arrays = map_leaves(lambda leaf: as_tensor(leaf, name), data)
         lengths = [len(tensor) if tensor.ndim else 1 for tensor in leaves(self.arrays)]
         if len(set(lengths)) != 1:
+            sizes, got = list(dict.fromkeys(map(str, lengths))), described(self.arrays)
             raise ValueError(
-                f"{name} holds arrays of {' and '.join(map(str, lengths))} rows; expected as many rows in each. "
-                f"Got {described(self.arrays)}."
+                f"{name} holds arrays of {' and '.join(sizes[:3])}{' and ...' * (len(sizes) > 3)} rows; expected as "
+                f"many rows in each. Got {got}.{LISTS * ('[' in got)}"
             )
         self.rows = lengths[0]
 
@@ -125,6 +127,8 @@ def as_tensor(array: Any, name: str = "data") -> Tensor:
     """
     if isinstance(array, Tensor):
         return array
+    if isinstance(array, (int, float)):
+        raise TypeError(f"{name} holds {array!r}; expected an array of numbers.{LISTS}")
     if isinstance(array, pd.Series):
         return as_tensor(array.to_frame(), name)[:, 0]
     array = _frame_values(array, name) if isinstance(array, pd.DataFrame) else np.asarray(array)

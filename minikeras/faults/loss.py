@@ -44,6 +44,7 @@ class FiniteLoss:
         self.alone = alone  # else nothing is raised before all processes have heard of it
         self.value = 0.0  # the last loss that was read
         self.last = math.nan  # the last finite loss that was read
+        self.looked = 0  # losses, those included that no one has read
         self.reads_each = device.type == "cpu"
         self.bad = torch.zeros((), device=device) if bad is None else bad.zero_()
         self.found = torch.zeros((), device=device)  # 1 from the first bad loss on
@@ -64,6 +65,7 @@ class FiniteLoss:
 
     def look(self, loss: Tensor) -> None:
         """Before a step moves a weight: raise NonFiniteLoss where the loss, 0-dim, is not finite."""
+        self.looked += 1
         if self.reads_each:
             self._judge(loss.item())
             return
@@ -98,6 +100,7 @@ class FiniteLoss:
 
     def look_back(self, loss: Tensor, steps: int) -> None:
         """After so many steps of a graph that counts and blocks by itself; `loss` is their mean."""
+        self.looked += steps
         if not self.reads_each:
             self._read_now_and_then(steps)
         elif math.isfinite(value := float(loss)):
@@ -108,8 +111,9 @@ class FiniteLoss:
     def _read_now_and_then(self, steps: int) -> None:
         self.steps += steps
         if self.steps >= READ_EVERY:
+            bad = self.reading.result(wait=not self.alone)  # all must find it at the same step
+            self.ended(bad and bad + self.steps)
             self.steps = 0
-            self.ended(self.reading.result(wait=not self.alone))  # all must find it at the same step
             self.reading.start()
 
     def ended(self, bad: float | None = None) -> None:
@@ -145,7 +149,9 @@ class Reading:
         return self.copy.item() if self.arrived is None or self.arrived.query() else 0.0
 
 
-def explained(error: NonFiniteLoss, model: nn.Module, epoch: int, rates: Mapping[str, float], last: float) -> str:
+def explained(
+    error: NonFiniteLoss, model: nn.Module, loss_func: Any, epoch: int, rates: Mapping[str, float], watch: Any
+) -> str:
     """What is known of the cause: where, the rates, the last finite loss, the data, the weights; and what to do."""
     features, labels, number = error.batch
     spoiled = [name for name, nest in (("features", features), ("labels", labels)) if has_non_finite(nest)]
@@ -154,11 +160,14 @@ def explained(error: NonFiniteLoss, model: nn.Module, epoch: int, rates: Mapping
     began = f" (it began {error.ago} steps before)" * (error.ago > 0)
     shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
     told = [f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
-            f"The last finite loss was {last:.4g}, at {shown}."]  # fmt: skip
+            f"{before(error, watch)} at {shown}."]  # fmt: skip
     if spoiled:
         told += [f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."]
     elif error.elsewhere:
         told += ["It was in the batch of another process: its message says more."]
+    elif all_ignored(loss_func, labels):
+        told += [f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss ignores, and its "
+                 f"mean over none is nan. Let the loss give a pair (sum, count)."]  # fmt: skip
     elif not weights:
         told += ["Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."]
     if weights:
@@ -168,6 +177,22 @@ def explained(error: NonFiniteLoss, model: nn.Module, epoch: int, rates: Mapping
     if buffers:
         told += [f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint before you go on."]
     return " ".join(told)
+
+
+def before(error: NonFiniteLoss, watch: FiniteLoss | None) -> str:
+    """The last finite loss, where it was read or there was none."""
+    if watch is not None and math.isfinite(watch.last):
+        return f"The last finite loss was {watch.last:.4g},"
+    first = watch is not None and watch.looked == error.ago + 1
+    return "There was no finite loss before it in this fit," if first else "It was"
+
+
+def all_ignored(loss_func: Any, labels: Any) -> bool:
+    """Whether every label is the one that the loss leaves out: its ignore_index, or torch's default."""
+    parts = loss_func.modules() if isinstance(loss_func, nn.Module) else ()
+    ignored = next((part.ignore_index for part in parts if hasattr(part, "ignore_index")), -100)
+    whole = isinstance(labels, Tensor) and labels.numel() > 0 and not labels.is_floating_point()
+    return whole and bool((labels.long() == ignored).all())
 
 
 def has_non_finite(nest: Any) -> bool:

@@ -1,32 +1,27 @@
-"""What is looked at in the first batch of a fit or evaluate, and torch's errors in the user's words.
+"""What compile, a fit and its first batch are given: refused where it cannot train, or trains in silence on the wrong.
 
 first batch    outputs and labels that broadcast each other, losses that are always 0, softmax taken twice,
                weights that are not one a row, metrics that are not a number
-any batch      what torch refuses anyway: the same error, saying which layer or which labels and what to do
+a fit          optimizers that do not hold the model's parameters
+compile        classes where instances are meant, names that history uses
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.broadcast import CLASS_LOSSES, BroadcastGuard
+from minikeras.broadcast import BroadcastGuard
+from minikeras.checks.causes import dtype_name, no_class
 from minikeras.data import count_rows, leaves
-from minikeras.distributed import World
-from minikeras.errors import described, failing_layer, is_number
-from minikeras.losses import Regularized, check_not_half, half_probabilities, parameters_of
-
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
-PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
+from minikeras.errors import described, is_number
+from minikeras.losses import Regularized, check_not_half, parameters_of
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
 
@@ -37,9 +32,11 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
     try:
         with guard:
             result = function(outputs, labels)
-    except Exception:
+    except Exception as error:
         if guard.found:
             raise ValueError(f"{name}: {guard.found}") from None
+        hint = ". Let forward return the first part alone." * (isinstance(outputs, tuple) and "'tuple'" in str(error))
+        error.add_note(f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}")
         raise
     if scalar:
         check_metric(name, result)
@@ -70,7 +67,7 @@ def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> 
         ignored = getattr(loss_func, "ignore_index", -100)
         outside = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)]
         if outside.numel():
-            raise ValueError(_outside(int(outside[0]), classes))
+            raise ValueError(no_class(int(outside[0]), classes))
     if warn and takes_scores and outputs.ndim == 2 and _sums_to_one(outputs):
         warnings.warn(
             "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies softmax itself. "
@@ -82,121 +79,6 @@ def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> 
 def _sums_to_one(outputs: Tensor) -> bool:
     rows = outputs.detach().float()
     return bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all())
-
-
-def _outside(label: int, classes: int) -> str:
-    return (
-        f"label {label} is outside the classes: the model has {classes} outputs, so labels go from 0 to "
-        f"{classes - 1}. Number the classes from 0, or give the model more outputs."
-    )
-
-
-def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
-    """Raise an error that torch raised inside a loss in the user's words, where the cause is known."""
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = {frame.name for frame in frames if frame.filename == F.__file__}
-    if "unsafe to autocast" in str(error):  # said on CUDA alone
-        raise ValueError(half_probabilities(outputs)) from error
-    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
-        return
-    if inside.intersection(CLASS_LOSSES):
-        _explain_classes(error, outputs, labels, scores="cross_entropy" in inside)
-    if inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
-        raise ValueError(
-            f"BCELoss takes probabilities from 0 to 1, and {_off_range(error, outputs, labels)}"
-        ) from error
-    by_dtype = ("type" in str(error) and inside) or ("bool tensor" in str(error) and labels.dtype == torch.bool)
-    if by_dtype and labels.dtype != outputs.dtype:
-        raise ValueError(
-            f"labels are {_name(labels)} and predictions {_name(outputs)}; the loss takes both in one dtype. "
-            f"Pass labels.{_cast(outputs.dtype)}."
-        ) from error
-
-
-def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
-    which = "labels" if "target" in str(error) else "predictions"
-    values = labels if which == "labels" else outputs.detach()
-    missing = int(values.isnan().sum())
-    if missing:
-        return (
-            f"{missing} of {values.numel()} {which} {'are' if missing > 1 else 'is'} NaN. "
-            f"Look for NaN in the {'labels' if which == 'labels' else 'features'}, or lower the learning rate."
-        )
-    remedy = {
-        "labels": "Scale the labels to 0 and 1.",
-        "predictions": "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores.",
-    }
-    return f"the {which} go from {values.min().item():.4g} to {values.max().item():.4g}. {remedy[which]}"
-
-
-def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: bool) -> None:
-    label = re.search(r"Target (-?\d+) is out of bounds", str(error))
-    if label and outputs.ndim > 1:
-        raise ValueError(_outside(int(label[1]), outputs.shape[1])) from error
-    expected = "expected one class index (int64) a row"
-    if scores:
-        expected += f", or class probabilities of shape {tuple(outputs.shape)}"
-    shape, column = tuple(labels.shape), labels.ndim == outputs.ndim > 1 and labels.shape[1] == 1
-    if labels.is_floating_point() and labels.shape != outputs.shape:
-        if labels.ndim == outputs.ndim and not column:
-            remedy = "Give labels and predictions as many columns."
-        else:
-            remedy = f"Pass labels.{'squeeze(1).' * column}long()."
-        raise ValueError(f"labels are {_name(labels)} {shape}; {expected}. {remedy}") from error
-    if column:
-        raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
-    if "target dtype" in str(error):
-        raise ValueError(f"labels are {_name(labels)}; {expected}. Pass labels.long().") from error
-
-
-# --- forward ----------------------------------------------------------------------------------------------------------
-
-
-def explain_forward(error: Exception, model: nn.Module, world: World | None = None) -> None:
-    """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
-    where = failing_layer(error, model)
-    if where is None:
-        if isinstance(error, TypeError) and "missing" in str(error):
-            error.add_note(
-                "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
-            )
-        return
-    name, layer, given = where
-    if "Expected more than 1 value per channel" in str(error) and isinstance(given, Tensor):
-        whose, other = ("", "another") if world is None else (f", process {world.rank}'s part of the batch", "a bigger")
-        raise ValueError(
-            f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
-            f"{tuple(given.shape)}{whose}. Leave the short last batch out with drop_last=True, or choose {other} "
-            f"batch_size."
-        ) from error
-    wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
-    by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
-    if (
-        isinstance(given, Tensor)
-        and wanted not in (None, given.dtype)
-        and by_dtype
-        and not isinstance(layer, EMBEDDINGS)
-    ):
-        other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
-        raise ValueError(
-            f"layer {name} has {_name(wanted)} parameters and was given {_name(given)} values. "
-            f"Pass features.{_cast(wanted)}, or in NumPy and pandas .astype('{_name(wanted)}'){other}."
-        ) from error
-    if isinstance(layer, nn.Linear) and isinstance(given, Tensor) and given.shape[-1:] != (layer.in_features,):
-        raise ValueError(
-            f"layer {name} takes rows of {layer.in_features} values (in_features) and was given {tuple(given.shape)}. "
-            f"Pass {layer.in_features} features a row, or build it with in_features={given.shape[-1]}."
-        ) from error
-    shown = type(layer).__name__ if list(layer.children()) else str(layer)
-    error.add_note(f"{f'layer {name}: ' * bool(name)}{shown} was given {described(given)}")
-
-
-def _cast(dtype: torch.dtype) -> str:
-    return "float()" if dtype == torch.float32 else f"to({dtype})"
-
-
-def _name(dtype: torch.dtype | Tensor) -> str:
-    return str(dtype.dtype if isinstance(dtype, Tensor) else dtype).removeprefix("torch.")
 
 
 # --- metrics and weights ----------------------------------------------------------------------------------------------
@@ -260,9 +142,14 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
 def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
     if labels is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):  # one's own may do without
+        are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
+        if isinstance(features, Mapping) and len(features) > 1:
+            key = ([key for key in features if key in ("labels", "label", "targets", "target")] or list(features))[-1]
+            are = f"dicts of {', '.join(map(str, features))}, all of them features"
+            remedy = f"(batch, batch.pop({key!r})) where they are made"
         raise ValueError(
-            f"the batches are features alone, and the loss compares with labels. Give batches of (features, labels), "
-            f"arrays as a tuple (X, y), for an autoencoder (X, X); or override {step.__name__}."
+            f"the batches are {are}, and the loss compares with labels. Give batches of (features, labels), "
+            f"{remedy}; or override {step.__name__}."
         )
     if sample_weight is None:
         return
@@ -326,7 +213,7 @@ def _stale_state(optimizer: Optimizer) -> tuple[str, str] | None:
             for value in state.values():
                 alike = isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape
                 if alike and value.is_floating_point() and value.dtype != parameter.dtype:
-                    return _name(value), _name(parameter)
+                    return dtype_name(value), dtype_name(parameter)
     return None
 
 
@@ -345,7 +232,17 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-# --- what compile is given --------------------------------------------------------------------------------------------
+# --- what Model and compile are given ---------------------------------------------------------------------------------
+
+
+def network(net: nn.Module) -> nn.Module:
+    """What Model wraps, which must be a module."""
+    if isinstance(net, nn.Module):
+        return net
+    got = f"{described(net)}. Pass nn.Sequential(*layers), or subclass Model and write its forward."
+    if isinstance(net, type):
+        got = f"the class {net.__name__}. Pass an instance, {net.__name__}(...)."
+    raise TypeError(f"Model wraps a torch.nn.Module, got {got}")
 
 
 def check_callable(name: str, function: Any) -> None:

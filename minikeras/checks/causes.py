@@ -1,0 +1,163 @@
+"""torch's errors in the user's words: the same error, saying which layer or which labels, and what to do."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minikeras.broadcast import CLASS_LOSSES
+from minikeras.distributed import World
+from minikeras.errors import described, failing_layer
+from minikeras.losses import half_probabilities
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
+TUPLE = ". It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
+PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def no_class(label: int, classes: int) -> str:
+    """What is wrong with a label that is no class."""
+    return (
+        f"label {label} is outside the classes: the model has {classes} outputs, so labels go from 0 to "
+        f"{classes - 1}. Number the classes from 0, or give the model more outputs."
+    )
+
+
+def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
+    """Raise an error that torch raised inside a loss in the user's words, where the cause is known."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == F.__file__]
+    inside = {frame.f_code.co_name for frame in frames}
+    if "unsafe to autocast" in str(error):  # said on CUDA alone
+        raise ValueError(half_probabilities(outputs)) from error
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        return
+    if any(at.f_locals.get("input") is labels and at.f_locals.get("target") is outputs for at in frames):
+        error.add_note(
+            "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's."
+        )
+        return
+    if inside.intersection(CLASS_LOSSES):
+        _explain_classes(error, outputs, labels, scores="cross_entropy" in inside)
+    if inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
+        raise ValueError(
+            f"BCELoss takes probabilities from 0 to 1, and {_off_range(error, outputs, labels)}"
+        ) from error
+    by_dtype = ("type" in str(error) and inside) or ("bool tensor" in str(error) and labels.dtype == torch.bool)
+    if by_dtype and labels.dtype != outputs.dtype:
+        raise ValueError(
+            f"labels are {dtype_name(labels)} and predictions {dtype_name(outputs)}; the loss takes both in one dtype. "
+            f"Pass labels.{_cast(outputs.dtype)}."
+        ) from error
+
+
+def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
+    which = "labels" if "target" in str(error) else "predictions"
+    values = labels if which == "labels" else outputs.detach()
+    missing = int(values.isnan().sum())
+    if missing:
+        return (
+            f"{missing} of {values.numel()} {which} {'are' if missing > 1 else 'is'} NaN. "
+            f"Look for NaN in the {'labels' if which == 'labels' else 'features'}, or lower the learning rate."
+        )
+    remedy = "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores."
+    if which == "labels":
+        remedy = "Scale the labels to 0 and 1."
+    return f"the {which} go from {values.min().item():.4g} to {values.max().item():.4g}. {remedy}"
+
+
+def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: bool) -> None:
+    label = re.search(r"Target (-?\d+) is out of bounds", str(error))
+    if label and outputs.ndim > 1:
+        raise ValueError(no_class(int(label[1]), outputs.shape[1])) from error
+    expected = "expected one class index (int64) a row"
+    if scores:
+        expected += f", or class probabilities of shape {tuple(outputs.shape)}"
+    shape, column = tuple(labels.shape), labels.ndim == outputs.ndim > 1 and labels.shape[1] == 1
+    if labels.is_floating_point() and labels.shape != outputs.shape:
+        if labels.ndim == outputs.ndim and not column:
+            remedy = "Give labels and predictions as many columns."
+        else:
+            remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64)}."
+        raise ValueError(f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}") from error
+    if column:
+        raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
+    if "target dtype" in str(error):
+        raise ValueError(f"labels are {dtype_name(labels)}; {expected}. Pass labels.{_cast(torch.int64)}.") from error
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def explain_forward(error: Exception, model: nn.Module, features: Any, world: World | None = None) -> None:
+    """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
+    where = failing_layer(error, model)
+    if where is None:
+        _explain_call(error, model, features)
+        return
+    name, layer, given = where
+    if isinstance(given, Tensor):
+        _explain_layer(error, name, layer, given, world)
+    hint = TUPLE * (type(given) is tuple and given is not features and "tuple" in str(error))
+    if isinstance(layer, EMBEDDINGS) and "out of range" in str(error):
+        taken = f"takes 0 to {layer.num_embeddings - 1}: number from 0, or build it with more rows"
+        hint = f" of {int(given.min())} to {int(given.max())}, and {taken}."
+    shown = type(layer).__name__ if list(layer.children()) else str(layer)
+    error.add_note(f"{f'layer {name}: ' * bool(name)}{shown} was given {described(given)}{hint}")
+
+
+def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
+    """A forward that was not entered, since it takes other arguments."""
+    missing = re.match(r"(\S+)\(\) missing .* argument", str(error))
+    called = [m for m in model.modules() if missing and getattr(type(m).forward, "__qualname__", "") == missing[1]]
+    if called and isinstance(features, Mapping):
+        raise ValueError(
+            f"the features are a dict with the keys {', '.join(map(str, features))}, and forward takes "
+            f"{', '.join(inspect.signature(called[0].forward).parameters)}. Name the keys like these."
+        ) from error
+    if missing:
+        error.add_note("Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels.")
+
+
+def _explain_layer(error: Exception, name: str, layer: nn.Module, given: Tensor, world: World | None) -> None:
+    """What a layer cannot take, and what to give it."""
+    shape = tuple(given.shape)
+    if "Expected more than 1 value per channel" in str(error):
+        whose, other = ("", "another") if world is None else (f", process {world.rank}'s part of the batch", "a bigger")
+        raise ValueError(
+            f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
+            f"{shape}{whose}. Leave the short last batch out with drop_last=True, or choose {other} batch_size."
+        ) from error
+    wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
+    by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
+    if by_dtype and wanted not in (None, given.dtype) and not isinstance(layer, EMBEDDINGS):
+        other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
+        raise ValueError(
+            f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} values. "
+            f"Pass features.{_cast(wanted)}{other}."
+        ) from error
+    if isinstance(layer, nn.Linear) and shape[-1:] != (layer.in_features,):
+        flat = given.ndim > 2 and given.numel() == len(given) * layer.in_features
+        remedy = "Put nn.Flatten() before it" if flat else f"Pass {layer.in_features} features a row"
+        raise ValueError(
+            f"layer {name} takes rows of {layer.in_features} values (in_features) and was given {shape}. "
+            f"{remedy}, or build it with in_features={given.shape[-1]}."
+        ) from error
+
+
+def _cast(dtype: torch.dtype) -> str:
+    cast = {torch.float32: "float()", torch.int64: "long()"}.get(dtype, f"to({dtype})")
+    return f"{cast}, or in NumPy and pandas .astype('{dtype_name(dtype)}')"
+
+
+def dtype_name(dtype: torch.dtype | Tensor) -> str:
+    """float32, not torch.float32."""
+    return str(dtype.dtype if isinstance(dtype, Tensor) else dtype).removeprefix("torch.")
