@@ -30,6 +30,9 @@ class EarlyStopping(Watching):
             They are held on the CPU. Parameters of the loss are not among them. Default False.
         start_from_epoch: epochs of this fit before the first one that counts; default 0.
 
+    Attributes:
+        best: the best value of this fit; an infinity before there is one. `model.stop_training` tells if it stopped.
+
     Each fit starts afresh. NaN is never better. Epochs without a validation do not count.
 
     Raises:
