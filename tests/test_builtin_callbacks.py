@@ -18,6 +18,7 @@ from torch.optim.swa_utils import SWALR
 from minikeras import (
     EMA,
     Callback,
+    CheckpointError,
     CSVLogger,
     EarlyStopping,
     LambdaCallback,
@@ -380,6 +381,29 @@ def test_model_checkpoint_fills_in_the_path_and_makes_folders(tmp_path):
     model, _ = fit(2, [*planned, save], val=BATCHES, validation_freq=2)
     assert names_in(tmp_path / "a" / "b") == ["01-0.50-nan.pt", "02-0.25-2.0.pt"]
     assert_same(torch.load(tmp_path / "a" / "b" / "02-0.25-2.0.pt", weights_only=True), weights(model))
+
+
+@pytest.mark.parametrize("name", ["file/weights.pt", "file/{epoch}/weights.pt", "folder"])
+def test_a_path_that_cannot_be_written_is_refused_before_anything_trains(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    first = tmp_path / "file" / "_" if "{" in name else path
+    for kind in (ModelCheckpoint, CSVLogger, None):
+        model = compiled()
+        before = model.fc1.weight.clone()
+        more = {"checkpoint": path} if kind is None else {"callbacks": [kind(path)]}
+        with pytest.raises((OSError, CheckpointError)) as caught:
+            model.fit(1, points(8), verbose=0, **more)
+        name = "fit(checkpoint=...)" if kind is None else kind.__name__
+        told = str(caught.value)
+        if kind is None and path.is_dir():
+            assert told.startswith(f"{path} is a folder, and not a file or a folder of a run.")
+        else:
+            shown = first if kind is ModelCheckpoint else path
+            assert told.startswith(f"{name} cannot write {shown}: ")
+            assert told.endswith(". Give the path of a file that can be.")
+        assert torch.equal(model.fc1.weight, before)
 
 
 def test_model_checkpoint_saves_the_best_epochs_alone_when_asked(tmp_path):

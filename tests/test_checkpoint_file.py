@@ -92,6 +92,20 @@ def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(
     assert torch.equal(model.fc2.weight, before)
 
 
+def test_a_folder_of_the_users_is_never_written_over(tmp_path):
+    for name in ("results", "weights.pt.prev"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text("mine")
+    for name, folder in (("results", "results"), ("weights.pt", "weights.pt.prev")):
+        for _ in range(2):
+            with pytest.raises(IsADirectoryError) as raised:
+                Net().save(tmp_path / name)
+            assert (
+                str(raised.value) == f"{tmp_path / folder} is a folder, and not one of a run. Give the path of a file."
+            )
+        assert (tmp_path / folder / "data.txt").read_text() == "mine"
+
+
 def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
     net = nn.Linear(2, 1)
     model, state = minikeras.Model(net), net.state_dict()
@@ -445,9 +459,9 @@ def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
 def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
     (tmp_path / "file").write_text("")
     model = compiled()
-    with pytest.raises(CheckpointError, match=r"could not be written: .*(File exists|Not a directory)"):
+    with pytest.raises(OSError, match=r"checkpoint=\.\.\.\) cannot write .*: .*(File exists|Not a directory)"):
         model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "file" / "run.pt")
-    assert list(model.history.index) == [1]
+    assert model.history.empty
 
 
 def test_checkpoint_every_needs_a_file():

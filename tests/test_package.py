@@ -500,6 +500,7 @@ MISTAKES = {
     ("Model.load", "CheckpointError"): lambda folder: plain().load(written(folder / "weights.pt")),
     ("EarlyStopping", "ValueError"): lambda folder: trained(minikeras.EarlyStopping("los", mode="min")),
     ("ModelCheckpoint", "ValueError"): lambda folder: trained(minikeras.ModelCheckpoint("{val_loss}.pt")),
+    ("ModelCheckpoint", "OSError"): lambda folder: trained(minikeras.ModelCheckpoint(folder)),
     ("LRScheduler", "TypeError"): lambda folder: minikeras.LRScheduler(torch.optim.lr_scheduler.StepLR),
     ("LRScheduler", "ValueError"): lambda folder: trained(scheduler("loss")),
     ("CSVLogger", "OSError"): lambda folder: trained(minikeras.CSVLogger(folder)),

@@ -5,11 +5,12 @@ from minikeras.callbacks.base import (
     Callback,
     LambdaCallback,
     check_callbacks,
+    check_row,
     column_order,
     is_rate,
     with_method,
 )
-from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
+from minikeras.callbacks.files import CSVLogger, ModelCheckpoint, check_writable
 from minikeras.callbacks.monitor import check_monitors, mode_of
 from minikeras.callbacks.rates import LRScheduler, rate_name
 from minikeras.callbacks.stopping import EarlyStopping, Timer
@@ -25,6 +26,8 @@ __all__ = [
     "Timer",
     "check_callbacks",
     "check_monitors",
+    "check_row",
+    "check_writable",
     "column_order",
     "is_rate",
     "mode_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import string
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class ModelCheckpoint(Watching):
     Raises:
         ValueError: a bad argument; at the fit's beginning, a name with val_ without dl_val; at an epoch's end, one that
             is not logged.
+        OSError: at the fit's beginning or an epoch's end, a file cannot be written.
 
     >>> import minikeras, tempfile, torch
     >>> from torch import nn
@@ -48,10 +50,13 @@ class ModelCheckpoint(Watching):
         self.path: str = str(path)
         self.names: list[str] = _names_in(self.path)
         self.monitor: Monitor | None = Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
-        self.on_fit_begin()
+        self.best: float = 0.0
 
     def on_fit_begin(self) -> None:
-        self.best: float = 0.0 if self.monitor is None else self.monitor.worst
+        self.best = 0.0 if self.monitor is None else self.monitor.worst
+        if self.model.is_main_process:
+            known = Path(self.path.partition("{")[0] + "_") if self.names else Path(self.path)
+            check_writable(known, "ModelCheckpoint")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.monitor is not None:
@@ -76,6 +81,21 @@ class ModelCheckpoint(Watching):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Make the folder of a file, and see that one can be written there, before anything trains.
+
+    Raises:
+        OSError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise type(error)(f"{name} cannot write {path}: {error}. Give the path of a file that can be.") from error
 
 
 def _names_in(path: str) -> list[str]:
@@ -103,7 +123,7 @@ class CSVLogger(Callback):
             that is carried on goes on in its file either way, without the rows after the last save. Default False.
 
     Raises:
-        OSError: at an epoch's end, the file cannot be written.
+        OSError: at the fit's beginning or an epoch's end, the file cannot be written.
 
     >>> import minikeras, tempfile, torch
     >>> from torch import nn
@@ -123,6 +143,8 @@ class CSVLogger(Callback):
     def on_fit_begin(self) -> None:
         self.columns: list[str] = []  # of the file, from this fit's first row on
         self.rows: int = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
+        if self.model.is_main_process:
+            check_writable(self.path, "CSVLogger")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if not self.model.is_main_process:

@@ -22,6 +22,7 @@ import torch
 from minikeras.errors import CheckpointError
 
 FOLDER = 0x10  # the bit of a zip entry's attributes
+REST = "run.pt"  # in a folder of parts, the file of all else
 ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 
 
@@ -39,8 +40,11 @@ def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> Non
     """Put what `dump` writes into a file at `path`, whole; with `keep` the one there becomes NAME.prev.
 
     Raises:
-        OSError: it could not be written; what was there is there still.
+        OSError: it could not be written, or a folder of something else is there; what was there is there still.
     """
+    for one in (path, previous(path)):
+        if one.is_dir() and not (one / REST).is_file():
+            raise IsADirectoryError(f"{one} is a folder, and not one of a run. Give the path of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = temporary(path)
     try:

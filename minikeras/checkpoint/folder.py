@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minikeras.checkpoint.file import discard, dump, flush, read, remedy
+from minikeras.checkpoint.file import REST, discard, dump, flush, read, remedy
 from minikeras.distributed import World, is_part
 from minikeras.errors import CheckpointError
 
-REST = "run.pt"
 PARTS = "a tensor in parts"  # the key of a dict that stands for one: its name, shape and dtype
 
 

@@ -1,21 +1,13 @@
-"""Plain values: tensors, numbers, strings and containers of them, which a file can hold without holding code.
-
-Also what such a file keeps of optimizers to compare: their settings, and how many parameters a group has.
-"""
+"""Plain values: tensors, numbers, strings and containers of them, which a file can hold without holding code."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-
-from minikeras.errors import is_number
 
 AS_THEY_ARE = (type(None), str, bool, int, float, complex, bytes, torch.Size, torch.dtype, torch.device)
 ARRAY = "a NumPy array"  # the key of a dict that stands for one
@@ -61,30 +53,3 @@ def restored(value: Any) -> Any:
     if type(value) in (dict, OrderedDict):
         return type(value)((key, restored(part)) for key, part in value.items())
     return value
-
-
-def sizes(optimizer_state: Any) -> list[int]:
-    """How many parameters each group of an optimizer has."""
-    return [len(group["params"]) for group in optimizer_state["param_groups"]]
-
-
-def settings(optimizers: Mapping[str, Optimizer]) -> dict[str, list[dict[str, float]]]:
-    """The settings of each optimizer's groups that are numbers, as plain values."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for name, one in optimizers.items():
-        found[name] = [
-            {key: float(value) for key, value in group.items() if is_number(value)} for group in one.param_groups
-        ]
-    return found
-
-
-def other_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two of those, in words.
-
-    >>> other_settings({"": [{"lr": 0.1, "momentum": 0.0}]}, {"": [{"lr": 0.2, "momentum": 0.0}]})
-    'lr 0.1 and not 0.2'
-    """
-    pairs = [(old, new) for name in then for old, new in zip(then[name], now.get(name, []), strict=False)]
-    both = [(key, old[key], new[key]) for old, new in pairs for key in old if key in new]
-    told = [f"{key} {old:g} and not {new:g}" for key, old, new in both if not math.isclose(old, new, rel_tol=1e-6)]
-    return ", ".join(dict.fromkeys(told))

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minikeras.callbacks import Callback
+from minikeras.callbacks import Callback, check_writable
 from minikeras.checkpoint.file import dump, read_newest, remedy, temporary, write
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
-from minikeras.checkpoint.plain import other_settings, plain, restored, settings, sizes
+from minikeras.checkpoint.optimizers import check_optimizers, other_settings, settings
+from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.weights import RUN, check_weights, weights_of
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
 from minikeras.distributed import World, load_optimizer, load_whole
@@ -85,6 +86,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: the file is damaged, or of another run, model or optimizer.
+            OSError: none can be written there.
         """
         self.model, self.run = model, run
         run.carried_on.clear()
@@ -95,6 +97,8 @@ class Checkpoint:
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
         run.begun = settings(run.optimizers) if run.begun is None else run.begun
         found = read_newest(self.path, reader(model))
+        if model.is_main_process and not self.path.is_dir():  # a folder was read
+            check_writable(self.path, "fit(checkpoint=...)")
         if found is not None:
             self.whole = found[1] == self.path
             self._check(found[0], found[1])
@@ -114,16 +118,7 @@ class Checkpoint:
         self._check_metrics(state, path)
         self._check_window(state.get("precision"), path)
         self._check_processes(state, path)
-        for name, optimizer in self.run.optimizers.items():
-            given = state["optimizers"].get(name)
-            own = optimizer.state_dict()
-            if given is None or given["class"] != type(optimizer).__name__ or sizes(given["state"]) != sizes(own):
-                was = "none" if given is None else f"{given['class']} {sizes(given['state'])}"
-                raise CheckpointError(
-                    f"{path} was written with another optimizer{f' {name!r}' * bool(name)}: {was} instead of "
-                    f"{type(optimizer).__name__} {sizes(own)} (parameters in each group). Compile as it was compiled "
-                    f"then. {remedy(path)}"
-                )
+        check_optimizers(state["optimizers"], self.run.optimizers, path)
 
     def _check_metrics(self, state: Any, path: Path) -> None:
         """Within an epoch, what has been counted must be counted on."""
