@@ -34,15 +34,9 @@ import torch
 from torch import nn
 
 from minikeras import checks
-from minikeras.callbacks import Callback, with_method
+from minikeras.callbacks import Callback, check_row, with_method
 from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import (
-    ContinuedBatches,
-    count_rows,
-    empty,
-    prepared,
-    worked,
-)
+from minikeras.data import ContinuedBatches, count_rows, empty, prepared, worked
 from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
@@ -115,7 +109,8 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 call(plan.callbacks, "on_epoch_end", at.epoch, logs)
                 at = Position(at.epoch + 1)
                 checkpoint.epoch_ended(at)
-            if model.stop_training:
+            if model.stop_training and at.epoch <= plan.last:
+                plan.say(f"stopped after epoch {len(run.epochs)} of {plan.last}")
                 break
 
 
@@ -318,6 +313,8 @@ def call(callbacks: Iterable[Callback], moment: str, *args: Any) -> None:
     for callback in callbacks:
         try:
             getattr(callback, moment)(*args)
+            if moment == "on_epoch_end":
+                check_row(args[1])
         except Exception as error:
             error.add_note(f"{type(callback).__name__}.{moment}")
             raise

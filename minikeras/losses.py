@@ -21,11 +21,11 @@ from minikeras.errors import described, is_number, one_of
 Loss = Tensor | tuple[Tensor, Tensor | float]  # the pair is (sum, count), where rows are not the unit
 
 
-def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
+def scalar_loss(result: Any, sample_weight: Tensor | None = None, per_row: bool = False) -> Loss:
     """What `backward` takes, a 0-d tensor or a pair (sum, count), from what a loss_func gives.
 
     With `sample_weight` (batch,) the result must have a value per row: (batch, ...), of which the mean over the rows
-    of value * weight is taken.
+    of value * weight is taken; without it a value per row is refused, unless `per_row`.
 
     >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
     tensor(0.5000)
@@ -35,6 +35,8 @@ def scalar_loss(result: Any, sample_weight: Tensor | None = None) -> Loss:
             return result
     else:
         result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
+    if per_row and sample_weight is None and isinstance(result, Tensor):
+        return result.mean()  # as with weights of 1
     if sample_weight is not None:
         rows = len(sample_weight)
         if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:

@@ -118,8 +118,8 @@ class Model(nn.Module):
         """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or a pair (sum, count).
 
         With `sample_weight` (batch,) the loss must be one per row, as with reduction="none"; the result is the mean
-        over the rows of loss * weight, as in Keras. What is no number, and `outputs` and `labels` that would broadcast
-        each other, are a ValueError.
+        over the rows of loss * weight, as in Keras; an evaluation without weights takes those of 1. What is no number,
+        and `outputs` and `labels` that would broadcast each other, are a ValueError.
         """
         run = self._compiled("compute_loss")
         if run.totals.unseen:
@@ -130,7 +130,7 @@ class Model(nn.Module):
         except (RuntimeError, IndexError) as error:
             checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
-        return scalar_loss(result, sample_weight)
+        return scalar_loss(result, sample_weight, per_row=run.totals is run.val)
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
@@ -279,7 +279,7 @@ class Model(nn.Module):
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
-        train, val = run.batches_of_fit(dl_train, dl_val, batch_size)
+        train, val = run.batches_of_fit(dl_train, dl_val, batch_size, epochs, steps_per_epoch, validation_freq)
         train = saved.watched(train, val, run.device)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")

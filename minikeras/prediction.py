@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minikeras import checks
-from minikeras.data import (
-    Idle,
-    as_batches,
-    count_rows,
-    empty,
-    join,
-    leaves,
-    map_leaves,
-    to_device,
-    unpack,
-    worked,
-)
+from minikeras.data import Idle, as_batches, count_rows, empty, join, leaves, map_leaves, to_device, unpack, worked
 from minikeras.distributed import World
 from minikeras.loop import modes_kept
 from minikeras.precision import in_float32

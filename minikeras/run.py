@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
-from minikeras.data import as_batches, choose_device, empty, is_batched, length, sharded
+from minikeras.data import as_batches, check_lasts, choose_device, empty, is_batched, length, sharded
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
@@ -82,8 +82,12 @@ class Run:
         """What the user has as batches on the device; this process's part of them."""
         return sharded(as_batches(dl, name, batch_size, shuffle=shuffle, device=self.device), self.world, name)
 
-    def batches_of_fit(self, dl_train: Any, dl_val: Any, batch_size: int | None) -> tuple[Iterable[Any], Any]:
+    def batches_of_fit(
+        self, dl_train: Any, dl_val: Any, batch_size: int | None, epochs: int, steps: int | None, validation_freq: int
+    ) -> tuple[Iterable[Any], Any]:
         """What a fit trains on, and what it validates on or None; without a batch that is an error before an epoch."""
+        check_lasts(dl_train, "dl_train", 1 if steps else epochs)
+        check_lasts(dl_val, "dl_val", epochs // validation_freq)
         train = self.batches(dl_train, "dl_train", batch_size, shuffle=True)
         if dl_val is None:
             return train, None

@@ -1,6 +1,8 @@
 """The timetable of the loop, as callbacks see it."""
 
+import numpy as np
 import pytest
+import torch
 from conftest import accuracy, compiled, points
 
 from minikeras import Callback, LambdaCallback
@@ -140,3 +142,61 @@ def test_an_error_at_a_batchs_end_says_the_batch_and_the_callback():
     with pytest.raises(RuntimeError, match="no luck") as raised:
         compiled().fit(1, points(8), callbacks=[Faulty()], verbose=0)
     assert raised.value.__notes__ == ["Faulty.on_batch_end", "dl_train, batch 1", "epoch 1"]
+
+
+class Keras(Callback):
+    def on_train_begin(self):
+        pass
+
+    def on_epoch_ends(self, epoch, logs):
+        pass
+
+
+def test_methods_that_fit_never_calls_are_told_with_those_it_does():
+    with pytest.warns(UserWarning, match="never calls") as told:
+        compiled().fit(1, points(8), callbacks=[Keras()], verbose=0)
+    assert [str(warning.message) for warning in told] == [
+        "fit never calls Keras.on_epoch_ends, Keras.on_train_begin. What it calls is on_fit_begin, on_epoch_begin, "
+        "on_batch_end, on_evaluate_begin, on_evaluate_end, on_epoch_end, on_fit_end."
+    ]
+    assert told[0].filename == __file__
+
+
+class OfAnotherLibrary:
+    def on_train_start(self, trainer):
+        pass
+
+
+class OfBoth(Callback, OfAnotherLibrary):
+    def on_train_start(self, trainer):
+        pass
+
+
+def test_a_callback_of_two_libraries_is_not_told_of_the_methods_of_the_other():
+    compiled().fit(1, points(8), callbacks=[OfBoth()], verbose=0)  # a warning is an error here
+
+
+@pytest.mark.parametrize("verbose", [0, 2])
+@pytest.mark.parametrize("value", ["good", None, torch.ones(2)])
+def test_a_value_in_the_logs_that_is_no_number_is_refused_and_not_kept_in_the_history(value, verbose):
+    model = compiled()
+    note = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(note=value))
+    with pytest.raises(TypeError) as caught:
+        model.fit(2, points(8), callbacks=[note], verbose=verbose)
+    assert str(caught.value) == (f"logs['note'] is {value!r}, and a column of the history holds numbers. Log a number.")
+    assert caught.value.__notes__ == ["LambdaCallback.on_epoch_end", "epoch 1"]
+    assert list(model.history) == ["loss"]
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), torch.tensor(1.0), float("nan")])
+def test_numbers_of_any_kind_may_be_logged(value):
+    log = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(note=value))
+    assert "note" in compiled().fit(1, points(8), callbacks=[log], verbose=2)
+
+
+def test_a_fit_that_ends_early_says_so_in_a_line_unless_it_is_to_say_nothing(capsys):
+    stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2))
+    compiled().fit(9, points(8), callbacks=[stop], verbose=2)
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped after epoch 2 of 9"
+    compiled().fit(9, points(8), callbacks=[stop], verbose=0)
+    assert capsys.readouterr().out == ""

@@ -450,17 +450,27 @@ ONLY_ONCE = "it is a generator, which can be iterated only once. "
 ONLY_ONCE += "Pass a list of batches or an object whose __iter__ starts anew"
 
 
-def test_a_generator_lasts_for_one_epoch():
+USED_UP = f"a generator, {ONLY_ONCE.removeprefix('it is a generator, ')}"
+
+
+def test_a_generator_lasts_for_one_epoch_and_is_refused_for_more_before_a_weight_moves():
+    assert len(compiled().fit(1, batches(2), verbose=0)) == 1
+    says = f"dl_train is {USED_UP}, or give steps_per_epoch. It was to last for 2 epochs."
+    fits_badly(f"ValueError: {says}", batches(2), epochs=2)
+
+
+def test_so_is_one_for_validation_which_is_not_told_of_steps_per_epoch():
+    assert len(compiled().fit(2, (X, Y), batches(2), validation_freq=2, verbose=0)) == 2
+    says = f"ValueError: dl_val is {USED_UP}. It was to last for 2 epochs."
+    fits_badly(says, epochs=2, dl_val=batches(2))
+
+
+def test_a_generator_that_is_used_up_says_so():
+    used = batches(1)
     model = compiled()
-    assert len(model.fit(1, batches(2), verbose=0)) == 1
-    with refused(f"ValueError: dl_train gave no batch: {ONLY_ONCE}, or give steps_per_epoch."):
-        model.fit(2, batches(2), verbose=0)
-    assert list(model.history.index) == [1, 2]
-
-
-def test_a_generator_for_validation_is_not_told_of_steps_per_epoch():
-    with refused(f"ValueError: dl_val gave no batch: {ONLY_ONCE}."):
-        compiled().fit(2, (X, Y), batches(2), verbose=0)
+    model.fit(1, used, verbose=0)
+    with refused(f"ValueError: dl_train gave no batch: {ONLY_ONCE}."):
+        model.fit(1, used, verbose=0)
 
 
 def test_a_generator_that_is_long_enough_serves_steps_per_epoch():
@@ -470,6 +480,18 @@ def test_a_generator_that_is_long_enough_serves_steps_per_epoch():
 def test_a_generator_that_runs_out_within_steps_per_epoch_says_after_how_many_batches():
     with refused(f"ValueError: dl_train ended after 3 batches, and steps_per_epoch=2 needs more: {ONLY_ONCE}."):
         compiled().fit(2, batches(3), steps_per_epoch=2, verbose=0)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_rows_without_weights_are_all_alike_in_an_evaluation_and_refused_in_training(jit):
+    model = Model(nn.Linear(4, 1))
+    model.compile(nn.MSELoss(reduction="none"), device="cpu", jit=jit)
+    weighted = model.fit(2, (X, Y, torch.ones(8)), (X, Y), batch_size=3, verbose=0)
+    expected = F.mse_loss(model.predict(X), Y).item()
+    assert weighted["val_loss"][2] == pytest.approx(expected, rel=1e-6)
+    assert model.evaluate((X, Y), batch_size=3)["val_loss"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="expected one number, a 0-d tensor"):
+        model.fit(1, (X, Y), verbose=0)
 
 
 def test_an_error_in_a_batch_says_where_in_the_fit_it_was():

@@ -304,9 +304,9 @@ def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():
 
 def test_a_generator_that_is_exhausted_is_told_in_its_epoch():
     with pytest.raises(ValueError, match="gave no batch") as raised:
-        compiled().fit(2, ((X, y) for X, y in [points(8)]), verbose=0)
+        compiled().fit(1, (batch for batch in ()), verbose=0)
     assert str(raised.value) == (
         "dl_train gave no batch: it is a generator, which can be iterated only once. Pass a list of batches or an "
-        "object whose __iter__ starts anew, or give steps_per_epoch."
+        "object whose __iter__ starts anew."
     )
-    assert raised.value.__notes__ == ["dl_train, batch 0", "epoch 2"]
+    assert raised.value.__notes__ == ["dl_train, batch 0", "epoch 1"]

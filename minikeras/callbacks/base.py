@@ -11,10 +11,13 @@ on_fit_end              also after an error or Ctrl-C
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
+
+from minikeras.errors import is_number
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -111,6 +114,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
             got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
             got = f"a torch {type(callback).__name__}" if isinstance(callback, TorchScheduler) else got
             raise TypeError(f"callbacks must be instances of minikeras.Callback, got {got}. Pass {_remedy(callback)}.")
+        _warn_of_uncalled(callback)
     return listed
 
 
@@ -122,6 +126,23 @@ def _remedy(callback: Any) -> str:
     return (
         "LambdaCallback(on_epoch_end=...) for a function" if callable(callback) else "a list of instances, or nothing"
     )
+
+
+def _warn_of_uncalled(callback: Callback) -> None:
+    """A method that looks like a moment and is none; those that another library's class has are its own."""
+    moments = [name for name in vars(Callback) if name.startswith("on_")]
+    others = {name for cls in type(callback).__mro__ if not issubclass(cls, Callback) for name in vars(cls)}
+    unknown = [name for name in dir(type(callback)) if name.startswith("on_") and name not in {*moments, *others}]
+    if unknown:
+        calls, names = ", ".join(f"{type(callback).__name__}.{name}" for name in unknown), ", ".join(moments)
+        warnings.warn(f"fit never calls {calls}. What it calls is {names}.", stacklevel=4)
+
+
+def check_row(logs: dict[str, Any]) -> None:
+    """What a callback has added to an epoch's row of the history must be numbers; what is not is taken out again."""
+    for name in [name for name, value in logs.items() if not is_number(value)]:
+        value = logs.pop(name)
+        raise TypeError(f"logs[{name!r}] is {value!r}, and a column of the history holds numbers. Log a number.")
 
 
 def with_method(callbacks: Iterable[Callback], name: str) -> list[Callback]:

@@ -22,12 +22,7 @@ LISTS = " A list is many arrays: pass one array of equal rows, or a DataLoader w
 
 
 def as_batches(
-    data: Any,
-    name: str,
-    batch_size: int | None = None,
-    *,
-    shuffle: bool = False,
-    device: torch.device | None = None,
+    data: Any, name: str, batch_size: int | None = None, *, shuffle: bool = False, device: torch.device | None = None
 ) -> Iterable[Any]:
     """An iterable of batches from anything `fit`, `evaluate` and `predict` accept.
 
@@ -200,6 +195,13 @@ def length(batches: Any) -> int | None:
         return None
 
 
+def check_lasts(data: Any, name: str, passes: int) -> None:
+    """An iterator is used up by the first pass over it: more are refused before it."""
+    if passes > 1 and isinstance(data, Iterator):
+        steps = ", or give steps_per_epoch" * (name == "dl_train")
+        raise ValueError(f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs.")
+
+
 def empty(batches: Any, name: str) -> ValueError:
     """The error for data that gave no batch, with the reason."""
     processes, batches = processes_of(batches), getattr(batches, "loader", batches)
@@ -211,9 +213,8 @@ def empty(batches: Any, name: str) -> ValueError:
     elif rows is not None and size is not None and rows < size * processes and getattr(batches, "drop_last", False):
         each = f" on each of {processes} processes" * (processes > 1)
         reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set drop_last=False"
-    elif iter(batches) is batches:
-        steps = ", or give steps_per_epoch" * (name == "dl_train")
-        reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}{steps}"
+    elif isinstance(batches, Iterator):
+        reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}"
     return ValueError(f"{name} gave no batch: {reason}.")
 
 

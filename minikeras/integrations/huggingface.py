@@ -22,12 +22,7 @@ except ModuleNotFoundError as error:
 WEIGHTS = "model.safetensors"  # the Hub's name for them
 
 
-class HubModel(
-    minikeras.Model,
-    PyTorchModelHubMixin,
-    library_name="minikeras",
-    tags=["minikeras"],
-):
+class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", tags=["minikeras"]):
     """A `minikeras.Model` with huggingface_hub's save_pretrained, from_pretrained and push_to_hub.
 
     Subclass it; the constructor's arguments are kept where JSON can hold them, and are what it is built with again.

@@ -156,10 +156,11 @@ class EvaluateStep:
     def forward_and_loss(self, how: str) -> Callable[..., tuple[Any, Any]]:
         """Outputs, in float32, and loss of a batch as plain torch."""
         model, loss_func, precision = self.model, self.run.loss_func, self.run.precision
+        per_row = self.totals is self.run.val
 
         def forward_and_loss(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
             outputs = call_as(how, model, features)
-            return outputs, scalar_loss(loss_func(outputs, labels), sample_weight)
+            return outputs, scalar_loss(loss_func(outputs, labels), sample_weight, per_row)
 
         if precision is None or precision.dtype is None:
             return forward_and_loss
