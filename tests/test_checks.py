@@ -465,6 +465,22 @@ def test_so_is_one_for_validation_which_is_not_told_of_steps_per_epoch():
     fits_badly(says, epochs=2, dl_val=batches(2))
 
 
+class StartsAnew:
+    def __iter__(self):
+        self.left = 2
+        return self
+
+    def __next__(self):
+        self.left -= 1
+        if self.left < 0:
+            raise StopIteration
+        return X, Y
+
+
+def test_an_iterator_that_starts_anew_lasts_as_long_as_it_is_asked():
+    assert len(compiled().fit(2, StartsAnew(), StartsAnew(), verbose=0)) == 2
+
+
 def test_a_generator_that_is_used_up_says_so():
     used = batches(1)
     model = compiled()

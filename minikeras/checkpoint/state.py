@@ -97,13 +97,13 @@ class Checkpoint:
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
         run.begun = settings(run.optimizers) if run.begun is None else run.begun
         found = read_newest(self.path, reader(model))
-        if model.is_main_process and not self.path.is_dir():  # a folder was read
-            check_writable(self.path, "fit(checkpoint=...)")
         if found is not None:
             self.whole = found[1] == self.path
             self._check(found[0], found[1])
             self.state = self._mine(found[0], found[1])
             self._compare_settings(found[0].get("begun"))
+        if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
+            check_writable(self.path, "fit(checkpoint=...)")
         return self.last
 
     def _check(self, state: Any, path: Path) -> None:

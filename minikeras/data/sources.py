@@ -196,8 +196,8 @@ def length(batches: Any) -> int | None:
 
 
 def check_lasts(data: Any, name: str, passes: int) -> None:
-    """An iterator is used up by the first pass over it: more are refused before it."""
-    if passes > 1 and isinstance(data, Iterator):
+    """A generator, zip, ... is used up by one pass: more are refused before it. One of the user's may start anew."""
+    if passes > 1 and isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
         steps = ", or give steps_per_epoch" * (name == "dl_train")
         raise ValueError(f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs.")
 
