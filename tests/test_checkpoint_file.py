@@ -93,10 +93,11 @@ def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(
 
 
 def test_a_folder_of_the_users_is_never_written_over(tmp_path):
-    for name in ("results", "weights.pt.prev"):
+    pairs = [("results", "results"), ("weights.pt", "weights.pt.prev"), ("w.pt", "w.pt.tmp")]
+    for _, name in pairs:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.txt").write_text("mine")
-    for name, folder in (("results", "results"), ("weights.pt", "weights.pt.prev")):
+    for name, folder in pairs:
         for _ in range(2):
             with pytest.raises(IsADirectoryError) as raised:
                 Net().save(tmp_path / name)
@@ -198,11 +199,44 @@ def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_p
         read(path)
 
 
-def test_where_a_death_between_two_renamings_left_the_one_before_it_is_used(tmp_path):
+def test_a_file_that_the_user_removes_starts_anew_whatever_was_before_it(tmp_path):
     path = tmp_path / "run.pt"
-    model = run_file(path, epochs=3)
+    first = run_file(path, epochs=3)
+    assert previous(path).exists()
     path.unlink()
-    assert torch.equal(run_file(path, epochs=3).fc1.weight, model.fc1.weight)
+    with pytest.raises(FileNotFoundError):
+        Net().load(path)
+    model = Net()
+    with torch.no_grad():
+        model.fc1.weight.zero_()
+    assert not torch.equal(run_file(path, epochs=1, model=model).fc1.weight, first.fc1.weight)
+    assert not previous(path).exists()  # it was of the run before
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_there_is_a_whole_file_at_each_moment_of_a_writing(links, tmp_path, monkeypatch):
+    path, seen = tmp_path / "w.pt", []
+
+    def watched(function):
+        def call(*args, **kwargs):
+            seen.append(len(read(path)))
+            result = function(*args, **kwargs)
+            seen.append(len(read(path)))
+            return result
+
+        return call
+
+    def no_links(*args):
+        raise OSError("not here")
+
+    write(path, dump([1]))
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    monkeypatch.setattr(os, "link", watched(os.link) if links else no_links)
+    write(path, dump([1, 2]))
+    assert sorted(seen) == seen and set(seen) == {1, 2}
+    assert (read(path), read(previous(path))) == ([1, 2], [1])
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
 def test_where_both_are_damaged_nothing_is_used(tmp_path):

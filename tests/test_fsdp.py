@@ -106,6 +106,9 @@ def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_of
     (folder / name).write_bytes(content)
     with pytest.warns(UserWarning, match=rf"is damaged in .* The one written before it is {folder}\.prev. It is used"):
         model.load(folder)
+    shutil.move(folder, tmp_path / "aside")  # as between two renamings
+    model.load(folder)
+    shutil.move(tmp_path / "aside", folder)
     shutil.rmtree(tmp_path / "run.pt.prev")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"is damaged in .* There is none written before it"):

@@ -1,9 +1,11 @@
 """Plain values <-> a file that is whole or not there.
 
-write    to a temporary file beside it, flushed to the disk; the last one becomes NAME.prev, the new one takes its place
+write    to a temporary file beside it, flushed to the disk; the last one gets the name NAME.prev too, then the new one
+         takes its place
 read     every byte against its checksum, then values only: nothing in a file can run
 
-Whenever the process dies, NAME or NAME.prev is a whole state. A folder is written in the same way.
+Whenever the process dies, NAME is a whole state; where it is gone, the user has removed it. A folder cannot have two
+names, so between two renamings there may be NAME.prev alone.
 """
 
 from __future__ import annotations
@@ -42,22 +44,49 @@ def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> Non
     Raises:
         OSError: it could not be written, or a folder of something else is there; what was there is there still.
     """
-    for one in (path, previous(path)):
-        if one.is_dir() and not (one / REST).is_file():
-            raise IsADirectoryError(f"{one} is a folder, and not one of a run. Give the path of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = temporary(path)
+    refuse_folders(path, previous(path), new)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         dump(new)
         flush(new)
-        if keep and path.exists():
-            put(path, previous(path))
+        if keep:
+            keep_previous(path)
         put(new, path)
     except BaseException:
         with contextlib.suppress(OSError):
             discard(new)
         raise
     flush(path.parent)
+
+
+def refuse_folders(*paths: Path) -> None:
+    """One that a run with parameters in parts has written may be written over, and no other.
+
+    Raises:
+        IsADirectoryError: one is a folder that holds something else.
+    """
+    for path in paths:
+        names = [one.name for one in path.iterdir()] if path.is_dir() else []
+        if any(name not in (REST, ".metadata") and not name.endswith(".distcp") for name in names):
+            raise IsADirectoryError(f"{path} is a folder, and not one of a run. Give the path of a file.")
+
+
+def keep_previous(path: Path) -> None:
+    """What is there gets the name NAME.prev as well, or alone where it cannot have two."""
+    if path.is_dir():
+        put(path, previous(path))
+    elif path.exists():
+        second = path.with_name(path.name + ".new")
+        discard(second)
+        try:
+            os.link(path, second)
+        except OSError:  # not every file system has them
+            shutil.copyfile(path, second)
+            flush(second)
+        put(second, previous(path))
+    elif not previous(path).is_dir():  # of a run whose file the user has removed
+        discard(previous(path))
 
 
 def put(source: Path, target: Path) -> None:
@@ -155,8 +184,9 @@ def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Pa
     before = previous(path)
     try:
         return read(path), path
-    except (FileNotFoundError, NotADirectoryError):  # a death between two renamings leaves the one before alone
-        return (read(before), before) if before.exists() else None
+    except (FileNotFoundError, NotADirectoryError):  # where a folder came or went, between two renamings
+        midway = before.is_dir() or (before.exists() and temporary(path).is_dir())
+        return (read(before), before) if midway else None
     except CheckpointError as error:
         if not before.exists():
             raise

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minikeras.checkpoint.file import REST, discard, dump, flush, read, remedy
+from minikeras.checkpoint.file import REST, discard, dump, flush, read, refuse_folders, remedy
 from minikeras.distributed import World, is_part
 from minikeras.errors import CheckpointError
 
@@ -64,6 +64,7 @@ def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[
     problem = ""
     if world.rank == 0:
         try:
+            refuse_folders(folder)
             discard(folder)
             folder.mkdir(parents=True)
         except OSError as error:
