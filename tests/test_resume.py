@@ -11,6 +11,7 @@ from runs import LOADERS, Mean, Noisy, Shuffled, call_of, differences, result_of
 from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
+import minikeras
 from minikeras import CheckpointError, LambdaCallback, LRScheduler
 
 
@@ -300,6 +301,58 @@ def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not
         f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and not 0.02, initial_lr "
         f"0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a callback to change them in the run."
     )
+
+
+@pytest.mark.parametrize("epochs", [3, 5])
+def test_a_fit_that_failed_as_an_epoch_ended_is_gone_on_with_in_the_same_process(epochs, tmp_path):
+    path = {"checkpoint": tmp_path / "run.pt", "verbose": 0}
+    broken = LambdaCallback(on_epoch_end=lambda epoch, logs: 1 // (epoch != 2))
+    torch.manual_seed(1)
+    expected = compiled()
+    expected.fit(epochs, points(40), verbose=0)
+    torch.manual_seed(1)
+    model = compiled()
+    with pytest.raises(ZeroDivisionError) as raised:
+        model.fit(3, points(40), callbacks=[broken], **path)
+    assert raised.value.__notes__[-1].endswith("Call fit again to go on from there.")
+    model.fit(epochs, points(40), **path)
+    pd.testing.assert_frame_equal(model.history, expected.history, check_exact=True)
+    assert len(model.fit(1, points(40), **path)) == epochs + 1  # that one had come to its end
+
+
+def test_the_milestones_of_a_schedule_outlive_the_process(tmp_path):
+    def rates(*calls):
+        for epochs, path in calls:
+            model = compiled(lr=1.0)
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(model.optimizer, [2, 4], gamma=0.1)
+            dfhistory = model.fit(epochs, points(40), checkpoint=path, callbacks=[LRScheduler(scheduler)], verbose=0)
+        return dfhistory["lr"].tolist()
+
+    assert rates((1, tmp_path / "run.pt"), (6, tmp_path / "run.pt")) == rates((6, None))
+
+
+class Versioned(torch.nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "weight"] = state[prefix + "weight"] * 100  # as it would have been written then
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_layer_finds_the_version_that_its_weights_were_written_by(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return compiled(minikeras.Model(torch.nn.Sequential(Versioned(2, 1), torch.nn.Sigmoid())))
+
+    model, other = made(), made()
+    best = minikeras.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    model.fit(2, points(40), checkpoint=tmp_path / "run.pt", callbacks=[best], verbose=0)
+    other.fit(2, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
+    assert model.net[0].weight.abs().max() < 10
+    assert torch.equal(other.net[0].weight, model.net[0].weight)
+    other.load(tmp_path / "run.pt")
+    assert torch.equal(other.net[0].weight, model.net[0].weight)
 
 
 def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):

@@ -102,12 +102,11 @@ class EarlyStopping(Watching):
         self.weights = state["weights"]
 
 
-def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """A copy of a module's state on the CPU."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        for name, value in state.items()
-    }
+    for name, value in state.items():  # in place: torch keeps version numbers beside the items
+        state[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+    return state
 
 
 class Timer(Callback):

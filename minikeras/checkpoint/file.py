@@ -77,16 +77,14 @@ def keep_previous(path: Path) -> None:
     if path.is_dir():
         put(path, previous(path))
     elif path.exists():
-        second = path.with_name(path.name + ".new")
-        discard(second)
+        second = path.with_name(path.name + ".prev.tmp")
+        second.unlink(missing_ok=True)
         try:
             os.link(path, second)
         except OSError:  # not every file system has them
             shutil.copyfile(path, second)
             flush(second)
         put(second, previous(path))
-    elif not previous(path).is_dir():  # of a run whose file the user has removed
-        discard(previous(path))
 
 
 def put(source: Path, target: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minikeras.checkpoint.file import REST, discard, dump, flush, read, refuse_folders, remedy
+from minikeras.checkpoint.plain import like
 from minikeras.distributed import World, is_part
 from minikeras.errors import CheckpointError
 
@@ -46,9 +47,9 @@ def apart(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
         return value, {}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     pairs = {key: apart(item, f"{name}/{key}") for key, item in items}
-    rest = {key: item for key, (item, _) in pairs.items()}
+    rest = ((key, item) for key, (item, _) in pairs.items())
     found = {path: tensor for _, tensors in pairs.values() for path, tensor in tensors.items()}
-    return rest if isinstance(value, dict) else type(value)(rest.values()), found
+    return like(value, rest) if isinstance(value, dict) else type(value)(item for _, item in rest), found
 
 
 def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def with_targets(value: Any, targets: dict[str, Tensor], mesh: Any) -> Any:
             targets[name] = empty(shape, dtype, mesh)
         return targets[name]
     if isinstance(value, dict):
-        return type(value)((key, with_targets(item, targets, mesh)) for key, item in value.items())
+        return like(value, ((key, with_targets(item, targets, mesh)) for key, item in value.items()))
     if type(value) in (list, tuple):
         return type(value)(with_targets(item, targets, mesh) for item in value)
     return value

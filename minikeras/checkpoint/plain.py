@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ def plain(value: Any, where: str) -> Any:
     if type(value) in (list, tuple, set):
         return type(value)(plain(part, f"{where}[{number}]") for number, part in enumerate(value))
     if type(value) in (dict, OrderedDict, Counter):
-        return type(value)((plain(key, where), plain(part, f"{where}[{key!r}]")) for key, part in value.items())
+        return like(value, ((plain(key, where), plain(part, f"{where}[{key!r}]")) for key, part in value.items()))
     kinds: tuple[Any, ...] = (bool, int, float, str, dict, list, tuple)
     for kind in kinds:  # an enum's member, a named tuple, a defaultdict
         if isinstance(value, kind):
@@ -51,5 +53,18 @@ def restored(value: Any) -> Any:
     if type(value) in (list, tuple, set):
         return type(value)(restored(part) for part in value)
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, restored(part)) for key, part in value.items())
+        return like(value, ((key, restored(part)) for key, part in value.items()))
     return value
+
+
+def like(value: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+    """A dict of that one's class with other items; it keeps the version numbers that a state_dict has beside its own.
+
+    >>> like(Counter("aab"), [("a", 1)])
+    Counter({'a': 1})
+    """
+    other = copy.copy(value)
+    other.clear()
+    for key, item in items:
+        other[key] = item
+    return other

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from minikeras.callbacks import Callback, check_writable
-from minikeras.checkpoint.file import dump, read_newest, remedy, temporary, write
+from minikeras.checkpoint.file import dump, previous, read_newest, refuse_folders, remedy, temporary, write
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.optimizers import check_optimizers, other_settings, settings
 from minikeras.checkpoint.plain import plain, restored
@@ -91,19 +91,24 @@ class Checkpoint:
         self.model, self.run = model, run
         run.carried_on.clear()
         self.interruptions.alone = run.world is None
+        before, run.under_way = run.under_way, None
         self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
         if self.path is None:
             return self.last
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
         run.begun = settings(run.optimizers) if run.begun is None else run.begun
         found = read_newest(self.path, reader(model))
+        if found is not None and before is not None and before[0] == self.path:  # broken off, and called once more
+            self.first, self.last = before[1], before[1] - 1 + epochs
         if found is not None:
             self.whole = found[1] == self.path
             self._check(found[0], found[1])
             self.state = self._mine(found[0], found[1])
             self._compare_settings(found[0].get("begun"))
+        refuse_folders(previous(self.path), temporary(self.path))
         if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
             check_writable(self.path, "fit(checkpoint=...)")
+        run.under_way = self.path, self.first
         return self.last
 
     def _check(self, state: Any, path: Path) -> None:
@@ -171,11 +176,7 @@ class Checkpoint:
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
         done, rows = len(self.run.epochs), len(state["history"])
-        finished = stopped(state) or rows >= state["last"]
-        if state["first"] == self.first:  # the same call in a new process
-            return state
-        if done == rows and not finished:  # broken off, and called once more in the same process
-            self.first, self.last = state["first"], state["last"]
+        if state["first"] == self.first:  # the same call
             return state
         if done == rows:  # a call before this one, whose file this one takes over
             return None
@@ -203,6 +204,7 @@ class Checkpoint:
             at = at if stopped(state) else Position(**state["position"])
             self.model.stop_training = state["stopped"]
         if at.epoch > self.last:
+            self.run.under_way = None
             say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
         else:
             say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
@@ -306,6 +308,7 @@ class Checkpoint:
         if self.run.world is not None:  # all must know, since all try again
             failed = bool(self.run.world.agree(failed)[0])
         if not failed:
+            self.run.under_way = None if last else self.run.under_way
             self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
 
     def _write(self, path: Path, state: Any) -> OSError | None:
