@@ -336,13 +336,16 @@ class Odd(minikeras.Callback):
         return {"when": [{1, 2}, Path("here")]}
 
 
-def test_a_state_that_is_not_plain_is_refused_as_it_is_written(tmp_path):
+def test_a_state_that_is_not_plain_is_refused_before_anything_trains(tmp_path):
+    model = compiled()
+    before = model.fc1.weight.clone()
     with pytest.raises(TypeError) as raised:
-        compiled().fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[Odd()])
+        model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[Odd()])
     assert str(raised.value) == (
-        "the state of the run['callbacks']['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected "
-        "tensors, numbers, strings, lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+        "callbacks['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected tensors, numbers, "
+        "strings, lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
     )
+    assert torch.equal(model.fc1.weight, before)
 
 
 def test_a_metric_that_cannot_be_held_is_refused_before_anything_moves(tmp_path):
@@ -400,6 +403,39 @@ def test_a_run_of_another_architecture_is_refused(tmp_path):
         CheckpointError, match=r"another architecture than Model: missing: net\.weight, net\.bias; unex"
     ):
         run_file(path, model=minikeras.Model(nn.Linear(2, 1)))
+
+
+def test_a_run_with_another_loss_is_refused_before_its_weights_are_taken(tmp_path):
+    path, (X, y) = tmp_path / "run.pt", points(40)
+
+    def run(loss):
+        torch.manual_seed(0)
+        model = minikeras.Model(nn.Linear(2, 3))
+        model.compile(loss, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+        before = model.net.weight.clone()
+        try:
+            model.fit(2, (X, y.squeeze(1).long()), checkpoint=path, verbose=0)
+        finally:
+            moved = not torch.equal(model.net.weight, before)
+            assert moved == (loss.weight is None)
+
+    run(nn.CrossEntropyLoss())
+    with pytest.raises(CheckpointError, match=r"another architecture than CrossEntropyLoss: missing: weight\."):
+        run(nn.CrossEntropyLoss(weight=torch.ones(3)))
+
+
+def test_layers_without_sizes_yet_take_the_files(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return minikeras.Model(nn.Sequential(nn.LazyLinear(1), nn.Sigmoid()))
+
+    model = run_file(tmp_path / "run.pt", model=made())
+    model.save(tmp_path / "w.pt")
+    for name in ("w.pt", "run.pt"):
+        other = made()
+        other.load(tmp_path / name)
+        assert torch.equal(other.net[0].weight, model.net[0].weight)
+    assert torch.equal(run_file(tmp_path / "run.pt", model=made()).net[0].weight, model.net[0].weight)
 
 
 def test_a_fit_of_other_epochs_is_refused(tmp_path):

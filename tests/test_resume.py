@@ -331,6 +331,81 @@ def test_the_milestones_of_a_schedule_outlive_the_process(tmp_path):
     assert rates((1, tmp_path / "run.pt"), (6, tmp_path / "run.pt")) == rates((6, None))
 
 
+class Thaws(minikeras.Callback):
+    def on_epoch_begin(self, epoch):
+        if epoch == 2:
+            self.model.fc1.requires_grad_(True)
+
+
+def test_what_a_callback_has_thawed_stays_so_and_what_the_script_thaws_is_taken(tmp_path):
+    def fit(epochs, path=None, frozen=True):
+        torch.manual_seed(1)
+        model = compiled()
+        model.fc1.requires_grad_(not frozen)
+        return model, model.fit(epochs, points(40), checkpoint=path, callbacks=[Thaws()], verbose=0)
+
+    expected = fit(4)[1]
+    fit(3, tmp_path / "run.pt")
+    pd.testing.assert_frame_equal(fit(4, tmp_path / "run.pt")[1], expected, check_exact=True)
+    fit(1, tmp_path / "other.pt")
+    assert fit(1, tmp_path / "other.pt", frozen=False)[0].fc1.weight.requires_grad
+
+
+class Cached(torch.nn.Module):
+    """Two buffers that are in no state_dict: one grows, one comes with the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.register_buffer("mean", None, persistent=False)
+
+    def forward(self, x):
+        self.mean = x.mean(dim=0) if self.mean is None else self.mean
+        self.table = torch.cat([self.table, torch.zeros(1)])
+        return torch.sigmoid(self.layer(x - self.mean))
+
+
+def test_buffers_that_grow_or_come_late_are_restored_as_they_were(tmp_path):
+    def fit(epochs, path=None):
+        torch.manual_seed(1)
+        model = compiled(minikeras.Model(Cached()))
+        return model.fit(epochs, points(40), batch_size=10, checkpoint=path, verbose=0), model.net.table
+
+    expected, table = fit(3)
+    fit(1, tmp_path / "run.pt")
+    again, other = fit(3, tmp_path / "run.pt")
+    pd.testing.assert_frame_equal(again, expected, check_exact=True)
+    assert len(other) == len(table) == 13
+
+
+@pytest.mark.parametrize("kinds", [(), (minikeras.Timer, minikeras.EMA, minikeras.EMA)], ids=len)
+def test_callbacks_that_the_states_may_not_belong_to_are_told(kinds, tmp_path):
+    path = tmp_path / "run.pt"
+
+    def fit(epochs, kinds):
+        callbacks = [kind(9) if kind is minikeras.Timer else kind() for kind in kinds]
+        compiled().fit(epochs, points(40), checkpoint=path, callbacks=callbacks, verbose=0)
+
+    fit(1, [minikeras.EMA])
+    fit(2, [minikeras.Timer, minikeras.EMA])  # one more of another class: nothing to tell
+    with pytest.warns(UserWarning, match="goes to the callback of") as told:
+        fit(3, kinds)
+    assert str(told[0].message) == (
+        f"the checkpoint has the state of Timer, EMA, and those that keep one are "
+        f"{'Timer, EMA, EMA 2' if kinds else 'none'} here. It goes to the callback of its class and number. Give the "
+        f"same ones in the same order."
+    )
+
+
+def test_a_scheduler_may_come_in_as_a_run_goes_on(tmp_path):
+    compiled(lr=0.5).fit(1, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
+    model = compiled(lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(model.optimizer, 1, 0.1)
+    model.fit(3, points(40), checkpoint=tmp_path / "run.pt", callbacks=[LRScheduler(scheduler)], verbose=0)
+    assert model.history["lr"].tolist() == pytest.approx([0.5, 0.5, 0.05])
+
+
 class Versioned(torch.nn.Linear):
     _version = 2
 

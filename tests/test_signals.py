@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: with a checkpoint the batch is finished and the state written first; real signals throughout."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -34,6 +35,32 @@ class Ends(Callback):
 
     def on_fit_end(self):
         self.ended = True
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_after_the_last_writing_is_heard_too(number, error, tmp_path):
+    late = LambdaCallback(on_fit_end=lambda: os.kill(os.getpid(), number))
+    with pytest.raises(error):
+        compiled().fit(1, points(8), checkpoint=tmp_path / "run.pt", callbacks=[late], verbose=0)
+    assert len(read(tmp_path / "run.pt")["history"]) == 1
+
+
+def test_a_child_that_a_callback_starts_ends_when_it_is_told_to(tmp_path):
+    found = []
+
+    def start():
+        child = multiprocessing.get_context("fork").Process(target=signal.pause)
+        child.start()
+        child.terminate()
+        child.join(20)
+        found.append(child.exitcode)
+        child.kill()
+
+    starts = LambdaCallback(on_epoch_end=lambda epoch, logs: start())
+    compiled().fit(1, points(8), checkpoint=tmp_path / "run.pt", callbacks=[starts], verbose=0)
+    assert found == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ class CSVLogger(Callback):
 
     def _make_room(self, names: list[str]) -> None:
         """The file anew, with the rows that are to stay and a column for each name."""
-        header, rows = self._read()
+        header, rows = self._read() if self.rows or self.append else ([], [])
         self.columns = header if self.rows or self.append else []
         if not {"epoch", *names} <= set(self.columns):
             names = list(dict.fromkeys([*self.columns, *names]))

@@ -104,7 +104,8 @@ class EarlyStopping(Watching):
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """A copy of a module's state on the CPU."""
-    for name, value in state.items():  # in place: torch keeps version numbers beside the items
+    state = copy.copy(state)  # with the version numbers that torch keeps beside the items
+    for name, value in state.items():
         state[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
     return state
 

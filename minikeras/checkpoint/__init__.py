@@ -3,7 +3,7 @@
 file.py       any plain values <-> a file that is whole or not there
 folder.py     ... and a folder, where tensors lie in parts in several processes
 plain.py      plain values: what can be read without running code
-optimizers.py whether a run's optimizers are those of a file
+matching.py   whether the state in a file fits this run
 weights.py    model.save, model.load
 state.py      fit(checkpoint=...): the state of a run, and whose fit it is
 """

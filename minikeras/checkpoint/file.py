@@ -61,14 +61,15 @@ def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> Non
 
 
 def refuse_folders(*paths: Path) -> None:
-    """One that a run with parameters in parts has written may be written over, and no other.
+    """One that a run with parameters in parts has written, or begun to, may be written over, and no other.
 
     Raises:
-        IsADirectoryError: one is a folder that holds something else.
+        IsADirectoryError: one is a folder of something else.
     """
-    for path in paths:
-        names = [one.name for one in path.iterdir()] if path.is_dir() else []
-        if any(name not in (REST, ".metadata") and not name.endswith(".distcp") for name in names):
+    for path in filter(Path.is_dir, paths):
+        names = [one.name for one in path.iterdir()]
+        other = any(name not in (REST, ".metadata") and not name.endswith(".distcp") for name in names)
+        if other or not (REST in names or path.suffix == ".tmp"):
             raise IsADirectoryError(f"{path} is a folder, and not one of a run. Give the path of a file.")
 
 

@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minikeras.callbacks import Callback, check_writable
 from minikeras.checkpoint.file import dump, previous, read_newest, refuse_folders, remedy, temporary, write
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
-from minikeras.checkpoint.optimizers import check_optimizers, other_settings, settings
+from minikeras.checkpoint.matching import (
+    VERSION,
+    check_run,
+    settings,
+    warn_of_other_callbacks,
+    warn_of_other_settings,
+)
 from minikeras.checkpoint.plain import plain, restored
-from minikeras.checkpoint.weights import RUN, check_weights, weights_of
+from minikeras.checkpoint.weights import RUN, freeze, frozen, set_buffers, weights_of
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
 from minikeras.distributed import World, load_optimizer, load_whole
 from minikeras.errors import CheckpointError, positive_int
@@ -32,8 +38,6 @@ from minikeras.randomness import Randomness
 if TYPE_CHECKING:
     from minikeras.model import Model
     from minikeras.run import Run
-
-VERSION = 1  # of the file's layout; files of older versions keep loading
 
 
 @dataclass
@@ -96,81 +100,29 @@ class Checkpoint:
         if self.path is None:
             return self.last
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
-        run.begun = settings(run.optimizers) if run.begun is None else run.begun
+        run.begun = run.begun or {"optimizers": settings(run.optimizers), "frozen": frozen(model)}
         found = read_newest(self.path, reader(model))
         if found is not None and before is not None and before[0] == self.path:  # broken off, and called once more
             self.first, self.last = before[1], before[1] - 1 + epochs
         if found is not None:
             self.whole = found[1] == self.path
-            self._check(found[0], found[1])
+            check_run(found[0], model, run, found[1])
             self.state = self._mine(found[0], found[1])
-            self._compare_settings(found[0].get("begun"))
+            self._compare_beginnings(found[0].get("begun"))
         refuse_folders(previous(self.path), temporary(self.path))
         if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
             check_writable(self.path, "fit(checkpoint=...)")
         run.under_way = self.path, self.first
         return self.last
 
-    def _check(self, state: Any, path: Path) -> None:
-        version = state.get(RUN) if isinstance(state, dict) else None
-        if not isinstance(version, int):
-            raise CheckpointError(f"{path} is not the state of a run of minikeras. {remedy(path)}")
-        if version > VERSION:
-            raise CheckpointError(
-                f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
-            )
-        check_weights(self.model, state["model"], path)
-        self._check_metrics(state, path)
-        self._check_window(state.get("precision"), path)
-        self._check_processes(state, path)
-        check_optimizers(state["optimizers"], self.run.optimizers, path)
-
-    def _check_metrics(self, state: Any, path: Path) -> None:
-        """Within an epoch, what has been counted must be counted on."""
-        own = self.run.train.names
-        counted = state["totals"].get("names", own)  # older files have none
-        if state["position"]["step"] and set(counted) != set(own):
-            raise CheckpointError(
-                f"{path} was written within an epoch that counts {', '.join(counted)}, and here it would be "
-                f"{', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
-            )
-
-    def _check_window(self, written: Any, path: Path) -> None:
-        now = 1 if self.run.precision is None else self.run.precision.accumulate
-        inside = written and any(window["batches"] for window in written["windows"].values())
-        if inside and written["accumulate"] != now:
-            raise CheckpointError(
-                f"{path} was written between two steps of accumulate={written['accumulate']}, and the model was "
-                f"compiled with accumulate={now}. Compile as it was compiled then. {remedy(path)}"
-            )
-
-    def _check_processes(self, state: Any, path: Path) -> None:
-        """Means can be passed on to another number of processes in the middle of an epoch, and other counts not."""
-        then, now = len(state.get("ranks", [None])), 1 if self.run.world is None else self.run.world.size
-        train, windows = state["train"] or {}, (state.get("precision") or {}).get("windows", {})
-        held = {
-            "a half full window of accumulate": any(window["batches"] for window in windows.values()),
-            "metric objects": bool(state["totals"]["objects"]) and state["totals"]["updated"],
-            "a loader that keeps its own state": train.get("loader") is not None,
-        }
-        what = next((name for name, there in held.items() if there), None)
-        if then != now and what is not None and state["position"]["step"] and state["position"]["logs"] is None:
-            raise CheckpointError(
-                f"{path} was written by {then} process{'es' * (then > 1)} in the middle of an epoch, with {what}, and "
-                f"this is a run of {now}. Start as many as then; from an epoch's end on any number will do. "
-                f"{remedy(path)}"
-            )
-
-    def _compare_settings(self, begun: Any) -> None:
+    def _compare_beginnings(self, begun: Any) -> None:
+        """The script's with those of the run: what it has changed since is told, or is not to be taken back."""
         if begun is None:  # an older file has none
             return
-        other = other_settings(begun, self.run.begun)
-        if other and self.state is not None and self.model.is_main_process:
-            warnings.warn(
-                f"{self.path} was begun with other settings of the optimizer than this script's, {other}. The file's "
-                f"go on. Set them in on_epoch_begin of a callback to change them in the run.",
-                stacklevel=4,
-            )
+        if self.state is not None and self.model.is_main_process:
+            warn_of_other_settings(begun["optimizers"], self.run.begun["optimizers"], self.path)
+        if self.state is not None and begun["frozen"] != self.run.begun["frozen"]:
+            self.state["frozen"] = None
         self.run.begun = begun
 
     def _mine(self, state: Any, path: Path) -> Any:
@@ -192,6 +144,10 @@ class Checkpoint:
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
         """Take over the file's state, where there is one of this call; where the fit begins, said in a line."""
         self.callbacks, self.say = callbacks, say
+        if self.path is not None:  # what cannot be held is said before anything moves
+            plain({name: callback.state_dict() for name, callback in named(callbacks)}, "callbacks")
+            others = {key: value for key, value in self.model.state_dict().items() if not isinstance(value, Tensor)}
+            plain(others, "the state_dict")
         if self.state is None:
             return Position(self.first)
         state, self.state = self.state, None
@@ -207,15 +163,15 @@ class Checkpoint:
             self.run.under_way = None
             say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
         else:
+            warn_of_other_callbacks(state["callbacks"], dict(named(callbacks)), self.model.is_main_process)
             say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
         return at
 
     def _load_weights(self, state: Any) -> None:
         run = self.run
         load_whole(self.model, state["model"])
-        for name, buffer in self.model.named_buffers():
-            if name in state["buffers"]:
-                buffer.copy_(state["buffers"][name])
+        set_buffers(self.model, state["buffers"])
+        freeze(self.model, state.get("frozen"))
         if isinstance(run.loss_func, nn.Module):
             run.loss_func.load_state_dict(state["loss"])
         for name, optimizer in run.optimizers.items():
@@ -227,8 +183,7 @@ class Checkpoint:
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         same = size > 1 and len(ranks) == size
         state = state | (ranks[rank] if same else {})
-        for name, buffer in self.model.named_buffers() if same else ():
-            buffer.copy_(state["own buffers"][name])
+        set_buffers(self.model, state["own buffers"] if same else {})
         self.run.train.reset()
         if state["position"]["step"]:
             self.run.train.load_state_dict(restored(state["totals"]), counted=same or rank == 0)  # by it for all
@@ -348,6 +303,7 @@ class Checkpoint:
             "position": asdict(at),
             "history": run.epochs,
             "begun": run.begun,
+            "frozen": frozen(model),
             "model": weights,
             "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
             "loss": weights_of(loss) if isinstance(loss, nn.Module) else {},

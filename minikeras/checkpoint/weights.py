@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from minikeras.checkpoint.file import dump, read_newest, remedy, write
 from minikeras.checkpoint.folder import reader
@@ -40,6 +42,31 @@ def weights_of(module: nn.Module) -> dict[str, Any]:
     return state
 
 
+def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Fill buffers, those that are not in a state_dict too; one of another size, or of none, is replaced."""
+    for name, value in buffers.items():
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = getattr(module, last, None)
+        if isinstance(held, Tensor) and held.shape == value.shape:
+            held.copy_(value)
+        elif hasattr(module, last):
+            device = next((one.device for one in model.parameters()), None)
+            setattr(module, last, value.to(device))
+
+
+def frozen(model: nn.Module) -> list[str]:
+    """The parameters that are not trained."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(model: nn.Module, names: list[str] | None) -> None:
+    """Those and no others; None leaves them as they are."""
+    if names is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in names)
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Weights from a file into the model; nothing is changed where they do not fit."""
     found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else reader(model))
@@ -59,7 +86,7 @@ def check_weights(model: nn.Module, state: Any, path: Path) -> None:
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}")
     own = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in own.items() if isinstance(value, Tensor)}
+    shapes = {key: tuple(value.shape) for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
     given = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
     differing = [key for key in shapes if given.get(key, shapes[key]) != shapes[key]]
     problems = {

@@ -113,7 +113,9 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         number: {name: as_part(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": parts})
+    own = optimizer.state_dict()["param_groups"]  # with what a scheduler has put into them meanwhile
+    groups = [{**mine, **group} for mine, group in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({**state, "state": parts, "param_groups": groups})
 
 
 def backward(total: Tensor, inputs: Any, held: Iterable[Tensor]) -> None:

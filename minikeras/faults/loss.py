@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import leaves
@@ -197,5 +198,5 @@ def all_ignored(loss_func: Any, labels: Any) -> bool:
 
 def has_non_finite(nest: Any) -> bool:
     """Whether any tensor in a nest holds NaN or inf."""
-    tensors = [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor) and not is_lazy(leaf)]
     return any(not bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())

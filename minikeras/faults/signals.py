@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.data import get_worker_info
+
 TERMINATED = 128 + signal.SIGTERM  # the exit status that schedulers expect
 
 
@@ -36,9 +38,14 @@ class Interruptions:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received is not None and error[0] is None:  # it came after the last state was written
+            self._act(self.received, None)
 
     def _receive(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:
+            if get_worker_info() is None:  # another child: as if this handler were not there
+                signal.signal(number, self.before[number])
+                os.kill(os.getpid(), number)
             return  # a DataLoader's worker, which Ctrl-C reaches too: it goes on, and the batch can be finished
         if self.received is not None:
             self._act(number, frame)
