@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
-from minikeras.data import as_batches, check_lasts, choose_device, empty, is_batched, length, sharded
+from minikeras.data import as_batches, choose_device, empty, is_batched, length, sharded
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
@@ -79,20 +79,22 @@ class Run:
             return checks.inputs.guarded(function, outputs, labels, name, scalar=scalar)
         return function(outputs, labels)
 
-    def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False) -> Iterable[Any]:
+    def batches(
+        self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False, passes: int = 1
+    ) -> Iterable[Any]:
         """What the user has as batches on the device; this process's part of them."""
-        return sharded(as_batches(dl, name, batch_size, shuffle=shuffle, device=self.device), self.world, name)
+        return sharded(as_batches(dl, name, batch_size, shuffle, self.device, passes), self.world, name)
 
     def batches_of_fit(
         self, dl_train: Any, dl_val: Any, batch_size: int | None, epochs: int, steps: int | None, validation_freq: int
     ) -> tuple[Iterable[Any], Any]:
         """What a fit trains on, and what it validates on or None; without a batch that is an error before an epoch."""
-        check_lasts(dl_train, "dl_train", 1 if steps else epochs)
-        check_lasts(dl_val, "dl_val", epochs // validation_freq)
-        train = self.batches(dl_train, "dl_train", batch_size, shuffle=True)
+        train = self.batches(dl_train, "dl_train", batch_size, True, 1 if steps else epochs)
         if dl_val is None:
             return train, None
-        val = self.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size)
+        done = len(self.epochs)
+        passes = (done + epochs) // validation_freq - done // validation_freq
+        val = self.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, passes=passes)
         if length(val) == 0:
             raise empty(val, "dl_val")
         return train, val
@@ -143,9 +145,9 @@ def made(
     elif fsdp_blocks is not None:
         raise ValueError(f'fsdp_blocks needs distributed="fsdp", got distributed={distributed!r}. Pass both or none.')
     place(model, run)
-    trainable = [parameter for parameter in parameters_of(model, loss_func) if parameter.requires_grad]
-    if optimizer is None and trainable:
-        run.optimizers[""] = torch.optim.Adam(trainable, lr=1e-3)
+    trained = list(parameters_of(model, loss_func))  # with what is frozen: it may be thawed later
+    if optimizer is None and any(parameter.requires_grad for parameter in trained):
+        run.optimizers[""] = torch.optim.Adam(trained, lr=1e-3)
     run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big, world=world)
     if sync_batchnorm and world is not None:
         over_all_rows(model, world, chosen)

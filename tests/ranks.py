@@ -21,7 +21,7 @@ import torch
 from conftest import Net, accuracy, points
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 import minikeras
 from minikeras.distributed import gradients
@@ -179,6 +179,36 @@ def batch_sampler(size):
     sampler = Pieces(60, 12 // size)
     model = compiled()
     return found(model, model.fit(2, DataLoader(Rows(60), batch_sampler=sampler), verbose=0))
+
+
+def shared_out_by_the_user(size):
+    """Samplers that know of the ranks, in a batch sampler or of a class of the user's."""
+    seed()
+    model, rank = compiled(), 0 if size == 1 else RANK
+    by_batches = BatchSampler(DistributedSampler(range(48), size, rank, shuffle=False), 12 // size, False)
+    model.fit(1, DataLoader(Rows(48), batch_sampler=by_batches), verbose=0)
+    loader = DataLoader(Rows(48), 12 // size, sampler=Strided(48, size, rank))
+    return found(model, model.fit(1, loader, verbose=0))
+
+
+class Strided:
+    def __init__(self, rows, size, rank):
+        self.rows, self.num_replicas, self.rank = rows, size, rank
+
+    def __len__(self):
+        return self.rows // self.num_replicas
+
+    def __iter__(self):
+        return iter(range(self.rank, self.rows, self.num_replicas))
+
+
+def odd_buffers(size):
+    seed()
+    model = Net()
+    model.register_buffer("small", torch.tensor([1, 2, 3], dtype=torch.int16))
+    model.register_buffer("one", torch.tensor(7, dtype=torch.uint16))
+    model = compiled(model)
+    return found(model, model.fit(1, doubles(24), batch_size=12 // size, verbose=0))
 
 
 class Pieces:
@@ -479,6 +509,12 @@ def refused(size):
         model.fit(1, doubles(8), verbose=0)
     except RuntimeError as error:
         said.append(str(error))
+    model = compiled()
+    for data in (doubles(8 + RANK), [doubles(4)] * (1 + RANK)):
+        try:
+            model.fit(1, data, verbose=0)
+        except ValueError as error:
+            said.append(str(error))
     return {"said": said}
 
 

@@ -38,6 +38,8 @@ SAME = [
     "persistent",
     "persistent_carried_on",
     "batch_sampler",
+    "shared_out_by_the_user",
+    "odd_buffers",
     "list_of_batches",
     "steps_per_epoch",
     "two_optimizers",
@@ -200,6 +202,8 @@ def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two
         "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
         "backward filled the gradient of a parameter twice, after several processes had added it up, as "
         "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
+        "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
+        "the processes have from 1 to 2 batches. Give all the same data: each takes its part of it.",
     ]  # fmt: skip
 
 
@@ -300,10 +304,10 @@ def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_ca
 
 def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peers):
     said, seconds = torch.load(by_peers[0] / "left alone.pt")
-    assert said == (
+    assert said.startswith(
         "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the group's timeout. "
         "Look for its own error first. Processes must make the same calls of fit, evaluate, predict and save. For a "
-        "longer timeout call torch.distributed.init_process_group(timeout=...) before compile."
+        "longer timeout call torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
     )
     assert peers.TIMEOUT - 1 < seconds < peers.TIMEOUT + 5
 

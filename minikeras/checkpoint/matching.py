@@ -146,6 +146,7 @@ def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callbac
     if main and (added or not set(keep) >= set(held)):
         warnings.warn(
             f"the checkpoint has the state of {', '.join(held)}, and those that keep one are "
-            f"{', '.join(keep) or 'none'} here. It goes to the callback of its class and number. Give the same ones in the same order.",
+            f"{', '.join(keep) or 'none'} here. It goes to the callback of its class and number. Give the same ones in "
+            f"the same order.",
             stacklevel=4,
         )

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from minikeras.data.in_memory import InMemoryBatches, asked, draw_seed, drawn, draws_at_once
-from minikeras.data.sources import ArrayBatches
+from minikeras.data.sources import ArrayBatches, length
 from minikeras.distributed import World
 from minikeras.randomness import Randomness
 
@@ -72,8 +72,9 @@ def seeded(loader: DataLoader[Any], world: World | None) -> None:
 
 def by_user(loader: Any) -> bool:
     """Whether the user has sharded it already."""
-    sampler = getattr(loader, "sampler", None)
-    return isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1
+    batches = getattr(loader, "batch_sampler", None)
+    samplers = getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+    return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in samplers)
 
 
 class Sharded:
@@ -108,12 +109,22 @@ class Sharded:
         rows = self.batches.rows if isinstance(self.batches, ArrayBatches) else len(self.sampler.sampler)
         return int(rows // self.batch_size if self.drop_last else math.ceil(rows / self.batch_size))
 
+    def check_sizes(self) -> None:
+        """All processes must be given the same data, of which each takes its part."""
+        of_arrays = isinstance(self.batches, ArrayBatches)
+        size = self.batches.rows if of_arrays else length(self.loader) or 0
+        most, least = self.world.agree(size, -size)
+        if most != -least:
+            found = f"from {-least:g} to {most:g} {'rows' if of_arrays else 'batches'}"
+            raise ValueError(f"the processes have {found}. Give all the same data: each takes its part of it.")
+
     def __iter__(self) -> Iterator[Any]:
         return self.after(0)
 
     def after(self, count: int) -> Iterator[Any]:
         """The iteration without its first `count` batches, which are not read unless workers draw for them."""
         rank, own = self.world.rank, self.randomness.states()
+        self.check_sizes()
         before = self.world.broadcast(own)
         self.randomness.restore(before)
         shares, idle = self.shares()

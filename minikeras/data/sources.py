@@ -22,7 +22,7 @@ LISTS = " A list is many arrays: pass one array of equal rows, or a DataLoader w
 
 
 def as_batches(
-    data: Any, name: str, batch_size: int | None = None, *, shuffle: bool = False, device: torch.device | None = None
+    data: Any, name: str, batch_size: int | None = None, shuffle: bool = False, device: Any = None, passes: int = 1
 ) -> Iterable[Any]:
     """An iterable of batches from anything `fit`, `evaluate` and `predict` accept.
 
@@ -32,11 +32,17 @@ def as_batches(
         batch_size: rows a batch of data that is not batched yet, default 32.
         shuffle: whether a Dataset's or the arrays' rows come in a new random order each epoch.
         device: where the batches are wanted; what is in memory is fetched there, the rest is moved later.
+        passes: how often it is to be iterated.
 
     Raises:
         TypeError: data of another kind, or arrays of something other than numbers.
-        ValueError: arrays of different lengths, or a batch_size for data that is batched already.
+        ValueError: arrays of different lengths, a batch_size for data that is batched already, or a generator for more
+            than one pass.
     """
+    # a zip or a generator is used up by one; an iterator of the user's may start anew
+    if passes > 1 and isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
+        steps = ", or give steps_per_epoch" * (name == "dl_train")
+        raise ValueError(f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs.")
     size = 32 if batch_size is None else positive_int("batch_size", batch_size)
     if isinstance(data, Dataset):
         if length(data) == 0:
@@ -193,13 +199,6 @@ def length(batches: Any) -> int | None:
         return len(batches)
     except (TypeError, NotImplementedError):  # a DataLoader over an IterableDataset has a len that raises
         return None
-
-
-def check_lasts(data: Any, name: str, passes: int) -> None:
-    """A generator, zip, ... is used up by one pass: more are refused before it. One of the user's may start anew."""
-    if passes > 1 and isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
-        steps = ", or give steps_per_epoch" * (name == "dl_train")
-        raise ValueError(f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs.")
 
 
 def empty(batches: Any, name: str) -> ValueError:

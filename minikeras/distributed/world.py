@@ -114,12 +114,12 @@ class World:
                 f"process {self.rank} of {self.size} got no answer from the others: one has ended, or has taken longer "
                 f"than the group's timeout. Look for its own error first. Processes must make the same calls of fit, "
                 f"evaluate, predict and save. For a longer timeout call "
-                f"torch.distributed.init_process_group(timeout=...) before compile."
+                f"torch.distributed.init_process_group(timeout=...) before compile. Torch says: {error}"
             ) from error
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Fill tensors with those of rank 0."""
-        with torch.no_grad(), self.answered():
+        with torch.no_grad():
             for tensor in tensors:
                 if is_lazy(tensor):
                     raise ValueError(
@@ -127,7 +127,8 @@ class World:
                         "once on a batch before compile."
                     )
                 whole = tensor.detach().contiguous()
-                self.dist.broadcast(whole, 0)
+                with self.answered():
+                    self.dist.broadcast(whole.reshape(-1).view(torch.uint8), 0)  # not every backend has every dtype
                 tensor.detach().copy_(whole)
 
     def broadcast(self, value: Any) -> Any:
