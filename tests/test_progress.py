@@ -84,6 +84,34 @@ def test_verbose_0_prints_nothing(capsys):
     assert captured.out == captured.err == ""
 
 
+class Kept:
+    """What a script may put in the place of sys.stdout: no more than what print needs."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("verbose", ["auto", 1, 2])
+def test_standard_output_may_be_an_object_that_knows_write_and_flush_alone(verbose, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Kept())
+    compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)
+    assert re.findall(r"^ +(\d) +\d\.\d+ ", sys.stdout.text.replace("\r", "\n"), re.MULTILINE) == ["1", "2"]
+    assert ("\r" in sys.stdout.text) == (verbose == 1)
+
+
+@pytest.mark.parametrize("verbose", ["auto", 0, 1, 2])
+def test_a_program_without_standard_output_trains_and_shows_nothing(verbose, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)) == 2
+
+
 def test_an_epoch_number_goes_on_over_several_fits(capsys):
     model = compiled()
     model.fit(1, points(8))
