@@ -543,6 +543,23 @@ def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):
     assert (config["lr"], config["kind"]) == ("0.1", '"ring"')
 
 
+def test_a_run_that_the_user_has_begun_with_wandb_goes_on_beside_that_of_the_fit(tmp_path):
+    files = Files(tmp_path)
+    with wandb.init(project="mine", mode="offline", dir=str(tmp_path)) as own:
+        for row in range(5):
+            wandb.log({"before": row})
+        model, callback = ring(), files.callback()
+        dfhistory = fit(model, [callback], epochs=2)
+        wandb.log({"after": 1})
+        dfhistory = fit(model, [callback], epochs=2)  # goes on in its own
+        assert wandb.run is own
+    table = files.table()
+    assert (list(table.pop("before")), list(table.pop("after"))) == ([0, 1, 2, 3, 4], [5])
+    assert_holds({name: values for name, values in table.items() if name != "lr"}, dfhistory)
+    assert {run.project for run in files.records("run")} == {"mine", "rings"}
+    assert files.runs() == 2
+
+
 def test_wandb_goes_by_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # it has read the environment already
