@@ -5,6 +5,7 @@ import struct
 import sys
 import time
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -532,6 +533,20 @@ def test_mlflow_takes_the_experiment_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "rings")
     fit(ring(), [MLflow(tracking_uri=store.uri)], epochs=1)
     assert store.runs() == 1
+
+
+def test_mlflow_takes_the_experiment_that_the_user_has_set_and_in_its_store_alone(tmp_path, monkeypatch):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    store, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # set_experiment sets it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    mlflow.set_experiment("rings")
+    for callback in (MLflow(), MLflow(tracking_uri=store.uri), MLflow("mine"), MLflow(tracking_uri=other.uri)):
+        fit(ring(), [callback], epochs=1)
+    assert store.runs() == 2
+    assert len(store.client().search_runs([store.client().get_experiment_by_name("mine").experiment_id])) == 1
+    assert len(other.client().search_runs(["0"])) == 1  # MLflow's own
 
 
 def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):

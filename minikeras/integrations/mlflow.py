@@ -20,7 +20,8 @@ class MLflow(Tracker):
     carried on goes on in it. Several processes are one run, of rank 0.
 
     Args:
-        experiment: its name; it is made where there is none. Default MLflow's own, or MLFLOW_EXPERIMENT_NAME.
+        experiment: its name; it is made where there is none. Default that of `mlflow.set_experiment`, or of
+            MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or else MLflow's own.
         run_name: default one that MLflow makes up.
         tracking_uri: a server, or a file: "sqlite:///mlflow.db". Default MLflow's own, or MLFLOW_TRACKING_URI.
         params: name -> what the run was made with.
@@ -72,6 +73,9 @@ class MLflow(Tracker):
         self.client.log_text(self.run_id, str(self.model if self.summary is None else self.summary), "summary.txt")
 
     def _experiment_id(self) -> str:
+        known = os.environ.get("MLFLOW_EXPERIMENT_ID")  # mlflow.set_experiment puts it there, too
+        if known and not self.experiment and self.tracking_uri in (None, self.package.get_tracking_uri()):
+            return known  # of the store that MLflow is set to; in another one it would be another experiment
         name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         found = self.client.get_experiment_by_name(name)
         return str(self.client.create_experiment(name) if found is None else found.experiment_id)
