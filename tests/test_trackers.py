@@ -521,6 +521,21 @@ def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
     assert stored.table()["val_top5 _acc_1_"] == {1: 0.25}
 
 
+def test_metrics_whose_names_differ_in_what_mlflow_refuses_stay_two(tmp_path):
+    class Counts(minikeras.Callback):
+        def on_epoch_end(self, epoch, logs):
+            logs |= {"n>1": 3 * epoch, "n<1": 2 * epoch, "n_1": epoch} if epoch > 1 else {"n<1": 2 * epoch}
+
+    stored, run = Store(tmp_path), {"checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(ring(), [Counts(), stored.callback(), Breaks(RuntimeError("broken"), 2, 1)], **run)
+    fit(ring(), [Counts(), stored.callback()], **run)
+    table = stored.table()
+    assert table["n_1"] == {1: 2, 2: 4, 3: 6}  # as the run began with it
+    assert table["n_1_2"] == {2: 2, 3: 3}
+    assert table["n_1_3"] == {2: 6, 3: 9}
+
+
 def test_mlflow_says_killed_after_ctrl_c(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(KeyboardInterrupt):
