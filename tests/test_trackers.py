@@ -366,6 +366,17 @@ def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_point
     assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1, 16))
 
 
+@pytest.mark.parametrize("every", [1, None])
+def test_a_second_fit_with_a_callback_of_its_own_goes_on_in_the_folder(every, tmp_path):
+    model = ring()
+    fit(model, [TensorBoard(tmp_path, every=every)], epochs=2)
+    with pytest.raises(RuntimeError):
+        fit(model, [TensorBoard(tmp_path, every=1), Breaks(RuntimeError("broken"), 4, 3)], epochs=2)
+    fit(model, [TensorBoard(tmp_path, every=1)], epochs=2)
+    assert list(scalars(tmp_path)["loss"]) == list(range(1, 6))
+    assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1 if every else 11, 26))
+
+
 def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
     model, board = ring(), TensorBoard(tmp_path)
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
