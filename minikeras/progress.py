@@ -124,7 +124,7 @@ class Progress(Callback):
             names += [f"val_{name}" for name in names if not is_rate(name)]
         if set(names) <= set(self.columns):
             return False
-        self.columns = column_order(names)
+        self.columns = column_order(dict.fromkeys([*self.columns, *names]))  # one that is not there now may come again
         return True
 
     def _head(self) -> str:

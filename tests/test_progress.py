@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import accuracy, compiled, points
 
+from minikeras import Callback
 from minikeras.progress import Progress
 
 SCRIPT = """
@@ -60,6 +61,22 @@ def test_the_header_comes_once_though_validation_comes_now_and_then(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "loss" in line] == [["epoch", "loss", "val_loss"]]
     assert [len(line.replace("*", "").split()) for line in lines[2:]] == [2, 3, 2, 3, 2]
+
+
+class Alternates(Callback):
+    """Logs one name in odd epochs, and another one in even ones."""
+
+    def on_epoch_end(self, epoch, logs):
+        logs["odd" if epoch % 2 else "even"] = epoch
+
+
+def test_the_header_comes_once_though_columns_alternate(capsys):
+    compiled().fit(6, points(8), callbacks=[Alternates()])
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (line for line in lines if "loss" in line)
+    assert (first.split(), second.split()) == (["epoch", "loss", "odd"], ["epoch", "loss", "odd", "even"])
+    ends = [second.index(name) + len(name) for name in ("odd", "even")]
+    assert [len(line) for line in lines[-4:]] == ends * 2  # each number under its name
 
 
 def test_the_bar_counts_the_time_of_each_epoch_from_its_beginning(capsys):
