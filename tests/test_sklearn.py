@@ -69,6 +69,13 @@ def test_a_regressor_learns_one_number_or_several():
     assert Regressor(epochs=1, **CPU).fit(X, y[:, None]).predict(X).shape == (442, 1)
 
 
+@pytest.mark.parametrize("turned", [lambda y: y[::-1], lambda y: y.astype(">f4"), lambda y: np.stack([y, -y], 1)[::-1]])
+def test_a_regressor_takes_targets_however_they_lie_in_memory(turned):
+    X, y = load_diabetes(return_X_y=True)
+    expected = Regressor(epochs=1, **CPU).fit(X, np.array(turned(y), dtype=np.float64, order="C")).predict(X)
+    np.testing.assert_array_equal(Regressor(epochs=1, **CPU).fit(X, turned(y)).predict(X), expected)
+
+
 def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():
     X, y = iris()
     search = GridSearchCV(

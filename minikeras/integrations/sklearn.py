@@ -246,7 +246,8 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         """
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
         self._shape = y.shape[1:]
-        labels = torch.tensor(y.reshape(len(y), -1), dtype=torch.get_default_dtype())
+        numbers = np.ascontiguousarray(y.reshape(len(y), -1), dtype=np.float64)  # torch takes no y[::-1]
+        labels = torch.tensor(numbers, dtype=torch.get_default_dtype())
         self._train(X, labels, sample_weight, labels.shape[1])
         return self
 
