@@ -76,6 +76,19 @@ def test_a_regressor_takes_targets_however_they_lie_in_memory(turned):
     np.testing.assert_array_equal(Regressor(epochs=1, **CPU).fit(X, turned(y)).predict(X), expected)
 
 
+def test_a_fit_that_fails_leaves_the_model_before_it_with_its_labels():
+    X, y = iris()
+    classifier = Classifier(epochs=1, **CPU).fit(X, y)
+    predicted = classifier.predict(X)
+    with pytest.raises(ValueError, match="learning rate"):
+        classifier.set_params(lr=-1.0).fit(X, np.char.upper(y))
+    assert classifier.predict(X).tolist() == predicted.tolist()
+    regressor = Regressor(epochs=1, **CPU).fit(X, X[:, :1])
+    with pytest.raises(ValueError, match="learning rate"):
+        regressor.set_params(lr=-1.0).fit(X, X[:, 0])
+    assert regressor.predict(X).shape == (150, 1)
+
+
 def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():
     X, y = iris()
     search = GridSearchCV(

@@ -188,10 +188,11 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
-        self.classes_, numbers = np.unique(y, return_inverse=True)
-        if len(self.classes_) == 1:
+        classes, numbers = np.unique(y, return_inverse=True)
+        if len(classes) == 1:
             raise ValueError(f"y has one class, {y[0]!s}; expected two or more to tell apart. Add rows of another.")
-        self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(self.classes_))
+        self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(classes))
+        self.classes_ = classes  # now only: a fit that fails leaves the model before it, and its labels
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -245,10 +246,10 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
             TypeError, ValueError: as in `Classifier.fit`.
         """
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
-        self._shape = y.shape[1:]
         numbers = np.ascontiguousarray(y.reshape(len(y), -1), dtype=np.float64)  # torch takes no y[::-1]
         labels = torch.tensor(numbers, dtype=torch.get_default_dtype())
         self._train(X, labels, sample_weight, labels.shape[1])
+        self._shape = y.shape[1:]
         return self
 
     def predict(self, X: Any) -> np.ndarray:
