@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -87,6 +88,19 @@ def test_a_fit_that_fails_leaves_the_model_before_it_with_its_labels():
     with pytest.raises(ValueError, match="learning rate"):
         regressor.set_params(lr=-1.0).fit(X, X[:, 0])
     assert regressor.predict(X).shape == (150, 1)
+
+
+def test_estimators_in_threads_are_what_they_are_one_by_one():
+    X, y = iris()
+
+    def proba(seed):
+        return Classifier(epochs=3, device="cpu", random_state=seed).fit(X, y).predict_proba(X)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = Parallel(4, backend="threading")(delayed(proba)(seed) for seed in range(8))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(found, [proba(seed) for seed in range(8)])
 
 
 def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():

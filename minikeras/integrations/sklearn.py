@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'minikeras.integrations.sklearn needs a package: pip install "minikeras[sklearn]"'
     ) from error
+
+
+ALONE = threading.RLock()  # torch has one random state for all threads, so that estimators train one after the other
 
 
 def perceptron(n_features: int, n_outputs: int, hidden: int = 64) -> nn.Module:
@@ -329,6 +333,6 @@ def weights_of(sample_weight: Any, X: np.ndarray) -> Tensor:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's random numbers from this seed on; afterwards they go on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with ALONE, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
