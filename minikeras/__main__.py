@@ -213,7 +213,7 @@ def _called(found: Any, target: str) -> Any:
     if needed:
         raise Wrong(
             f"{target} cannot be called without its arguments: {', '.join(needed)}. Pass the name of a function that "
-            f"needs none and returns the network: def make_net(): return {found.__name__}(...)."
+            f"needs none and returns the network: def make_net(): return {target.rpartition(':')[2]}(...)."
         )
     return found()
 

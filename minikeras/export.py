@@ -51,8 +51,8 @@ def export(model: Model, path: str | Path, example: Any) -> None:
 
     Raises:
         ValueError: another ending; parameters in parts, or none yet; a forward that goes by values, or by the number
-            of rows; an example that a layer cannot take, as in `predict`.
-        TypeError: an example without a tensor of rows.
+            of rows; an example that a layer cannot take, as in `predict`; for .onnx, two tensors of one name.
+        TypeError: an example without a tensor of rows; for .onnx, outputs that are no tensors.
         ModuleNotFoundError: for .onnx, one of its packages is missing.
 
     >>> import minikeras, tempfile
@@ -193,6 +193,7 @@ def _onnx(program: Any, model: nn.Module, given: tuple[Any, Any], outputs: Any) 
     args, kwargs = given
     inputs = names_of(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
     names = [f"{name}_out" if name in inputs else name for name in names_of(outputs, "output")]
+    _check_onnx(outputs, inputs + names)
     rows = count_rows(given)
     sizes = [{0: "batch"} if has_rows(leaf, rows) else None for leaf in leaves(given) if isinstance(leaf, Tensor)]
     more: Any = {"input_names": inputs, "output_names": names, "dynamic_shapes": sizes}
@@ -201,6 +202,21 @@ def _onnx(program: Any, model: nn.Module, given: tuple[Any, Any], outputs: Any) 
     if sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor)) > ONE_FILE:
         return partial(_in_two_files, made)
     return partial(_whole, made.model_proto.SerializeToString())
+
+
+def _check_onnx(outputs: Any, names: list[str]) -> None:
+    """What an .onnx file cannot hold."""
+    if any(isinstance(leaf, (int, float, str)) for leaf in leaves(outputs)):
+        raise TypeError(
+            f"forward returned {described(outputs)}, and an .onnx file holds tensors alone. Return no others, or take "
+            f".pt2."
+        )
+    double = [name for name in names if names.count(name) > 1]
+    if double:
+        raise ValueError(
+            f"two tensors would be called {double[0]!r} in the .onnx file: a name is the keys on the way to a tensor, "
+            f"joined by _, and an output with the name of an input gets _out. Rename one of the keys."
+        )
 
 
 def _whole(content: bytes, path: Path) -> None:

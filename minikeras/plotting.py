@@ -149,7 +149,8 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
         axis.legend(frameon=False, fontsize="small")
     elif 0 < _finite(frame[name]).min() * 100 <= _finite(frame[name]).max():  # a rate of 0 has no place on a log scale
         axis.set_yscale("log")
-    axis.set(title=name, xlabel="epoch")
+    axis.set_title(name, parse_math=False)  # a $ in it is a $
+    axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     first, last = frame.index.min(), frame.index.max()
     axis.set_xlim(first - 0.5, last + max(0.5, (last - first) / 50))  # there is no epoch 0 to have a tick

@@ -26,15 +26,16 @@ SHARE = 0.01  # of the time may go into refreshing it
 
 
 def show(verbose: str | int) -> bool:
-    """Whether to show anything; a `verbose` that means nothing is refused."""
+    """Whether to show anything, and there is where to; a `verbose` that means nothing is refused."""
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(f'verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got {verbose!r}.')
-    return verbose != 0
+    return verbose != 0 and sys.stdout is not None  # it is None under pythonw
 
 
 def wants_bar(verbose: str | int) -> bool:
     """Whether to draw a bar: 1 asks for it, 2 for lines only, "auto" takes the bar on a terminal or in a notebook."""
-    return bool(verbose == 1 or (verbose == "auto" and (sys.stdout.isatty() or notebook_cell() is not None)))
+    on_terminal = getattr(sys.stdout, "isatty", lambda: False)  # an object of the user's may have none
+    return bool(verbose == 1 or (verbose == "auto" and (on_terminal() or notebook_cell() is not None)))
 
 
 def tell(line: str) -> None:
@@ -123,7 +124,7 @@ class Progress(Callback):
             names += [f"val_{name}" for name in names if not is_rate(name)]
         if set(names) <= set(self.columns):
             return False
-        self.columns = column_order(names)
+        self.columns = column_order(dict.fromkeys([*self.columns, *names]))  # one that is not there now may come again
         return True
 
     def _head(self) -> str:

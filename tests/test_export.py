@@ -240,6 +240,49 @@ def test_an_output_with_the_name_of_an_input_gets_another(tmp_path):
     assert [one.name for one in session.get_outputs()] == ["x_out"]
 
 
+class Returns(nn.Module):
+    """Gives back whatever its function makes of the outputs."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.fc, self.made = nn.Linear(2, 1), made
+
+    def forward(self, x):
+        return self.made(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (lambda y: (y, 3), "(Tensor (2, 1) float32, int)"),
+        (lambda y: {"a": [0.5], "b": y}, "{'a': [float], 'b': Tensor (2, 1) float32}"),
+    ],
+    ids=["tuple", "dict"],
+)
+def test_outputs_that_are_no_tensors_are_refused_for_onnx(made, got, tmp_path):
+    with pytest.raises(TypeError) as caught:
+        minikeras.Model(Returns(made)).export(tmp_path / "model.onnx", torch.zeros(2, 2))
+    assert str(caught.value) == (
+        f"forward returned {got}, and an .onnx file holds tensors alone. Return no others, or take .pt2."
+    )
+    minikeras.Model(Returns(made)).export(tmp_path / "model.pt2", torch.zeros(2, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [(lambda y: {"a": {"b": y}, "a_b": 2 * y}, "a_b"), (lambda y: {"x": y, "x_out": 2 * y}, "x_out")],
+    ids=["joined", "input"],
+)
+def test_two_outputs_of_one_name_are_refused_for_onnx(made, name, tmp_path):
+    with pytest.raises(ValueError, match="two tensors") as caught:
+        minikeras.Model(Returns(made)).export(tmp_path / "model.onnx", torch.zeros(2, 2))
+    assert str(caught.value) == (
+        f"two tensors would be called {name!r} in the .onnx file: a name is the keys on the way to a tensor, joined "
+        f"by _, and an output with the name of an input gets _out. Rename one of the keys."
+    )
+
+
 def test_weights_too_big_for_one_onnx_file_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "ONE_FILE", 100)
     model = minikeras.Model(nn.Linear(4, 4096))

@@ -1,8 +1,10 @@
 """A model saved to a folder and built from it again, as huggingface_hub does it. Nothing here goes to the network."""
 
+import copy
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import compiled
@@ -73,9 +75,74 @@ def test_the_folder_holds_what_the_hub_shows(tmp_path):
     }
 
 
+class Around(HubModel):
+    """A layer that is to be given, and one that may be."""
+
+    def __init__(self, layer, act=nn.Identity, **more):
+        super().__init__()
+        self.layer, self.act, self.more = layer, act(), more
+
+    def forward(self, x):
+        return self.act(self.layer(x))
+
+
 def test_what_json_cannot_hold_is_given_anew(tmp_path):
-    Net(4, act=nn.Tanh()).save_pretrained(tmp_path)
-    assert isinstance(Net.from_pretrained(tmp_path, act=nn.Tanh()).act, nn.Tanh)
+    model = Around(nn.Linear(2, 1), nn.Identity, width=3)
+    model.save_pretrained(tmp_path / "plain")
+    twin = Around.from_pretrained(tmp_path / "plain", layer=nn.Linear(2, 1))
+    assert torch.equal(twin.predict(torch.eye(2)), model.predict(torch.eye(2)))
+    assert twin.more == {"width": 3}
+    with pytest.raises(TypeError, match="layer"):
+        Around.from_pretrained(tmp_path / "plain")
+    Net(4, act=nn.Tanh()).save_pretrained(tmp_path / "net", config={"hidden": 4})
+    assert isinstance(Net.from_pretrained(tmp_path / "net", act=nn.Tanh()).act, nn.Tanh)
+
+
+class Stacked(HubModel):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "what"),
+    [
+        (lambda: Net(4, act=nn.Tanh()), "act", "Tanh"),
+        (lambda: Net(4, np.arange(1, 3)), "widths", "ndarray (2,) int64"),
+        (lambda: Net(4, {1: 2}), "widths", "{1: int}"),
+        (lambda: Around(nn.Linear(2, 1), nn.Tanh), "act", "type"),
+        (lambda: Around(nn.Linear(2, 1), scale=np.int64(2)), "scale", "int64 () int64"),
+        (lambda: Stacked(2, 16, 1), "*sizes", "(int, int, int)"),
+        (lambda: HubModel(nn.Linear(2, 1)), "net", "Linear"),
+        (lambda: copy.deepcopy(Net(4, act=nn.Tanh())), "act", "Tanh"),
+    ],
+    ids=["module", "array", "dict", "class", "number", "several", "net", "copy"],
+)
+def test_a_model_that_would_come_back_as_another_one_is_not_saved(make, name, what, tmp_path):
+    model = make()
+    message = (
+        f"{name} was {what}, which config.json cannot hold: from_pretrained would build {type(model).__name__} without "
+        f"it. Let the constructor take numbers, strings, lists or dicts, under names, and make of them what it needs; "
+        f"or pass config=..., a dict for config.json, and to from_pretrained what is not in it."
+    )
+    for write in (model.save_pretrained, model.push_to_hub):
+        with pytest.raises(TypeError) as error:
+            write(tmp_path / "net")
+        assert str(error.value) == message
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_subclass_may_say_how_its_arguments_become_json(tmp_path):
+    def layer(name):
+        return getattr(nn, name)()
+
+    class Coded(HubModel, coders={nn.Module: (lambda module: type(module).__name__, layer)}):
+        def __init__(self, act: nn.Module = nn.ReLU()):  # noqa: B008
+            super().__init__()
+            self.act = act
+
+    Coded(nn.Tanh()).save_pretrained(tmp_path)
+    assert isinstance(Coded.from_pretrained(tmp_path).act, nn.Tanh)
 
 
 def test_the_model_is_compiled_and_trained_before_and_after(tmp_path):

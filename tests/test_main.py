@@ -12,6 +12,7 @@ import minikeras
 from minikeras.__main__ import environment, main
 
 NETS = """
+import functools
 import torch
 from torch import nn
 
@@ -26,6 +27,8 @@ class Net(nn.Module):
 class Wide(nn.Module):
     def __init__(self, width, depth=3, *more, **options):
         super().__init__()
+
+thin = functools.partial(Wide, depth=1)
 
 class Two(nn.Module):
     def __init__(self, words=9):
@@ -157,6 +160,11 @@ def test_one_dtype_is_for_all_inputs(folder, capsys):
             ["package.nets:Wide"],
             "package.nets:Wide cannot be called without its arguments: width. Pass the name of a function that needs "
             "none and returns the network: def make_net(): return Wide(...).",
+        ),
+        (
+            ["package.nets:thin"],
+            "package.nets:thin cannot be called without its arguments: width. Pass the name of a function that needs "
+            "none and returns the network: def make_net(): return thin(...).",
         ),
         (
             ["package.nets:number"],

@@ -132,6 +132,17 @@ def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is
     assert capsys.readouterr().out == ""
 
 
+def test_columns_that_alternate_are_all_in_the_table(page):
+    def logged(epoch, logs):
+        logs["odd" if epoch % 2 else "even"] = epoch
+
+    compiled().fit(4, points(8), callbacks=[minikeras.LambdaCallback(on_epoch_end=logged)])
+    table = page[0][-1]["text/html"].partition("<table")[2]
+    assert re.findall(r"<th[^>]*>(\w+)<", table) == ["epoch", "loss", "odd", "even"]
+    rows = [re.findall(r"<td[^>]*>([^<]*)<", row)[2:] for row in table.split("<tr>")[2:]]
+    assert rows == [["1.000", ""], ["", "2.000"], ["3.000", ""], ["", "4.000"]]
+
+
 def test_many_short_epochs_do_not_flood_the_page(page):
     dfhistory = compiled().fit(200, points(32), points(32))
     (outputs,) = page

@@ -529,6 +529,7 @@ MISTAKES = {
     ("Regressor.fit", "ValueError"): lambda folder: PUBLIC["Regressor"](epochs=0, **CPU).fit(X, y),
     ("HubModel", "CheckpointError"): lambda folder: other_weights(folder, PUBLIC["HubModel"]),
     ("HubModel", "FileNotFoundError"): lambda folder: PUBLIC["HubModel"].from_pretrained(folder),
+    ("HubModel", "TypeError"): lambda folder: PUBLIC["HubModel"](nn.Linear(2, 1)).save_pretrained(folder),
     ("TensorBoard", "ModuleNotFoundError"): lambda folder: missing(
         "torch.utils.tensorboard", lambda: PUBLIC["TensorBoard"](folder)
     ),

@@ -211,3 +211,9 @@ def test_without_matplotlib_the_error_is_the_command_that_mends_it(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as caught:
         minikeras.plot_history(history(loss=[1.0]))
     assert str(caught.value) == 'figures need a package: pip install "minikeras[plot]"'
+
+
+def test_a_name_with_dollars_in_it_is_drawn_as_it_is():
+    (axis,) = minikeras.plot_history(pd.DataFrame({r"$cost\per$": [2.0, 1.0]}, index=[1, 2]))
+    axis.figure.canvas.draw()
+    assert axis.get_title() == r"$cost\per$"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import accuracy, compiled, points
 
+from minikeras import Callback
 from minikeras.progress import Progress
 
 SCRIPT = """
@@ -62,6 +63,22 @@ def test_the_header_comes_once_though_validation_comes_now_and_then(capsys):
     assert [len(line.replace("*", "").split()) for line in lines[2:]] == [2, 3, 2, 3, 2]
 
 
+class Alternates(Callback):
+    """Logs one name in odd epochs, and another one in even ones."""
+
+    def on_epoch_end(self, epoch, logs):
+        logs["odd" if epoch % 2 else "even"] = epoch
+
+
+def test_the_header_comes_once_though_columns_alternate(capsys):
+    compiled().fit(6, points(8), callbacks=[Alternates()])
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (line for line in lines if "loss" in line)
+    assert (first.split(), second.split()) == (["epoch", "loss", "odd"], ["epoch", "loss", "odd", "even"])
+    ends = [second.index(name) + len(name) for name in ("odd", "even")]
+    assert [len(line) for line in lines[-4:]] == ends * 2  # each number under its name
+
+
 def test_the_bar_counts_the_time_of_each_epoch_from_its_beginning(capsys):
     bar = Progress(True, epochs=2, steps=3, log_step_freq=None, validates=False, best=math.inf)
     bar.on_epoch_begin(1)
@@ -82,6 +99,34 @@ def test_verbose_0_prints_nothing(capsys):
     compiled().fit(2, points(8), points(8), 1, verbose=0)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+class Kept:
+    """What a script may put in the place of sys.stdout: no more than what print needs."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("verbose", ["auto", 1, 2])
+def test_standard_output_may_be_an_object_that_knows_write_and_flush_alone(verbose, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Kept())
+    compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)
+    assert re.findall(r"^ +(\d) +\d\.\d+ ", sys.stdout.text.replace("\r", "\n"), re.MULTILINE) == ["1", "2"]
+    assert ("\r" in sys.stdout.text) == (verbose == 1)
+
+
+@pytest.mark.parametrize("verbose", ["auto", 0, 1, 2])
+def test_a_program_without_standard_output_trains_and_shows_nothing(verbose, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)) == 2
 
 
 def test_an_epoch_number_goes_on_over_several_fits(capsys):

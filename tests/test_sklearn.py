@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -67,6 +68,39 @@ def test_a_regressor_learns_one_number_or_several():
     two = Regressor(epochs=5, **CPU).fit(X, np.stack([y, -y], 1))
     assert two.predict(X).shape == (442, 2)
     assert Regressor(epochs=1, **CPU).fit(X, y[:, None]).predict(X).shape == (442, 1)
+
+
+@pytest.mark.parametrize("turned", [lambda y: y[::-1], lambda y: y.astype(">f4"), lambda y: np.stack([y, -y], 1)[::-1]])
+def test_a_regressor_takes_targets_however_they_lie_in_memory(turned):
+    X, y = load_diabetes(return_X_y=True)
+    expected = Regressor(epochs=1, **CPU).fit(X, np.array(turned(y), dtype=np.float64, order="C")).predict(X)
+    np.testing.assert_array_equal(Regressor(epochs=1, **CPU).fit(X, turned(y)).predict(X), expected)
+
+
+def test_a_fit_that_fails_leaves_the_model_before_it_with_its_labels():
+    X, y = iris()
+    classifier = Classifier(epochs=1, **CPU).fit(X, y)
+    predicted = classifier.predict(X)
+    with pytest.raises(ValueError, match="learning rate"):
+        classifier.set_params(lr=-1.0).fit(X, np.char.upper(y))
+    assert classifier.predict(X).tolist() == predicted.tolist()
+    regressor = Regressor(epochs=1, **CPU).fit(X, X[:, :1])
+    with pytest.raises(ValueError, match="learning rate"):
+        regressor.set_params(lr=-1.0).fit(X, X[:, 0])
+    assert regressor.predict(X).shape == (150, 1)
+
+
+def test_estimators_in_threads_are_what_they_are_one_by_one():
+    X, y = iris()
+
+    def proba(seed):
+        return Classifier(epochs=3, device="cpu", random_state=seed).fit(X, y).predict_proba(X)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = Parallel(4, backend="threading")(delayed(proba)(seed) for seed in range(8))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(found, [proba(seed) for seed in range(8)])
 
 
 def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():

@@ -5,6 +5,7 @@ import struct
 import sys
 import time
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -365,6 +366,17 @@ def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_point
     assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1, 16))
 
 
+@pytest.mark.parametrize("every", [1, None])
+def test_a_second_fit_with_a_callback_of_its_own_goes_on_in_the_folder(every, tmp_path):
+    model = ring()
+    fit(model, [TensorBoard(tmp_path, every=every)], epochs=2)
+    with pytest.raises(RuntimeError):
+        fit(model, [TensorBoard(tmp_path, every=1), Breaks(RuntimeError("broken"), 4, 3)], epochs=2)
+    fit(model, [TensorBoard(tmp_path, every=1)], epochs=2)
+    assert list(scalars(tmp_path)["loss"]) == list(range(1, 6))
+    assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1 if every else 11, 26))
+
+
 def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
     model, board = ring(), TensorBoard(tmp_path)
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
@@ -520,6 +532,21 @@ def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
     assert stored.table()["val_top5 _acc_1_"] == {1: 0.25}
 
 
+def test_metrics_whose_names_differ_in_what_mlflow_refuses_stay_two(tmp_path):
+    class Counts(minikeras.Callback):
+        def on_epoch_end(self, epoch, logs):
+            logs |= {"n>1": 3 * epoch, "n<1": 2 * epoch, "n_1": epoch} if epoch > 1 else {"n<1": 2 * epoch}
+
+    stored, run = Store(tmp_path), {"checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(ring(), [Counts(), stored.callback(), Breaks(RuntimeError("broken"), 2, 1)], **run)
+    fit(ring(), [Counts(), stored.callback()], **run)
+    table = stored.table()
+    assert table["n_1"] == {1: 2, 2: 4, 3: 6}  # as the run began with it
+    assert table["n_1_2"] == {2: 2, 3: 3}
+    assert table["n_1_3"] == {2: 6, 3: 9}
+
+
 def test_mlflow_says_killed_after_ctrl_c(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -534,6 +561,20 @@ def test_mlflow_takes_the_experiment_of_the_environment(tmp_path, monkeypatch):
     assert store.runs() == 1
 
 
+def test_mlflow_takes_the_experiment_that_the_user_has_set_and_in_its_store_alone(tmp_path, monkeypatch):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    store, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # set_experiment sets it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    mlflow.set_experiment("rings")
+    for callback in (MLflow(), MLflow(tracking_uri=store.uri), MLflow("mine"), MLflow(tracking_uri=other.uri)):
+        fit(ring(), [callback], epochs=1)
+    assert store.runs() == 2
+    assert len(store.client().search_runs([store.client().get_experiment_by_name("mine").experiment_id])) == 1
+    assert len(other.client().search_runs(["0"])) == 1  # MLflow's own
+
+
 def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):
     files = Files(tmp_path)
     fit(ring(), [files.callback()], epochs=1)
@@ -541,6 +582,23 @@ def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):
     assert (run.project, run.display_name) == ("rings", "first")
     config = {item.key: item.value_json for item in run.config.update}
     assert (config["lr"], config["kind"]) == ("0.1", '"ring"')
+
+
+def test_a_run_that_the_user_has_begun_with_wandb_goes_on_beside_that_of_the_fit(tmp_path):
+    files = Files(tmp_path)
+    with wandb.init(project="mine", mode="offline", dir=str(tmp_path)) as own:
+        for row in range(5):
+            wandb.log({"before": row})
+        model, callback = ring(), files.callback()
+        dfhistory = fit(model, [callback], epochs=2)
+        wandb.log({"after": 1})
+        dfhistory = fit(model, [callback], epochs=2)  # goes on in its own
+        assert wandb.run is own
+    table = files.table()
+    assert (list(table.pop("before")), list(table.pop("after"))) == ([0, 1, 2, 3, 4], [5])
+    assert_holds({name: values for name, values in table.items() if name != "lr"}, dfhistory)
+    assert {run.project for run in files.records("run")} == {"mine", "rings"}
+    assert files.runs() == 2
 
 
 def test_wandb_goes_by_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):

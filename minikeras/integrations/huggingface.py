@@ -7,10 +7,13 @@ from_pretrained    the constructor with those arguments, then Model.load
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 import minikeras
+from minikeras.errors import described
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -25,7 +28,9 @@ WEIGHTS = "model.safetensors"  # the Hub's name for them
 class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", tags=["minikeras"]):
     """A `minikeras.Model` with huggingface_hub's save_pretrained, from_pretrained and push_to_hub.
 
-    Subclass it; the constructor's arguments are kept where JSON can hold them, and are what it is built with again.
+    Subclass it; the constructor's arguments are kept as JSON, and are what it is built with again. One that JSON cannot
+    hold, as a layer is, is an error where the constructor has a default that would take its place; without a default it
+    is left out, and given to from_pretrained anew.
     Weights are whole and checked as by `Model.save` and `Model.load`: a file of another architecture is an error.
     On several processes all call save_pretrained, and rank 0 writes.
 
@@ -35,6 +40,7 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
     Raises:
         CheckpointError: from_pretrained finds weights that are damaged, or of another architecture.
         FileNotFoundError: from_pretrained finds no weights in a folder.
+        TypeError: save_pretrained or push_to_hub, without `config`, of a model with arguments that JSON cannot hold.
 
     >>> import tempfile
     >>> import torch
@@ -53,9 +59,19 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
     True
     """
 
+    _coded: tuple[type, ...] = ()  # types that a subclass has given `coders` for
+    _lost: dict[str, str]  # arguments that config.json would not bring back -> what they were
+
+    def __init_subclass__(cls, *args: Any, coders: Any = None, **kwargs: Any) -> None:
+        super().__init_subclass__(*args, coders=coders, **kwargs)
+        cls._coded = tuple(coders or ())
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """huggingface_hub keeps the arguments here, before the constructor may change a list among them."""
-        return super().__new__(cls, *map(_as_given, args), **{name: _as_given(it) for name, it in kwargs.items()})
+        given = [_as_given(value) for value in args], {name: _as_given(value) for name, value in kwargs.items()}
+        model = super().__new__(cls, *given[0], **given[1])
+        model._lost = _not_kept(cls, args, kwargs)
+        return model
 
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> str | None:
         """Write weights, arguments and a model card into a folder; huggingface_hub's arguments.
@@ -64,6 +80,7 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
             save_directory: the folder, made where it is not there.
             arguments: `config`, `repo_id`, `push_to_hub`, ... as in huggingface_hub.
         """
+        self._check_config(arguments.get("config"))
         if self.is_main_process:
             url: str | None = super().save_pretrained(save_directory, **arguments)
             return url
@@ -82,11 +99,22 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
         Returns:
             the address of the commit; "" on a process other than rank 0, which uploads.
         """
+        self._check_config(arguments.get("config"))
         if self.is_main_process:
             url: str = super().push_to_hub(repo_id, **arguments)
             return url
         self.save(WEIGHTS)  # its share of what rank 0 uploads; this writes nothing
         return ""
+
+    def _check_config(self, config: Any) -> None:
+        """from_pretrained must not build another model, without a word."""
+        if config is None and self._lost:
+            name, what = next(iter(self._lost.items()))
+            raise TypeError(
+                f"{name} was {what}, which config.json cannot hold: from_pretrained would build {type(self).__name__} "
+                f"without it. Let the constructor take numbers, strings, lists or dicts, under names, and make of them "
+                f"what it needs; or pass config=..., a dict for config.json, and to from_pretrained what is not in it."
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """huggingface_hub's place for it: the weights into a folder."""
@@ -108,3 +136,28 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
 
 def _as_given(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, (list, dict)) else value
+
+
+def _not_kept(cls: type[HubModel], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+    """Arguments that JSON does not bring back, and without which the constructor would take a default."""
+    parameters = {one.name: one for one in list(inspect.signature(cls.__init__).parameters.values())[1:]}
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    for place, (name, one) in enumerate(parameters.items()):
+        if one.kind is one.VAR_POSITIONAL and len(args) > place:
+            return {f"*{name}": described(args[place:])}  # they have no names
+    defaults = {name: one.default for name, one in parameters.items()}
+    lost = {name: it for name, it in given.items() if not _comes_back(it, cls._coded) and defaults.get(name) is not it}
+    return {name: described(it) for name, it in lost.items() if defaults.get(name) is not inspect.Parameter.empty}
+
+
+def _comes_back(value: Any, coded: tuple[type, ...]) -> bool:
+    return isinstance(value, coded) or dataclasses.is_dataclass(value) or _is_json(value)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON holds a value; a tuple comes back as a list."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, (bool, int, float, str))

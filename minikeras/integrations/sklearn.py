@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'minikeras.integrations.sklearn needs a package: pip install "minikeras[sklearn]"'
     ) from error
+
+
+ALONE = threading.RLock()  # torch has one random state for all threads, so that estimators train one after the other
 
 
 def perceptron(n_features: int, n_outputs: int, hidden: int = 64) -> nn.Module:
@@ -188,10 +192,11 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
-        self.classes_, numbers = np.unique(y, return_inverse=True)
-        if len(self.classes_) == 1:
+        classes, numbers = np.unique(y, return_inverse=True)
+        if len(classes) == 1:
             raise ValueError(f"y has one class, {y[0]!s}; expected two or more to tell apart. Add rows of another.")
-        self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(self.classes_))
+        self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(classes))
+        self.classes_ = classes  # now only: a fit that fails leaves the model before it, and its labels
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -245,9 +250,10 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
             TypeError, ValueError: as in `Classifier.fit`.
         """
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
-        self._shape = y.shape[1:]
-        labels = torch.tensor(y.reshape(len(y), -1), dtype=torch.get_default_dtype())
+        numbers = np.ascontiguousarray(y.reshape(len(y), -1), dtype=np.float64)  # torch takes no y[::-1]
+        labels = torch.tensor(numbers, dtype=torch.get_default_dtype())
         self._train(X, labels, sample_weight, labels.shape[1])
+        self._shape = y.shape[1:]
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -327,6 +333,6 @@ def weights_of(sample_weight: Any, X: np.ndarray) -> Tensor:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's random numbers from this seed on; afterwards they go on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with ALONE, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

@@ -18,6 +18,7 @@ from minikeras.integrations.tracking import Tracker, as_dict, imported
 
 EVENTS = "torch.utils.tensorboard"
 HPARAMS = "tensorboard.plugins.hparams"
+BATCHES = "minikeras_batches.txt"  # a file beside the events, with the number of the last epoch's last batch in it
 
 
 @contextlib.contextmanager
@@ -107,6 +108,8 @@ class TensorBoard(Tracker):
         self.before = 0  # of them, those of the epochs before this one
 
     def open(self, epoch: int) -> None:
+        if self.run_id is None and epoch > 1 and (self.folder / BATCHES).exists():  # of another callback's fit
+            self.step = self.before = int((self.folder / BATCHES).read_text())
         self.run_id = str(self.folder)
         self.columns: list[str] = []  # of the first epoch here, for the table of hparams
         self._wait()
@@ -197,6 +200,7 @@ class TensorBoard(Tracker):
     def close(self, error: BaseException | None) -> None:
         for writer in self.writers:
             writer.close()
+        (self.folder / BATCHES).write_text(str(self.before))
         if self.hparams is not None and self.columns:
             self._write_hparams("STATUS_SUCCESS" if error is None else "STATUS_FAILURE")
 

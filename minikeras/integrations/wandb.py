@@ -19,7 +19,8 @@ class WandB(Tracker):
     The names are the history's columns ("loss", "val_loss", "lr"), the steps are the epochs. List this callback after
     those that add to the logs, such as LRScheduler. An error ends the run as failed. Several processes are one run, of
     rank 0. A fit that is carried on goes on in the run of the same id: offline, in a folder beside the one before it;
-    `wandb sync` puts them together.
+    `wandb sync` puts them together. A run that you have begun yourself with `wandb.init`, and not finished, is left as
+    it is: the fit's is another beside it.
 
     Offline, W&B holds the last rows in memory: a process that is killed outright (SIGKILL) leaves a file without them.
     After an error, Ctrl-C and SIGTERM they are in it.
@@ -54,7 +55,9 @@ class WandB(Tracker):
 
     def open(self, epoch: int) -> None:
         known = {} if self.run_id is None else {"id": self.run_id, "resume": "allow"}
-        arguments = {"project": self.project, "name": self.name, "config": self.config, **self.kwargs, **known}
+        beside = None if self.package.run is None else "create_new"  # else init returns the user's run
+        arguments = {"project": self.project, "name": self.name, "config": self.config, "reinit": beside}
+        arguments |= self.kwargs | known
         if known:  # W&B names a part's folder by the second, and would write over one of the same
             time.sleep(min(max(self.begun + 1 - time.time(), 0), 1))
         self.begun = time.time()
