@@ -227,6 +227,97 @@ def test_a_layer_thawed_between_fits_is_trained():
     assert_same(model, twin)
 
 
+def thaw(model):
+    model.fc1.requires_grad_(True)
+
+
+def freeze(model):
+    model.fc2.bias.requires_grad_(False)
+
+
+def add_group(model):
+    thaw(model)
+    model.optimizer.add_param_group({"params": model.late, "lr": 0.03})
+
+
+def forget(model):
+    model.optimizer.state.clear()
+
+
+def load(model):
+    model.optimizer.load_state_dict(copy.deepcopy(model.kept))
+
+
+def take_another_way(model):
+    model.long_way = not model.long_way
+
+
+class Detour(Net):
+    """fc3 is passed where Python says so; fc1 is frozen at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc3, self.long_way = nn.Linear(2, 2), False
+        self.fc1.requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(self.fc3(x) if self.long_way else x)
+
+
+@pytest.mark.parametrize(
+    ("change", "moment", "path", "kind"),
+    [
+        (thaw, "epoch", "jit", "SGD"),
+        (thaw, "batch", "jit of 3 steps", "Adam"),
+        (freeze, "epoch", "jit of 3 steps", "SGD"),
+        (freeze, "batch", "jit", "Adam"),
+        (add_group, "epoch", "jit", "Adam"),
+        (add_group, "batch", "jit of 3 steps", "SGD"),
+        (forget, "epoch", "jit", "SGD"),
+        (forget, "batch", "jit of 3 steps", "Adam"),
+        (load, "epoch", "jit of 3 steps", "Adam"),
+        (load, "batch", "jit", "SGD"),
+        (take_another_way, "epoch", "jit", "Adam"),
+        (take_another_way, "batch", "jit", "RMSprop"),
+    ],
+)
+def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_too(change, moment, path, kind):
+    model, twin = pair(Detour)
+    for one, kwargs in ((model, {}), (twin, PATHS[path])):
+        late = list(one.fc1.parameters()) if change is add_group else []
+        early = [parameter for parameter in one.parameters() if not any(parameter is other for other in late)]
+        compiled(one, optimizer=OPTIMIZERS[kind](early), **kwargs)
+        vars(one).update(late=late, kept=copy.deepcopy(one.optimizer.state_dict()))
+
+        def at(number, logs=None, one=one):
+            if number == {"epoch": 2, "batch": 4}[moment]:
+                change(one)
+
+        changing = LambdaCallback(**{f"on_{moment}_{'begin' if moment == 'epoch' else 'end'}": at})
+        one.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
+    assert_same(model, twin, 1e-5)
+    torch.testing.assert_close(twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5)
+    assert way(twin) == "one graph"
+
+
+def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said_once(monkeypatch):
+    def train(one, **kwargs):
+        compiled(one, optimizer=OPTIMIZERS["SGD"](one.parameters()), **kwargs)
+        clear = LambdaCallback(on_epoch_begin=lambda epoch: forget(one))
+        one.fit(6, batches(20, 20, 20), callbacks=[clear], verbose=0)
+
+    monkeypatch.setattr("minikeras.jit.steps.RENEWALS", 3)
+    model, twin = pair()
+    train(model)
+    with pytest.warns(UserWarning, match="jit") as caught:
+        train(twin, jit=FAST)
+    assert [str(one.message) for one in caught] == [
+        "jit: train_step is not one graph: forward and loss, since the parameters that the loss reaches, or the "
+        "optimizer's state, are others again and again"
+    ]
+    assert_same(model, twin)
+
+
 # --- what the user's own objects look like ----------------------------------------------------------------------------
 
 
