@@ -318,6 +318,35 @@ def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said
     assert_same(model, twin)
 
 
+class Annealed(nn.BCELoss):
+    """A loss with a Python number that a callback lowers."""
+
+    share = 1.0
+
+    def forward(self, y_pred, y_true):
+        return super().forward(y_pred, y_true) + self.share * y_pred.mean()
+
+
+def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_told_of():
+    def train(one, **kwargs):
+        loss_func = Annealed()
+        lower = LambdaCallback(on_epoch_begin=lambda epoch: setattr(loss_func, "share", 1 / epoch))
+        compiled(one, loss_func, **kwargs)
+        return one.fit(10, batches(20, 20, 20), batches(20, 20), callbacks=[lower], verbose=0)
+
+    model, twin = pair()
+    expected = train(model)
+    with pytest.warns(UserWarning, match="jit") as caught:
+        found = train(twin, jit=FAST)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin, 1e-5)
+    assert [str(one.message) for one in caught] == [
+        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the model, the loss, "
+        "a metric or the data, has changed too often. Keep it in a tensor, and it stays one graph"
+        for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))
+    ]
+
+
 # --- what the user's own objects look like ----------------------------------------------------------------------------
 
 
