@@ -347,6 +347,38 @@ def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_to
     ]
 
 
+class Counting(torch.optim.Optimizer):
+    """Counts its steps in Python: in its groups, or for each parameter."""
+
+    def __init__(self, parameters, per_parameter):
+        super().__init__(parameters, {"lr": 0.1, "count": 0})
+        self.per_parameter = per_parameter
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += not self.per_parameter
+            for parameter in group["params"]:
+                counted = self.state[parameter] if self.per_parameter else group
+                counted["count"] = counted.get("count", 0) + self.per_parameter
+                parameter.sub_(parameter.grad * group["lr"] / counted["count"] ** 0.5)
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_of(per_parameter):
+    model, twin = pair()
+    compiled(model, optimizer=Counting(model.parameters(), per_parameter)).fit(2, batches(), verbose=0)
+    compiled(twin, optimizer=Counting(twin.parameters(), per_parameter), jit=FAST)
+    with pytest.warns(UserWarning, match="jit") as caught:
+        twin.fit(2, batches(), verbose=0)
+    assert [str(one.message) for one in caught] == [
+        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes a Python number, "
+        "'count'. A tensor would be in the graph"
+    ]
+    assert_same(model, twin, 1e-5)
+    assert twin.optimizer.state_dict() == model.optimizer.state_dict()
+
+
 # --- what the user's own objects look like ----------------------------------------------------------------------------
 
 

@@ -111,6 +111,16 @@ def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
     return number and (parameter.ndim > 0 or key in ("step", "mu_product"))
 
 
+def numbers(optimizer: Optimizer) -> dict[tuple[str, int], Any]:
+    """The Python numbers among an optimizer's settings and state, but for lr: a graph holds them as they were."""
+    return {
+        (key, at): value
+        for at, part in enumerate([*optimizer.param_groups, *optimizer.state.values()])
+        for key, value in part.items()
+        if key != "lr" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
     """torch.autograd.grad of a loss by its first so many parameters as one op of a graph; none of the rest has any."""
 

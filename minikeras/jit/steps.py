@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from minikeras.data import call_as, count_rows, manner
 from minikeras.faults import count_bad
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, reason
-from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks
+from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
@@ -295,6 +295,7 @@ class TrainStep(EvaluateStep):
             reached.extend(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
         optimizers = list(self.run.optimizers.values())
+        before = [(optimizer, numbers(optimizer)) for optimizer in optimizers]
         handles = [optimizer.register_step_pre_hook(note) for optimizer in optimizers]
         try:
             results = self.eager(batch)
@@ -302,15 +303,24 @@ class TrainStep(EvaluateStep):
             for handle in handles:
                 handle.remove()
         self.holds.fill_(self.run.finite_loss is not None)
-        outside = "" if self.run.precision is None else self.run.precision.outside_a_graph()
-        if self.way in IN_GRAPH and outside:
+        counts = sorted(key for one, old in before for (key, _), _ in numbers(one).items() - old.items())
+        why = self.why_outside(counts)
+        if self.way in IN_GRAPH and why:
             self.descend("forward and loss")
-            self.warn(f"{outside} needs backward and step outside it")
+            self.warn(why)
         if self.way in IN_GRAPH and has_hooks(reached, optimizers):
             self.descend("forward and loss")
         if self.way in IN_GRAPH:
             self.begin(reached, optimizers)
         return results
+
+    def why_outside(self, counts: list[str]) -> str:
+        """Why backward and step cannot be in the graph, as far as the user must be told; `counts`: see `numbers`."""
+        if self.run.precision is not None and (outside := self.run.precision.outside_a_graph()):
+            return f"{outside} needs backward and step outside it"
+        if counts:
+            return f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would be in the graph"
+        return ""
 
     def ready(self) -> None:
         for double in self.doubles:
