@@ -379,6 +379,30 @@ def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_
     assert twin.optimizer.state_dict() == model.optimizer.state_dict()
 
 
+class Unrated(torch.optim.Optimizer):
+    """Has no learning rate, or none yet."""
+
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, {"size": 0.1, **settings})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["size"] * parameter.grad)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": None}])
+def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(settings):
+    model, twin = pair()
+    expected = compiled(model, optimizer=Unrated(model.parameters(), **settings)).fit(2, batches(), verbose=0)
+    found = compiled(twin, optimizer=Unrated(twin.parameters(), **settings), jit=FAST).fit(2, batches(), verbose=0)
+    assert list(expected) == ["loss", "accuracy"]
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin)
+    assert way(twin) == "one graph"
+
+
 # --- what the user's own objects look like ----------------------------------------------------------------------------
 
 

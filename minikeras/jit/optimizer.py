@@ -28,7 +28,7 @@ class Double:
         self.twin.state = defaultdict(dict)
         self.step = inspect.unwrap(type(optimizer).step)  # undecorated: hooks and profiling would break the graph
         self.settings = [[(k, v) for k, v in g.items() if k not in ("params", "lr")] for g in optimizer.param_groups]
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.rates = [group.get("lr") for group in optimizer.param_groups]
         self.handles: list[Any] = []
         self.taken = 0  # steps in the graph since the twin took over
         for group in self.twin.param_groups:
@@ -36,8 +36,9 @@ class Double:
                 group["fused"] = False  # Dynamo refuses it, and the compiler fuses by itself
             if "capturable" in group and group["params"][0].is_cuda:
                 group["capturable"] = True  # a count of steps on the CPU would keep the step out of a CUDA graph
-            if not isinstance(group["lr"], Tensor):  # a float would be part of the code, compiled anew when it changes
-                group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
+            rate = group.get("lr")  # a float would be part of the code, compiled anew when it changes
+            if not isinstance(rate, Tensor | None):
+                group["lr"] = torch.tensor(rate, dtype=torch.float64, device=group["params"][0].device)
         self.read()
 
     def current(self) -> bool:
@@ -48,8 +49,10 @@ class Double:
     def follow(self) -> bool:
         """Take over the learning rate; False when another setting has changed, which is part of the code."""
         for number, group in enumerate(self.optimizer.param_groups):
-            rate = group["lr"]
+            rate = group.get("lr")
             if rate is not self.rates[number]:
+                if rate is None or self.rates[number] is None:
+                    return False
                 self.rates[number] = rate
                 self.twin.param_groups[number]["lr"].fill_(rate)
             if any(group[key] is not value and group[key] != value for key, value in self.settings[number]):
