@@ -182,6 +182,23 @@ def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
     assert way(twin) == "one graph"
 
 
+def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
+    def set_rate(one, epoch):
+        group = one.optimizer.param_groups[0]
+        if epoch == 2:
+            group["lr"] = torch.tensor(0.02)
+        if epoch > 2:
+            group["lr"].mul_(0.1)
+
+    model, twin = pair()
+    for one, jit in ((model, False), (twin, FAST)):
+        compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), jit=jit)
+        change = LambdaCallback(on_epoch_begin=lambda epoch, one=one: set_rate(one, epoch))
+        one.fit(4, batches(), callbacks=[change], verbose=0)
+    assert_same(model, twin)
+    assert way(twin) == "one graph"
+
+
 def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said_once():
     def train(one, **kwargs):
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9), **kwargs)

@@ -50,7 +50,8 @@ class Double:
         """Take over the learning rate; False when another setting has changed, which is part of the code."""
         for number, group in enumerate(self.optimizer.param_groups):
             rate = group.get("lr")
-            if rate is not self.rates[number]:
+            followed = rate is self.rates[number] and not isinstance(rate, Tensor)  # a tensor may be changed in place
+            if not followed and rate is not self.twin.param_groups[number].get("lr"):
                 if rate is None or self.rates[number] is None:
                     return False
                 self.rates[number] = rate
