@@ -107,7 +107,7 @@ class Run:
         """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
         rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        changed = [name for name in (rates[0] if rates else ()) if len({row[name] for row in rates}) > 1]
+        changed = [name for name in (rates[0] if rates else ()) if len({row.get(name) for row in rates}) > 1]
         names = column_order([*names, *(name for name in changed if name not in names)])
         merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
         index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
@@ -257,5 +257,6 @@ def has_own_step(model: Model) -> bool:
 
 
 def learning_rates(run: Run) -> dict[str, float]:
-    """The rate of each optimizer's first group."""
-    return {rate_name(name): float(one.param_groups[0]["lr"]) for name, one in run.optimizers.items()}
+    """The rate of each optimizer's first group, where it has one by the name of lr."""
+    rates = {rate_name(name): one.param_groups[0].get("lr") for name, one in run.optimizers.items()}
+    return {name: float(rate) for name, rate in rates.items() if rate is not None}

@@ -72,6 +72,19 @@ def test_a_first_loss_that_is_not_finite_has_none_before_it():
     assert str(raised.value) == where + NO_ONE + FINITE + AS_BEFORE
 
 
+def test_a_loss_that_is_not_finite_is_told_of_where_the_optimizer_has_no_lr():
+    class Unrated(torch.optim.Optimizer):
+        def step(self, closure=None):
+            pass
+
+    model = Net()
+    model.compile(bad_at(1), Unrated(model.parameters(), {}), device="cpu")
+    with pytest.raises(FloatingPointError) as raised:
+        model.fit(1, points(8), verbose=0)
+    where = "the loss is nan in epoch 1, batch 1; expected a finite number. "
+    assert str(raised.value) == where + NO_ONE.replace("lr 0.1", "an unknown rate") + FINITE + AS_BEFORE
+
+
 IGNORE = {
     "CrossEntropyLoss": (nn.CrossEntropyLoss(ignore_index=0), 0),
     "torch's default": (nn.NLLLoss(), -100),

@@ -182,6 +182,23 @@ def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
     assert way(twin) == "one graph"
 
 
+def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
+    def set_rate(one, epoch):
+        group = one.optimizer.param_groups[0]
+        if epoch == 2:
+            group["lr"] = torch.tensor(0.02)
+        if epoch > 2:
+            group["lr"].mul_(0.1)
+
+    model, twin = pair()
+    for one, jit in ((model, False), (twin, FAST)):
+        compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), jit=jit)
+        change = LambdaCallback(on_epoch_begin=lambda epoch, one=one: set_rate(one, epoch))
+        one.fit(4, batches(), callbacks=[change], verbose=0)
+    assert_same(model, twin)
+    assert way(twin) == "one graph"
+
+
 def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said_once():
     def train(one, **kwargs):
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9), **kwargs)
@@ -225,6 +242,182 @@ def test_a_layer_thawed_between_fits_is_trained():
         one.fc1.requires_grad_(True)
         one.fit(1, batches(), verbose=0)
     assert_same(model, twin)
+
+
+def thaw(model):
+    model.fc1.requires_grad_(True)
+
+
+def freeze(model):
+    model.fc2.bias.requires_grad_(False)
+
+
+def add_group(model):
+    thaw(model)
+    model.optimizer.add_param_group({"params": model.late, "lr": 0.03})
+
+
+def forget(model):
+    model.optimizer.state.clear()
+
+
+def load(model):
+    model.optimizer.load_state_dict(copy.deepcopy(model.kept))
+
+
+def take_another_way(model):
+    model.long_way = not model.long_way
+
+
+class Detour(Net):
+    """fc3 is passed where Python says so; fc1 is frozen at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc3, self.long_way = nn.Linear(2, 2), False
+        self.fc1.requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(self.fc3(x) if self.long_way else x)
+
+
+@pytest.mark.parametrize(
+    ("change", "moment", "path", "kind"),
+    [
+        (thaw, "epoch", "jit", "SGD"),
+        (thaw, "batch", "jit of 3 steps", "Adam"),
+        (freeze, "epoch", "jit of 3 steps", "SGD"),
+        (freeze, "batch", "jit", "Adam"),
+        (add_group, "epoch", "jit", "Adam"),
+        (add_group, "batch", "jit of 3 steps", "SGD"),
+        (forget, "epoch", "jit", "SGD"),
+        (forget, "batch", "jit of 3 steps", "Adam"),
+        (load, "epoch", "jit of 3 steps", "Adam"),
+        (load, "batch", "jit", "SGD"),
+        (take_another_way, "epoch", "jit", "Adam"),
+        (take_another_way, "batch", "jit", "RMSprop"),
+    ],
+)
+def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_too(change, moment, path, kind):
+    model, twin = pair(Detour)
+    for one, kwargs in ((model, {}), (twin, PATHS[path])):
+        late = list(one.fc1.parameters()) if change is add_group else []
+        early = [parameter for parameter in one.parameters() if not any(parameter is other for other in late)]
+        compiled(one, optimizer=OPTIMIZERS[kind](early), **kwargs)
+        vars(one).update(late=late, kept=copy.deepcopy(one.optimizer.state_dict()))
+
+        def at(number, logs=None, one=one):
+            if number == {"epoch": 2, "batch": 4}[moment]:
+                change(one)
+
+        changing = LambdaCallback(**{f"on_{moment}_{'begin' if moment == 'epoch' else 'end'}": at})
+        one.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
+    assert_same(model, twin, 1e-5)
+    torch.testing.assert_close(twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5)
+    assert way(twin) == "one graph"
+
+
+def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said_once(monkeypatch):
+    def train(one, **kwargs):
+        compiled(one, optimizer=OPTIMIZERS["SGD"](one.parameters()), **kwargs)
+        clear = LambdaCallback(on_epoch_begin=lambda epoch: forget(one))
+        one.fit(6, batches(20, 20, 20), callbacks=[clear], verbose=0)
+
+    monkeypatch.setattr("minikeras.jit.steps.RENEWALS", 3)
+    model, twin = pair()
+    train(model)
+    with pytest.warns(UserWarning, match="jit") as caught:
+        train(twin, jit=FAST)
+    assert [str(one.message) for one in caught] == [
+        "jit: train_step is not one graph: forward and loss, since the parameters that the loss reaches, or the "
+        "optimizer's state, are others again and again"
+    ]
+    assert_same(model, twin)
+
+
+class Annealed(nn.BCELoss):
+    """A loss with a Python number that a callback lowers."""
+
+    share = 1.0
+
+    def forward(self, y_pred, y_true):
+        return super().forward(y_pred, y_true) + self.share * y_pred.mean()
+
+
+def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_told_of():
+    def train(one, **kwargs):
+        loss_func = Annealed()
+        lower = LambdaCallback(on_epoch_begin=lambda epoch: setattr(loss_func, "share", 1 / epoch))
+        compiled(one, loss_func, **kwargs)
+        return one.fit(10, batches(20, 20, 20), batches(20, 20), callbacks=[lower], verbose=0)
+
+    model, twin = pair()
+    expected = train(model)
+    with pytest.warns(UserWarning, match="jit") as caught:
+        found = train(twin, jit=FAST)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin, 1e-5)
+    assert [str(one.message) for one in caught] == [
+        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the model, the loss, "
+        "a metric or the data, has changed too often. Keep it in a tensor, and it stays one graph"
+        for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))
+    ]
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts its steps in Python: in its groups, or for each parameter."""
+
+    def __init__(self, parameters, per_parameter):
+        super().__init__(parameters, {"lr": 0.1, "count": 0})
+        self.per_parameter = per_parameter
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += not self.per_parameter
+            for parameter in group["params"]:
+                counted = self.state[parameter] if self.per_parameter else group
+                counted["count"] = counted.get("count", 0) + self.per_parameter
+                parameter.sub_(parameter.grad * group["lr"] / counted["count"] ** 0.5)
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_of(per_parameter):
+    model, twin = pair()
+    compiled(model, optimizer=Counting(model.parameters(), per_parameter)).fit(2, batches(), verbose=0)
+    compiled(twin, optimizer=Counting(twin.parameters(), per_parameter), jit=FAST)
+    with pytest.warns(UserWarning, match="jit") as caught:
+        twin.fit(2, batches(), verbose=0)
+    assert [str(one.message) for one in caught] == [
+        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes a Python number, "
+        "'count'. A tensor would be in the graph"
+    ]
+    assert_same(model, twin, 1e-5)
+    assert twin.optimizer.state_dict() == model.optimizer.state_dict()
+
+
+class Unrated(torch.optim.Optimizer):
+    """Has no learning rate, or none yet."""
+
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, {"size": 0.1, **settings})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["size"] * parameter.grad)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": None}])
+def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(settings):
+    model, twin = pair()
+    expected = compiled(model, optimizer=Unrated(model.parameters(), **settings)).fit(2, batches(), verbose=0)
+    found = compiled(twin, optimizer=Unrated(twin.parameters(), **settings), jit=FAST).fit(2, batches(), verbose=0)
+    assert list(expected) == ["loss", "accuracy"]
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    assert_same(model, twin)
+    assert way(twin) == "one graph"
 
 
 # --- what the user's own objects look like ----------------------------------------------------------------------------

@@ -236,6 +236,17 @@ def test_learning_rates_are_there_even_where_they_do_not_change(tracker):
     }
 
 
+def test_an_optimizer_without_a_learning_rate_has_none_to_log(tracker):
+    class Unrated(torch.optim.Optimizer):
+        def step(self, closure=None):
+            pass
+
+    model = ring()
+    model.compile(nn.BCELoss(), Unrated(model.parameters(), {}), device="cpu")
+    fit(model, [tracker.callback()], epochs=1)
+    assert [name for name in tracker.table() if "lr" in name] == []
+
+
 class Breaks(minikeras.Callback):
     """Raises in the middle of an epoch, or after it."""
 

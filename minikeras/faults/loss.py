@@ -159,7 +159,7 @@ def explained(
     weights = [name for name, weight in model.named_parameters() if has_non_finite(weight)]
     buffers = [name for name, buffer in model.named_buffers() if has_non_finite(buffer)]
     began = f" (it began {error.ago} steps before)" * (error.ago > 0)
-    shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+    shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items()) or "an unknown rate"
     told = [f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
             f"{before(error, watch)} at {shown}."]  # fmt: skip
     if spoiled:

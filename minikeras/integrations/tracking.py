@@ -97,7 +97,8 @@ def rates(optimizer: Any) -> dict[str, float]:
     """
     named = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
     found = [(f"lr_{name}" if name else "lr", one) for name, one in named.items() if isinstance(one, Optimizer)]
-    return {name: float(one.param_groups[0]["lr"]) for name, one in found}
+    first = {name: one.param_groups[0].get("lr") for name, one in found}
+    return {name: float(rate) for name, rate in first.items() if rate is not None}
 
 
 def as_dict(name: str, value: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ the next one           traced and compiled in the first of these ways that works
     "forward and loss" backward and step in eager: also where hooks of parameters or optimizers must fire
     "eager"
 every other            that graph for batches of its shape, one more graph for all other shapes
+a batch for which the loss reaches other parameters, or the optimizer has other groups or another state
+                       in eager, as the first; then a new graph
 
 On CUDA the compiled graph is captured as a CUDA graph too, unless the user gives a mode or backend, or the option
 "triton.cudagraphs"; its results are copied, for the next replay writes over them.

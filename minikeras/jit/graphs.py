@@ -19,6 +19,10 @@ from minikeras.data import leaves, map_leaves
 
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled
+TOO_OFTEN = (
+    "a Python value that is part of it, in the model, the loss, a metric or the data, has changed too often. "
+    "Keep it in a tensor, and it stays one graph"
+)
 _numbers = itertools.count()
 
 
@@ -59,7 +63,13 @@ class Graphs:
 
     def _call(self, batches: Sequence[Any], other: bool) -> Any:
         if other in self.compiled:
-            return self.compiled[other](*batches)
+            try:
+                return self.compiled[other](*batches)
+            except Exception as error:
+                if not is_of_tracing(error):
+                    raise
+                often = "RecompileLimit" in type(error).__name__
+                raise CompileError(TOO_OFTEN if often else f"{type(error).__name__}: {error}") from error
         begun = time.perf_counter()
         self.say(f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ...")
         function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **self.options)
@@ -156,6 +166,11 @@ def undone_on_error(state: list[Tensor]) -> Iterator[None]:
         if isinstance(error, Exception):
             raise CompileError(f"{type(error).__name__}: {error}") from error
         raise
+
+
+def is_of_tracing(error: Exception) -> bool:
+    """Whether a function that had worked was being traced anew, of which nothing had run yet."""
+    return any("dynamo" in kind.__module__ for kind in type(error).__mro__)
 
 
 def reason(error: CompileError) -> str:

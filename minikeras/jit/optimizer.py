@@ -21,29 +21,39 @@ class Double:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.state = optimizer.state
         self.twin: Optimizer = object.__new__(type(optimizer))
         self.twin.__dict__.update(optimizer.__dict__)
         self.twin.param_groups = [dict(group) for group in optimizer.param_groups]
         self.twin.state = defaultdict(dict)
         self.step = inspect.unwrap(type(optimizer).step)  # undecorated: hooks and profiling would break the graph
         self.settings = [[(k, v) for k, v in g.items() if k not in ("params", "lr")] for g in optimizer.param_groups]
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.handle: Any = None
+        self.rates = [group.get("lr") for group in optimizer.param_groups]
+        self.handles: list[Any] = []
         self.taken = 0  # steps in the graph since the twin took over
         for group in self.twin.param_groups:
             if group.get("fused"):
                 group["fused"] = False  # Dynamo refuses it, and the compiler fuses by itself
             if "capturable" in group and group["params"][0].is_cuda:
                 group["capturable"] = True  # a count of steps on the CPU would keep the step out of a CUDA graph
-            if not isinstance(group["lr"], Tensor):  # a float would be part of the code, compiled anew when it changes
-                group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=group["params"][0].device)
+            rate = group.get("lr")  # a float would be part of the code, compiled anew when it changes
+            if not isinstance(rate, Tensor | None):
+                group["lr"] = torch.tensor(rate, dtype=torch.float64, device=group["params"][0].device)
         self.read()
+
+    def current(self) -> bool:
+        """Whether the optimizer has the groups and the state that the twin was made of, and has not loaded others."""
+        own = self.optimizer
+        return own.state is self.state and len(own.state) == self.size and len(own.param_groups) == len(self.rates)
 
     def follow(self) -> bool:
         """Take over the learning rate; False when another setting has changed, which is part of the code."""
         for number, group in enumerate(self.optimizer.param_groups):
-            rate = group["lr"]
-            if rate is not self.rates[number]:
+            rate = group.get("lr")
+            followed = rate is self.rates[number] and not isinstance(rate, Tensor)  # a tensor may be changed in place
+            if not followed and rate is not self.twin.param_groups[number].get("lr"):
+                if rate is None or self.rates[number] is None:
+                    return False
                 self.rates[number] = rate
                 self.twin.param_groups[number]["lr"].fill_(rate)
             if any(group[key] is not value and group[key] != value for key, value in self.settings[number]):
@@ -52,7 +62,7 @@ class Double:
 
     def read(self) -> bool:
         """Take over the optimizer's state after a step of its own; False when it is in other tensors than before."""
-        same = True
+        same, self.size = True, len(self.optimizer.state)
         for parameter, state in self.optimizer.state.items():
             twins = self.twin.state[parameter]
             for key, value in state.items():
@@ -68,21 +78,29 @@ class Double:
 
     def attach(self) -> None:
         """From now on the twin steps; whoever asks the optimizer for its state gets it as it is then."""
-        self.handle = self.handle or self.optimizer.register_state_dict_pre_hook(lambda _: self.write_back())
+        if not self.handles:
+            own = self.optimizer  # what it is told to load may hold the tensors that it has
+            self.handles = [
+                own.register_state_dict_pre_hook(lambda _: self.write_back()),
+                own.register_load_state_dict_pre_hook(lambda _, loaded: self.write_back()),
+            ]
 
     def detach(self) -> None:
         """From now on the optimizer steps by itself again."""
-        if self.handle is not None:
+        if self.handles:
             self.write_back()
-            self.handle.remove()
-            self.handle = None
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def write_back(self) -> None:
+        if self.optimizer.state is not self.state:  # loaded meanwhile: the twin's steps are those of another run
+            return
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
                 if counts_steps(parameter, key, value):
                     twin = self.twin.state[parameter][key]
-                    if key == "step" and twin == value:
+                    if key == "step" and twin == value and parameter.grad is not None:
                         twin += self.taken  # the compiler leaves out a count that nothing reads, such as RMSprop's
                     value.copy_(twin)
         self.taken = 0
@@ -97,11 +115,25 @@ def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
     return number and (parameter.ndim > 0 or key in ("step", "mu_product"))
 
 
-def gradients_in_graph() -> Callable[..., tuple[Tensor, ...]]:
-    """torch.autograd.grad of a loss by parameters as one op of a graph."""
+def numbers(optimizer: Optimizer) -> dict[tuple[str, int], Any]:
+    """The Python numbers among an optimizer's settings and state, but for lr: a graph holds them as they were."""
+    return {
+        (key, at): value
+        for at, part in enumerate([*optimizer.param_groups, *optimizer.state.values()])
+        for key, value in part.items()
+        if key != "lr" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
+    """torch.autograd.grad of a loss by its first so many parameters as one op of a graph; none of the rest has any."""
 
     def gradients(loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, parameters)
+        trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
+        found = torch.autograd.grad(loss, [parameters[number] for number in trained], allow_unused=True)
+        if [number for number, one in zip(trained, found, strict=True) if one is not None] != list(range(reached)):
+            raise RuntimeError("the loss reaches other parameters than in the batch before")
+        return found[:reached]
 
     # the compiler differentiates through it; Dynamo does not look inside
     in_graph: Callable[..., tuple[Tensor, ...]] = torch.compiler.allow_in_graph(gradients)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from minikeras.data import call_as, count_rows, manner
 from minikeras.faults import count_bad
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, reason
-from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks
+from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 IN_GRAPH = ("one graph", "metrics outside")  # the best ways
+RENEWALS = 8  # of a fit's graph for other parameters or state, after which a graph is not worth its compiling
 
 
 class EvaluateStep:
@@ -114,15 +115,26 @@ class EvaluateStep:
         except CompileError as error:
             if not self.graphs.compiled:
                 raise
-            results = combined([self.first(batch) for batch in batches], batches)  # raises if the batch is at fault
-            self.others_in_eager = True
-            warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
-            return results
+            return self.around_the_graph(batches, other, error)
         self.count(len(batches), results["loss"])
         if outputs is None:
             return dict(results)
         outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
         return {**results, **combined(outside, batches)}
+
+    def around_the_graph(self, batches: list[Batch], other: bool, error: CompileError) -> dict[str, Any]:
+        """The steps of batches that take another graph, which could not be made; the best way on from there."""
+        graphs = self.graphs
+        results = combined([self.first(batch) for batch in batches], batches)  # raises if the batch is at fault
+        if self.graphs is not graphs or graphs is None:  # the loss reaches other parameters: a new graph is due
+            return results
+        if other in graphs.compiled:
+            self.descend(self.ways[len(IN_GRAPH)])
+            self.warn(error)
+        else:
+            self.others_in_eager = True
+            warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
+        return results
 
     def count(self, steps: int, loss: Any) -> None:
         """So many steps were taken in the graph, with this loss."""
@@ -203,11 +215,14 @@ class TrainStep(EvaluateStep):
         self.doubles: list[Double] = []
         self.reached: list[nn.Parameter] = []  # by the loss, in an eager step
         self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
+        self.renewed = 0  # graphs of this fit that had to be given up for another
         self.parts: ByParts | None = None
         self.bad = torch.zeros((), device=run.device)  # steps since the first loss that was not finite
         self.holds = torch.zeros((), dtype=torch.bool, device=run.device)  # whether that holds back the steps
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
+        if self.way in IN_GRAPH and not all(double.current() for double in self.doubles):
+            return combined([self.first(batch) for batch in batches], batches)
         if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
             self.descend("forward and loss")
             self.warn("a setting of the optimizer other than lr has changed")
@@ -230,11 +245,12 @@ class TrainStep(EvaluateStep):
     def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
         forward_and_loss, functions, clip = self.forward_and_loss(how), self.functions(), self.clip()
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
-        gradients_of, moved, bad, holds = gradients_in_graph(), self.moved(), self.bad, self.holds
+        gradients_of, moved, bad, holds = gradients_in_graph(len(parameters)), self.moved(), self.bad, self.holds
+        others = self.others()
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
-            gradients = gradients_of(mean_of(loss), *parameters)
+            gradients = gradients_of(mean_of(loss), *parameters, *others)
             with torch.no_grad():
                 before = [tensor.clone() for tensor in moved]
                 count_bad(bad, mean_of(loss))
@@ -252,6 +268,11 @@ class TrainStep(EvaluateStep):
 
         return one
 
+    def others(self) -> list[Tensor]:
+        """The parameters of the optimizers that the loss does not reach, as it is now."""
+        reached = {id(parameter) for parameter in self.reached}
+        return [p for double in self.doubles for p in parameters_of(double.optimizer) if id(p) not in reached]
+
     def clip(self) -> Callable[[], None]:
         """Clips the gradients of each optimizer, where compile was asked for it."""
         precision, reached = self.run.precision, {id(parameter) for parameter in self.reached}
@@ -267,12 +288,14 @@ class TrainStep(EvaluateStep):
     def first(self, batch: Batch) -> dict[str, Any]:
         """The model's own step, with the graph's buffers out of its way; the graph goes on from there."""
         self.end()
+        self.renewed *= not self.totals.unseen
         reached: list[nn.Parameter] = []
 
         def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             reached.extend(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
         optimizers = list(self.run.optimizers.values())
+        before = [(optimizer, numbers(optimizer)) for optimizer in optimizers]
         handles = [optimizer.register_step_pre_hook(note) for optimizer in optimizers]
         try:
             results = self.eager(batch)
@@ -280,15 +303,24 @@ class TrainStep(EvaluateStep):
             for handle in handles:
                 handle.remove()
         self.holds.fill_(self.run.finite_loss is not None)
-        outside = "" if self.run.precision is None else self.run.precision.outside_a_graph()
-        if self.way in IN_GRAPH and outside:
+        counts = sorted(key for one, old in before for (key, _), _ in numbers(one).items() - old.items())
+        why = self.why_outside(counts)
+        if self.way in IN_GRAPH and why:
             self.descend("forward and loss")
-            self.warn(f"{outside} needs backward and step outside it")
+            self.warn(why)
         if self.way in IN_GRAPH and has_hooks(reached, optimizers):
             self.descend("forward and loss")
         if self.way in IN_GRAPH:
             self.begin(reached, optimizers)
         return results
+
+    def why_outside(self, counts: list[str]) -> str:
+        """Why backward and step cannot be in the graph, as far as the user must be told; `counts`: see `numbers`."""
+        if self.run.precision is not None and (outside := self.run.precision.outside_a_graph()):
+            return f"{outside} needs backward and step outside it"
+        if counts:
+            return f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would be in the graph"
+        return ""
 
     def ready(self) -> None:
         for double in self.doubles:
@@ -297,8 +329,13 @@ class TrainStep(EvaluateStep):
     def begin(self, reached: list[nn.Parameter], optimizers: list[Optimizer]) -> None:
         """Set up for the graph, after an eager step whose loss reached these parameters."""
         same = [id(parameter) for parameter in reached] == [id(parameter) for parameter in self.reached]
-        read = [double.read() for double in self.doubles]
-        if not same or not all(read):
+        kept = [double.current() and double.read() for double in self.doubles]
+        if not same or not all(kept):
+            self.renewed += self.graphs is not None
+            if self.renewed > RENEWALS:
+                self.descend("forward and loss")
+                self.warn("the parameters that the loss reaches, or the optimizer's state, are others again and again")
+                return
             self.graphs, self.reached = None, reached
             self.gradients = [torch.zeros_like(parameter) for parameter in reached]
             self.doubles = [Double(optimizer) for optimizer in optimizers]
