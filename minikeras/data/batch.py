@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.sources import as_tensor
-from minikeras.errors import described
+from minikeras.errors import described, is_number
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
@@ -51,22 +51,30 @@ def to_device(nest: Any, device: torch.device) -> Any:
     return map_leaves(moved, nest)
 
 
-def count_rows(features: Any, labels: Any = None) -> int:
+def count_rows(features: Any, labels: Any = None, unknown: int | None = None) -> int:
     """Rows of a batch: the first size of its labels, where they are one tensor; else of the first tensor in it.
 
-    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do.
+    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do. An object that moves
+    as one may tell its batch_size. Where the rows cannot be told it is an error, or the answer is `unknown`.
 
     >>> count_rows((torch.zeros(30), torch.zeros(8)), labels=torch.zeros(8))
     8
     """
-    if isinstance(labels, Tensor) and labels.ndim:
-        return labels.size(0)
-    for leaf in (*leaves(features), *leaves(labels)):
+    if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim:
+        return len(labels)
+    found = leaves((features, labels), inside=True)
+    for leaf in found:
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.size(0)
-    return 1
+        is_array = isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim
+        if isinstance(rows := len(leaf) if is_array else getattr(leaf, "batch_size", None), int):
+            return rows
+    if unknown is None and not all(leaf is None or is_number(leaf) for leaf in found):
+        raise ValueError(
+            f"the rows of a batch, over which the means are taken, cannot be told from {described(features)}; expected "
+            f"a tensor in it, or an int as its batch_size. Set that, or give (features, labels), the labels a tensor."
+        )
+    return 1 if unknown is None else unknown
 
 
 def call_with(module: nn.Module, features: Any) -> Any:
