@@ -794,6 +794,72 @@ def test_outputs_of_ragged_shapes_cannot_be_joined():
         Model(nn.Identity()).predict([torch.ones(2, 3), torch.ones(2, 4)])
 
 
+@pytest.mark.parametrize(
+    ("items", "shown"),
+    [
+        (lambda x: [{"boxes": row.repeat(int(row[0]), 1)} for row in x], "[{'boxes': Tensor (1, 2) float32}, "),
+        (lambda x: [str(row[0]) for row in x], "[str, "),
+        (lambda x: {"words": [str(row[0]) for row in x]}, "[str, "),
+    ],
+)
+def test_a_list_with_an_item_for_each_row_is_refused_since_rows_would_be_mixed(items, shown):
+    class Items(nn.Module):
+        def forward(self, x):
+            return items(x)
+
+    rows = torch.arange(1.0, 9.0).reshape(4, 2)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        Model(Items()).predict(rows, batch_size=2)
+    shown += "{'boxes': Tensor (3, 2) float32}]" if "boxes" in shown else "str]"
+    assert str(error.value) == (
+        f"the model returned a list of 2 for 2 rows, {shown}; predict joins batches along the first dimension of "
+        f"tensors. Pad the items to one tensor in forward, or predict batch by batch."
+    )
+
+
+def test_outputs_in_a_list_are_joined_one_by_one():
+    class Heads(nn.Module):
+        def forward(self, x):
+            return [x, -x]
+
+    x = torch.arange(8.0).reshape(4, 2)
+    first, second = Model(Heads()).predict(x, batch_size=2)
+    assert torch.equal(first, x)
+    assert torch.equal(second, -x)
+
+
+def turned(other):
+    """A network that answers with a dict, and from the second batch on with another."""
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": -x} if x[0, 0] == 0 else other(x)
+
+    return Model(Turned())
+
+
+def test_a_dict_of_outputs_is_joined_by_its_keys_in_whatever_order_they_come():
+    x = torch.arange(8.0).reshape(4, 2)
+    outputs = turned(lambda x: {"b": -x, "a": x}).predict(x, batch_size=2)
+    assert torch.equal(outputs["a"], x)
+    assert torch.equal(outputs["b"], -x)
+
+
+X_2, X_2_2 = "Tensor (2, 2) float32", "(Tensor (2, 2) float32, Tensor (2, 2) float32)"
+OTHERS = [
+    (lambda x: {"a": x}, f"{{'a': {X_2}}}"),
+    (lambda x: (x, -x), X_2_2),
+    (lambda x: x, X_2),
+]
+
+
+@pytest.mark.parametrize(("other", "shown"), OTHERS)
+def test_outputs_that_are_made_in_different_ways_cannot_be_joined(other, shown):
+    message = f"the outputs of the batches are made in different ways, {{'a': {X_2}, 'b': {X_2}}} and {shown}, and "
+    with refused(f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by batch."):
+        turned(other).predict(torch.arange(8.0).reshape(4, 2), batch_size=2)
+
+
 # ---------------------------------------------------------------- bad input: what Model and compile are given
 
 NETS = {"a class": nn.Linear, "layers": [nn.Linear(4, 1), nn.ReLU()], "a function": mse}

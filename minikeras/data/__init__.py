@@ -26,19 +26,9 @@ from minikeras.data.batch import (
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
-from minikeras.data.sources import (
-    ArrayBatches,
-    ContinuedBatches,
-    as_batches,
-    as_tensor,
-    check_lasts,
-    empty,
-    is_batched,
-    length,
-)
+from minikeras.data.sources import ContinuedBatches, as_batches, as_tensor, check_lasts, empty, is_batched, length
 
 __all__ = [
-    "ArrayBatches",
     "ContinuedBatches",
     "Idle",
     "Positioned",

@@ -32,10 +32,8 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
 
 def prepared(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """(features, labels, sample_weight) of a batch, on the device."""
-    features, labels, sample_weight = unpack(batch)
-    if sample_weight is not None:
-        sample_weight = to_device(sample_weight, device)
-    return to_device(features, device), to_device(labels, device), sample_weight
+    features, labels, weight = unpack(batch)
+    return to_device(features, device), to_device(labels, device), None if weight is None else to_device(weight, device)
 
 
 def to_device(nest: Any, device: torch.device) -> Any:
@@ -138,7 +136,14 @@ def join(pieces: list[Any]) -> Any:
     first = pieces[0]
     found = parts(first)
     if found is not None:
-        return found[1]([join(list(part)) for part in zip(*(parts(piece)[0] for piece in pieces), strict=True)])  # type: ignore[index]
+        named = [_named(piece) for piece in pieces]
+        for piece, its in zip(pieces, named, strict=True):
+            if its.keys() != named[0].keys():
+                raise ValueError(
+                    f"the outputs of the batches are made in different ways, {described(first)} and "
+                    f"{described(piece)}, and cannot be joined. Return the same from each, or predict batch by batch."
+                )
+        return found[1]([join([its[name] for its in named]) for name in named[0]])
     if not isinstance(first, Tensor):
         return None if first is None else pieces
     try:
@@ -149,6 +154,12 @@ def join(pieces: list[Any]) -> Any:
             f"the outputs of the batches have rows of different shapes, {shapes[0]} and {shapes[-1]}, and cannot be "
             f"joined. Pad them to one shape in forward, or predict batch by batch."
         ) from error
+
+
+def _named(nest: Any) -> dict[Any, Any]:
+    """A container's parts under their keys or places."""
+    inner = (parts(nest) or ([],))[0]
+    return dict(zip(nest if isinstance(nest, Mapping) else range(len(inner)), inner, strict=True))
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:

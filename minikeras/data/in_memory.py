@@ -120,13 +120,12 @@ def _rows(dataset: Any, converted: dict[int, tuple[Any, Tensor]]) -> Tensor:
         return torch.arange(len(dataset))
     inner: Any = dataset.dataset
     indices, key = dataset.indices, id(dataset.indices)
-    if type(indices) is not list:
-        rows = torch.arange(len(inner))[_as_rows(indices)]
-    elif key in converted and converted[key][0] == indices:  # comparing takes a fortieth of converting
+    if type(indices) is list and key in converted and converted[key][0] == indices:  # a fortieth of converting
         rows = converted[key][1]
     else:
         rows = torch.arange(len(inner))[_as_rows(indices)]
-        converted[key] = indices.copy(), rows
+        if type(indices) is list:
+            converted[key] = indices.copy(), rows
     return _rows(inner, converted)[rows] if type(inner) is Subset else rows
 
 
@@ -270,9 +269,7 @@ def _spaced(tensors: list[Tensor], order: Tensor, batch_size: int) -> tuple[tupl
 
 def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -> Tensor:
     """Rows from start to stop on the device, contiguous and in memory of their own."""
-    rows = tensor[start:stop]
-    if device is not None and device != tensor.device:
-        rows = rows.to(device)
+    rows = tensor[start:stop] if device is None else tensor[start:stop].to(device)
     return rows.clone(memory_format=torch.contiguous_format) if rows.device == tensor.device else rows.contiguous()
 
 
