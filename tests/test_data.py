@@ -220,6 +220,41 @@ def test_a_nest_keeps_its_structure_when_its_leaves_change(nest):
     assert repr(map_leaves(lambda leaf: leaf, nest)) == repr(nest)
 
 
+class Bag(collections.abc.MutableMapping):
+    """A mapping of one's own, which keeps its items in a dict inside."""
+
+    def __init__(self, items):
+        self.items_inside = dict(items)
+
+    def __getitem__(self, key):
+        return self.items_inside[key]
+
+    def __setitem__(self, key, value):
+        self.items_inside[key] = value
+
+    def __delitem__(self, key):
+        del self.items_inside[key]
+
+    def __iter__(self):
+        return iter(self.items_inside)
+
+    def __len__(self):
+        return len(self.items_inside)
+
+
+def test_a_mapping_of_ones_own_is_not_written_into():
+    X, y = points(50)
+    parts = {"a": X[:, :1], "b": X[:, 1:]}
+    features = Bag(parts)
+    histories = []
+    for data in (parts, features):
+        torch.manual_seed(0)
+        histories.append(compiled(TwoInputs()).fit(3, (data, y), (data, y), batch_size=20, verbose=0))
+    pd.testing.assert_frame_equal(*histories)
+    assert all(features[name] is parts[name] for name in parts)
+    assert to_device(features, torch.device("meta"))["a"].device.type == "meta"
+
+
 def test_a_packed_sequence_moves_as_one():
     assert isinstance(to_device(pack_sequence([torch.ones(2)]), torch.device("meta")), PackedSequence)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -37,7 +38,10 @@ def _like_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, An
     pairs = dict(zip(nest, values, strict=True))
     if type(nest) is dict or not isinstance(nest, MutableMapping):
         return pairs
-    twin = copy.copy(nest)  # a defaultdict or a model's own output class has more to it than its items
+    # A defaultdict or a model's own output class has more to it than its items. A copy of another kind may have the
+    # very dict inside that this one has; of a deep one the values, known by their ids, are left as they are.
+    own = isinstance(nest, (dict, UserDict))
+    twin = copy.copy(nest) if own else copy.deepcopy(nest, {id(value): value for value in nest.values()})
     for key, value in pairs.items():
         twin[key] = value
     return twin
