@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import minikeras
-from minikeras.data import as_tensor, count_rows, leaves, map_leaves, to_device
+from minikeras.data import count_rows, leaves, map_leaves, to_device
+from minikeras.data.sources import as_tensor
 
 
 class Rows(Dataset):

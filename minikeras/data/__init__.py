@@ -26,14 +26,13 @@ from minikeras.data.batch import (
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
-from minikeras.data.sources import ContinuedBatches, as_batches, as_tensor, check_lasts, empty, is_batched, length
+from minikeras.data.sources import ContinuedBatches, as_batches, check_lasts, empty, is_batched, length
 
 __all__ = [
     "ContinuedBatches",
     "Idle",
     "Positioned",
     "as_batches",
-    "as_tensor",
     "call_as",
     "call_with",
     "check_lasts",

@@ -105,8 +105,7 @@ def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:
     A wrapper's forward(*args, **kwargs) is judged by what it wraps.
     """
     function = getattr(module.forward, "__func__", module.forward)
-    bound = function is not module.forward
-    several, passes_on = _arguments(function, bound, names)
+    several, passes_on = _arguments(function, function is not module.forward, names)
     inner = list(module.children())
     return _takes(inner[0], names) if passes_on and len(inner) == 1 else several
 

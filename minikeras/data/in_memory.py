@@ -16,7 +16,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from operator import index
 from typing import Any
@@ -190,7 +190,7 @@ def asked(loader: DataLoader[Any]) -> Iterator[Any]:
     rows: Iterator[Any] = iter(sampler)
     draw_seed(loader)
     if not loader.num_workers:
-        return iter(partial(next, rows, None), None)  # `for` would ask for an iterator once more, and that may draw
+        return _each(rows)
     rows = iter(sampler)  # a loader with workers asks anew, and has their first tasks handed out before the first batch
     waiting: deque[Any] = deque()
     for _ in range(loader.num_workers * (loader.prefetch_factor or 0)):
@@ -198,9 +198,13 @@ def asked(loader: DataLoader[Any]) -> Iterator[Any]:
     return _one_behind(rows, waiting)
 
 
+def _each(rows: Iterator[Any]) -> Iterator[Any]:
+    while (batch := next(rows, None)) is not None:  # `for` would ask for an iterator once more, and that may draw
+        yield batch
+
+
 def _ask_once(rows: Iterator[Any], waiting: deque[Any]) -> None:
-    batch = next(rows, None)
-    if batch is not None:
+    if (batch := next(rows, None)) is not None:
         waiting.append(list(batch))  # a copy: some samplers fill one list anew each time
 
 
