@@ -97,8 +97,7 @@ class Totals(Mapping[str, float]):
             if isinstance(value, tuple):
                 self._add_pair(name, *value)
             elif isinstance(value, Tensor):
-                value = value.detach()
-                self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)
+                self.sums[name].add_(value.detach().reshape(()) if value.ndim else value.detach(), alpha=rows)
                 self.counts[name] += rows
             else:
                 self.sums[name] += float(value) * rows
@@ -240,17 +239,16 @@ def hold_back(metric: Any, name: str, syncs: Callable[[], bool]) -> None:
     Raises:
         TypeError: it is another object, whose counts cannot be put together.
     """
-    parts = list(metric.modules()) if isinstance(metric, nn.Module) else []
-    parts = [part for part in parts if hasattr(part, "distributed_available_fn")]
+    modules = metric.modules() if isinstance(metric, nn.Module) else ()
+    parts: list[Any] = [part for part in modules if hasattr(part, "distributed_available_fn")]
     if not parts:
         raise TypeError(
             f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several processes cannot be put "
             f"together. Give a function that returns a mean or a pair (sum, count), or a torchmetrics object."
         )
     for part in parts:
-        settings: Any = part
-        settings.distributed_available_fn = syncs
-        settings.compute_with_cache = False  # what was read before was of this process alone
+        part.distributed_available_fn = syncs
+        part.compute_with_cache = False  # what was read before was of this process alone
 
 
 def detached(nest: Any) -> Any:
