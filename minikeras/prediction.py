@@ -66,5 +66,7 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> li
 
 
 def off_device(leaf: Any) -> Any:
-    """A tensor or packed sequence on the CPU; anything else as it is."""
+    """A tensor or packed sequence on the CPU, with no graph and in memory of its own; anything else as it is."""
+    if isinstance(leaf, torch.Tensor):  # a view would keep all that it is a view of
+        return leaf.detach().to("cpu", copy=True)
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -792,6 +793,62 @@ def test_outputs_of_ragged_shapes_cannot_be_joined():
     message = "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be joined. "
     with refused(f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."):
         Model(nn.Identity()).predict([torch.ones(2, 3), torch.ones(2, 4)])
+
+
+class Peak(nn.Module):
+    """A row's last value of many, and the most memory that earlier answers had kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers, self.alive = [], 0
+
+    def forward(self, x):
+        self.alive = max(self.alive, sum(answer() is not None for answer in self.answers))
+        many = x.repeat(1, 1000)
+        self.answers.append(weakref.ref(many.untyped_storage()))
+        return many[:, -1:]
+
+
+def test_predict_keeps_no_more_than_the_outputs():
+    net = Peak()
+    assert torch.equal(Model(net).predict(Y, batch_size=1), Y)
+    assert net.alive <= 1
+
+
+class Force(nn.Module):
+    """A gradient is its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Linear(4, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(x).square()
+            (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return {"energy": energy, "force": -force}
+
+
+def test_predict_gives_plain_numbers_though_forward_asks_for_gradients():
+    model = Model(Force())
+    outputs = model.predict(X, batch_size=3)
+    expected = model(X)
+    for name, output in outputs.items():
+        assert not output.requires_grad
+        torch.testing.assert_close(output, expected[name].detach())
+
+
+def test_predict_has_each_batchs_answer_though_forward_gives_one_buffer_again_and_again():
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("out", torch.zeros(2, 1))
+
+        def forward(self, x):
+            return self.out.copy_(x)
+
+    assert torch.equal(Model(Buffered()).predict(Y, batch_size=2), Y)
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,9 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         expected += f", or class probabilities of shape {tuple(outputs.shape)}"
     shape, column = tuple(labels.shape), labels.ndim == outputs.ndim > 1 and labels.shape[1] == 1
     if labels.is_floating_point() and labels.shape != outputs.shape:
+        remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64)}."
         if labels.ndim == outputs.ndim and not column:
             remedy = "Give labels and predictions as many columns."
-        else:
-            remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64)}."
         raise ValueError(f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}") from error
     if column:
         raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error

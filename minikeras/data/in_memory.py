@@ -103,11 +103,9 @@ def _tensors(dataset: Any) -> list[Any]:
 def _is_plain(tensor: Any) -> bool:
     return (
         type(tensor) is Tensor  # neither a Parameter nor a subclass, which may index in its own way
-        and not tensor.is_nested
         and tensor.layout is torch.strided
         and tensor.ndim > 0
-        and not tensor.requires_grad
-        and not tensor.is_quantized
+        and not (tensor.is_nested or tensor.requires_grad or tensor.is_quantized)
     )
 
 

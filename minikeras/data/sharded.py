@@ -56,9 +56,7 @@ def by_number(batches: Any) -> bool:
     return (
         isinstance(batches, DataLoader)
         and type(batches).__iter__ is DataLoader.__iter__
-        and not hasattr(batches, "state_dict")
-        and not isinstance(batches.dataset, IterableDataset)
-        and not by_user(batches)
+        and not (hasattr(batches, "state_dict") or isinstance(batches.dataset, IterableDataset) or by_user(batches))
     )
 
 
