@@ -674,6 +674,31 @@ def test_a_loss_that_takes_its_arguments_in_kerass_order_is_told_ours(given):
     ]
 
 
+SENTENCES = torch.zeros(8, 5, 12)  # scores of 12 words at 5 places
+WORDS = torch.tensor([[0, 1, 2, 3, 40]] * 8)
+OTHERWISE = {
+    "labels of words": (lambda p, t: F.cross_entropy(p.reshape(-1, 12), t.reshape(-1)), SENTENCES, WORDS),
+    "weights of 2 classes": (
+        lambda p, t: F.cross_entropy(p, t.long(), weight=torch.ones(2)),
+        S,
+        CLASSES.float(),
+    ),
+    "probabilities made in the loss": (lambda p, t: F.binary_cross_entropy(2 * p, t), ONES * 0.75, ONES),
+}
+OTHERWISE_SAY = """
+labels of words | IndexError: Target 40 is out of bounds.
+weights of 2 classes | RuntimeError: weight tensor should be defined either for all 3 classes or no classes but got
+    weight tensor of shape: [2]
+probabilities made in the loss | RuntimeError: all elements of input should be between 0 and 1
+"""
+
+
+@pytest.mark.parametrize(("given", "message"), cases(OTHERWISE, OTHERWISE_SAY))
+def test_of_what_a_loss_of_ones_own_makes_of_outputs_and_labels_nothing_wrong_is_said(given, message):
+    loss, outputs, labels = given
+    fits_badly(message, data=(outputs, labels), model={"net": Scale(), "loss": loss})
+
+
 # ---------------------------------------------------------------- bad input: what reaches a layer
 
 
@@ -717,6 +742,24 @@ class Joins(Scale):
         return x * self.weight + "suffix"
 
 
+class Masks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(3, 1)
+
+    def forward(self, x):
+        return self.words(x).masked_fill((x == 0).long()[:, None], -1e9)
+
+
+class Widens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.fc(x + torch.zeros(4, dtype=torch.float64))
+
+
 RNN = nn.LSTM(4, 4)
 FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
@@ -742,6 +785,17 @@ NOTES = {
         "float32)",
     ),
     "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
+    "a mask of integers in a forward of one's own": (Masks(), CLASSES, "layer net: Masks was given Tensor (8,) int64"),
+    "a float64 that forward makes": (
+        Widens(),
+        X,
+        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) was given Tensor (8, 4) float64",
+    ),
+    "one number for a row": (
+        nn.Linear(4, 1),
+        X[0, 0],
+        "layer net: Linear(in_features=4, out_features=1, bias=True) was given Tensor () float32",
+    ),
 }
 
 

@@ -62,8 +62,7 @@ def is_in_memory(loader: Any) -> bool:
         type(loader) is DataLoader
         and loader.batch_sampler is not None
         and loader.collate_fn is default_collate
-        and loader.worker_init_fn is None
-        and not loader.persistent_workers  # their seed is drawn once in a life that cannot be seen from outside
+        and not (loader.worker_init_fn or loader.persistent_workers)  # whose seed is drawn once, unseen from outside
         and getattr(loader, "in_order", True)
         and (loader.prefetch_factor != 0 if loader.num_workers else loader.timeout == 0)  # the loader refuses these
         and _plain_rows(loader.dataset, loader.num_workers)
