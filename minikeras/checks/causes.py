@@ -140,8 +140,10 @@ def _explain_layer(error: Exception, where: tuple[str, nn.Module, Any], features
         ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
-    by_dtype = by_dtype and type(layer).__module__.startswith("torch.")  # a forward of one's own has other values too
-    from_features = any(getattr(leaf, "dtype", None) == given.dtype for leaf in leaves(features, inside=True))
+    theirs = type(layer).__module__.startswith("torch.")  # a forward of one's own has other values too
+    from_features = theirs and any(
+        getattr(leaf, "dtype", None) == given.dtype for leaf in leaves(features, inside=True)
+    )
     if by_dtype and from_features and wanted not in (None, given.dtype) and not isinstance(layer, EMBEDDINGS):
         other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
         raise ValueError(

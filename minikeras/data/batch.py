@@ -42,8 +42,7 @@ def to_device(nest: Any, device: torch.device) -> Any:
         return nest.to(device)
 
     def moved(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
-            leaf = as_tensor(leaf)
+        leaf = as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc" else leaf
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 
     return map_leaves(moved, nest)

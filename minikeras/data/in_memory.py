@@ -318,10 +318,8 @@ class InMemoryBatches:
         if draws_at_once(sampler):
             draw_seed(loader)
             # without workers, torch draws the order when the first batch is asked for
-            batches = self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None)
-        else:
-            batches = self._one_by_one(asked(loader))
-        return self._named(batches)
+            return self._named(self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None))
+        return self._named(self._one_by_one(asked(loader)))
 
     def of(self, shares: list[Any]) -> Iterator[Any]:
         """The batches of these row numbers, one tensor or list for each."""

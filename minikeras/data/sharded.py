@@ -162,7 +162,8 @@ class Sharded:
         if isinstance(self.batches, (ArrayBatches, InMemoryBatches)):
             return self.batches.of(shares[count:])
         skip = 0 if self.loader.num_workers else count
-        batches = iter(like(self.loader, list(map(numbers, shares[skip:])), self.world.rank))
+        wanted = [share.tolist() if isinstance(share, Tensor) else share for share in shares[skip:]]
+        batches = iter(like(self.loader, wanted, self.world.rank))
         return islice(batches, count - skip, None)
 
 
@@ -171,10 +172,6 @@ def part(rows: Any, rank: int, size: int) -> Any:
     least, more = divmod(len(rows), size)
     start = rank * least + min(rank, more)
     return rows[start : start + least + (rank < more)]
-
-
-def numbers(share: Any) -> Any:
-    return share.tolist() if isinstance(share, Tensor) else share
 
 
 def marked(batches: Iterator[Any], count: int, idle: bool) -> Iterator[Any]:
