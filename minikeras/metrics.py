@@ -84,7 +84,7 @@ class Totals(Mapping[str, float]):
         for name, metric in () if self.idle else self.objects.items():
             call(f"metric {name!r}", metric.update, outputs, labels, scalar=False)
             if self.unseen:
-                self._computed(name)  # one that is not a number is refused now, before a weight moves
+                self._computed(name, early=True)  # one that is not a number is refused now, before a weight moves
         self.updated = self.updated or not self.idle
         asked = self.functions if functions else {}
         return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
@@ -151,14 +151,20 @@ class Totals(Mapping[str, float]):
             )
         return self.updated
 
-    def _computed(self, name: str) -> float:
-        value = self.objects[name].compute()
+    def _computed(self, name: str, early: bool = False) -> float:
+        """What an object answers; NaN where it cannot yet, in the middle of a pass, as R^2 cannot of one row."""
+        try:
+            value = self.objects[name].compute()
+        except ValueError:
+            if not early:
+                raise
+            return math.nan
         check_number(f"metric {name!r}", value)
         return _mean(*value) if isinstance(value, tuple) else float(value)
 
     def __getitem__(self, name: str) -> float:
         if name in self.objects and self.updated:
-            return self._computed(name)
+            return self._computed(name, early=True)
         return _mean(self.sums[name], self.counts[name])
 
     def __iter__(self) -> Iterator[str]:
