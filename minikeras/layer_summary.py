@@ -166,7 +166,7 @@ def summary(
     features: Features = partial(_made, input_shape, input_dtype)
     row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
     if input_data is not None:
-        row_counts = [max(count_rows(input_data), 1)]
+        row_counts = [max(count_rows(input_data, unknown=1), 1)]
         features = lambda device, _: to_device(copy.deepcopy(input_data), device)  # noqa: E731 - forward may write into it
     runs, note = _forward(model, features, row_counts)
     run, parameters = runs[0] if runs else None, list(model.parameters())

@@ -30,11 +30,10 @@ def scalar_loss(result: Any, sample_weight: Tensor | None = None, per_row: bool 
     >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
     tensor(0.5000)
     """
-    if isinstance(result, Tensor):
-        if result.ndim == 0 and sample_weight is None:
-            return result
-    else:
+    if not isinstance(result, Tensor):
         result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
+    elif result.ndim == 0 and sample_weight is None:
+        return result
     if per_row and sample_weight is None and isinstance(result, Tensor):
         return result.mean()  # as with weights of 1
     if sample_weight is not None:

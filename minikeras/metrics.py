@@ -84,7 +84,7 @@ class Totals(Mapping[str, float]):
         for name, metric in () if self.idle else self.objects.items():
             call(f"metric {name!r}", metric.update, outputs, labels, scalar=False)
             if self.unseen:
-                self._computed(name)  # one that is not a number is refused now, before a weight moves
+                self._computed(name, early=True)  # one that is not a number is refused now, before a weight moves
         self.updated = self.updated or not self.idle
         asked = self.functions if functions else {}
         return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
@@ -97,8 +97,7 @@ class Totals(Mapping[str, float]):
             if isinstance(value, tuple):
                 self._add_pair(name, *value)
             elif isinstance(value, Tensor):
-                value = value.detach()
-                self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)
+                self.sums[name].add_(value.detach().reshape(()) if value.ndim else value.detach(), alpha=rows)
                 self.counts[name] += rows
             else:
                 self.sums[name] += float(value) * rows
@@ -152,14 +151,20 @@ class Totals(Mapping[str, float]):
             )
         return self.updated
 
-    def _computed(self, name: str) -> float:
-        value = self.objects[name].compute()
+    def _computed(self, name: str, early: bool = False) -> float:
+        """What an object answers; NaN where it cannot yet, in the middle of a pass, as R^2 cannot of one row."""
+        try:
+            value = self.objects[name].compute()
+        except ValueError:
+            if not early:
+                raise
+            return math.nan
         check_number(f"metric {name!r}", value)
         return _mean(*value) if isinstance(value, tuple) else float(value)
 
     def __getitem__(self, name: str) -> float:
         if name in self.objects and self.updated:
-            return self._computed(name)
+            return self._computed(name, early=True)
         return _mean(self.sums[name], self.counts[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -240,17 +245,16 @@ def hold_back(metric: Any, name: str, syncs: Callable[[], bool]) -> None:
     Raises:
         TypeError: it is another object, whose counts cannot be put together.
     """
-    parts = list(metric.modules()) if isinstance(metric, nn.Module) else []
-    parts = [part for part in parts if hasattr(part, "distributed_available_fn")]
+    modules = metric.modules() if isinstance(metric, nn.Module) else ()
+    parts: list[Any] = [part for part in modules if hasattr(part, "distributed_available_fn")]
     if not parts:
         raise TypeError(
             f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several processes cannot be put "
             f"together. Give a function that returns a mean or a pair (sum, count), or a torchmetrics object."
         )
     for part in parts:
-        settings: Any = part
-        settings.distributed_available_fn = syncs
-        settings.compute_with_cache = False  # what was read before was of this process alone
+        part.distributed_available_fn = syncs
+        part.compute_with_cache = False  # what was read before was of this process alone
 
 
 def detached(nest: Any) -> Any:

@@ -188,7 +188,7 @@ class Model(nn.Module):
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
                 the batch's rows, or a pair (sum, count) where rows are not the unit. A batch's rows are the first size
-                of its labels, or where they are not one tensor of the first tensor in its features.
+                of its labels, or of the first tensor in it where those are not one; an object may have a batch_size.
             optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's

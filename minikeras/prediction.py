@@ -57,7 +57,7 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> li
             if run is not None and run.precision is not None:
                 outputs = in_float32(outputs)
             if not pieces:
-                checks.inputs.check_rows_first(outputs, count_rows(features))
+                checks.inputs.check_rows_first(outputs, count_rows(features, unpack(batch)[1], unknown=-1))
             outputs = map_leaves(off_device, outputs)
             pieces.append(Idle(outputs) if idle else outputs)
     if not pieces:
@@ -66,5 +66,7 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> li
 
 
 def off_device(leaf: Any) -> Any:
-    """A tensor or packed sequence on the CPU; anything else as it is."""
+    """A tensor or packed sequence on the CPU, with no graph and in memory of its own; anything else as it is."""
+    if isinstance(leaf, torch.Tensor):  # a view would keep all that it is a view of
+        return leaf.detach().to("cpu", copy=True)
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf

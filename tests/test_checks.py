@@ -9,6 +9,7 @@ import contextlib
 import copy
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -673,6 +674,31 @@ def test_a_loss_that_takes_its_arguments_in_kerass_order_is_told_ours(given):
     ]
 
 
+SENTENCES = torch.zeros(8, 5, 12)  # scores of 12 words at 5 places
+WORDS = torch.tensor([[0, 1, 2, 3, 40]] * 8)
+OTHERWISE = {
+    "labels of words": (lambda p, t: F.cross_entropy(p.reshape(-1, 12), t.reshape(-1)), SENTENCES, WORDS),
+    "weights of 2 classes": (
+        lambda p, t: F.cross_entropy(p, t.long(), weight=torch.ones(2)),
+        S,
+        CLASSES.float(),
+    ),
+    "probabilities made in the loss": (lambda p, t: F.binary_cross_entropy(2 * p, t), ONES * 0.75, ONES),
+}
+OTHERWISE_SAY = """
+labels of words | IndexError: Target 40 is out of bounds.
+weights of 2 classes | RuntimeError: weight tensor should be defined either for all 3 classes or no classes but got
+    weight tensor of shape: [2]
+probabilities made in the loss | RuntimeError: all elements of input should be between 0 and 1
+"""
+
+
+@pytest.mark.parametrize(("given", "message"), cases(OTHERWISE, OTHERWISE_SAY))
+def test_of_what_a_loss_of_ones_own_makes_of_outputs_and_labels_nothing_wrong_is_said(given, message):
+    loss, outputs, labels = given
+    fits_badly(message, data=(outputs, labels), model={"net": Scale(), "loss": loss})
+
+
 # ---------------------------------------------------------------- bad input: what reaches a layer
 
 
@@ -716,6 +742,24 @@ class Joins(Scale):
         return x * self.weight + "suffix"
 
 
+class Masks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(3, 1)
+
+    def forward(self, x):
+        return self.words(x).masked_fill((x == 0).long()[:, None], -1e9)
+
+
+class Widens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.fc(x + torch.zeros(4, dtype=torch.float64))
+
+
 RNN = nn.LSTM(4, 4)
 FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
@@ -741,6 +785,17 @@ NOTES = {
         "float32)",
     ),
     "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
+    "a mask of integers in a forward of one's own": (Masks(), CLASSES, "layer net: Masks was given Tensor (8,) int64"),
+    "a float64 that forward makes": (
+        Widens(),
+        X,
+        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) was given Tensor (8, 4) float64",
+    ),
+    "one number for a row": (
+        nn.Linear(4, 1),
+        X[0, 0],
+        "layer net: Linear(in_features=4, out_features=1, bias=True) was given Tensor () float32",
+    ),
 }
 
 
@@ -792,6 +847,128 @@ def test_outputs_of_ragged_shapes_cannot_be_joined():
     message = "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be joined. "
     with refused(f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."):
         Model(nn.Identity()).predict([torch.ones(2, 3), torch.ones(2, 4)])
+
+
+class Peak(nn.Module):
+    """A row's last value of many, and the most memory that earlier answers had kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers, self.alive = [], 0
+
+    def forward(self, x):
+        self.alive = max(self.alive, sum(answer() is not None for answer in self.answers))
+        many = x.repeat(1, 1000)
+        self.answers.append(weakref.ref(many.untyped_storage()))
+        return many[:, -1:]
+
+
+def test_predict_keeps_no_more_than_the_outputs():
+    net = Peak()
+    assert torch.equal(Model(net).predict(Y, batch_size=1), Y)
+    assert net.alive <= 1
+
+
+class Force(nn.Module):
+    """A gradient is its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Linear(4, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(x).square()
+            (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return {"energy": energy, "force": -force}
+
+
+def test_predict_gives_plain_numbers_though_forward_asks_for_gradients():
+    model = Model(Force())
+    outputs = model.predict(X, batch_size=3)
+    expected = model(X)
+    for name, output in outputs.items():
+        assert not output.requires_grad
+        torch.testing.assert_close(output, expected[name].detach())
+
+
+def test_predict_has_each_batchs_answer_though_forward_gives_one_buffer_again_and_again():
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("out", torch.zeros(2, 1))
+
+        def forward(self, x):
+            return self.out.copy_(x)
+
+    assert torch.equal(Model(Buffered()).predict(Y, batch_size=2), Y)
+
+
+@pytest.mark.parametrize(
+    ("items", "shown"),
+    [
+        (lambda x: [{"boxes": row.repeat(int(row[0]), 1)} for row in x], "[{'boxes': Tensor (1, 2) float32}, "),
+        (lambda x: [str(row[0]) for row in x], "[str, "),
+        (lambda x: {"words": [str(row[0]) for row in x]}, "[str, "),
+    ],
+)
+def test_a_list_with_an_item_for_each_row_is_refused_since_rows_would_be_mixed(items, shown):
+    class Items(nn.Module):
+        def forward(self, x):
+            return items(x)
+
+    rows = torch.arange(1.0, 9.0).reshape(4, 2)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        Model(Items()).predict(rows, batch_size=2)
+    shown += "{'boxes': Tensor (3, 2) float32}]" if "boxes" in shown else "str]"
+    assert str(error.value) == (
+        f"the model returned a list of 2 for 2 rows, {shown}; predict joins batches along the first dimension of "
+        f"tensors. Pad the items to one tensor in forward, or predict batch by batch."
+    )
+
+
+def test_outputs_in_a_list_are_joined_one_by_one():
+    class Heads(nn.Module):
+        def forward(self, x):
+            return [x, -x]
+
+    x = torch.arange(8.0).reshape(4, 2)
+    first, second = Model(Heads()).predict(x, batch_size=2)
+    assert torch.equal(first, x)
+    assert torch.equal(second, -x)
+
+
+def turned(other):
+    """A network that answers with a dict, and from the second batch on with another."""
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": -x} if x[0, 0] == 0 else other(x)
+
+    return Model(Turned())
+
+
+def test_a_dict_of_outputs_is_joined_by_its_keys_in_whatever_order_they_come():
+    x = torch.arange(8.0).reshape(4, 2)
+    outputs = turned(lambda x: {"b": -x, "a": x}).predict(x, batch_size=2)
+    assert torch.equal(outputs["a"], x)
+    assert torch.equal(outputs["b"], -x)
+
+
+X_2, X_2_2 = "Tensor (2, 2) float32", "(Tensor (2, 2) float32, Tensor (2, 2) float32)"
+OTHERS = [
+    (lambda x: {"a": x}, f"{{'a': {X_2}}}"),
+    (lambda x: (x, -x), X_2_2),
+    (lambda x: x, X_2),
+]
+
+
+@pytest.mark.parametrize(("other", "shown"), OTHERS)
+def test_outputs_that_are_made_in_different_ways_cannot_be_joined(other, shown):
+    message = f"the outputs of the batches are made in different ways, {{'a': {X_2}, 'b': {X_2}}} and {shown}, and "
+    with refused(f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by batch."):
+        turned(other).predict(torch.arange(8.0).reshape(4, 2), batch_size=2)
 
 
 # ---------------------------------------------------------------- bad input: what Model and compile are given

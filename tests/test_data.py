@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import minikeras
-from minikeras.data import as_tensor, count_rows, leaves, map_leaves, to_device
+from minikeras.data import count_rows, leaves, map_leaves, to_device
+from minikeras.data.sources import as_tensor
 
 
 class Rows(Dataset):
@@ -220,5 +221,156 @@ def test_a_nest_keeps_its_structure_when_its_leaves_change(nest):
     assert repr(map_leaves(lambda leaf: leaf, nest)) == repr(nest)
 
 
+class Bag(collections.abc.MutableMapping):
+    """A mapping of one's own, which keeps its items in a dict inside."""
+
+    def __init__(self, items):
+        self.items_inside = dict(items)
+
+    def __getitem__(self, key):
+        return self.items_inside[key]
+
+    def __setitem__(self, key, value):
+        self.items_inside[key] = value
+
+    def __delitem__(self, key):
+        del self.items_inside[key]
+
+    def __iter__(self):
+        return iter(self.items_inside)
+
+    def __len__(self):
+        return len(self.items_inside)
+
+
+def test_a_mapping_of_ones_own_is_not_written_into():
+    X, y = points(50)
+    parts = {"a": X[:, :1], "b": X[:, 1:]}
+    features = Bag(parts)
+    histories = []
+    for data in (parts, features):
+        torch.manual_seed(0)
+        histories.append(compiled(TwoInputs()).fit(3, (data, y), (data, y), batch_size=20, verbose=0))
+    pd.testing.assert_frame_equal(*histories)
+    assert all(features[name] is parts[name] for name in parts)
+    assert to_device(features, torch.device("meta"))["a"].device.type == "meta"
+
+
 def test_a_packed_sequence_moves_as_one():
     assert isinstance(to_device(pack_sequence([torch.ones(2)]), torch.device("meta")), PackedSequence)
+
+
+# --- a batch's rows ---------------------------------------------------------------------------------------------------
+
+
+class Moves:
+    """Rows and labels in an object that moves as one."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device):
+        return type(self)(self.x.to(device), self.y.to(device))
+
+
+class Tells(Moves):
+    """... and says how many rows it has, as the batches of graph libraries do."""
+
+    @property
+    def batch_size(self):
+        return len(self.x)
+
+
+@dataclasses.dataclass
+class Fields(Moves):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Encoded(collections.UserDict):
+    """What a tokenizer gives."""
+
+    def __init__(self, x, y):
+        super().__init__(x=x, y=y)
+
+    def to(self, device):
+        return type(self)(self["x"].to(device), self["y"].to(device))
+
+    def __getattr__(self, name):
+        return self.__dict__["data"][name] if name in ("x", "y") else super().__getattribute__(name)
+
+
+class OwnSteps(minikeras.Model):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+
+    def forward(self, batch):
+        return self.fc(batch.x)
+
+    def evaluate_step(self, features, labels, sample_weight=None):
+        return {"loss": nn.functional.mse_loss(self.compute_outputs(features), features.y)}
+
+    def train_step(self, features, labels, sample_weight=None):
+        results = self.evaluate_step(features, labels)
+        self.backward(results["loss"])
+        self.optimizer_step()
+        return results
+
+
+@pytest.mark.parametrize("kind", [Tells, Fields, Encoded])
+def test_batches_that_are_one_object_count_by_their_rows(kind):
+    X, y = points(50)
+    model = compiled(OwnSteps(), accumulate=2)
+    with torch.no_grad():
+        expected = nn.functional.mse_loss(model.fc(X), y).item()
+    data = [kind(X[:48], y[:48]), kind(X[48:], y[48:])]
+    assert model.evaluate(data)["val_loss"] == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(model.predict(data), model.fc(X).detach())
+    whole = compiled(OwnSteps())
+    whole.load_state_dict(model.state_dict())
+    whole.fit(1, [Tells(X, y)], verbose=0)
+    model.fit(1, data, verbose=0)
+    torch.testing.assert_close(model.fc.weight, whole.fc.weight)
+
+
+@pytest.mark.parametrize(("features", "got"), [(Moves(*points(8)), "Moves"), (["a", "b"], "[str, str]")])
+def test_a_batch_whose_rows_cannot_be_told_is_refused_before_a_weight_moves(features, got):
+    model = compiled(OwnSteps())
+    before = model.fc.weight.clone()
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        model.fit(1, [(features, None)], verbose=0)
+    assert str(error.value) == (
+        f"the rows of a batch, over which the means are taken, cannot be told from {got}; expected a tensor in it, or "
+        f"an int as its batch_size. Set that, or give (features, labels), the labels a tensor."
+    )
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_labels_tell_the_rows_of_a_batch_that_does_not():
+    X, y = points(10)
+    model = compiled(OwnSteps())
+    data = [(Moves(X[:8], y[:8]), y[:8]), (Moves(X[8:], y[8:]), y[8:])]
+    whole = model.evaluate([Tells(X, y)])["val_loss"]
+    assert model.evaluate(data)["val_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_predict_needs_no_count_of_the_rows():
+    X, y = points(10)
+    model = OwnSteps()
+    torch.testing.assert_close(model.predict([Moves(X[:8], y[:8]), Moves(X[8:], y[8:])]), model.fc(X).detach())
+
+
+def test_predict_counts_the_rows_of_a_batch_by_its_labels_where_time_comes_first():
+    class Last(nn.Module):
+        def forward(self, x):
+            return x[-1]
+
+    time_first = torch.randn(10, 4, 10)
+    labels = np.zeros(4)
+    assert torch.equal(minikeras.Model(Last()).predict([(time_first, labels)]), time_first[-1])
+
+
+@pytest.mark.parametrize("batch", [3, 2.5, torch.tensor(1.0), None])
+def test_a_number_is_one_row(batch):
+    assert count_rows(batch) == 1

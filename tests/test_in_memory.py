@@ -140,6 +140,8 @@ SAMPLING = {
     "batch sampler, draws after its end": lambda d: {"batch_sampler": DrawsAfterItsEnd(len(d))},
     "BatchSampler subclass": lambda d: {"batch_sampler": Backwards(RandomSampler(d), 4, False)},
     "list as batch sampler": lambda d: {"batch_sampler": [[1, 2], [-1], [0, 0, 3]]},
+    "NumPy arrays as batch sampler": lambda d: {"batch_sampler": np.array_split(np.arange(len(d)), 3)},
+    "tensors as batch sampler": lambda d: {"batch_sampler": torch.arange(len(d)).split(4)},
     "one list again and again": lambda d: {"batch_sampler": OneListAgainAndAgain()},
     "tensors as rows": lambda d: {"sampler": list(torch.tensor([1, 0, 4]))},
 }

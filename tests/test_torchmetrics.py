@@ -197,3 +197,23 @@ def test_a_collection_follows_the_model_to_the_accelerator():
     found = model.evaluate((X, y), batch_size=BATCH)
     values = [found[f"val_Binary{name}"] for name in ("Precision", "Recall", "F1Score")]
     assert values == pytest.approx(expected_scores(model, X, y))
+
+
+def test_a_metric_that_needs_several_rows_takes_them_one_by_one():
+    X, y = points(12)
+    model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()}, lr=0.0)
+    expected = skm.r2_score(y.numpy(), model.predict(X).numpy())
+    assert model.evaluate((X, y), batch_size=1)["val_r2"] == pytest.approx(expected, rel=1e-5)
+    seen = []
+    listen = minikeras.LambdaCallback(on_batch_end=lambda step, logs: seen.append(logs["r2"]))
+    dfhistory = model.fit(1, (X, y), batch_size=1, callbacks=[listen], verbose=2, log_step_freq=1)
+    assert dfhistory["r2"].item() == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(seen[0])
+    assert seen[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_metric_that_has_too_few_rows_at_the_end_says_so():
+    X, y = points(1)
+    model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()})
+    with pytest.raises(ValueError, match="Needs at least two samples to calculate r2 score"):
+        model.evaluate((X, y))

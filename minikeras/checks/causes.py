@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minikeras.broadcast import CLASS_LOSSES
+from minikeras.data import leaves
 from minikeras.distributed import World
 from minikeras.errors import described, failing_layer
 from minikeras.losses import half_probabilities
@@ -45,12 +46,13 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
             "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's."
         )
         return
-    if inside.intersection(CLASS_LOSSES):
+    # a loss of one's own may have given torch something else, of which nothing is known here
+    as_given = any(at.f_locals.get("input") is outputs and at.f_locals.get("target") is labels for at in frames)
+    if as_given and inside.intersection(CLASS_LOSSES):
         _explain_classes(error, outputs, labels, scores="cross_entropy" in inside)
-    if inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
-        raise ValueError(
-            f"BCELoss takes probabilities from 0 to 1, and {_off_range(error, outputs, labels)}"
-        ) from error
+    if as_given and inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
+        wrong = _off_range(error, outputs, labels)
+        raise ValueError(f"BCELoss takes probabilities from 0 to 1, and {wrong}") from error
     by_dtype = ("type" in str(error) and inside) or ("bool tensor" in str(error) and labels.dtype == torch.bool)
     if by_dtype and labels.dtype != outputs.dtype:
         raise ValueError(
@@ -83,10 +85,9 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         expected += f", or class probabilities of shape {tuple(outputs.shape)}"
     shape, column = tuple(labels.shape), labels.ndim == outputs.ndim > 1 and labels.shape[1] == 1
     if labels.is_floating_point() and labels.shape != outputs.shape:
+        remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64)}."
         if labels.ndim == outputs.ndim and not column:
             remedy = "Give labels and predictions as many columns."
-        else:
-            remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64)}."
         raise ValueError(f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}") from error
     if column:
         raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
@@ -105,7 +106,7 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: Wo
         return
     name, layer, given = where
     if isinstance(given, Tensor):
-        _explain_layer(error, name, layer, given, world)
+        _explain_layer(error, where, features, world)
     hint = TUPLE * (type(given) is tuple and given is not features and "tuple" in str(error))
     if isinstance(layer, EMBEDDINGS) and "out of range" in str(error):
         taken = f"takes 0 to {layer.num_embeddings - 1}: number from 0, or build it with more rows"
@@ -127,8 +128,9 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
         error.add_note("Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels.")
 
 
-def _explain_layer(error: Exception, name: str, layer: nn.Module, given: Tensor, world: World | None) -> None:
+def _explain_layer(error: Exception, where: tuple[str, nn.Module, Any], features: Any, world: World | None) -> None:
     """What a layer cannot take, and what to give it."""
+    name, layer, given = where
     shape = tuple(given.shape)
     if "Expected more than 1 value per channel" in str(error):
         whose, other = ("", "another") if world is None else (f", process {world.rank}'s part of the batch", "a bigger")
@@ -138,13 +140,17 @@ def _explain_layer(error: Exception, name: str, layer: nn.Module, given: Tensor,
         ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
-    if by_dtype and wanted not in (None, given.dtype) and not isinstance(layer, EMBEDDINGS):
+    theirs = type(layer).__module__.startswith("torch.")  # a forward of one's own has other values too
+    from_features = theirs and any(
+        getattr(leaf, "dtype", None) == given.dtype for leaf in leaves(features, inside=True)
+    )
+    if by_dtype and from_features and wanted not in (None, given.dtype) and not isinstance(layer, EMBEDDINGS):
         other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
         raise ValueError(
             f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} values. "
             f"Pass features.{_cast(wanted)}{other}."
         ) from error
-    if isinstance(layer, nn.Linear) and shape[-1:] != (layer.in_features,):
+    if isinstance(layer, nn.Linear) and shape and shape[-1] != layer.in_features:
         flat = given.ndim > 2 and given.numel() == len(given) * layer.in_features
         remedy = "Put nn.Flatten() before it" if flat else f"Pass {layer.in_features} features a row"
         raise ValueError(

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from minikeras.broadcast import BroadcastGuard
 from minikeras.checks.causes import dtype_name, no_class
-from minikeras.data import count_rows, leaves
+from minikeras.data import count_rows, leaves, parts
 from minikeras.errors import described, is_number
 from minikeras.losses import Regularized, check_not_half, parameters_of
 
@@ -105,7 +105,14 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_rows_first(outputs: Any, rows: int) -> None:
-    """Outputs that are joined over batches must have the rows first, and not in a later dimension."""
+    """Outputs that are joined over batches must have the rows first, and not in a later dimension or item by item."""
+    for part in (outputs, *(parts(outputs) or ([],))[0]):
+        by_row = isinstance(part, list) and len(part) == rows
+        if by_row and not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) for leaf in leaves(part)):
+            raise ValueError(
+                f"the model returned a list of {rows} for {rows} rows, {described(part)}; predict joins batches along "
+                f"the first dimension of tensors. Pad the items to one tensor in forward, or predict batch by batch."
+            )
     for leaf in leaves(outputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] != rows and rows in leaf.shape[1:]:
             dim = leaf.shape.index(rows)

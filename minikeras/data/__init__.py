@@ -26,15 +26,13 @@ from minikeras.data.batch import (
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
-from minikeras.data.sources import ArrayBatches, ContinuedBatches, as_batches, as_tensor, empty, is_batched, length
+from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 
 __all__ = [
-    "ArrayBatches",
     "ContinuedBatches",
     "Idle",
     "Positioned",
     "as_batches",
-    "as_tensor",
     "call_as",
     "call_with",
     "choose_device",

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.sources import as_tensor
-from minikeras.errors import described
+from minikeras.errors import described, is_number
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
@@ -32,10 +32,8 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
 
 def prepared(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """(features, labels, sample_weight) of a batch, on the device."""
-    features, labels, sample_weight = unpack(batch)
-    if sample_weight is not None:
-        sample_weight = to_device(sample_weight, device)
-    return to_device(features, device), to_device(labels, device), sample_weight
+    features, labels, weight = unpack(batch)
+    return to_device(features, device), to_device(labels, device), None if weight is None else to_device(weight, device)
 
 
 def to_device(nest: Any, device: torch.device) -> Any:
@@ -44,29 +42,36 @@ def to_device(nest: Any, device: torch.device) -> Any:
         return nest.to(device)
 
     def moved(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
-            leaf = as_tensor(leaf)
+        leaf = as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc" else leaf
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 
     return map_leaves(moved, nest)
 
 
-def count_rows(features: Any, labels: Any = None) -> int:
+def count_rows(features: Any, labels: Any = None, unknown: int | None = None) -> int:
     """Rows of a batch: the first size of its labels, where they are one tensor; else of the first tensor in it.
 
-    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do.
+    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do. An object that moves
+    as one may tell its batch_size. Where the rows cannot be told it is an error, or the answer is `unknown`.
 
     >>> count_rows((torch.zeros(30), torch.zeros(8)), labels=torch.zeros(8))
     8
     """
-    if isinstance(labels, Tensor) and labels.ndim:
-        return labels.size(0)
-    for leaf in (*leaves(features), *leaves(labels)):
+    if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim:
+        return len(labels)
+    found = leaves((features, labels), inside=True)
+    for leaf in found:
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.size(0)
-    return 1
+        is_array = isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim
+        if isinstance(rows := len(leaf) if is_array else getattr(leaf, "batch_size", None), int):
+            return rows
+    if unknown is None and not all(leaf is None or is_number(leaf) for leaf in found):
+        raise ValueError(
+            f"the rows of a batch, over which the means are taken, cannot be told from {described(features)}; expected "
+            f"a tensor in it, or an int as its batch_size. Set that, or give (features, labels), the labels a tensor."
+        )
+    return 1 if unknown is None else unknown
 
 
 def call_with(module: nn.Module, features: Any) -> Any:
@@ -99,8 +104,7 @@ def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:
     A wrapper's forward(*args, **kwargs) is judged by what it wraps.
     """
     function = getattr(module.forward, "__func__", module.forward)
-    bound = function is not module.forward
-    several, passes_on = _arguments(function, bound, names)
+    several, passes_on = _arguments(function, function is not module.forward, names)
     inner = list(module.children())
     return _takes(inner[0], names) if passes_on and len(inner) == 1 else several
 
@@ -130,7 +134,14 @@ def join(pieces: list[Any]) -> Any:
     first = pieces[0]
     found = parts(first)
     if found is not None:
-        return found[1]([join(list(part)) for part in zip(*(parts(piece)[0] for piece in pieces), strict=True)])  # type: ignore[index]
+        named = [_named(piece) for piece in pieces]
+        for piece, its in zip(pieces, named, strict=True):
+            if its.keys() != named[0].keys():
+                raise ValueError(
+                    f"the outputs of the batches are made in different ways, {described(first)} and "
+                    f"{described(piece)}, and cannot be joined. Return the same from each, or predict batch by batch."
+                )
+        return found[1]([join([its[name] for its in named]) for name in named[0]])
     if not isinstance(first, Tensor):
         return None if first is None else pieces
     try:
@@ -141,6 +152,12 @@ def join(pieces: list[Any]) -> Any:
             f"the outputs of the batches have rows of different shapes, {shapes[0]} and {shapes[-1]}, and cannot be "
             f"joined. Pad them to one shape in forward, or predict batch by batch."
         ) from error
+
+
+def _named(nest: Any) -> dict[Any, Any]:
+    """A container's parts under their keys or places."""
+    inner = (parts(nest) or ([],))[0]
+    return dict(zip(nest if isinstance(nest, Mapping) else range(len(inner)), inner, strict=True))
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:

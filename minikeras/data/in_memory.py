@@ -16,7 +16,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from operator import index
 from typing import Any
@@ -62,8 +62,7 @@ def is_in_memory(loader: Any) -> bool:
         type(loader) is DataLoader
         and loader.batch_sampler is not None
         and loader.collate_fn is default_collate
-        and loader.worker_init_fn is None
-        and not loader.persistent_workers  # their seed is drawn once in a life that cannot be seen from outside
+        and not (loader.worker_init_fn or loader.persistent_workers)  # whose seed is drawn once, unseen from outside
         and getattr(loader, "in_order", True)
         and (loader.prefetch_factor != 0 if loader.num_workers else loader.timeout == 0)  # the loader refuses these
         and _plain_rows(loader.dataset, loader.num_workers)
@@ -103,11 +102,9 @@ def _tensors(dataset: Any) -> list[Any]:
 def _is_plain(tensor: Any) -> bool:
     return (
         type(tensor) is Tensor  # neither a Parameter nor a subclass, which may index in its own way
-        and not tensor.is_nested
         and tensor.layout is torch.strided
         and tensor.ndim > 0
-        and not tensor.requires_grad
-        and not tensor.is_quantized
+        and not (tensor.is_nested or tensor.requires_grad or tensor.is_quantized)
     )
 
 
@@ -120,13 +117,12 @@ def _rows(dataset: Any, converted: dict[int, tuple[Any, Tensor]]) -> Tensor:
         return torch.arange(len(dataset))
     inner: Any = dataset.dataset
     indices, key = dataset.indices, id(dataset.indices)
-    if type(indices) is not list:
-        rows = torch.arange(len(inner))[_as_rows(indices)]
-    elif key in converted and converted[key][0] == indices:  # comparing takes a fortieth of converting
+    if type(indices) is list and key in converted and converted[key][0] == indices:  # a fortieth of converting
         rows = converted[key][1]
     else:
         rows = torch.arange(len(inner))[_as_rows(indices)]
-        converted[key] = indices.copy(), rows
+        if type(indices) is list:
+            converted[key] = indices.copy(), rows
     return _rows(inner, converted)[rows] if type(inner) is Subset else rows
 
 
@@ -191,7 +187,7 @@ def asked(loader: DataLoader[Any]) -> Iterator[Any]:
     rows: Iterator[Any] = iter(sampler)
     draw_seed(loader)
     if not loader.num_workers:
-        return iter(partial(next, rows, None), None)  # `for` would ask for an iterator once more, and that may draw
+        return _each(rows)
     rows = iter(sampler)  # a loader with workers asks anew, and has their first tasks handed out before the first batch
     waiting: deque[Any] = deque()
     for _ in range(loader.num_workers * (loader.prefetch_factor or 0)):
@@ -199,9 +195,13 @@ def asked(loader: DataLoader[Any]) -> Iterator[Any]:
     return _one_behind(rows, waiting)
 
 
+def _each(rows: Iterator[Any]) -> Iterator[Any]:
+    while (batch := next(rows, None)) is not None:  # `for` would ask for an iterator once more, and that may draw
+        yield batch
+
+
 def _ask_once(rows: Iterator[Any], waiting: deque[Any]) -> None:
-    batch = next(rows, None)
-    if batch is not None:
+    if (batch := next(rows, None)) is not None:
         waiting.append(list(batch))  # a copy: some samplers fill one list anew each time
 
 
@@ -270,9 +270,7 @@ def _spaced(tensors: list[Tensor], order: Tensor, batch_size: int) -> tuple[tupl
 
 def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -> Tensor:
     """Rows from start to stop on the device, contiguous and in memory of their own."""
-    rows = tensor[start:stop]
-    if device is not None and device != tensor.device:
-        rows = rows.to(device)
+    rows = tensor[start:stop] if device is None else tensor[start:stop].to(device)
     return rows.clone(memory_format=torch.contiguous_format) if rows.device == tensor.device else rows.contiguous()
 
 
@@ -320,10 +318,8 @@ class InMemoryBatches:
         if draws_at_once(sampler):
             draw_seed(loader)
             # without workers, torch draws the order when the first batch is asked for
-            batches = self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None)
-        else:
-            batches = self._one_by_one(asked(loader))
-        return self._named(batches)
+            return self._named(self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None))
+        return self._named(self._one_by_one(asked(loader)))
 
     def of(self, shares: list[Any]) -> Iterator[Any]:
         """The batches of these row numbers, one tensor or list for each."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
-def parts(nest: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """A container's parts, and the function that builds the like of it from other parts; None for a leaf."""
-    if isinstance(nest, Tensor) or hasattr(nest, "to"):  # a PackedSequence is a tuple, but moves as one
+def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """A container's parts, and the function that builds the like of it from other parts; None for a leaf.
+
+    What moves as one is a leaf, unless one looks `inside`.
+    """
+    if isinstance(nest, (Tensor, PackedSequence)) or (hasattr(nest, "to") and not inside):
         return None
     if isinstance(nest, Mapping):
         return list(nest.values()), lambda values: _like_mapping(nest, values)
@@ -33,7 +38,10 @@ def _like_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, An
     pairs = dict(zip(nest, values, strict=True))
     if type(nest) is dict or not isinstance(nest, MutableMapping):
         return pairs
-    twin = copy.copy(nest)  # a defaultdict or a model's own output class has more to it than its items
+    # A defaultdict or a model's own output class has more to it than its items. A copy of another kind may have the
+    # very dict inside that this one has; of a deep one the values, known by their ids, are left as they are.
+    own = isinstance(nest, (dict, UserDict))
+    twin = copy.copy(nest) if own else copy.deepcopy(nest, {id(value): value for value in nest.values()})
     for key, value in pairs.items():
         twin[key] = value
     return twin
@@ -52,11 +60,11 @@ def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     return build([map_leaves(function, part) for part in inner])
 
 
-def leaves(nest: Any) -> list[Any]:
-    """Everything in a nest that is not a container, in order.
+def leaves(nest: Any, inside: bool = False) -> list[Any]:
+    """Everything in a nest that is not a container, in order; `inside` containers that move as one as well.
 
     >>> leaves({"a": (1, 2), "b": [3]})
     [1, 2, 3]
     """
-    found = parts(nest)
-    return [nest] if found is None else [leaf for part in found[0] for leaf in leaves(part)]
+    found = parts(nest, inside)
+    return [nest] if found is None else [leaf for part in found[0] for leaf in leaves(part, inside)]

@@ -134,12 +134,7 @@ def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: st
 
 def skips_by_number(batches: Iterable[Any], loader: Any) -> bool:
     """Whether passing over a batch of this loader needs nothing but its rows' numbers."""
-    return (
-        isinstance(batches, DataLoader)
-        and batches.num_workers == 0
-        and type(loader).__iter__ is DataLoader.__iter__
-        and not isinstance(loader.dataset, IterableDataset)
-    )
+    return isinstance(batches, DataLoader) and batches.num_workers == 0 and surely_the_same(batches, loader)
 
 
 def surely_the_same(batches: Iterable[Any], loader: Any) -> bool:

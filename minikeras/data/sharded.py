@@ -56,9 +56,7 @@ def by_number(batches: Any) -> bool:
     return (
         isinstance(batches, DataLoader)
         and type(batches).__iter__ is DataLoader.__iter__
-        and not hasattr(batches, "state_dict")
-        and not isinstance(batches.dataset, IterableDataset)
-        and not by_user(batches)
+        and not (hasattr(batches, "state_dict") or isinstance(batches.dataset, IterableDataset) or by_user(batches))
     )
 
 
@@ -175,7 +173,8 @@ class Sharded:
         if isinstance(self.batches, (ArrayBatches, InMemoryBatches)):
             return self.batches.of(shares[count:])
         skip = 0 if self.loader.num_workers else count
-        batches = iter(like(self.loader, list(map(numbers, shares[skip:])), self.world.rank))
+        wanted = [share.tolist() if isinstance(share, Tensor) else share for share in shares[skip:]]
+        batches = iter(like(self.loader, wanted, self.world.rank))
         return islice(batches, count - skip, None)
 
 
@@ -184,10 +183,6 @@ def part(rows: Any, rank: int, size: int) -> Any:
     least, more = divmod(len(rows), size)
     start = rank * least + min(rank, more)
     return rows[start : start + least + (rank < more)]
-
-
-def numbers(share: Any) -> Any:
-    return share.tolist() if isinstance(share, Tensor) else share
 
 
 def marked(batches: Iterator[Any], count: int, idle: bool) -> Iterator[Any]:
