@@ -183,6 +183,11 @@ def test_a_packed_sequence_is_one_input():
         (pd.DataFrame({"a": [1, 2], "b": [0.5, 4]}), torch.float32),
         (pd.DataFrame({"a": [True, False], "b": [0.5, 4]}), torch.float32),
         (pd.DataFrame({"a": [True, False]}), torch.bool),
+        (pd.DataFrame({"a": np.ones(2, np.uint8)}), torch.int64),
+        (pd.Series([1 + 2j, 3]), torch.complex128),
+        (np.ones(3, np.longdouble), torch.float32),
+        (np.ones(3, ">f4"), torch.float32),
+        (np.ones(3, np.uint64), torch.int64),
         (torch.ones(3, dtype=torch.float64), torch.float64),
     ],
 )
@@ -190,6 +195,23 @@ def test_arrays_become_tensors_of_the_default_dtype_and_tensors_stay(array, dtyp
     tensor = as_tensor(array)
     assert tensor.dtype == dtype
     assert np.array_equal(tensor.numpy(), np.asarray(array).astype(tensor.numpy().dtype))
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Series, lambda values: pd.DataFrame({"a": values})])
+def test_a_whole_number_that_int64_cannot_hold_is_refused(kind):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        as_tensor(kind(np.array([1, 2**63 + 5], np.uint64)), "dl_train")
+    expected = "expected whole numbers below 2**63, int64's. Pass floats."
+    assert str(error.value) == f"dl_train holds 9223372036854775813; {expected}"
+
+
+def test_arrays_become_bfloat16_where_that_is_the_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert as_tensor(np.ones(3)).dtype == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
 
 
 Point = collections.namedtuple("Point", "x y")

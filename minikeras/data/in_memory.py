@@ -82,7 +82,7 @@ def _plain_rows(dataset: Any, num_workers: int) -> bool:
     return True
 
 
-def _base(dataset: Any) -> Any:
+def base_of(dataset: Any) -> Any:
     """What a dataset is a Subset of, or itself."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
@@ -91,7 +91,7 @@ def _base(dataset: Any) -> Any:
 
 def _tensors(dataset: Any) -> list[Any]:
     """The tensors, or whatever a StackDataset is made of; none for a dataset of another kind."""
-    base = _base(dataset)
+    base = base_of(dataset)
     if type(base) is TensorDataset:
         return list(base.tensors)
     if type(base) is StackDataset:
@@ -332,7 +332,7 @@ class InMemoryBatches:
         return self._named(chain(*(gathered(tensors, rows[order], size, self.device) for order in orders)))
 
     def _named(self, batches: Iterator[list[Tensor]]) -> Iterator[Any]:
-        names = getattr(_base(self.loader.dataset), "datasets", None)
+        names = getattr(base_of(self.loader.dataset), "datasets", None)
         return (dict(zip(names, batch, strict=True)) for batch in batches) if type(names) is dict else batches
 
     def _at_once(self, sampler: BatchSampler, order: Tensor | None) -> Iterator[list[Tensor]]:

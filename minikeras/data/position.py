@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, TensorDataset
 
-from minikeras.data.in_memory import InMemoryBatches
+from minikeras.data.in_memory import InMemoryBatches, base_of
 from minikeras.data.sharded import Sharded
 from minikeras.data.sources import ArrayBatches, length
 from minikeras.errors import CheckpointError
@@ -146,9 +146,7 @@ def surely_the_same(batches: Iterable[Any], loader: Any) -> bool:
 
 def warn_of_hidden_draws(loader: Any, name: str) -> None:
     """What would not be drawn again after a resume: said as a fit with a checkpoint begins."""
-    dataset = getattr(loader, "dataset", None)
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
+    dataset = base_of(getattr(loader, "dataset", None))
     if dataset is None or type(dataset) in PLAIN or isinstance(dataset, IterableDataset) or keeps_state(loader):
         return
     hidden = [key for key, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, KINDS)]

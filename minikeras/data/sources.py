@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
+from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype, is_unsigned_integer_dtype
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -59,9 +59,8 @@ def as_batches(
             f"which makes its own batches. Leave batch_size out, or set it where {name} is made."
         )
     if not hasattr(data, "__iter__"):
-        remedy = ""
-        if hasattr(data, "__getitem__"):  # Python would index it on and on: batches sliced past the end never stop
-            remedy = " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows."
+        indexed = hasattr(data, "__getitem__")  # Python would index it on and on: batches past the end never stop
+        remedy = " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows." * indexed
         raise TypeError(
             f"{name} must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X, y), "
             f"got {type(data).__name__}.{remedy}"
@@ -135,11 +134,14 @@ def as_tensor(array: Any, name: str = "data") -> Tensor:
     array = _frame_values(array, name) if isinstance(array, pd.DataFrame) else np.asarray(array)
     if array.dtype.kind not in "fiubc":
         raise TypeError(f"{name} holds {array.dtype} values; expected numbers. Encode them as numbers first.")
+    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+        raise ValueError(f"{name} holds {array.max()}; expected whole numbers below 2**63, int64's. Pass floats.")
     if array.dtype.kind == "f":
-        array = array.astype(str(torch.get_default_dtype()).removeprefix("torch."), copy=False)
+        array = array.astype(f"f{min(array.itemsize, 8)}", copy=False)  # in which torch can take it
     elif array.dtype.kind in "iu" and array.dtype != np.uint8:
         array = array.astype(np.int64, copy=False)
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # pandas hands out read-only arrays
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # pandas hands out read-only arrays
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def _frame_values(frame: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
@@ -149,10 +151,11 @@ def _frame_values(frame: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
             f"{name} has columns that are not numbers: {', '.join(odd)}. Encode them first, "
             f"for instance with pandas.get_dummies or column.astype('category').cat.codes."
         )
-    for is_kind, dtype in ((is_bool_dtype, np.bool_), (is_integer_dtype, np.int64)):
+    kinds = (is_bool_dtype, np.bool_), (is_unsigned_integer_dtype, np.uint64), (is_integer_dtype, np.int64)
+    for is_kind, dtype in kinds:
         if all(is_kind(column) for column in frame.dtypes):
             return frame.to_numpy(dtype)
-    return frame.to_numpy(np.float64)
+    return frame.to_numpy(np.complex128 if any(dtype.kind == "c" for dtype in frame.dtypes) else np.float64)
 
 
 class ContinuedBatches:
