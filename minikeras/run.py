@@ -79,9 +79,7 @@ class Run:
             return checks.inputs.guarded(function, outputs, labels, name, scalar=scalar)
         return function(outputs, labels)
 
-    def batches(
-        self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False, passes: int = 1
-    ) -> Iterable[Any]:
+    def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False, passes: int = 1) -> Any:
         """What the user has as batches on the device; this process's part of them."""
         return sharded(as_batches(dl, name, batch_size, shuffle, self.device, passes), self.world, name)
 
