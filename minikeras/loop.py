@@ -36,7 +36,7 @@ from torch import nn
 from minikeras import checks
 from minikeras.callbacks import Callback, check_row, with_method
 from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import ContinuedBatches, count_rows, empty, prepared, worked
+from minikeras.data import ContinuedBatches, count_rows, empty, placed, worked
 from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
@@ -161,7 +161,7 @@ def one_pass(
     try:
         for number, batch in fetched(remaining, done, name):
             batch, totals.idle = worked(batch)
-            features, labels, sample_weight = prepared(batch, run.device)
+            features, labels, sample_weight = placed(batch, run.device)
             if totals.unseen:
                 checks.inputs.check_batch(step, features, labels, sample_weight)
             run.rows = rows = count_rows(features, labels)

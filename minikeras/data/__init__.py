@@ -12,17 +12,7 @@ position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
 """
 
-from minikeras.data.batch import (
-    call_as,
-    call_with,
-    choose_device,
-    count_rows,
-    join,
-    manner,
-    prepared,
-    to_device,
-    unpack,
-)
+from minikeras.data.batch import call_as, call_with, choose_device, count_rows, join, manner, placed, to_device, unpack
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
@@ -45,7 +35,7 @@ __all__ = [
     "manner",
     "map_leaves",
     "parts",
-    "prepared",
+    "placed",
     "seeded",
     "sharded",
     "to_device",

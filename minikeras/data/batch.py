@@ -30,7 +30,7 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     return features, labels, sample_weight
 
 
-def prepared(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
+def placed(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """(features, labels, sample_weight) of a batch, on the device."""
     features, labels, weight = unpack(batch)
     return to_device(features, device), to_device(labels, device), None if weight is None else to_device(weight, device)
