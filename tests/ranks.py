@@ -485,7 +485,7 @@ def tracked(size):
     model, folder = compiled(), Path(os.environ["FOLDER"], f"board of {size}")
     board = TensorBoard(folder, histograms=True)
     dfhistory = model.fit(2, doubles(24), batch_size=12 // size, callbacks=[board], verbose=0)
-    files = len(list(folder.iterdir())) if RANK == 0 else 1
+    files = len(list(folder.glob("events.*"))) if RANK == 0 else 1
     events = EventAccumulator(str(folder)).Reload() if RANK == 0 else None
     losses = [point.value for point in events.Scalars("loss")] if events else list(dfhistory["loss"])
     return {"files": files, "losses": torch.tensor(losses, dtype=torch.float32)}

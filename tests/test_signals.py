@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,16 @@ def test_a_signal_after_the_last_writing_is_heard_too(number, error, tmp_path):
     assert len(read(tmp_path / "run.pt")["history"]) == 1
 
 
+def sleeps():
+    while True:  # a signal that comes just before a sleep is heard after it
+        time.sleep(0.05)
+
+
 def test_a_child_that_a_callback_starts_ends_when_it_is_told_to(tmp_path):
     found = []
 
     def start():
-        child = multiprocessing.get_context("fork").Process(target=signal.pause)
+        child = multiprocessing.get_context("fork").Process(target=sleeps)
         child.start()
         child.terminate()
         child.join(20)
