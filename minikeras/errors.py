@@ -45,21 +45,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def positive_int(name: str, value: object) -> int:
-    """`value` as an int of 1 or more; a bool, a string or a fraction is refused."""
-    return whole_number(name, value, least=1)
+def positive_int(name: str, value: object, hint: str = "") -> int:
+    """`value` as an int of 1 or more; a bool, a string or a fraction is refused, and of data with a `hint`."""
+    return whole_number(name, value, least=1, hint=hint)
 
 
-def whole_number(name: str, value: object, least: int) -> int:
-    """`value` as an int of `least` or more; a bool, a string or a fraction is refused."""
+def whole_number(name: str, value: object, least: int, hint: str = "") -> int:
+    """`value` as an int of `least` or more; a bool, a string or a fraction is refused, and of data with a `hint`."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = least - 1
     if number < least:
         plain = value is None or isinstance(value, (int, float, str))
-        shown = repr(value) if plain else described(value) + ". Epochs come first: fit(5, (X, y))" * (name == "epochs")
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {shown}.")
+        shown = f"{value!r}." if plain else f"{described(value)}.{hint}"
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {shown}")
     return number
 
 

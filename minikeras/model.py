@@ -275,7 +275,7 @@ class Model(nn.Module):
         run = self._compiled("fit")
         saved = Checkpoint(checkpoint, checkpoint_every)
         one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
-        epochs = positive_int("epochs", epochs)
+        epochs = positive_int("epochs", epochs, hint=" Epochs come first: fit(5, (X, y)).")
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
