@@ -97,7 +97,8 @@ class Totals(Mapping[str, float]):
             if isinstance(value, tuple):
                 self._add_pair(name, *value)
             elif isinstance(value, Tensor):
-                self.sums[name].add_(value.detach().reshape(()) if value.ndim else value.detach(), alpha=rows)
+                value = value.detach()
+                self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)
                 self.counts[name] += rows
             else:
                 self.sums[name] += float(value) * rows

@@ -39,7 +39,7 @@ class Run:
     parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
     published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
-    begun: Any = None  # the optimizers' settings as the first fit began, where one has a checkpoint
+    begun: Any = None  # optimizers' settings and what is frozen, as the first fit with a checkpoint began
     under_way: Any = None  # of a fit that has not come to its end: its checkpoint's path, and its first epoch
     world: World | None = None  # where several processes train together
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict

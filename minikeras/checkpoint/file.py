@@ -78,7 +78,7 @@ def keep_previous(path: Path) -> None:
     if path.is_dir():
         put(path, previous(path))
     elif path.exists():
-        second = path.with_name(path.name + ".prev.tmp")
+        second = temporary(previous(path))
         second.unlink(missing_ok=True)
         try:
             os.link(path, second)

@@ -138,12 +138,12 @@ def other_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(dict.fromkeys(told))
 
 
-def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callback], main: bool) -> None:
+def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callback]) -> None:
     """Where a state has no callback to go to, or there may be another of its class that it belongs to."""
     held = [name for name, state in states.items() if state]
     keep = [name for name, callback in now.items() if type(callback).state_dict is not Callback.state_dict]
     added = [name for name in keep if name not in states and name.partition(" ")[0] in held]
-    if main and (added or not set(keep) >= set(held)):
+    if added or not set(keep) >= set(held):
         warnings.warn(
             f"the checkpoint has the state of {', '.join(held)}, and those that keep one are "
             f"{', '.join(keep) or 'none'} here. It goes to the callback of its class and number. Give the same ones in "

@@ -102,13 +102,14 @@ class Checkpoint:
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
         run.begun = run.begun or {"optimizers": settings(run.optimizers), "frozen": frozen(model)}
         found = read_newest(self.path, reader(model))
-        if found is not None and before is not None and before[0] == self.path:  # broken off, and called once more
-            self.first, self.last = before[1], before[1] - 1 + epochs
         if found is not None:
-            self.whole = found[1] == self.path
-            check_run(found[0], model, run, found[1])
-            self.state = self._mine(found[0], found[1])
-            self._compare_beginnings(found[0].get("begun"))
+            state, path = found
+            if before is not None and before[0] == self.path:  # broken off, and called once more
+                self.first, self.last = before[1], before[1] - 1 + epochs
+            self.whole = path == self.path
+            check_run(state, model, run, path)
+            self.state = self._mine(state, path)
+            self._compare_beginnings(state.get("begun"))
         refuse_folders(previous(self.path), temporary(self.path))
         if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
             check_writable(self.path, "fit(checkpoint=...)")
@@ -119,11 +120,13 @@ class Checkpoint:
         """The script's with those of the run: what it has changed since is told, or is not to be taken back."""
         if begun is None:  # an older file has none
             return
-        if self.state is not None and self.model.is_main_process:
-            warn_of_other_settings(begun["optimizers"], self.run.begun["optimizers"], self.path)
-        if self.state is not None and begun["frozen"] != self.run.begun["frozen"]:
+        now, self.run.begun = self.run.begun, begun
+        if self.state is None:
+            return
+        if self.model.is_main_process:
+            warn_of_other_settings(begun["optimizers"], now["optimizers"], self.path)
+        if begun["frozen"] != now["frozen"]:
             self.state["frozen"] = None
-        self.run.begun = begun
 
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
@@ -163,14 +166,15 @@ class Checkpoint:
             self.run.under_way = None
             say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
         else:
-            warn_of_other_callbacks(state["callbacks"], dict(named(callbacks)), self.model.is_main_process)
+            if self.model.is_main_process:
+                warn_of_other_callbacks(state["callbacks"], dict(named(callbacks)))
             say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
         return at
 
     def _load_weights(self, state: Any) -> None:
         run = self.run
         load_whole(self.model, state["model"])
-        set_buffers(self.model, state["buffers"])
+        set_buffers(self.model, state["buffers"], run.device)
         freeze(self.model, state.get("frozen"))
         if isinstance(run.loss_func, nn.Module):
             run.loss_func.load_state_dict(state["loss"])
@@ -183,7 +187,7 @@ class Checkpoint:
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         same = size > 1 and len(ranks) == size
         state = state | (ranks[rank] if same else {})
-        set_buffers(self.model, state["own buffers"] if same else {})
+        set_buffers(self.model, state["own buffers"] if same else {}, self.run.device)
         self.run.train.reset()
         if state["position"]["step"]:
             self.run.train.load_state_dict(restored(state["totals"]), counted=same or rank == 0)  # by it for all

@@ -42,7 +42,7 @@ def weights_of(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
     """Fill buffers, those that are not in a state_dict too; one of another size, or of none, is replaced."""
     for name, value in buffers.items():
         owner, _, last = name.rpartition(".")
@@ -51,7 +51,6 @@ def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         if isinstance(held, Tensor) and held.shape == value.shape:
             held.copy_(value)
         elif hasattr(module, last):
-            device = next((one.device for one in model.parameters()), None)
             setattr(module, last, value.to(device))
 
 

@@ -117,12 +117,13 @@ def _rows(dataset: Any, converted: dict[int, tuple[Any, Tensor]]) -> Tensor:
         return torch.arange(len(dataset))
     inner: Any = dataset.dataset
     indices, key = dataset.indices, id(dataset.indices)
-    if type(indices) is list and key in converted and converted[key][0] == indices:  # a fortieth of converting
+    if type(indices) is not list:
+        rows = torch.arange(len(inner))[_as_rows(indices)]
+    elif key in converted and converted[key][0] == indices:  # comparing takes a fortieth of converting
         rows = converted[key][1]
     else:
         rows = torch.arange(len(inner))[_as_rows(indices)]
-        if type(indices) is list:
-            converted[key] = indices.copy(), rows
+        converted[key] = indices.copy(), rows
     return _rows(inner, converted)[rows] if type(inner) is Subset else rows
 
 

@@ -68,8 +68,7 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """huggingface_hub keeps the arguments here, before the constructor may change a list among them."""
-        given = [_as_given(value) for value in args], {name: _as_given(value) for name, value in kwargs.items()}
-        model = super().__new__(cls, *given[0], **given[1])
+        model = super().__new__(cls, *map(_as_given, args), **{name: _as_given(it) for name, it in kwargs.items()})
         model._lost = _not_kept(cls, args, kwargs)
         return model
 
@@ -146,8 +145,12 @@ def _not_kept(cls: type[HubModel], args: tuple[Any, ...], kwargs: dict[str, Any]
         if one.kind is one.VAR_POSITIONAL and len(args) > place:
             return {f"*{name}": described(args[place:])}  # they have no names
     defaults = {name: one.default for name, one in parameters.items()}
-    lost = {name: it for name, it in given.items() if not _comes_back(it, cls._coded) and defaults.get(name) is not it}
-    return {name: described(it) for name, it in lost.items() if defaults.get(name) is not inspect.Parameter.empty}
+
+    def lost(name: str, value: Any) -> bool:
+        default = defaults.get(name)
+        return not _comes_back(value, cls._coded) and default is not value and default is not inspect.Parameter.empty
+
+    return {name: described(value) for name, value in given.items() if lost(name, value)}
 
 
 def _comes_back(value: Any, coded: tuple[type, ...]) -> bool:
