@@ -48,8 +48,9 @@ def test_a_signal_after_the_last_writing_is_heard_too(number, error, tmp_path):
     assert len(read(tmp_path / "run.pt")["history"]) == 1
 
 
-def sleeps():
-    while True:  # a signal that comes just before a sleep is heard after it
+def sleeps(begun):
+    begun.set()  # Python forgets a signal that comes while it is still forking
+    while True:  # one that comes just before a sleep is heard after it
         time.sleep(0.05)
 
 
@@ -57,8 +58,11 @@ def test_a_child_that_a_callback_starts_ends_when_it_is_told_to(tmp_path):
     found = []
 
     def start():
-        child = multiprocessing.get_context("fork").Process(target=sleeps)
+        context = multiprocessing.get_context("fork")
+        begun = context.Event()
+        child = context.Process(target=sleeps, args=(begun,))
         child.start()
+        assert begun.wait(60)
         child.terminate()
         child.join(20)
         found.append(child.exitcode)
