@@ -57,16 +57,17 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 Result = dict[str, Any]
 
 
-def variant_names(work: str) -> list[str]:
+def variant_names(work: str, device: str) -> list[str]:
     """What variants.py has for a work, asked in a process of its own, since it imports torch."""
-    code = f"import variants; print(variants.names({work!r}))"
+    code = f"import variants; print(variants.names({work!r}, {device!r}))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=ENV, capture_output=True, text=True, check=True)
     return list(ast.literal_eval(answer.stdout))
 
 
-def run_once(work: str, variant: str, seed: int, quick: bool) -> Result:
+def run_once(work: str, variant: str, seed: int, device: str, quick: bool) -> Result:
     """One process. Its output goes to a file, so that bars are drawn and nobody has to read them."""
-    command = [sys.executable, str(HERE / "variants.py"), work, variant, "--seed", str(seed), *["--quick"] * quick]
+    command = [sys.executable, str(HERE / "variants.py"), work, variant, "--seed", str(seed), "--device", device]
+    command += ["--quick"] * quick
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         status = subprocess.run(command, env=ENV, stdout=out, stderr=err, cwd=tempfile.gettempdir()).returncode
         out.seek(0)
@@ -77,9 +78,9 @@ def run_once(work: str, variant: str, seed: int, quick: bool) -> Result:
         return dict(json.loads(out.read().strip().splitlines()[-1]))
 
 
-def run_work(work: str, wanted: list[str] | None, repeats: int, quick: bool) -> dict[str, list[Result]]:
+def run_work(work: str, wanted: list[str] | None, repeats: int, device: str, quick: bool) -> dict[str, list[Result]]:
     """variant -> its results, one a round; a variant that is missing has one result that says why."""
-    known = variant_names(work)
+    known = variant_names(work, device)
     names = [name for name in known if not wanted or name in wanted or name == "tuned"]
     if wanted and len(names) == 1 and wanted != ["tuned"]:
         raise SystemExit(f"{work} has none of {', '.join(wanted)}; it has {', '.join(known)}.")
@@ -88,7 +89,7 @@ def run_work(work: str, wanted: list[str] | None, repeats: int, quick: bool) -> 
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if results[name] and "missing" in results[name][-1]:
                 continue
-            result = run_once(work, name, seed=turn, quick=quick)
+            result = run_once(work, name, seed=turn, device=device, quick=quick)
             results[name].append(result)
             spent = result.get("missing") or f"{result['seconds'] / result['steps'] * 1e6:.1f} us a step"
             print(f"{work} {turn + 1}/{repeats} {name}: {spent}", file=sys.stderr, flush=True)
@@ -169,7 +170,7 @@ def import_table(repeats: int) -> str:
     return "\n".join(lines)
 
 
-def circumstances(repeats: int) -> str:
+def circumstances(device: str, repeats: int) -> str:
     found = []
     for name in PACKAGES:
         try:
@@ -180,8 +181,8 @@ def circumstances(repeats: int) -> str:
     if older:
         found.append("torchkeras " + older.name.removeprefix("torchkeras-").removesuffix(".dist-info"))
     return (
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, {platform.system()}, "
-        f"Python {platform.python_version()}, {', '.join(found)}; {repeats} rounds."
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, {gpu(device)}"
+        f"{platform.system()}, Python {platform.python_version()}, {', '.join(found)}; {repeats} rounds."
     )
 
 
@@ -193,21 +194,32 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def gpu(device: str) -> str:
+    if device == "cpu":
+        return ""
+    code = f"import torch; print(torch.get_device_module({device!r}).get_device_name())"
+    return (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() + ", "
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", choices=[*WORKS, "import"], default=[*WORKS, "import"])
     parser.add_argument("--variants", nargs="+", help="default all; the tuned loop always runs")
     parser.add_argument("--repeats", type=int, help="rounds; default 5, or 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="a fifth of the epochs")
+    parser.add_argument("--device", default="cpu", help="default %(default)s; elsewhere the rivals are fewer")
     parser.add_argument("--out", type=Path, default=HERE / "results.md", help="the Markdown file, default %(default)s")
     args = parser.parse_args()
     repeats = args.repeats or (2 if args.quick else 5)
-    parts = [circumstances(repeats)]
+    parts = [circumstances(args.device, repeats)]
     for work in args.works:
         if work == "import":
             parts += ["### import", import_table(repeats)]
         else:
-            parts += [f"### {work}: {WORKS[work]}", table(work, run_work(work, args.variants, repeats, args.quick))]
+            results = run_work(work, args.variants, repeats, args.device, args.quick)
+            parts += [f"### {work}: {WORKS[work]}", table(work, results)]
         args.out.write_text("\n\n".join(parts) + "\n")  # after each work: a run that is cut short leaves what it has
     print("\n\n".join(parts))
 

@@ -40,6 +40,8 @@ class Stopwatch:
         self.started = time.perf_counter(), time.process_time()
 
     def __exit__(self, *error: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started[0]
         self.cpu_seconds = time.process_time() - self.started[1]
 
@@ -63,6 +65,7 @@ def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
             net.train()
             total = correct = 0.0
             for features, labels in loader:
+                features, labels = features.to(work.device), labels.to(work.device)
                 optimizer.zero_grad()
                 outputs = net(features)
                 loss = loss_func(outputs, labels)
@@ -82,15 +85,16 @@ def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
 def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
     """The best eager loop by hand: rows permuted once an epoch, batches are slices, totals stay tensors."""
     net, rows = work.make_net(), len(work.X)
+    all_X, all_y = work.X.to(work.device), work.y.to(work.device)
     loss_func, optimizer = work.make_loss(net), Adam(net.parameters(), lr=work.lr)
     history = []
 
     def train(epochs):
         for _ in range(epochs):
             net.train()
-            order = torch.randperm(rows)
-            X, y = work.X[order], work.y[order]
-            total, correct = torch.zeros(()), torch.zeros(())
+            order = torch.randperm(rows, device=work.device)
+            X, y = all_X[order], all_y[order]
+            total, correct = torch.zeros(2, device=work.device)
             for start in range(0, rows, work.batch_size):
                 features, labels = X[start : start + work.batch_size], y[start : start + work.batch_size]
                 outputs = net(features)
@@ -113,6 +117,7 @@ def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
 def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
     """The tuned loop with torch.compile round forward, loss and metric, and round the optimizer's step."""
     net, rows = work.make_net(), len(work.X)
+    all_X, all_y = work.X.to(work.device), work.y.to(work.device)
     loss_func, optimizer = work.make_loss(net), Adam(net.parameters(), lr=work.lr)
     history = []
 
@@ -128,9 +133,9 @@ def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, 
     def train(epochs):
         for _ in range(epochs):
             net.train()
-            order = torch.randperm(rows)
-            X, y = work.X[order], work.y[order]
-            total, correct = torch.zeros(()), torch.zeros(())
+            order = torch.randperm(rows, device=work.device)
+            X, y = all_X[order], all_y[order]
+            total, correct = torch.zeros(2, device=work.device)
             for start in range(0, rows, work.batch_size):
                 features, labels = X[start : start + work.batch_size], y[start : start + work.batch_size]
                 loss, accuracy = forward(features, labels)
@@ -169,7 +174,7 @@ def minikeras(
         loss_func = RingLossAsPrinted(model)
     optimizer = Adam(model.parameters(), lr=work.lr)
     try:
-        model.compile(loss_func, optimizer, {"accuracy": work.metric}, device="cpu", **switches)
+        model.compile(loss_func, optimizer, {"accuracy": work.metric}, device=work.device, **switches)
     except TypeError as error:
         raise NotImplementedError(str(error)) from error
     loader = work.loader()
@@ -332,7 +337,7 @@ def lightning(work: Work, warm: Stopwatch, timed: Stopwatch, bar: bool = False) 
     module = Lit()
     trainer = Trainer(
         max_epochs=work.warm + work.epochs,
-        accelerator="cpu",
+        accelerator=work.device,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -410,7 +415,7 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
     """The loop of its documentation; totals stay tensors."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=work.device == "cpu")
     net = work.make_net()
     loss_func = work.make_loss(net)
     model, optimizer, loader = accelerator.prepare(net, Adam(net.parameters(), lr=work.lr), work.loader())
@@ -419,7 +424,7 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
     def train(epochs):
         for _ in range(epochs):
             model.train()
-            total, correct = torch.zeros(()), torch.zeros(())
+            total, correct = torch.zeros(2, device=work.device)
             for features, labels in loader:
                 optimizer.zero_grad()
                 outputs = model(features)
@@ -444,8 +449,9 @@ def predict_tuned(work: Work) -> Any:
     net = work.make_net().eval()
 
     def predict(X):
+        batches = X.to(work.device).split(work.batch_size)
         with torch.no_grad():
-            return torch.cat([net(X[start : start + work.batch_size]) for start in range(0, len(X), work.batch_size)])
+            return torch.cat([net(features) for features in batches]).cpu()
 
     return predict
 
@@ -456,7 +462,7 @@ def predict_naive(work: Work) -> Any:
     def predict(X):
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=work.batch_size)
         with torch.no_grad():
-            return torch.cat([net(features) for (features,) in loader])
+            return torch.cat([net(features.to(work.device)).cpu() for (features,) in loader])
 
     return predict
 
@@ -531,20 +537,25 @@ PREDICT: dict[str, Any] = {
     "skorch": predict_skorch,
     "poutyne": predict_poutyne,
 }
+ON_A_GPU = (
+    *("tuned", "naive", "compiled", "minikeras", "minikeras-quiet", "minikeras-same-loss", "minikeras-printed-loss"),
+    *("minikeras-jit", "minikeras-jit-4", "minikeras-loader", "lightning", "lightning-bar", "accelerate"),
+)
 RING_ONLY = ("minikeras-same-loss", "minikeras-printed-loss")
 
 
-def names(work: str) -> list[str]:
+def names(work: str, device: str) -> list[str]:
     """The variants of a work, in the order of its table."""
-    if work == "predict":
-        return list(PREDICT)
-    return [name for name in VARIANTS if work.startswith("ring") or name not in RING_ONLY]
+    known = PREDICT if work == "predict" else VARIANTS
+    known = [name for name in known if work.startswith("ring") or name not in RING_ONLY]
+    return [name for name in known if device == "cpu" or name in ON_A_GPU]
 
 
 @torch.no_grad()
 def loss_over_all_rows(work: Work, net: nn.Module) -> float:
     net.eval()
-    return float(work.make_loss(net)(net(work.X), work.y))
+    net.to(work.device)  # some libraries take it back to the CPU
+    return float(work.make_loss(net)(net(work.X.to(work.device)), work.y.to(work.device)))
 
 
 def measure_training(work: Work, variant: str) -> dict[str, Any]:
@@ -595,9 +606,10 @@ def main() -> None:
     parser.add_argument("variant")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rows")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    work = make_work(args.work, args.quick)
+    work = make_work(args.work, args.quick, args.device)
     torch.manual_seed(args.seed)
     measure = measure_predict if args.work == "predict" else measure_training
     try:

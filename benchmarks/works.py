@@ -33,6 +33,7 @@ class Work:
     warm: int  # epochs before the clock starts
     epochs: int  # epochs on the clock
     tolerance: float  # of the final loss, relative: see README.md
+    device: str = "cpu"
 
     @property
     def steps(self) -> int:
@@ -42,7 +43,7 @@ class Work:
     def make_net(self, base: type = nn.Module) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(NET_SEED)
-            return self.net_class(base)()
+            return self.net_class(base)().to(self.device)
 
     def loader(self) -> DataLoader[Any]:
         dataset = TensorDataset(self.X, self.y)
@@ -207,9 +208,10 @@ def predict() -> Work:
 WORKS = {"ring": ring, "ring0": lambda: ring(workers=0), "mlp": mlp, "conv": conv, "predict": predict}
 
 
-def make_work(name: str, quick: bool = False) -> Work:
+def make_work(name: str, quick: bool = False, device: str = "cpu") -> Work:
     torch.manual_seed(DATA_SEED)
     work = WORKS[name]()
+    work.device = device
     if quick:
         work.epochs = max(1, work.epochs // 5)
     return work
