@@ -62,7 +62,7 @@ class Mean:
         self.seen, self.total = [], 0.0
 
     def update(self, outputs, labels):
-        self.seen.append(outputs.numpy())
+        self.seen.append(outputs.cpu().numpy())
         self.total += float(labels.sum())
 
     def compute(self):
@@ -187,7 +187,8 @@ def call_of(loader="in memory", **changes):
     else:
         optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
     metrics = {"accuracy": accuracy, "mean": Mean()} if kind != "pair" else {}
-    model.compile(loss, optimizer, metrics | changes.pop("metrics", {}), device="cpu", **changes.pop("compile", {}))
+    options = {"device": "cpu"} | changes.pop("compile", {})
+    model.compile(loss, optimizer, metrics | changes.pop("metrics", {}), **options)
     arguments = {"epochs": EPOCHS, "dl_train": LOADERS[loader](), "dl_val": noisy(shuffle=True), "verbose": 0}
     return model, arguments | changes
 

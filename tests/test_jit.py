@@ -706,6 +706,7 @@ def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together
         one.to("cuda").compile(nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options)
         histories.append(one.fit(3, batches(), batches(20, 20, 7), verbose=0))
     assert way(twin) == "one graph"
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert_same(model, twin, 1e-5)
     pd.testing.assert_frame_equal(*histories, rtol=1e-5)
     states = [one.optimizer.state_dict()["state"] for one in (model, twin)]
@@ -720,6 +721,16 @@ def spoiled(batch, batches=9):
     X, y = points(16 * batches)
     X[16 * batch - 1] = float("nan")
     return list(zip(X.split(16), y.split(16), strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adam"])  # of which the last alone reads its count
+def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
+    model = Net()
+    compiled(model, nn.MSELoss(), OPTIMIZERS[kind](model.parameters()), jit=FAST, steps_per_execution=steps)
+    with pytest.raises(FloatingPointError):
+        model.fit(1, spoiled(6), verbose=0)
+    assert {state["step"].item() for state in model.optimizer.state.values()} == {5}
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -109,6 +109,14 @@ def test_so_it_is_under_jit(loader, steps, tmp_path):
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"jit": True}], ids=str)
+def test_so_it_is_on_an_accelerator(options, tmp_path):
+    kwargs = {"loader": "noisy", "compile": {"device": None, **options}}
+    assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
+
+
 # --- which call of fit a file is of -----------------------------------------------------------------------------------
 
 

@@ -10,8 +10,9 @@ every other            that graph for batches of its shape, one more graph for a
 a batch for which the loss reaches other parameters, or the optimizer has other groups or another state
                        in eager, as the first; then a new graph
 
-On CUDA the compiled graph is captured as a CUDA graph too, unless the user gives a mode or backend, or the option
-"triton.cudagraphs"; its results are copied, for the next replay writes over them.
+On CUDA the graph for the first shape is captured as a CUDA graph too, unless the user gives a mode or backend, or the
+option "triton.cudagraphs"; its results are copied, for the next replay writes over them. One for all other shapes would
+be captured anew for each of them.
 
 Gradients are those of the real parameters: a loss that holds on to them, as a penalty does, keeps its share.
 """
@@ -50,7 +51,7 @@ class Jit:
         def loss(outputs: Any, labels: Any) -> Any:
             return run.loss_func(outputs, labels)
 
-        self.loss_func = OrEager(loss, self.options, [])
+        self.loss_func = OrEager(loss, self.options, [], run.device)
         self.forwards: dict[str, OrEager] = {}
 
     def step(self, name: str) -> Any:
@@ -73,7 +74,7 @@ class Jit:
             return call_as(how, model, features)
 
         if how not in self.forwards:
-            self.forwards[how] = OrEager(forward, self.options, list(model.buffers()))
+            self.forwards[how] = OrEager(forward, self.options, list(model.buffers()), self.run.device)
         return self.forwards[how](features)
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import re
 import textwrap
@@ -10,12 +11,18 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minikeras.data import leaves, map_leaves
+from minikeras.randomness import set_torch_states, torch_states
+
+if TYPE_CHECKING:
+    from minikeras.metrics import Totals
+    from minikeras.model import Model
+    from minikeras.run import Run
 
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled
@@ -30,6 +37,19 @@ class CompileError(Exception):
     """Tracing or compiling failed; whatever the attempt had changed has been put back."""
 
 
+class Kept(nn.Module):
+    """Tensors that a graph changes, as buffers: those of a module stay where they are, as a CUDA graph wants them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.names = [f"tensor_{number}" for number in range(len(tensors))]
+        for name, tensor in zip(self.names, tensors, strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.names]
+
+
 class Graphs:
     """One function compiled twice at most: for the shapes it is called with first, and for all others."""
 
@@ -39,11 +59,11 @@ class Graphs:
         options: Mapping[str, Any],
         say: Say,
         state: list[Tensor],
-        device: torch.device | None = None,
+        device: torch.device,
     ) -> None:
         self.function = function
-        self.on_cuda = device is not None and device.type == "cuda"
-        self.options = captured(options) if self.on_cuda else options
+        self.device = device
+        self.options = options
         self.say = say
         self.state = state  # the tensors that the function changes
         self.shapes: list[Any] = []
@@ -55,7 +75,7 @@ class Graphs:
 
     def __call__(self, *batches: Any, other: bool) -> Any:
         """The function's answer; `other` says that the batches do not fit."""
-        if not self.on_cuda:
+        if self.device.type != "cuda":
             return self._call(batches, other)
         torch.compiler.cudagraph_mark_step_begin()  # the graph may write over the results of the call before
         results = self._call(batches, other)
@@ -72,8 +92,9 @@ class Graphs:
                 raise CompileError(TOO_OFTEN if often else f"{type(error).__name__}: {error}") from error
         begun = time.perf_counter()
         self.say(f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ...")
-        function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **self.options)
-        with undone_on_error(self.state):
+        options = self.options if other or self.device.type != "cuda" else captured(self.options)
+        function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **options)
+        with undone_on_error(self.state, self.device):
             result = function(*batches)
         self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
         self.compiled[other] = function
@@ -85,16 +106,19 @@ class Graphs:
 class ByParts:
     """A function compiled part by part: what does not trace runs in eager."""
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], state: list[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], options: Mapping[str, Any], state: list[Tensor], device: torch.device
+    ) -> None:
         self.function = function
         self.state = state
+        self.device = device
         self.compiled = compiled(own_code(function), **options)
         self.worked = False
 
     def __call__(self, *args: Any) -> Any:
         if self.worked:
             return self.compiled(*args)
-        with undone_on_error(self.state):
+        with undone_on_error(self.state, self.device):
             result = self.compiled(*args)
         self.worked = True
         return result
@@ -151,9 +175,9 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def undone_on_error(state: list[Tensor]) -> Iterator[None]:
-    """Puts tensors and the random state back when a first call fails, so that the step can be taken in another way."""
-    kept, random_state = [tensor.detach().clone() for tensor in state], torch.get_rng_state()
+def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Puts tensors and random states back when a first call fails, so that the step can be taken in another way."""
+    kept, random_states = [tensor.detach().clone() for tensor in state], torch_states(device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's of torch; the user's own came with the batch in eager
@@ -162,10 +186,26 @@ def undone_on_error(state: list[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, before in zip(state, kept, strict=True):
                 tensor.copy_(before)
-        torch.set_rng_state(random_state)
+        set_torch_states(device, random_states)
         if isinstance(error, Exception):
             raise CompileError(f"{type(error).__name__}: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
+    """A step inside is taken only to be looked at: everything it changes is as before it, in the same tensors."""
+    state = [value for one in run.optimizers.values() for values in one.state.values() for value in values.values()]
+    loss = [*run.loss_func.parameters(), *run.loss_func.buffers()] if isinstance(run.loss_func, nn.Module) else []
+    tensors = [one for one in (*model.parameters(), *model.buffers(), *loss, *state) if isinstance(one, Tensor)]
+    before, counted = [one.detach().clone() for one in tensors], copy.deepcopy(totals.state_dict())
+    random_states = torch_states(run.device)
+    yield
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+    totals.load_state_dict(counted)
+    set_torch_states(run.device, random_states)
 
 
 def is_of_tracing(error: Exception) -> bool:

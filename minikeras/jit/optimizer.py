@@ -24,16 +24,17 @@ class Double:
         self.state = optimizer.state
         self.twin: Optimizer = object.__new__(type(optimizer))
         self.twin.__dict__.update(optimizer.__dict__)
+        vars(self.twin).pop("found_inf", None)  # what holds back a fused step; the graph does that by itself
         self.twin.param_groups = [dict(group) for group in optimizer.param_groups]
         self.twin.state = defaultdict(dict)
         self.step = inspect.unwrap(type(optimizer).step)  # undecorated: hooks and profiling would break the graph
         self.settings = [[(k, v) for k, v in g.items() if k not in ("params", "lr")] for g in optimizer.param_groups]
         self.rates = [group.get("lr") for group in optimizer.param_groups]
         self.handles: list[Any] = []
-        self.taken = 0  # steps in the graph since the twin took over
+        self.taken = 0  # steps in the graph since the optimizer's own count was written
         for group in self.twin.param_groups:
             if group.get("fused"):
-                group["fused"] = False  # Dynamo refuses it, and the compiler fuses by itself
+                group["fused"] = None  # Dynamo refuses it, and the compiler fuses by itself
             if "capturable" in group and group["params"][0].is_cuda:
                 group["capturable"] = True  # a count of steps on the CPU would keep the step out of a CUDA graph
             rate = group.get("lr")  # a float would be part of the code, compiled anew when it changes
@@ -100,8 +101,8 @@ class Double:
             for key, value in state.items():
                 if counts_steps(parameter, key, value):
                     twin = self.twin.state[parameter][key]
-                    if key == "step" and twin == value and parameter.grad is not None:
-                        twin += self.taken  # the compiler leaves out a count that nothing reads, such as RMSprop's
+                    if key == "step" and parameter.grad is not None:
+                        twin.copy_(value + self.taken)  # the compiler loses some that nothing reads, as RMSprop's
                     value.copy_(twin)
         self.taken = 0
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +12,7 @@ from torch.optim import Optimizer
 
 from minikeras.data import call_as, count_rows, manner
 from minikeras.faults import count_bad
-from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, reason
+from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, put_back, reason
 from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
@@ -245,13 +243,15 @@ class TrainStep(EvaluateStep):
     def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
         forward_and_loss, functions, clip = self.forward_and_loss(how), self.functions(), self.clip()
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
-        gradients_of, moved, bad, holds = gradients_in_graph(len(parameters)), self.moved(), self.bad, self.holds
-        others = self.others()
+        gradients_of, others = gradients_in_graph(len(parameters)), self.others()
+        kept = Kept([self.bad, self.holds, *self.states()])
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
             gradients = gradients_of(mean_of(loss), *parameters, *others)
             with torch.no_grad():
+                bad, holds, *states = kept()
+                moved = [*parameters, *states]
                 before = [tensor.clone() for tensor in moved]
                 count_bad(bad, mean_of(loss))
                 for parameter, gradient in zip(parameters, gradients):  # noqa: B905 - strict does not trace
@@ -346,7 +346,9 @@ class TrainStep(EvaluateStep):
 
     def end(self) -> None:
         """Leave optimizers and gradients as an eager loop would."""
+        held = int(self.bad) if self.doubles and self.holds else 0
         for double in self.doubles:
+            double.taken = max(0, double.taken - held)
             double.detach()
         for parameter in self.reached:
             parameter.grad = None
@@ -355,7 +357,7 @@ class TrainStep(EvaluateStep):
         """Forward and loss compiled, backward and step in eager: hooks fire there."""
         if self.parts is None:
             function = self.forward_and_loss(manner(self.model, batch[0]))
-            self.parts = ByParts(function, self.jit.options, list(self.model.buffers()))
+            self.parts = ByParts(function, self.jit.options, list(self.model.buffers()), self.run.device)
         self.run.rows = count_rows(batch[0], batch[1])
         outputs, loss = self.parts(*batch)
         self.model.backward(loss)
@@ -363,29 +365,13 @@ class TrainStep(EvaluateStep):
         self.model.optimizer_step()
         return {"loss": loss, **metrics}
 
-    def moved(self) -> list[Tensor]:
-        """The tensors that the optimizers change."""
+    def states(self) -> list[Tensor]:
+        """The tensors in the optimizers' state."""
         states = [value for double in self.doubles for state in double.twin.state.values() for value in state.values()]
-        return [*self.reached, *(value for value in states if isinstance(value, Tensor))]
+        return [value for value in states if isinstance(value, Tensor)]
 
     def changed(self) -> list[Tensor]:
-        return [*self.moved(), *super().changed(), *self.gradients, self.bad]
-
-
-@contextlib.contextmanager
-def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
-    """A step inside is taken only to be looked at: everything it changes is as before it, in the same tensors."""
-    state = [value for one in run.optimizers.values() for values in one.state.values() for value in values.values()]
-    loss = [*run.loss_func.parameters(), *run.loss_func.buffers()] if isinstance(run.loss_func, nn.Module) else []
-    tensors = [one for one in (*model.parameters(), *model.buffers(), *loss, *state) if isinstance(one, Tensor)]
-    before, counted = [one.detach().clone() for one in tensors], copy.deepcopy(totals.state_dict())
-    random_state = torch.get_rng_state()
-    yield
-    with torch.no_grad():
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
-    totals.load_state_dict(counted)
-    torch.set_rng_state(random_state)
+        return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad]
 
 
 def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:
