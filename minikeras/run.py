@@ -145,13 +145,15 @@ def made(
     place(model, run)
     trained = list(parameters_of(model, loss_func))  # with what is frozen: it may be thawed later
     if optimizer is None and any(parameter.requires_grad for parameter in trained):
-        run.optimizers[""] = torch.optim.Adam(trained, lr=1e-3)
+        # fused, it can be held back where a loss is not finite; torch has it for floats alone
+        fused = chosen.type == "cuda" and all(parameter.is_floating_point() for parameter in trained)
+        run.optimizers[""] = torch.optim.Adam(trained, lr=1e-3, fused=fused or None)
     run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big, world=world)
     if sync_batchnorm and world is not None:
         over_all_rows(model, world, chosen)
     if world is not None and (distributed == "fsdp" or any(map(is_part, model.parameters()))):
         share(model, run, world)
-        shard(model, fsdp_blocks, run.optimizers.values(), has_own_step(model))
+        shard(model, fsdp_blocks, run.optimizers.values(), has_own_step(model), chosen)
     run.parameters = {id(parameter) for parameter in parameters_of(model, loss_func)}
     if jit:
         run.jit = jit_of(model, run, jit, steps_per_execution)

@@ -1229,6 +1229,27 @@ TRAINS = {
 }
 
 
+class InOneDtype(torch.autograd.Function):
+    """A loss that has a gradient for labels of the predictions' dtype alone, as MSELoss of older torch."""
+
+    @staticmethod
+    def forward(ctx, y_pred, y_true):
+        return ((y_pred - y_true) ** 2).mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("Found dtype Long but expected Float")
+
+
+def test_int_labels_are_told_where_the_loss_has_no_gradient_for_them():
+    model = compiled(Scale(), InOneDtype.apply, sgd)
+    with pytest.raises(RuntimeError, match="Found dtype Long") as error:
+        model.fit(1, (COLUMN, COLUMN.long()), verbose=0)
+    assert error.value.__notes__[0] == (
+        "The labels are int64, and here the loss has a gradient in the predictions' dtype alone. Pass labels.float()."
+    )
+
+
 @pytest.mark.parametrize("given", TRAINS.values(), ids=TRAINS)
 def test_what_looks_wrong_and_is_right_trains(given):
     loss, *data = given

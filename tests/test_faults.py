@@ -172,6 +172,23 @@ def test_a_step_of_ones_own_is_watched_too_and_outside_a_fit_nothing_is():
     model.train_step(*points(8))
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:jit. train_step is not one graph")  # of torch 2.11 on CUDA
+@pytest.mark.parametrize("options", [{}, {"jit": True}, {"accumulate": 2}], ids=str)
+def test_on_a_gpu_the_default_optimizer_takes_no_step_from_the_first_bad_loss_on(options):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    model, kept = minikeras.Model(nn.Linear(2, 1)), []
+    model.compile(nn.MSELoss(), **options)
+    keep = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: kept.append(state(model)))
+    X, y = points(100)
+    X[44] = math.nan  # batch 5 of 10
+    with pytest.raises(FloatingPointError, match=r"batch 10 \(it began 5 steps before\).*The weights are those of"):
+        model.fit(1, list(zip(X.split(10), y.split(10), strict=True)), callbacks=[keep], verbose=0)
+    assert same(state(model), kept[3])
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_optimizers(fused, monkeypatch):
     """Played on the CPU, whose fused optimizers skip steps in the same way."""

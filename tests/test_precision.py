@@ -678,6 +678,20 @@ def test_half_precision_trains_on_a_gpu(precision, options):
 
 
 @pytest.mark.gpu
+def test_the_default_optimizer_and_the_scaler_of_fp16_share_what_holds_a_step_back():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    model = minikeras.Model(nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1)))
+    model.compile(nn.BCEWithLogitsLoss(), precision="fp16")
+    dfhistory = model.fit(20, points(1000), verbose=0)
+    assert dfhistory["loss"].iloc[-1] < 0.7 * dfhistory["loss"].iloc[0]
+    X, y = points(100)
+    X[44] = float("nan")
+    with pytest.raises(FloatingPointError, match="The weights are those of before it"):
+        model.fit(1, (X, y), batch_size=10, verbose=0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("loss_func", [nn.BCELoss(), FocalLoss()], ids=["BCELoss", "FocalLoss"])
 def test_a_loss_of_probabilities_is_refused_on_a_gpu_too(loss_func):
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()))

@@ -91,7 +91,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         raise ValueError(f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}") from error
     if column:
         raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
-    if "target dtype" in str(error):
+    if "target dtype" in str(error) or "type Long but found" in str(error):  # the other is of older torch
         raise ValueError(f"labels are {dtype_name(labels)}; {expected}. Pass labels.{_cast(torch.int64)}.") from error
 
 

@@ -70,9 +70,9 @@ class FiniteLoss:
         if self.reads_each:
             self._judge(loss.item())
             return
-        with torch.no_grad():
-            count_bad(self.bad, loss)
-            self.found.copy_(self.bad > 0)
+        with torch.no_grad():  # in few operations: 0 times a number is 0, and NaN where that is not finite
+            self.found.copy_(self.bad + loss * 0 != 0)
+            self.bad += self.found
         if self.alone:
             self._read_now_and_then(1)
 
@@ -125,7 +125,7 @@ class FiniteLoss:
 
 
 def count_bad(bad: Tensor, loss: Tensor) -> None:
-    """One more step since the first bad loss, where there was one or this is it; without waiting for the device."""
+    """For a graph: one more step since the first bad loss, where there was one or this is it."""
     bad.copy_(torch.where((bad > 0) | ~loss.detach().isfinite(), bad + 1, bad))
 
 

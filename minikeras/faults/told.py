@@ -47,12 +47,18 @@ def row_being_read(error: BaseException, dataset: Any) -> Any:
 
 
 def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
-    """No memory: the batch's shapes and what to try; what the failed step held is let go, so that it can be tried."""
+    """The causes that torch's words hide. No memory: the batch's shapes and what to try; what the failed step held is
+    let go, so that it can be tried."""
     tell_of_worker(error)
     if "mixed torch.Tensor and DTensor" in str(error):
         error.add_note(
             "A step of your own called a layer whose weights are in parts, outside the forward of the block that puts "
             'them together. Name its class among the blocks: compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).'
+        )
+    if "Found dtype" in str(error) and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        error.add_note(
+            f"The labels are {str(labels.dtype).removeprefix('torch.')}, and here the loss has a gradient in the "
+            "predictions' dtype alone. Pass labels.float()."
         )
     if not is_out_of_memory(error):
         return
