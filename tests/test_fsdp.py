@@ -75,6 +75,36 @@ def test_a_fit_goes_on_bit_by_bit_the_same_from_its_folder(number, in_parts, tmp
     torch.testing.assert_close(found["carried_on"], in_parts["carried_on"], rtol=0, atol=0)
 
 
+ON_A_GPU = """
+import sys
+import torch
+from torch import nn
+import minikeras
+
+torch.manual_seed(0)
+X = torch.randn(200, 2)
+model = minikeras.Model(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
+model.compile(nn.MSELoss(), device=sys.argv[2], distributed=sys.argv[1])
+dfhistory = model.fit(3, (X, X[:, :1]), (X, X[:, :1]), verbose=0)
+print(next(model.parameters()).device, *dfhistory.to_numpy().flatten())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_process_trains_on_its_gpu_and_where_there_is_one_on_the_cpu(kind, tmp_path):
+    (tmp_path / "script.py").write_text(ON_A_GPU)
+    found = {}
+    for device in ("cpu", torch.accelerator.current_accelerator().type):
+        done = torchrun([tmp_path / "script.py", kind, device], 1)
+        assert done.returncode == 0, done.stderr
+        where, *numbers = done.stdout.split()
+        assert where.startswith(device)
+        found[device] = [float(number) for number in numbers]
+    cpu, gpu = found.values()
+    assert gpu == pytest.approx(cpu, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def broken_off(tmp_path_factory):
     """A folder that has one before it, of two processes."""

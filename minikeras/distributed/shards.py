@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_step: bool) -> None:
+def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_step: bool, device: torch.device) -> None:
     """Put a model into parts, which must be alike in all processes before; one that is in parts stays as it is.
 
     Args:
@@ -29,15 +29,20 @@ def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_st
         own_step: blocks may be called one by one. A model without parameters beside them is left as it is then, since
             torch wants the outermost to be called first.
     """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    if not hasattr(FSDPModule, "set_gradient_divide_factor"):
+        raise RuntimeError(f'distributed="fsdp" needs torch 2.8 or newer, and this is {torch.__version__}. Upgrade it.')
     chosen = blocks_of(model, blocks)
     before = dict(model.named_parameters())
     if not any(map(is_part, model.parameters())):
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # by itself torch takes a GPU where there is one
         for block in chosen:
-            fully_shard(block, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
         if not own_step or not all(map(is_part, model.parameters())):
-            fully_shard(model, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums and not means: all gradients here are sums until a step divides them
             module.set_gradient_divide_factor(1.0)
