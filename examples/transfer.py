@@ -31,8 +31,8 @@ def main(epochs, rows):
 
     model = network()
     fitted(model, epochs, (images[old], labels[old]), model.parameters())
-    body, head = model.net
-    head.reset_parameters()
+    body, head = model.net[0], nn.Linear(256, 5)
+    model.net[1] = head
 
     body.requires_grad_(False)
     fitted(model, epochs, few, head.parameters())

@@ -44,6 +44,7 @@ def _one_thread():
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)  # the pages show what the CPU gives
     namespace = {"__name__": "__main__"}
     blocks = [*blocks_of(page), ("", "")]
     for (language, code), (following, shown) in itertools.pairwise(blocks):

@@ -171,6 +171,7 @@ def test_the_host_reads_as_often_in_a_long_epoch_as_in_a_short_one_but_for_a_los
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_no_step_waits_for_the_gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
