@@ -61,7 +61,7 @@ class Model(nn.Module):
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
         if net is not None:
-            self.net = checks.inputs.network(net)
+            self.net: nn.Module = checks.inputs.network(net)
         under_plain_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
