@@ -17,7 +17,7 @@ def stress(kills, seed):
 
 
 def test_runs_killed_again_and_again_end_as_runs_never_stopped():
-    stress(kills=15, seed=0)
+    stress(kills=10, seed=0)
 
 
 @pytest.mark.slow
