@@ -68,13 +68,14 @@ def leave() -> None:
     """End the group that was made here. After an error nothing is waited for.
 
     Its threads end with it, unless parameters in parts hold it: torch keeps those to the end. A thread that frees a
-    tensor then waits for the GIL; were Python to end in that wait, the process would abort. The pause lets go of it.
+    tensor waits for the GIL. Were Python to end then, the process would abort; were the group to end then, older torch
+    would wait for the thread, and the thread for it. The pause lets go of the GIL before either.
     """
     import torch.distributed as dist
 
     if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
         time.sleep(0.05)
+        dist.destroy_process_group()
 
 
 class World:
