@@ -198,9 +198,8 @@ def gpu(device: str) -> str:
     if device == "cpu":
         return ""
     code = f"import torch; print(torch.get_device_module({device!r}).get_device_name())"
-    return (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() + ", "
-    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return f"{answer.stdout.strip()}, "
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ class Stopwatch:
         self.started = time.perf_counter(), time.process_time()
 
     def __exit__(self, *error: object) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # nothing is started for it inside the time
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started[0]
         self.cpu_seconds = time.process_time() - self.started[1]

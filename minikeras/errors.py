@@ -87,7 +87,7 @@ def described(value: object) -> str:
     """
     if isinstance(value, Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
         shape = tuple(value.shape)
-        return f"{type(value).__name__} {shape} {str(value.dtype).removeprefix('torch.')}"
+        return f"{type(value).__name__} {shape} {dtype_name(value.dtype)}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {described(part)}" for key, part in value.items()) + "}"
     if type(value) in (tuple, list):
@@ -95,6 +95,11 @@ def described(value: object) -> str:
         shown = [described(part) for part in value[:4]] + ["..."] * (len(value) > 4)  # type: ignore[index,arg-type]
         return left + ", ".join(shown) + right
     return type(value).__name__
+
+
+def dtype_name(dtype: Any) -> str:
+    """float32, not torch.float32; of a tensor or of a dtype."""
+    return str(dtype.dtype if isinstance(dtype, Tensor) else dtype).removeprefix("torch.")
 
 
 def is_number(value: object) -> bool:

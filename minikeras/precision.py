@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
 from minikeras.distributed import GradientSums, World, backward, is_part
-from minikeras.errors import one_of, positive_int, real
+from minikeras.errors import dtype_name, one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
 from minikeras.metrics import Result, Totals
@@ -384,7 +384,7 @@ def check_dtype(
     if narrow is not None:
         raise ValueError(
             f"precision={precision!r} keeps the parameters in float32 and casts within the step, and they are "
-            f"{str(narrow.dtype).removeprefix('torch.')}. Call model.float() before you make the optimizer."
+            f"{dtype_name(narrow)}. Call model.float() before you make the optimizer."
         )
 
 

@@ -115,16 +115,6 @@ def numpy_state(state: Any, back: bool = False) -> Any:
     return np.array(state, np.uint64) if back and isinstance(state, list) else state
 
 
-def torch_states(device: torch.device) -> list[Tensor]:
-    """torch's own alone, on the CPU and on the device."""
-    return [torch.get_rng_state(), *device_states(device)]
-
-
-def set_torch_states(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    set_device_states(device, states[1:])
-
-
 def device_states(device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return []

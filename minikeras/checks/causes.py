@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minikeras.broadcast import CLASS_LOSSES
 from minikeras.data import leaves
 from minikeras.distributed import World
-from minikeras.errors import described, failing_layer
+from minikeras.errors import described, dtype_name, failing_layer
 from minikeras.losses import half_probabilities
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
@@ -162,8 +162,3 @@ def _explain_layer(error: Exception, where: tuple[str, nn.Module, Any], features
 def _cast(dtype: torch.dtype) -> str:
     cast = {torch.float32: "float()", torch.int64: "long()"}.get(dtype, f"to({dtype})")
     return f"{cast}, or in NumPy and pandas .astype('{dtype_name(dtype)}')"
-
-
-def dtype_name(dtype: torch.dtype | Tensor) -> str:
-    """float32, not torch.float32."""
-    return str(dtype.dtype if isinstance(dtype, Tensor) else dtype).removeprefix("torch.")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.broadcast import BroadcastGuard
-from minikeras.checks.causes import dtype_name, no_class
+from minikeras.checks.causes import no_class
 from minikeras.data import count_rows, leaves, parts
-from minikeras.errors import described, is_number
+from minikeras.errors import described, dtype_name, is_number
 from minikeras.losses import Regularized, check_not_half, parameters_of
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------

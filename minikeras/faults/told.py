@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minikeras.data import count_rows
-from minikeras.errors import described
+from minikeras.errors import described, dtype_name
 
 
 def tell_of_reading(error: Exception, loader: Any) -> None:
@@ -57,8 +57,8 @@ def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
         )
     if "Found dtype" in str(error) and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
         error.add_note(
-            f"The labels are {str(labels.dtype).removeprefix('torch.')}, and here the loss has a gradient in the "
-            "predictions' dtype alone. Pass labels.float()."
+            f"The labels are {dtype_name(labels)}, and here the loss has a gradient in the predictions' dtype alone. "
+            "Pass labels.float()."
         )
     if not is_out_of_memory(error):
         return

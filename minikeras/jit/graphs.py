@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minikeras.data import leaves, map_leaves
-from minikeras.randomness import set_torch_states, torch_states
+from minikeras.randomness import device_states, set_device_states
 
 if TYPE_CHECKING:
     from minikeras.metrics import Totals
@@ -63,6 +63,7 @@ class Graphs:
     ) -> None:
         self.function = function
         self.device = device
+        self.on_cuda = device.type == "cuda"
         self.options = options
         self.say = say
         self.state = state  # the tensors that the function changes
@@ -75,7 +76,7 @@ class Graphs:
 
     def __call__(self, *batches: Any, other: bool) -> Any:
         """The function's answer; `other` says that the batches do not fit."""
-        if self.device.type != "cuda":
+        if not self.on_cuda:
             return self._call(batches, other)
         torch.compiler.cudagraph_mark_step_begin()  # the graph may write over the results of the call before
         results = self._call(batches, other)
@@ -92,7 +93,7 @@ class Graphs:
                 raise CompileError(TOO_OFTEN if often else f"{type(error).__name__}: {error}") from error
         begun = time.perf_counter()
         self.say(f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ...")
-        options = self.options if other or self.device.type != "cuda" else captured(self.options)
+        options = captured(self.options) if self.on_cuda and not other else self.options
         function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **options)
         with undone_on_error(self.state, self.device):
             result = function(*batches)
@@ -177,16 +178,13 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
     """Puts tensors and random states back when a first call fails, so that the step can be taken in another way."""
-    kept, random_states = [tensor.detach().clone() for tensor in state], torch_states(device)
+    restore = way_back(state, device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's of torch; the user's own came with the batch in eager
             yield
     except BaseException as error:
-        with torch.no_grad():
-            for tensor, before in zip(state, kept, strict=True):
-                tensor.copy_(before)
-        set_torch_states(device, random_states)
+        restore()
         if isinstance(error, Exception):
             raise CompileError(f"{type(error).__name__}: {error}") from error
         raise
@@ -198,14 +196,24 @@ def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
     state = [value for one in run.optimizers.values() for values in one.state.values() for value in values.values()]
     loss = [*run.loss_func.parameters(), *run.loss_func.buffers()] if isinstance(run.loss_func, nn.Module) else []
     tensors = [one for one in (*model.parameters(), *model.buffers(), *loss, *state) if isinstance(one, Tensor)]
-    before, counted = [one.detach().clone() for one in tensors], copy.deepcopy(totals.state_dict())
-    random_states = torch_states(run.device)
+    restore, counted = way_back(tensors, run.device), copy.deepcopy(totals.state_dict())
     yield
-    with torch.no_grad():
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
+    restore()
     totals.load_state_dict(counted)
-    set_torch_states(run.device, random_states)
+
+
+def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
+    """What fills the tensors with the values of now, and puts torch's random states back to now."""
+    values, own, others = [one.detach().clone() for one in tensors], torch.get_rng_state(), device_states(device)
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(own)
+        set_device_states(device, others)
+
+    return restore
 
 
 def is_of_tracing(error: Exception) -> bool:
