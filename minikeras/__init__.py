@@ -15,11 +15,13 @@ from minikeras.layer_summary import summary
 from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
 from minikeras.model import Model
 from minikeras.plotting import plot_history, plot_metric
+from minikeras.results import Average
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
+    "Average",
     "CSVLogger",
     "Callback",
     "CheckpointError",
