@@ -44,7 +44,7 @@ def export(model: Model, path: str | Path, example: Any) -> None:
 
     Args:
         model: a Model, compiled or not.
-        path: NAME.pt2 for torch.export.load, or NAME.onnx (pip install "minikeras[onnx]"), whose inputs have the names
+        path: NAME.pt2 for torch.export.load, or NAME.onnx (pip install onnx onnxscript), whose inputs have the names
             of forward's arguments, and its outputs those of a dict's keys, else output, output_1, ... Its folder is
             made. Several processes all make the call; rank 0 writes.
         example: features as `predict` gives them to forward, one row or more: a tensor, or a tuple or dict of them.
@@ -256,7 +256,7 @@ def _needed() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('.onnx files need two packages: pip install "minikeras[onnx]"') from error
+        raise ModuleNotFoundError(".onnx files need two packages: pip install onnx onnxscript") from error
 
 
 @contextlib.contextmanager

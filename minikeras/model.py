@@ -333,7 +333,7 @@ class Model(nn.Module):
         """Write the weights, `state_dict()`, to a file that is whole or not there; one there before becomes NAME.prev.
 
         Args:
-            path: ends in .safetensors for that format (pip install "minikeras[safetensors]"), else what torch.save
+            path: ends in .safetensors for that format (pip install safetensors), else what torch.save
                 writes; its folder is made. Several processes all make the call and find the file there after it.
 
         Raises:

@@ -83,7 +83,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('figures need a package: pip install "minikeras[plot]"') from error
+        raise ModuleNotFoundError("figures need matplotlib: pip install matplotlib") from error
     return matplotlib.pyplot
 
 

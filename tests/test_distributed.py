@@ -378,7 +378,7 @@ def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twi
 
 @pytest.mark.slow
 def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp_path):
-    pytest.importorskip("ray", reason='needs pip install "minikeras[ray]"')
+    pytest.importorskip("ray", reason='needs pip install "ray[train]"')
     examples = HERE.parent / "examples"
     env = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{examples}", "HOME": str(tmp_path)}  # Ray keeps files there
     script = tmp_path / "script.py"

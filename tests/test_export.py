@@ -409,4 +409,4 @@ def test_without_the_packages_it_says_which_pip_install_mends_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError) as caught:
         Whole().export("model.onnx", rows(3)[0])
-    assert str(caught.value) == '.onnx files need two packages: pip install "minikeras[onnx]"'
+    assert str(caught.value) == ".onnx files need two packages: pip install onnx onnxscript"

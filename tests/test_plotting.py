@@ -210,7 +210,7 @@ def test_without_matplotlib_the_error_is_the_command_that_mends_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError) as caught:
         minikeras.plot_history(history(loss=[1.0]))
-    assert str(caught.value) == 'figures need a package: pip install "minikeras[plot]"'
+    assert str(caught.value) == "figures need matplotlib: pip install matplotlib"
 
 
 def test_a_name_with_dollars_in_it_is_drawn_as_it_is():

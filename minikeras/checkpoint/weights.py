@@ -126,7 +126,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('.safetensors files need a package: pip install "minikeras[safetensors]"') from error
+        raise ModuleNotFoundError(".safetensors files need a package: pip install safetensors") from error
     return safetensors
 
 

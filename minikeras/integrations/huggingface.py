@@ -19,7 +19,7 @@ try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'minikeras.integrations.huggingface needs two packages: pip install "minikeras[huggingface]"'
+        "minikeras.integrations.huggingface needs two packages: pip install huggingface_hub safetensors"
     ) from error
 
 WEIGHTS = "model.safetensors"  # the Hub's name for them

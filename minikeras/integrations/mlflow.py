@@ -33,7 +33,7 @@ class MLflow(Tracker):
             it.
 
     Raises:
-        ModuleNotFoundError: the package is missing: pip install "minikeras[mlflow]".
+        ModuleNotFoundError: the package is missing: pip install mlflow-skinny alembic sqlalchemy.
         TypeError: `params` is no dict. What MLflow itself raises comes at the first epoch.
 
     The extra is what writes; `pip install mlflow` adds `mlflow ui`, to look at it::
@@ -55,7 +55,7 @@ class MLflow(Tracker):
     ) -> None:
         super().__init__()
         self.anew()
-        self.package = imported("mlflow", "MLflow", "mlflow")
+        self.package = imported("mlflow", "MLflow", "mlflow-skinny alembic sqlalchemy")
         self.experiment = experiment
         self.run_name = run_name
         self.tracking_uri = tracking_uri

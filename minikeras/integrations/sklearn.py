@@ -25,9 +25,7 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'minikeras.integrations.sklearn needs a package: pip install "minikeras[sklearn]"'
-    ) from error
+    raise ModuleNotFoundError("minikeras.integrations.sklearn needs scikit-learn: pip install scikit-learn") from error
 
 
 ALONE = threading.RLock()  # torch has one random state for all threads, so that estimators train one after the other

@@ -69,7 +69,7 @@ class TensorBoard(Tracker):
             beside them, and whether the fit succeeded. Default no such table.
 
     Raises:
-        ModuleNotFoundError: the package is missing: pip install "minikeras[tensorboard]".
+        ModuleNotFoundError: the package is missing: pip install tensorboard.
         ValueError: `every` is no whole number of 1 or more, or one of `hparams` is something else; at the first epoch,
             a graph that cannot be drawn.
         TypeError: `hparams` is no dict, or `graph` no tensors.

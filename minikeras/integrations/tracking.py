@@ -108,9 +108,9 @@ def as_dict(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def imported(module: str, who: str, extra: str) -> Any:
-    """A module of an extra; where that is missing, the error says how to get it."""
+def imported(module: str, who: str, packages: str) -> Any:
+    """Import a module of an optional package; if it is missing, the error names the `packages` to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{who} needs a package: pip install "minikeras[{extra}]"') from error
+        raise ModuleNotFoundError(f"{who} needs a package: pip install {packages}") from error

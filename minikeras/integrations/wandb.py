@@ -32,7 +32,7 @@ class WandB(Tracker):
         **kwargs: for `wandb.init`: mode="offline" (or WANDB_MODE in the environment), dir, entity, tags, ...
 
     Raises:
-        ModuleNotFoundError: the package is missing: pip install "minikeras[wandb]".
+        ModuleNotFoundError: the package is missing: pip install wandb.
         TypeError: `config` is no dict. What W&B itself raises comes at the first epoch.
 
     ::
