@@ -28,7 +28,7 @@ from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
 from minikeras.notebook import model_html, progress
-from minikeras.progress import show, tell
+from minikeras.progress import say_nothing, show
 from minikeras.run import Run, check_optimizers, made, ready
 
 
@@ -288,11 +288,12 @@ class Model(nn.Module):
         check_optimizers(self, run)
         ready(self, run)
         last = saved.open(self, run, epochs)
-        shown = show(verbose) and self.is_main_process
-        if shown:
-            listed.append(progress(verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss()))
+        say = say_nothing
+        if show(verbose) and self.is_main_process:
+            table = progress(verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss())
+            say = table.say
+            listed.append(table)
         listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
-        say = tell if shown else (lambda line: None)
         loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
         return run.history()
 

@@ -53,9 +53,15 @@ class LiveTable(Progress):
     def on_fit_begin(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
         self.batch, self.logs = 0, ""
+        self.lines: list[str] = []
         self.validating = self.ended = False
         self.started = time.perf_counter()
         self.display = sys.modules["IPython"].display.display(self.shown(), raw=True, display_id=True)
+
+    def say(self, line: str) -> None:
+        """Show a line, such as where a fit resumes, inside the one output of the fit."""
+        self.lines.append(line)
+        self.redraw()
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.epoch, self.batch, self.logs = epoch, 0, ""
@@ -101,10 +107,12 @@ class LiveTable(Progress):
         charts = "".join(chart(name, self.rows) for name in names[:CHARTS])
         parts = [
             self.bar_html(),
+            *(f"<div>{html.escape(line)}</div>" for line in self.lines),
             f"<div>{charts}</div><div>{LEGEND}</div>" if charts else "",
             epochs_table(self.columns, self.rows),
         ]
         plain = [f"epoch {epoch}  {shown(logs)}" for epoch, logs in list(self.rows.items())[-ROWS:]]
+        plain += self.lines
         return {"text/html": f'<div style="{STYLE}">{"".join(parts)}</div>', "text/plain": "\n".join(plain)}
 
     def bar_html(self) -> str:
@@ -116,8 +124,7 @@ class LiveTable(Progress):
             took = clock(time.perf_counter() - self.started)
             if self.epoch not in self.rows:
                 return f"<div>ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {took}</div>"
-            stopped = f"stopped after epoch {self.epoch} of {self.epochs}, {took}"
-            return f"<div>{stopped if self.epoch < self.epochs else f'{len(self.rows)} epochs in {took}'}</div>"
+            return f"<div>{len(self.rows)} epochs in {took}</div>"
         bar = f'<progress max="{self.steps}" value="{self.batch}"></progress> ' if self.steps else ""
         tail = "validating" if self.validating else html.escape(self.logs)
         return f"<div>epoch {self.epoch}/{self.epochs} {bar}{steps} &nbsp;{tail}</div>"

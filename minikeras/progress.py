@@ -38,9 +38,8 @@ def wants_bar(verbose: str | int) -> bool:
     return bool(verbose == 1 or (verbose == "auto" and (on_terminal() or notebook_cell() is not None)))
 
 
-def tell(line: str) -> None:
-    """Print a line above the bar, where there is one."""
-    tqdm.write(line, file=sys.stdout)
+def say_nothing(line: str) -> None:
+    """Drop a line that a fit has for the user: nothing is shown."""
 
 
 class Progress(Callback):
@@ -68,6 +67,10 @@ class Progress(Callback):
         self.columns: list[str] = []  # of the table
         self.epoch: int | None = None
         self.next_refresh = 0.0  # by the clock, also over epochs shorter than REFRESH
+
+    def say(self, line: str) -> None:
+        """Print a line, such as where a fit resumes; above the bar if there is one."""
+        tqdm.write(line, file=sys.stdout)
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.epoch = epoch

@@ -71,7 +71,7 @@ def test_a_fit_in_a_notebook_is_one_output_that_is_redrawn_a_few_times_a_second(
     drawn = [kind for kind in kinds[fit] if kind in ("display_data", "update_display_data", "stream", "execute_result")]
     assert drawn[0] == "display_data"
     assert set(drawn[1:]) == {"update_display_data"}
-    assert 2 <= len(drawn[1:]) <= seconds / notebook.REFRESH + 2
+    assert 1 <= len(drawn[1:]) <= seconds / notebook.REFRESH + 2
     assert len(cells[fit].outputs) == 1
 
 
@@ -82,7 +82,7 @@ def test_what_stays_of_a_fit_in_a_notebook_is_its_table_and_its_charts(executed)
     assert "val_loss" in [cell.text for cell in page.iter("th")]
     numbers = ["".join(row[0].itertext()) for row in page.findall(".//tbody/tr")]
     assert numbers == [str(epoch) for epoch in range(1, len(numbers) + 1)]
-    assert re.match(rf"{len(numbers)} epochs in |stopped after epoch {len(numbers)} of ", page[0].text)
+    assert re.match(rf"{len(numbers)} epochs in ", page[0].text)
     assert len(page.findall(".//polyline")) >= 4
     assert not page.findall(".//progress")
 
@@ -179,15 +179,16 @@ def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
         model.stop_training = epoch == 2
 
     model.fit(5, points(64), callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
-    assert re.match(r" +stopped after epoch 2 of 5, \S+ s ", text_of(page[0][-1]))
+    assert re.match(r" +2 epochs in \S+ s +stopped after epoch 2 of 5 ", text_of(page[0][-1]))
 
 
 def test_a_fit_that_its_checkpoint_says_is_finished_does_not_look_like_one_that_starts(page, tmp_path, capsys):
     for _ in range(2):
         compiled().fit(1, points(64), checkpoint=tmp_path / "run.pt")
     assert text_of(page[1][0]).split() == ["starting"]
-    assert text_of(page[1][-1]).split() == []
-    assert "finished after epoch 1" in capsys.readouterr().out
+    assert "finished after epoch 1" in text_of(page[1][-1])
+    assert "starting" not in text_of(page[1][-1])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_later_fit_counts_its_own_epochs(page):
