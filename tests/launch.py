@@ -20,7 +20,7 @@ def torchrun(arguments, processes=2, env=(), **kwargs):
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
         ) as run:
             try:
-                out, err = run.communicate(timeout=100)
+                out, err = run.communicate(timeout=200)
                 return subprocess.CompletedProcess(command, run.returncode, out, err)
             except subprocess.TimeoutExpired:  # a DataLoader's worker, forked beside the group's threads, may hang
                 run.terminate()  # torchrun ends its processes

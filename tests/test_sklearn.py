@@ -21,7 +21,7 @@ CPU = {"device": "cpu", "random_state": 0}
 # scikit-learn compares to 1e-7. What float32 gives to that digit depends on the processor, so these checks may fail or
 # pass; the tests below them compare to 1e-5.
 ROUNDING = {
-    "check_sample_weight_equivalence_on_dense_data": "a row of weight 2 and the row twice: steps over batches in float32",
+    "check_sample_weight_equivalence_on_dense_data": "a row of weight 2 and the row twice: steps in float32",
     "check_methods_subset_invariance": "a row alone and the row in a batch: matrix products in float32",
     "check_methods_sample_order_invariance": "rows in another order: matrix products in float32",
 }
