@@ -1,7 +1,7 @@
 """Between a loss and an optimizer's step: mixed precision, accumulation, clipping.
 
 each step       forward and loss under autocast; metrics, backward and optimizer outside it
-backward        the gradient of loss * rows, or of the sum of a pair (sum, count), is added to what is there; in float16
+backward        the gradient of loss * rows, or of the total of an Average, is added to what is there; in float16
                 it is scaled up, so that small gradients do not vanish
 optimizer_step  counts a batch of that optimizer's window, and closes it when it is full
 close           add up those of all processes, unscale, divide by the window's rows, clip, step, clear
@@ -29,7 +29,8 @@ from minikeras.distributed import GradientSums, World, backward, is_part
 from minikeras.errors import dtype_name, one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
-from minikeras.metrics import Result, Totals
+from minikeras.metrics import Totals
+from minikeras.results import Average, Result, counted_total
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +39,7 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 class Window:
     """What an optimizer's gradients have gathered since its last step."""
 
-    weight: Any = 0  # rows, or counts of pairs, so far: a number or a 0-d tensor
+    weight: Any = 0  # rows, or counts of Averages, so far: a number or a 0-d tensor
     current: Any = None  # of them those of the batch at hand, from its first backward on
     batches: int = 0
     steps: int = 0  # that the optimizer took in this fit
@@ -116,7 +117,10 @@ class Precision:
         """Add a batch's gradients; `mean` is the loss as one number, `inputs` the parameters to fill, None for all."""
         total = wide(mean)
         if self.weighted:
-            total, weight = (wide(loss[0]), loss[1]) if isinstance(loss, tuple) else (total * rows, rows)
+            if isinstance(loss, Average):
+                total, weight = wide(counted_total(loss)), loss.count
+            else:
+                total, weight = total * rows, rows
             if not rows:  # a batch that counts for nothing
                 total, weight = total * 0, 0
             for one in optimizers:
@@ -394,5 +398,5 @@ def check_mean(loss_func: Any, what: str) -> None:
     if getattr(inner, "reduction", None) == "sum":
         raise ValueError(
             f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such a '
-            f'sum has counted already. Build it with reduction="mean", or return a pair (sum, count).'
+            f'sum has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).'
         )

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from minikeras.broadcast import BroadcastGuard
 from minikeras.checks.causes import no_class
 from minikeras.data import count_rows, leaves, parts
-from minikeras.errors import described, dtype_name, is_number
+from minikeras.errors import described, dtype_name
 from minikeras.losses import Regularized, check_not_half, parameters_of
+from minikeras.results import check_number
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
         error.add_note(f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}")
         raise
     if scalar:
-        check_metric(name, result)
+        check_number(name, result, wait=True)
     if guard.found:
         raise ValueError(f"{name}: {guard.found}")
     return result
@@ -84,26 +85,6 @@ def _sums_to_one(outputs: Tensor) -> bool:
 # --- metrics and weights ----------------------------------------------------------------------------------------------
 
 
-def check_metric(name: str, value: Any) -> None:
-    """A metric's answer must be one number, or a (sum, count) pair of them with a whole count."""
-    check_number(name, value)
-    if isinstance(value, tuple) and not float(value[1]).is_integer():
-        raise ValueError(
-            f"{name} gave the pair ({float(value[0]):.4g}, {float(value[1]):.4g}); a pair is read as (sum, count) and "
-            f"the count must be whole. Give two results under two names of metrics_dict."
-        )
-
-
-def check_number(name: str, value: Any) -> None:
-    """One number, or a pair (sum, count) of them."""
-    pair = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    if not all(map(is_number, pair)):
-        raise ValueError(
-            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d tensor, "
-            f"or a pair (sum, count). Take the mean over the rows."
-        )
-
-
 def check_rows_first(outputs: Any, rows: int) -> None:
     """Outputs that are joined over batches must have the rows first, and not in a later dimension or item by item."""
     for part in (outputs, *(parts(outputs) or ([],))[0]):
@@ -143,7 +124,7 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
         )
     for key, value in results.items():
         check_name(f"{name} returned", key, ("lr", "epoch"))
-        check_number(f"{name}'s {key!r}", value)
+        check_number(f"{name}'s {key!r}", value, wait=True)
 
 
 def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:

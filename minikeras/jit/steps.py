@@ -14,9 +14,9 @@ from minikeras.data import call_as, count_rows, manner
 from minikeras.faults import count_bad
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, put_back, reason
 from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
-from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
+from minikeras.results import Average, counted_total, mean_of, scalar_loss
 
 if TYPE_CHECKING:
     from minikeras.jit import Jit
@@ -378,8 +378,15 @@ def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> 
     """The results of several steps as one: sums and counts over their rows."""
     if len(results) == 1:
         return dict(results[0])
-    pairs = [
-        {name: value if isinstance(value, tuple) else (value * rows, rows) for name, value in one.items()}
-        for one, rows in [(one, count_rows(batch[0], batch[1])) for one, batch in zip(results, batches)]  # noqa: B905
-    ]
-    return {name: (sum(one[name][0] for one in pairs), sum(one[name][1] for one in pairs)) for name in pairs[0]}
+    totals: dict[str, Any] = dict.fromkeys(results[0], 0)
+    counts: dict[str, Any] = dict.fromkeys(results[0], 0)
+    for result, batch in zip(results, batches):  # noqa: B905 - strict does not trace
+        rows = count_rows(batch[0], batch[1])
+        for name, value in result.items():
+            if isinstance(value, Average):
+                totals[name] = totals[name] + counted_total(value)
+                counts[name] = counts[name] + value.count
+            else:
+                totals[name] = totals[name] + value * rows
+                counts[name] = counts[name] + rows
+    return {name: Average(totals[name], counts[name]) for name in totals}
