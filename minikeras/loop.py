@@ -41,6 +41,7 @@ from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
+from minikeras.modes import modes_kept
 from minikeras.randomness import Randomness, reseed
 from minikeras.run import Run, learning_rates
 
@@ -87,13 +88,15 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     ):
         train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
         at = checkpoint.restore(plan.callbacks, plan.say)
+        if run.modes.described():
+            plan.say(f"in eval mode, as you left them: {run.modes.described()}")
 
         def after_batch(number: int) -> bool:
             return checkpoint.after_batch(at, number)
 
         while at.epoch <= plan.last:
             with checkpoint.noted(), noted(f"epoch {at.epoch}"), ended_by_bad_loss(model, run, plan, at.epoch):
-                model.train()
+                run.modes.enter()
                 call(plan.callbacks, "on_epoch_begin", at.epoch)
                 checkpoint.enter(at)
                 if at.logs is None:
@@ -103,6 +106,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                         world.share(model.buffers())  # each has counted its own rows: rank 0's go on
                 logs = dict(at.logs)
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
+                    run.modes.look()  # before validation puts the whole model into eval mode
                     checkpoint.before_validation()
                     logs |= validate(model, run, plan, after_batch)
                 run.epochs.append((logs, learning_rates(run)))
@@ -236,17 +240,6 @@ def random_states_apart(world: World | None) -> Iterator[None]:
     finally:
         world.apart = False
     state.restore(world.broadcast(state.states()))
-
-
-@contextlib.contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Each submodule's train or eval mode is put back at the end."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from minikeras.data import ContinuedBatches, call_with, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
+from minikeras.modes import TrainingModes
 from minikeras.notebook import model_html, progress
 from minikeras.progress import show, tell
 from minikeras.run import Run, check_optimizers, made, ready
@@ -287,6 +288,8 @@ class Model(nn.Module):
         check_monitors(listed, validates=val is not None)
         check_optimizers(self, run)
         ready(self, run)
+        run.modes = TrainingModes(self)
+        run.modes.look()
         last = saved.open(self, run, epochs)
         shown = show(verbose) and self.is_main_process
         if shown:

@@ -42,7 +42,8 @@ ORDER = [
     ["broadcast", "losses", "faults"],
     ["data"],
     ["distributed", "randomness"],
-    ["errors", "results"],
+    ["modes"],
+    ["errors", "overrides", "results"],
 ]
 
 
