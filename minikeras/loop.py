@@ -42,6 +42,7 @@ from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_readi
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 from minikeras.modes import modes_kept
+from minikeras.overrides import overrides
 from minikeras.randomness import Randomness, reseed
 from minikeras.run import Run, learning_rates
 
@@ -87,6 +88,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         settled(model),
     ):
         train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
+        needs_labels = not overrides(model, "train_step", "compute_loss")
         at = checkpoint.restore(plan.callbacks, plan.say)
         if run.modes.described():
             plan.say(f"in eval mode, as you left them: {run.modes.described()}")
@@ -101,7 +103,9 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 checkpoint.enter(at)
                 if at.logs is None:
                     done = at.step
-                    at.logs = one_pass(run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done)
+                    at.logs = one_pass(
+                        run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done, needs_labels
+                    )
                     if world is not None:
                         world.share(model.buffers())  # each has counted its own rows: rank 0's go on
                 logs = dict(at.logs)
@@ -137,7 +141,8 @@ def evaluate(
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
         evaluate_step = run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
-        means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch)
+        needs_labels = not overrides(model, "evaluate_step", "compute_loss")
+        means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch, needs_labels=needs_labels)
     return {f"val_{name}": mean for name, mean in means.items()}
 
 
@@ -150,6 +155,7 @@ def one_pass(
     listeners: Sequence[Callback] = (),
     after_batch: AfterBatch = lambda number: False,
     done: int = 0,
+    needs_labels: bool = True,
 ) -> dict[str, float]:
     """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows.
 
@@ -167,7 +173,7 @@ def one_pass(
             batch, totals.idle = worked(batch)
             features, labels, sample_weight = placed(batch, run.device)
             if totals.unseen:
-                checks.inputs.check_batch(step, features, labels, sample_weight)
+                checks.inputs.check_batch(step, features, labels, sample_weight, needs_labels)
             run.rows = rows = count_rows(features, labels)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together

@@ -21,6 +21,7 @@ from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
 from minikeras.losses import parameters_of
 from minikeras.metrics import Totals, by_column
+from minikeras.overrides import overrides
 from minikeras.precision import Precision, precision_of
 
 if TYPE_CHECKING:
@@ -253,8 +254,8 @@ def check_optimizers(model: Model, run: Run) -> None:
 
 
 def has_own_step(model: Model) -> bool:
-    """Whether train_step is the user's."""
-    return getattr(model.train_step, "__module__", "") != "minikeras.model"
+    """Tell whether train_step is the user's."""
+    return overrides(model, "train_step")
 
 
 def learning_rates(run: Run) -> dict[str, float]:
