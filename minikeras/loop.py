@@ -4,6 +4,7 @@ fit:
     callbacks: on_fit_begin
     checkpoint: the state of the run from its file, where there is one
     for each epoch:
+        train mode; samplers that shuffle by the epoch get its number
         callbacks: on_epoch_begin
         one_pass over dl_train:
             for each batch: to the device, model.train_step, add to the totals, callbacks: on_batch_end
@@ -36,7 +37,7 @@ from torch import nn
 from minikeras import checks
 from minikeras.callbacks import Callback, check_row, with_method
 from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import ContinuedBatches, count_rows, empty, placed, worked
+from minikeras.data import ContinuedBatches, count_rows, empty, placed, set_epoch, worked
 from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
@@ -99,6 +100,8 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         while at.epoch <= plan.last:
             with checkpoint.noted(), noted(f"epoch {at.epoch}"), ended_by_bad_loss(model, run, plan, at.epoch):
                 run.modes.enter()
+                for batches in (plan.train, plan.val):
+                    set_epoch(batches, at.epoch - 1)
                 call(plan.callbacks, "on_epoch_begin", at.epoch)
                 checkpoint.enter(at)
                 if at.logs is None:
