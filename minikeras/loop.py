@@ -77,6 +77,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
     precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
     with (
+        marked_as_fitting(run),
         random_states_apart(world),
         modes_kept(model),
         no_gradients_left(model, run),
@@ -231,6 +232,16 @@ def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int,
         tell_of_reading(error, getattr(batches, "loader", batches))
         error.add_note(f"{name}, batch {number + 1}, as it was read")
         raise
+
+
+@contextlib.contextmanager
+def marked_as_fitting(run: Run) -> Iterator[None]:
+    """Set `run.fitting` meanwhile, so that a second fit or compile of the model can be refused."""
+    run.fitting = True
+    try:
+        yield
+    finally:
+        run.fitting = False
 
 
 @contextlib.contextmanager

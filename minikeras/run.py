@@ -49,6 +49,7 @@ class Run:
     rows: int = 0  # of the batch at hand
     totals: Totals = field(init=False)  # of the phase that is under way
     lent: Any = None  # during a fit with EMA, a minikeras.callbacks.averaging.Lent
+    fitting: bool = False  # a fit of this model is running
     modes: Any = None  # of the last fit, a minikeras.modes.TrainingModes
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
