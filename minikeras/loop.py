@@ -4,6 +4,7 @@ fit:
     callbacks: on_fit_begin
     checkpoint: the state of the run from its file, where there is one
     for each epoch:
+        train mode; samplers that shuffle by the epoch get its number
         callbacks: on_epoch_begin
         one_pass over dl_train:
             for each batch: to the device, model.train_step, add to the totals, callbacks: on_batch_end
@@ -36,11 +37,13 @@ from torch import nn
 from minikeras import checks
 from minikeras.callbacks import Callback, check_row, with_method
 from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import ContinuedBatches, count_rows, empty, placed, worked
+from minikeras.data import ContinuedBatches, count_rows, empty, placed, set_epoch, worked
 from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
+from minikeras.modes import modes_kept
+from minikeras.overrides import overrides
 from minikeras.randomness import Randomness, reseed
 from minikeras.run import Run, learning_rates
 
@@ -74,6 +77,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
     precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
     with (
+        marked_as_fitting(run),
         random_states_apart(world),
         modes_kept(model),
         no_gradients_left(model, run),
@@ -86,23 +90,31 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         settled(model),
     ):
         train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
+        needs_labels = not overrides(model, "train_step", "compute_loss")
         at = checkpoint.restore(plan.callbacks, plan.say)
+        if run.modes.described():
+            plan.say(f"in eval mode, as you left them: {run.modes.described()}")
 
         def after_batch(number: int) -> bool:
             return checkpoint.after_batch(at, number)
 
         while at.epoch <= plan.last:
             with checkpoint.noted(), noted(f"epoch {at.epoch}"), ended_by_bad_loss(model, run, plan, at.epoch):
-                model.train()
+                run.modes.enter()
+                for batches in (plan.train, plan.val):
+                    set_epoch(batches, at.epoch - 1)
                 call(plan.callbacks, "on_epoch_begin", at.epoch)
                 checkpoint.enter(at)
                 if at.logs is None:
                     done = at.step
-                    at.logs = one_pass(run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done)
+                    at.logs = one_pass(
+                        run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done, needs_labels
+                    )
                     if world is not None:
                         world.share(model.buffers())  # each has counted its own rows: rank 0's go on
                 logs = dict(at.logs)
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
+                    run.modes.look()  # before validation puts the whole model into eval mode
                     checkpoint.before_validation()
                     logs |= validate(model, run, plan, after_batch)
                 run.epochs.append((logs, learning_rates(run)))
@@ -133,7 +145,8 @@ def evaluate(
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
         evaluate_step = run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
-        means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch)
+        needs_labels = not overrides(model, "evaluate_step", "compute_loss")
+        means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch, needs_labels=needs_labels)
     return {f"val_{name}": mean for name, mean in means.items()}
 
 
@@ -146,6 +159,7 @@ def one_pass(
     listeners: Sequence[Callback] = (),
     after_batch: AfterBatch = lambda number: False,
     done: int = 0,
+    needs_labels: bool = True,
 ) -> dict[str, float]:
     """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows.
 
@@ -163,7 +177,7 @@ def one_pass(
             batch, totals.idle = worked(batch)
             features, labels, sample_weight = placed(batch, run.device)
             if totals.unseen:
-                checks.inputs.check_batch(step, features, labels, sample_weight)
+                checks.inputs.check_batch(step, features, labels, sample_weight, needs_labels)
             run.rows = rows = count_rows(features, labels)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together
@@ -221,6 +235,16 @@ def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int,
 
 
 @contextlib.contextmanager
+def marked_as_fitting(run: Run) -> Iterator[None]:
+    """Set `run.fitting` meanwhile, so that a second fit or compile of the model can be refused."""
+    run.fitting = True
+    try:
+        yield
+    finally:
+        run.fitting = False
+
+
+@contextlib.contextmanager
 def random_states_apart(world: World | None) -> Iterator[None]:
     """During a fit each process draws its own numbers, for dropout; after it they all go on as rank 0 does."""
     if world is None:
@@ -236,17 +260,6 @@ def random_states_apart(world: World | None) -> Iterator[None]:
     finally:
         world.apart = False
     state.restore(world.broadcast(state.states()))
-
-
-@contextlib.contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Each submodule's train or eval mode is put back at the end."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

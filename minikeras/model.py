@@ -26,6 +26,7 @@ from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_p
 from minikeras.data import ContinuedBatches, call_with, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.metrics import detached
+from minikeras.modes import TrainingModes
 from minikeras.notebook import model_html, progress
 from minikeras.progress import say_nothing, show
 from minikeras.results import Result, mean_of, scalar_loss, with_gradient
@@ -220,7 +221,11 @@ class Model(nn.Module):
         Raises:
             TypeError: a class where an instance is meant, or something of another kind.
             ValueError: a metric's name that history uses, a device that is not there, or an argument out of its range.
+            RuntimeError: a fit of this model is running, in a callback of which `compile` was called.
         """
+        self._check_not_fitting(
+            "compile", "A learning rate may be changed inside one, in the optimizer's param_groups."
+        )
         big: Any = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
         more = (jit, steps_per_execution, precision, distributed, sync_batchnorm, fsdp_blocks)
         run = made(self, loss_func, optimizer, metrics_dict, device, *more, **big)
@@ -275,9 +280,11 @@ class Model(nn.Module):
             TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
             CheckpointError: the file is damaged or of another run; or its last writing failed.
             FloatingPointError: the loss is not finite; the message says where, and what is known of the cause.
-            RuntimeError: another of several processes has ended or does not answer.
+            RuntimeError: a fit of this model is running already; or another of several processes has ended or does not
+                answer.
         """
         run = self._compiled("fit")
+        self._check_not_fitting("fit", "evaluate, predict and a fit of another model may be called inside one.")
         saved = Checkpoint(checkpoint, checkpoint_every)
         one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
         epochs = positive_int("epochs", epochs, hint=" Epochs come first: fit(5, (X, y)).")
@@ -292,6 +299,8 @@ class Model(nn.Module):
         check_monitors(listed, validates=val is not None)
         check_optimizers(self, run)
         ready(self, run)
+        run.modes = TrainingModes(self)
+        run.modes.look()
         last = saved.open(self, run, epochs)
         say = say_nothing
         if show(verbose) and self.is_main_process:
@@ -392,6 +401,13 @@ class Model(nn.Module):
                 f"Call model.compile(loss_func, optimizer) first."
             )
         return self._run
+
+    def _check_not_fitting(self, verb: str, instead: str) -> None:
+        if self._run is not None and self._run.fitting:
+            raise RuntimeError(
+                f"{verb} was called inside a fit of the same model, in a callback or a step: expected a model that is "
+                f"not being trained. Call {verb} after fit has returned. {instead}"
+            )
 
     def _publish(self, name: str, value: Any) -> None:
         """Set a plain attribute that torchkeras's users know, unless the subclass has one of its own by that name."""

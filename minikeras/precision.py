@@ -30,6 +30,7 @@ from minikeras.errors import dtype_name, one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
 from minikeras.metrics import Totals
+from minikeras.overrides import overrides
 from minikeras.results import Average, Result, counted_total
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -223,8 +224,7 @@ class Precision:
     def fitting(self, model: nn.Module) -> Iterator[None]:
         """Empty windows; in a step of the user's own, gradients and weights that go past us are an error."""
         self._begin()
-        parts = [getattr(model, name) for name in ("train_step", "backward", "optimizer_step")]
-        own = any(getattr(part, "__module__", "") != "minikeras.model" for part in parts)
+        own = overrides(model, "train_step", "backward", "optimizer_step")
         handles = self._guards() if own and self.must_be_asked() else []
         if self.world is not None:
             self.order = {parameter: number for number, parameter in enumerate(model.parameters())}

@@ -10,7 +10,7 @@ import torch
 from minikeras import checks
 from minikeras.data import Idle, as_batches, count_rows, empty, join, leaves, map_leaves, to_device, unpack, worked
 from minikeras.distributed import World
-from minikeras.loop import modes_kept
+from minikeras.modes import modes_kept
 from minikeras.precision import in_float32
 from minikeras.run import ready
 

@@ -21,6 +21,7 @@ from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
 from minikeras.losses import parameters_of
 from minikeras.metrics import Totals, by_column
+from minikeras.overrides import overrides
 from minikeras.precision import Precision, precision_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Run:
     precision: Precision | None = None  # where compile was asked for mixed precision, clipping or accumulation
     rows: int = 0  # of the batch at hand
     totals: Totals = field(init=False)  # of the phase that is under way
+    lent: Any = None  # during a fit with EMA, a minikeras.callbacks.averaging.Lent
+    fitting: bool = False  # a fit of this model is running
+    modes: Any = None  # of the last fit, a minikeras.modes.TrainingModes
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
 
@@ -252,8 +256,8 @@ def check_optimizers(model: Model, run: Run) -> None:
 
 
 def has_own_step(model: Model) -> bool:
-    """Whether train_step is the user's."""
-    return getattr(model.train_step, "__module__", "") != "minikeras.model"
+    """Tell whether train_step is the user's."""
+    return overrides(model, "train_step")
 
 
 def learning_rates(run: Run) -> dict[str, float]:

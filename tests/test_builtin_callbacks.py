@@ -158,6 +158,7 @@ CARRIED = {
     ],
     "EMA": lambda model: [EMA(0.8)],
     "EMA that evaluates": lambda model: [EMA(0.8, evaluate=True)],
+    "several EMAs": lambda model: [EMA(0.8), EMA(0.5, evaluate=True), EMA(0.9, evaluate=True)],
     "EMA and EarlyStopping": lambda model: [
         EMA(0.8, evaluate=True),
         EarlyStopping("val_loss", patience=3, min_delta=0.01, restore_best_weights=True),
@@ -452,8 +453,30 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("step", ["epoch", "batch"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+BY_BATCH = ("OneCycleLR", "CyclicLR")  # refused at step="epoch"
+STEPPED = [
+    (name, step)
+    for name in SCHEDULERS
+    for step in ("epoch", "batch")
+    if (name, step) not in {(name, "epoch") for name in BY_BATCH}
+]
+
+
+class OwnCycle(lr_scheduler.OneCycleLR):
+    """A subclass of the user's."""
+
+
+@pytest.mark.parametrize("make", [OwnCycle, *map(SCHEDULERS.get, BY_BATCH)])
+def test_a_cycle_over_batches_is_refused_by_the_epoch_and_the_remedy_works(make):
+    model = compiled()
+    cycle = make(model.optimizer, 0.5, total_steps=15) if make is OwnCycle else make(model.optimizer)
+    with pytest.raises(ValueError, match=r'Pass LRScheduler\(scheduler, step="batch"\)\.$'):
+        LRScheduler(cycle)
+    _, dfhistory = fit(2, [LRScheduler(cycle, step="batch")], model)
+    assert "lr" in dfhistory
+
+
+@pytest.mark.parametrize(("name", "step"), STEPPED)
 def test_rates_and_weights_are_those_of_a_bare_torch_loop(name, step):
     net, model = Net(), compiled(lr=0.1)
     net.load_state_dict(model.state_dict())
@@ -708,6 +731,44 @@ def test_under_accumulate_the_average_follows_the_steps(evaluate):
     torch.testing.assert_close(peek.seen["on_evaluate_begin"], held)
     torch.testing.assert_close(peek.seen["on_epoch_end"], held)
     torch.testing.assert_close([parameter.detach() for parameter in model.parameters()], ends[-1][0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [(0.9, True), (0.5, True)],
+        [(0.9, False), (0.5, True)],
+        [(0.5, True), (0.9, False)],
+        [(0.9, False), (0.5, False)],
+    ],
+)
+def test_several_emas_follow_the_training_and_leave_it_alone(kinds, accumulate):
+    def fitted(*emas):
+        torch.manual_seed(0)
+        model, raw, seen = compiled(accumulate=accumulate), [], []
+        look = LambdaCallback(
+            on_batch_end=lambda batch, logs: raw.append(weights(model)),
+            on_evaluate_end=lambda: seen.append(weights(model)),
+        )
+        model, dfhistory = fit(3, [*emas, look], model, val=BATCHES)
+        return model, raw, seen, dfhistory["loss"].tolist()
+
+    _, expected_raw, _, expected_loss = fitted()
+    alone = []
+    for decay, evaluate in kinds:
+        ema = EMA(decay, evaluate)
+        _, _, seen_alone, _ = fitted(ema)
+        alone.append((ema.averaged, seen_alone))
+    emas = [EMA(decay, evaluate) for decay, evaluate in kinds]
+    model, raw, seen, loss = fitted(*emas)
+    torch.testing.assert_close(raw, expected_raw, rtol=0, atol=0)
+    assert loss == expected_loss
+    for ema, (averaged, _) in zip(emas, alone, strict=True):
+        torch.testing.assert_close(ema.averaged, averaged, rtol=0, atol=0)
+    lender = next((number for number, (_, evaluate) in enumerate(kinds) if evaluate), 0)
+    torch.testing.assert_close(seen, alone[lender][1], rtol=0, atol=0)  # validation sees the first that evaluates
+    torch.testing.assert_close(list(weights(model).values()), emas[0].averaged, rtol=0, atol=0)
 
 
 def test_callbacks_after_an_ema_that_evaluates_save_and_restore_the_average(tmp_path):

@@ -43,7 +43,7 @@ ORDER = [
     ["data"],
     ["distributed", "randomness"],
     ["results"],
-    ["errors"],
+    ["errors", "modes", "overrides"],
 ]
 
 
@@ -401,6 +401,11 @@ def trained(callback=None, **kwargs):
     return compiled().fit(1, (X, y), callbacks=[callback] if callback else [], verbose=0, **kwargs)
 
 
+def trained_inside(call):
+    model = compiled()
+    model.fit(1, (X, y), callbacks=[minikeras.LambdaCallback(on_fit_begin=lambda: call(model))], verbose=0)
+
+
 def scheduler(name):
     return minikeras.LRScheduler(
         torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(plain().parameters())), monitor=name
@@ -422,7 +427,7 @@ def other_weights(folder, hub):
     Net.from_pretrained(folder, width=2)
 
 
-# the name and the error -> what raises it, in a folder that is empty; "others" needs more than one process
+# the name and the error -> what raises it, in a folder that is empty
 MISTAKES = {
     ("Model.compile", "TypeError"): lambda folder: plain().compile(nn.MSELoss),
     ("Model.compile", "ValueError"): lambda folder: plain().compile(nn.MSELoss(), device="gpu"),
@@ -431,7 +436,8 @@ MISTAKES = {
     ("Model.fit", "ValueError"): lambda folder: compiled().fit(0, (X, y)),
     ("Model.fit", "CheckpointError"): lambda folder: trained(checkpoint=written(folder / "run.pt")),
     ("Model.fit", "FloatingPointError"): lambda folder: compiled(loss_func=nan).fit(1, (X, y), verbose=0),
-    ("Model.fit", "RuntimeError"): "others: tests/test_distributed.py",
+    ("Model.compile", "RuntimeError"): lambda folder: trained_inside(lambda model: model.compile(nn.MSELoss())),
+    ("Model.fit", "RuntimeError"): lambda folder: trained_inside(lambda model: model.fit(1, (X, y), verbose=0)),
     ("Model.evaluate", "NotCompiledError"): lambda folder: plain().evaluate((X, y)),
     ("Model.evaluate", "TypeError"): lambda folder: compiled().evaluate(3),
     ("Model.evaluate", "ValueError"): lambda folder: compiled().evaluate((X[:0], y[:0])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from minikeras.callbacks.base import Callback
 from minikeras.distributed import as_part
 from minikeras.errors import real
+
+
+@dataclass
+class Lent:
+    """What a model holds in place of its own weights, until the next epoch begins."""
+
+    owner: EMA | None = None  # whose average it is; one of several EMAs lends
+    raw: list[Tensor] = field(default_factory=list)  # the model's own weights
+    filled_by: EMA | None = None  # at the fit's end, another EMA that has put its average in their place
 
 
 class EMA(Callback):
@@ -32,6 +42,8 @@ class EMA(Callback):
     Raises:
         ValueError: `decay` is no number from 0 to 1.
 
+    Several of them follow the same weights. Of those with evaluate=True the first in the list lends its average.
+
     Each fit starts afresh. When a fit ends the first callback in the list has the last word: put EMA before
     EarlyStopping(restore_best_weights=True) to end with the averaged weights, or after it to end with the best ones.
     A normal end with evaluate=True keeps the best ones either way.
@@ -51,31 +63,45 @@ class EMA(Callback):
         self.evaluate = evaluate
         # alone: torch's AveragedModel waits for the GPU at each update
         self.average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)
-        self.on_fit_begin()
+        self._start()
 
-    def on_fit_begin(self) -> None:
+    def _start(self) -> None:
         self.taken: int = 0  # steps of the optimizers that have been followed, under accumulate
         self.averaged: list[Tensor] = []  # empty before the first step
-        self.raw: list[Tensor] = []  # the model's own weights, as long as it holds the averaged ones
+
+    def on_fit_begin(self) -> None:
+        self._start()
+        self._run.lent = Lent()
+
+    @property
+    def _run(self) -> Any:
+        return self.model._compiled("EMA")
+
+    @property
+    def _lent(self) -> Lent:
+        """What the EMAs of this fit share."""
+        return self._run.lent or Lent()
 
     def _weights(self) -> dict[str, Tensor]:
         there = [(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
         return {name: p.detach() for name, p in there if p.is_floating_point() or p.is_complex()}
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self._fill(self.raw)
-        self.raw = []
+        """Give the model its own weights back, whichever EMA has lent it others."""
+        self._fill(self._lent.raw)
+        self._run.lent = Lent()
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         self._follow(moved=True)
 
     def _follow(self, moved: bool) -> None:
         """Take the weights in, where a step has moved them; under `accumulate` that is looked up."""
-        precision = self.model._compiled("EMA").precision
+        precision = self._run.precision
         if precision is not None and precision.accumulate > 1:
             steps = sum(window.steps for window in precision.windows.values())
             moved, self.taken = steps > self.taken, steps
-        weights = list(self._weights().values())
+        # those of the training, also where another EMA has lent the model its own already
+        weights = self._lent.raw or list(self._weights().values())
         if moved and self.averaged:
             self.average(self.averaged, weights, 0)  # the count means nothing to it
         elif moved:
@@ -83,21 +109,21 @@ class EMA(Callback):
 
     def on_evaluate_begin(self) -> None:
         self._follow(moved=False)  # but by the step that closed the epoch's last window
-        if self.evaluate:
-            self._lend()
+        if self.evaluate and self.averaged and self._lent.owner is None:
+            raw = [tensor.clone() for tensor in self._weights().values()]
+            self._run.lent = Lent(self, raw)
+            self._fill(self.averaged)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.on_evaluate_begin()
 
     def on_fit_end(self) -> None:
-        self._lend()
-        self.raw = []
-
-    def _lend(self) -> None:
-        """The model gets the averaged weights, where it has not got them."""
-        if self.averaged and not self.raw:
-            self.raw = [tensor.clone() for tensor in self._weights().values()]
+        lent = self._lent
+        lends = self.evaluate and lent.owner is not None
+        if self.averaged and not (lends and lent.filled_by in (None, lent.owner)):
             self._fill(self.averaged)
+            lent.filled_by = self
+        lent.raw = []
 
     def _fill(self, tensors: list[Tensor]) -> None:
         for weight, tensor in zip(self._weights().values(), tensors, strict=False):  # none, or one for each
@@ -105,16 +131,23 @@ class EMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         averaged = [tensor.clone() for tensor in self.averaged]  # they go on changing
+        lent = self._lent
+        raw = lent.raw if lent.owner is self else []
         return {
             "taken": self.taken,
             "averaged": dict(zip(self._weights(), averaged, strict=False)),
-            "raw": dict(zip(self._weights(), self.raw, strict=False)),
+            "raw": dict(zip(self._weights(), raw, strict=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        weights = self._weights().items()
         self.taken = state.get("taken", 0)
-        self.averaged, self.raw = (
-            [as_part(state[part][name].to(weight.device, copy=True), weight) for name, weight in weights if state[part]]
-            for part in ("averaged", "raw")
-        )
+        self.averaged = self._loaded(state["averaged"])
+        if state["raw"]:
+            self._run.lent = Lent(self, self._loaded(state["raw"]))
+
+    def _loaded(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        loaded = []
+        if tensors:
+            for name, weight in self._weights().items():
+                loaded.append(as_part(tensors[name].to(weight.device, copy=True), weight))
+        return loaded

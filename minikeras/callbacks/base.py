@@ -48,7 +48,7 @@ class Callback:
         """Once, before the first epoch."""
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Before the first batch of that `epoch`; the model is in train mode."""
+        """Before the first batch of that `epoch`; the model is in train mode, but for what you put into eval mode."""
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         """After the step of that `batch`. `logs` are the epoch's running means, where there are several processes those

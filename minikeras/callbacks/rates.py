@@ -123,6 +123,11 @@ def _check(scheduler: Any, step: Any, monitor: str | None) -> None:
     if step not in ("epoch", "batch"):
         hint = did_you_mean(step, ["epoch", "batch"]) if isinstance(step, str) else ""
         raise ValueError(f'step must be "epoch" or "batch", got {step!r}.{hint}')
+    if step == "epoch" and isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)):
+        raise ValueError(
+            f'{type(scheduler).__name__} goes through its cycle batch by batch, and step="epoch" would take one step '
+            f'of it in each epoch. Pass LRScheduler(scheduler, step="batch").'
+        )
     plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
     if plateau and (monitor is None or step == "batch"):
         raise ValueError(

@@ -100,7 +100,9 @@ class Checkpoint:
         if self.path is None:
             return self.last
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
-        run.begun = run.begun or {"optimizers": settings(run.optimizers), "frozen": frozen(model)}
+        if not run.begun:
+            in_eval = list(run.modes.look())
+            run.begun = {"optimizers": settings(run.optimizers), "frozen": frozen(model), "in_eval": in_eval}
         found = read_newest(self.path, reader(model))
         if found is not None:
             state, path = found
@@ -127,6 +129,8 @@ class Checkpoint:
             warn_of_other_settings(begun["optimizers"], now["optimizers"], self.path)
         if begun["frozen"] != now["frozen"]:
             self.state["frozen"] = None
+        if begun.get("in_eval") != now["in_eval"]:
+            self.state["in_eval"] = None
 
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
@@ -176,6 +180,8 @@ class Checkpoint:
         load_whole(self.model, state["model"])
         set_buffers(self.model, state["buffers"], run.device)
         freeze(self.model, state.get("frozen"))
+        if state.get("in_eval") is not None:
+            run.modes.restore(state["in_eval"])
         if isinstance(run.loss_func, nn.Module):
             run.loss_func.load_state_dict(state["loss"])
         for name, optimizer in run.optimizers.items():
@@ -308,6 +314,7 @@ class Checkpoint:
             "history": run.epochs,
             "begun": run.begun,
             "frozen": frozen(model),
+            "in_eval": run.modes.look(),
             "model": weights,
             "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
             "loss": weights_of(loss) if isinstance(loss, nn.Module) else {},

@@ -127,9 +127,14 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
         check_number(f"{name}'s {key!r}", value, wait=True)
 
 
-def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
-    """The default step needs labels; a third part must be one weight a row, and the step must take it."""
-    if labels is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):  # one's own may do without
+def check_batch(
+    step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any, needs_labels: bool = True
+) -> None:
+    """Check a pass's first batch: its labels, and its third part, which must be one weight a row.
+
+    `needs_labels` is False for a step or a loss computation of the user's own.
+    """
+    if labels is None and needs_labels:
         are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
         if isinstance(features, Mapping) and len(features) > 1:
             key = ([key for key in features if key in ("labels", "label", "targets", "target")] or list(features))[-1]

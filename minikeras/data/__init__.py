@@ -8,11 +8,13 @@ nests.py        what batches are made of
 sources.py      from what the user has to batches
 in_memory.py    the batches of a loader over tensors, fetched whole
 sharded.py      one process's part, where there are several
+epochs.py       the epoch's number, for samplers that shuffle by it
 position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
 """
 
 from minikeras.data.batch import call_as, call_with, choose_device, count_rows, join, manner, placed, to_device, unpack
+from minikeras.data.epochs import set_epoch
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
@@ -37,6 +39,7 @@ __all__ = [
     "parts",
     "placed",
     "seeded",
+    "set_epoch",
     "sharded",
     "to_device",
     "unpack",

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, TensorDataset
 
+from minikeras.data.epochs import epochs_of, put_epochs_back
 from minikeras.data.in_memory import InMemoryBatches, base_of
 from minikeras.data.sharded import Sharded
 from minikeras.data.sources import ArrayBatches, length
@@ -51,6 +52,7 @@ class Positioned:
         self.start: Any = None  # the random state at which the iteration under way began
         self.seen = 0
         self.pending: dict[str, Any] | None = None
+        self.epochs: list[int | None] = []  # by which samplers shuffled the iteration under way
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type] # raises as theirs does
@@ -58,6 +60,7 @@ class Positioned:
     def __iter__(self) -> Iterator[Any]:
         if self.pending is None:
             self.start, self.seen = self.randomness.states(), 0
+            self.epochs = epochs_of(self.loader)
             iterator = iter(self.batches)
         else:
             iterator = self._carried_on()
@@ -71,7 +74,8 @@ class Positioned:
         if self.pending is not None or self.start is None:
             return self.pending
         state = self.loader.state_dict() if keeps_state(self.loader) else None
-        return {"start": self.start, "seen": self.seen, "loader": state, "steps": length(self.batches)}
+        position = {"start": self.start, "seen": self.seen, "loader": state, "steps": length(self.batches)}
+        return position | {"epochs": self.epochs}
 
     def carry_on(self, position: dict[str, Any] | None) -> None:
         """The next iteration begins at that position."""
@@ -83,11 +87,15 @@ class Positioned:
         self.start, self.seen = position["start"], position["seen"]
         warn_of_another_epoch(position.get("steps"), length(self.batches), self.seen, self.name)
         self.randomness.restore(self.start)
+        epochs = epochs_of(self.loader)
+        self.epochs = position.get("epochs", epochs)  # steps_per_epoch: it may have begun in an earlier epoch
+        put_epochs_back(self.loader, self.epochs)
         if position["loader"] is not None:
             self.loader.load_state_dict(position["loader"])
             iterator = iter(self.batches)
         else:
             iterator = passed_over(self.batches, self.loader, self.seen, self.name)
+        put_epochs_back(self.loader, epochs)
         self.randomness.restore(now)
         return iterator
 

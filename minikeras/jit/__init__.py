@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from minikeras.data import call_as, manner
 from minikeras.jit.graphs import OrEager, Say, chosen
 from minikeras.jit.steps import EvaluateStep, TrainStep
+from minikeras.overrides import overrides
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -61,10 +62,8 @@ class Jit:
         return self.train if name == "train_step" else self.evaluate
 
     def overrides(self, name: str) -> bool:
-        """Whether the user wrote that step, or a part of it, anew."""
-        base = next(cls for cls in type(self.model).__mro__ if cls.__module__ == "minikeras.model")
-        own = vars(self.model)
-        return any(part in own or getattr(type(self.model), part) is not getattr(base, part) for part in PARTS[name])
+        """Tell whether the user wrote that step, or a part of it."""
+        return overrides(self.model, *PARTS[name])
 
     def forward(self, features: Any) -> Any:
         """The model's outputs, compiled."""
