@@ -43,7 +43,8 @@ ORDER = [
     ["data"],
     ["distributed", "randomness"],
     ["results"],
-    ["errors", "modes", "overrides"],
+    ["modes"],
+    ["errors", "overrides"],
 ]
 
 
