@@ -1,10 +1,21 @@
 """Data and networks that many tests share."""
 
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import minikeras
+
+# Inductor caches graphs whose C++ is for one instruction set, and does not look at which. A suite
+# that runs with another ATEN_CPU_CAPABILITY must not find them: they do not compile there.
+CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "_")
+GRAPHS = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{CAPABILITY}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(GRAPHS))
 
 collect_ignore = ["typed"]  # for type checkers to read, not to run
 
