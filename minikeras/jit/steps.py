@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.data import call_as, count_rows, manner
-from minikeras.faults import count_bad
+from minikeras.faults import NonFiniteLoss, count_bad, count_bad_gradient
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, put_back, reason
 from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
 from minikeras.losses import mean_of, scalar_loss
@@ -114,7 +114,7 @@ class EvaluateStep:
             if not self.graphs.compiled:
                 raise
             return self.around_the_graph(batches, other, error)
-        self.count(len(batches), results["loss"])
+        self.count(batches, results["loss"])
         if outputs is None:
             return dict(results)
         outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
@@ -134,8 +134,8 @@ class EvaluateStep:
             warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
         return results
 
-    def count(self, steps: int, loss: Any) -> None:
-        """So many steps were taken in the graph, with this loss."""
+    def count(self, batches: list[Batch], loss: Any) -> None:
+        """The steps of these batches were taken in the graph, with this loss."""
 
     def outside(self, outputs: Any, labels: Any) -> dict[str, Any]:
         """Objects, and functions that leave torch."""
@@ -216,6 +216,7 @@ class TrainStep(EvaluateStep):
         self.renewed = 0  # graphs of this fit that had to be given up for another
         self.parts: ByParts | None = None
         self.bad = torch.zeros((), device=run.device)  # steps since the first loss that was not finite
+        self.of_gradient = torch.zeros((), device=run.device)  # 1 where it was the gradient of such a loss
         self.holds = torch.zeros((), dtype=torch.bool, device=run.device)  # whether that holds back the steps
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
@@ -228,11 +229,22 @@ class TrainStep(EvaluateStep):
             return combined([self.by_parts(batch) for batch in batches], batches)
         return super().taken(batches, other)
 
-    def count(self, steps: int, loss: Any) -> None:
+    def count(self, batches: list[Batch], loss: Any) -> None:
         for double in self.doubles:
-            double.taken += steps
-        if self.run.finite_loss is not None:
-            self.run.finite_loss.look_back(mean_of(loss), steps)
+            double.taken += len(batches)
+        if self.run.finite_loss is None:
+            return
+        try:
+            self.run.finite_loss.look_back(mean_of(loss), len(batches))
+        except NonFiniteLoss as error:
+            if error.ago < len(batches):
+                features, labels, _ = batches[-1 - error.ago]
+                error.culprit = features, labels
+            raise
+
+    def is_in_graph(self) -> bool:
+        """Whether the optimizers step in the graph, which holds them back by itself."""
+        return self.way in IN_GRAPH and self.graphs is not None
 
     def descend(self, to: str = "") -> None:
         super().descend(to)
@@ -244,19 +256,19 @@ class TrainStep(EvaluateStep):
         forward_and_loss, functions, clip = self.forward_and_loss(how), self.functions(), self.clip()
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
         gradients_of, others = gradients_in_graph(len(parameters)), self.others()
-        kept = Kept([self.bad, self.holds, *self.states()])
+        kept = Kept([self.bad, self.of_gradient, self.holds, *self.states()])
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
             gradients = gradients_of(mean_of(loss), *parameters, *others)
             with torch.no_grad():
-                bad, holds, *states = kept()
+                bad, of_gradient, holds, *states = kept()
                 moved = [*parameters, *states]
                 before = [tensor.clone() for tensor in moved]
                 count_bad(bad, mean_of(loss))
                 for parameter, gradient in zip(parameters, gradients):  # noqa: B905 - strict does not trace
                     parameter.grad.copy_(gradient)  # type: ignore[union-attr] # to set it would break the graph
-                clip()
+                clip(bad, of_gradient)
                 for step, twin in steps:
                     step(twin)
                 held = (bad > 0) & holds
@@ -273,15 +285,18 @@ class TrainStep(EvaluateStep):
         reached = {id(parameter) for parameter in self.reached}
         return [p for double in self.doubles for p in parameters_of(double.optimizer) if id(p) not in reached]
 
-    def clip(self) -> Callable[[], None]:
-        """Clips the gradients of each optimizer, where compile was asked for it."""
+    def clip(self) -> Callable[[Tensor, Tensor], None]:
+        """Clips the gradients of each optimizer, where compile was asked for it; a norm that is not finite counts."""
         precision, reached = self.run.precision, {id(parameter) for parameter in self.reached}
         norm, value = (None, None) if precision is None else (precision.clip_grad_norm, precision.clip_grad_value)
         held = [[p for p in parameters_of(double.optimizer) if id(p) in reached] for double in self.doubles]
 
-        def clip() -> None:
+        def clip(bad: Tensor, of_gradient: Tensor) -> None:
+            def look(total: Tensor, parameters: list[Tensor]) -> None:
+                count_bad_gradient(bad, of_gradient, total)
+
             for parameters in held:
-                clipped(parameters, norm, value)
+                clipped(parameters, norm, value, look)
 
         return clip
 
@@ -371,7 +386,7 @@ class TrainStep(EvaluateStep):
         return [value for value in states if isinstance(value, Tensor)]
 
     def changed(self) -> list[Tensor]:
-        return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad]
+        return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad, self.of_gradient]
 
 
 def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:
