@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from minikeras.data import call_as, count_rows, manner
 from minikeras.faults import NonFiniteLoss, count_bad, count_bad_gradient
-from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, put_back, reason
-from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
+from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, Verify, reason
+from minikeras.jit.looking import put_back
+from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, is_lost_in_a_graph, numbers
 from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
@@ -105,7 +106,8 @@ class EvaluateStep:
         """`other`: the batches are not of the graph's own shapes, or fewer than it takes together."""
         if self.graphs is None:
             function = self.function(manner(self.model, batches[0][0]))
-            self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed(), self.run.device)
+            options, say = self.jit.options, self.jit.say
+            self.graphs = Graphs(function, options, say, self.changed(), self.run.device, self.verify())
         if other and self.others_in_eager:
             return combined([self.first(batch) for batch in batches], batches)
         try:
@@ -133,6 +135,10 @@ class EvaluateStep:
             self.others_in_eager = True
             warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
         return results
+
+    def verify(self) -> Verify | None:
+        """What looks at the first step of a graph; None for nothing."""
+        return None
 
     def count(self, batches: list[Batch], loss: Any) -> None:
         """The steps of these batches were taken in the graph, with this loss."""
@@ -189,7 +195,24 @@ class EvaluateStep:
 
     def first(self, batch: Batch) -> dict[str, Any]:
         """A step in eager, after which the graph goes on."""
-        return self.eager(batch)
+        results = self.eager(batch)
+        self.leave_numbers_to_eager()
+        return results
+
+    def leave_numbers_to_eager(self) -> None:
+        """Compile nothing where a buffer is such that its changes would be lost."""
+        modules: list[nn.Module] = [self.model]
+        if isinstance(self.run.loss_func, nn.Module):
+            modules.append(self.run.loss_func)
+        names = []
+        for module in modules:
+            names += [name for name, buffer in module.named_buffers() if is_lost_in_a_graph(buffer)]
+        if names and self.way != "eager":
+            self.descend("eager")
+            self.warn(
+                f"the buffer {names[0]} is one number in float64, to which torch.compile loses changes on the CPU. "
+                f"With shape (1,) it would be in the graph"
+            )
 
     def eager(self, batch: Batch) -> dict[str, Any]:
         self.run.rows = count_rows(batch[0], batch[1])
@@ -319,6 +342,7 @@ class TrainStep(EvaluateStep):
                 handle.remove()
         self.holds.fill_(self.run.finite_loss is not None)
         counts = sorted(key for one, old in before for (key, _), _ in numbers(one).items() - old.items())
+        self.leave_numbers_to_eager()
         why = self.why_outside(counts)
         if self.way in IN_GRAPH and why:
             self.descend("forward and loss")
@@ -335,11 +359,31 @@ class TrainStep(EvaluateStep):
             return f"{outside} needs backward and step outside it"
         if counts:
             return f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would be in the graph"
+        optimizers = list(self.run.optimizers.values())
+        if any(isinstance(optimizer, torch.optim.ASGD) for optimizer in optimizers):
+            return "ASGD decides by numbers in its state, which a graph would hold as they were"
+        tensors = [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
+        if any(map(is_lost_in_a_graph, tensors)):
+            return "a parameter is one number in float64, to which torch.compile loses changes on the CPU"
         return ""
 
     def ready(self) -> None:
+        for parameter, gradient in zip(self.reached, self.gradients, strict=False):
+            parameter.grad = gradient
         for double in self.doubles:
             double.read()
+
+    def verify(self) -> Verify | None:
+        def before() -> Callable[[], None]:
+            checks = [double.before_a_graph() for double in self.doubles]
+
+            def after() -> None:
+                for check in checks:
+                    check()
+
+            return after
+
+        return before
 
     def begin(self, reached: list[nn.Parameter], optimizers: list[Optimizer]) -> None:
         """Set up for the graph, after an eager step whose loss reached these parameters."""
