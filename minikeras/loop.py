@@ -39,7 +39,18 @@ from minikeras.callbacks import Callback, check_row, with_method
 from minikeras.checkpoint import Checkpoint, Position
 from minikeras.data import ContinuedBatches, count_rows, empty, placed, set_epoch, worked
 from minikeras.distributed import World, settled
-from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
+from minikeras.faults import (
+    FiniteLoss,
+    FiniteWeights,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    NonFiniteWeights,
+    explain_gradient,
+    explain_weights,
+    explained,
+    tell_of_reading,
+    tell_of_step,
+)
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 from minikeras.modes import modes_kept
@@ -86,6 +97,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         precise,
         checkpoint.interruptions,
         watched_loss(run, plan),
+        watched_weights(model, run),
         fit_callbacks(plan.callbacks, model),
         settled(model),
     ):
@@ -211,6 +223,11 @@ def trained(run: Run) -> None:
         run.finite_loss.ended()
     if run.precision is not None:
         run.precision.finish()
+    if run.finite_loss is not None:
+        if run.precision is not None:
+            run.finite_loss.ended()  # the norm of the last step
+        if run.finite_weights is not None:
+            run.finite_weights.check()
 
 
 def tell_of_batch(error: Exception, features: Any, labels: Any, number: int, name: str) -> None:
@@ -284,8 +301,12 @@ def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
     if plan.on_nan == "ignore":
         yield
         return
-    with FiniteLoss(run.device, run.optimizers.values(), run.jit.train.bad if run.jit else None) as run.finite_loss:
+    counts = (run.jit.train.bad, True, run.jit.train.of_gradient) if run.jit else ()
+    with FiniteLoss(run.device, run.optimizers.values(), *counts) as run.finite_loss:
         run.finite_loss.alone = run.world is None
+        if run.precision is not None:
+            run.precision.norm_watch = run.finite_loss
+            run.finite_loss.skipped_elsewhere = run.precision.scaler is not None
         if run.precision is not None and run.world is not None:
             run.precision.finite_loss = run.finite_loss
         if run.precision is not None and not run.finite_loss.reads_each:
@@ -297,17 +318,43 @@ def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def watched_weights(model: Model, run: Run) -> Iterator[None]:
+    """`run.finite_weights` looks at what a step leaves, and before anything is written to a file."""
+    run.finite_weights = FiniteWeights(model, run.loss_func, run.optimizers, run.world, run.finite_loss, run.precision)
+    try:
+        yield
+    finally:
+        run.finite_weights = None
+
+
+@contextlib.contextmanager
 def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterator[None]:
     """A loss that is not finite ends the fit: with an error, or with a warning and the history so far."""
     try:
         yield
     except NonFiniteLoss as error:
-        message = explained(error, model, run.loss_func, epoch, learning_rates(run), run.finite_loss)
+        message = explanation(error, model, run, epoch)
         if plan.on_nan == "raise":
-            error.args, error.batch = (message,), None
+            error.args = (message,)
+            error.batch = error.culprit = None
             raise
         warnings.warn(message, stacklevel=2)
         model.stop_training = True
+
+
+def explanation(error: NonFiniteLoss, model: Model, run: Run, epoch: int) -> str:
+    """What is said of a loss, a gradient or weights that are not finite."""
+    assert run.finite_loss is not None
+    assert run.finite_weights is not None
+    if run.jit is not None and run.jit.train.is_in_graph():
+        run.finite_loss.skipped_elsewhere = True
+    rates = learning_rates(run)
+    if isinstance(error, NonFiniteWeights):
+        return explain_weights(error, model, epoch, rates, run.finite_loss)
+    if isinstance(error, NonFiniteGradient):
+        return explain_gradient(error, model, epoch, rates, run.finite_loss)
+    suspects = run.finite_weights.suspects()
+    return explained(error, model, run.loss_func, epoch, rates, run.finite_loss, suspects)
 
 
 @contextlib.contextmanager

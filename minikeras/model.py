@@ -361,7 +361,10 @@ class Model(nn.Module):
         >>> list(torch.load(path))
         ['net.weight', 'net.bias']
         """
-        save_weights(self, Path(path), None if self._run is None else self._run.world)
+        run = self._run
+        if run is not None and run.finite_weights is not None and not run.finite_weights.allow(path):
+            return
+        save_weights(self, Path(path), None if run is None else run.world)
 
     def load(self, path: str | Path) -> None:
         """Take over weights from a file of `save`, torch.save(model.state_dict(), path) or `fit(checkpoint=path)`.

@@ -73,6 +73,7 @@ class Precision:
         self.optimizers = optimizers
         self.world = world
         self.finite_loss: FiniteLoss | None = None  # during a fit of several processes
+        self.norm_watch: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
         self.dtype = dtype  # of autocast; None for none
         self.clip_grad_norm, self.clip_grad_value, self.accumulate = clip_grad_norm, clip_grad_value, accumulate
         self.scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
@@ -174,7 +175,10 @@ class Precision:
         if scaler is not None:
             scaler.unscale_(one)
         self.divide(gradients_of(one), self.windows[one].weight)
-        clipped(trained, self.clip_grad_norm, self.clip_grad_value)
+        look = None
+        if scaler is None and self.norm_watch is not None:  # a scaler skips such a step by itself
+            look = self.norm_watch.look_at_norm
+        clipped(trained, self.clip_grad_norm, self.clip_grad_value, look)
         if scaler is not None:
             scaler.step(one)  # or not, where a gradient is infinite
         else:
@@ -236,7 +240,7 @@ class Precision:
         finally:
             self._begin()
             self.order, self.one_backward = {}, False
-            self.found = self.finite_loss = None
+            self.found = self.finite_loss = self.norm_watch = None
             for handle in handles:
                 handle.remove()
 
@@ -314,12 +318,22 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
 
 
-def clipped(parameters: list[Tensor], norm: float | None, value: float | None) -> None:
-    """Clip their gradients: each by itself, then their norm together."""
+def clipped(
+    parameters: list[Tensor],
+    norm: float | None,
+    value: float | None,
+    look: Callable[[Tensor, list[Tensor]], None] | None = None,
+) -> None:
+    """Clip their gradients: each by itself, then their norm together, which `look` sees before it is clipped."""
     if value is not None:
         nn.utils.clip_grad_value_(parameters, value)
-    if norm is not None:
-        nn.utils.clip_grad_norm_(parameters, norm)
+    if norm is None:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = nn.utils.get_total_norm(gradients)
+    if look is not None:
+        look(total, parameters)
+    nn.utils.clip_grads_with_norm_(parameters, norm, total)
 
 
 def wide(leaf: Any) -> Any:

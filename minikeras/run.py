@@ -18,7 +18,7 @@ from minikeras.callbacks import column_order, rate_name
 from minikeras.data import as_batches, choose_device, empty, is_batched, length, sharded
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
-from minikeras.faults import FiniteLoss
+from minikeras.faults import FiniteLoss, FiniteWeights
 from minikeras.losses import parameters_of
 from minikeras.metrics import Totals, by_column
 from minikeras.overrides import overrides
@@ -52,6 +52,7 @@ class Run:
     fitting: bool = False  # a fit of this model is running
     modes: Any = None  # of the last fit, a minikeras.modes.TrainingModes
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
+    finite_weights: FiniteWeights | None = None  # during a fit
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
 
     def __post_init__(self) -> None:

@@ -262,6 +262,8 @@ class Checkpoint:
     def save(self, at: Position, last: bool = False) -> None:
         if self.path is None:
             return
+        if self.run.finite_weights is not None and not self.run.finite_weights.allow(self.path):
+            return
         error = self._write(self.path, plain(self._state(at), "the state of the run"))
         if error is not None and last:
             why = "Make room or give another file: these last weights are not saved."

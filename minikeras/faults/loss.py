@@ -18,8 +18,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.data import leaves
+from minikeras.distributed import is_part
 
 READ_EVERY = 50  # steps, on a device
+CAUSE = "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean"
+REMEDY = "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning rate."
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -31,16 +34,38 @@ class NonFiniteLoss(FloatingPointError):
         self.ago = ago  # steps since the first such loss
         self.elsewhere = False  # it was in another process
         self.batch: Any = (None, None, 0)  # features, labels and number of the batch at which it was found
+        self.culprit: Any = None  # features and labels of the batch whose loss it was, where that is another
+
+
+class NonFiniteGradient(NonFiniteLoss):
+    """The loss is finite, and the norm of its gradient is not.
+
+    Args:
+        value: the norm.
+        parameter: the first whose gradient is not finite, None where that is not known.
+        overflown: each gradient is finite.
+    """
+
+    def __init__(self, value: float, ago: int = 0, parameter: Any = None, overflown: bool = False) -> None:
+        super().__init__(value, ago)
+        self.parameter = parameter
+        self.overflown = overflown
 
 
 class FiniteLoss:
     """The watch over a fit's losses. For use in `with`: what it hangs on optimizers is taken off at the end.
 
-    `bad` counts, on the device, the steps since the first bad loss, itself included; a graph counts by itself.
+    `bad` counts, on the device, the steps since the first bad loss, itself included; a graph counts by itself. It is
+    the gradient that was bad, and not the loss, where `of_gradient` is 1.
     """
 
     def __init__(
-        self, device: torch.device, optimizers: Iterable[Optimizer], bad: Tensor | None = None, alone: bool = True
+        self,
+        device: torch.device,
+        optimizers: Iterable[Optimizer],
+        bad: Tensor | None = None,
+        alone: bool = True,
+        of_gradient: Tensor | None = None,
     ) -> None:
         self.alone = alone  # else nothing is raised before all processes have heard of it
         self.value = 0.0  # the last loss that was read
@@ -48,11 +73,13 @@ class FiniteLoss:
         self.looked = 0  # losses, those included that no one has read
         self.reads_each = device.type == "cpu"
         self.bad = torch.zeros((), device=device) if bad is None else bad.zero_()
+        self.of_gradient = torch.zeros((), device=device) if of_gradient is None else of_gradient.zero_()
         self.found = torch.zeros((), device=device)  # 1 from the first bad loss on
         self.reading = Reading(self.bad)
         self.steps = 0
         self.optimizers = list(optimizers)
         self.blocks = all(group.get("fused") for optimizer in self.optimizers for group in optimizer.param_groups)
+        self.skipped_elsewhere = False  # a graph or a scaler skips the steps from the first bad loss on
 
     def __enter__(self) -> FiniteLoss:
         if self.blocks and not self.reads_each:
@@ -63,6 +90,11 @@ class FiniteLoss:
     def __exit__(self, *error: object) -> None:
         for optimizer in self.optimizers:
             vars(optimizer).pop("found_inf", None)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether no step is taken from the first bad loss on."""
+        return self.reads_each or self.blocks or self.skipped_elsewhere
 
     def look(self, loss: Tensor) -> None:
         """Before a step moves a weight: raise NonFiniteLoss where the loss, 0-dim, is not finite."""
@@ -75,6 +107,23 @@ class FiniteLoss:
             self.bad += self.found
         if self.alone:
             self._read_now_and_then(1)
+
+    def look_at_norm(self, norm: Tensor, parameters: Iterable[Tensor]) -> None:
+        """Before a step: raise NonFiniteGradient where the norm of these parameters' gradients is not finite.
+
+        It is the same in all processes, which have added up their gradients.
+        """
+        if is_part(norm):
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        if self.reads_each:
+            value = norm.item()
+            if not math.isfinite(value):
+                first = first_non_finite(parameters)
+                raise NonFiniteGradient(value, parameter=first, overflown=first is None)
+            return
+        with torch.no_grad():
+            count_bad_gradient(self.bad, self.of_gradient, norm)
+            self.found.copy_(self.bad > 0)
 
     def _judge(self, value: float) -> None:
         if math.isfinite(value):
@@ -104,10 +153,11 @@ class FiniteLoss:
         self.looked += steps
         if not self.reads_each:
             self._read_now_and_then(steps)
-        elif math.isfinite(value := float(loss)):
-            self.last = value
-        else:
+            return
+        value = float(loss)
+        if not math.isfinite(value) or self.bad.item():  # the gradient's norm counts too
             self.ended()
+        self.last = value
 
     def _read_now_and_then(self, steps: int) -> None:
         self.steps += steps
@@ -120,6 +170,8 @@ class FiniteLoss:
     def ended(self, bad: float | None = None) -> None:
         """Raise NonFiniteLoss where the count is not 0; without one given it is read, which waits for the device."""
         bad = float(self.bad) if bad is None else bad
+        if bad and float(self.of_gradient):
+            raise NonFiniteGradient(math.nan, ago=int(bad) - 1)
         if bad:
             raise NonFiniteLoss(math.nan, ago=int(bad) - 1)
 
@@ -127,6 +179,26 @@ class FiniteLoss:
 def count_bad(bad: Tensor, loss: Tensor) -> None:
     """For a graph: one more step since the first bad loss, where there was one or this is it."""
     bad.copy_(torch.where((bad > 0) | ~loss.detach().isfinite(), bad + 1, bad))
+
+
+def count_bad_gradient(bad: Tensor, of_gradient: Tensor, norm: Tensor) -> None:
+    """After the loss of a step was counted: the count begins where the norm of its gradient is the first bad thing."""
+    begins = (bad == 0) & ~norm.detach().isfinite()
+    of_gradient.copy_(torch.where(begins, 1.0, of_gradient))
+    bad.copy_(torch.where(begins, 1.0, bad))
+
+
+def first_non_finite(parameters: Iterable[Tensor]) -> Tensor | None:
+    """The first parameter whose gradient holds NaN or inf."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if is_part(gradient):
+            gradient = gradient.to_local()  # type: ignore[attr-defined]
+        if not bool(gradient.isfinite().all()):
+            return parameter
+    return None
 
 
 class Reading:
@@ -151,36 +223,78 @@ class Reading:
 
 
 def explained(
-    error: NonFiniteLoss, model: nn.Module, loss_func: Any, epoch: int, rates: Mapping[str, float], watch: Any
+    error: NonFiniteLoss,
+    model: nn.Module,
+    loss_func: Any,
+    epoch: int,
+    rates: Mapping[str, float],
+    watch: FiniteLoss,
+    suspects: tuple[list[str], list[str]],
 ) -> str:
-    """What is known of the cause: where, the rates, the last finite loss, the data, the weights; and what to do."""
+    """What is known of the cause: where, the rates, the last finite loss, the data, the weights; and what to do.
+
+    `suspects`: names of weights and buffers that are not finite and were as the fit began; and of those that were NaN
+    as it began.
+    """
     features, labels, number = error.batch
-    spoiled = [name for name, nest in (("features", features), ("labels", labels)) if has_non_finite(nest)]
-    weights = [name for name, weight in model.named_parameters() if has_non_finite(weight)]
-    buffers = [name for name, buffer in model.named_buffers() if has_non_finite(buffer)]
-    began = f" (it began {error.ago} steps before)" * (error.ago > 0)
-    shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items()) or "an unknown rate"
-    told = [f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
-            f"{before(error, watch)} at {shown}."]  # fmt: skip
+    is_at_hand = error.ago == 0 or error.culprit is not None
+    if error.culprit is not None:
+        features, labels = error.culprit
+    spoiled: list[str] = []
+    if is_at_hand:
+        spoiled = [name for name, nest in (("features", features), ("labels", labels)) if has_non_finite(nest)]
+    buffer_names = {name for name, _ in model.named_buffers()}
+    since, before = suspects
+    weights = [name for name in (*before, *since) if name not in buffer_names]
+    buffers = [name for name in (*before, *since) if name in buffer_names]
+    began = f" (it began {error.ago} steps before)" if error.ago else ""
+    sentences = [
+        f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
+        f"{last_loss(error, watch)} at {shown_rates(rates)}.",
+    ]
     if spoiled:
-        told += [f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."]
+        sentences.append(f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data.")
     elif error.elsewhere:
-        told += ["It was in the batch of another process: its message says more."]
+        sentences.append("It was in the batch of another process: its message says more.")
+    elif not is_at_hand:
+        sentences.append(
+            'The batch of that loss is not kept, so its data was not looked at: compile with device="cpu" to find it, '
+            "where each loss is read at once, or look for NaN and inf in the data."
+        )
     elif all_ignored(loss_func, labels):
-        told += [f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss ignores, and its "
-                 f"mean over none is nan. Let the loss return minikeras.Average(total, count)."]  # fmt: skip
+        sentences.append(
+            f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss ignores, and its "
+            f"mean over none is nan. Let the loss return minikeras.Average(total, count)."
+        )
     elif not weights:
-        told += ["Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."]
+        sentences.append(
+            "Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."
+        )
     if weights:
-        told += [f"Weights are NaN or inf: {', '.join(weights[:3])}. Go back to a checkpoint."]
+        sentences.append(f"Weights are NaN or inf: {', '.join(weights[:3])}.")
+        if is_at_hand and not before and watch.reads_each:
+            sentences.append(
+                "They were finite as the fit began: the loss of a step before was finite and its gradient was not, or "
+                f"a step was too large. Possible causes: {CAUSE}. {REMEDY}"
+            )
+        sentences.append("Go back to a checkpoint.")
+    elif watch.holds_back:
+        sentences.append("The weights are those of before it.")
     else:
-        told += ["The weights are those of before it."]
+        sentences.append("The optimizer has taken steps since: go back to a checkpoint.")
     if buffers:
-        told += [f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint before you go on."]
-    return " ".join(told)
+        sentences.append(
+            f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint before you go on."
+        )
+    return " ".join(sentences)
 
 
-def before(error: NonFiniteLoss, watch: FiniteLoss | None) -> str:
+def shown_rates(rates: Mapping[str, float]) -> str:
+    """The learning rates for a message."""
+    return ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items()) or "an unknown rate"
+
+
+def last_loss(error: NonFiniteLoss, watch: FiniteLoss | None) -> str:
     """The last finite loss, where it was read or there was none."""
     if watch is not None and math.isfinite(watch.last):
         return f"The last finite loss was {watch.last:.4g},"

@@ -24,8 +24,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from minikeras.data import call_as, manner
 from minikeras.jit.graphs import OrEager, Say, chosen
+from minikeras.jit.optimizer import is_lost_in_a_graph
 from minikeras.jit.steps import EvaluateStep, TrainStep
 from minikeras.overrides import overrides
 
@@ -53,6 +56,9 @@ class Jit:
             return run.loss_func(outputs, labels)
 
         self.loss_func = OrEager(loss, self.options, [], run.device)
+        buffers = run.loss_func.buffers() if isinstance(run.loss_func, nn.Module) else ()
+        if any(map(is_lost_in_a_graph, buffers)):
+            self.loss_func.compiled, self.loss_func.worked = loss, True
         self.forwards: dict[str, OrEager] = {}
 
     def step(self, name: str) -> Any:
@@ -73,7 +79,10 @@ class Jit:
             return call_as(how, model, features)
 
         if how not in self.forwards:
-            self.forwards[how] = OrEager(forward, self.options, list(model.buffers()), self.run.device)
+            buffers = list(model.buffers())
+            self.forwards[how] = OrEager(forward, self.options, buffers, self.run.device)
+            if any(map(is_lost_in_a_graph, buffers)):
+                self.forwards[how].give_up("a buffer is one number in float64, to which torch.compile loses changes")
         return self.forwards[how](features)
 
     @contextlib.contextmanager

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
+import random
 import re
 import textwrap
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minikeras.data import leaves, map_leaves
 from minikeras.randomness import device_states, set_device_states
 
-if TYPE_CHECKING:
-    from minikeras.metrics import Totals
-    from minikeras.model import Model
-    from minikeras.run import Run
-
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled
+Verify = Callable[[], Callable[[], None]]  # called before a graph's first step; what it gives, after it: may raise
 TOO_OFTEN = (
     "a Python value that is part of it, in the model, the loss, a metric or the data, has changed too often. "
     "Keep it in a tensor, and it stays one graph"
@@ -60,8 +57,10 @@ class Graphs:
         say: Say,
         state: list[Tensor],
         device: torch.device,
+        verify: Verify | None = None,
     ) -> None:
         self.function = function
+        self.verify = verify
         self.device = device
         self.on_cuda = device.type == "cuda"
         self.options = options
@@ -96,7 +95,10 @@ class Graphs:
         options = captured(self.options) if self.on_cuda and not other else self.options
         function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **options)
         with undone_on_error(self.state, self.device):
+            check = None if self.verify is None else self.verify()
             result = function(*batches)
+            if check is not None:
+                check()
         self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
         self.compiled[other] = function
         if not other:
@@ -133,9 +135,13 @@ class OrEager(ByParts):
             return super().__call__(*args)
         except CompileError as error:
             result = self.function(*args)  # raises by itself where the batch is at fault
-            warnings.warn(f"jit: {self.function.__name__} runs in eager, since {reason(error)}", stacklevel=2)
-            self.compiled, self.worked = self.function, True
+            self.give_up(reason(error))
             return result
+
+    def give_up(self, why: str) -> None:
+        """From now on in eager, which is said."""
+        warnings.warn(f"jit: {self.function.__name__} runs in eager, since {why}", stacklevel=3)
+        self.compiled, self.worked = self.function, True
 
 
 def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -190,21 +196,10 @@ def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]
         raise
 
 
-@contextlib.contextmanager
-def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
-    """A step inside is taken only to be looked at: everything it changes is as before it, in the same tensors."""
-    state = [value for one in run.optimizers.values() for values in one.state.values() for value in values.values()]
-    loss = [*run.loss_func.parameters(), *run.loss_func.buffers()] if isinstance(run.loss_func, nn.Module) else []
-    tensors = [one for one in (*model.parameters(), *model.buffers(), *loss, *state) if isinstance(one, Tensor)]
-    restore, counted = way_back(tensors, run.device), copy.deepcopy(totals.state_dict())
-    yield
-    restore()
-    totals.load_state_dict(counted)
-
-
 def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
-    """What fills the tensors with the values of now, and puts torch's random states back to now."""
+    """What fills the tensors with the values of now, and puts Python's, NumPy's and torch's random states back."""
     values, own, others = [one.detach().clone() for one in tensors], torch.get_rng_state(), device_states(device)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
 
     def restore() -> None:
         with torch.no_grad():
@@ -212,6 +207,8 @@ def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], No
                 tensor.copy_(value)
         torch.set_rng_state(own)
         set_device_states(device, others)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
     return restore
 

@@ -74,8 +74,42 @@ class Double:
                     twins[key].copy_(value)
                 else:
                     device = parameter.device if parameter.is_cuda else value.device
-                    twins[key] = value.to(device, torch.float64)  # beta ** step in float32 would lose four digits
+                    twins[key] = value.to(
+                        device, torch.float64, copy=True
+                    )  # beta ** step in float32 would lose four digits
         return same
+
+    def before_a_graph(self) -> Callable[[], None]:
+        """Before a graph's first step; what it gives is to be called after it.
+
+        Raises:
+            RuntimeError: from what it gives: a tensor of the state was put in place of another, or a count was lost.
+        """
+        before = {}
+        for state in self.twin.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    before[id(state), key] = state, value, value.clone() if is_lost_in_a_graph(value) else None
+
+        def after() -> None:
+            assigned = sorted(key for (_, key), (state, value, _) in before.items() if state.get(key) is not value)
+            for (_, key), (state, value, _) in before.items():
+                state[key] = value
+            if assigned:
+                raise RuntimeError(
+                    f"a step of the optimizer puts another tensor into its state, {assigned[0]!r}. Filled in place, it "
+                    f"would be in the graph"
+                )
+            if type(self.optimizer).__module__.startswith("torch.optim"):  # of which the tests try each
+                return
+            for (_, key), (_, value, old) in before.items():
+                if old is not None and torch.equal(value, old):
+                    raise RuntimeError(
+                        f"a step of the optimizer reads {key!r} of its state as a Python number, or does not change "
+                        f"it. Read as a tensor, it would be in the graph"
+                    )
+
+        return after
 
     def attach(self) -> None:
         """From now on the twin steps; whoever asks the optimizer for its state gets it as it is then."""
@@ -108,12 +142,19 @@ class Double:
 
 
 def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
-    """Whether a part of an optimizer's state is its count of steps or a product over them, a float32 number.
+    """Whether a part of an optimizer's state is its count of steps or a product over them, a number on its own.
+
+    It is float32, or float64 where that is torch's default dtype.
 
     An average over a parameter that is itself one number is neither.
     """
-    number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float32
+    number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (torch.float32, torch.float64)
     return number and (parameter.ndim > 0 or key in ("step", "mu_product"))
+
+
+def is_lost_in_a_graph(tensor: Tensor) -> bool:
+    """Whether torch.compile loses what is done to it in place: on the CPU it takes such a one for a Python number."""
+    return tensor.ndim == 0 and tensor.dtype == torch.float64 and tensor.device.type == "cpu"
 
 
 def numbers(optimizer: Optimizer) -> dict[tuple[str, int], Any]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.data import call_as, count_rows, manner
-from minikeras.faults import count_bad
-from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, put_back, reason
-from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
+from minikeras.faults import NonFiniteLoss, count_bad, count_bad_gradient
+from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, Verify, reason
+from minikeras.jit.looking import put_back
+from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, is_lost_in_a_graph, numbers
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
 from minikeras.results import Average, counted_total, mean_of, scalar_loss
@@ -105,7 +106,8 @@ class EvaluateStep:
         """`other`: the batches are not of the graph's own shapes, or fewer than it takes together."""
         if self.graphs is None:
             function = self.function(manner(self.model, batches[0][0]))
-            self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed(), self.run.device)
+            options, say = self.jit.options, self.jit.say
+            self.graphs = Graphs(function, options, say, self.changed(), self.run.device, self.verify())
         if other and self.others_in_eager:
             return combined([self.first(batch) for batch in batches], batches)
         try:
@@ -114,7 +116,7 @@ class EvaluateStep:
             if not self.graphs.compiled:
                 raise
             return self.around_the_graph(batches, other, error)
-        self.count(len(batches), results["loss"])
+        self.count(batches, results["loss"])
         if outputs is None:
             return dict(results)
         outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
@@ -134,8 +136,12 @@ class EvaluateStep:
             warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
         return results
 
-    def count(self, steps: int, loss: Any) -> None:
-        """So many steps were taken in the graph, with this loss."""
+    def verify(self) -> Verify | None:
+        """What looks at the first step of a graph; None for nothing."""
+        return None
+
+    def count(self, batches: list[Batch], loss: Any) -> None:
+        """The steps of these batches were taken in the graph, with this loss."""
 
     def outside(self, outputs: Any, labels: Any) -> dict[str, Any]:
         """Objects, and functions that leave torch."""
@@ -189,7 +195,24 @@ class EvaluateStep:
 
     def first(self, batch: Batch) -> dict[str, Any]:
         """A step in eager, after which the graph goes on."""
-        return self.eager(batch)
+        results = self.eager(batch)
+        self.leave_numbers_to_eager()
+        return results
+
+    def leave_numbers_to_eager(self) -> None:
+        """Compile nothing where a buffer is such that its changes would be lost."""
+        modules: list[nn.Module] = [self.model]
+        if isinstance(self.run.loss_func, nn.Module):
+            modules.append(self.run.loss_func)
+        names = []
+        for module in modules:
+            names += [name for name, buffer in module.named_buffers() if is_lost_in_a_graph(buffer)]
+        if names and self.way != "eager":
+            self.descend("eager")
+            self.warn(
+                f"the buffer {names[0]} is one number in float64, to which torch.compile loses changes on the CPU. "
+                f"With shape (1,) it would be in the graph"
+            )
 
     def eager(self, batch: Batch) -> dict[str, Any]:
         self.run.rows = count_rows(batch[0], batch[1])
@@ -216,6 +239,7 @@ class TrainStep(EvaluateStep):
         self.renewed = 0  # graphs of this fit that had to be given up for another
         self.parts: ByParts | None = None
         self.bad = torch.zeros((), device=run.device)  # steps since the first loss that was not finite
+        self.of_gradient = torch.zeros((), device=run.device)  # 1 where it was the gradient of such a loss
         self.holds = torch.zeros((), dtype=torch.bool, device=run.device)  # whether that holds back the steps
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
@@ -228,11 +252,22 @@ class TrainStep(EvaluateStep):
             return combined([self.by_parts(batch) for batch in batches], batches)
         return super().taken(batches, other)
 
-    def count(self, steps: int, loss: Any) -> None:
+    def count(self, batches: list[Batch], loss: Any) -> None:
         for double in self.doubles:
-            double.taken += steps
-        if self.run.finite_loss is not None:
-            self.run.finite_loss.look_back(mean_of(loss), steps)
+            double.taken += len(batches)
+        if self.run.finite_loss is None:
+            return
+        try:
+            self.run.finite_loss.look_back(mean_of(loss), len(batches))
+        except NonFiniteLoss as error:
+            if error.ago < len(batches):
+                features, labels, _ = batches[-1 - error.ago]
+                error.culprit = features, labels
+            raise
+
+    def is_in_graph(self) -> bool:
+        """Whether the optimizers step in the graph, which holds them back by itself."""
+        return self.way in IN_GRAPH and self.graphs is not None
 
     def descend(self, to: str = "") -> None:
         super().descend(to)
@@ -244,19 +279,19 @@ class TrainStep(EvaluateStep):
         forward_and_loss, functions, clip = self.forward_and_loss(how), self.functions(), self.clip()
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
         gradients_of, others = gradients_in_graph(len(parameters)), self.others()
-        kept = Kept([self.bad, self.holds, *self.states()])
+        kept = Kept([self.bad, self.of_gradient, self.holds, *self.states()])
 
         def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
             gradients = gradients_of(mean_of(loss), *parameters, *others)
             with torch.no_grad():
-                bad, holds, *states = kept()
+                bad, of_gradient, holds, *states = kept()
                 moved = [*parameters, *states]
                 before = [tensor.clone() for tensor in moved]
                 count_bad(bad, mean_of(loss))
                 for parameter, gradient in zip(parameters, gradients):  # noqa: B905 - strict does not trace
                     parameter.grad.copy_(gradient)  # type: ignore[union-attr] # to set it would break the graph
-                clip()
+                clip(bad, of_gradient)
                 for step, twin in steps:
                     step(twin)
                 held = (bad > 0) & holds
@@ -273,15 +308,18 @@ class TrainStep(EvaluateStep):
         reached = {id(parameter) for parameter in self.reached}
         return [p for double in self.doubles for p in parameters_of(double.optimizer) if id(p) not in reached]
 
-    def clip(self) -> Callable[[], None]:
-        """Clips the gradients of each optimizer, where compile was asked for it."""
+    def clip(self) -> Callable[[Tensor, Tensor], None]:
+        """Clips the gradients of each optimizer, where compile was asked for it; a norm that is not finite counts."""
         precision, reached = self.run.precision, {id(parameter) for parameter in self.reached}
         norm, value = (None, None) if precision is None else (precision.clip_grad_norm, precision.clip_grad_value)
         held = [[p for p in parameters_of(double.optimizer) if id(p) in reached] for double in self.doubles]
 
-        def clip() -> None:
+        def clip(bad: Tensor, of_gradient: Tensor) -> None:
+            def look(total: Tensor, parameters: list[Tensor]) -> None:
+                count_bad_gradient(bad, of_gradient, total)
+
             for parameters in held:
-                clipped(parameters, norm, value)
+                clipped(parameters, norm, value, look)
 
         return clip
 
@@ -304,6 +342,7 @@ class TrainStep(EvaluateStep):
                 handle.remove()
         self.holds.fill_(self.run.finite_loss is not None)
         counts = sorted(key for one, old in before for (key, _), _ in numbers(one).items() - old.items())
+        self.leave_numbers_to_eager()
         why = self.why_outside(counts)
         if self.way in IN_GRAPH and why:
             self.descend("forward and loss")
@@ -320,11 +359,31 @@ class TrainStep(EvaluateStep):
             return f"{outside} needs backward and step outside it"
         if counts:
             return f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would be in the graph"
+        optimizers = list(self.run.optimizers.values())
+        if any(isinstance(optimizer, torch.optim.ASGD) for optimizer in optimizers):
+            return "ASGD decides by numbers in its state, which a graph would hold as they were"
+        tensors = [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
+        if any(map(is_lost_in_a_graph, tensors)):
+            return "a parameter is one number in float64, to which torch.compile loses changes on the CPU"
         return ""
 
     def ready(self) -> None:
+        for parameter, gradient in zip(self.reached, self.gradients, strict=False):
+            parameter.grad = gradient
         for double in self.doubles:
             double.read()
+
+    def verify(self) -> Verify | None:
+        def before() -> Callable[[], None]:
+            checks = [double.before_a_graph() for double in self.doubles]
+
+            def after() -> None:
+                for check in checks:
+                    check()
+
+            return after
+
+        return before
 
     def begin(self, reached: list[nn.Parameter], optimizers: list[Optimizer]) -> None:
         """Set up for the graph, after an eager step whose loss reached these parameters."""
@@ -371,7 +430,7 @@ class TrainStep(EvaluateStep):
         return [value for value in states if isinstance(value, Tensor)]
 
     def changed(self) -> list[Tensor]:
-        return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad]
+        return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad, self.of_gradient]
 
 
 def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:

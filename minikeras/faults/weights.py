@@ -1,0 +1,299 @@
+"""Weights and buffers that are NaN or infinite although each loss was finite, found before they reach a file.
+
+at a fit's begin          what is not finite already, as a mask of -inf, is noted and left alone from then on
+at each epoch's end       after the last step of training and before validation, callbacks and files
+before a file is written  the state of the run, or weights that `save` writes within the fit
+before a clipped step     the norm of the gradients, which is there anyway: see `FiniteLoss.look_at_norm`
+
+A look is one reduction of each tensor, and one wait for the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from minikeras.distributed import World, is_part
+from minikeras.faults.loss import (
+    CAUSE,
+    REMEDY,
+    FiniteLoss,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    last_loss,
+    shown_rates,
+)
+
+ANOMALY = "torch.autograd.set_detect_anomaly(True) names the operation."
+LOOKED_AT = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+OF_THE_LOSS = "the loss's "  # in front of the names of its parameters and buffers
+KINDS = ("parameter", "gradient", "buffer", "state")  # in the order in which a message looks for the cause
+
+
+class NonFiniteWeights(NonFiniteLoss):
+    """Weights, buffers, gradients or the optimizer's state are NaN or infinite, and no loss was."""
+
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        super().__init__(float("nan"))
+        self.found = found  # kind and name of each tensor; empty where they are in another process alone
+
+
+class FiniteWeights:
+    """The watch over the tensors of a fit.
+
+    Args:
+        model, loss_func, optimizers: what is trained.
+        world: the processes that train together, None for one.
+        finite_loss: the watch over the losses; None for on_nan="ignore".
+        precision: what holds the gradients of batches that wait for a step; None where nothing does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: Any,
+        optimizers: Mapping[str, Optimizer],
+        world: World | None = None,
+        finite_loss: FiniteLoss | None = None,
+        precision: Any = None,
+    ) -> None:
+        self.model = model
+        self.loss_func = loss_func
+        self.optimizers = optimizers
+        self.world = world
+        self.finite_loss = finite_loss
+        self.precision = precision
+        self.begun: dict[str, tuple[Any, Tensor | None]] = {}  # name -> shape and what was not finite then
+        named = dict(self._weights())
+        spoiled = set(self._find(named))
+        for key, tensor in named.items():
+            mask = ~tensor.isfinite() if key in spoiled else None
+            self.begun[key[1]] = (tensor.shape, mask)
+
+    def check(self) -> None:
+        """Look at everything.
+
+        Raises:
+            NonFiniteWeights: something is not finite that was, in any of the processes.
+        """
+        found = self._find(dict([*self._weights(), *self._state()]))
+        self._raise_if_any(found)
+
+    def allow(self, path: Any) -> bool:
+        """Whether a file may be written: False, with a warning, where it must not and on_nan is "ignore".
+
+        Raises:
+            NonFiniteLoss: a loss, or something that would be in the file, is not finite.
+        """
+        found = self._find(dict([*self._weights(), *self._state(), *self._waiting_gradients()]))
+        if self.finite_loss is None:
+            if self._anywhere(bool(found)):
+                warnings.warn(
+                    f"{path} is not written: {listed(found) or 'weights of another process'} would be NaN or infinite "
+                    f'in it. What was there before is there. Pass on_nan="raise" to end the fit where that comes.',
+                    stacklevel=3,
+                )
+                return False
+            return True
+        self._raise_if_bad_loss(self.finite_loss)
+        self._raise_if_any(found)
+        return True
+
+    def suspects(self) -> tuple[list[str], list[str]]:
+        """What may have made a loss NaN: names that were finite as the fit began, and those that were NaN then."""
+        since = [name for _, name in self._find(dict(self._weights()))]
+        before = [
+            name
+            for (_, name), tensor in self._weights()
+            if self.begun.get(name, (None, None))[1] is not None and bool(tensor.isnan().any())
+        ]
+        return since, before
+
+    def _raise_if_bad_loss(self, finite_loss: FiniteLoss) -> None:
+        """On a device the count is read now, before it is due."""
+        if self.world is None:
+            finite_loss.ended()
+            return
+        own = bool(finite_loss.own())  # of which the others have not heard
+        if self._anywhere(own):
+            error = NonFiniteLoss(finite_loss.value if finite_loss.reads_each else float("nan"))
+            error.elsewhere = not own
+            raise error
+
+    def _raise_if_any(self, found: list[tuple[str, str]]) -> None:
+        if self._anywhere(bool(found)):
+            raise NonFiniteWeights(found)
+
+    def _anywhere(self, here: bool) -> bool:
+        return here if self.world is None else bool(self.world.agree(here)[0])
+
+    # --- what is looked at --------------------------------------------------------------------------------------------
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        modules = [("", self.model)]
+        if isinstance(self.loss_func, nn.Module):
+            modules.append((OF_THE_LOSS, self.loss_func))
+        return modules
+
+    def _weights(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        for prefix, module in self._modules():
+            for name, parameter in module.named_parameters():
+                yield from looked_at("parameter", prefix + name, parameter)
+            for name, buffer in module.named_buffers():
+                yield from looked_at("buffer", prefix + name, buffer)
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self._modules():
+            for name, parameter in module.named_parameters():
+                yield prefix + name, parameter
+
+    def _state(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Of torch's own optimizers: in those of others an infinity may have a meaning."""
+        for optimizer in self.optimizers.values():
+            if not type(optimizer).__module__.startswith("torch.optim"):
+                continue
+            for name, parameter in self._parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    title = f"{key} of {type(optimizer).__name__} for {name}"
+                    yield from looked_at("state", title, value)
+
+    def _waiting_gradients(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Of batches that wait for a step under `accumulate`. In float16 infinite ones are skipped by the scaler."""
+        if self.precision is None or self.precision.accumulate == 1 or self.precision.scaler is not None:
+            return
+        for name, parameter in self._parameters():
+            if parameter.grad is not None:
+                yield from looked_at("gradient", name, parameter.grad)
+
+    @torch.no_grad()
+    def _find(self, named: Mapping[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
+        """The keys of those that hold NaN or infinities which were not there as the fit began."""
+        keys = []
+        extremes: list[Tensor] = []
+        for key, tensor in named.items():
+            comparable = self._without_known(key, tensor)
+            if comparable.is_complex():
+                comparable = torch.view_as_real(comparable)
+            keys.append(key)
+            extremes += [comparable.min(), comparable.max()]  # NaN where one value is
+        if not keys:
+            return []
+        device = extremes[0].device
+        together = torch.stack([extreme.to(device) for extreme in extremes])
+        finite = together.isfinite().view(-1, 2).all(1).tolist()  # waits for the device, once
+        return [key for key, is_finite in zip(keys, finite, strict=True) if not is_finite]
+
+    def _without_known(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        """The tensor without the values that are allowed to be infinite."""
+        kind, name = key
+        if kind not in ("parameter", "buffer") or not self.begun:
+            return tensor
+        shape, mask = self.begun.get(name, (None, None))
+        if shape == tensor.shape:
+            return tensor if mask is None else torch.where(mask, torch.zeros_like(tensor), tensor)
+        if kind == "buffer":  # made since, as a mask for attention of another length: -inf has a meaning there
+            return tensor.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0)
+        return tensor
+
+
+def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """The tensor under its key, this process's part of it; nothing where it cannot be looked at."""
+    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:
+        return
+    if is_part(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.dtype in LOOKED_AT and tensor.layout == torch.strided and tensor.numel() > 0:
+        yield (kind, name), tensor.detach()
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+
+def explain_weights(
+    error: NonFiniteWeights, model: nn.Module, epoch: int, rates: Mapping[str, float], watch: FiniteLoss
+) -> str:
+    """What is not finite, where, the cause as far as it is known, and what to do."""
+    batch = error.batch[2]
+    where = f"epoch {epoch}, batch {batch}" if batch else f"epoch {epoch}"
+    if not error.found:
+        return (
+            f"weights are NaN or infinite in another process in {where}; expected finite ones. Its message says more. "
+            f"Go back to a checkpoint."
+        )
+    kind = next(kind for kind in KINDS if kind in [found for found, _ in error.found])
+    of_kind = [key for key in error.found if key[0] == kind]
+    subject = f"the gradient of {listed(of_kind)}" if kind == "gradient" else listed(of_kind)
+    verb = "is" if len(of_kind) == 1 else "are"
+    sentences = [f"{subject} {verb} NaN or infinite in {where}; expected finite numbers."]
+    if kind in ("parameter", "gradient"):
+        sentences.append(layer_of(model, of_kind[0][1]))
+    if watch.looked:
+        sentences.append(f"{last_loss(error, watch)} at {shown_rates(rates)}.")
+    if kind == "buffer":
+        sentences.append(
+            "The weights are finite: the forward pass has spoiled it, as a batch with inf spoils the statistics of "
+            "BatchNorm. Clean the data."
+        )
+    elif kind == "state":
+        sentences.append(
+            "The weights are finite: a gradient was so large that its square is infinite, and such a weight does not "
+            "move again. Make the loss smaller, or compile with clip_grad_norm=1.0."
+        )
+    elif watch.looked:
+        sentences.append(f"Each loss was finite, so a gradient was not, or a step was too large: {CAUSE}. {REMEDY}")
+    else:
+        sentences.append(
+            "No loss was looked at: train_step calls loss.backward() by itself. Call self.backward(loss) there, which "
+            f"finds a bad loss before it moves a weight. If it was finite, a gradient was not: {CAUSE}. {REMEDY}"
+        )
+    if kind in ("parameter", "gradient"):
+        sentences.append(f"compile(clip_grad_norm=1.0) finds such a gradient before its step, and {ANOMALY}")
+    sentences.append("Nothing of it was written to a file, and the model holds it: go back to a checkpoint.")
+    return " ".join(sentences)
+
+
+def explain_gradient(
+    error: NonFiniteGradient, model: nn.Module, epoch: int, rates: Mapping[str, float], watch: FiniteLoss
+) -> str:
+    """A norm of gradients that is not finite, found before the step."""
+    began = f" (it began {error.ago} steps before)" if error.ago else ""
+    sentences = [
+        f"the norm of the gradient is {error.value} in epoch {epoch}, batch {error.batch[2]}{began}; expected a finite "
+        f"number. The loss was finite. {last_loss(error, watch)} at {shown_rates(rates)}."
+    ]
+    name = next((name for name, parameter in model.named_parameters() if parameter is error.parameter), None)
+    if error.overflown:
+        sentences.append("Each gradient is finite, and the sum of their squares is not: make the loss smaller.")
+    else:
+        if name is not None:
+            sentences.append(f"The first gradient that is not is that of {name}. {layer_of(model, name)}")
+        sentences.append(f"Its gradient was not: {CAUSE}; large numbers overflow. {REMEDY} {ANOMALY}")
+    if watch.holds_back:
+        sentences.append("The weights are those of before it.")
+    else:
+        sentences.append("The optimizer has taken steps since: go back to a checkpoint.")
+    return " ".join(sentences)
+
+
+def layer_of(model: nn.Module, name: str) -> str:
+    """The layer that a parameter is in, as a sentence."""
+    path = name.rpartition(".")[0]
+    if name.startswith(OF_THE_LOSS):
+        return "It is a parameter of the loss."
+    kind = type(model.get_submodule(path)).__name__
+    return f"The first layer is {path} ({kind})." if path else f"It is a parameter of {kind} itself."
+
+
+def listed(found: Iterable[tuple[str, str]]) -> str:
+    """The first names, and how many more there are."""
+    names = [name for _, name in found]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
