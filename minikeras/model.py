@@ -245,7 +245,7 @@ class Model(nn.Module):
         checkpoint_every: int | None = None,
         on_nan: str = "raise",
     ) -> pd.DataFrame:
-        """Train, and return the history: one row per epoch since `compile`, index `epoch` from 1.
+        """Train, and return the history: one row per epoch since `compile`, index from 0: epoch 1 is row 0.
 
         Columns: loss, metrics in the order of metrics_dict, other names that train_step returns, the same with val_,
         then lr if it changed. Each value is the mean over the epoch's rows; NaN where validation was skipped. An

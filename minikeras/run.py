@@ -112,7 +112,7 @@ class Run:
         changed = [name for name in (rates[0] if rates else ()) if len({row.get(name) for row in rates}) > 1]
         names = column_order([*names, *(name for name in changed if name not in names)])
         merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
-        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
+        index = pd.RangeIndex(len(rows))  # from 0; the epoch's number is one more
         return pd.DataFrame({name: [row.get(name, math.nan) for row in merged] for name in names}, index)
 
 
