@@ -10,6 +10,7 @@ in_memory.py    the batches of a loader over tensors, fetched whole
 sharded.py      one process's part, where there are several
 endless.py      the first batches of a pass, and data that may never end
 epochs.py       the epoch's number, for samplers that shuffle by it
+peek.py         the first batch of what is in memory
 position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
 """
@@ -18,6 +19,7 @@ from minikeras.data.batch import call_as, call_with, choose_device, count_rows, 
 from minikeras.data.endless import check_ends, limited, long_pass
 from minikeras.data.epochs import set_epoch
 from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.peek import first_rows
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
@@ -33,6 +35,7 @@ __all__ = [
     "choose_device",
     "count_rows",
     "empty",
+    "first_rows",
     "is_batched",
     "join",
     "leaves",
