@@ -46,7 +46,8 @@ def main(epochs, batch_size):
         for axis, title, y in zip(axes, ["truth", "prediction"], [Y, y_pred]):
             axis.scatter(*X.T, s=3, c=["tab:red" if positive else "tab:green" for positive in y > 0.5])
             axis.set(title=title, aspect="equal")
-        dfhistory[["loss", "val_loss"]].plot(ax=axes[2], title="focal loss and penalties")
+        losses = dfhistory[["loss", "val_loss"]].set_index(dfhistory.index + 1)  # epochs count from 1
+        losses.plot(ax=axes[2], title="focal loss and penalties", xlabel="epoch")
         plt.savefig("ring_focal.png")
     return dfhistory
 

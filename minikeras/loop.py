@@ -103,6 +103,11 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     ):
         train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
         needs_labels = not overrides(model, "train_step", "compute_loss")
+
+        def before_first(features: Any, labels: Any) -> None:
+            if plan.val is not None:
+                checks.validation.look_ahead(model, run, plan.val, features, labels)
+
         at = checkpoint.restore(plan.callbacks, plan.say)
         if run.modes.described():
             plan.say(f"in eval mode, as you left them: {run.modes.described()}")
@@ -120,7 +125,16 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 if at.logs is None:
                     done = at.step
                     at.logs = one_pass(
-                        run, run.train, train_step, plan.train, "dl_train", listeners, after_batch, done, needs_labels
+                        run,
+                        run.train,
+                        train_step,
+                        plan.train,
+                        "dl_train",
+                        listeners,
+                        after_batch,
+                        done,
+                        needs_labels,
+                        before_first,
                     )
                     if world is not None:
                         world.share(model.buffers())  # each has counted its own rows: rank 0's go on
@@ -172,6 +186,7 @@ def one_pass(
     after_batch: AfterBatch = lambda number: False,
     done: int = 0,
     needs_labels: bool = True,
+    before_first: Callable[[Any, Any], None] | None = None,
 ) -> dict[str, float]:
     """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows.
 
@@ -190,6 +205,8 @@ def one_pass(
             features, labels, sample_weight = placed(batch, run.device)
             if totals.unseen:
                 checks.inputs.check_batch(step, features, labels, sample_weight, needs_labels)
+                if before_first is not None:
+                    before_first(features, labels)
             run.rows = rows = count_rows(features, labels)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together
@@ -234,7 +251,7 @@ def tell_of_batch(error: Exception, features: Any, labels: Any, number: int, nam
     """Adds to an error at which batch it came, where that has not been said as the batch was read."""
     if isinstance(error, NonFiniteLoss):
         error.batch = (features, labels, number)
-    elif not any(note.startswith(name) for note in getattr(error, "__notes__", ())):
+    elif not any(note.startswith((name, checks.validation.NOTE)) for note in getattr(error, "__notes__", ())):
         tell_of_step(error, features, labels)
         error.add_note(f"{name}, batch {number}")
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from minikeras import checks, export, layer_summary, loop, prediction
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, call_with, length
+from minikeras.data import ContinuedBatches, call_with, check_ends, length, limited
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.metrics import detached
 from minikeras.modes import TrainingModes
@@ -243,6 +243,7 @@ class Model(nn.Module):
         *,
         batch_size: int | None = None,
         steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
         validation_freq: int = 1,
         callbacks: Iterable[Callback] = (),
         verbose: str | int = "auto",
@@ -250,7 +251,7 @@ class Model(nn.Module):
         checkpoint_every: int | None = None,
         on_nan: str = "raise",
     ) -> pd.DataFrame:
-        """Train, and return the history: one row per epoch since `compile`, index `epoch` from 1.
+        """Train, and return the history: one row per epoch since `compile`, index from 0: epoch 1 is row 0.
 
         Columns: loss, metrics in the order of metrics_dict, other names that train_step returns, the same with val_,
         then lr if it changed. Each value is the mean over the epoch's rows; NaN where validation was skipped. An
@@ -265,6 +266,8 @@ class Model(nn.Module):
             log_step_freq: steps between two lines of running means (in a pipe), or refreshes of the bar at the latest.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
             steps_per_epoch: batches an epoch, default all; the next goes on where this one stopped.
+            validation_steps: batches of a validation at most, default all. Each begins with a new `iter(dl_val)`; a
+                generator goes on where the last one stopped.
             validation_freq: epochs between two validations, default 1.
             callbacks: instances of `minikeras.Callback`.
             verbose: "auto" a bar on a terminal or in a notebook, lines elsewhere; 0 nothing; 1 bar; 2 lines.
@@ -291,7 +294,11 @@ class Model(nn.Module):
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
-        train, val = run.batches_of_fit(dl_train, dl_val, batch_size, epochs, steps_per_epoch, validation_freq)
+        if validation_steps is not None:
+            validation_steps = positive_int("validation_steps", validation_steps)
+        train, val = run.batches_of_fit(
+            dl_train, dl_val, batch_size, epochs, steps_per_epoch, validation_freq, validation_steps
+        )
         train = saved.watched(train, val, run.device)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
@@ -311,24 +318,28 @@ class Model(nn.Module):
         loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
         return run.history()
 
-    def evaluate(self, dl_val: Any, *, batch_size: int | None = None) -> dict[str, float]:
+    def evaluate(self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None) -> dict[str, float]:
         """Loss and metrics over all rows: {"val_loss": ..., "val_accuracy": ...}.
 
         Args:
             dl_val: as in `fit`.
             batch_size: rows a batch, for a Dataset and arrays; default 32. Means over rows do not depend on it.
+            steps: batches to evaluate at most, for data that does not end; default all.
 
         Raises:
             NotCompiledError: before `compile`.
             TypeError, ValueError: no data, or data that the model or the loss cannot take.
         """
         run = self._compiled("evaluate")
-        batches = run.batches(dl_val, "dl_val", batch_size)
+        if steps is not None:
+            steps = positive_int("steps", steps)
+        check_ends(dl_val, "dl_val", steps, "steps")
+        batches = limited(run.batches(dl_val, "dl_val", batch_size), steps, "dl_val", "steps")
         ready(self, run)
         run.val.unseen = True
         return loop.evaluate(self, run, batches)
 
-    def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all") -> Any:
+    def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all", steps: int | None = None) -> Any:
         """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
 
         Needs no compile. Labels in the batches are left aside.
@@ -337,12 +348,16 @@ class Model(nn.Module):
             dl: as in `fit`; X alone will do.
             batch_size: rows a batch, for a Dataset and arrays; default 32.
             gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
+            steps: batches to predict at most, for data that does not end; default all.
 
         Raises:
             TypeError, ValueError: no data, data that the model cannot take, or outputs that do not have the rows first.
         """
         one_of("gather", gather, ("all", "main"))
-        return prediction.predict(self, dl, batch_size, gather == "all")
+        if steps is not None:
+            steps = positive_int("steps", steps)
+        check_ends(dl, "dl", steps, "steps")
+        return prediction.predict(self, dl, batch_size, gather == "all", steps)
 
     def save(self, path: str | Path) -> None:
         """Write the weights, `state_dict()`, to a file that is whole or not there; one there before becomes NAME.prev.

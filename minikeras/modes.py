@@ -62,9 +62,9 @@ class TrainingModes:
         self.model.train()
         self.by_train = set(names_in_eval(self.model))
         self.in_eval = [name for name in before if name not in self.by_train]
-        self._apply()
+        self._put_into_eval()
 
-    def _apply(self) -> None:
+    def _put_into_eval(self) -> None:
         modules = dict(self.model.named_modules())
         staying = {name: modules[name] for name in self.in_eval if name in modules}
         chosen = set(staying.values())
@@ -79,7 +79,7 @@ class TrainingModes:
         self.in_eval = list(in_eval)
         self.model.train()
         self.by_train = set(names_in_eval(self.model))
-        self._apply()
+        self._put_into_eval()
 
     def described(self) -> str:
         """The outermost submodules that stay in eval mode, for people; empty if there are none."""

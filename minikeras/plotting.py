@@ -35,7 +35,8 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
     reads it). A line runs through epochs without a value, as where validation was skipped.
 
     Args:
-        dfhistory: what `fit` returned, or a CSVLogger's file as pandas reads it.
+        dfhistory: what `fit` returned, whose row k is epoch k + 1; or a CSVLogger's file as pandas reads it, whose
+            column `epoch` (or index of that name) has the numbers.
         metrics: a column or several, in this order; default all. "loss" brings "val_loss" with it.
 
     Returns:
@@ -47,7 +48,7 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
             not one of its columns.
 
     >>> import minikeras
-    >>> dfhistory = pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4], "lr": [0.1, 0.01]}, index=[1, 2])
+    >>> dfhistory = pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4], "lr": [0.1, 0.01]})
     >>> axes = minikeras.plot_history(dfhistory)
     >>> [axis.get_title() for axis in axes]
     ['loss', 'lr']
@@ -72,7 +73,7 @@ def plot_metric(dfhistory: pd.DataFrame, metric: str) -> Axes:
     """Draw one column of `dfhistory`, `metric`, with its validation, and return the panel; see `plot_history`.
 
     >>> import minikeras
-    >>> axis = minikeras.plot_metric(pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4]}, index=[1, 2]), "loss")
+    >>> axis = minikeras.plot_metric(pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4]}), "loss")
     >>> [line.get_label() for line in axis.get_lines()]
     ['training', 'validation', 'best: 0.4 in epoch 2']
     """
@@ -88,7 +89,7 @@ def _pyplot() -> Any:
 
 
 def _checked(dfhistory: Any) -> pd.DataFrame:
-    """The history with its epochs as index."""
+    """The history with its epochs, which count from 1, as index."""
     if not isinstance(dfhistory, pd.DataFrame):
         raise TypeError(
             f"dfhistory must be the DataFrame that fit returned, got {type(dfhistory).__name__}. "
@@ -99,6 +100,8 @@ def _checked(dfhistory: Any) -> pd.DataFrame:
     frame = (dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory).rename(columns=str)
     if frame.columns.empty:
         raise ValueError("dfhistory has no column but epoch. Pass what fit returned, with loss and metrics.")
+    if frame.index.name != "epoch" and is_numeric_dtype(frame.index):
+        frame.index = frame.index + 1
     return frame
 
 
@@ -124,7 +127,8 @@ def _check_numbers(frame: pd.DataFrame, names: list[str]) -> None:
     """What is drawn must be numbers, and over numbers."""
     if not is_numeric_dtype(frame.index):
         raise ValueError(
-            f"dfhistory's index must be the epochs' numbers, got {frame.index[0]!r}. Pass what fit returned."
+            f"dfhistory's index must be numbers, from 0 as in a history, got {frame.index[0]!r}. Pass what fit "
+            f"returned."
         )
     drawn = [column for name in names for column in (name, f"val_{name}") if column in frame]
     for column in drawn:

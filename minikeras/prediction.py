@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minikeras import checks
-from minikeras.data import Idle, as_batches, count_rows, empty, join, leaves, map_leaves, to_device, unpack, worked
+from minikeras.data import (
+    Idle,
+    as_batches,
+    count_rows,
+    empty,
+    join,
+    leaves,
+    limited,
+    map_leaves,
+    to_device,
+    unpack,
+    worked,
+)
 from minikeras.distributed import World
 from minikeras.modes import modes_kept
 from minikeras.precision import in_float32
@@ -18,16 +30,18 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 
-def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool) -> Any:
+def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool, steps: int | None) -> Any:
     """The model's outputs for every row, in order, on the CPU; of several processes on rank 0 alone or `everywhere`."""
     run = model._run
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return join(outputs_of(model, as_batches(dl, "dl", batch_size, device=device), device))
+        batches = limited(as_batches(dl, "dl", batch_size, device=device), steps, "dl", "steps")
+        return join(outputs_of(model, batches, device))
     ready(model, run)
     before, run.by_parts = run.by_parts, run.jit is not None
     try:
-        pieces = outputs_of(model, run.batches(dl, "dl", batch_size), run.device)
+        batches = limited(run.batches(dl, "dl", batch_size), steps, "dl", "steps")
+        pieces = outputs_of(model, batches, run.device)
     finally:
         run.by_parts = before
     return join(pieces) if run.world is None else everyones(pieces, run.world, everywhere)

@@ -15,7 +15,17 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
-from minikeras.data import as_batches, choose_device, empty, is_batched, length, sharded
+from minikeras.data import (
+    as_batches,
+    check_ends,
+    choose_device,
+    empty,
+    is_batched,
+    length,
+    limited,
+    long_pass,
+    sharded,
+)
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss, FiniteWeights
@@ -89,18 +99,31 @@ class Run:
         return sharded(as_batches(dl, name, batch_size, shuffle, self.device, passes), self.world, name)
 
     def batches_of_fit(
-        self, dl_train: Any, dl_val: Any, batch_size: int | None, epochs: int, steps: int | None, validation_freq: int
+        self,
+        dl_train: Any,
+        dl_val: Any,
+        batch_size: int | None,
+        epochs: int,
+        steps: int | None,
+        validation_freq: int,
+        validation_steps: int | None = None,
     ) -> tuple[Iterable[Any], Any]:
         """What a fit trains on, and what it validates on or None; without a batch that is an error before an epoch."""
+        check_ends(dl_train, "dl_train", steps, "steps_per_epoch")
+        check_ends(dl_val, "dl_val", validation_steps, "validation_steps")
         train = self.batches(dl_train, "dl_train", batch_size, True, 1 if steps else epochs)
+        if dl_val is None and validation_steps is not None:
+            raise ValueError(f"validation_steps={validation_steps} needs data to validate on. Pass dl_val as well.")
         if dl_val is None:
             return train, None
         done = len(self.epochs)
         passes = (done + epochs) // validation_freq - done // validation_freq
+        if validation_steps is not None:
+            passes = 1  # a generator goes on where the last pass stopped
         val = self.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, passes=passes)
         if length(val) == 0:
             raise empty(val, "dl_val")
-        return train, val
+        return train, limited(val, validation_steps, "dl_val", "validation_steps", long_pass(train, steps))
 
     def best_val_loss(self) -> float:
         """The lowest so far; infinite before the first."""
@@ -113,7 +136,7 @@ class Run:
         changed = [name for name in (rates[0] if rates else ()) if len({row.get(name) for row in rates}) > 1]
         names = column_order([*names, *(name for name in changed if name not in names)])
         merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
-        index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
+        index = pd.RangeIndex(len(rows))  # from 0; the epoch's number is one more
         return pd.DataFrame({name: [row.get(name, math.nan) for row in merged] for name in names}, index)
 
 

@@ -106,7 +106,7 @@ def test_stop_training_acts_after_the_batch_and_the_epoch_so_far_is_recorded():
     model = compiled()
     dfhistory = model.fit(5, points(64), points(8), callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0)
     assert batches == [1, 2, 1]
-    assert list(dfhistory.index) == [1, 2]
+    assert list(dfhistory.index) == [0, 1]
     assert dfhistory["val_loss"].notna().all()
 
 

@@ -386,5 +386,5 @@ def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected, found = (pd.read_csv(tmp_path / name, index_col="epoch") for name in ("0.csv", "ray.csv"))
+    expected, found = (pd.read_csv(tmp_path / name, index_col=0) for name in ("0.csv", "ray.csv"))
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-6)

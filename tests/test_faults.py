@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite_is_an_error_before_it_moves_a_weight(value):
         r"clip gradients, or look into the loss\. The weights are those of before it\.\nepoch 2$"
     )
     assert same(weights[-1], state(model))
-    assert list(model.history.index) == [1]
+    assert list(model.history.index) == [0]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -142,7 +142,7 @@ def test_on_nan_stop_ends_the_fit_with_a_warning_and_the_history_so_far():
     model = compiled(loss_func=bad_at(5))
     with pytest.warns(UserWarning, match="the loss is nan in epoch 2, batch 2; expected a finite number"):
         dfhistory = model.fit(4, points(96), verbose=0, on_nan="stop")
-    assert list(dfhistory.index) == [1]
+    assert list(dfhistory.index) == [0]
     assert all(value.isfinite().all() for value in model.parameters())
 
 

@@ -47,7 +47,7 @@ def reference_fit(net, X, y, epochs, batch_size, drop_last, lr):
                 "val_accuracy": ((outputs > 0.5) == (y > 0.5)).double().mean().item(),
             }
         )
-    return pd.DataFrame(history, index=pd.RangeIndex(1, epochs + 1, name="epoch"))
+    return pd.DataFrame(history, index=pd.RangeIndex(epochs))
 
 
 def accuracy64(y_pred, y_true):
@@ -199,7 +199,8 @@ def test_columns_are_loss_metrics_extras_then_the_same_with_val():
     model = compiled(Extra(), metrics_dict={"accuracy": accuracy, "mae": nn.L1Loss()})
     dfhistory = model.fit(1, points(), points(), verbose=0)
     assert list(dfhistory) == ["loss", "accuracy", "mae", "zeta", "alpha", "val_loss", "val_accuracy", "val_mae"]
-    assert dfhistory.index.name == "epoch"
+    assert dfhistory.index.equals(pd.RangeIndex(1))
+    assert dfhistory["loss"][0] == dfhistory["loss"].iloc[0]
     assert dfhistory["zeta"].item() == 1.0
 
 
@@ -207,13 +208,13 @@ def test_history_goes_on_over_fits_and_starts_anew_with_compile():
     model = compiled()
     first = model.fit(2, points(), verbose=0)
     both = model.fit(1, points(), points(), verbose=0)
-    assert list(both.index) == [1, 2, 3]
+    assert list(both.index) == [0, 1, 2]
     assert list(both["val_loss"].isna()) == [True, True, False]
     pd.testing.assert_frame_equal(both[["loss"]].iloc[:2], first)
     assert model.history.equals(both)
     compiled(model)
     assert model.history.empty
-    assert list(model.fit(1, points(), verbose=0).index) == [1]
+    assert list(model.fit(1, points(), verbose=0).index) == [0]
 
 
 def test_validation_freq_leaves_nan_where_validation_was_skipped():
@@ -337,10 +338,10 @@ def test_a_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_mo
     with pytest.raises(type(error)):
         model.fit(2, points(100), callbacks=[fail_at(3, error), ends], verbose=0)
     assert ended == ["end"]
-    assert list(model.history.index) == [1, 2]
+    assert list(model.history.index) == [0, 1]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
-    assert list(model.fit(1, points(100), verbose=0).index) == [1, 2, 3]
+    assert list(model.fit(1, points(100), verbose=0).index) == [0, 1, 2]
 
 
 def test_an_error_says_in_which_epoch_and_batch_it_came():

@@ -23,7 +23,7 @@ def _figures_in_memory():
 
 
 def history(**columns):
-    index = pd.RangeIndex(1, 1 + len(next(iter(columns.values()))), name="epoch")
+    index = pd.RangeIndex(len(next(iter(columns.values()))))
     return pd.DataFrame(columns, index=index)
 
 
@@ -39,8 +39,8 @@ def test_a_fit_becomes_a_panel_per_metric_with_validation_in_it():
     assert [axis.get_title() for axis in axes] == ["loss", "accuracy"]
     for axis in axes:
         drawn, name = lines(axis), axis.get_title()
-        assert drawn["training"] == list(dfhistory[name].items())
-        assert drawn["validation"] == list(dfhistory[f"val_{name}"].items())
+        assert drawn["training"] == list(zip([1, 2, 3], dfhistory[name], strict=True))
+        assert drawn["validation"] == list(zip([1, 2, 3], dfhistory[f"val_{name}"], strict=True))
         assert axis.get_xlabel() == "epoch"
 
 
@@ -65,6 +65,17 @@ def test_no_epoch_is_marked_where_none_is_known_to_be_better(columns):
 def test_a_line_runs_through_epochs_without_validation():
     axis = minikeras.plot_metric(history(loss=[4.0, 3, 2, 1], val_loss=[NAN, 3.5, NAN, 1.5]), "loss")
     assert lines(axis)["validation"] == [(2, 3.5), (4, 1.5)]
+
+
+def test_epochs_count_from_1_in_a_part_of_a_history_and_in_a_csv_file():
+    whole = history(loss=[4.0, 3, 2, 1])
+    table = pd.DataFrame({"epoch": [7, 8], "loss": [2.0, 1.0]})
+    for part, expected in (
+        (whole.tail(2), [(3, 2.0), (4, 1.0)]),
+        (table, [(7, 2.0), (8, 1.0)]),
+        (table.set_index("epoch"), [(7, 2.0), (8, 1.0)]),
+    ):
+        assert lines(minikeras.plot_history(part)[0])["training"] == expected
 
 
 def test_an_infinite_loss_does_not_flatten_the_rest():
@@ -128,7 +139,7 @@ def test_the_file_of_a_csv_logger_can_be_drawn(tmp_path):
     log = minikeras.CSVLogger(tmp_path / "log.csv")
     dfhistory = compiled().fit(2, points(32), callbacks=[log], verbose=0)
     axis = minikeras.plot_metric(pd.read_csv(tmp_path / "log.csv"), "loss")
-    assert dict(lines(axis)["training"]) == pytest.approx(dict(dfhistory["loss"]))
+    assert dict(lines(axis)["training"]) == pytest.approx(dict(zip([1, 2], dfhistory["loss"], strict=True)))
 
 
 def test_nothing_is_shown_or_written_by_itself(tmp_path, monkeypatch):
@@ -190,7 +201,7 @@ def test_nothing_is_shown_or_written_by_itself(tmp_path, monkeypatch):
             history(loss=[1.0]).rename(index=str),
             None,
             ValueError,
-            "dfhistory's index must be the epochs' numbers, got '1'. Pass what fit returned.",
+            "dfhistory's index must be numbers, from 0 as in a history, got '0'. Pass what fit returned.",
         ),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_pipe_gets_rows_and_log_lines_and_no_control_characters(capsys):
 def test_the_table_shows_what_the_history_holds(capsys):
     dfhistory = compiled().fit(2, points(64), points(64))
     rows = [line.replace("*", "").split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows == [[str(epoch), *(f"{value:#.4g}" for value in row)] for epoch, *row in dfhistory.itertuples()]
+    assert rows == [[str(row + 1), *(f"{value:#.4g}" for value in values)] for row, *values in dfhistory.itertuples()]
 
 
 def test_the_best_validation_loss_so_far_is_marked(capsys):

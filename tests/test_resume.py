@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path):
     path = {"checkpoint": tmp_path / "run.pt"}
     stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2))
     for _ in range(2):
-        assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [1, 2]
+        assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [0, 1]
 
 
 @pytest.mark.parametrize("metric", [Mean(), lambda y_pred, y_true: y_pred.mean()], ids=["object", "function"])

@@ -205,7 +205,7 @@ def assert_holds(table, dfhistory):
     """Each value of the history under its column's name, once, and nothing else."""
     assert sorted(table) == sorted(dfhistory)
     for name, column in dfhistory.items():
-        expected = {epoch: value for epoch, value in column.items() if not math.isnan(value)}
+        expected = {row + 1: value for row, value in column.items() if not math.isnan(value)}
         assert table[name] == pytest.approx(expected, rel=1e-6), name
 
 

@@ -28,7 +28,7 @@ class Callback:
 
     `self.model.history` is brought up to date before `on_fit_end`; until then, look at `logs`.
 
-    Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's index does.
+    Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's rows do.
     `self.model.stop_training = True` ends the fit after the batch at hand; the epoch so far is validated and recorded.
     An error in a method ends the fit, and says whose it is.
 

@@ -26,7 +26,7 @@ class ModelCheckpoint(Watching):
         save_best_only: save an epoch only when its value is better than any before; default False.
         mode: "min" or "max" for what is better; "auto", the default, goes by the name.
 
-    Each fit starts afresh. Epochs are numbered as in the history, from 1. NaN is never better.
+    Each fit starts afresh. Epochs are numbered from 1, over several fits. NaN is never better.
 
     Raises:
         ValueError: a bad argument; at the fit's beginning, a name with val_ without dl_val; at an epoch's end, one that

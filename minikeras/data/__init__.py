@@ -8,14 +8,18 @@ nests.py        what batches are made of
 sources.py      from what the user has to batches
 in_memory.py    the batches of a loader over tensors, fetched whole
 sharded.py      one process's part, where there are several
+endless.py      the first batches of a pass, and data that may never end
 epochs.py       the epoch's number, for samplers that shuffle by it
+peek.py         the first batch of what is in memory
 position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
 """
 
 from minikeras.data.batch import call_as, call_with, choose_device, count_rows, join, manner, placed, to_device, unpack
+from minikeras.data.endless import check_ends, limited, long_pass
 from minikeras.data.epochs import set_epoch
 from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.peek import first_rows
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
@@ -27,13 +31,17 @@ __all__ = [
     "as_batches",
     "call_as",
     "call_with",
+    "check_ends",
     "choose_device",
     "count_rows",
     "empty",
+    "first_rows",
     "is_batched",
     "join",
     "leaves",
     "length",
+    "limited",
+    "long_pass",
     "manner",
     "map_leaves",
     "parts",

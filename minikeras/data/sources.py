@@ -41,7 +41,8 @@ def as_batches(
     """
     # a zip or a generator is used up by one; an iterator of the user's may start anew
     if passes > 1 and isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
-        steps = ", or give steps_per_epoch" * (name == "dl_train")
+        arguments = {"dl_train": "steps_per_epoch", "dl_val": "validation_steps"}
+        steps = f", or give {arguments[name]}" if name in arguments else ""
         raise ValueError(f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs.")
     size = 32 if batch_size is None else positive_int("batch_size", batch_size)
     if isinstance(data, Dataset):

@@ -1,0 +1,84 @@
+"""What is wrong with dl_val, said in the fit's first batch and not after an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from minikeras.checks.inputs import check_batch, check_results
+from minikeras.data import count_rows, first_rows, map_leaves, placed
+from minikeras.modes import modes_kept
+from minikeras.overrides import overrides
+from minikeras.randomness import Randomness
+
+if TYPE_CHECKING:
+    from minikeras.model import Model
+    from minikeras.run import Run
+
+PARTS = ("evaluate_step", "compute_outputs", "compute_loss", "compute_metrics")
+NOTE = "dl_val, batch 1, looked at before the first step"
+
+
+def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels: Any) -> None:
+    """Evaluate the first batch of dl_val if it is made otherwise than a batch of dl_train.
+
+    `features` and `labels` are the first training batch, before its step. Nothing is read ahead:
+    dl_val is looked at only where it is in memory, in an order that is not drawn. A batch that is
+    made as the training's is not evaluated, since the training step checks the same. Modes, random
+    states and metrics are put back.
+
+    Raises:
+        ValueError, TypeError: what the evaluation of that batch raises.
+    """
+    if run.world is not None or run.by_parts or overrides(model, *PARTS):
+        return
+    if any(map(is_lazy, model.parameters())):  # the evaluation would make them
+        return
+    try:
+        batch = first_rows(val)
+        if batch is None:
+            return
+        its_features, its_labels, weight = placed(batch, run.device)
+        if made_of((its_features, its_labels)) == made_of((features, labels)) and weight is None:
+            return
+        evaluate_once(model, run, its_features, its_labels, weight)
+    except Exception as error:
+        error.add_note(NOTE)
+        raise
+
+
+def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: Any) -> None:
+    """Take one batch through evaluate_step, and put back all that it changes."""
+    randomness = Randomness(run.device, [])
+    states, totals, rows = randomness.states(), run.totals, run.rows
+    loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
+    run.totals = run.val
+    run.val.reset()
+    try:
+        with modes_kept(model, loss), torch.no_grad():
+            model.eval()
+            loss.eval()
+            step = run.under_autocast(model.evaluate_step)
+            check_batch(step, features, labels, weight)
+            run.rows = count_rows(features, labels)
+            results = step(features, labels) if weight is None else step(features, labels, weight)
+            check_results(results, step)
+    finally:
+        run.val.reset()
+        run.totals, run.rows = totals, rows
+        randomness.restore(states)
+
+
+def made_of(nest: Any) -> str:
+    """What a batch is made of, whatever its number of rows."""
+
+    def leaf_of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return tuple(leaf.shape[1:]), leaf.dtype
+        return type(leaf)
+
+    return str(map_leaves(leaf_of, nest))

@@ -1,0 +1,41 @@
+"""The first batch of data that is in memory, without reading or drawing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import BatchSampler, SequentialSampler, default_collate
+
+from minikeras.data.endless import FirstBatches
+from minikeras.data.in_memory import InMemoryBatches
+from minikeras.data.nests import map_leaves
+from minikeras.data.sources import ArrayBatches
+
+
+def first_rows(batches: Iterable[Any]) -> Any:
+    """A copy of the first batch of a list, of arrays or of a loader over tensors; else None.
+
+    >>> first_rows([(1, 2), (3, 4)]), first_rows(iter([(1, 2)]))
+    ((1, 2), None)
+    """
+    if isinstance(batches, FirstBatches):
+        batches = batches.batches
+    if type(batches) is list:
+        return map_leaves(copied, batches[0]) if batches else None
+    if isinstance(batches, ArrayBatches) and not batches.shuffle:
+        size = batches.batch_size
+        return map_leaves(lambda leaf: copied(leaf[:size]), batches.arrays)
+    if isinstance(batches, InMemoryBatches):
+        sampler: Any = batches.loader.batch_sampler
+        if type(sampler) is BatchSampler and type(sampler.sampler) is SequentialSampler:
+            dataset: Any = batches.loader.dataset
+            rows = range(min(sampler.batch_size, len(dataset)))
+            return default_collate([dataset[row] for row in rows]) if rows else None
+    return None
+
+
+def copied(leaf: Any) -> Any:
+    """A tensor in memory of its own, since a layer may work in place; anything else as it is."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,100 @@
+"""What is wrong with dl_val is said before the first step, and what is right changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import accuracy, compiled, points
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import minikeras
+from minikeras import LambdaCallback
+
+X, y = points(64)
+
+WRONG = {
+    "labels (N,)": ((X, y[:, 0]), ValueError, "would broadcast"),
+    "labels (N,) in a loader": (DataLoader(TensorDataset(X, y[:, 0]), 8), ValueError, "would broadcast"),
+    "labels (N,) in a list": ([(X[:8], y[:8, 0])], ValueError, "would broadcast"),
+    "other columns": ((torch.randn(64, 3), y), ValueError, "takes rows of 2 values"),
+    "labels of text": ([(X[:8], ["a"] * 8)], AttributeError, "has no attribute"),
+    "features alone": (X, ValueError, "the batches are features alone"),
+    "a weight for a loss that is a mean": ((X, y, torch.ones(64)), ValueError, "reduction"),
+    "no rows": ((X[:0], y[:0]), ValueError, "its arrays have no rows"),
+    "empty": ([], ValueError, "gave no batch"),
+}
+
+
+@pytest.mark.parametrize(("dl_val", "error", "message"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("train", [(X, y), DataLoader(TensorDataset(X, y), 8, shuffle=True)], ids=["arrays", "loader"])
+def test_what_is_wrong_with_dl_val_is_said_before_a_step(dl_val, error, message, train):
+    model, steps = compiled(), []
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    count = LambdaCallback(on_batch_end=lambda batch, logs: steps.append(batch))
+    with pytest.raises(error, match=message) as raised:
+        model.fit(2, train, dl_val, callbacks=[count], verbose=0)
+    assert steps == []
+    notes = getattr(raised.value, "__notes__", [])
+    assert not any(note.startswith("dl_train") for note in notes)
+    for parameter, kept in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, kept)
+    model.fit(1, train, (X, y), verbose=0)
+
+
+def dropout_net():
+    torch.manual_seed(0)
+    layers = nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    model = minikeras.Model(nn.Sequential(*layers, nn.Linear(4, 1), nn.Sigmoid()))
+    return compiled(model, metrics_dict={"accuracy": accuracy})
+
+
+def test_signals_of_another_length_are_validated_as_without_the_look():
+    """Evaluated once more before the first step, they change no number, mode or random state."""
+    signals = torch.randn(64, 1, 10)
+    longer = torch.randn(32, 1, 14)
+    by_lists = list(zip(longer.split(8), y[:32].split(8), strict=True))
+    results = []
+    for dl_val in ((longer, y[:32]), by_lists, iter_only(by_lists)):  # the last cannot be looked at
+        model = dropout_net()
+        size = {"batch_size": 8}
+        dfhistory = model.fit(2, (signals, y), dl_val, verbose=0, **size)
+        results.append((dfhistory, model.state_dict(), torch.rand(()).item(), np.random.get_state()[1].tolist()))
+    for dfhistory, state, drawn, drawn_by_numpy in results[:-1]:
+        expected, expected_state, *expected_draws = results[-1]
+        assert dfhistory.equals(expected)
+        torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
+        assert [drawn, drawn_by_numpy] == expected_draws
+
+
+def iter_only(batches):
+    class Batches:
+        def __iter__(self):
+            return iter(batches)
+
+    return Batches()
+
+
+def test_a_batch_made_as_the_trainings_is_not_evaluated_before_its_turn():
+    calls = []
+    model = compiled()
+    model.register_forward_pre_hook(lambda module, args: calls.append(module.training))
+    model.fit(1, (X, y), (X[:32], y[:32]), verbose=0)
+    assert calls == [True, True, False]
+
+
+def test_a_step_of_the_users_is_not_called_before_its_turn():
+    class Own(minikeras.Model):
+        def evaluate_step(self, features, labels):
+            order.append("validation")
+            return {"loss": self.compute_loss(self(features), labels)}
+
+        def train_step(self, features, labels):
+            order.append("training")
+            return super().train_step(features, labels)
+
+    order = []
+    model = Own(nn.Linear(2, 1))
+    model.compile(nn.MSELoss(), device="cpu")
+    model.fit(1, [(X, y)], [(X.double().float()[:8, :2], y[:8].reshape(-1, 1))], verbose=0)
+    model.fit(1, [(X, y)], [(X[:8, None], y[:8, None])], verbose=0)
+    assert order == ["training", "validation"] * 2
