@@ -41,8 +41,8 @@ ORDER = [
     ["checks"],
     ["broadcast", "losses", "faults"],
     ["data"],
-    ["distributed", "randomness"],
-    ["errors", "results"],
+    ["distributed", "randomness", "atomic"],
+    ["errors", "results", "paths"],
 ]
 
 
