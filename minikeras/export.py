@@ -25,10 +25,11 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from minikeras import checks
-from minikeras.checkpoint.file import write
+from minikeras.atomic import write
 from minikeras.data import count_rows, leaves, manner, map_leaves, parts, to_device
 from minikeras.distributed import is_part
 from minikeras.errors import described
+from minikeras.paths import user_path
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -61,7 +62,7 @@ def export(model: Model, path: str | Path, example: Any) -> None:
     >>> torch.export.load(path).module()(torch.zeros(5, 2)).shape
     torch.Size([5, 1])
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(
             f"path must end in .pt2 or .onnx, got {str(path)!r}. Take .pt2 for torch.export.load, .onnx for other "

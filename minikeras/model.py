@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, export, layer_summary, loop, prediction
-from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors
+from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, check_places
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, call_with, check_ends, length, limited
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.metrics import detached
 from minikeras.modes import TrainingModes
 from minikeras.notebook import model_html, progress
+from minikeras.paths import user_path
 from minikeras.progress import say_nothing, show
 from minikeras.results import Result, mean_of, scalar_loss, with_gradient
 from minikeras.run import Run, check_optimizers, made, ready
@@ -303,12 +304,14 @@ class Model(nn.Module):
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         listed = check_callbacks(callbacks)
+        check_places(listed, saved.path)
         check_monitors(listed, validates=val is not None)
         check_optimizers(self, run)
         ready(self, run)
         run.modes = TrainingModes(self)
         run.modes.look()
         last = saved.open(self, run, epochs)
+        saved.check_length(length(train))
         say = say_nothing
         if show(verbose) and self.is_main_process:
             table = progress(verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss())
@@ -379,7 +382,7 @@ class Model(nn.Module):
         run = self._run
         if run is not None and run.finite_weights is not None and not run.finite_weights.allow(path):
             return
-        save_weights(self, Path(path), None if run is None else run.world)
+        save_weights(self, user_path(path), None if run is None else run.world)
 
     def load(self, path: str | Path) -> None:
         """Take over weights from a file of `save`, torch.save(model.state_dict(), path) or `fit(checkpoint=path)`.
@@ -391,11 +394,11 @@ class Model(nn.Module):
             FileNotFoundError: there is no file.
             CheckpointError: it is damaged, foreign, or of another architecture; the model is as it was.
         """
-        load_weights(self, Path(path))
+        load_weights(self, user_path(path))
 
     def export(self, path: str | Path, example: Any) -> None:
         """Write a program that runs without its code to `path`, for rows like `example`: `minikeras.export.export`."""
-        export.export(self, Path(path), example)
+        export.export(self, path, example)
 
     def summary(
         self, input_shape: Any = None, input_dtype: Any = torch.float32, *, input_data: Any = None, batch_size: int = -1

@@ -424,7 +424,7 @@ def test_model_checkpoint_keeps_its_best_value_over_a_resume(tmp_path):
     fit(2, [log("score", [2.0, 0.5]), after, Loader([after], saved_now(before))])
     assert names_in(tmp_path) == ["1.pt", "2.pt"]
     fit(1, [log("score", [9.0]), after])  # a fit of its own: 9 is its best
-    assert names_in(tmp_path) == ["1.pt", "1.pt.prev", "2.pt"]
+    assert names_in(tmp_path) == ["1.pt", "2.pt"]
     assert after.best == 9.0
 
 

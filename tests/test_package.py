@@ -41,10 +41,10 @@ ORDER = [
     ["checks"],
     ["broadcast", "losses", "faults"],
     ["data"],
-    ["distributed", "randomness"],
+    ["distributed", "randomness", "atomic"],
     ["results"],
     ["modes"],
-    ["errors", "overrides"],
+    ["errors", "overrides", "paths"],
 ]
 
 

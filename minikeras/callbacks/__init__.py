@@ -10,7 +10,7 @@ from minikeras.callbacks.base import (
     is_rate,
     with_method,
 )
-from minikeras.callbacks.files import CSVLogger, ModelCheckpoint, check_writable
+from minikeras.callbacks.files import CSVLogger, ModelCheckpoint, check_places, check_writable
 from minikeras.callbacks.monitor import check_monitors, mode_of
 from minikeras.callbacks.rates import LRScheduler, rate_name
 from minikeras.callbacks.stopping import EarlyStopping, Timer
@@ -26,6 +26,7 @@ __all__ = [
     "Timer",
     "check_callbacks",
     "check_monitors",
+    "check_places",
     "check_row",
     "check_writable",
     "column_order",

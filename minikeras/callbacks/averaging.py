@@ -140,6 +140,11 @@ class EMA(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        weights = self._weights().items()
+        for part in ("averaged", "raw"):
+            given = state[part]
+            if given and any(name not in given or given[name].shape != weight.shape for name, weight in weights):
+                raise ValueError(f"EMA: the state has {part} weights of another shape than the model's.")
         self.taken = state.get("taken", 0)
         self.averaged = self._loaded(state["averaged"])
         if state["raw"]:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import re
 import string
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from minikeras.atomic import check_name, previous, write
 from minikeras.callbacks.base import Callback, column_order
 from minikeras.callbacks.monitor import Monitor, Watching, skipped, unknown
+from minikeras.paths import fix, follow_links, refuse_special, same_place, user_path
+
+NUMBER = r"[-+0-9., %_einfa]*"  # what a number may look like in a name
 
 
 class ModelCheckpoint(Watching):
@@ -47,16 +54,19 @@ class ModelCheckpoint(Watching):
     def __init__(
         self, path: str | Path, monitor: str = "val_loss", *, save_best_only: bool = False, mode: str = "auto"
     ) -> None:
+        user_path(path)
         self.path: str = str(path)
+        self.folder: Path = Path()  # a fit's current one as it begins: a callback may chdir
         self.names: list[str] = _names_in(self.path)
         self.monitor: Monitor | None = Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
         self.best: float = 0.0
 
     def on_fit_begin(self) -> None:
         self.best = 0.0 if self.monitor is None else self.monitor.worst
+        self.folder = Path.cwd()
         if self.model.is_main_process:
-            known = Path(self.path.partition("{")[0] + "_") if self.names else Path(self.path)
-            check_writable(known, "ModelCheckpoint")
+            known = self.path.partition("{")[0] + "_" if self.names else self.path
+            check_writable(user_path(known), "ModelCheckpoint")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.monitor is not None:
@@ -70,7 +80,15 @@ class ModelCheckpoint(Watching):
                 known[name] = math.nan
             elif name not in known:
                 raise unknown(f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known)
-        self.model.save(self.path.format_map(known))
+        self._save(self.folder / user_path(self.path.format_map(known)))
+
+    def _save(self, path: Path) -> None:
+        if getattr(self.model.save, "__module__", "") != "minikeras.model":  # the user's own
+            self.model.save(path)
+            return
+        from minikeras.checkpoint import save_weights  # as it is needed: that room imports this one
+
+        save_weights(self.model, path, self.model._compiled("ModelCheckpoint").world, keep=False)
 
     def watched(self) -> list[tuple[str, str, str]]:
         in_path = [(name, "names its files by", "a path without it") for name in self.names]
@@ -90,9 +108,12 @@ def check_writable(path: Path, name: str) -> None:
         OSError: it cannot.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
+        place = follow_links(path)
+        refuse_special(place)
+        check_name(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place.parent).close()
+        if place.is_dir():
             raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise type(error)(f"{name} cannot write {path}: {error}. Give the path of a file that can be.") from error
@@ -102,13 +123,18 @@ def _names_in(path: str) -> list[str]:
     """The names in a path's braces; a path that cannot be filled in is refused."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(path) if name is not None]
-        path.format_map(defaultdict(lambda: 0.5, epoch=1))  # formats are for an int and for floats
+        _filled_in(path)
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"path {path!r} cannot be filled in: {error}. Write names in braces, {{epoch:02d}} or {{val_loss:.3f}}, "
             f"and a brace that stands for itself twice."
         ) from None
     return names
+
+
+def _filled_in(path: str) -> str:
+    """An example of a path's names: formats are for an int and for floats."""
+    return path.format_map(defaultdict(lambda: 0.5, epoch=1))
 
 
 class CSVLogger(Callback):
@@ -137,10 +163,13 @@ class CSVLogger(Callback):
     """
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
-        self.path: Path = Path(path)
+        self.path: Path = user_path(path)
+        self.place: Path = self.path  # absolute during a fit: a callback may chdir
         self.append = append
 
     def on_fit_begin(self) -> None:
+        self.place = fix(self.path)
+        refuse_special(follow_links(self.place))
         self.columns: list[str] = []  # of the file, from this fit's first row on
         self.rows: int = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
         if self.model.is_main_process:
@@ -151,7 +180,7 @@ class CSVLogger(Callback):
             return
         if not self.columns or not logs.keys() <= set(self.columns):
             self._make_room(list(logs))
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with self.place.open("a", newline="", encoding="utf-8") as file:
             self._writer(file).writerow({**logs, "epoch": epoch})
         self.rows += 1
 
@@ -162,17 +191,18 @@ class CSVLogger(Callback):
         if not {"epoch", *names} <= set(self.columns):
             names = list(dict.fromkeys([*self.columns, *names]))
             self.columns = ["epoch", *column_order(name for name in names if name != "epoch")]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".new")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            self._writer(file).writeheader()
-            self._writer(file).writerows(rows[: self.rows])
-        beside.replace(self.path)  # at once: a crash leaves the one or the other
+
+        def dump(new: Path) -> None:
+            with new.open("w", newline="", encoding="utf-8") as file:
+                self._writer(file).writeheader()
+                self._writer(file).writerows(rows[: self.rows])
+
+        write(self.place, dump, keep=False)  # at once: a crash leaves the one or the other
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        if not self.path.exists():
+        if not self.place.exists():
             return [], []
-        with self.path.open(newline="", encoding="utf-8") as file:
+        with self.place.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restval="")
             return list(reader.fieldnames or ()), list(reader)
 
@@ -185,3 +215,47 @@ class CSVLogger(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
         self.columns = []
+
+
+def check_places(callbacks: Iterable[Callback], checkpoint: Path | None) -> None:
+    """Refuse two things of one fit that would write one file.
+
+    Raises:
+        ValueError: there are such; the message names both.
+    """
+    taken: list[tuple[Path, str]] = []
+    if checkpoint is not None:
+        place = follow_links(checkpoint)
+        taken += [(place, f'checkpoint="{checkpoint}"'), (previous(place), f'checkpoint="{checkpoint}" and its .prev')]
+    for writer in callbacks:
+        if not isinstance(writer, (ModelCheckpoint, CSVLogger)):
+            continue
+        name = f'{type(writer).__name__}("{writer.path}")'
+        for path, other in taken:
+            if _may_write(writer, path):
+                raise ValueError(f"{other} and {name} would write one file. Give each a path of its own.")
+        taken.append((_example_of(writer), name))
+
+
+def _example_of(writer: ModelCheckpoint | CSVLogger) -> Path:
+    """A path that a callback writes to."""
+    if isinstance(writer, CSVLogger) or not writer.names:
+        return user_path(writer.path)
+    return user_path(_filled_in(writer.path))
+
+
+def _may_write(writer: ModelCheckpoint | CSVLogger, path: Path) -> bool:
+    """Whether a callback writes to that path, or may in some epoch where its path has names in braces."""
+    if same_place(_example_of(writer), path):
+        return True
+    if isinstance(writer, CSVLogger) or not writer.names:
+        return False
+    own = str(user_path(writer.path))
+    pattern = ""
+    if not os.path.isabs(own):
+        pattern = re.escape(os.path.realpath(Path.cwd()) + os.sep)
+    for text, name, _, _ in string.Formatter().parse(own):
+        pattern += re.escape(text)
+        if name is not None:
+            pattern += NUMBER
+    return re.fullmatch(pattern, os.path.realpath(path)) is not None

@@ -2,6 +2,8 @@
 
 file.py       any plain values <-> a file that is whole or not there
 folder.py     ... and a folder, where tensors lie in parts in several processes
+archive.py    what is in a file of torch.save, before it is loaded
+validate.py   whether each value of a run's state can be one
 plain.py      plain values: what can be read without running code
 matching.py   whether the state in a file fits this run
 weights.py    model.save, model.load

@@ -1,8 +1,8 @@
 """Plain values <-> a file that is whole or not there.
 
-write    to a temporary file beside it, flushed to the disk; the last one gets the name NAME.prev too, then the new one
-         takes its place
-read     every byte against its checksum, then values only: nothing in a file can run
+dump     writes a value, for `minikeras.atomic.write`: to a temporary file next to it, flushed to the disk; the last one
+         gets the name NAME.prev too, then the new one takes its place
+read     every byte against its checksum, then values only: nothing in a file can run, or take more memory than it has
 
 Whenever the process dies, NAME is a whole state; where it is gone, the user has removed it. A folder cannot have two
 names, so between two renamings there may be NAME.prev alone.
@@ -11,8 +11,7 @@ names, so between two renamings there may be NAME.prev alone.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -20,142 +19,148 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from minikeras.atomic import REST, discard, previous, temporaries, write
+from minikeras.checkpoint.archive import ArchiveError, check_entries, check_program, check_values
+from minikeras.data import leaves
 from minikeras.errors import CheckpointError
+from minikeras.paths import follow_links, refuse_special
 
-FOLDER = 0x10  # the bit of a zip entry's attributes
-REST = "run.pt"  # in a folder of parts, the file of all else
+__all__ = ["discard", "dump", "previous", "read", "read_newest", "refuse_special_file", "remedy", "remedy_of_fit"]
+__all__ += ["write"]
+
 ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 
 
-def previous(path: Path) -> Path:
-    """Where the file before the newest is kept."""
-    return path.with_name(path.name + ".prev")
+class _Sink:
+    """A file that never raises: what goes wrong is kept for later, and nothing more is written.
 
-
-def temporary(path: Path) -> Path:
-    """Where the newest is written before it is whole."""
-    return path.with_name(path.name + ".tmp")
-
-
-def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True) -> None:
-    """Put what `dump` writes into a file at `path`, whole; with `keep` the one there becomes NAME.prev.
-
-    Raises:
-        OSError: it could not be written, or a folder of something else is there; what was there is there still.
+    torch's writer cannot take an error from below: it hides it behind one of its own, or ends the process.
     """
-    new = temporary(path)
-    refuse_folders(path, previous(path), new)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        dump(new)
-        flush(new)
-        if keep:
-            keep_previous(path)
-        put(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            discard(new)
-        raise
-    flush(path.parent)
 
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+        self.stopped = False
 
-def refuse_folders(*paths: Path) -> None:
-    """One that a run with parameters in parts has written, or begun to, may be written over, and no other.
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None and not self.stopped and not self.file.closed:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return size
 
-    Raises:
-        IsADirectoryError: one is a folder of something else.
-    """
-    for path in filter(Path.is_dir, paths):
-        names = [one.name for one in path.iterdir()]
-        other = any(name not in (REST, ".metadata") and not name.endswith(".distcp") for name in names)
-        if other or not (REST in names or path.suffix == ".tmp"):
-            raise IsADirectoryError(f"{path} is a folder, and not one of a run. Give the path of a file.")
+    def flush(self) -> None:
+        """At the end, by `dump`."""
 
-
-def keep_previous(path: Path) -> None:
-    """What is there gets the name NAME.prev as well, or alone where it cannot have two."""
-    if path.is_dir():
-        put(path, previous(path))
-    elif path.exists():
-        second = temporary(previous(path))
-        second.unlink(missing_ok=True)
-        try:
-            os.link(path, second)
-        except OSError:  # not every file system has them
-            shutil.copyfile(path, second)
-            flush(second)
-        put(second, previous(path))
-
-
-def put(source: Path, target: Path) -> None:
-    """Give it that name, over what has it; between a folder that goes and the one that comes there is neither."""
-    if source.is_dir() or target.is_dir():
-        discard(target)
-    os.replace(source, target)
-
-
-def discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    def stop(self) -> None:
+        self.stopped = True
 
 
 def dump(value: Any) -> Callable[[Path], None]:
     """Writes a plain value with torch.save."""
 
     def save(path: Path) -> None:
-        if path.is_dir():  # left by a run with parameters in parts
-            discard(path)
-        try:
-            with open(path, "wb") as file:
-                torch.save(value, file)
-        except RuntimeError as error:  # torch's, of a position in the file, hides what the disk said
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        for device in {leaf.device for leaf in leaves(value) if isinstance(leaf, Tensor)}:
+            if device.type not in ("cpu", "meta"):  # another thread has another stream
+                torch.get_device_module(device).synchronize()
+        with open(path, "wb") as file:
+            sink = _Sink(file)
+            run_uninterrupted(lambda: torch.save(value, sink), sink.stop)  # type: ignore[arg-type] # it takes any
+            if sink.error is not None:
+                raise sink.error
 
     return save
 
 
-def flush(path: Path) -> None:
-    """To the disk, so that it outlives a loss of power too."""
-    if os.name == "nt" and path.is_dir():  # Windows has no such thing for folders
+def run_uninterrupted(work: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Run what no signal may interrupt: in a thread, since Python's signal handlers run in the main one.
+
+    What a handler raises meanwhile, as Ctrl-C does, is raised here once the work has ended; `stop` tells it to hurry.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        work()
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=run, name="minikeras save")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        thread.start()
+        done.wait()
+    except BaseException:
+        stop()
+        while thread.is_alive() and not done.is_set():
+            with contextlib.suppress(BaseException):  # another Ctrl-C: the first one is on its way
+                done.wait(1.0)
+        raise
+    if failures:
+        raise failures[0]
 
 
-def read(path: Path) -> Any:
+def read(path: str | Path) -> Any:
     """The plain value in a file, its tensors on the CPU.
 
     Raises:
         FileNotFoundError: there is none.
+        PermissionError: it may not be read.
         CheckpointError: it is damaged, or holds something else than plain values.
     """
+    path = Path(path)
+    refuse_special_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()  # torch.load takes a flipped bit in a tensor for a number
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & FOLDER]
-            part = part or next(iter(folders), None)  # torch.load takes what memory holds for a folder's content
-        if part is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, NotADirectoryError):
+            size = path.stat().st_size
+            check_entries(archive, size)
+            check_program(archive)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # of what is refused below
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(value, size)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
+    except ArchiveError as error:
+        raise CheckpointError(f"{path} {error}. {remedy(path)}") from None
     except Exception as error:
         why = reason(path, error)
         raise CheckpointError(f"{path} {why}. {remedy(path)}") from error
-    raise CheckpointError(f"{path} is damaged in {part}. {remedy(path)}")
+    return value
+
+
+def refuse_special_file(path: Path) -> None:
+    """Refuse to read a FIFO, a device or a socket.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        refuse_special(path)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def reason(path: Path, error: Exception) -> str:
     """Why a file could not be read."""
     if path.is_dir():
         return "is a folder, and not a file"
-    with open(path, "rb") as file:
-        begin = file.read(len(ZIP))
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(ZIP))
+    except OSError as unreadable:
+        return f"could not be read: {unreadable}"
     if not begin:
         return "is empty"
     if begin != ZIP:
@@ -167,9 +172,21 @@ def reason(path: Path, error: Exception) -> str:
 
 
 def remedy(path: Path) -> str:
+    """What to do about a file that cannot be used."""
+    path = follow_links(path)
     if previous(path).exists():
         return f"The one written before it is {previous(path)}."
     return "There is none written before it: give another file, or move this one away to start anew."
+
+
+def remedy_of_fit(path: Path) -> str:
+    """What to do about the state of a run that does not fit this script."""
+    path = follow_links(path)
+    newest = path
+    if path.name.endswith(".prev"):
+        newest = path.with_name(path.name.removesuffix(".prev"))
+    files = [file for file in (newest, previous(newest)) if file.exists()]
+    return f"To start anew, delete {' and '.join(map(str, files)) or path}, or give another path."
 
 
 def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:
@@ -180,11 +197,13 @@ def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Pa
     Raises:
         CheckpointError: there are files, and none is whole.
     """
+    path = follow_links(path)
     before = previous(path)
     try:
         return read(path), path
     except (FileNotFoundError, NotADirectoryError):  # where a folder came or went, between two renamings
-        midway = before.is_dir() or (before.exists() and temporary(path).is_dir())
+        folders = any((folder / REST).is_file() for folder in temporaries(path))
+        midway = before.is_dir() or (before.exists() and folders)
         return (read(before), before) if midway else None
     except CheckpointError as error:
         if not before.exists():

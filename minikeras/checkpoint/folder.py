@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minikeras.checkpoint.file import REST, discard, dump, flush, read, refuse_folders, remedy
+from minikeras.atomic import REST, flush, is_folder_of_run
+from minikeras.checkpoint.file import dump, read, remedy
 from minikeras.checkpoint.plain import like
 from minikeras.distributed import World, is_part
 from minikeras.errors import CheckpointError
@@ -65,8 +66,6 @@ def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[
     problem = ""
     if world.rank == 0:
         try:
-            refuse_folders(folder)
-            discard(folder)
             folder.mkdir(parents=True)
         except OSError as error:
             problem = str(error)
@@ -124,8 +123,11 @@ def read_folder(folder: Path, mesh: Any = None) -> Any:
     Raises:
         CheckpointError: a file of it is damaged or missing, or it is another folder.
     """
-    if not (folder / REST).is_file():
-        raise CheckpointError(f"{folder} is a folder, and not a file or a folder of a run. {remedy(folder)}")
+    if not is_folder_of_run(folder):
+        hint = remedy(folder)
+        if (folder / REST).is_file():
+            hint = f"Give the path of the file in it, {folder / REST}."
+        raise CheckpointError(f"{folder} is a folder, and not a file or a folder of a run. {hint}")
     try:
         state = read(folder / REST)
     except CheckpointError as error:

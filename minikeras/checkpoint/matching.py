@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minikeras.callbacks import Callback
-from minikeras.checkpoint.file import remedy
+from minikeras.checkpoint.file import remedy_of_fit as remedy
+from minikeras.checkpoint.validate import check_state
 from minikeras.checkpoint.weights import RUN, check_weights
 from minikeras.errors import CheckpointError, is_number
 
@@ -29,15 +30,16 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
         CheckpointError: it does not.
     """
     version = state.get(RUN) if isinstance(state, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is not the state of a run of minikeras. {remedy(path)}")
     if version > VERSION:
         raise CheckpointError(
             f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
         )
-    check_weights(model, state["model"], path)
+    check_state(state, model, run, path)
+    check_weights(model, state["model"], path, remedy)
     if isinstance(run.loss_func, nn.Module):
-        check_weights(run.loss_func, state["loss"], path)
+        check_weights(run.loss_func, state["loss"], path, remedy)
     check_metrics(state, run, path)
     check_window(state.get("precision"), run, path)
     check_processes(state, run, path)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minikeras.atomic import discard, previous, refuse_folders, temporary, write
 from minikeras.callbacks import Callback, check_writable
-from minikeras.checkpoint.file import dump, previous, read_newest, refuse_folders, remedy, temporary, write
+from minikeras.checkpoint.file import dump, read_newest, remedy
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.matching import (
     VERSION,
@@ -28,11 +29,13 @@ from minikeras.checkpoint.matching import (
     warn_of_other_settings,
 )
 from minikeras.checkpoint.plain import plain, restored
-from minikeras.checkpoint.weights import RUN, freeze, frozen, set_buffers, weights_of
+from minikeras.checkpoint.validate import untouched
+from minikeras.checkpoint.weights import RUN, buffers_of, freeze, frozen, set_buffers, weights_of
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
 from minikeras.distributed import World, load_optimizer, load_whole
 from minikeras.errors import CheckpointError, positive_int
 from minikeras.faults import Interruptions
+from minikeras.paths import fix, follow_links, user_path
 from minikeras.randomness import Randomness
 
 if TYPE_CHECKING:
@@ -60,9 +63,8 @@ class Checkpoint:
     def __init__(self, path: str | Path | None, every: int | None = None) -> None:
         if path is None and every is not None:
             raise ValueError(f'checkpoint_every={every} needs a file. Pass checkpoint="run.pt" as well.')
-        self.path = None if path is None else Path(path)
-        if self.path is not None and not self.path.name:
-            raise ValueError(f'checkpoint="{path}" is not the path of a file. Pass one, such as "run.pt".')
+        self.path = None if path is None else path_of_run(path)
+        self.place = None if self.path is None else fix(self.path)  # a callback may chdir
         self.every = None if every is None else positive_int("checkpoint_every", every)
         self.state: Any = None  # what is to be carried on from
         self.whole = True  # the newest file is; else it is not worth keeping as the one before
@@ -103,6 +105,8 @@ class Checkpoint:
         if not run.begun:
             in_eval = list(run.modes.look())
             run.begun = {"optimizers": settings(run.optimizers), "frozen": frozen(model), "in_eval": in_eval}
+        place = follow_links(self.path)
+        refuse_folders(previous(place))
         found = read_newest(self.path, reader(model))
         if found is not None:
             state, path = found
@@ -112,11 +116,23 @@ class Checkpoint:
             check_run(state, model, run, path)
             self.state = self._mine(state, path)
             self._compare_beginnings(state.get("begun"))
-        refuse_folders(previous(self.path), temporary(self.path))
         if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
             check_writable(self.path, "fit(checkpoint=...)")
         run.under_way = self.path, self.first
         return self.last
+
+    def check_length(self, batches: int | None) -> None:
+        """Refuse a position beyond an epoch's end, where the number of its batches is known.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        step = 0 if self.state is None else self.state["position"]["step"]
+        if batches is not None and step > batches:
+            raise CheckpointError(
+                f"{self.path} stands after batch {step} of an epoch, and dl_train has {batches}. Give the same data "
+                f"and batch_size as before."
+            )
 
     def _compare_beginnings(self, begun: Any) -> None:
         """The script's with those of the run: what it has changed since is told, or is not to be taken back."""
@@ -148,6 +164,7 @@ class Checkpoint:
 
     # --- as it begins -------------------------------------------------------------------------------------------------
 
+    @untouched
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
         """Take over the file's state, where there is one of this call; where the fit begins, said in a line."""
         self.callbacks, self.say = callbacks, say
@@ -264,7 +281,8 @@ class Checkpoint:
             return
         if self.run.finite_weights is not None and not self.run.finite_weights.allow(self.path):
             return
-        error = self._write(self.path, plain(self._state(at), "the state of the run"))
+        assert self.place is not None
+        error = self._write(self.place, plain(self._state(at), "the state of the run"))
         if error is not None and last:
             why = "Make room or give another file: these last weights are not saved."
             raise CheckpointError(f"{self._unwritten(error)} {why}") from error
@@ -281,18 +299,23 @@ class Checkpoint:
     def _write(self, path: Path, state: Any) -> OSError | None:
         """By rank 0, where there are several processes, and what is in parts by all; the error, if it failed."""
         state, parts = apart(state)
+        folder = None
         try:
             if parts and self.run.world is not None:
-                state["parts"] = save_parts(temporary(path), parts, self.run.world)
+                folder = Path(self.run.world.broadcast(str(temporary(follow_links(path)))))
+                state["parts"] = save_parts(folder, parts, self.run.world)
             if self.model.is_main_process:
-                write(path, dump_rest(state) if parts else dump(state), keep=self.whole)
+                write(path, dump_rest(state) if parts else dump(state), keep=self.whole, new=folder)
         except OSError as error:
+            if folder is not None and self.model.is_main_process:
+                with contextlib.suppress(OSError):
+                    discard(folder)
             return error
         return None
 
     def _unwritten(self, error: OSError) -> str:
         before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
-        return f"{self.path} could not be written: {error}. {before}."
+        return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -318,7 +341,7 @@ class Checkpoint:
             "frozen": frozen(model),
             "in_eval": run.modes.look(),
             "model": weights,
-            "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
+            "buffers": {name: buffer for name, buffer in buffers_of(model).items() if name not in weights},
             "loss": weights_of(loss) if isinstance(loss, nn.Module) else {},
             "optimizers": {
                 name: {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
@@ -345,9 +368,24 @@ class Checkpoint:
         if totals.sums:
             sums, counts = totals.summed()
             together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
-        mine = mine | {"own buffers": dict(self.model.named_buffers())}
+        mine = mine | {"own buffers": buffers_of(self.model)}
         rest, _ = apart(plain(mine, "the state of a process"))  # parts are in the whole state under the same names
         return {"totals": together, "ranks": world.gather(rest)}
+
+
+def path_of_run(path: Any) -> Path:
+    """The user's path of a file for the state of a run.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    checked = user_path(path, "checkpoint")
+    if checked.suffix == ".safetensors":
+        raise ValueError(
+            f'checkpoint="{path}": a .safetensors file holds tensors alone, and not the state of a run. '
+            f'Pass "{checked.with_suffix(".pt")}".'
+        )
+    return checked
 
 
 def stopped(state: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.checkpoint.file import dump, read_newest, remedy, write
+from minikeras.atomic import write
+from minikeras.checkpoint.file import dump, read_newest, refuse_special_file, remedy
 from minikeras.checkpoint.folder import reader
 from minikeras.checkpoint.plain import plain
-from minikeras.distributed import World, load_whole, whole
-from minikeras.errors import CheckpointError
+from minikeras.distributed import World, is_part, load_whole, whole
+from minikeras.errors import CheckpointError, dtype_name
 
 RUN = "minikeras"  # the key of the version number in a run's state
+OWN_WAYS = ("load_state_dict", "set_extra_state")  # of a module to take its weights
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
 
-def save_weights(model: nn.Module, path: Path, world: World | None) -> None:
-    """The model's state_dict in a file: whole, or not there; there for each process when it goes on."""
+def save_weights(model: nn.Module, path: Path, world: World | None, keep: bool = True) -> None:
+    """The model's state_dict in a file: whole, or not there; there for each process when it goes on.
+
+    Args:
+        keep: the file that was there becomes NAME.prev.
+    """
 
     state = weights_of(model)
     for key, value in state.items():
         state[key] = whole(value)  # by all processes
 
     def save() -> None:
-        write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state))
+        write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state), keep=keep)
 
     save() if world is None else world.by_main(save)
 
@@ -42,28 +50,50 @@ def weights_of(module: nn.Module) -> dict[str, Any]:
     return state
 
 
+def plain_name(name: str) -> str:
+    """A name without what torch.compile puts into it.
+
+    >>> plain_name("net._orig_mod.weight")
+    'net.weight'
+    """
+    return name.replace(COMPILED, "")
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """All buffers by their plain names, those that are not in a state_dict too."""
+    return {plain_name(name): buffer for name, buffer in model.named_buffers()}
+
+
 def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
     """Fill buffers, those that are not in a state_dict too; one of another size, or of none, is replaced."""
+    modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
+    modules[""] = model
     for name, value in buffers.items():
-        owner, _, last = name.rpartition(".")
-        module = model.get_submodule(owner)
-        held = getattr(module, last, None)
-        if isinstance(held, Tensor) and held.shape == value.shape:
-            held.copy_(value)
-        elif hasattr(module, last):
+        owner, _, last = plain_name(name).rpartition(".")
+        module = modules.get(f"{owner}." if owner else "")
+        if module is None:
+            continue
+        own = dict(module.named_buffers(recurse=False)).get(last)
+        if own is not None and own.shape == value.shape:
+            own.copy_(value)
+        elif own is not None:
             setattr(module, last, value.to(device))
+        elif getattr(module, last, value) is None:
+            with contextlib.suppress(KeyError):  # None, and no buffer
+                module.register_buffer(last, value.to(device), persistent=False)
 
 
 def frozen(model: nn.Module) -> list[str]:
     """The parameters that are not trained."""
-    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def freeze(model: nn.Module, names: list[str] | None) -> None:
     """Those and no others; None leaves them as they are."""
     if names is not None:
+        plain_names = {plain_name(name) for name in names}
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in names)
+            parameter.requires_grad_(plain_name(name) not in plain_names)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -71,13 +101,110 @@ def load_weights(model: nn.Module, path: Path) -> None:
     found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else reader(model))
     if found is None:
         raise FileNotFoundError(f"there is no file {path}. Pass the path of a file that model.save wrote.")
-    state = found[0]["model"] if isinstance(found[0], dict) and RUN in found[0] else found[0]
-    check_weights(model, state, path)
-    load_whole(model, state)
+    value, read_from = found
+    state = value["model"] if isinstance(value, dict) and RUN in value and "model" in value else value
+    state = under_own_names(model, state)
+    check_weights(model, state, read_from)
+    try:
+        with all_or_nothing(model):
+            load_whole(model, state)
+    except Exception as error:  # of a hook or a method of the model's own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it was. {remedy(path)}"
+        ) from error
 
 
-def check_weights(model: nn.Module, state: Any, path: Path) -> None:
-    """A state_dict must have the model's keys and shapes.
+def under_own_names(model: nn.Module, state: Any) -> Any:
+    """A state_dict without the names of torch.compile's wrappers, and with both names of tied weights.
+
+    Some files have one name alone of weights that are tied; the model's own ties say which the other is.
+    """
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        return state
+    own = model.state_dict()
+    if any(COMPILED in key for key in state) and not any(COMPILED in key for key in own):
+        state = renamed(state, own)
+    missing = [key for key in own if key not in state and isinstance(own[key], Tensor)]
+    if missing and not any(is_lazy(value) or is_part(value) for value in own.values()):
+        state = copy.copy(state)
+        for key in missing:
+            other = twin_of(key, own, state)
+            if other is not None:
+                state[key] = state[other]
+    return state
+
+
+def renamed(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict with plain names; that of a compiled network has those of the Model that wraps it."""
+    plain_names = {key: plain_name(key) for key in state}
+    if len(set(plain_names.values())) < len(plain_names):
+        return state
+    if all(key.startswith(COMPILED) for key in state):
+        for first in {key.partition(".")[0] for key in own}:
+            wrapped = {key: f"{first}.{name}" for key, name in plain_names.items()}
+            if set(wrapped.values()) == set(own):
+                plain_names = wrapped
+                break
+    new = copy.copy(state)  # with the version numbers that torch keeps beside the items
+    new.clear()
+    for key, value in state.items():
+        new[plain_names[key]] = value
+    return new
+
+
+def twin_of(key: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
+    """Another name in `state` of the tensor that the model has under `key`."""
+    tensor = own[key]
+    for other, value in own.items():
+        same = isinstance(value, Tensor) and other in state and is_same_tensor(tensor, value)
+        if same and tensor.numel():
+            return other
+    return None
+
+
+def is_same_tensor(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one: the same elements in memory."""
+    if first.layout != torch.strided or second.layout != torch.strided:
+        return first is second
+    alike = (first.shape, first.stride(), first.dtype) == (second.shape, second.stride(), second.dtype)
+    return alike and first.device == second.device and first.data_ptr() == second.data_ptr()
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put the tensors of a module back after an error; copied only where one can come."""
+    before: dict[str, Tensor] = {}
+    if loads_by_itself(model):
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        before = {name: tensor.detach().clone() for name, tensor in tensors if not is_lazy(tensor)}
+    try:
+        yield
+    except BaseException:
+        now = dict([*model.named_parameters(), *model.named_buffers()])
+        for name, tensor in before.items():
+            if name in now and now[name].shape == tensor.shape:
+                now[name].detach().copy_(tensor)
+        raise
+
+
+def loads_by_itself(model: nn.Module) -> bool:
+    """Whether a part of the model takes its weights by code that is not torch's: that may fail halfway."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] in ("torch", "minikeras", "builtins"):
+                continue
+            if any("load_from_state" in name or name in OWN_WAYS for name in vars(kind)):
+                return True
+        for name, hooks in vars(module).items():
+            ours = 1 if hasattr(type(module), "compute_outputs") else 0  # a Model has that of `under_plain_names`
+            if "load_state_dict" in name and len(hooks) > ours:
+                return True
+    return False
+
+
+def check_weights(model: nn.Module, state: Any, path: Path, remedy: Callable[[Path], str] = remedy) -> None:
+    """A state_dict must have the model's keys and shapes, and tensors that its own can take.
 
     Raises:
         CheckpointError: it has others; the message names them.
@@ -86,7 +213,7 @@ def check_weights(model: nn.Module, state: Any, path: Path) -> None:
         raise CheckpointError(f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}")
     own = model.state_dict()
     shapes = {key: tuple(value.shape) for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
-    given = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    given = {key: shape_of(value) for key, value in state.items() if isinstance(value, Tensor)}
     differing = [key for key in shapes if given.get(key, shapes[key]) != shapes[key]]
     problems = {
         "missing": [key for key in own if key not in state],
@@ -99,6 +226,53 @@ def check_weights(model: nn.Module, state: Any, path: Path) -> None:
             f"{path} holds the weights of another architecture than {type(model).__name__}: {'; '.join(told)}. "
             f"{under_other_names(own, state) or 'Build the model as it was when the file was written.'} {remedy(path)}"
         )
+    for key, value in own.items():
+        problem = misfit(value, state[key])
+        if problem:
+            raise CheckpointError(f"{path} cannot be taken: {key} is {problem}. {remedy(path)}")
+
+
+def shape_of(tensor: Tensor) -> tuple[Any, ...]:
+    return ("nested",) if tensor.is_nested else tuple(tensor.shape)
+
+
+def misfit(own: Any, given: Any) -> str:
+    """Why a value of a file cannot be put into the model's own, in words; '' if it can.
+
+    >>> misfit(torch.zeros(1), torch.ones(1, dtype=torch.int8))
+    'int8 and the model has float32: convert it with .to(torch.float32)'
+    """
+    if not isinstance(own, Tensor):
+        return "" if not isinstance(given, Tensor) or own is not None else "a tensor, and the model has none there"
+    if not isinstance(given, Tensor):
+        return f"a {type(given).__name__} and not a tensor"
+    if given.layout != own.layout or given.is_quantized != own.is_quantized or given.is_nested != own.is_nested:
+        kind = "quantized" if given.is_quantized else str(given.layout).removeprefix("torch.")
+        return f"a tensor of another layout, {kind}"
+    if given.is_meta and not own.is_meta:
+        return "a tensor without data"
+    if given.dtype == own.dtype or own.is_quantized:
+        return ""
+    remedy = f"convert it with .to({own.dtype})"
+    told = f"{dtype_name(given)} and the model has {dtype_name(own)}: {remedy}"
+    if own.is_complex():
+        return "" if given.is_complex() or given.is_floating_point() else told
+    if own.is_floating_point():
+        if not given.is_floating_point():
+            return told
+        return "beyond the range of the model's " + dtype_name(own) if overflows(given, own.dtype) else ""
+    if given.is_complex() or not torch.equal(given.to(own.dtype).to(given.dtype), given):
+        return told
+    return ""
+
+
+def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a finite number becomes infinite in another dtype."""
+    if tensor.layout != torch.strided or is_part(tensor):
+        return False
+    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return False
+    return bool((tensor.isfinite() & ~tensor.to(dtype).isfinite()).any())
 
 
 def under_other_names(own: dict[str, Any], state: dict[str, Any]) -> str:
@@ -145,11 +319,12 @@ def _dump_safetensors(state: dict[str, Any]) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     package = _safetensors()
+    refuse_special_file(path)
     try:
         with package.safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
             checksum = (file.metadata() or {}).get("sha256")
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or is no safetensors file: {error}. {remedy(path)}") from error

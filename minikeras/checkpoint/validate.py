@@ -1,0 +1,494 @@
+"""The values of a run's state, each looked at before any is used: a file may have been changed since it was written.
+
+check_state       all that a file must have, by type, range and shape; what it has besides is left alone
+check_random      random states that NumPy, torch and Python can take: NumPy's own check lets a position crash Python
+untouched         put a model, its optimizers, callbacks and random states back where taking a state over fails
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from minikeras.callbacks import Callback, EarlyStopping
+from minikeras.checkpoint.file import remedy_of_fit
+from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
+from minikeras.errors import CheckpointError, described, is_number
+
+if TYPE_CHECKING:
+    from minikeras.run import Run
+
+F = TypeVar("F", bound=Callable[..., Any])
+LARGEST = 2**53  # of a count
+WORDS = 624  # of a Mersenne Twister's state
+BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")  # NumPy's
+OF_OWN_SHAPES = ("LBFGS", "Adafactor", "Muon", "SparseAdam")  # torch's whose state has not its parameter's shape alone
+
+
+class _Unfit(Exception):
+    """A value that no run has written: where it is, what it is, what it should be; '' if it is missing."""
+
+    def __init__(self, where: str, value: Any, expected: str) -> None:
+        super().__init__(f"{where} is {shown(value)} and not {expected}" if expected else f"{where} is missing")
+
+
+def shown(value: Any) -> str:
+    """A value in a message, however long it is."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)[:60]
+    return described(value)[:60]
+
+
+def check_state(state: Any, model: nn.Module, run: Run, path: Path) -> None:
+    """Check the values of a run's state.
+
+    Raises:
+        CheckpointError: one is of another type, out of its range or of another shape; the message names it.
+    """
+    try:
+        _check_layout(state)
+        _check_buffers(_get(state, "buffers"), model)
+        _check_frozen(state.get("frozen"), model, run)
+        _check_optimizers(_get(state, "optimizers"), run.optimizers)
+        for number, rank in enumerate(state.get("ranks") or []):
+            _check_of_process(rank, f"ranks {number}: ")
+    except _Unfit as error:
+        raise CheckpointError(
+            f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
+        ) from None
+
+
+# --- types and ranges -------------------------------------------------------------------------------------------------
+
+
+def _get(state: Mapping[str, Any], key: str, where: str = "") -> Any:
+    if key not in state:
+        raise _Unfit(where + key, None, "")
+    return state[key]
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value <= LARGEST
+
+
+def _count(value: Any, where: str, least: int = 0) -> int:
+    if not _is_count(value, least):
+        raise _Unfit(where, value, f"a whole number of {least} or more")
+    return int(value)
+
+
+def _dict(value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise _Unfit(where, value, "a dict")
+    return value
+
+
+def _named(value: Any, where: str) -> dict[str, Any]:
+    for key in _dict(value, where):
+        if not isinstance(key, str):
+            raise _Unfit(f"a key of {where}", key, "a string")
+    return dict(value)
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise _Unfit(where, value, "a list")
+    return list(value)
+
+
+def _strings(value: Any, where: str) -> list[str]:
+    for item in _list(value, where):
+        if not isinstance(item, str):
+            raise _Unfit(f"an item of {where}", item, "a string")
+    return list(value)
+
+
+def _numbers(value: Any, where: str) -> None:
+    for name, number in _named(value, where).items():
+        if not is_number(number):
+            raise _Unfit(f"{where} {name}", number, "a number")
+        if isinstance(number, int) and abs(number) > LARGEST**2:
+            raise _Unfit(f"{where} {name}", number, "a number that a float can be")
+
+
+# --- the parts of a state ---------------------------------------------------------------------------------------------
+
+
+def _check_layout(state: Mapping[str, Any]) -> None:
+    first = _count(_get(state, "first"), "first", 1)
+    last = _count(_get(state, "last"), "last", 1)
+    if type(_get(state, "stopped")) is not bool:
+        raise _Unfit("stopped", state["stopped"], "True or False")
+    history = _list(_get(state, "history"), "history")
+    for number, row in enumerate(history):
+        if not isinstance(row, (list, tuple)) or len(row) != 2:
+            raise _Unfit(f"row {number} of history", row, "a pair of dicts")
+        _numbers(row[0], f"row {number} of history,")
+        _numbers(row[1], f"row {number} of history, rate")
+    position = _named(_get(state, "position"), "position")
+    if not {"epoch", "step", "logs"} == position.keys():
+        raise _Unfit("position", position, "epoch, step and logs")
+    epoch = _count(position["epoch"], "position epoch", 1)
+    _count(position["step"], "position step")
+    if position["logs"] is not None:
+        _numbers(position["logs"], "position logs")
+    if epoch != len(history) + 1 or not first <= epoch <= last + 1:
+        expected = f"that after the {len(history)} epochs of history, of a fit of epochs {first} to {last}"
+        raise _Unfit("position epoch", epoch, expected)
+    _named(_get(state, "model"), "model")
+    _named(_get(state, "loss"), "loss")
+    for name, own in _named(_get(state, "callbacks"), "callbacks").items():
+        _named(own, f"callback {name}")
+    _check_begun(state.get("begun"))
+    _check_of_process(state)
+
+
+def _check_begun(begun: Any) -> None:
+    if begun is None:  # of older files
+        return
+    _named(begun, "begun")
+    for name, groups in _named(begun.get("optimizers", {}), "begun optimizers").items():
+        for group in _list(groups, f"begun optimizers {name!r}"):
+            _named(group, f"begun optimizers {name!r}")
+    _strings(begun.get("frozen", []), "begun frozen")
+
+
+def _check_of_process(state: Mapping[str, Any], where: str = "") -> None:
+    """What each of several processes has of its own."""
+    _dict(state, where or "the state")
+    _check_totals(_get(state, "totals", where), f"{where}totals")
+    check_random(_get(state, "random", where), f"{where}random")
+    train = _get(state, "train", where)
+    if train is not None:
+        _named(train, f"{where}train")
+        seen = _count(_get(train, "seen", f"{where}train "), f"{where}train seen")
+        if train.get("steps") is not None:
+            steps = _count(train["steps"], f"{where}train steps")
+            if seen > steps:
+                raise _Unfit(f"{where}train seen", seen, f"one of {steps} batches")
+        _get(train, "loader", f"{where}train ")
+        check_random(_get(train, "start", f"{where}train "), f"{where}train start")
+    _check_precision(state.get("precision"), f"{where}precision")
+
+
+def _check_totals(totals: Any, where: str) -> None:
+    _named(totals, where)
+    sums = _named(_get(totals, "sums", f"{where} "), f"{where} sums")
+    counts = _named(_get(totals, "counts", f"{where} "), f"{where} counts")
+    if sums.keys() != counts.keys():
+        raise _Unfit(f"{where} sums", list(sums), f"of the names of counts, {list(counts)}"[:200])
+    for name in sums:
+        for value, what in ((sums[name], "sums"), (counts[name], "counts")):
+            if not is_number(value):
+                raise _Unfit(f"{where} {what} {name}", value, "a number")
+        if not float(counts[name]) >= 0 or math.isinf(float(counts[name])):
+            raise _Unfit(f"{where} counts {name}", float(counts[name]), "a count of 0 or more")
+    if type(_get(totals, "updated", f"{where} ")) is not bool:
+        raise _Unfit(f"{where} updated", totals["updated"], "True or False")
+    _named(_get(totals, "objects", f"{where} "), f"{where} objects")
+    _strings(totals.get("names", []), f"{where} names")
+
+
+def _check_precision(precision: Any, where: str) -> None:
+    if precision is None:
+        return
+    _named(precision, where)
+    _count(_get(precision, "accumulate", f"{where} "), f"{where} accumulate", 1)
+    for name, window in _named(_get(precision, "windows", f"{where} "), f"{where} windows").items():
+        _named(window, f"{where} windows {name!r}")
+        _count(_get(window, "batches", f"{where} windows {name!r} "), f"{where} windows {name!r} batches")
+    for name, gradients in _named(_get(precision, "gradients", f"{where} "), f"{where} gradients").items():
+        for gradient in _list(gradients, f"{where} gradients {name!r}"):
+            if gradient is not None and not isinstance(gradient, (Tensor, dict)):
+                raise _Unfit(f"{where} gradients {name!r}", gradient, "a tensor")
+
+
+def _check_buffers(buffers: Any, model: nn.Module) -> None:
+    own = buffers_of(model)
+    modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
+    modules[""] = model
+    for name, buffer in _named(buffers, "buffers").items():
+        if not isinstance(buffer, Tensor):
+            raise _Unfit(f"buffer {name}", buffer, "a tensor")
+        current = own.get(plain_name(name))
+        if current is None:
+            owner, dot, last = plain_name(name).rpartition(".")
+            module = modules.get(owner + dot)
+            if module is None or getattr(module, last, None) is not None or hasattr(nn.Module, last):
+                raise _Unfit(f"buffer {name}", buffer, "one of the model's")
+            continue
+        if is_lazy(current):
+            continue
+        if current.shape == buffer.shape and (problem := misfit(current, buffer)):
+            raise _Unfit(f"buffer {name}", buffer, f"one that the model can take: it is {problem}")
+
+
+def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
+    if names is None:
+        return
+    known = {plain_name(name) for name, _ in model.named_parameters()}
+    for name in _strings(names, "frozen"):
+        if plain_name(name) not in known:
+            raise _Unfit("frozen", name, "a parameter of the model")
+    trained = known - {plain_name(name) for name in names}
+    loss_is_trained = isinstance(run.loss_func, nn.Module) and any(True for _ in run.loss_func.parameters())
+    if known and not trained and not loss_is_trained:
+        raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
+
+
+def _check_optimizers(written: Any, optimizers: Mapping[str, Optimizer]) -> None:
+    for name, entry in _named(written, "optimizers").items():
+        where = f"optimizer {name!r}" if name else "the optimizer"
+        _named(entry, where)
+        if not isinstance(_get(entry, "class", f"{where}, "), str):
+            raise _Unfit(f"{where}, class", entry["class"], "a string")
+        state = _named(_get(entry, "state", f"{where}, "), f"{where}, state")
+        groups = _list(_get(state, "param_groups", f"{where}, "), f"{where}, param_groups")
+        numbers: list[int] = []
+        for group in groups:
+            params = _list(_get(_named(group, where), "params", f"{where}, "), f"{where}, params")
+            numbers += [_count(number, f"{where}, a number in params") for number in params]
+        if len(set(numbers)) < len(numbers):
+            raise _Unfit(f"{where}, params", numbers[:5], "numbers that are there once each")
+        values = _dict(_get(state, "state", f"{where}, "), f"{where}, state")
+        for number, own in values.items():
+            if number not in numbers:
+                raise _Unfit(f"{where}, a key of state", number, "the number of a parameter")
+            _named(own, f"{where}, state of parameter {number}")
+        if name in optimizers:
+            _check_settings(groups, optimizers[name], where)
+            _check_shapes(values, numbers, optimizers[name], where)
+
+
+def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None:
+    """Those that the script's optimizer has too: numbers where it has numbers."""
+    for group, own in zip(groups, optimizer.param_groups, strict=False):
+        for key, value in group.items():
+            if key == "params" or key not in own:
+                continue
+            if isinstance(own[key], (tuple, list)) and not isinstance(value, (tuple, list)):
+                raise _Unfit(f"{where}, {key}", value, "a tuple of numbers")
+            pairs = [(own[key], value)]
+            if isinstance(own[key], (tuple, list)):
+                pairs = list(zip(own[key], value, strict=False))
+                if len(value) != len(own[key]):
+                    raise _Unfit(f"{where}, {key}", value, f"{len(own[key])} numbers")
+            for current, number in pairs:
+                _check_setting(current, number, f"{where}, {key}")
+
+
+def _check_setting(current: Any, value: Any, where: str) -> None:
+    if isinstance(current, bool) or not is_number(current):
+        return
+    if value is None or isinstance(value, bool):
+        raise _Unfit(where, value, "a number")
+    if not is_number(value) or (isinstance(value, int) and abs(value) > LARGEST):
+        raise _Unfit(where, value, "a number")
+    if not math.isfinite(float(value)) and math.isfinite(float(current)):
+        raise _Unfit(where, float(value), "a finite number")
+
+
+def _check_shapes(values: Mapping[int, Any], numbers: list[int], optimizer: Optimizer, where: str) -> None:
+    """Of torch's optimizers whose tensors have their parameter's shape."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kind = type(optimizer)
+    own = kind.__module__.startswith("torch.optim") and kind.__name__ not in OF_OWN_SHAPES
+    if not own or len(parameters) != len(numbers):
+        return
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in values.get(number, {}).items():
+            place = f"{where}, {key} of parameter {number}"
+            if isinstance(value, (str, bytes, dict)):
+                raise _Unfit(place, value, "a tensor or a number")
+            if not isinstance(value, Tensor) or is_lazy(parameter):
+                continue
+            if value.layout != torch.strided or value.is_quantized or value.numel() not in (1, parameter.numel()):
+                raise _Unfit(place, value, f"a tensor {tuple(parameter.shape)}")
+            if value.numel() > 1 and value.shape != parameter.shape:
+                raise _Unfit(place, value, f"a tensor {tuple(parameter.shape)}")
+            if value.is_complex() and not parameter.is_complex():
+                raise _Unfit(place, value, "a tensor of real numbers")
+
+
+# --- random states ----------------------------------------------------------------------------------------------------
+
+
+def check_random(states: Any, where: str) -> None:
+    """Check the random states of a run by trying them on generators that nothing draws from."""
+    _named(states, where)
+    _check_python(_get(states, "python", f"{where} "), f"{where} python")
+    numpy_state = _get(states, "numpy", f"{where} ")
+    _check_numpy(numpy_state, f"{where} numpy")
+    used = np.random.get_state(legacy=False)["bit_generator"]
+    if numpy_state["bit_generator"] != used:
+        raise _Unfit(f"{where} numpy bit_generator", numpy_state["bit_generator"], f"{used}, as NumPy's own has")
+    _check_torch(_get(states, "torch", f"{where} "), f"{where} torch", size=torch.get_rng_state().numel())
+    for state in _list(_get(states, "device", f"{where} "), f"{where} device"):
+        _check_torch(state, f"{where} device")
+    generators = _get(states, "generators", f"{where} ")
+    for state in generators.values() if isinstance(generators, dict) else _list(generators, f"{where} generators"):
+        _check_generator(state, f"{where} generators")
+    for epoch in _list(_get(states, "epochs", f"{where} "), f"{where} epochs"):
+        _count(epoch, f"{where} epochs")
+
+
+def _check_generator(state: Any, where: str) -> None:
+    if isinstance(state, Tensor):
+        _check_torch(state, where)
+    elif isinstance(state, dict):
+        _check_numpy(state, where)
+    else:
+        _check_python(state, where)
+
+
+def _check_python(state: Any, where: str) -> None:
+    try:
+        random.Random().setstate(state)
+    except Exception:
+        raise _Unfit(where, state, "a state of Python's random") from None
+
+
+def _check_torch(state: Any, where: str, size: int | None = None) -> None:
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1 or state.layout != torch.strided:
+        raise _Unfit(where, state, "a tensor of bytes")
+    own = torch.get_rng_state().numel()
+    if size is not None and state.numel() != size:
+        raise _Unfit(where, state, f"a tensor of {size} bytes")
+    if state.numel() == own:
+        try:
+            torch.Generator().set_state(state.contiguous())
+        except RuntimeError:
+            raise _Unfit(where, state, "a state of torch's generator") from None
+
+
+def _check_numpy(state: Any, where: str) -> None:
+    """NumPy takes a position that is out of its array, and reads there."""
+    _named(state, where)
+    kind = _get(state, "bit_generator", f"{where} ")
+    if kind not in BIT_GENERATORS:
+        if isinstance(kind, str) and not hasattr(np.random, kind):
+            return  # of another package: its own check has to do
+        raise _Unfit(f"{where} bit_generator", kind, "one of NumPy's")
+    inner = _named(_get(state, "state", f"{where} "), f"{where} state")
+    if kind == "MT19937":
+        key = _list(_get(inner, "key", f"{where} "), f"{where} key")
+        if len(key) != WORDS or not all(_is_count(word) and word < 2**32 for word in key):
+            raise _Unfit(f"{where} key", f"{len(key)} words", f"{WORDS} words of 32 bits")
+        if not _is_count(_get(inner, "pos", f"{where} ")) or inner["pos"] > WORDS:
+            raise _Unfit(f"{where} pos", inner["pos"], f"a position of 0 to {WORDS}")
+    if kind == "Philox":
+        buffer = _list(_get(state, "buffer", f"{where} "), f"{where} buffer")
+        position = _get(state, "buffer_pos", f"{where} ")
+        if len(buffer) != 4 or not _is_count(position) or position > 4:
+            raise _Unfit(f"{where} buffer_pos", position, "a position of 0 to 4")
+    try:
+        trial = getattr(np.random, kind)()
+        trial.state = _arrays(state)
+    except Exception:
+        raise _Unfit(where, state, "a state of NumPy's random") from None
+
+
+def _arrays(state: Any) -> Any:
+    """As NumPy takes it: arrays for lists."""
+    if isinstance(state, dict):
+        return {key: _arrays(value) for key, value in state.items()}
+    return np.array(state, np.uint64) if isinstance(state, (list, tuple)) else state
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+def check_callbacks(states: Mapping[str, Any], callbacks: list[Callback], model: nn.Module, path: Path) -> None:
+    """Check the states of the callbacks that come with minikeras: numbers where they have numbers, weights that fit.
+
+    Raises:
+        CheckpointError: one is something else.
+    """
+    from minikeras.checkpoint.state import named  # as it is needed: that module imports this one
+
+    for name, callback in named(callbacks):
+        if not type(callback).__module__.startswith("minikeras.callbacks") or name not in states:
+            continue
+        given = states[name]
+        for key, value in callback.state_dict().items():
+            if key in given and is_number(value) and not is_number(given[key]):
+                problem = _Unfit(f"callback {name}, {key}", given[key], "a number")
+                raise CheckpointError(f"{path} is damaged: {problem}. {remedy_of_fit(path)}")
+        if isinstance(callback, EarlyStopping) and given.get("weights"):
+            check_weights(model, given["weights"], path, remedy_of_fit)
+
+
+# --- all or nothing ---------------------------------------------------------------------------------------------------
+
+
+def untouched(restore: F) -> F:
+    """Decorate a method that takes a state over: where it fails, all is as it was before."""
+
+    @functools.wraps(restore)
+    def all_or_nothing(self: Any, callbacks: list[Callback], say: Any) -> Any:
+        if self.state is None:
+            return restore(self, callbacks, say)
+        check_callbacks(self.state["callbacks"], callbacks, self.model, self.path)
+        put_back = _remember(self, callbacks)
+        try:
+            return restore(self, callbacks, say)
+        except Exception as error:
+            put_back()
+            if isinstance(error, CheckpointError):
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"{self.path} could not be taken over: {type(error).__name__}: {first} The model is as it was. "
+                f"{remedy_of_fit(self.path)}"
+            ) from error
+
+    return cast("F", all_or_nothing)
+
+
+def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
+    """What puts back all that taking a state over changes."""
+    model, run, randomness = checkpoint.model, checkpoint.run, checkpoint.randomness
+    modules = [model]
+    if isinstance(run.loss_func, nn.Module):
+        modules.append(run.loss_func)
+    tensors = []
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not is_lazy(tensor):
+                tensors.append((tensor, tensor.detach().clone(), tensor.requires_grad))
+    optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in run.optimizers.values()]
+    states = [(callback, copy.deepcopy(callback.state_dict())) for callback in callbacks]
+    epochs, stop, drawn = run.epochs, model.stop_training, randomness.states()
+
+    def put_back() -> None:
+        for tensor, before, trained in tensors:
+            tensor.detach().copy_(before)
+            if tensor.is_leaf:
+                tensor.requires_grad_(trained)
+        for optimizer, before in optimizers:
+            optimizer.load_state_dict(before)
+        for callback, before in states:
+            try:
+                callback.load_state_dict(before)
+            except Exception:
+                continue  # one that takes no state: it has its own way to begin
+        run.epochs, model.stop_training = epochs, stop
+        run.under_way = None
+        run.train.reset()
+        run.carried_on.clear()
+        randomness.restore(drawn)
+
+    return put_back
