@@ -127,18 +127,27 @@ class Model(nn.Module):
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
-        except (RuntimeError, IndexError) as error:
-            checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
+        except (RuntimeError, IndexError, ValueError) as error:
+            checks.causes.explain_squeezed(error, outputs, labels)
+            if not isinstance(error, ValueError):
+                checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
+        if isinstance(outputs, Tensor) and outputs.ndim == 0:
+            checks.causes.warn_of_squeezed(outputs, labels)
         per_row = run.totals is run.val
-        return scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
+        loss = scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
+        run.check_rows(loss)
+        return loss
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
         run = self._compiled("compute_metrics")
         if run.precision is not None:
-            return run.precision.metrics(run.totals, detached(outputs), labels, run.call)
-        return run.totals.metrics(detached(outputs), labels, run.call)
+            metrics = run.precision.metrics(run.totals, detached(outputs), labels, run.call)
+        else:
+            metrics = run.totals.metrics(detached(outputs), labels, run.call)
+        run.check_rows(*metrics.values())
+        return metrics
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
         """Fill the gradients of a `loss`, 0-dim or an `Average`: of every parameter, or of one optimizer's.
@@ -153,7 +162,9 @@ class Model(nn.Module):
         if run.precision is None:
             mean.backward(inputs=inputs)
         else:
-            run.precision.backward(loss, mean, run.rows * (not run.totals.idle), run.named(optimizer), inputs)
+            run.check_rows(loss)
+            rows = 0 if run.totals.idle else run.rows
+            run.precision.backward(loss, mean, rows, run.named(optimizer), inputs)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
         """Move the weights and clear their gradients: by every optimizer, or by the `optimizer` of that name alone."""
