@@ -155,6 +155,7 @@ class Model(nn.Module):
         `optimizer` is its name. A ValueError where there is no gradient, or no optimizer of that name.
         """
         run = self._compiled("backward")
+        run.check_rows(loss)  # before a weight moves
         mean = with_gradient(mean_of(loss))
         if run.finite_loss is not None and not run.totals.idle:
             run.finite_loss.look(mean)
@@ -162,7 +163,6 @@ class Model(nn.Module):
         if run.precision is None:
             mean.backward(inputs=inputs)
         else:
-            run.check_rows(loss)
             rows = 0 if run.totals.idle else run.rows
             run.precision.backward(loss, mean, rows, run.named(optimizer), inputs)
 

@@ -18,6 +18,7 @@ from minikeras.data import (
     UnknownRows,
     as_batches,
     empty,
+    first_sizes,
     join,
     leaves,
     manner,
@@ -83,10 +84,12 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Ou
             batch, idle = worked(batch)
             features, labels, _ = unpack(batch)
             note(outputs, labels=counter.count(features, labels), features=alone.count(features))
+            sizes = first_sizes(features)
             features = to_device(features, device)
             piece = on_cpu(model, compute_outputs(features))
             outputs.features = features
             outputs.pieces.append(Idle(piece) if idle else piece)
+            outputs.rows.setdefault("outputs", []).append(agreed_size(piece, sizes))
             if len(outputs.pieces) == 1:
                 joined(model, outputs, device, final=False)  # says what is wrong at once
     if not outputs.pieces:
@@ -126,6 +129,14 @@ def note(outputs: Outputs, **found: Any) -> None:
         outputs.rows.setdefault(name, []).append(rows)
 
 
+def agreed_size(piece: Any, sizes: set[int]) -> int | None:
+    """The first size of all outputs, if it is one of the features' or these have none."""
+    found = first_sizes(piece)
+    if len(found) == 1 and (not sizes or found <= sizes):
+        return next(iter(found))
+    return None
+
+
 # --- joined ---------------------------------------------------------------------------------------
 
 
@@ -134,7 +145,9 @@ def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = T
     first_error: ValueError | None = None
     pieces = [worked(piece)[0] for piece in outputs.pieces]
     tried: list[list[int]] = []
-    for counts in outputs.rows.values():
+    for name, counts in outputs.rows.items():
+        if name == "outputs" and tried:
+            continue  # for batches that tell nothing
         rows = [number for number in counts if number is not None]
         if len(rows) != len(pieces) or rows in tried:
             continue

@@ -18,7 +18,7 @@ from minikeras.data.batch import call_as, call_with, choose_device, manner, plac
 from minikeras.data.joining import join
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
-from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size
+from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 
@@ -35,6 +35,7 @@ __all__ = [
     "count_rows",
     "empty",
     "first_size",
+    "first_sizes",
     "is_batched",
     "join",
     "leaves",

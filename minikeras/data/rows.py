@@ -83,6 +83,8 @@ class RowCounter:
         if rows_stated is not None:
             return rows_stated
         wanted, given = read(labels), read(features)
+        if given is not None and given.items and self.are_arguments(features):
+            given.items = set()
         if wanted is not None and wanted.single:
             return 1
         if wanted is None:
@@ -95,7 +97,14 @@ class RowCounter:
             return self._among(common, wanted, given, features, labels)
         return self._apart(features, labels, wanted, given)
 
+    def are_arguments(self, features: Any) -> bool:
+        """Whether a list of features has the arguments of forward, and not rows: images may be rows all the same."""
+        arrays = isinstance(features, (list, tuple)) and all(is_array(part) and part.ndim < 3 for part in features)
+        return arrays and self.takes_several(features)
+
     def _from_features(self, features: Any, labels: Any, given: Reading | None) -> int | UnknownRows:
+        if given is None and features is None:
+            return 1
         if given is None:
             return UnknownRows(f"there is no tensor in features {described(features)}, labels {described(labels)}")
         if given.single:
@@ -129,11 +138,11 @@ class RowCounter:
         if self.by_item is None:
             likely = wanted.by_item_likely or (given.by_item_likely and not self.takes_several(features))
             self.by_item = likely
-            self.guess = (items, size)
         elif self.guess is not None and self.guess != (items, size):
             items_changed, size_changed = items != self.guess[0], size != self.guess[1]
             if items_changed != size_changed and items_changed != self.by_item:
                 return self._contradiction(features, labels)
+        self.guess = (items, size)
         return items if self.by_item else size
 
     def _learned(self, by_item: bool, rows: int, features: Any, labels: Any) -> int | UnknownRows:
