@@ -202,8 +202,8 @@ class Model(nn.Module):
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
                 the batch's rows, or `Average(total, count)` where rows are not the unit. A batch's rows are the first
-                size of its labels, or of the first tensor in it where those are not one; an object may have a
-                batch_size.
+                size of its labels, or the items of a list of dicts, numbers or images; an int `batch_size` on the
+                batch wins. If labels and features contradict each other, only an `Average` is taken.
             optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
@@ -332,7 +332,8 @@ class Model(nn.Module):
     def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all") -> Any:
         """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
 
-        Needs no compile. Labels in the batches are left aside.
+        Needs no compile. Labels in the batches only tell how many rows there are. Lists with an item for each row
+        become one list; a key-value cache of transformers is left out.
 
         Args:
             dl: as in `fit`; X alone will do.
@@ -340,7 +341,7 @@ class Model(nn.Module):
             gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
 
         Raises:
-            TypeError, ValueError: no data, data that the model cannot take, or outputs that do not have the rows first.
+            TypeError, ValueError: no data, data that the model cannot take, or outputs without rows.
         """
         one_of("gather", gather, ("all", "main"))
         return prediction.predict(self, dl, batch_size, gather == "all")
