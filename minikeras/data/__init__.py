@@ -13,14 +13,18 @@ epochs.py       the epoch's number, for samplers that shuffle by it
 peek.py         the first batch of what is in memory
 position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
+rows.py         how many rows a batch has
+joining.py      the outputs of many batches as those of all rows
 """
 
-from minikeras.data.batch import call_as, call_with, choose_device, count_rows, join, manner, placed, to_device, unpack
+from minikeras.data.batch import call_as, call_with, choose_device, manner, placed, to_device, unpack
 from minikeras.data.endless import check_ends, limited, long_pass
 from minikeras.data.epochs import set_epoch
+from minikeras.data.joining import join
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.peek import first_rows
 from minikeras.data.position import Positioned, warn_of_hidden_draws
+from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 
@@ -28,6 +32,8 @@ __all__ = [
     "ContinuedBatches",
     "Idle",
     "Positioned",
+    "RowCounter",
+    "UnknownRows",
     "as_batches",
     "call_as",
     "call_with",
@@ -36,6 +42,8 @@ __all__ = [
     "count_rows",
     "empty",
     "first_rows",
+    "first_size",
+    "first_sizes",
     "is_batched",
     "join",
     "leaves",
