@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, export, layer_summary, loop, prediction
-from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, check_places
+from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, check_places, rate_name
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, call_with, check_ends, length, limited
 from minikeras.errors import NotCompiledError, one_of, positive_int
@@ -31,7 +31,7 @@ from minikeras.notebook import model_html, progress
 from minikeras.paths import user_path
 from minikeras.progress import say_nothing, show
 from minikeras.results import Result, mean_of, scalar_loss, with_gradient
-from minikeras.run import Run, check_optimizers, made, ready
+from minikeras.run import Run, check_optimizers, made, names_logged, ready
 
 
 class Model(nn.Module):
@@ -316,7 +316,8 @@ class Model(nn.Module):
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
         listed = check_callbacks(callbacks)
         check_places(listed, saved.path)
-        check_monitors(listed, validates=val is not None)
+        rates = [rate_name(name) for name in run.optimizers]
+        check_monitors(listed, val is not None, names_logged(self, run, val is not None), rates)
         check_optimizers(self, run)
         ready(self, run)
         run.modes = TrainingModes(self)

@@ -304,6 +304,17 @@ def has_own_step(model: Model) -> bool:
     return overrides(model, "train_step")
 
 
+def names_logged(model: Model, run: Run, validates: bool) -> list[str] | None:
+    """The names that the default steps log in an epoch; None where steps or metrics are the user's own objects."""
+    steps = ("train_step", "evaluate_step", "compute_metrics")
+    if overrides(model, *steps) or run.train.objects:
+        return None
+    names = list(run.train.names)
+    if validates:
+        names += [f"val_{name}" for name in run.train.names]
+    return names
+
+
 def learning_rates(run: Run) -> dict[str, float]:
     """The rate of each optimizer's first group, where it has one by the name of lr."""
     rates = {rate_name(name): one.param_groups[0].get("lr") for name, one in run.optimizers.items()}

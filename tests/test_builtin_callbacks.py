@@ -321,15 +321,58 @@ def test_mode_auto_goes_by_the_name(name, better):
         ),
         (
             lambda path: ModelCheckpoint("{epoch}-{los}.pt"),
-            "the path '{epoch}-{los}.pt' of ModelCheckpoint has 'los', which is not logged. "
-            "Logged are 'loss', 'val_loss', 'epoch'. Did you mean 'loss'?",
+            "ModelCheckpoint names its files by 'los', which is not logged. Logged are 'loss', 'val_loss'. "
+            "Did you mean 'loss'?",
         ),
     ],
 )
 def test_a_name_that_is_not_logged_is_refused_with_those_that_are(make, message, tmp_path):
+    model = compiled()
+    before = weights(model)
     with pytest.raises(ValueError, match="not logged") as raised:
-        fit(2, [make(tmp_path)], val=BATCHES)
+        fit(2, [make(tmp_path)], model, val=BATCHES)
     assert str(raised.value) == message
+    assert_same(weights(model), before)  # said before anything trains
+
+
+class OwnValidation(Callback):
+    """Adds a value of its own, whether or not there is dl_val."""
+
+    def on_epoch_end(self, epoch, logs):
+        logs["val_score"] = float(epoch)
+
+
+@pytest.mark.parametrize("val", [None, BATCHES])
+def test_a_value_that_a_callback_adds_can_be_monitored(val, tmp_path):
+    stop = EarlyStopping("val_score", mode="min", patience=2)
+    save = ModelCheckpoint(tmp_path / "{val_score:.0f}.pt", "val_score", mode="max", save_best_only=True)
+    _, dfhistory = fit(9, [OwnValidation(), stop, save], val=val)
+    assert len(dfhistory) == 3
+    assert names_in(tmp_path) == ["1.pt", "2.pt", "3.pt"]
+
+
+def test_a_value_that_no_callback_adds_is_refused_after_the_epoch():
+    with pytest.raises(ValueError, match="monitors 'val_scor', which is not logged"):
+        fit(9, [OwnValidation(), EarlyStopping("val_scor", mode="min")])
+
+
+class OwnNames(Net):
+    def train_step(self, features, labels):
+        return super().train_step(features, labels) | {"extra": 1.0}
+
+
+def test_a_name_that_a_step_of_the_users_returns_can_be_monitored():
+    _, dfhistory = fit(9, [EarlyStopping("extra", mode="min", patience=2)], compiled(OwnNames()))
+    assert len(dfhistory) == 3
+
+
+def test_a_rate_is_a_known_name_where_a_scheduler_logs_it():
+    model = compiled()
+    halve = LRScheduler(lr_scheduler.ExponentialLR(model.optimizer, 0.5))
+    _, dfhistory = fit(9, [halve, EarlyStopping("lr", mode="max", patience=2)], model)
+    assert len(dfhistory) == 3
+    with pytest.raises(ValueError, match="monitors 'lr', which is not logged"):
+        fit(9, [EarlyStopping("lr", mode="max")])
 
 
 def test_an_unknown_name_for_the_plateau_is_refused():

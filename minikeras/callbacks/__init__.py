@@ -11,7 +11,8 @@ from minikeras.callbacks.base import (
     with_method,
 )
 from minikeras.callbacks.files import CSVLogger, ModelCheckpoint, check_places, check_writable
-from minikeras.callbacks.monitor import check_monitors, mode_of
+from minikeras.callbacks.monitor import mode_of
+from minikeras.callbacks.names import check_monitors
 from minikeras.callbacks.rates import LRScheduler, rate_name
 from minikeras.callbacks.stopping import EarlyStopping, Timer
 

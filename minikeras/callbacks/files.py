@@ -70,13 +70,13 @@ class ModelCheckpoint(Watching):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         if self.monitor is not None:
-            value = self.monitor.read(logs)
+            value = self.monitor.read(logs, self.validates)
             if value is None or not self.monitor.better(value, self.best):
                 return
             self.best = value
         known = {**logs, "epoch": epoch}
         for name in self.names:
-            if skipped(name, logs):
+            if self.validates and skipped(name, logs):
                 known[name] = math.nan
             elif name not in known:
                 raise unknown(f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known)

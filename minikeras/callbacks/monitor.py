@@ -23,6 +23,8 @@ LESS = """
 class Watching(Callback):
     """A callback that reads names in the logs of an epoch, known ahead."""
 
+    validates: bool = True  # whether the fit has dl_val
+
     def watched(self) -> list[tuple[str, str, str]]:
         """Triples: a name, what the callback does with it, and how to do without."""
         raise NotImplementedError
@@ -61,9 +63,9 @@ class Monitor:
             )
         return mode
 
-    def read(self, logs: Mapping[str, float]) -> float | None:
+    def read(self, logs: Mapping[str, float], validates: bool = True) -> float | None:
         """The value in an epoch's logs; None where it is of validation and none was due."""
-        if skipped(self.name, logs):
+        if validates and skipped(self.name, logs):
             return None
         if self.name not in logs:
             raise unknown(f"{self.owner} monitors {self.name!r}", self.name, logs)
@@ -103,13 +105,3 @@ def unknown(what: str, name: str, logs: Iterable[str]) -> ValueError:
     known = list(logs)
     logged = ", ".join(map(repr, known))
     return ValueError(f"{what}, which is not logged. Logged are {logged}.{did_you_mean(name, known)}")
-
-
-def check_monitors(callbacks: Iterable[Callback], validates: bool) -> None:
-    """Refuse callbacks that wait for a name with val_ in a fit without dl_val."""
-    for callback in callbacks:
-        for name, verb, remedy in callback.watched() if isinstance(callback, Watching) else ():
-            if name.startswith("val_") and not validates:
-                raise ValueError(
-                    f"{type(callback).__name__} {verb} {name!r} and fit has no dl_val. Pass dl_val, or {remedy}."
-                )

@@ -91,7 +91,7 @@ class LRScheduler(Watching):
         rate = self.rate if self.step == "batch" else self._rate()
         logs.setdefault(self.column, float(rate))  # a scheduler of the same optimizer may have logged, and stepped
         if self.monitor is not None:
-            value = self.monitor.read(logs)
+            value = self.monitor.read(logs, self.validates)
             if value is not None:
                 self.scheduler.step(value)
         elif self.step == "epoch":

@@ -74,7 +74,7 @@ class EarlyStopping(Watching):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.epochs += 1
-        value = self.monitor.read(logs)
+        value = self.monitor.read(logs, self.validates)
         if value is None or self.epochs <= self.start_from_epoch:
             return
         self.wait += 1

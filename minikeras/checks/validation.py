@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from minikeras.checks.inputs import check_batch, check_results
-from minikeras.data import first_rows, map_leaves, placed
+from minikeras.data import RowCounter, first_rows, map_leaves, placed
 from minikeras.modes import modes_kept
 from minikeras.overrides import overrides
 from minikeras.randomness import Randomness
@@ -63,7 +63,7 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
             model.eval()
             loss.eval()
             step = run.under_autocast(model.evaluate_step)
-            run.rows = count_rows(features, labels)
+            run.rows = RowCounter(run.takes_several).count(features, labels)
             check_batch(step, features, labels, weight, run.rows)
             results = step(features, labels) if weight is None else step(features, labels, weight)
             check_results(results, step)
