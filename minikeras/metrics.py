@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minikeras.checks.inputs import is_stateful
-from minikeras.data import map_leaves
+from minikeras.data import UnknownRows, map_leaves
 from minikeras.distributed import World
 from minikeras.results import Average, Result, check_average, check_number
 
@@ -88,13 +88,15 @@ class Totals(Mapping[str, float]):
         asked = self.functions if functions else {}
         return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
 
-    def add(self, results: Mapping[str, Result], rows: int) -> None:
+    def add(self, results: Mapping[str, Result], rows: int | UnknownRows) -> None:
         """Add what a step returned for a batch of so many rows."""
         if results.keys() != self.sums.keys():
             self._start(results)
         for name, value in () if self.idle else results.items():
             if isinstance(value, Average):
                 self._add_average(name, value)
+            elif isinstance(rows, UnknownRows):
+                rows.refuse()
             elif isinstance(value, Tensor):
                 value = value.detach()
                 self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)

@@ -127,18 +127,27 @@ class Model(nn.Module):
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
-        except (RuntimeError, IndexError) as error:
-            checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
+        except (RuntimeError, IndexError, ValueError) as error:
+            checks.causes.explain_squeezed(error, outputs, labels)
+            if not isinstance(error, ValueError):
+                checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
+        if isinstance(outputs, Tensor) and outputs.ndim == 0:
+            checks.causes.warn_of_squeezed(outputs, labels)
         per_row = run.totals is run.val
-        return scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
+        loss = scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
+        run.check_rows(loss)
+        return loss
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
         run = self._compiled("compute_metrics")
         if run.precision is not None:
-            return run.precision.metrics(run.totals, detached(outputs), labels, run.call)
-        return run.totals.metrics(detached(outputs), labels, run.call)
+            metrics = run.precision.metrics(run.totals, detached(outputs), labels, run.call)
+        else:
+            metrics = run.totals.metrics(detached(outputs), labels, run.call)
+        run.check_rows(*metrics.values())
+        return metrics
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
         """Fill the gradients of a `loss`, 0-dim or an `Average`: of every parameter, or of one optimizer's.
@@ -146,6 +155,7 @@ class Model(nn.Module):
         `optimizer` is its name. A ValueError where there is no gradient, or no optimizer of that name.
         """
         run = self._compiled("backward")
+        run.check_rows(loss)  # before a weight moves
         mean = with_gradient(mean_of(loss))
         if run.finite_loss is not None and not run.totals.idle:
             run.finite_loss.look(mean)
@@ -153,7 +163,8 @@ class Model(nn.Module):
         if run.precision is None:
             mean.backward(inputs=inputs)
         else:
-            run.precision.backward(loss, mean, run.rows * (not run.totals.idle), run.named(optimizer), inputs)
+            rows = 0 if run.totals.idle else run.rows
+            run.precision.backward(loss, mean, rows, run.named(optimizer), inputs)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
         """Move the weights and clear their gradients: by every optimizer, or by the `optimizer` of that name alone."""
@@ -191,8 +202,8 @@ class Model(nn.Module):
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
                 the batch's rows, or `Average(total, count)` where rows are not the unit. A batch's rows are the first
-                size of its labels, or of the first tensor in it where those are not one; an object may have a
-                batch_size.
+                size of its labels, or the items of a list of dicts, numbers or images; an int `batch_size` on the
+                batch wins. If labels and features contradict each other, only an `Average` is taken.
             optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
@@ -321,7 +332,8 @@ class Model(nn.Module):
     def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all") -> Any:
         """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
 
-        Needs no compile. Labels in the batches are left aside.
+        Needs no compile. Labels in the batches only tell how many rows there are. Lists with an item for each row
+        become one list; a key-value cache of transformers is left out.
 
         Args:
             dl: as in `fit`; X alone will do.
@@ -329,7 +341,7 @@ class Model(nn.Module):
             gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
 
         Raises:
-            TypeError, ValueError: no data, data that the model cannot take, or outputs that do not have the rows first.
+            TypeError, ValueError: no data, data that the model cannot take, or outputs without rows.
         """
         one_of("gather", gather, ("all", "main"))
         return prediction.predict(self, dl, batch_size, gather == "all")

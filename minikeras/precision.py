@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
@@ -113,7 +114,7 @@ class Precision:
 
     # --- backward and step --------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Any, mean: Tensor, rows: int, optimizers: Iterable[Optimizer], inputs: Any) -> None:
+    def backward(self, loss: Any, mean: Tensor, rows: Any, optimizers: Iterable[Optimizer], inputs: Any) -> None:
         """Add a batch's gradients; `mean` is the loss as one number, `inputs` the parameters to fill, None for all."""
         total = wide(mean)
         if self.weighted:
@@ -324,7 +325,8 @@ def clipped(parameters: list[Tensor], norm: float | None, value: float | None) -
 
 def wide(leaf: Any) -> Any:
     """A half-precision tensor in float32, anything else as it is."""
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+    values = leaf.data if isinstance(leaf, PackedSequence) else leaf
+    return leaf.float() if isinstance(values, Tensor) and values.dtype in (torch.bfloat16, torch.float16) else leaf
 
 
 def in_float32(nest: Any) -> Any:

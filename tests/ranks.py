@@ -104,6 +104,35 @@ def arrays(size):
     return found(model, dfhistory, doubles(37))
 
 
+class Boxes(nn.Module):
+    """Images of any size in a list; a dict for each in eval mode and not for the loss alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, images):
+        return [{"score": self.fc(image.mean((1, 2))), "size": torch.tensor(image.shape)} for image in images]
+
+
+def box_loss(y_pred, y_true):
+    scores = torch.stack([found["score"][0] for found in y_pred])
+    return ((scores - torch.stack([found["value"] for found in y_true])) ** 2).mean()
+
+
+def detection(size):
+    """Lists of images and of dicts, and a list of dicts for the rows."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for row in range(29):
+        image = torch.rand(3, 4 + row % 5, 5, generator=generator, dtype=torch.float64)
+        rows.append((image, {"boxes": torch.zeros(1 + row % 4, 4), "value": image.sum() / 50}))
+    data = DataLoader(rows, 12 // size, collate_fn=lambda found: tuple(map(list, zip(*found, strict=True))))
+    seed()
+    model = compiled(minikeras.Model(Boxes()), box_loss, metrics_dict={"again": box_loss})
+    return found(model, model.fit(2, data, data, verbose=0), data, evaluated=model.evaluate(data))
+
+
 def loader_in_memory(size):
     train = DataLoader(TensorDataset(*doubles(100)), 12 // size, shuffle=True)
     return fitted(train, DataLoader(TensorDataset(*doubles(37)), 12 // size))

@@ -944,29 +944,6 @@ def test_predict_has_each_batchs_answer_though_forward_gives_one_buffer_again_an
     assert torch.equal(Model(Buffered()).predict(Y, batch_size=2), Y)
 
 
-@pytest.mark.parametrize(
-    ("items", "shown"),
-    [
-        (lambda x: [{"boxes": row.repeat(int(row[0]), 1)} for row in x], "[{'boxes': Tensor (1, 2) float32}, "),
-        (lambda x: [str(row[0]) for row in x], "[str, "),
-        (lambda x: {"words": [str(row[0]) for row in x]}, "[str, "),
-    ],
-)
-def test_a_list_with_an_item_for_each_row_is_refused_since_rows_would_be_mixed(items, shown):
-    class Items(nn.Module):
-        def forward(self, x):
-            return items(x)
-
-    rows = torch.arange(1.0, 9.0).reshape(4, 2)
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        Model(Items()).predict(rows, batch_size=2)
-    shown += "{'boxes': Tensor (3, 2) float32}]" if "boxes" in shown else "str]"
-    assert str(error.value) == (
-        f"the model returned a list of 2 for 2 rows, {shown}; predict joins batches along the first dimension of "
-        f"tensors. Pad the items to one tensor in forward, or predict batch by batch."
-    )
-
-
 def test_outputs_in_a_list_are_joined_one_by_one():
     class Heads(nn.Module):
         def forward(self, x):

@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 SAME = [
     "arrays",
     "loader_in_memory",
+    "detection",
     "loader_by_rows",
     "loader_with_workers",
     "loader_with_a_generator",
