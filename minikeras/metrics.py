@@ -100,7 +100,7 @@ class Totals(Mapping[str, float]):
         """
         call = call or _plain_call
         asked = self.functions if functions else {}
-        if self.unseen and not self.idle:
+        if self.unseen and not self.idle and (self.world is None or self.world.rank == 0):
             self._look_at_scores(outputs)
         found: dict[str, int] = {}
         if asked and self.row_means.active:
@@ -177,16 +177,17 @@ class Totals(Mapping[str, float]):
         return list(sums), dict(zip(self.sums, counted, strict=True))
 
     def everywhere_updated(self) -> bool:
-        """Whether the objects have seen rows: in each process, as torchmetrics needs it, or in none."""
+        """Whether the objects have seen rows: torchmetrics needs that in each process, or in none."""
         if self.world is None:
             return self.updated
         some, none = self.world.agree(self.updated, not self.updated)
-        if some and none:
+        in_each = not all(isinstance(metric, OnAllRows) for metric in self.objects.values())
+        if some and none and in_each:
             raise ValueError(
                 f"there are fewer rows than processes, {self.world.size}, and the metric objects of one have seen "
                 f"none. Give more rows, or start fewer processes."
             )
-        return self.updated
+        return bool(some)
 
     def _computed(self, name: str) -> dict[str, float]:
         """What an object answers at the end of a pass, by column."""
