@@ -23,8 +23,8 @@ def ring(rows, radius):
     return torch.cat([r * torch.cos(angle), r * torch.sin(angle)], dim=1)
 
 
-def recall(y_pred, y_true):  # the share of positives that are found; (sum, count), since not every row is one
-    return ((y_pred > 0.5) & (y_true > 0.5)).sum(), (y_true > 0.5).sum()
+def recall(y_pred, y_true):  # the share of positives that are found: over these, not over all rows
+    return minikeras.Average(((y_pred > 0.5) & (y_true > 0.5)).sum(), (y_true > 0.5).sum())
 
 
 def main(epochs, batch_size):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minikeras.checks.inputs import check_name
 from minikeras.errors import described, is_number
-from minikeras.results import Average
+from minikeras.results import Average, check_average
 
 MOST = 1000  # columns of one object: a table of more is of no use to anyone
 
@@ -46,6 +46,7 @@ def columns_of(name: str, value: Any, source: str = "compute()") -> dict[str, fl
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
     """Each number with its column; None stands for what is no number."""
     if isinstance(value, Average):
+        check_average(f"metric {name!r}", value, wait=True)
         yield name, float(value.total) / float(value.count) if value.count else math.nan
     elif is_number(value):
         yield name, float(value)

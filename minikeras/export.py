@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from minikeras import checks
 from minikeras.checkpoint.file import write
-from minikeras.data import count_rows, leaves, manner, map_leaves, parts, to_device
+from minikeras.data import first_size, leaves, manner, map_leaves, parts, to_device
 from minikeras.distributed import is_part
 from minikeras.errors import described
 
@@ -124,7 +124,7 @@ def two_rows(example: Any) -> Any:
             f"example must be a batch of features as forward takes it, one row or more, got {described(example)}. "
             f"Pass tensors or arrays, X[:2]; of a DataFrame X[:2].to_numpy('float32')."
         )
-    if count_rows(example) > 1:
+    if first_size(example) > 1:
         return example
     return map_leaves(lambda leaf: torch.cat([leaf, leaf]) if has_rows(leaf, 1) else leaf, example)
 
@@ -170,7 +170,7 @@ def named(model: nn.Module) -> nn.Module:
 
 def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """torch's program of forward, the number of rows left open."""
-    rows, batch = count_rows((args, kwargs)), torch.export.Dim("batch")
+    rows, batch = first_size((args, kwargs)), torch.export.Dim("batch")
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = map_leaves(lambda leaf: {0: batch} if has_rows(leaf, rows) else None, dict(given))
     try:
@@ -194,7 +194,7 @@ def _onnx(program: Any, model: nn.Module, given: tuple[Any, Any], outputs: Any) 
     inputs = names_of(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
     names = [f"{name}_out" if name in inputs else name for name in names_of(outputs, "output")]
     _check_onnx(outputs, inputs + names)
-    rows = count_rows(given)
+    rows = first_size(given)
     sizes = [{0: "batch"} if has_rows(leaf, rows) else None for leaf in leaves(given) if isinstance(leaf, Tensor)]
     more: Any = {"input_names": inputs, "output_names": names, "dynamic_shapes": sizes}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **more)

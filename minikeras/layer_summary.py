@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from minikeras.data import call_with, count_rows, leaves, parts, to_device
+from minikeras.data import call_with, first_size, leaves, parts, to_device
 from minikeras.distributed import is_main
 from minikeras.errors import ForwardError, described, failing_layer, positive_int
 
@@ -166,7 +166,7 @@ def summary(
     features: Features = partial(_made, input_shape, input_dtype)
     row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
     if input_data is not None:
-        row_counts = [max(count_rows(input_data, unknown=1), 1)]
+        row_counts = [max(first_size(input_data, unknown=1), 1)]
         features = lambda device, _: to_device(copy.deepcopy(input_data), device)  # noqa: E731 - forward may write into it
     runs, note = _forward(model, features, row_counts)
     run, parameters = runs[0] if runs else None, list(model.parameters())

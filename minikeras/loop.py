@@ -36,7 +36,7 @@ from torch import nn
 from minikeras import checks
 from minikeras.callbacks import Callback, check_row, with_method
 from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import ContinuedBatches, count_rows, empty, placed, worked
+from minikeras.data import ContinuedBatches, RowCounter, empty, placed, worked
 from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
@@ -152,6 +152,8 @@ def one_pass(
     Where so many batches are `done`, `batches` begin after them and the totals hold them already.
     """
     before, run.totals = run.totals, totals  # a callback may evaluate in the middle of an epoch
+    counter_before, run.row_counter = run.row_counter, RowCounter(run.takes_several)
+    rows_before = run.rows
     if not done:
         totals.reset()
     flush = getattr(step, "flush", None)  # of a compiled step
@@ -162,9 +164,9 @@ def one_pass(
         for number, batch in fetched(remaining, done, name):
             batch, totals.idle = worked(batch)
             features, labels, sample_weight = placed(batch, run.device)
+            rows = run.count_rows(features, labels, sample_weight)
             if totals.unseen:
-                checks.inputs.check_batch(step, features, labels, sample_weight)
-            run.rows = rows = count_rows(features, labels)
+                checks.inputs.check_batch(step, features, labels, sample_weight, rows)
             results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
             if results is None and flush:  # it waits for others, to go through the graph together
                 continue
@@ -178,7 +180,7 @@ def one_pass(
         if not number:
             raise empty(batches, name)
         if flush and (rest := flush()):
-            totals.add(rest, count_rows(features, labels))
+            totals.add(rest, run.count_rows(features, labels))
             call(listeners, "on_batch_end", number, totals)
         if totals is run.train:
             trained(run)
@@ -188,7 +190,7 @@ def one_pass(
         features = labels = sample_weight = batch = results = None  # an error that is kept must not keep them
         raise
     finally:
-        run.totals = before
+        run.totals, run.row_counter, run.rows = before, counter_before, rows_before
 
 
 def trained(run: Run) -> None:

@@ -16,65 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minikeras.distributed import is_part, sum_of_parts
-from minikeras.errors import described, is_number, one_of
-
-Loss = Tensor | tuple[Tensor, Tensor | float]  # the pair is (sum, count), where rows are not the unit
-
-
-def scalar_loss(result: Any, sample_weight: Tensor | None = None, per_row: bool = False) -> Loss:
-    """What `backward` takes, a 0-d tensor or a pair (sum, count), from what a loss_func gives.
-
-    With `sample_weight` (batch,) the result must have a value per row: (batch, ...), of which the mean over the rows
-    of value * weight is taken; without it a value per row is refused, unless `per_row`.
-
-    >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
-    tensor(0.5000)
-    """
-    if not isinstance(result, Tensor):
-        result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
-    elif result.ndim == 0 and sample_weight is None:
-        return result
-    if per_row and sample_weight is None and isinstance(result, Tensor):
-        return result.mean()  # as with weights of 1
-    if sample_weight is not None:
-        rows = len(sample_weight)
-        if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
-            raise ValueError(
-                f"the batches carry a sample_weight, their third part, so the loss must have a value per row: expected "
-                f'shape ({rows},), got {described(result)}. Build it with reduction="none"; two inputs are ((a, b), y).'
-            )
-        return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
-    if isinstance(result, tuple) and len(result) == 2 and all(map(is_number, result)):
-        if getattr(result[1], "requires_grad", False):
-            raise ValueError(
-                f"the loss gave the pair {described(result)} with a gradient in both; a pair is read as "
-                f"(sum, count). Add the two up, or make the second a metric."
-            )
-        return result
-    if not is_number(result):
-        raise ValueError(
-            f"the loss gave {described(result)}; expected one number, a 0-d tensor. "
-            f'Build it with reduction="mean", or end it with .mean().'
-        )
-    return result.reshape(()) if isinstance(result, Tensor) and result.ndim else result
-
-
-def mean_of(loss: Any) -> Any:
-    """The number to differentiate: of a pair (sum, count) its mean, and 0 where nothing was counted."""
-    if not isinstance(loss, tuple):
-        return loss
-    total, count = loss
-    return total / (torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1)
-
-
-def with_gradient(loss: Any) -> Tensor:
-    """The loss as backward takes it."""
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise ValueError(
-            f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
-            f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
-        )
-    return loss
+from minikeras.errors import described, one_of
+from minikeras.results import Average, Loss, refuse_several
 
 
 def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
@@ -298,12 +241,12 @@ class Regularized(nn.Module):
         l1, l2: strengths, 0 or more, default 0.
 
     The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"), so that weights of
-    the rows weigh it too. A pair (sum, count) becomes (sum + penalty * count, count), so that its mean, too, carries
-    the penalty once.
+    the rows weigh it too. An `Average(total, count)` becomes Average(total + penalty * count, count), so that its mean,
+    too, carries the penalty once.
 
     Raises:
         TypeError: a class where a loss is meant, or a model that is no module.
-        ValueError: a negative strength.
+        ValueError: a negative strength; or, when called, a loss that gives a tuple, a list or a dict.
 
     >>> Regularized(FocalLoss(), nn.Linear(2, 1), l2=0.001)
     Regularized(
@@ -328,7 +271,10 @@ class Regularized(nn.Module):
         loss = self.loss_func(y_pred, y_true)
         loss = loss if isinstance(loss, Tensor) else getattr(loss, "loss", loss)
         added = penalty(weights_of(self._held[0]), self.l1, self.l2)
-        return (loss[0] + added * loss[1], loss[1]) if isinstance(loss, tuple) else loss + added
+        if isinstance(loss, Average):
+            return Average(loss.total + added * loss.count, loss.count)
+        refuse_several("the loss", loss)
+        return loss + added
 
     def extra_repr(self) -> str:
         return f"l1={self.l1}, l2={self.l2}"

@@ -2,7 +2,7 @@
 
 each batch:
     metrics(outputs, labels)       functions are called, update/compute/reset objects are updated
-    add(results, rows)             sum += value * rows, count += rows; a pair (sum, count) is added as it is
+    add(results, rows)             sum += value * rows, count += rows; an Average is added as it is
 when asked:
     totals["loss"], means()        sum / count; this waits for the device
 """
@@ -25,11 +25,10 @@ from minikeras.checks.inputs import is_stateful
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
 from minikeras.columns import check_columns, columns_of
-from minikeras.data import map_leaves
+from minikeras.data import UnknownRows, map_leaves
 from minikeras.distributed import World
 from minikeras.on_all_rows import OnAllRows
-
-Result = Tensor | float | tuple[Any, Any]  # a mean over the batch's rows, or a pair (sum, count)
+from minikeras.results import Average, Result, check_average, check_number
 
 
 class Totals(Mapping[str, float]):
@@ -120,26 +119,40 @@ class Totals(Mapping[str, float]):
             if not self.looks[name] and warn_of_raw_scores(name, metric, outputs):
                 self.looks[name] += 1
 
-    def add(self, results: Mapping[str, Result], rows: int) -> None:
+    def add(self, results: Mapping[str, Result], rows: int | UnknownRows) -> None:
         """Add what a step returned for a batch of so many rows."""
         if results.keys() != self.sums.keys():
             self._start(results)
         for name, value in () if self.idle else results.items():
-            if isinstance(value, tuple):
-                self._add_pair(name, *value)
+            if isinstance(value, Average):
+                self._add_average(name, value)
+            elif isinstance(rows, UnknownRows):
+                rows.refuse()
             elif isinstance(value, Tensor):
                 value = value.detach()
                 self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)
                 self.counts[name] += rows
             else:
+                if not isinstance(value, float):
+                    check_number(f"{name!r}", value)
                 self.sums[name] += float(value) * rows
                 self.counts[name] += rows
 
-    def _add_pair(self, name: str, total: Any, count: Any) -> None:
-        if isinstance(count, Tensor) and not isinstance(self.counts[name], Tensor):
+    def _add_average(self, name: str, average: Average) -> None:
+        check_average(f"{name!r}", average)
+        total, count = detached(average)
+        total = total.reshape(()) if isinstance(total, Tensor) else float(total)
+        if not isinstance(count, Tensor):
+            if count != 0:  # a total over nothing may be NaN
+                self.sums[name] += total
+                self.counts[name] += count
+            return
+        count = count.reshape(())
+        if not isinstance(self.counts[name], Tensor):
             self.counts[name] = _zero(self.device) + self.counts[name]
-        self.sums[name] += total.detach().reshape(()) if isinstance(total, Tensor) else float(total)
-        self.counts[name] += count.detach().reshape(()) if isinstance(count, Tensor) else count
+        nothing = count.to(self.device) == 0
+        self.sums[name] = torch.where(nothing, self.sums[name], self.sums[name] + total)
+        self.counts[name] += count
 
     def _start(self, results: Mapping[str, Result]) -> None:
         if self.sums:
@@ -331,8 +344,8 @@ def hold_back(metric: Any, name: str, syncs: Callable[[], bool]) -> None:
     if not parts:
         raise TypeError(
             f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several processes cannot be put "
-            f"together. Give a function that returns a mean or a pair (sum, count), minikeras.OnAllRows(function), or "
-            f"a torchmetrics object."
+            f"together. Give a function that returns a mean or an Average(total, count), "
+            f"minikeras.OnAllRows(function), or a torchmetrics object."
         )
     for part in parts:
         part.distributed_available_fn = syncs

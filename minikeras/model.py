@@ -25,10 +25,10 @@ from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, call_with, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
-from minikeras.losses import mean_of, scalar_loss, with_gradient
-from minikeras.metrics import Result, detached
+from minikeras.metrics import detached
 from minikeras.notebook import model_html, progress
 from minikeras.progress import show, tell
+from minikeras.results import Result, mean_of, scalar_loss, with_gradient
 from minikeras.run import Run, check_optimizers, made, ready
 
 
@@ -81,8 +81,8 @@ class Model(nn.Module):
             sample_weight: (batch,), given only where the batches have a third part.
 
         Returns:
-            name -> mean over the batch's rows, or a pair (sum, count); the same names at each step. Each is a column
-            of the history, weighted by rows.
+            name -> mean over the batch's rows, or an `Average(total, count)`; the same names at each step. Each is a
+            column of the history, weighted by rows.
 
         >>> class Noisy(Model):
         ...     def train_step(self, features, labels, sample_weight=None):
@@ -115,11 +115,11 @@ class Model(nn.Module):
             raise
 
     def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:
-        """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or a pair (sum, count).
+        """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or an `Average(total, count)`.
 
         With `sample_weight` (batch,) the loss must be one per row, as with reduction="none"; the result is the mean
-        over the rows of loss * weight, as in Keras; an evaluation without weights takes those of 1. What is no number,
-        and `outputs` and `labels` that would broadcast each other, are a ValueError.
+        over the rows of loss * weight, as in Keras; an evaluation without weights takes those of 1. What is no number
+        (a tuple is none), and `outputs` and `labels` that would broadcast each other, are a ValueError.
         """
         run = self._compiled("compute_loss")
         if run.totals.unseen:
@@ -127,22 +127,35 @@ class Model(nn.Module):
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
-        except (RuntimeError, IndexError) as error:
-            checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
+        except (RuntimeError, IndexError, ValueError) as error:
+            checks.causes.explain_squeezed(error, outputs, labels)
+            if not isinstance(error, ValueError):
+                checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
-        return scalar_loss(result, sample_weight, per_row=run.totals is run.val)
+        if isinstance(outputs, Tensor) and outputs.ndim == 0:
+            checks.causes.warn_of_squeezed(outputs, labels)
+        per_row = run.totals is run.val
+        loss = scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
+        run.check_rows(loss)
+        return loss
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
         run = self._compiled("compute_metrics")
         if run.precision is not None:
-            return run.precision.metrics(run.totals, detached(outputs), labels, run.call)
-        return run.totals.metrics(detached(outputs), labels, run.call)
+            metrics = run.precision.metrics(run.totals, detached(outputs), labels, run.call)
+        else:
+            metrics = run.totals.metrics(detached(outputs), labels, run.call)
+        run.check_rows(*metrics.values())
+        return metrics
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
-        """Fill the gradients of a `loss`, 0-dim or a pair (sum, count): of every parameter, or of those alone that the
-        `optimizer` of that name trains. A ValueError where there is no gradient, or no optimizer of that name."""
+        """Fill the gradients of a `loss`, 0-dim or an `Average`: of every parameter, or of one optimizer's.
+
+        `optimizer` is its name. A ValueError where there is no gradient, or no optimizer of that name.
+        """
         run = self._compiled("backward")
+        run.check_rows(loss)  # before a weight moves
         mean = with_gradient(mean_of(loss))
         if run.finite_loss is not None and not run.totals.idle:
             run.finite_loss.look(mean)
@@ -150,7 +163,8 @@ class Model(nn.Module):
         if run.precision is None:
             mean.backward(inputs=inputs)
         else:
-            run.precision.backward(loss, mean, run.rows * (not run.totals.idle), run.named(optimizer), inputs)
+            rows = 0 if run.totals.idle else run.rows
+            run.precision.backward(loss, mean, rows, run.named(optimizer), inputs)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
         """Move the weights and clear their gradients: by every optimizer, or by the `optimizer` of that name alone."""
@@ -187,12 +201,13 @@ class Model(nn.Module):
 
         Args:
             loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
-                the batch's rows, or a pair (sum, count) where rows are not the unit. A batch's rows are the first size
-                of its labels, or of the first tensor in it where those are not one; an object may have a batch_size.
+                the batch's rows, or `Average(total, count)` where rows are not the unit. A batch's rows are the first
+                size of its labels, or of the first tensor in it where those are not one; an object may have a
+                batch_size.
             optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
-                rows, or a pair (sum, count); or an object with update, compute and reset (`minikeras.OnAllRows`,
+                rows, or `Average(total, count)`; or an object with update, compute and reset (`minikeras.OnAllRows`,
                 torchmetrics), which gives a number, or a dict or tensor with a column for each number. Outputs (N, 1)
                 against labels (N,) are refused, in the first batch; not in NumPy. A function that is no mean over rows
                 is warned of there.

@@ -1,7 +1,7 @@
 """Between a loss and an optimizer's step: mixed precision, accumulation, clipping.
 
 each step       forward and loss under autocast; metrics, backward and optimizer outside it
-backward        the gradient of loss * rows, or of the sum of a pair (sum, count), is added to what is there; in float16
+backward        the gradient of loss * rows, or of the total of an Average, is added to what is there; in float16
                 it is scaled up, so that small gradients do not vanish
 optimizer_step  counts a batch of that optimizer's window, and closes it when it is full
 close           add up those of all processes, unscale, divide by the window's rows, clip, step, clear
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
@@ -29,7 +30,8 @@ from minikeras.distributed import GradientSums, World, backward, is_part
 from minikeras.errors import dtype_name, one_of, positive_int, real
 from minikeras.faults import FiniteLoss
 from minikeras.losses import Regularized
-from minikeras.metrics import Result, Totals
+from minikeras.metrics import Totals
+from minikeras.results import Average, Result, counted_total
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +40,7 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 class Window:
     """What an optimizer's gradients have gathered since its last step."""
 
-    weight: Any = 0  # rows, or counts of pairs, so far: a number or a 0-d tensor
+    weight: Any = 0  # rows, or counts of Averages, so far: a number or a 0-d tensor
     current: Any = None  # of them those of the batch at hand, from its first backward on
     batches: int = 0
     steps: int = 0  # that the optimizer took in this fit
@@ -112,11 +114,14 @@ class Precision:
 
     # --- backward and step --------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Any, mean: Tensor, rows: int, optimizers: Iterable[Optimizer], inputs: Any) -> None:
+    def backward(self, loss: Any, mean: Tensor, rows: Any, optimizers: Iterable[Optimizer], inputs: Any) -> None:
         """Add a batch's gradients; `mean` is the loss as one number, `inputs` the parameters to fill, None for all."""
         total = wide(mean)
         if self.weighted:
-            total, weight = (wide(loss[0]), loss[1]) if isinstance(loss, tuple) else (total * rows, rows)
+            if isinstance(loss, Average):
+                total, weight = wide(counted_total(loss)), loss.count
+            else:
+                total, weight = total * rows, rows
             if not rows:  # a batch that counts for nothing
                 total, weight = total * 0, 0
             for one in optimizers:
@@ -320,7 +325,8 @@ def clipped(parameters: list[Tensor], norm: float | None, value: float | None) -
 
 def wide(leaf: Any) -> Any:
     """A half-precision tensor in float32, anything else as it is."""
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+    values = leaf.data if isinstance(leaf, PackedSequence) else leaf
+    return leaf.float() if isinstance(values, Tensor) and values.dtype in (torch.bfloat16, torch.float16) else leaf
 
 
 def in_float32(nest: Any) -> Any:
@@ -394,5 +400,5 @@ def check_mean(loss_func: Any, what: str) -> None:
     if getattr(inner, "reduction", None) == "sum":
         raise ValueError(
             f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such a '
-            f'sum has counted already. Build it with reduction="mean", or return a pair (sum, count).'
+            f'sum has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).'
         )

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from minikeras import checks
-from minikeras.data import Idle, as_batches, count_rows, empty, join, leaves, map_leaves, to_device, unpack, worked
-from minikeras.distributed import World
+from minikeras.data import (
+    Idle,
+    RowCounter,
+    UnknownRows,
+    as_batches,
+    empty,
+    first_sizes,
+    join,
+    leaves,
+    manner,
+    map_leaves,
+    parts,
+    to_device,
+    unpack,
+    worked,
+)
+from minikeras.distributed import World, is_part
 from minikeras.loop import modes_kept
 from minikeras.precision import in_float32
+from minikeras.randomness import Randomness
 from minikeras.run import ready
 
 if TYPE_CHECKING:
     from minikeras.model import Model
+
+
+@dataclass
+class Outputs:
+    """The model's outputs for some batches, on the CPU, and how many rows each may have."""
+
+    pieces: list[Any] = field(default_factory=list)
+    rows: dict[str, list[int | None]] = field(default_factory=dict)  # by the labels, or by the features alone
+    unknown: UnknownRows | None = None  # why they could not be counted, where that is so
+    features: Any = None  # of the last batch, to probe the model with
 
 
 def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool) -> Any:
@@ -23,50 +53,205 @@ def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool) -> 
     run = model._run
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return join(outputs_of(model, as_batches(dl, "dl", batch_size, device=device), device))
+        outputs = outputs_of(model, as_batches(dl, "dl", batch_size, device=device), device)
+        return joined(model, outputs, device)
     ready(model, run)
     before, run.by_parts = run.by_parts, run.jit is not None
     try:
-        pieces = outputs_of(model, run.batches(dl, "dl", batch_size), run.device)
+        outputs = outputs_of(model, run.batches(dl, "dl", batch_size), run.device)
+        if run.world is not None:
+            everyones = gathered(outputs, run.world, everywhere)
+            if everyones is None:
+                return None
+            outputs = everyones
+        return joined(model, outputs, run.device)
     finally:
         run.by_parts = before
-    return join(pieces) if run.world is None else everyones(pieces, run.world, everywhere)
 
 
-def everyones(pieces: list[Any], world: World, everywhere: bool) -> Any:
-    """The outputs of all processes, by step and rank."""
-    template, _ = worked(pieces[0])
-    found = world.gather([None if idle else leaves(piece) for piece, idle in map(worked, pieces)], everywhere)
-    if found is None:
-        return None
-    tensors = [iter(part) for step in zip(*found, strict=True) for part in step if part is not None]
-    return join([map_leaves(lambda _, part=part: next(part), template) for part in tensors])  # type: ignore[misc]
+# --- forward --------------------------------------------------------------------------------------
 
 
-def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> list[Any]:
+def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Outputs:
     """The model's outputs for each batch."""
-    pieces: list[Any] = []
+    outputs = Outputs()
     run = model._run
     compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
+    counter, alone = (RowCounter(lambda features: manner(model, features) == "unpacked") for _ in range(2))
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
             batch, idle = worked(batch)
-            features = to_device(unpack(batch)[0], device)
-            outputs = compute_outputs(features)
-            if run is not None and run.precision is not None:
-                outputs = in_float32(outputs)
-            if not pieces:
-                checks.inputs.check_rows_first(outputs, count_rows(features, unpack(batch)[1], unknown=-1))
-            outputs = map_leaves(off_device, outputs)
-            pieces.append(Idle(outputs) if idle else outputs)
-    if not pieces:
+            features, labels, _ = unpack(batch)
+            note(outputs, labels=counter.count(features, labels), features=alone.count(features))
+            sizes = first_sizes(features)
+            features = to_device(features, device)
+            piece = on_cpu(model, compute_outputs(features))
+            outputs.features = features
+            outputs.pieces.append(Idle(piece) if idle else piece)
+            outputs.rows.setdefault("outputs", []).append(agreed_size(piece, sizes))
+            if len(outputs.pieces) == 1:
+                joined(model, outputs, device, final=False)  # says what is wrong at once
+    if not outputs.pieces:
         raise empty(batches, "dl")
-    return pieces
+    return outputs
+
+
+def on_cpu(model: Model, outputs: Any) -> Any:
+    """The outputs for a batch in float32, on the CPU."""
+    run = model._run
+    if run is not None and run.precision is not None:
+        outputs = in_float32(outputs)
+    return map_leaves(off_device, outputs)
 
 
 def off_device(leaf: Any) -> Any:
-    """A tensor or packed sequence on the CPU, with no graph and in memory of its own; anything else as it is."""
-    if isinstance(leaf, torch.Tensor):  # a view would keep all that it is a view of
+    """A tensor or packed sequence on the CPU, with no graph and in memory of its own.
+
+    A key-value cache, which transformers' models return for the next token, is None: it is no output
+    of the rows, and would fill the device. Anything else stays as it is.
+    """
+    if isinstance(leaf, Tensor):  # a view would keep all that it is a view of
         return leaf.detach().to("cpu", copy=True)
+    if isinstance(leaf, PackedSequence):
+        return PackedSequence(leaf.data.detach().to("cpu", copy=True), *(off_device(part) for part in leaf[1:]))
+    if hasattr(leaf, "get_seq_length"):
+        return None
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
+
+
+def note(outputs: Outputs, **found: Any) -> None:
+    """Note the rows of a batch: by the same rule as in `evaluate`, and as the features alone have them."""
+    for name, rows in found.items():
+        if isinstance(rows, UnknownRows):
+            outputs.unknown = outputs.unknown or rows
+            rows = None
+        outputs.rows.setdefault(name, []).append(rows)
+
+
+def agreed_size(piece: Any, sizes: set[int]) -> int | None:
+    """The first size of all outputs, if it is one of the features' or these have none."""
+    found = first_sizes(piece)
+    if len(found) == 1 and (not sizes or found <= sizes):
+        return next(iter(found))
+    return None
+
+
+# --- joined ---------------------------------------------------------------------------------------
+
+
+def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = True) -> Any:
+    """The outputs of all batches, by the first way to count the rows that they fit."""
+    first_error: ValueError | None = None
+    pieces = [worked(piece)[0] for piece in outputs.pieces]
+    tried: list[list[int]] = []
+    for name, counts in outputs.rows.items():
+        if name == "outputs" and tried:
+            continue  # for batches that tell nothing
+        rows = [number for number in counts if number is not None]
+        if len(rows) != len(pieces) or rows in tried:
+            continue
+        tried.append(rows)
+        try:
+            another = partial(probe, model, outputs.features, rows[-1], device)
+            return join(pieces, rows, another, final)
+        except ValueError as error:
+            first_error = first_error or error
+    if first_error is None:
+        assert outputs.unknown is not None
+        outputs.unknown.refuse()
+    raise first_error
+
+
+def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple[Any, int] | None:
+    """The model's outputs for another number of rows: two of many, or twice as many.
+
+    None if the features do not have the rows first, or the model cannot take as many. Random states
+    are as before.
+    """
+    if features is None or not rows or any(map(is_part, model.parameters())):
+        return None
+    tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
+    if not tensors or not all(leaf.ndim and leaf.shape[0] == rows for leaf in tensors):
+        return None
+    fewer = 2 if rows > 2 else 2 * rows
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf[:2] if rows > 2 else torch.cat([leaf, leaf])
+
+    run = model._run
+    by_parts = run is not None and run.by_parts
+    randomness = Randomness(device, [])
+    before = randomness.states()
+    try:
+        with modes_kept(model), torch.no_grad():
+            model.eval()
+            if run is not None:
+                run.by_parts = False  # another size would be compiled anew
+            compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
+            return on_cpu(model, compute_outputs(map_leaves(changed, features))), fewer
+    except Exception:
+        return None  # a model for batches of one size
+    finally:
+        if run is not None:
+            run.by_parts = by_parts
+        randomness.restore(before)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None:
+    """The outputs of all processes, by step and rank; None where they are not wanted."""
+    template, _ = worked(outputs.pieces[0])
+    own = [None if idle else plain(piece) for piece, idle in map(worked, outputs.pieces)]
+    found = world.gather([own, outputs.rows], everywhere)
+    if found is None:
+        return None
+    together = Outputs(unknown=outputs.unknown, features=outputs.features)
+    for rank, step in by_step(found):
+        piece = found[rank][0][step]
+        if piece is None:
+            continue
+        together.pieces.append(rebuilt(piece, template))
+        for name, counts in found[rank][1].items():
+            together.rows.setdefault(name, []).append(counts[step])
+    return together
+
+
+def by_step(found: list[Any]) -> Iterator[tuple[int, int]]:
+    """The rank and the step of each piece, in the order of the rows."""
+    for step in range(len(found[0][0])):
+        for rank in range(len(found)):
+            yield rank, step
+
+
+def plain(nest: Any) -> Any:
+    """A nest as values that can be sent: ["parts", ...] of a container, ["leaf", value] of anything else."""
+    if isinstance(nest, PackedSequence):
+        return ["packed", list(nest)]
+    if isinstance(nest, np.ndarray):
+        return ["array", torch.from_numpy(nest)]
+    found = parts(nest)
+    if found is None:
+        return ["leaf", nest]
+    return ["parts", [plain(part) for part in found[0]]]
+
+
+def rebuilt(sent: Any, template: Any) -> Any:
+    """... and back, in containers like those of the template."""
+    kind, value = sent
+    if kind == "packed":
+        return PackedSequence(*value)
+    if kind == "array":
+        return value.numpy()
+    if kind == "leaf":
+        return value
+    found = parts(template)
+    if found is not None and len(found[0]) == len(value):
+        return found[1]([rebuilt(part, like) for part, like in zip(value, found[0], strict=True)])
+    like = found[0][0] if found is not None and found[0] else None
+    items = [rebuilt(part, like) for part in value]
+    return type(template)(items) if isinstance(template, (list, tuple)) else items

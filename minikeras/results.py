@@ -1,10 +1,21 @@
-"""`Average`: what a loss or a metric returns when its mean is not one over the batch's rows."""
+"""What a loss, a metric or a step returns: a mean over the batch's rows, or an `Average`.
+
+loss_func(y_pred, y_true)
+    scalar_loss     a 0-d tensor or an Average; anything else is refused
+    mean_of         the number to differentiate
+    with_gradient   ... which must have a gradient
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from minikeras.errors import described, is_number
 
 
 class Average(NamedTuple):
@@ -26,4 +37,168 @@ class Average(NamedTuple):
     """
 
     total: Tensor | float
-    count: Tensor | float
+    count: Tensor | float  # type: ignore[assignment] # tuple has a method of this name
+
+
+Loss = Tensor | Average
+Result = Tensor | float | Average  # a mean over the batch's rows, or a total and a count
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def check_number(name: str, value: Any, wait: bool = False) -> None:
+    """Raise an error unless `value` is one number or an `Average`.
+
+    The count of an Average is read where that waits for no device, and everywhere with `wait`.
+    """
+    if isinstance(value, Average):
+        check_average(name, value, wait)
+    elif not is_number(value):
+        refuse_several(name, value)
+        raise ValueError(
+            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d tensor, "
+            f"or minikeras.Average(total, count). Take the mean over the rows."
+        )
+
+
+def refuse_several(name: str, value: Any) -> None:
+    """Raise an error for a tuple, a list or a dict where one number is expected.
+
+    A tuple of two is not read as a total and a count: losses and metrics from elsewhere return
+    (loss, part of it), (loss, number of pairs) or (precision, recall) as well.
+    """
+    if isinstance(value, Mapping):
+        keys = list(value)
+        shown = f"[{keys[0]!r}]" if keys else "[...]"
+        raise ValueError(
+            f"{name} gave a dict, {described(dict(value))}; expected one number. Return one of its values, "
+            f"such as {shown}, or their sum. The others can be metrics under names of their own."
+        )
+    if isinstance(value, (tuple, list)):
+        parts = value if isinstance(value, list) else tuple(value)  # a named tuple shows its parts too
+        raise ValueError(
+            f"{name} gave a {type(value).__name__}, {described(parts)}; "
+            f"expected one number. Return one part, such as [0], or the sum "
+            f"of several; or minikeras.Average(total, count), if they are a total and the count to divide it by."
+        )
+
+
+def check_average(name: str, average: Average, wait: bool = False) -> None:
+    """Raise an error unless total and count are numbers, and the count is finite and 0 or more."""
+    total, count = average
+    if not is_number(total) or not is_number(count):
+        raise ValueError(
+            f"{name} gave Average(total={described(total)}, count={described(count)}); expected a number for "
+            f"each: a float or a 0-d tensor. Add up what counts with .sum()."
+        )
+    if isinstance(count, Tensor) and count.requires_grad:
+        raise ValueError(
+            f"{name} gave an Average whose count has a gradient, and a count is a constant. Pass "
+            f"count.detach(); if the second part is another loss, add the two up and return one number."
+        )
+    if not (wait or is_readable(count)):
+        return
+    number = float(count)
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            f"{name} gave an Average with count {number:g}; expected a finite number, 0 or more. The count "
+            f"is how many units the total is a sum of. If it is something else, return the number [0] alone."
+        )
+
+
+def is_readable(number: Any) -> bool:
+    """Whether a number can be read now, without waiting for a device or ending a graph."""
+    if not isinstance(number, Tensor):
+        return True
+    return number.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def scalar_loss(
+    result: Any,
+    sample_weight: Tensor | None = None,
+    per_row: bool = False,
+    wait: bool = False,
+) -> Loss:
+    """Make what `backward` takes, a 0-d tensor or an `Average`, of what a loss_func gives.
+
+    With `sample_weight` (batch,) the result must have a value per row, (batch, ...), and the mean
+    over the rows of value * weight is taken. Without it a value per row is refused, unless
+    `per_row`. For `wait` see `check_number`.
+
+    >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
+    tensor(0.5000)
+    """
+    if not isinstance(result, Tensor):
+        result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
+    elif result.ndim == 0 and sample_weight is None:
+        return result
+    if per_row and sample_weight is None and isinstance(result, Tensor):
+        return result.mean()  # as with weights of 1
+    if sample_weight is not None:
+        return weighted_loss(result, sample_weight)
+    if isinstance(result, Average):
+        check_average("the loss", result, wait)
+        return Average(flat(result.total), flat(result.count))
+    if not is_number(result):
+        refuse_several("the loss", result)
+        raise ValueError(
+            f"the loss gave {described(result)}; expected one number, a 0-d tensor. "
+            f'Build it with reduction="mean", or end it with .mean().'
+        )
+    loss: Tensor = flat(result)
+    return loss
+
+
+def weighted_loss(result: Any, sample_weight: Tensor) -> Tensor:
+    """The mean over the rows of a loss per row times its weight."""
+    rows = len(sample_weight)
+    if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
+        raise ValueError(
+            f"the batches carry a sample_weight, their third part, so the loss must have a value per row: expected "
+            f'shape ({rows},), got {described(result)}. Build it with reduction="none"; two inputs are ((a, b), y).'
+        )
+    return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
+
+
+def flat(number: Any) -> Any:
+    """A tensor of one element without dimensions; another number as it is."""
+    if isinstance(number, Tensor) and number.ndim:
+        return number.reshape(())
+    return number
+
+
+def mean_of(loss: Any) -> Any:
+    """The number to differentiate: of an `Average` its mean, and 0 where nothing was counted."""
+    if not isinstance(loss, Average):
+        return loss
+    count = loss.count
+    if isinstance(count, Tensor):
+        return counted_total(loss) / torch.where(count == 0, 1, count)
+    return counted_total(loss) / (count or 1)
+
+
+def counted_total(average: Average) -> Any:
+    """The total, or 0 where the count is 0, even if the total is NaN then."""
+    total, count = average
+    if is_readable(count):
+        if count != 0:
+            return total
+        return torch.nan_to_num(total) * 0 if isinstance(total, Tensor) else 0.0
+    if isinstance(total, Tensor):
+        return torch.where(count.to(total.device) == 0, 0, total)  # type: ignore[union-attr]
+    return total
+
+
+def with_gradient(loss: Any) -> Tensor:
+    """The loss as backward takes it."""
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        refuse_several("backward was given a loss that", loss)
+        raise ValueError(
+            f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
+            f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
+        )
+    return loss

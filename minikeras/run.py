@@ -16,13 +16,24 @@ from torch.optim import Optimizer
 
 from minikeras import checks
 from minikeras.callbacks import column_order, rate_name
-from minikeras.data import as_batches, choose_device, empty, is_batched, length, sharded
+from minikeras.data import (
+    RowCounter,
+    UnknownRows,
+    as_batches,
+    choose_device,
+    empty,
+    is_batched,
+    length,
+    manner,
+    sharded,
+)
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
 from minikeras.faults import FiniteLoss
 from minikeras.losses import parameters_of
 from minikeras.metrics import Totals, by_column
 from minikeras.precision import Precision, precision_of
+from minikeras.results import Average
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -46,7 +57,9 @@ class Run:
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
     carried_on: set[str] = field(default_factory=set)  # steps that were taken in the fit before it was carried on here
     precision: Precision | None = None  # where compile was asked for mixed precision, clipping or accumulation
-    rows: int = 0  # of the batch at hand
+    rows: int | UnknownRows = 0  # of the batch at hand
+    row_counter: RowCounter = field(default_factory=RowCounter)  # of the pass that is under way
+    takes_several: Callable[[Any], bool] = lambda features: False  # whether forward takes such features apart
     totals: Totals = field(init=False)  # of the phase that is under way
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
@@ -79,6 +92,19 @@ class Run:
         if self.totals.unseen:
             return checks.inputs.guarded(function, outputs, labels, name, scalar=scalar)
         return function(outputs, labels)
+
+    def count_rows(self, features: Any, labels: Any, sample_weight: Any = None) -> int | UnknownRows:
+        """The rows of a batch, noted as those of the batch at hand."""
+        rows = self.row_counter.count(features, labels)
+        if isinstance(rows, UnknownRows) and isinstance(sample_weight, Tensor) and sample_weight.ndim:
+            rows = len(sample_weight)
+        self.rows = rows
+        return rows
+
+    def check_rows(self, *results: Any) -> None:
+        """Raise an error if the batch's rows are unknown and one of these means is over them."""
+        if isinstance(self.rows, UnknownRows) and not all(isinstance(result, Average) for result in results):
+            self.rows.refuse()
 
     def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False, passes: int = 1) -> Any:
         """What the user has as batches on the device; this process's part of them."""
@@ -140,6 +166,7 @@ def made(
     looks: Counter[str] = Counter()
     train, val = (Totals(metrics_dict, chosen, world, looks) for _ in ("train", "val"))
     run = Run(loss_func, optimizers, train, val, chosen, world=world)
+    run.takes_several = lambda features: manner(model, features) == "unpacked"
     if distributed == "fsdp" or any(map(is_part, model.parameters())):
         check_parts(model, run, jit, precision)
     elif fsdp_blocks is not None:

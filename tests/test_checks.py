@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from minikeras import Callback, Model
+from minikeras import Average, Callback, Model
 from minikeras.checks.inputs import guarded
+from minikeras.errors import described
 
 random = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 4, generator=random), torch.randn(8, 1, generator=random)
@@ -544,7 +545,18 @@ LOSSES = {
     "a loss cut off by detach": (lambda p, t: mse(p.detach(), t), S, S),
     "a loss cut off by item": (lambda p, t: mse(p, t).item(), S, S),
     "two losses": (lambda p, t: (p.mean() * 4, p.mean() * 2.5), ONES, ONES),
+    "a loss and its detached part": (lambda p, t: (mse(p, t), p.detach().mean()), S, S),
+    "a loss and a part of 0": (lambda p, t: (mse(p, t), torch.tensor(0.0)), S, S),
+    "a loss and a part below 0": (lambda p, t: (mse(p, t), torch.tensor(-1.0)), S, S),
+    "a loss and a float": (lambda p, t: (mse(p, t), 0.3), S, S),
+    "a loss and a number of pairs": (lambda p, t: (mse(p, t), len(p) ** 2), S, S),
     "a loss and a dict": (lambda p, t: (mse(p, t), {"mse": 1.0}), S, S),
+    "a list": (lambda p, t: [mse(p, t)], S, S),
+    "a dict": (lambda p, t: {"mse": mse(p, t), "part": 0.5}, S, S),
+    "an average with a count below 0": (lambda p, t: Average(mse(p, t), torch.tensor(-1)), S, S),
+    "an average with a count of NaN": (lambda p, t: Average(mse(p, t), float("nan")), S, S),
+    "an average with a gradient in both": (lambda p, t: Average(mse(p, t), p.mean()), S, S),
+    "an average that is not summed": (lambda p, t: Average((p - t) ** 2, 8), S, S),
 }
 LOSSES_SAY = """
 float labels | ValueError: labels are float32 (8,); expected one class index (int64) a row, or class probabilities of
@@ -586,10 +598,30 @@ a loss cut off by detach | ValueError: the loss is Tensor () float32 without a g
     trainable parameter. Compute it from the model's outputs in torch, without detach, .item() or NumPy.
 a loss cut off by item | ValueError: the loss is float without a gradient: it does not depend on any trainable
     parameter. Compute it from the model's outputs in torch, without detach, .item() or NumPy.
-two losses | ValueError: the loss gave the pair (Tensor () float32, Tensor () float32) with a gradient in both; a pair
-    is read as (sum, count). Add the two up, or make the second a metric.
-a loss and a dict | ValueError: the loss gave (Tensor () float32, {'mse': float}); expected one number, a 0-d tensor.
-    Build it with reduction="mean", or end it with .mean().
+two losses | a loss and its detached part | a loss and a part of 0 | a loss and a part below 0 | ValueError: the loss
+    gave a tuple, (Tensor () float32, Tensor () float32); expected one number. Return one part, such as [0], or the sum
+    of several; or minikeras.Average(total, count), if they are a total and the count to divide it by.
+a loss and a float | ValueError: the loss gave a tuple, (Tensor () float32, float); expected one number. Return one
+    part, such as [0], or the sum of several; or minikeras.Average(total, count), if they are a total and the count to
+    divide it by.
+a loss and a number of pairs | ValueError: the loss gave a tuple, (Tensor () float32, int); expected one number. Return
+    one part, such as [0], or the sum of several; or minikeras.Average(total, count), if they are a total and the count
+    to divide it by.
+a loss and a dict | ValueError: the loss gave a tuple, (Tensor () float32, {'mse': float}); expected one number. Return
+    one part, such as [0], or the sum of several; or minikeras.Average(total, count), if they are a total and the count
+    to divide it by.
+a list | ValueError: the loss gave a list, [Tensor () float32]; expected one number. Return one part, such as [0], or
+    the sum of several; or minikeras.Average(total, count), if they are a total and the count to divide it by.
+a dict | ValueError: the loss gave a dict, {'mse': Tensor () float32, 'part': float}; expected one number. Return one of
+    its values, such as ['mse'], or their sum. The others can be metrics under names of their own.
+an average with a count below 0 | ValueError: the loss gave an Average with count -1; expected a finite number, 0 or
+    more. The count is how many units the total is a sum of. If it is something else, return the number [0] alone.
+an average with a count of NaN | ValueError: the loss gave an Average with count nan; expected a finite number, 0 or
+    more. The count is how many units the total is a sum of. If it is something else, return the number [0] alone.
+an average with a gradient in both | ValueError: the loss gave an Average whose count has a gradient, and a count is a
+    constant. Pass count.detach(); if the second part is another loss, add the two up and return one number.
+an average that is not summed | ValueError: the loss gave Average(total=Tensor (8, 3) float32, count=int); expected a
+    number for each: a float or a 0-d tensor. Add up what counts with .sum().
 """
 
 
@@ -599,7 +631,7 @@ def test_a_loss_that_cannot_train_is_refused_before_a_weight_moves(given, messag
     fits_badly(message, data=(outputs, labels), model={"net": Scale(), "loss": loss})
 
 
-NUMBER = "expected one number: a float, a NumPy scalar, a 0-d tensor, or a pair (sum, count). "
+NUMBER = "expected one number: a float, a NumPy scalar, a 0-d tensor, or minikeras.Average(total, count). "
 NUMBER += "Take the mean over the rows."
 METRICS = {
     "not a scalar": (lambda p, t: p[:, 0] - t, f"gave Tensor (8,) float32; {NUMBER}"),
@@ -618,11 +650,18 @@ def test_a_metric_that_is_no_number_is_refused_before_a_weight_moves(metric, mes
     refused_metric(metric, message)
 
 
-@pytest.mark.parametrize("count", [2.5, float("nan"), float("inf")])
-def test_a_metric_whose_pair_has_no_whole_count_is_refused_before_a_weight_moves(count):
-    message = f"gave the pair (1, {count}); a pair is read as (sum, count) and the count must be whole. "
-    message += "Give two results under two names of metrics_dict."
-    refused_metric(lambda p, t: (torch.tensor(1.0), torch.tensor(count)), message)
+@pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
+def test_a_metric_whose_count_is_no_count_is_refused_before_a_weight_moves(count):
+    message = f"gave an Average with count {count:g}; expected a finite number, 0 or more. The count is how many units "
+    message += "the total is a sum of. If it is something else, return the number [0] alone."
+    refused_metric(lambda p, t: Average(torch.tensor(1.0), torch.tensor(count)), message)
+
+
+@pytest.mark.parametrize("pair", [(0.5, 0.25), (0.0, 0.0), (1.0, 1.0), (torch.tensor(0.5), torch.tensor(8))])
+def test_a_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
+    message = f"gave a tuple, {described(pair)}; expected one number. Return one part, such as [0], or the sum of "
+    message += "several; or minikeras.Average(total, count), if they are a total and the count to divide it by."
+    refused_metric(lambda p, t: pair, message)
 
 
 FAILS = {
@@ -905,29 +944,6 @@ def test_predict_has_each_batchs_answer_though_forward_gives_one_buffer_again_an
     assert torch.equal(Model(Buffered()).predict(Y, batch_size=2), Y)
 
 
-@pytest.mark.parametrize(
-    ("items", "shown"),
-    [
-        (lambda x: [{"boxes": row.repeat(int(row[0]), 1)} for row in x], "[{'boxes': Tensor (1, 2) float32}, "),
-        (lambda x: [str(row[0]) for row in x], "[str, "),
-        (lambda x: {"words": [str(row[0]) for row in x]}, "[str, "),
-    ],
-)
-def test_a_list_with_an_item_for_each_row_is_refused_since_rows_would_be_mixed(items, shown):
-    class Items(nn.Module):
-        def forward(self, x):
-            return items(x)
-
-    rows = torch.arange(1.0, 9.0).reshape(4, 2)
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        Model(Items()).predict(rows, batch_size=2)
-    shown += "{'boxes': Tensor (3, 2) float32}]" if "boxes" in shown else "str]"
-    assert str(error.value) == (
-        f"the model returned a list of 2 for 2 rows, {shown}; predict joins batches along the first dimension of "
-        f"tensors. Pad the items to one tensor in forward, or predict batch by batch."
-    )
-
-
 def test_outputs_in_a_list_are_joined_one_by_one():
     class Heads(nn.Module):
         def forward(self, x):
@@ -1192,7 +1208,7 @@ a name that is a number | TypeError: train_step returned the name 3; expected a 
 a name of the history's | ValueError: train_step returned the name 'lr', which history uses itself (lr, epoch and
     val_...). Give it another name.
 a value per row | ValueError: train_step's 'loss' gave Tensor (8,) float32; expected one number: a float, a NumPy
-    scalar, a 0-d tensor, or a pair (sum, count). Take the mean over the rows.
+    scalar, a 0-d tensor, or minikeras.Average(total, count). Take the mean over the rows.
 other names at the second step | ValueError: a step returned loss, f1 and the one before it loss; expected the same
     names at each step, since the history has a column for each.
 """

@@ -211,9 +211,9 @@ def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_t
 def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two):
     assert by_two["refused"][0]["said"] == by_two["refused"][1]["said"] == [
         'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, which such a sum '
-        'has counted already. Build it with reduction="mean", or return a pair (sum, count).',
+        'has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
         "metric 'mean' is a Mean, an object whose counts in several processes cannot be put together. Give a function "
-        "that returns a mean or a pair (sum, count), minikeras.OnAllRows(function), or a torchmetrics object.",
+        "that returns a mean or an Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object.",
         "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
         "backward filled the gradient of a parameter twice, after several processes had added it up, as "
         "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",

@@ -101,7 +101,8 @@ def test_a_batch_in_which_the_loss_ignores_every_label_is_told_so(loss, ignored)
         model.fit(1, [(points(8)[0], torch.full((8,), ignored))], verbose=0)
     assert str(raised.value) == (
         f"the loss is nan in epoch 1, batch 1; expected a finite number. {NO_ONE}No label of this batch counts: all "
-        f"are {ignored}, which the loss ignores, and its mean over none is nan. Let the loss give a pair (sum, count). "
+        f"are {ignored}, which the loss ignores, and its mean over none is nan. Let the loss return "
+        f"minikeras.Average(total, count). "
         f"{AS_BEFORE}"
     )
     assert same(before, state(model))

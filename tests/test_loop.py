@@ -419,7 +419,7 @@ def test_predict_needs_no_compile_and_keeps_the_rows_in_order():
 def test_predict_returns_the_structure_that_the_model_returns():
     class Many(minikeras.Model):
         def forward(self, x):
-            return {"double": 2 * x, "pair": (x, [x.sum(1), None]), "size": x.sum()}
+            return {"double": 2 * x, "pair": (x, [x.sum(1), None])}
 
     X, _ = points(5)
     found = Many().predict(X, batch_size=2)
@@ -427,15 +427,14 @@ def test_predict_returns_the_structure_that_the_model_returns():
     torch.testing.assert_close(found["pair"][0], X)
     torch.testing.assert_close(found["pair"][1][0], X.sum(1))
     assert found["pair"][1][1] is None
-    assert found["size"].shape == (3,)
 
 
 def test_predict_refuses_rows_that_are_not_first():
     with pytest.raises(ValueError, match="rows") as error:
         minikeras.Model(nn.LSTM(4, 3, batch_first=True)).predict(torch.randn(64, 5, 4))
     assert str(error.value) == (
-        "the model returned a tensor of shape (1, 32, 3) for 32 rows; predict joins batches along the first dimension, "
-        "and the rows are in dimension 1. Return it with .transpose(0, 1)."
+        "the model returned a tensor of shape (1, 32, 3) in its outputs[1][0] for 32 rows; predict joins batches along "
+        "the first dimension, and the rows are in dimension 1. Return it with .transpose(0, 1)."
     )
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from minikeras import Average
 from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups, weights_and_biases
 
 HARD = torch.tensor([[0.5], [0.5]])
@@ -300,18 +301,18 @@ def test_predictions_come_first_and_labels_second():
     assert seen == [("pred", "true")]
 
 
-@pytest.mark.parametrize("form", ["scalar", "per row", "pair"])
+@pytest.mark.parametrize("form", ["scalar", "per row", "average"])
 def test_the_mean_carries_the_penalty_once_whatever_the_form_of_the_loss(form):
     def loss_func(y_pred, y_true):
         rows = (y_pred - y_true).square().mean(dim=1)
-        return {"scalar": rows.mean(), "per row": rows, "pair": (rows.sum(), torch.tensor(len(rows)))}[form]
+        return {"scalar": rows.mean(), "per row": rows, "average": Average(rows.sum(), torch.tensor(len(rows)))}[form]
 
     model, y_pred, y_true = nn.Linear(3, 2), torch.rand(5, 2), torch.rand(5, 2)
     loss = Regularized(loss_func, model, l1=0.1, l2=0.2)(y_pred, y_true)
-    mean = loss[0] / loss[1] if form == "pair" else loss.mean()
+    mean = loss[0] / loss[1] if form == "average" else loss.mean()
     expected = nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
     torch.testing.assert_close(mean, expected)
-    if form == "pair":
+    if form == "average":
         assert loss[1] == 5
     elif form == "per row":
         assert loss.shape == (5,)

@@ -12,7 +12,13 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score, roc_auc_scor
 from torch import nn
 
 import minikeras
+from minikeras import Average
 from minikeras.metrics import Totals
+
+
+def hits(y_pred, y_true):
+    return ((y_pred > 0.5) == (y_true > 0.5)).sum()
+
 
 KINDS = {
     "tensor": accuracy,
@@ -20,8 +26,8 @@ KINDS = {
     "Python float": lambda y_pred, y_true: accuracy(y_pred, y_true).item(),
     "NumPy scalar": lambda y_pred, y_true: np.float32(accuracy(y_pred, y_true).item()),
     "scikit-learn": lambda y_pred, y_true: accuracy_score(y_true.cpu().numpy(), y_pred.cpu().numpy() > 0.5),
-    "pair of tensors": lambda y_pred, y_true: (((y_pred > 0.5) == (y_true > 0.5)).sum(), torch.tensor(len(y_true))),
-    "pair of numbers": lambda y_pred, y_true: (((y_pred > 0.5) == (y_true > 0.5)).sum().item(), len(y_true)),
+    "average of tensors": lambda y_pred, y_true: Average(hits(y_pred, y_true), torch.tensor(len(y_true))),
+    "average of numbers": lambda y_pred, y_true: Average(hits(y_pred, y_true).item(), len(y_true)),
     "torchmetrics": torchmetrics.classification.BinaryAccuracy(),
 }
 
@@ -96,13 +102,13 @@ def test_a_metric_is_called_once_per_batch():
 def test_counts_are_exact_beyond_what_float32_can_hold():
     totals = Totals({}, torch.device("cpu"))
     for _ in range(3):
-        totals.add({"loss": torch.tensor(1.0), "pair": (torch.tensor(2.0**24), torch.tensor(2.0**24))}, 2**24)
-    totals.add({"loss": torch.tensor(0.0), "pair": (torch.tensor(0.0), torch.tensor(1.0))}, 1)
-    assert totals["loss"] == totals["pair"] == 3 * 2**24 / (3 * 2**24 + 1)
+        totals.add({"loss": torch.tensor(1.0), "units": Average(torch.tensor(2.0**24), torch.tensor(2.0**24))}, 2**24)
+    totals.add({"loss": torch.tensor(0.0), "units": Average(torch.tensor(0.0), torch.tensor(1.0))}, 1)
+    assert totals["loss"] == totals["units"] == 3 * 2**24 / (3 * 2**24 + 1)
 
 
 def test_nothing_counted_is_nan():
-    model = compiled(metrics_dict={"none": lambda y_pred, y_true: (torch.tensor(0.0), torch.tensor(0))})
+    model = compiled(metrics_dict={"none": lambda y_pred, y_true: Average(torch.tensor(0.0), torch.tensor(0))})
     assert np.isnan(model.evaluate(points(10))["val_none"])
 
 

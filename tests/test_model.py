@@ -280,10 +280,10 @@ def test_the_parameters_of_a_loss_are_trained_by_the_default_optimizer():
     assert not torch.equal(before["head.weight"], loss_func.head.weight)
 
 
-def test_a_loss_may_return_sum_and_count_where_rows_are_not_the_unit():
+def test_a_loss_may_return_an_average_if_rows_are_not_the_unit():
     def per_token(y_pred, y_true):  # labels of -1 are padding
         mask = y_true >= 0
-        return (((y_pred - y_true) ** 2) * mask).sum(), mask.sum()
+        return minikeras.Average((((y_pred - y_true) ** 2) * mask).sum(), mask.sum())
 
     X, y = torch.randn(10, 4), torch.randn(10, 4).abs()
     y[torch.rand(10, 4) < 0.4] = -1

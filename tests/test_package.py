@@ -43,7 +43,8 @@ ORDER = [
     ["broadcast", "losses", "faults"],
     ["data"],
     ["distributed", "randomness"],
-    ["errors", "results"],
+    ["results"],
+    ["errors"],
 ]
 
 

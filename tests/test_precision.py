@@ -76,12 +76,12 @@ def test_the_history_is_of_rows_and_no_gradient_is_left():
 
 
 def per_token(y_pred, y_true):
-    """A pair: only the elements that count."""
+    """Only the elements that count."""
     counted = y_true >= 0
-    return (F.mse_loss(y_pred, y_true, reduction="none") * counted).sum(), counted.sum()
+    return minikeras.Average((F.mse_loss(y_pred, y_true, reduction="none") * counted).sum(), counted.sum())
 
 
-def test_a_pair_weighs_by_its_count():
+def test_an_average_weighs_by_its_count():
     data = [(X, torch.where(torch.rand(y.shape) < 0.5, -1.0, y)) for X, y in batches(double=True)]
     data[2] = (data[2][0], torch.full_like(data[2][1], -1))  # nothing counts in it
     model = Net().double()
@@ -141,7 +141,7 @@ def test_two_losses_of_different_weight_are_refused():
     class Mixed(Net):
         def train_step(self, features, labels):
             outputs = self(features)
-            self.backward((outputs.sum(), 3))
+            self.backward(minikeras.Average(outputs.sum(), 3))
             self.backward(outputs.mean())
             self.optimizer_step()
             return {"loss": 0.0}
@@ -642,7 +642,7 @@ def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, togethe
         (
             {"accumulate": 2, "loss_func": nn.MSELoss(reduction="sum")},
             'loss_func has reduction="sum", and accumulate=2 weighs each batch by its rows, which such a sum has '
-            'counted already. Build it with reduction="mean", or return a pair (sum, count).',
+            'counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
         ),
         (
             {"precision": "fp16", "model": Net().half()},

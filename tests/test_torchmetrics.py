@@ -120,7 +120,7 @@ def test_a_metric_of_numbers_is_scikit_learns_on_the_whole_set(name, estimated):
 def summed(y_pred, y_true):
     """The loss of all tokens, and how many they are."""
     flat = y_pred.flatten(0, 1), y_true.flatten()
-    return nn.functional.cross_entropy(*flat, reduction="sum"), (y_true != -100).sum()
+    return minikeras.Average(nn.functional.cross_entropy(*flat, reduction="sum"), (y_true != -100).sum())
 
 
 def test_perplexity_is_that_of_all_tokens_without_the_padding():

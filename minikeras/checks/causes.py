@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,27 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
             f"labels are {dtype_name(labels)} and predictions {dtype_name(outputs)}; the loss takes both in one dtype. "
             f"Pass labels.{_cast(outputs.dtype)}."
         ) from error
+
+
+def explain_squeezed(error: Exception, outputs: Any, labels: Any) -> None:
+    """Raise the error of a loss in the user's words if the outputs of one row have lost the dimension of the rows."""
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor) or not labels.ndim or labels.shape[0] != 1:
+        return
+    if outputs.ndim == 0 or (outputs.ndim == 1 and outputs.shape[0] > 1):
+        raise ValueError(squeezed(outputs, labels)) from error
+
+
+def warn_of_squeezed(outputs: Tensor, labels: Any) -> None:
+    """Say it where the loss has taken such outputs: its number is right, and other uses of them would fail."""
+    if isinstance(labels, Tensor) and labels.ndim and labels.shape[0] == 1:
+        warnings.warn(squeezed(outputs, labels), stacklevel=3)
+
+
+def squeezed(outputs: Tensor, labels: Tensor) -> str:
+    return (
+        f"predictions {tuple(outputs.shape)} for labels {tuple(labels.shape)}: in a batch of one row the predictions "
+        f"have lost the dimension of the rows, as squeeze() does. Name the dimension in forward: squeeze(-1)."
+    )
 
 
 def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from minikeras.broadcast import BroadcastGuard
 from minikeras.checks.causes import no_class
-from minikeras.data import count_rows, leaves, parts
-from minikeras.errors import described, dtype_name, is_number
+from minikeras.data import UnknownRows
+from minikeras.errors import described, dtype_name
 from minikeras.losses import Regularized, check_not_half, parameters_of
+from minikeras.results import check_number
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
         error.add_note(f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}")
         raise
     if scalar:
-        check_metric(name, result)
+        check_number(name, result, wait=True)
     if guard.found:
         raise ValueError(f"{name}: {guard.found}")
     return result
@@ -84,44 +85,6 @@ def _sums_to_one(outputs: Tensor) -> bool:
 # --- metrics and weights ----------------------------------------------------------------------------------------------
 
 
-def check_metric(name: str, value: Any) -> None:
-    """A metric's answer must be one number, or a (sum, count) pair of them with a whole count."""
-    check_number(name, value)
-    if isinstance(value, tuple) and not float(value[1]).is_integer():
-        raise ValueError(
-            f"{name} gave the pair ({float(value[0]):.4g}, {float(value[1]):.4g}); a pair is read as (sum, count) and "
-            f"the count must be whole. Give two results under two names of metrics_dict."
-        )
-
-
-def check_number(name: str, value: Any) -> None:
-    """One number, or a pair (sum, count) of them."""
-    pair = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    if not all(map(is_number, pair)):
-        raise ValueError(
-            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d tensor, "
-            f"or a pair (sum, count). Take the mean over the rows."
-        )
-
-
-def check_rows_first(outputs: Any, rows: int) -> None:
-    """Outputs that are joined over batches must have the rows first, and not in a later dimension or item by item."""
-    for part in (outputs, *(parts(outputs) or ([],))[0]):
-        by_row = isinstance(part, list) and len(part) == rows
-        if by_row and not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) for leaf in leaves(part)):
-            raise ValueError(
-                f"the model returned a list of {rows} for {rows} rows, {described(part)}; predict joins batches along "
-                f"the first dimension of tensors. Pad the items to one tensor in forward, or predict batch by batch."
-            )
-    for leaf in leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] != rows and rows in leaf.shape[1:]:
-            dim = leaf.shape.index(rows)
-            raise ValueError(
-                f"the model returned a tensor of shape {tuple(leaf.shape)} for {rows} rows; predict joins batches "
-                f"along the first dimension, and the rows are in dimension {dim}. Return it with .transpose(0, {dim})."
-            )
-
-
 def check_name(who: str, name: Any, taken: tuple[str, ...]) -> None:
     """A column's name must be a string that history does not use itself."""
     if not isinstance(name, str):
@@ -143,10 +106,12 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
         )
     for key, value in results.items():
         check_name(f"{name} returned", key, ("lr", "epoch"))
-        check_number(f"{name}'s {key!r}", value)
+        check_number(f"{name}'s {key!r}", value, wait=True)
 
 
-def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
+def check_batch(
+    step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any, rows: int | UnknownRows
+) -> None:
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
     if labels is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):  # one's own may do without
         are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
@@ -160,7 +125,8 @@ def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_wei
         )
     if sample_weight is None:
         return
-    rows = count_rows(features, labels)
+    if isinstance(rows, UnknownRows):  # there is nothing to compare with: the weights are one a row
+        rows = getattr(sample_weight, "numel", lambda: 0)()
     if not isinstance(sample_weight, Tensor) or sample_weight.numel() != rows or len(sample_weight) != rows:
         raise ValueError(
             f"the third part of a batch is a weight per row: expected shape ({rows},), got {described(sample_weight)}. "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minikeras.checks.twin import twin_of
-from minikeras.data import count_rows, join, leaves, map_leaves, parts
+from minikeras.data import UnknownRows, count_rows, join, leaves, map_leaves, parts
 from minikeras.distributed import World
 from minikeras.errors import is_number
 from minikeras.randomness import Randomness
@@ -94,16 +94,19 @@ class RowMeanCheck:
                     _warn_of_other(name, self.rows)
 
     def _batch(self, outputs: Any, labels: Any) -> tuple[Any, int]:
-        """The batch and its rows; a small one joined to the small ones before it."""
+        """The batch and its rows, 0 if they cannot be told; a small one joined to the small ones before it."""
+        batch = (outputs, labels)
         try:
-            rows = count_rows(outputs, labels, unknown=0)
+            rows = count_rows(outputs, labels)
+            if isinstance(rows, UnknownRows):
+                return batch, 0
             if rows >= LEAST:
-                return (outputs, labels), rows
-            self.small.append(map_leaves(_cloned, (outputs, labels)))
-            outputs, labels = join(self.small)
-            return (outputs, labels), count_rows(outputs, labels, unknown=0)
+                return batch, rows
+            self.small.append((map_leaves(_cloned, batch), rows))
+            pieces, sizes = zip(*self.small, strict=True)
+            return join(list(pieces), list(sizes)), sum(sizes)
         except Exception:  # not to be joined, as sequences of different lengths
-            return (outputs, labels), 0
+            return batch, 0
 
     def _judge(self, functions: Mapping[str, Any], outputs: Any, labels: Any) -> list[int]:
         before = self.randomness.states()

@@ -10,11 +10,15 @@ in_memory.py    the batches of a loader over tensors, fetched whole
 sharded.py      one process's part, where there are several
 position.py     how far an iteration has come, and carried on from there
 batch.py        from a batch to what the step takes
+rows.py         how many rows a batch has
+joining.py      the outputs of many batches as those of all rows
 """
 
-from minikeras.data.batch import call_as, call_with, choose_device, count_rows, join, manner, placed, to_device, unpack
+from minikeras.data.batch import call_as, call_with, choose_device, manner, placed, to_device, unpack
+from minikeras.data.joining import join
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.position import Positioned, warn_of_hidden_draws
+from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 
@@ -22,12 +26,16 @@ __all__ = [
     "ContinuedBatches",
     "Idle",
     "Positioned",
+    "RowCounter",
+    "UnknownRows",
     "as_batches",
     "call_as",
     "call_with",
     "choose_device",
     "count_rows",
     "empty",
+    "first_size",
+    "first_sizes",
     "is_batched",
     "join",
     "leaves",

@@ -1,4 +1,4 @@
-"""From a batch to what the step takes, on its device; and from the outputs of many batches to those of all rows."""
+"""From a batch to what the step takes, on its device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.nests import map_leaves
 from minikeras.data.sources import as_tensor
-from minikeras.errors import described, is_number
+from minikeras.errors import described
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
@@ -46,32 +45,6 @@ def to_device(nest: Any, device: torch.device) -> Any:
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 
     return map_leaves(moved, nest)
-
-
-def count_rows(features: Any, labels: Any = None, unknown: int | None = None) -> int:
-    """Rows of a batch: the first size of its labels, where they are one tensor; else of the first tensor in it.
-
-    Features may come time first, or as tokens in a row with their offsets; labels hardly ever do. An object that moves
-    as one may tell its batch_size. Where the rows cannot be told it is an error, or the answer is `unknown`.
-
-    >>> count_rows((torch.zeros(30), torch.zeros(8)), labels=torch.zeros(8))
-    8
-    """
-    if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim:
-        return len(labels)
-    found = leaves((features, labels), inside=True)
-    for leaf in found:
-        if isinstance(leaf, PackedSequence):
-            return int(leaf.batch_sizes[0])
-        is_array = isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim
-        if isinstance(rows := len(leaf) if is_array else getattr(leaf, "batch_size", None), int):
-            return rows
-    if unknown is None and not all(leaf is None or is_number(leaf) for leaf in found):
-        raise ValueError(
-            f"the rows of a batch, over which the means are taken, cannot be told from {described(features)}; expected "
-            f"a tensor in it, or an int as its batch_size. Set that, or give (features, labels), the labels a tensor."
-        )
-    return 1 if unknown is None else unknown
 
 
 def call_with(module: nn.Module, features: Any) -> Any:
@@ -123,41 +96,6 @@ def _arguments(function: Callable[..., Any], bound: bool, names: tuple[str, ...]
     except TypeError:
         return False, star and not named
     return named != 1 or len(kinds) > 1, star and not named
-
-
-def join(pieces: list[Any]) -> Any:
-    """The outputs of many batches as one: tensors concatenated along the rows, in any structure.
-
-    >>> join([(torch.zeros(2, 1), {"a": torch.ones(2)}), (torch.zeros(1, 1), {"a": torch.ones(1)})])[1]
-    {'a': tensor([1., 1., 1.])}
-    """
-    first = pieces[0]
-    found = parts(first)
-    if found is not None:
-        named = [_named(piece) for piece in pieces]
-        for piece, its in zip(pieces, named, strict=True):
-            if its.keys() != named[0].keys():
-                raise ValueError(
-                    f"the outputs of the batches are made in different ways, {described(first)} and "
-                    f"{described(piece)}, and cannot be joined. Return the same from each, or predict batch by batch."
-                )
-        return found[1]([join([its[name] for its in named]) for name in named[0]])
-    if not isinstance(first, Tensor):
-        return None if first is None else pieces
-    try:
-        return torch.cat(pieces) if first.ndim else torch.stack(pieces)
-    except RuntimeError as error:
-        shapes = sorted({tuple(piece.shape[1:]) for piece in pieces})
-        raise ValueError(
-            f"the outputs of the batches have rows of different shapes, {shapes[0]} and {shapes[-1]}, and cannot be "
-            f"joined. Pad them to one shape in forward, or predict batch by batch."
-        ) from error
-
-
-def _named(nest: Any) -> dict[Any, Any]:
-    """A container's parts under their keys or places."""
-    inner = (parts(nest) or ([],))[0]
-    return dict(zip(nest if isinstance(nest, Mapping) else range(len(inner)), inner, strict=True))
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:

@@ -168,7 +168,7 @@ def explained(
         told += ["It was in the batch of another process: its message says more."]
     elif all_ignored(loss_func, labels):
         told += [f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss ignores, and its "
-                 f"mean over none is nan. Let the loss give a pair (sum, count)."]  # fmt: skip
+                 f"mean over none is nan. Let the loss return minikeras.Average(total, count)."]  # fmt: skip
     elif not weights:
         told += ["Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."]
     if weights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minikeras.data import count_rows
+from minikeras.data import first_size
 from minikeras.errors import described, dtype_name
 
 
@@ -62,7 +62,7 @@ def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
         )
     if not is_out_of_memory(error):
         return
-    rows = count_rows(features, labels)
+    rows = first_size((labels, features), unknown=1)
     half = f"batch_size={rows // 2}, with accumulate=2 for the same gradient" if rows > 1 else "smaller inputs"
     shapes = f"features {described(features)}, labels {described(labels)}"
     error.add_note(f'The batch was {shapes}. Try {half}; precision="bf16"; or a smaller model.')

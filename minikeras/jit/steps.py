@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.data import call_as, count_rows, manner
+from minikeras.data import UnknownRows, call_as, manner
 from minikeras.faults import count_bad
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, put_back, reason
 from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, numbers
-from minikeras.losses import mean_of, scalar_loss
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
+from minikeras.results import Average, counted_total, mean_of, scalar_loss
 
 if TYPE_CHECKING:
     from minikeras.jit import Jit
@@ -69,7 +69,11 @@ class EvaluateStep:
         batches, self.waiting = self.waiting, []
         if len(batches) == self.together and (self.graphs is None or self.graphs.fits(batches)):
             return self.take(batches, other=False)
-        return combined([self.take([batch], other=True) for batch in batches], batches) if batches else None
+        return (
+            combined([self.take([batch], other=True) for batch in batches], batches, self.run.count_rows)
+            if batches
+            else None
+        )
 
     def take(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         """The steps of these batches, in the best way that is left."""
@@ -88,7 +92,7 @@ class EvaluateStep:
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH:
             return self.through_the_graph(batches, other)
-        return combined([self.eager(batch) for batch in batches], batches)
+        return combined([self.eager(batch) for batch in batches], batches, self.run.count_rows)
 
     def descend(self, to: str = "") -> None:
         """Go on in the next way down, or in the one named."""
@@ -107,23 +111,26 @@ class EvaluateStep:
             function = self.function(manner(self.model, batches[0][0]))
             self.graphs = Graphs(function, self.jit.options, self.jit.say, self.changed(), self.run.device)
         if other and self.others_in_eager:
-            return combined([self.first(batch) for batch in batches], batches)
+            return combined([self.first(batch) for batch in batches], batches, self.run.count_rows)
         try:
             results, outputs = self.graphs(*batches, other=other)
         except CompileError as error:
             if not self.graphs.compiled:
                 raise
             return self.around_the_graph(batches, other, error)
+        results = combined(results, batches, self.run.count_rows)
         self.count(len(batches), results["loss"])
         if outputs is None:
             return dict(results)
         outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
-        return {**results, **combined(outside, batches)}
+        return {**results, **combined(outside, batches, self.run.count_rows)}
 
     def around_the_graph(self, batches: list[Batch], other: bool, error: CompileError) -> dict[str, Any]:
         """The steps of batches that take another graph, which could not be made; the best way on from there."""
         graphs = self.graphs
-        results = combined([self.first(batch) for batch in batches], batches)  # raises if the batch is at fault
+        results = combined(
+            [self.first(batch) for batch in batches], batches, self.run.count_rows
+        )  # raises if the batch is at fault
         if self.graphs is not graphs or graphs is None:  # the loss reaches other parameters: a new graph is due
             return results
         if other in graphs.compiled:
@@ -145,10 +152,13 @@ class EvaluateStep:
         """What is traced: the steps of some batches, giving their results and the outputs that are still wanted."""
         one, wants_outputs = self.one(how), bool(self.totals.objects) or self.way != "one graph"
 
-        def step(*batches: Batch) -> tuple[dict[str, Any], list[Any] | None]:
+        def step(*batches: Batch) -> tuple[list[dict[str, Any]], list[Any] | None]:
             done = [one(*batch) for batch in batches]
             outputs = [output for _, output in done] if wants_outputs else None
-            return combined([results for results, _ in done], batches), outputs
+            results: Any = [results for results, _ in done]
+            if all(has_plain_rows(batch) for batch in batches):
+                results = [combined(results, batches, first_size_of_labels)]
+            return results, outputs
 
         step.__name__ = self.name
         return step
@@ -192,7 +202,7 @@ class EvaluateStep:
         return self.eager(batch)
 
     def eager(self, batch: Batch) -> dict[str, Any]:
-        self.run.rows = count_rows(batch[0], batch[1])
+        self.run.count_rows(*batch)
         step = self.run.under_autocast(getattr(self.model, self.name))
         return dict(step(*batch[: 2 if batch[2] is None else 3]))
 
@@ -220,12 +230,12 @@ class TrainStep(EvaluateStep):
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH and not all(double.current() for double in self.doubles):
-            return combined([self.first(batch) for batch in batches], batches)
+            return combined([self.first(batch) for batch in batches], batches, self.run.count_rows)
         if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
             self.descend("forward and loss")
             self.warn("a setting of the optimizer other than lr has changed")
         if self.way == "forward and loss":
-            return combined([self.by_parts(batch) for batch in batches], batches)
+            return combined([self.by_parts(batch) for batch in batches], batches, self.run.count_rows)
         return super().taken(batches, other)
 
     def count(self, steps: int, loss: Any) -> None:
@@ -358,7 +368,7 @@ class TrainStep(EvaluateStep):
         if self.parts is None:
             function = self.forward_and_loss(manner(self.model, batch[0]))
             self.parts = ByParts(function, self.jit.options, list(self.model.buffers()), self.run.device)
-        self.run.rows = count_rows(batch[0], batch[1])
+        self.run.count_rows(*batch)
         outputs, loss = self.parts(*batch)
         self.model.backward(loss)
         metrics = self.model.compute_metrics(outputs, batch[1])
@@ -374,12 +384,36 @@ class TrainStep(EvaluateStep):
         return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad]
 
 
-def combined(results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]) -> dict[str, Any]:
-    """The results of several steps as one: sums and counts over their rows."""
+def combined(
+    results: Sequence[Mapping[str, Any]], batches: Sequence[Batch], count: Callable[..., Any]
+) -> dict[str, Any]:
+    """The results of several steps as one: totals and counts over their rows, which `count` tells of a batch."""
     if len(results) == 1:
         return dict(results[0])
-    pairs = [
-        {name: value if isinstance(value, tuple) else (value * rows, rows) for name, value in one.items()}
-        for one, rows in [(one, count_rows(batch[0], batch[1])) for one, batch in zip(results, batches)]  # noqa: B905
-    ]
-    return {name: (sum(one[name][0] for one in pairs), sum(one[name][1] for one in pairs)) for name in pairs[0]}
+    totals: dict[str, Any] = dict.fromkeys(results[0], 0)
+    counts: dict[str, Any] = dict.fromkeys(results[0], 0)
+    for result, batch in zip(results, batches):  # noqa: B905 - strict does not trace
+        rows = count(*batch)
+        for name, value in result.items():
+            if isinstance(value, Average):
+                totals[name] = totals[name] + counted_total(value)
+                counts[name] = counts[name] + value.count
+                continue
+            if isinstance(rows, UnknownRows):
+                rows.refuse()
+            totals[name] = totals[name] + value * rows
+            counts[name] = counts[name] + rows
+    return {name: Average(totals[name], counts[name]) for name in totals}
+
+
+def first_size_of_labels(features: Any, labels: Any, sample_weight: Any) -> int:
+    """The rows of a batch whose labels are a tensor and whose features state nothing else, for a graph."""
+    return len(labels)
+
+
+def has_plain_rows(batch: Batch) -> bool:
+    """Whether a graph can count the rows of such a batch by itself."""
+    features, labels, _ = batch
+    if not (isinstance(features, Tensor) and isinstance(labels, Tensor)):
+        return False
+    return features.ndim > 0 and labels.ndim > 0 and features.shape[0] == labels.shape[0]

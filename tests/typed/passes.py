@@ -24,7 +24,7 @@ class Net(minikeras.Model):
 
     def train_step(
         self, features: Any, labels: Any, sample_weight: Tensor | None = None
-    ) -> Mapping[str, Tensor | float | tuple[Tensor, Tensor | float]]:
+    ) -> Mapping[str, Tensor | float | minikeras.Average]:
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
         self.backward(loss)

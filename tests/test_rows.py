@@ -1,0 +1,594 @@
+"""The rows of a batch, whatever it is made of: means, steps and predictions are those over all rows."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import compiled
+from test_jit import FAST
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import minikeras
+from minikeras import Average
+from minikeras.data import RowCounter, UnknownRows, count_rows
+
+LR = 0.1
+
+
+class Mean(nn.Module):
+    """Images of any size in a list, one number for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, images):
+        return torch.stack([self.fc(image.mean((1, 2)))[0] for image in images])
+
+
+class Bag(nn.Module):
+    """Tokens in a row, with the offsets of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.fc = nn.EmbeddingBag(20, 4), nn.Linear(4, 1)
+
+    def forward(self, tokens, offsets):
+        return self.fc(self.bag(tokens, offsets))[:, 0]
+
+
+class TimeFirst(nn.Module):
+    """(time, rows, 2) features."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.fc(x.mean(0))[:, 0]
+
+
+class Rows(nn.Module):
+    """(rows, 2) features."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.fc(x)[:, 0]
+
+
+class Sequence(Rows):
+    """One sequence a batch, without a dimension for the rows."""
+
+    def forward(self, x):
+        return self.fc(x.mean(0))
+
+
+class Cloud(Rows):
+    """Points in a row, and for each the number of its cloud."""
+
+    def forward(self, points, number):
+        sums = torch.zeros(int(number.max()) + 1, 2).index_add(0, number, points)
+        return self.fc(sums)[:, 0]
+
+
+class Packed(Rows):
+    def forward(self, x):
+        padded, lengths = nn.utils.rnn.pad_packed_sequence(x, batch_first=True)
+        return self.fc(padded.sum(1) / lengths[:, None])[:, 0]
+
+
+class Boxed(dict):
+    """A batch of one's own that tells its rows."""
+
+
+@dataclass
+class Pair:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class OfPair(Rows):
+    def forward(self, batch):
+        return self.fc(torch.stack([batch.left, batch.right], 1))[:, 0]
+
+
+def bare(labels):
+    return labels
+
+
+def values(labels):
+    return torch.stack([label["value"] for label in labels])
+
+
+SIZES = (4, 3, 1)
+
+
+def images(rows, channels=3):
+    return [torch.rand(channels, 4 + row, 5) for row in range(rows)]
+
+
+def tokens(rows, length):
+    return torch.randint(20, (rows * length,)), torch.arange(rows) * length
+
+
+def boxes(rows, counts=None):
+    counts = counts or [1 + row % 3 for row in range(rows)]
+    return [{"boxes": torch.rand(count, 4), "value": torch.randn(())} for count in counts]
+
+
+# name: net, batches of 4, 3 and 1 rows, how the labels become one tensor of the rows
+KINDS = {
+    "images in a list, dicts as labels": (Mean, [(images(n), boxes(n)) for n in SIZES], values),
+    "as many boxes as channels": (
+        Mean,
+        [(images(n), boxes(n, [3] * n if n < 4 else [3, 1, 2, 3])) for n in SIZES],
+        values,
+    ),
+    "images in a list, numbers as labels": (
+        Mean,
+        [(images(n), [torch.randn(()) for _ in range(n)]) for n in SIZES],
+        torch.stack,
+    ),
+    "images in a tuple, Python numbers as labels": (
+        Mean,
+        [(tuple(images(n)), [0.5 * row for row in range(n)]) for n in SIZES],
+        torch.tensor,
+    ),
+    "images in a list, masks of all sizes": (
+        Mean,
+        [(images(n), [image[:1].round() for image in images(n)]) for n in SIZES],
+        lambda masks: torch.stack([mask.mean() for mask in masks]),
+    ),
+    "images in one tensor, boxes in a list": (
+        Mean,
+        [(torch.rand(n, 3, 4, 4), [torch.rand(1 + row, 4) for row in range(n)]) for n in SIZES],
+        lambda found: torch.stack([box.mean() for box in found]),
+    ),
+    "labels in a dict, tokens and offsets": (
+        Bag,
+        [
+            ((torch.randint(20, (n * t,)), torch.arange(n) * t), {"y": torch.randn(n)})
+            for n, t in ((4, 2), (3, 5), (1, 9))
+        ],
+        lambda labels: labels["y"],
+    ),
+    "labels alone, tokens and offsets": (
+        Bag,
+        [(tokens(n, t), torch.randn(n)) for n, t in ((4, 2), (3, 5), (1, 9))],
+        bare,
+    ),
+    "time first, labels in a dict": (
+        TimeFirst,
+        [(torch.randn(7, n, 2), {"y": torch.randn(n), "temperature": torch.tensor(2.0)}) for n in SIZES],
+        lambda labels: labels["y"],
+    ),
+    "time first, other lengths": (TimeFirst, [(torch.randn(5 + n, n, 2), torch.randn(n)) for n in SIZES], bare),
+    "two outputs in a list": (
+        Rows,
+        [(torch.randn(n, 2), [torch.randn(n), torch.randn(n, 3)]) for n in SIZES],
+        lambda labels: labels[0],
+    ),
+    "two outputs of one shape in a tuple": (
+        Rows,
+        [(torch.randn(n, 2), (torch.randn(n), torch.randn(n))) for n in SIZES],
+        lambda labels: labels[1],
+    ),
+    "labels in a dataclass": (
+        Rows,
+        [(torch.randn(n, 2), Pair(torch.randn(n), torch.randn(n))) for n in SIZES],
+        lambda labels: labels.left,
+    ),
+    "features in a dataclass": (
+        OfPair,
+        [(Pair(torch.randn(n), torch.randn(n)), torch.randn(n)) for n in SIZES],
+        bare,
+    ),
+    "one sequence and a number": (
+        Sequence,
+        [(torch.randn(n, 2), torch.randn(())) for n in (3, 40, 2)],
+        lambda y: y[None],
+    ),
+    "one sequence and a Python number": (
+        Sequence,
+        [(torch.randn(n, 2), 0.1 * n) for n in (3, 40, 2)],
+        lambda y: torch.tensor([y]),
+    ),
+    "one sequence and one label": (Sequence, [(torch.randn(n, 2), torch.randn(1)) for n in (3, 40, 2)], bare),
+    "points and the numbers of their clouds": (
+        Cloud,
+        [((torch.randn(9 * n + 1, 2), torch.arange(9 * n + 1) % n), torch.randn(n)) for n in SIZES],
+        bare,
+    ),
+    "packed sequences": (
+        Packed,
+        [(pack_sequence([torch.randn(9 - row, 2) for row in range(n)]), {"y": torch.randn(n)}) for n in SIZES],
+        lambda labels: labels["y"],
+    ),
+}
+
+
+def mse(as_tensor):
+    return lambda y_pred, y_true: ((y_pred - as_tensor(y_true)) ** 2).mean()
+
+
+def mae(as_tensor):
+    return lambda y_pred, y_true: (y_pred - as_tensor(y_true)).abs().mean()
+
+
+def outputs_of(net, features):
+    if isinstance(features, tuple) and isinstance(net, (Bag, Cloud)):
+        return net(*features)
+    return net(features)
+
+
+def errors_of(net, batches, as_tensor):
+    """The error of each row, of all batches."""
+    return torch.cat([outputs_of(net, x) - as_tensor(y) for x, y in batches])
+
+
+@pytest.mark.parametrize(("kind", "batches", "as_tensor"), KINDS.values(), ids=KINDS)
+def test_evaluate_and_history_are_means_over_the_rows(kind, batches, as_tensor):
+    net = kind()
+    model = minikeras.Model(net)
+    model.compile(mse(as_tensor), torch.optim.SGD(net.parameters(), lr=0.0), {"mae": mae(as_tensor)}, device="cpu")
+    with torch.no_grad():
+        errors = errors_of(net, batches, as_tensor).double()
+    expected = {"loss": errors.square().mean().item(), "mae": errors.abs().mean().item()}
+    for order in (batches, batches[::-1]):
+        assert model.evaluate(order) == pytest.approx({f"val_{k}": v for k, v in expected.items()}, rel=1e-5)
+        assert model.fit(1, order, verbose=0).iloc[-1].to_dict() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "batches", "as_tensor"), KINDS.values(), ids=KINDS)
+def test_accumulated_batches_make_the_step_of_all_their_rows(kind, batches, as_tensor):
+    net = kind()
+    twin = copy.deepcopy(net)
+    model = minikeras.Model(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    model.compile(mse(as_tensor), optimizer, device="cpu", accumulate=3)
+    model.fit(1, batches, verbose=0)
+    step = torch.optim.SGD(twin.parameters(), lr=LR)
+    errors_of(twin, batches, as_tensor).square().mean().backward()
+    step.step()
+    for own, other in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_dict_of_labels_is_counted_under_jit_as_well(together):
+    kind, batches, as_tensor = KINDS["time first, labels in a dict"]
+    batches = [*batches[:1] * 3, *batches[1:]]
+    net = kind()
+    model = minikeras.Model(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    model.compile(mse(as_tensor), optimizer, device="cpu", jit=FAST, steps_per_execution=together)
+    with torch.no_grad():
+        expected = errors_of(net, batches, as_tensor).square().mean().item()
+    assert model.fit(1, batches, verbose=0)["loss"].iloc[0] == pytest.approx(expected, rel=1e-5)
+    assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Flat(nn.Module):
+    """Scores of (rows, time, 2) features, in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.fc(x).flatten()
+
+
+@pytest.mark.parametrize("time", [lambda n: 5, lambda n: 2 + n], ids=["fixed", "padded by batch"])
+def test_labels_flattened_by_the_collate_function_are_counted_each(time):
+    batches = [(torch.randn(n, time(n), 2), torch.randn(n * time(n))) for n in SIZES]
+    model = compiled(minikeras.Model(Flat()), mse(bare))
+    with torch.no_grad():
+        expected = torch.cat([model(x) - y for x, y in batches]).square().mean().item()
+    assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- what cannot be told -----------------------------------------------------------------------------
+
+
+def found_boxes(counts):
+    """Images in a tensor, and the boxes of all of them in one, as detectors of one stage have it."""
+    return [(torch.rand(8, 3, 6, 6), torch.rand(count, 6)) for count in counts]
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, images):
+        return self.fc(images.mean((2, 3)))[:, 0]
+
+
+def box_loss(y_pred, y_true):
+    return y_pred.square().mean() + y_true.mean()
+
+
+def as_average(y_pred, y_true):
+    return Average(box_loss(y_pred, y_true) * len(y_pred), len(y_pred))
+
+
+TOLD = "the rows of a batch, over which the means are taken, cannot be told"
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate"])
+@pytest.mark.parametrize("counts", [(13, 9), (5, 7), (0, 3), (16, 9), (8, 5)], ids=str)
+def test_labels_of_other_units_than_the_features_are_refused_and_an_average_helps(verb, counts):
+    batches = found_boxes(counts)
+    model = compiled(minikeras.Model(Detector()), box_loss)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=TOLD):
+        model.fit(1, batches, verbose=0) if verb == "fit" else model.evaluate(batches)
+    if counts[0] not in (8, 16):  # which may be a number for each image
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    compiled(model, as_average)
+    counted = [(x, y) for x, y in batches if len(y)]
+    expected = sum(box_loss(model(x), y).item() for x, y in counted) / len(counted)
+    assert model.evaluate(counted)["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_metric_that_is_no_average_needs_the_rows_too():
+    model = compiled(minikeras.Model(Detector()), as_average, {"m": lambda p, t: p.mean()})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=TOLD):
+        model.fit(1, found_boxes((13, 9)), verbose=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_batch_size_on_the_batch_is_taken():
+    class OfDict(Detector):
+        def forward(self, batch):
+            return super().forward(batch["images"])
+
+    batches = found_boxes((13, 9, 7))
+    batches[2] = (batches[2][0][:3], batches[2][1])
+    told = []
+    for x, y in batches:
+        batch = Boxed(images=x)
+        batch.batch_size = len(x)
+        told.append((batch, y))
+    model = compiled(minikeras.Model(OfDict()), box_loss)
+    with torch.no_grad():
+        expected = sum(box_loss(model({"images": x}), y).item() * len(x) for x, y in batches) / 19
+    assert model.evaluate(told)["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_with_the_rows_first_are_the_other_remedy():
+    batches = [(x, y) for x, y in found_boxes((13, 9))]
+    padded = [(x, {"boxes": torch.zeros(8, 20, 6), "count": torch.ones(8)}) for x, _ in batches]
+    model = compiled(minikeras.Model(Detector()), lambda p, t: p.square().mean() + t["boxes"].mean())
+    with torch.no_grad():
+        expected = sum(model(x).square().mean().item() for x, _ in batches) / 2
+    assert model.evaluate(padded)["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_targets_in_one_tensor_beside_time_first_features_are_refused():
+    batch = ((torch.randn(7, 4, 2), torch.full((4,), 7)), (torch.randint(5, (11,)), torch.tensor([3, 5, 1, 2])))
+    assert isinstance(count_rows(*batch), UnknownRows)
+    (x, lengths), labels = batch
+    assert count_rows((x.transpose(0, 1), lengths), labels) == 4  # rows first: the features tell
+
+
+def test_a_list_that_is_taken_one_way_and_turns_out_the_other_is_said():
+    """Two lists of two tensors of one first size: two inputs and two outputs, or two rows."""
+    counter = RowCounter()
+    assert counter.count([torch.zeros(4, 2), torch.zeros(4, 2)], [torch.zeros(4), torch.zeros(4)]) == 4
+    assert counter.count([torch.zeros(3, 2), torch.zeros(3, 2)], [torch.zeros(3), torch.zeros(3)]) == 3
+    rows = counter.count([torch.zeros(3, 2)], [torch.zeros(3)])  # one item less, and as many values
+    assert isinstance(rows, UnknownRows)
+    assert "number of its items" in rows.why
+
+
+def test_a_single_image_is_one_row_after_batches_that_were_clear():
+    counter = RowCounter()
+    assert counter.count(images(4), [torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(1, 4), torch.zeros(3, 4)]) == 4
+    assert counter.count(images(2), [torch.zeros(3, 4), torch.zeros(3, 4)]) == 2
+    assert counter.count(images(1), [torch.zeros(3, 4)]) == 1
+
+
+# --- predict -----------------------------------------------------------------------------------------
+
+
+class Of(minikeras.Model):
+    """The model of one function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+X = torch.arange(1.0, 25.0).reshape(12, 2)
+SPLITS = (12, 6, 5, 4, 3, 2, 1)
+
+JOINED = {
+    "rows": lambda x: 2 * x,
+    "three rows each": lambda x: x.repeat_interleave(3, 0),
+    "as wide as the batch": lambda x: x[:, :1].expand(-1, 4),
+    "rows and None": lambda x: (x, None),
+    "a dict": lambda x: {"a": x, "b": x.sum(1)},
+    "two heads": lambda x: [x, -x],
+    "one head": lambda x: [x],
+    "an item for each row": lambda x: [row.repeat(int(row[0]) % 3 + 1, 1) for row in x],
+    "items of one shape": lambda x: list(x),
+    "a tuple of items": lambda x: x.unbind(),
+    "dicts for each row": lambda x: [
+        {"boxes": row.repeat(int(row[0]) % 3 + 1, 1), "name": str(int(row[0]))} for row in x
+    ],
+    "words": lambda x: {"words": [str(row.tolist()) for row in x]},
+    "packed sequences": lambda x: pack_sequence([row[:1].repeat(int(row[0]) % 3 + 1, 1) for row in x], False),
+}
+
+
+def same(one, other):
+    if isinstance(one, PackedSequence):
+        return all(
+            same(a, b)
+            for a, b in zip(nn.utils.rnn.unpack_sequence(one), nn.utils.rnn.unpack_sequence(other), strict=True)
+        )
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("function", JOINED.values(), ids=JOINED)
+@pytest.mark.parametrize("size", SPLITS)
+def test_outputs_are_joined_in_the_same_way_for_every_batch_size(function, size):
+    assert same(Of(function).predict(X, batch_size=size), function(X))
+
+
+REFUSED = {
+    "a table": lambda x: {"rows": x, "table": torch.ones(4, 3)},
+    "a mean over the batch": lambda x: x.mean(0),
+    "a mean with its dimension": lambda x: x.mean(0, keepdim=True),
+    "a number": lambda x: (x, x.sum()),
+    "a Python number": lambda x: (x, 0.5),
+    "a matrix of all pairs": lambda x: x @ x.T,
+    "all pairs": lambda x: F.pdist(x),
+    "time first": lambda x: x.expand(3, *x.shape),
+    "those that are kept": lambda x: x[x[:, 0] % 3 > 1],
+}
+
+
+@pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("size", SPLITS)
+def test_outputs_that_are_not_one_a_row_are_refused_for_every_batch_size(function, size):
+    with pytest.raises(ValueError, match=r"the model returned|rows of different shapes"):
+        Of(function).predict(X, batch_size=size)
+
+
+def test_the_ways_out_of_a_table_work():
+    class Table(minikeras.Model):
+        def forward(self, x):
+            return (x, torch.ones(4, 3)) if self.training else x
+
+    assert torch.equal(Table().predict(X, batch_size=4), X)
+    assert Of(lambda x: (x, torch.ones(4, 3).expand(len(x), -1, -1))).predict(X, batch_size=4)[1].shape == (12, 4, 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_part_that_is_none_in_some_batches_is_refused_and_never_dropped(first):
+    model = Of(lambda x: {"x": x, "aux": None if bool(x[0, 0] == 1) == first else x})
+    with pytest.raises(ValueError, match=r"is None in one batch and Tensor \(4, 2\) float32 in another"):
+        model.predict(X, batch_size=4)
+
+
+def test_predict_probes_without_a_trace():
+    calls = []
+
+    def noisy(x):
+        calls.append(len(x))
+        return x + torch.rand(())
+
+    torch.manual_seed(0)
+    outputs = Of(noisy).predict(X, batch_size=4)
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(outputs, torch.cat([part + torch.rand(()) for part in X.split(4)]))
+    assert torch.equal(after, torch.rand(()))
+    assert calls == [4, 4, 4, 2]
+
+
+def test_predict_of_one_batch_runs_the_model_once():
+    calls = []
+    model = Of(lambda x: calls.append(len(x)) or x)
+    model.predict(X)
+    model.predict(X[:1])
+    model.predict(X, batch_size=5)
+    assert calls == [12, 1, 5, 5, 2]
+
+
+def test_labels_do_not_hinder_predict():
+    X = torch.rand(8, 3, 6, 6)
+    model = minikeras.Model(Detector())
+    loader = [(X[:4], torch.rand(13, 6)), (X[4:], torch.rand(9, 6))]
+    torch.testing.assert_close(model.predict(loader), model(X).detach())
+    assert minikeras.Model(Bag()).predict([(tokens(4, 3),), (tokens(3, 2),)]).shape == (7,)
+
+
+class Squeezed(nn.Module):
+    def __init__(self, dim=None):
+        super().__init__()
+        self.fc, self.dim = nn.Linear(2, 1), dim
+
+    def forward(self, x):
+        return self.fc(x).squeeze() if self.dim is None else self.fc(x).squeeze(self.dim)
+
+
+LOSSES = [nn.BCEWithLogitsLoss(), nn.MSELoss(), lambda p, t: ((p - t) ** 2).mean()]
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("verb", ["fit", "evaluate"])
+@pytest.mark.parametrize("loss_func", LOSSES)
+def test_a_last_row_that_was_squeezed_is_told_with_a_remedy_that_works(verb, loss_func):
+    y = (torch.arange(9) % 2).float()
+    data = [(X[start : start + 4], y[start : start + 4]) for start in range(0, 9, 4)]
+    data[2] = (X[8:9], y[8:9])
+
+    def run(model):
+        compiled(model, loss_func)
+        return model.fit(1, data, verbose=0) if verb == "fit" else model.evaluate(data)
+
+    if isinstance(loss_func, nn.BCEWithLogitsLoss):
+        with pytest.raises(ValueError, match=r"Name the dimension in forward: squeeze\(-1\)"):
+            run(minikeras.Model(Squeezed()))
+    else:
+        with pytest.warns(UserWarning, match=r"Name the dimension in forward: squeeze\(-1\)"):
+            run(minikeras.Model(Squeezed()))
+    run(minikeras.Model(Squeezed(-1)))
+
+
+@pytest.mark.parametrize("rows", [9, 1])
+def test_predict_tells_of_a_squeezed_row_as_well(rows):
+    with pytest.raises(ValueError, match=r"Name the dimension in forward: squeeze\(-1\)"):
+        minikeras.Model(Squeezed()).predict(X[:rows], batch_size=4)
+    assert minikeras.Model(Squeezed(-1)).predict(X[:rows], batch_size=4).shape == (rows,)
+    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (12,)  # no batch of one row
+
+
+class Cache:
+    """A key-value cache as transformers has it: tensors that torch does not see."""
+
+    def __init__(self, keys):
+        self.keys = keys
+
+    def get_seq_length(self):
+        return self.keys.shape[-1]
+
+
+def test_key_value_caches_are_left_out():
+    outputs = Of(lambda x: {"logits": x, "past_key_values": Cache(x)}).predict(X, batch_size=5)
+    assert torch.equal(outputs["logits"], X)
+    assert outputs["past_key_values"] is None
+
+
+def test_an_object_that_cannot_be_joined_is_said():
+    with pytest.raises(ValueError, match="the model returned object in its outputs"):
+        Of(lambda x: (x, object())).predict(X, batch_size=5)
+
+
+def test_predict_refuses_a_number_of_rows_that_nothing_tells_and_takes_it_from_labels():
+    time_first = torch.randn(7, 4, 2), torch.randn(7, 3, 2)
+    model = minikeras.Model(TimeFirst())
+    with pytest.raises(ValueError, match=r"shape \(4,\) for 7 rows.* give labels that have"):
+        model.predict(list(time_first))
+    expected = torch.cat([model(x) for x in time_first]).detach()
+    assert torch.equal(model.predict([(x, torch.zeros(x.shape[1])) for x in time_first]), expected)
