@@ -14,6 +14,7 @@ from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
 from minikeras.layer_summary import summary
 from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
 from minikeras.model import Model
+from minikeras.on_all_rows import OnAllRows
 from minikeras.plotting import plot_history, plot_metric
 from minikeras.results import Average
 
@@ -33,6 +34,7 @@ __all__ = [
     "Model",
     "ModelCheckpoint",
     "NotCompiledError",
+    "OnAllRows",
     "Regularized",
     "Timer",
     "l1_penalty",

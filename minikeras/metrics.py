@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -20,15 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from minikeras.checks.inputs import is_stateful
+from minikeras.checks.raw_scores import warn_of_raw_scores
+from minikeras.checks.row_means import RowMeanCheck
+from minikeras.columns import check_columns, columns_of
 from minikeras.data import UnknownRows, map_leaves
 from minikeras.distributed import World
+from minikeras.on_all_rows import OnAllRows
 from minikeras.results import Average, Result, check_average, check_number
 
 
 class Totals(Mapping[str, float]):
     """The running totals of one phase, training or validation; reads as a mapping of name -> mean so far."""
 
-    def __init__(self, metrics_dict: Mapping[str, Any], device: torch.device, world: World | None = None) -> None:
+    def __init__(
+        self,
+        metrics_dict: Mapping[str, Any],
+        device: torch.device,
+        world: World | None = None,
+        looks: Counter[str] | None = None,  # at each metric; training and validation share them
+    ) -> None:
         self.device = device
         self.world = world
         self.idle = False  # the batch at hand counts for nothing
@@ -41,6 +53,9 @@ class Totals(Mapping[str, float]):
         if world is not None:
             for name, metric in self.objects.items():
                 hold_back(metric, name, lambda: self.syncs)
+        self.columns: dict[str, list[str]] = {}  # of each object, as its last answer had them
+        self.looks = Counter() if looks is None else looks
+        self.row_means = RowMeanCheck(self.looks, device, world)
         self.unseen = True  # the next batch is the first of a fit or evaluate: it is looked at closely
         self.reset()
 
@@ -49,6 +64,8 @@ class Totals(Mapping[str, float]):
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Any] = {}
         self.updated = False
+        self.answers: dict[str, dict[str, float]] = {}  # of objects that were asked since their last update
+        self.row_means.begin()
         for metric in self.objects.values():
             metric.reset()
 
@@ -65,6 +82,7 @@ class Totals(Mapping[str, float]):
             return
         self.sums, self.counts = map_leaves(self._placed, state["sums"]), map_leaves(self._placed, state["counts"])
         self.updated = state["updated"]
+        self.answers.clear()
         for name, metric in self.objects.items():
             set_state(metric, map_leaves(self._placed, state["objects"][name]))
 
@@ -80,13 +98,26 @@ class Totals(Mapping[str, float]):
         `call(name, function, outputs, labels)` may take a closer look at them.
         """
         call = call or _plain_call
+        asked = self.functions if functions else {}
+        if self.unseen and not self.idle and (self.world is None or self.world.rank == 0):
+            self._look_at_scores(outputs)
+        found: dict[str, int] = {}
+        if asked and self.row_means.active:
+            found = self.row_means.look(asked, outputs, labels, counts=not self.idle)
         for name, metric in () if self.idle else self.objects.items():
             call(f"metric {name!r}", metric.update, outputs, labels, scalar=False)
-            if self.unseen:
-                self._computed(name, early=True)  # one that is not a number is refused now, before a weight moves
-        self.updated = self.updated or not self.idle
-        asked = self.functions if functions else {}
-        return {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
+        if not self.idle:
+            self.answers.clear()
+            self.updated = True
+        results = {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
+        if found:
+            self.row_means.tell(found)
+        return results
+
+    def _look_at_scores(self, outputs: Any) -> None:
+        for name, metric in self.objects.items():
+            if not self.looks[name] and warn_of_raw_scores(name, metric, outputs):
+                self.looks[name] += 1
 
     def add(self, results: Mapping[str, Result], rows: int | UnknownRows) -> None:
         """Add what a step returned for a batch of so many rows."""
@@ -141,9 +172,14 @@ class Totals(Mapping[str, float]):
         read = {name: _mean(total, counts[name]) for name, total in zip(names, numbers, strict=True)}
         if self.objects and self.everywhere_updated():
             self.syncs = self.world is not None
-            read |= {name: self._computed(name) for name in self.objects}
+            for name in self.objects:
+                self.answers[name] = self._computed(name)
+                self.columns[name] = list(self.answers[name])
             self.syncs = False
-        return {name: read[name] for name in self}
+            check_columns(self.columns, read)
+            for columns in self.answers.values():
+                read |= columns
+        return {name: read[name] for name in self._ordered(read)}
 
     def summed(self) -> tuple[list[Tensor], dict[str, Any]]:
         """Sums and counts of all processes."""
@@ -154,36 +190,79 @@ class Totals(Mapping[str, float]):
         return list(sums), dict(zip(self.sums, counted, strict=True))
 
     def everywhere_updated(self) -> bool:
-        """Whether the objects have seen rows: in each process, as torchmetrics needs it, or in none."""
+        """Whether the objects have seen rows: torchmetrics needs that in each process, or in none."""
         if self.world is None:
             return self.updated
         some, none = self.world.agree(self.updated, not self.updated)
-        if some and none:
+        in_each = not all(isinstance(metric, OnAllRows) for metric in self.objects.values())
+        if some and none and in_each:
             raise ValueError(
                 f"there are fewer rows than processes, {self.world.size}, and the metric objects of one have seen "
                 f"none. Give more rows, or start fewer processes."
             )
-        return self.updated
+        return bool(some)
 
-    def _computed(self, name: str, early: bool = False) -> float:
-        """What an object answers; NaN where it cannot yet, in the middle of a pass, as R^2 cannot of one row."""
+    def _computed(self, name: str) -> dict[str, float]:
+        """What an object answers at the end of a pass, by column."""
+        metric = self.objects[name]
+
+        def read(answer: Any) -> dict[str, float]:
+            return columns_of(name, answer, "its function" if isinstance(metric, OnAllRows) else "compute()")
+
         try:
-            value = self.objects[name].compute()
-        except ValueError:
-            if not early:
-                raise
-            return math.nan
-        check_number(f"metric {name!r}", value)
-        return _mean(*value) if isinstance(value, Average) else float(value)
+            if isinstance(metric, OnAllRows) and self.world is not None:
+                return metric.compute_together(self.world, read)
+            return read(metric.compute())
+        except Exception as error:
+            error.add_note(f"metric {name!r}, computed at the end of a pass")
+            raise
+
+    def _so_far(self, name: str) -> dict[str, float]:
+        """What an object answers in the middle of a pass, by column; nothing where it cannot yet.
+
+        An object that is none of torchmetrics may change as it computes: a copy is asked.
+        """
+        if not self.updated:
+            return {}
+        if name not in self.answers:
+            metric = self.objects[name]
+            columns: dict[str, float] = {}
+            if not isinstance(metric, OnAllRows):
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of rows that are too few
+                        asked = metric if _parts_that_sync(metric) else copy.deepcopy(metric)
+                        columns = columns_of(name, asked.compute())
+                except Exception:
+                    columns = {}
+            self.answers[name] = columns
+        return self.answers[name]
 
     def __getitem__(self, name: str) -> float:
-        if name in self.objects and self.updated:
-            return self._computed(name, early=True)
-        return _mean(self.sums[name], self.counts[name])
+        if name in self.sums:
+            return _mean(self.sums[name], self.counts[name])
+        for owner in self.objects if self.updated else ():
+            if name == owner or name.startswith(f"{owner}_"):
+                columns = self._so_far(owner)
+                if name in columns:
+                    return columns[name]
+                if name == owner or name in self.columns.get(owner, ()):
+                    return math.nan  # not known yet
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        known = [*self.sums, *(self.objects if self.updated else ())]
-        return iter([name for name in self.names if name in known] + [name for name in known if name not in self.names])
+        known = list(self.sums)
+        for name in self.objects:
+            known += self._so_far(name)
+        return iter(self._ordered(known))
+
+    def _ordered(self, known: Collection[str]) -> list[str]:
+        """Names in the order of the columns; what else a step returns follows."""
+        ordered: list[str] = []
+        for name in self.names:
+            ordered += self.answers.get(name, {}) if name in self.objects else [name]
+        first = [name for name in ordered if name in known]
+        return first + [name for name in known if name not in first]
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -259,16 +338,24 @@ def hold_back(metric: Any, name: str, syncs: Callable[[], bool]) -> None:
     Raises:
         TypeError: it is another object, whose counts cannot be put together.
     """
-    modules = metric.modules() if isinstance(metric, nn.Module) else ()
-    parts: list[Any] = [part for part in modules if hasattr(part, "distributed_available_fn")]
+    if isinstance(metric, OnAllRows):
+        return
+    parts = _parts_that_sync(metric)
     if not parts:
         raise TypeError(
             f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several processes cannot be put "
-            f"together. Give a function that returns a mean or an Average(total, count), or a torchmetrics object."
+            f"together. Give a function that returns a mean or an Average(total, count), "
+            f"minikeras.OnAllRows(function), or a torchmetrics object."
         )
     for part in parts:
         part.distributed_available_fn = syncs
         part.compute_with_cache = False  # what was read before was of this process alone
+
+
+def _parts_that_sync(metric: Any) -> list[Any]:
+    """Those parts of a metric that are torchmetrics objects."""
+    modules = metric.modules() if isinstance(metric, nn.Module) else ()
+    return [part for part in modules if hasattr(part, "distributed_available_fn")]
 
 
 def detached(nest: Any) -> Any:

@@ -209,9 +209,10 @@ class Model(nn.Module):
             optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
                 where it has some, of the loss.
             metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
-                rows, or `Average(total, count)`; or an object with update, compute and reset (torchmetrics; a
-                collection is a column per member). Outputs (N, 1) against labels (N,) are refused, in the first
-                batch; not in NumPy.
+                rows, or `Average(total, count)`; or an object with update, compute and reset (`minikeras.OnAllRows`,
+                torchmetrics), which gives a number, or a dict or tensor with a column for each number. Outputs (N, 1)
+                against labels (N,) are refused, in the first batch; not in NumPy. A function that is no mean over rows
+                is warned of there.
             device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
             jit: compile forward, loss, metrics, backward and optimizer into one graph, several times as fast for small
                 models once compiled; or a dict for torch.compile. What cannot be compiled runs in eager, with

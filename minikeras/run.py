@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,8 @@ def made(
     check_jit(jit, steps_per_execution)
     world = world_of(distributed)
     chosen = choose_device(device) if world is None else world.device(choose_device(device))
-    train, val = (Totals(metrics_dict, chosen, world) for _ in ("train", "val"))
+    looks: Counter[str] = Counter()
+    train, val = (Totals(metrics_dict, chosen, world, looks) for _ in ("train", "val"))
     run = Run(loss_func, optimizers, train, val, chosen, world=world)
     run.takes_several = lambda features: manner(model, features) == "unpacked"
     if distributed == "fsdp" or any(map(is_part, model.parameters())):

@@ -49,15 +49,30 @@ SAME = [
     "big_steps",
     "auroc",
     "collection",
+    "on_all_rows",
+    "on_all_rows_carried_on",
+    "per_class",
     "tracked",
     "uneven",
     "early_stopping",
     "one_rank_stops",
     "jit",
 ]
-OTHERS = ["odd", "told", "timer", "nan_on_one", "dropout", "refused", "main_alone", "whole", "whole_with_a_worker"]
+OTHERS = [
+    "on_all_rows_fails",
+    "no_means",
+    "odd",
+    "told",
+    "timer",
+    "nan_on_one",
+    "dropout",
+    "refused",
+    "main_alone",
+    "whole",
+    "whole_with_a_worker",
+]
 STEPS = ["arrays", "loader_by_rows", "fewer_rows_than_processes", "own_parameters", "big_steps", "auroc", "uneven"]
-ON_THREE = ["arrays", "fewer_rows_than_processes", "two_optimizers"]
+ON_THREE = ["on_all_rows", "arrays", "fewer_rows_than_processes", "two_optimizers"]
 
 
 def results_of(tmp_path_factory, cases, processes, **env):
@@ -198,13 +213,27 @@ def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two
         'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, which such a sum '
         'has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
         "metric 'mean' is a Mean, an object whose counts in several processes cannot be put together. Give a function "
-        "that returns a mean or an Average(total, count), or a torchmetrics object.",
+        "that returns a mean or an Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object.",
         "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
         "backward filled the gradient of a parameter twice, after several processes had added it up, as "
         "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
         "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
         "the processes have from 1 to 2 batches. Give all the same data: each takes its part of it.",
     ]  # fmt: skip
+
+
+def test_an_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
+    where = "metric 'm', computed at the end of a pass"
+    assert [part["said"] for part in by_two["on_all_rows_fails"]] == [
+        f"ZeroDivisionError: no rows of this kind {where}",
+        "RuntimeError: process 0 of 2, which calls the function, failed: ZeroDivisionError: no rows of this kind "
+        + where,
+    ]
+
+
+def test_a_metric_that_is_no_mean_and_raw_scores_are_told_by_the_first_process_alone(by_two):
+    said = ["metric 'f1': the outputs are raw scores,", "metric 'rmse' is no mean over rows: on a"]
+    assert [part["said"] for part in by_two["no_means"]] == [said, []]
 
 
 def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):

@@ -1,13 +1,17 @@
 """Metrics are means over rows, whatever kind of answer they give."""
 
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchmetrics
 from conftest import Net, accuracy, compiled, points
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, recall_score, roc_auc_score
 from torch import nn
 
+import minikeras
 from minikeras import Average
 from minikeras.metrics import Totals
 
@@ -121,9 +125,218 @@ def test_a_metric_may_look_at_several_outputs():
     assert model.evaluate((X, y), batch_size=7)["val_mean_x"] == pytest.approx(X.mean().item(), abs=1e-6)
 
 
-def test_a_metric_object_that_gives_more_than_one_number_is_refused_before_a_weight_moves():
-    model = compiled(metrics_dict={"m": torchmetrics.classification.BinaryConfusionMatrix()})
-    before = model.fc1.weight.clone()
-    with pytest.raises(ValueError, match=r"metric 'm' gave Tensor \(2, 2\) int64; expected one number"):
-        model.fit(1, points(10), verbose=0)
-    assert torch.equal(model.fc1.weight, before)
+# --- objects that give several numbers ----------------------------------------------------------
+
+
+class Gives:
+    """A metric object that answers what it is told to, and notes when it is asked."""
+
+    def __init__(self, answer, asked=None):
+        self.answer = answer
+        self.asked = asked
+        self.rows = 0
+
+    def reset(self):
+        self.rows = 0
+
+    def update(self, y_pred, y_true):
+        self.rows += len(y_true)
+
+    def compute(self):
+        if self.asked is not None:
+            self.asked.append(self.rows)
+        return self.answer(self.rows) if callable(self.answer) else self.answer
+
+
+ANSWERS = {
+    "a number": (0.5, {"m": 0.5}),
+    "a tensor of one element": (torch.tensor([0.5]), {"m": 0.5}),
+    "an Average": (minikeras.Average(3.0, torch.tensor(4)), {"m": 0.75}),
+    "a dict": ({"cat": 0.5, "dog": torch.tensor(0.25)}, {"m_cat": 0.5, "m_dog": 0.25}),
+    "a dict of numbered classes": ({0: 0.5, 1: np.float32(0.25)}, {"m_0": 0.5, "m_1": 0.25}),
+    "a dict of dicts": ({"all": {"p": 1, "r": 0}, "n": 2}, {"m_all_p": 1.0, "m_all_r": 0.0, "m_n": 2.0}),
+    "a dict with a vector": (
+        {"map": 0.5, "each": torch.tensor([0.25, 0.75])},
+        {"m_map": 0.5, "m_each_0": 0.25, "m_each_1": 0.75},
+    ),
+    "a vector": (torch.tensor([0.5, 0.25]), {"m_0": 0.5, "m_1": 0.25}),
+    "an array": (np.array([0.5, 0.25]), {"m_0": 0.5, "m_1": 0.25}),
+    "a list": ([0.5, torch.tensor(0.25)], {"m_0": 0.5, "m_1": 0.25}),
+    "a matrix": (torch.tensor([[1, 2], [3, 4]]), {"m_0_0": 1.0, "m_0_1": 2.0, "m_1_0": 3.0, "m_1_1": 4.0}),
+}
+
+
+@pytest.mark.parametrize(("answer", "columns"), ANSWERS.values(), ids=ANSWERS)
+def test_each_number_of_an_objects_answer_is_a_column_in_its_place(answer, columns):
+    model = compiled(metrics_dict={"before": nn.L1Loss(), "m": Gives(answer), "after": nn.L1Loss()})
+    dfhistory = model.fit(2, points(20), points(10), verbose=0)
+    names = ["loss", "before", *columns, "after"]
+    assert list(dfhistory) == names + [f"val_{name}" for name in names]
+    for name, value in columns.items():
+        assert list(dfhistory[name]) == list(dfhistory[f"val_{name}"]) == [value, value]
+    evaluated = model.evaluate(points(10))
+    assert {name: evaluated[f"val_{name}"] for name in columns} == columns
+
+
+REFUSED = {
+    "nothing": (None, "gave NoneType"),
+    "a string": ("0.5", "gave str"),
+    "a pair": ((0.5, 0.25), "gave (float, float)"),
+    "a curve": ((torch.zeros(3), torch.zeros(3), torch.zeros(2)), "gave (Tensor (3,) float32, Tensor (3,) float32"),
+    "an empty dict": ({}, "gave {}"),
+    "a dict with a string": ({"a": "b"}, "gave {'a': str}"),
+    "an empty vector": (torch.zeros(0), "gave Tensor (0,) float32"),
+    "complex numbers": (torch.zeros(2, dtype=torch.complex64), "gave Tensor (2,) complex64"),
+    "a large matrix": (torch.zeros(100, 100), "gave Tensor (100, 100) float32"),
+    "a long list": ([0.0] * 1001, "gave [float, float, float, float, ...]"),
+}
+
+
+@pytest.mark.parametrize(("answer", "said"), REFUSED.values(), ids=REFUSED)
+def test_an_answer_that_is_no_numbers_is_an_error_at_the_end_of_the_pass(answer, said):
+    model = compiled(metrics_dict={"m": Gives(answer)})
+    expected = (
+        "; expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most 1000). "
+    )
+    with pytest.raises(ValueError, match=re.escape(f"metric 'm': compute() {said}")) as error:
+        model.evaluate(points(20))
+    assert expected in str(error.value)
+    assert error.value.__notes__[0] == "metric 'm', computed at the end of a pass"
+
+
+def test_the_remedy_for_a_pair_is_a_dict_and_works():
+    with pytest.raises(ValueError, match=r'return a dict of name -> number, such as {"precision": p, "recall": r}'):
+        compiled(metrics_dict={"m": Gives((0.5, 0.25))}).evaluate(points(20))
+    found = compiled(metrics_dict={"m": Gives({"precision": 0.5, "recall": 0.25})}).evaluate(points(20))
+    assert (found["val_m_precision"], found["val_m_recall"]) == (0.5, 0.25)
+
+
+def test_columns_of_one_name_are_refused_with_what_to_do():
+    message = "metric 'm' gives a column 'm_a', and there is a column of this name. Give the metric another name in "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compiled(metrics_dict={"m_a": nn.L1Loss(), "m": Gives({"a": 1.0})}).evaluate(points(20))
+    message = "metric 'm_a' gives a column 'm_a_b', and metric 'm' gives a column of this name."
+    metrics = {"m": Gives({"a_b": 1.0}), "m_a": Gives({"b": 1.0})}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compiled(metrics_dict=metrics).evaluate(points(20))
+    with pytest.raises(ValueError, match="metric 'val' gives a column the name 'val_a', which history uses itself"):
+        compiled(metrics_dict={"val": Gives({"a": 1.0})}).evaluate(points(20))
+
+
+def test_callbacks_and_the_table_take_the_columns_as_any_other(capsys, tmp_path):
+    improving = Gives(lambda rows: {"f1": 0.5, "recall": 0.25})
+    stop = minikeras.EarlyStopping("val_m_f1", patience=1)
+    best = minikeras.ModelCheckpoint(tmp_path / "best.pt", monitor="val_m_recall", mode="max")
+    log = minikeras.CSVLogger(tmp_path / "log.csv")
+    model = compiled(metrics_dict={"m": improving})
+    dfhistory = model.fit(9, points(40), points(20), callbacks=[stop, best, log], verbose=2, log_step_freq=1)
+    assert len(dfhistory) == 2
+    assert (tmp_path / "best.pt").is_file()
+    written = pd.read_csv(tmp_path / "log.csv")
+    assert {"m_f1", "m_recall", "val_m_f1", "val_m_recall"} <= set(written)
+    lines = capsys.readouterr().out.splitlines()
+    assert "m_f1 0.5000  m_recall 0.2500" in lines[0]
+    assert any("val_m_f1" in line for line in lines)
+
+
+# --- when an object is asked --------------------------------------------------------------------
+
+
+def test_compute_is_called_once_at_the_end_of_each_pass():
+    asked = []
+    model = compiled(metrics_dict={"m": Gives(0.5, asked)})
+    # deepcopy would copy the list as well
+    model._run.train.objects["m"].asked = model._run.val.objects["m"].asked = asked
+    model.fit(2, points(40), points(20), batch_size=8, verbose=0)
+    model.evaluate(points(12))
+    assert asked == [40, 20, 40, 20, 12]
+
+
+class Recall:
+    """Division by zero before the first positive."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.found = self.positives = 0
+
+    def update(self, y_pred, y_true):
+        self.found += int(((y_pred > 0.5) & (y_true > 0.5)).sum())
+        self.positives += int((y_true > 0.5).sum())
+
+    def compute(self):
+        return self.found / self.positives
+
+
+def sorted_points(rows):
+    X, y = points(rows)
+    order = y[:, 0].argsort()
+    return X[order], y[order]
+
+
+def test_an_object_that_cannot_answer_yet_is_not_yet_known():
+    X, y = sorted_points(100)
+    model = compiled(metrics_dict={"recall": Recall()}, lr=0.0)
+    expected = recall_score(y, model.predict(X) > 0.5)
+    seen = []
+    listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append((logs["recall"], list(logs))))
+    batches = list(zip(X.split(10), y.split(10), strict=True))
+    dfhistory = model.fit(1, batches, batches, callbacks=[listen], verbose=2, log_step_freq=1)
+    assert dfhistory["recall"].item() == dfhistory["val_recall"].item() == pytest.approx(expected)
+    assert np.isnan(seen[0][0])
+    assert seen[0][1] == ["loss"]
+    assert seen[-1][0] == pytest.approx(expected)
+    assert seen[-1][1] == ["loss", "recall"]
+
+
+def test_an_error_of_compute_at_the_end_of_a_pass_is_raised_with_the_metrics_name():
+    X, _ = points(20)
+    model = compiled(metrics_dict={"recall": Recall()})
+    with pytest.raises(ZeroDivisionError) as error:
+        model.evaluate((X, torch.zeros(20, 1)))
+    assert error.value.__notes__[0] == "metric 'recall', computed at the end of a pass"
+
+
+def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanwhile():
+    class Emptied:
+        def __init__(self):
+            self.reset()
+
+        def reset(self):
+            self.rows = []
+
+        def update(self, y_pred, y_true):
+            self.rows += ((y_pred > 0.5) == (y_true > 0.5)).flatten().tolist()
+
+        def compute(self):
+            rows, self.rows = self.rows, []
+            return sum(rows) / len(rows)
+
+    X, y = points(100)
+    model = compiled(metrics_dict={"accuracy": Emptied()}, lr=0.0)
+    expected = accuracy_score(y, model.predict(X) > 0.5)
+    seen = []
+    listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["accuracy"]))
+    dfhistory = model.fit(1, (X, y), (X, y), batch_size=10, callbacks=[listen], verbose=2, log_step_freq=1)
+    assert dfhistory["accuracy"].item() == dfhistory["val_accuracy"].item() == pytest.approx(expected)
+    assert seen[-1] == pytest.approx(expected)
+    assert len(seen) == 10
+
+
+def test_running_means_are_not_computed_where_nobody_looks():
+    asked = []
+
+    class Asked(Gives):
+        def compute(self):
+            ASKED.append(self.rows)
+            return 0.5
+
+    ASKED.clear()
+    listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: asked.append(logs["loss"]))
+    compiled(metrics_dict={"m": Asked(0.5)}).fit(1, points(40), batch_size=10, callbacks=[listen], verbose=0)
+    assert ASKED == [40]
+    assert len(asked) == 4
+
+
+ASKED = []

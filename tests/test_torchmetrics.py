@@ -8,10 +8,13 @@ import sklearn.metrics as skm
 import torch
 import torchmetrics
 import torchmetrics.classification as tmc
+import torchmetrics.clustering as tmcluster
+import torchmetrics.nominal as tmnominal
 from conftest import compiled, points
 from torch import nn
 
 import minikeras
+from minikeras.columns import columns_of
 
 CLASSES = 5
 ROWS, BATCH = 101, 32  # the last batch has 5 rows
@@ -71,8 +74,13 @@ def classified():
     torch.manual_seed(1)
     X = torch.randn(ROWS, 4, dtype=torch.float64)
     y = (X[:, 0] * 1.5 + torch.randn(ROWS) + 2).long().clamp(0, CLASSES - 1)
-    model = wrapped(nn.Linear(4, CLASSES), nn.CrossEntropyLoss(), {name: m for name, (m, _) in MULTICLASS.items()})
-    return both(model, (X, y)), y.numpy(), model.predict(X).softmax(1).numpy()
+    net = nn.Sequential(nn.Linear(4, CLASSES), nn.Softmax(1))
+    model = wrapped(net, log_loss, {name: metric for name, (metric, _) in MULTICLASS.items()})
+    return both(model, (X, y)), y.numpy(), model.predict(X).numpy()
+
+
+def log_loss(y_pred, y_true):
+    return nn.functional.nll_loss(y_pred.log(), y_true)
 
 
 @pytest.mark.parametrize("name", MULTICLASS)
@@ -217,3 +225,243 @@ def test_a_metric_that_has_too_few_rows_at_the_end_says_so():
     model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()})
     with pytest.raises(ValueError, match="Needs at least two samples to calculate r2 score"):
         model.evaluate((X, y))
+
+
+# --- several values, and every kind of object ---------------------------------------------------
+
+
+def classifier(metrics_dict):
+    """A model of probabilities that stays as it is, its data, its predictions and its labels."""
+    torch.manual_seed(1)
+    X = torch.randn(ROWS, 4, dtype=torch.float64)
+    y = (X[:, 0] * 1.5 + torch.randn(ROWS) + 2).long().clamp(0, CLASSES - 1)
+    model = wrapped(nn.Sequential(nn.Linear(4, CLASSES), nn.Softmax(1)), log_loss, metrics_dict)
+    return model, (X, y), model.predict(X).numpy(), y.numpy()
+
+
+def test_a_value_per_class_is_a_column_per_class():
+    metric = tmc.MulticlassF1Score(CLASSES, average=None)
+    names = [f"class {number}" for number in range(CLASSES)]
+    wrapper = torchmetrics.ClasswiseWrapper(tmc.MulticlassF1Score(CLASSES, average=None), labels=names)
+    model, data, p, y = classifier({"f1": metric, "named": wrapper})
+    values = both(model, data)
+    for number, expected in enumerate(skm.f1_score(y, p.argmax(1), average=None)):
+        assert_near(values[f"f1_{number}"], expected)
+        assert_near(values[f"named_multiclassf1score_class {number}"], expected)
+    assert len(values) == 1 + 2 * CLASSES
+
+
+def test_a_confusion_matrix_is_a_column_for_each_cell():
+    model, data, p, y = classifier({"cells": tmc.MulticlassConfusionMatrix(CLASSES)})
+    values = both(model, data)
+    expected = skm.confusion_matrix(y, p.argmax(1))
+    for row in range(CLASSES):
+        for column in range(CLASSES):
+            assert_near(values[f"cells_{row}_{column}"], expected[row, column])
+
+
+def test_members_of_a_collection_may_give_several_values_too():
+    members = {
+        "f1": tmc.MulticlassF1Score(CLASSES, average=None),
+        "top": tmc.MulticlassAccuracy(CLASSES, average="micro"),
+    }
+    model, data, p, y = classifier({"all": torchmetrics.MetricCollection(members, prefix="my_")})
+    values = both(model, data)
+    assert list(values) == ["loss", *(f"my_f1_{number}" for number in range(CLASSES)), "my_top"]
+    assert_near(values["my_top"], skm.accuracy_score(y, p.argmax(1)))
+    assert_near(values["my_f1_2"], skm.f1_score(y, p.argmax(1), average=None)[2])
+
+
+def two_targets(metrics_dict):
+    torch.manual_seed(1)
+    X = torch.randn(ROWS, 3, dtype=torch.float64)
+    y = X[:, :2] + torch.randn(ROWS, 2)
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(2, 3))
+        net.bias.zero_()
+    return wrapped(net, nn.MSELoss(), metrics_dict), (X, y)
+
+
+def test_raw_values_of_several_targets_are_a_column_each():
+    metric = torchmetrics.R2Score(multioutput="raw_values").set_dtype(torch.float64)
+    model, data = two_targets({"r2": metric})
+    values = both(model, data)
+    for number, expected in enumerate(skm.r2_score(data[1], model.predict(data[0]), multioutput="raw_values")):
+        assert_near(values[f"r2_{number}"], expected)
+
+
+BINARY = {
+    "accuracy": tmc.BinaryAccuracy,
+    "f1": tmc.BinaryF1Score,
+    "fbeta": lambda: tmc.BinaryFBetaScore(2.0),
+    "precision": tmc.BinaryPrecision,
+    "recall": tmc.BinaryRecall,
+    "specificity": tmc.BinarySpecificity,
+    "hamming": tmc.BinaryHammingDistance,
+    "jaccard": tmc.BinaryJaccardIndex,
+    "kappa": tmc.BinaryCohenKappa,
+    "mcc": tmc.BinaryMatthewsCorrCoef,
+    "auroc": tmc.BinaryAUROC,
+    "auroc in bins": lambda: tmc.BinaryAUROC(thresholds=20),
+    "average precision": tmc.BinaryAveragePrecision,
+    "calibration": tmc.BinaryCalibrationError,
+    "hinge": tmc.BinaryHingeLoss,
+    "stat scores": tmc.BinaryStatScores,
+    "confusion matrix": tmc.BinaryConfusionMatrix,
+}
+VALUES = {
+    "mae": torchmetrics.MeanAbsoluteError,
+    "mse": torchmetrics.MeanSquaredError,
+    "rmse": lambda: torchmetrics.MeanSquaredError(squared=False),
+    "mape": torchmetrics.MeanAbsolutePercentageError,
+    "smape": torchmetrics.SymmetricMeanAbsolutePercentageError,
+    "r2": torchmetrics.R2Score,
+    "explained variance": torchmetrics.ExplainedVariance,
+    "pearson": torchmetrics.PearsonCorrCoef,
+    "spearman": torchmetrics.SpearmanCorrCoef,
+    "kendall": torchmetrics.KendallRankCorrCoef,
+    "concordance": torchmetrics.ConcordanceCorrCoef,
+    "relative": torchmetrics.RelativeSquaredError,
+    "minkowski": lambda: torchmetrics.MinkowskiDistance(3),
+    "log cosh": torchmetrics.LogCoshError,
+    "tweedie": torchmetrics.TweedieDevianceScore,
+    "bounds": lambda: torchmetrics.MinMaxMetric(torchmetrics.MeanAbsoluteError()),
+}
+CLASS_NUMBERS = {
+    "cramers": lambda: tmnominal.CramersV(2, bias_correction=False),
+    "tschuprows": lambda: tmnominal.TschuprowsT(2, bias_correction=False),
+    "theils": lambda: tmnominal.TheilsU(2),
+    "rand": tmcluster.RandScore,
+    "mutual information": tmcluster.MutualInfoScore,
+}
+
+
+class Column(nn.Module):
+    """The first feature as the prediction."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x[:, 0] + 0 * self.weight)
+
+
+def whole(metric, y_pred, y_true):
+    """torchmetrics's own value of all rows in one update, as the columns that a history has of it."""
+    metric.update(y_pred, y_true)
+    return columns_of("m", metric.compute())
+
+
+@pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save", "ignore:Sparse invariant checks")  # theirs
+@pytest.mark.parametrize(
+    ("metric", "change", "label"),
+    [
+        *(pytest.param(metric, torch.sigmoid, "class", id=f"binary {name}") for name, metric in BINARY.items()),
+        *(pytest.param(metric, lambda x: x, "number", id=f"number {name}") for name, metric in VALUES.items()),
+        *(pytest.param(metric, lambda x: (x > 0).long(), "class", id=name) for name, metric in CLASS_NUMBERS.items()),
+    ],
+)
+def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(metric, change, label):
+    X = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(3))
+    y = X[:, 0] + X[:, 1]
+    if label == "class":
+        y = (y > 0).long()
+    model = minikeras.Model(Column(change))
+    compiled(model, lambda y_pred, y_true: model.net.weight * 1.0, {"m": metric()}, lr=0.0)
+    expected = whole(metric(), model.predict(X), y)
+    values = both(model, (X, y))
+    assert list(values) == ["loss", *expected]
+    for name, value in expected.items():
+        assert values[name] == pytest.approx([value] * 3, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", [torchmetrics.MeanMetric(), torchmetrics.SumMetric(), torchmetrics.MaxMetric()])
+def test_an_aggregator_takes_what_its_subclass_gives_it(metric):
+    class OfOutputs(type(metric)):
+        def update(self, y_pred, y_true):
+            super().update(y_pred)
+
+    X, y = points(ROWS)
+    model = compiled(metrics_dict={"m": OfOutputs()}, lr=0.0)
+    p = model.predict(X).numpy()
+    expected = {"MeanMetric": p.mean(), "SumMetric": p.sum(), "MaxMetric": p.max()}[type(metric).__name__]
+    assert model.evaluate((X, y), batch_size=BATCH)["val_m"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- raw scores ---------------------------------------------------------------------------------
+
+
+def scored(metrics_dict, rows=ROWS):
+    """A model of raw scores, and data whose last row scores between 0 and 1."""
+    torch.manual_seed(0)
+    X = torch.randn(rows, 1)
+    X = X[(X[:, 0] - 0.25).abs().argsort(descending=True)]
+    y = (X + 0.5 * torch.randn(rows, 1) > 0).float()
+    net = nn.Linear(1, 1)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+        net.bias.zero_()
+    return compiled(minikeras.Model(net), nn.BCEWithLogitsLoss(), metrics_dict, lr=0.0), (X, y)
+
+
+def test_raw_scores_are_told_with_what_to_do():
+    model, data = scored({"f1": tmc.BinaryF1Score()})
+    lowest, highest = data[0].min().item(), data[0].max().item()
+    said = (
+        f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. BinaryF1Score applies a sigmoid "
+        f"to a batch only if a score in it is below 0 or above 1, and takes any other batch for probabilities, so the "
+        f"value may depend on batch_size. Give it probabilities in each batch: a subclass whose update(self, y_pred, "
+        f"y_true) calls super().update(y_pred.sigmoid(), y_true), or a model that ends in a sigmoid; or pass "
+        f"minikeras.OnAllRows(function)."
+    )
+    with pytest.warns(UserWarning, match="raw scores") as caught:
+        model.fit(1, [data], [data], verbose=0)
+    assert [str(one.message) for one in caught] == [said]
+    model.evaluate(data, batch_size=BATCH)  # it is not told twice
+
+
+class F1OfScores(tmc.BinaryF1Score):
+    def update(self, y_pred, y_true):
+        super().update(y_pred.sigmoid(), y_true)
+
+
+class AUROCOfScores(tmc.BinaryAUROC):
+    def update(self, y_pred, y_true):
+        super().update(y_pred.sigmoid(), y_true.long())
+
+
+def test_each_remedy_for_raw_scores_is_scikit_learns_value_at_any_batch_size():
+    model, (X, y) = scored({
+        "f1": F1OfScores(),
+        "auroc": AUROCOfScores(),
+        "also f1": minikeras.OnAllRows(lambda y_pred, y_true: skm.f1_score(y_true, y_pred > 0)),
+        "also auroc": minikeras.OnAllRows(lambda y_pred, y_true: skm.roc_auc_score(y_true, y_pred)),
+    })  # fmt: skip
+    f1, auroc = skm.f1_score(y, X > 0), skm.roc_auc_score(y, X)
+    for batch_size in (1, 4, BATCH, ROWS):
+        found = model.evaluate((X, y), batch_size=batch_size)
+        values = [found[f"val_{name}"] for name in ("f1", "auroc", "also f1", "also auroc")]
+        assert values == pytest.approx([f1, auroc, f1, auroc], rel=1e-5)
+    probabilities = compiled(
+        minikeras.Model(nn.Sequential(model.net, nn.Sigmoid())), nn.BCELoss(), {"f1": tmc.BinaryF1Score()}
+    )
+    assert probabilities.evaluate((X, y), batch_size=1)["val_f1"] == pytest.approx(f1, rel=1e-5)
+
+
+def test_raw_scores_of_several_classes_are_told_where_more_than_the_highest_counts():
+    X, y = torch.randn(ROWS, 3), torch.randint(0, 3, (ROWS,))
+    metrics = {"f1": tmc.MulticlassF1Score(3), "auroc": tmc.MulticlassAUROC(3)}
+    model = compiled(minikeras.Model(nn.Linear(3, 3)), nn.CrossEntropyLoss(), metrics)
+    with pytest.warns(UserWarning, match="raw scores") as caught:
+        model.evaluate((X, y))
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith("metric 'auroc'")
+    assert "y_pred.softmax(1)" in str(caught[0].message)
+
+
+def test_probabilities_and_class_numbers_are_not_told():
+    model = compiled(metrics_dict={"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()})
+    model.fit(1, points(ROWS), points(ROWS), verbose=0)

@@ -1,8 +1,11 @@
 """What a user is told when something is wrong.
 
-inputs.py    what compile, a fit and its first batch are given
-validation.py    what is wrong with dl_val, before an epoch is spent
-causes.py    what torch refuses anyway, in the user's words
+inputs.py       what compile, a fit and its first batch are given
+validation.py   what is wrong with dl_val, before an epoch is spent
+causes.py       what torch refuses anyway, in the user's words
+row_means.py    functions of metrics_dict that are no means over rows
+twin.py         a metric to be called on trial
+raw_scores.py   torchmetrics objects that are given raw scores
 """
 
 from minikeras.checks import causes, inputs, validation

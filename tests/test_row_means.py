@@ -1,0 +1,521 @@
+"""A function of metrics_dict that is no mean over rows is told once; a mean never is."""
+
+import copy
+import functools
+import random
+import warnings
+
+import numpy as np
+import pytest
+import sklearn.metrics as skm
+import torch
+import torch.nn.functional as F
+import torchmetrics.functional as tmf
+from conftest import compiled, points
+from torch import nn
+
+import minikeras
+
+
+class Same(nn.Module):
+    """Outputs are the features: the data say what the predictions are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.weight
+
+
+def given(function, **kwargs):
+    """A model whose only metric is that function, and whose loss is a mean of anything."""
+
+    def loss_func(y_pred, y_true):
+        first = y_pred[0] if isinstance(y_pred, tuple) else y_pred
+        return (first * 0).mean()
+
+    return compiled(minikeras.Model(Same()), loss_func, {"m": function}, **kwargs)
+
+
+def warned(call):
+    """The names of metrics that a call warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert {type(one.message) for one in caught} <= {UserWarning}
+    said = [str(one.message) for one in caught]
+    assert all("is no mean over rows" in message for message in said), said
+    return [message.split("'")[1] for message in said]
+
+
+# --- data: predictions and labels ---------------------------------------------------------------
+
+
+def binary(rows, generator):
+    scores = 1.5 * torch.randn(rows, 1, generator=generator)
+    labels = ((scores + torch.randn(rows, 1, generator=generator)) > 0).float()
+    return scores.sigmoid(), labels
+
+
+def logits(rows, generator):
+    probabilities, labels = binary(rows, generator)
+    return probabilities.logit(), labels
+
+
+def numbers(rows, generator):
+    labels = torch.randn(rows, 1, generator=generator)
+    return labels + 0.5 * torch.randn(rows, 1, generator=generator), labels
+
+
+def prices(rows, generator):
+    predictions, labels = numbers(rows, generator)
+    return 3e5 + 1e5 * predictions, 3e5 + 1e5 * labels
+
+
+def classes(rows, generator):
+    labels = torch.randint(0, 5, (rows,), generator=generator)
+    return torch.randn(rows, 5, generator=generator) + F.one_hot(labels, 5), labels
+
+
+def images(rows, generator):
+    labels = (torch.rand(rows, 1, 6, 6, generator=generator) > torch.rand(rows, 1, 1, 1, generator=generator)).float()
+    noise = torch.rand(rows, 1, 1, 1, generator=generator) * torch.randn(rows, 1, 6, 6, generator=generator)
+    return (2 * labels - 1 + 2 * noise).sigmoid(), labels
+
+
+def vectors(rows, generator):
+    labels = torch.randn(rows, 8, generator=generator)
+    return labels + torch.randn(rows, 8, generator=generator), labels
+
+
+def tokens(rows, generator):
+    labels = torch.randint(0, 7, (rows, 6), generator=generator)
+    lengths = torch.randint(1, 7, (rows, 1), generator=generator)
+    labels = torch.where(torch.arange(6) < lengths, labels, -100)
+    return torch.randn(rows, 7, 6, generator=generator), labels
+
+
+def right(y_pred, y_true):
+    return (y_pred > 0.5) == (y_true > 0.5)
+
+
+def overlap(y_pred, y_true):
+    both = ((y_pred > 0.5) & (y_true > 0.5)).flatten(1).sum(1)
+    either = ((y_pred > 0.5) | (y_true > 0.5)).flatten(1).sum(1)
+    return both, either
+
+
+def centered(values):
+    return values - values.mean(1, keepdim=True)
+
+
+MEANS = {
+    "accuracy": (binary, lambda p, t: right(p, t).float().mean()),
+    "accuracy as a Python number": (binary, lambda p, t: right(p, t).float().mean().item()),
+    "accuracy in percent, rounded": (binary, lambda p, t: round(100 * right(p, t).float().mean().item(), 2)),
+    "accuracy to three digits": (binary, lambda p, t: round(right(p, t).float().mean().item(), 3)),
+    "accuracy of scikit-learn": (classes, lambda p, t: skm.accuracy_score(t, p.argmax(1))),
+    "error rate in float64": (binary, lambda p, t: (~right(p, t)).double().mean()),
+    "share of positives": (binary, lambda p, t: (p > 0.5).float().mean()),
+    "BCE": (binary, nn.BCELoss()),
+    "BCE of scores": (logits, nn.BCEWithLogitsLoss()),
+    "hinge": (logits, lambda p, t: (1 - (2 * t - 1) * p).clamp(min=0).mean()),
+    "Brier": (binary, lambda p, t: ((p - t) ** 2).mean()),
+    "MSE": (numbers, nn.MSELoss()),
+    "MAE": (numbers, nn.L1Loss()),
+    "MAE in NumPy": (numbers, lambda p, t: np.abs(p.numpy() - t.numpy()).mean()),
+    "MAE by a loop": (numbers, lambda p, t: sum(abs(a - b).item() for a, b in zip(p, t, strict=True)) / len(t)),
+    "Huber": (numbers, nn.HuberLoss()),
+    "bias": (numbers, lambda p, t: p.mean() - t.mean()),
+    "quantile loss": (numbers, lambda p, t: torch.maximum(0.9 * (t - p), 0.1 * (p - t)).mean()),
+    "share within 0.1": (numbers, lambda p, t: ((p - t).abs() < 0.1).float().mean()),
+    "only where labels are positive, of all rows": (numbers, lambda p, t: ((p - t).abs() * (t > 0)).mean()),
+    "MAE of large numbers": (prices, nn.L1Loss()),
+    "MSE of large numbers": (prices, nn.MSELoss()),
+    "bias of large numbers": (prices, lambda p, t: p.mean() - t.mean()),
+    "MAPE": (prices, lambda p, t: ((p - t) / t).abs().mean()),
+    "MSLE": (prices, lambda p, t: (torch.log1p(p.clamp(0)) - torch.log1p(t.clamp(0))).pow(2).mean()),
+    "cross entropy": (classes, nn.CrossEntropyLoss()),
+    "smoothed cross entropy": (classes, nn.CrossEntropyLoss(label_smoothing=0.1)),
+    "focal loss": (logits, minikeras.FocalLoss(from_logits=True)),
+    "top 1": (classes, lambda p, t: (p.argmax(1) == t).float().mean()),
+    "top 2": (classes, lambda p, t: (p.topk(2).indices == t[:, None]).any(1).float().mean()),
+    "reciprocal rank": (classes, lambda p, t: (1 / (1 + (p > p.gather(1, t[:, None])).sum(1))).mean()),
+    "confidence": (classes, lambda p, t: p.softmax(1).max(1).values.mean()),
+    "KL": (vectors, lambda p, t: F.kl_div(p.log_softmax(1), t.softmax(1), reduction="batchmean")),
+    "cosine similarity": (vectors, lambda p, t: F.cosine_similarity(p, t).mean()),
+    "cosine distance near 0": (vectors, lambda p, t: 1 - F.cosine_similarity(t, 1.0001 * t).mean()),
+    "norm of each row": (vectors, lambda p, t: (p - t).norm(dim=1).mean()),
+    "RMSE of each row": (vectors, lambda p, t: ((p - t) ** 2).mean(1).sqrt().mean()),
+    "correlation of each row": (vectors, lambda p, t: F.cosine_similarity(centered(p), centered(t)).mean()),
+    "all labels of a row": (vectors, lambda p, t: ((p > 0) == (t > 0)).all(1).float().mean()),
+    "IoU of each row": (images, lambda p, t: (overlap(p, t)[0] / overlap(p, t)[1].clamp(1)).mean()),
+    "PSNR of each row": (images, lambda p, t: (-10 * ((p - t) ** 2).flatten(1).mean(1).log10()).mean()),
+    "accuracy of pixels": (images, lambda p, t: right(p, t).float().mean()),
+    "accuracy of each row's tokens": (
+        tokens,
+        lambda p, t: (((p.argmax(1) == t) & (t >= 0)).sum(1) / (t >= 0).sum(1)).mean(),
+    ),
+    "a constant": (numbers, lambda p, t: 3.0),
+    "half precision inside": (numbers, lambda p, t: (p.half() - t.half()).abs().mean()),
+    "an Average": (tokens, lambda p, t: minikeras.Average(F.cross_entropy(p, t, reduction="sum"), (t >= 0).sum())),
+}
+
+
+@pytest.mark.parametrize(("data", "function"), MEANS.values(), ids=MEANS)
+def test_a_mean_over_rows_is_never_told(data, function):
+    for rows in (4, 5, 16, 33, 128):
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(100 * seed + rows)
+            X, y = data(rows, generator)
+            order = torch.randperm(rows, generator=generator)
+            assert warned(lambda X=X[order], y=y[order]: given(function).evaluate([(X, y)])) == [], (rows, seed)
+
+
+def r2(y_pred, y_true):
+    return 1 - ((y_pred - y_true) ** 2).sum() / ((y_true - y_true.mean()) ** 2).sum()
+
+
+def f1(y_pred, y_true):
+    found = ((y_pred > 0.5) & (y_true > 0.5)).sum()
+    return 2 * found / ((y_pred > 0.5).sum() + (y_true > 0.5).sum())
+
+
+def auc(y_pred, y_true):
+    positive, negative = y_pred[y_true > 0.5], y_pred[y_true < 0.5]
+    return (positive[:, None] > negative).float().mean()
+
+
+def macro_f1(y_pred, y_true):
+    scores = []
+    for label in range(5):
+        guessed, true = y_pred.argmax(1) == label, y_true == label
+        scores.append(2 * (guessed & true).sum() / (guessed.sum() + true.sum()).clamp(1))
+    return torch.stack(scores).mean()
+
+
+OTHERS = {
+    "R2": (numbers, r2),
+    "R2 of large numbers": (prices, r2),
+    "R2 of predictions near 0": (numbers, lambda p, t: r2(0.01 * p, t)),
+    "R2 of scikit-learn": (numbers, lambda p, t: skm.r2_score(t, p)),
+    "RMSE": (numbers, lambda p, t: ((p - t) ** 2).mean().sqrt()),
+    "RMSE as a Python number": (numbers, lambda p, t: ((p - t) ** 2).mean().item() ** 0.5),
+    "RMSE of large numbers": (prices, lambda p, t: ((p - t) ** 2).mean().sqrt()),
+    "F1": (binary, f1),
+    "F1 of scikit-learn": (binary, lambda p, t: skm.f1_score(t > 0.5, p > 0.5)),
+    "precision": (binary, lambda p, t: ((p > 0.5) & (t > 0.5)).sum() / ((p > 0.5).sum() + 1e-7)),
+    "recall": (binary, lambda p, t: ((p > 0.5) & (t > 0.5)).sum() / (t > 0.5).sum().clamp(1)),
+    "balanced accuracy": (binary, lambda p, t: skm.balanced_accuracy_score(t > 0.5, p > 0.5)),
+    "AUC": (binary, auc),
+    "AUC of scikit-learn": (binary, lambda p, t: skm.roc_auc_score(t, p)),
+    "Pearson": (numbers, lambda p, t: torch.corrcoef(torch.cat([p, t], 1).T)[0, 1]),
+    "Spearman of torchmetrics": (numbers, lambda p, t: tmf.spearman_corrcoef(p[:, 0], t[:, 0])),
+    "macro F1": (classes, macro_f1),
+    "macro F1 of torchmetrics": (
+        classes,
+        functools.partial(tmf.f1_score, task="multiclass", num_classes=5, average="macro"),
+    ),
+    "Cohen's kappa": (classes, lambda p, t: skm.cohen_kappa_score(t, p.argmax(1))),
+    "geometric mean": (binary, lambda p, t: p.log().mean().exp()),
+    "perplexity": (classes, lambda p, t: F.cross_entropy(p, t).exp()),
+    "cross entropy with class weights": (classes, nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 1.0, 1.0, 9.0]))),
+    "cross entropy of the tokens that count": (tokens, nn.CrossEntropyLoss()),
+    "accuracy of the tokens that count": (tokens, lambda p, t: (p.argmax(1) == t)[t >= 0].float().mean()),
+    "IoU of all pixels": (images, lambda p, t: overlap(p, t)[0].sum() / overlap(p, t)[1].sum()),
+    "PSNR of all pixels": (images, lambda p, t: -10 * ((p - t) ** 2).mean().log10()),
+    "a sum": (numbers, nn.L1Loss(reduction="sum")),
+    "how many are right": (binary, lambda p, t: right(p, t).sum()),
+    "the largest error": (numbers, lambda p, t: (p - t).abs().max()),
+    "the median error": (numbers, lambda p, t: (p - t).abs().median()),
+    "the spread of the predictions": (numbers, lambda p, t: p.std()),
+    "the rows of the batch": (numbers, lambda p, t: float(len(t))),
+}
+
+
+@pytest.mark.parametrize(("data", "function"), OTHERS.values(), ids=OTHERS)
+def test_what_is_no_mean_over_rows_is_told_at_any_batch_size_and_order(data, function):
+    for rows in (16, 33, 256):
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(100 * seed + rows)
+            X, y = data(4 * rows, generator)
+            batches = list(zip(X.split(rows), y.split(rows), strict=True))
+            assert warned(lambda batches=batches: given(function).evaluate(batches)) == ["m"], (rows, seed)
+
+
+# --- when, how often and what it says -----------------------------------------------------------
+
+
+def test_the_warning_says_what_is_wrong_and_what_to_do():
+    X, y = numbers(32, torch.Generator().manual_seed(0))
+    said = (
+        "metric 'm' is no mean over rows: on a batch of 32 rows its value is not the mean of its values on two halves "
+        "of them, so the value of an epoch, the mean over the batches, depends on batch_size. For the value on all "
+        "rows pass minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics object. If the "
+        "value is a total divided by a count, such as a mean over tokens or a recall, return "
+        "minikeras.Average(total, count)."
+    )
+    with pytest.warns(UserWarning, match="no mean over rows") as caught:
+        given(r2).evaluate((X, y))
+    assert [str(one.message) for one in caught] == [said]
+
+
+def test_each_remedy_gives_the_value_on_all_rows_at_any_batch_size():
+    import torchmetrics
+
+    X, y = numbers(101, torch.Generator().manual_seed(0))
+    expected = skm.r2_score(y, X)
+    for remedy in (minikeras.OnAllRows(lambda y_pred, y_true: skm.r2_score(y_true, y_pred)), torchmetrics.R2Score()):
+        for batch_size in (4, 32, 101):
+            found = given(remedy).evaluate((X, y), batch_size=batch_size)["val_m"]
+            assert found == pytest.approx(expected, rel=1e-5)
+    X, y = tokens(101, torch.Generator().manual_seed(0))
+    expected = F.cross_entropy(X, y).item()
+    remedy = MEANS["an Average"][1]
+    assert given(remedy).evaluate((X, y), batch_size=8)["val_m"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_is_told_once_for_training_and_validation_and_all_fits():
+    data = numbers(64, torch.Generator().manual_seed(0))
+    model = given(r2)
+    assert warned(lambda: model.fit(2, data, data, batch_size=16, verbose=0)) == ["m"]
+    assert warned(lambda: model.fit(1, data, data, batch_size=16, verbose=0)) == []
+    assert warned(lambda: model.evaluate(data)) == []
+
+
+def test_it_is_told_of_evaluate_where_that_comes_first():
+    data = numbers(64, torch.Generator().manual_seed(0))
+    model = given(r2)
+    assert warned(lambda: model.evaluate(data)) == ["m"]
+    assert warned(lambda: model.fit(1, data, data, verbose=0)) == []
+
+
+def test_each_metric_is_told_under_its_own_name():
+    data = numbers(64, torch.Generator().manual_seed(0))
+    metrics = {"mae": nn.L1Loss(), "r2": r2, "rmse": OTHERS["RMSE"][1], "bias": MEANS["bias"][1]}
+    model = compiled(minikeras.Model(Same()), nn.MSELoss(), metrics)
+    assert warned(lambda: model.fit(1, data, verbose=0)) == ["r2", "rmse"]
+
+
+def test_the_warnings_filter_silences_it():
+    data = numbers(64, torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "metric 'm' is no mean over rows")
+        given(r2).evaluate(data)
+    assert caught == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_of_fewer_than_four_rows_are_looked_at_together(batch_size):
+    X, y = numbers(24, torch.Generator().manual_seed(0))
+    batches = list(zip(X.split(batch_size), y.split(batch_size), strict=True))
+    assert warned(lambda: given(OTHERS["RMSE"][1]).evaluate(batches)) == ["m"]
+    assert warned(lambda: given(nn.L1Loss()).evaluate(batches)) == []
+
+
+def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
+    y = torch.cat([torch.zeros(32, 1), torch.ones(32, 1)])
+    nothing, something = torch.zeros(64, 1), torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
+
+    class Learns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+            self.epoch = 1
+
+        def forward(self, x):
+            return (nothing[: len(x)] if self.epoch < 3 else something[: len(x)]) + self.weight
+
+    model = compiled(minikeras.Model(Learns()), nn.MSELoss(), {"f1": lambda p, t: f1(p, t).nan_to_num()}, lr=0.0)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def count(epoch):
+        model.net.epoch = epoch
+        seen.append(len(caught))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = minikeras.LambdaCallback(on_epoch_begin=count)
+        model.fit(4, [(y[order], y[order])], callbacks=[callback], verbose=0)
+    assert seen == [0, 0, 0, 1]
+
+
+def test_rows_are_split_in_outputs_and_labels_of_any_structure():
+    generator = torch.Generator().manual_seed(0)
+    X, y = numbers(32, generator)
+
+    class Several(Same):
+        def forward(self, x):
+            return {"values": (super().forward(x), x.flip(0)), "scale": x.new_ones(()), "table": x.new_ones(3)}
+
+    def loss_func(y_pred, y_true):
+        return y_pred["values"][0].mean()
+
+    metrics = {
+        "r2": lambda p, t: r2(p["values"][0] * p["scale"], t["y"][0]) * p["table"].mean(),
+        "mae": lambda p, t: (p["values"][0] * p["scale"] - t["y"][0]).abs().mean() * p["table"].sum(),
+    }
+    model = compiled(minikeras.Model(Several()), loss_func, metrics)
+    assert warned(lambda: model.evaluate([(X, {"y": [y], "text": "a name"})])) == ["r2"]
+
+
+def test_rows_in_a_list_are_split_by_item():
+    X, y = numbers(8, torch.Generator().manual_seed(0))
+    lengths = [3, 1, 4, 1, 5, 2, 6, 5]
+    boxes = [torch.full((length, 4), float(length)) for length in lengths]
+
+    def mean_boxes(y_pred, y_true):
+        return sum(len(one) for one in y_true["boxes"]) / len(y_pred)
+
+    def longest(y_pred, y_true):
+        return float(max(len(one) for one in y_true["boxes"]))
+
+    model = compiled(minikeras.Model(Same()), lambda p, t: p.mean(), {"boxes": mean_boxes, "longest": longest})
+    assert warned(lambda: model.evaluate([(X, {"y": y, "boxes": boxes})])) == ["longest"]
+
+
+# --- it leaves no trace -------------------------------------------------------------------------
+
+
+def test_the_look_draws_no_random_numbers_and_one_that_draws_is_not_told():
+    data = numbers(64, torch.Generator().manual_seed(0))
+    drawn = []
+
+    def noisy(y_pred, y_true):
+        noise = torch.rand(()), np.random.rand(), random.random()
+        drawn.append(noise)
+        return float(r2(y_pred, y_true)) + sum(float(one) for one in noise)
+
+    def seed():
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+
+    seed()
+    assert warned(lambda: given(noisy).evaluate(data, batch_size=16)) == []
+    seed()
+    expected = [(torch.rand(()), np.random.rand(), random.random()) for _ in range(4)]
+    assert drawn == expected
+
+
+CALLS = []
+
+
+def module_level(y_pred, y_true):
+    CALLS.append(len(y_true))
+    return y_pred.mean()
+
+
+def test_what_a_function_keeps_is_as_if_it_was_called_once_a_batch():
+    CALLS.clear()
+    calls, total, default = [], 0, []
+
+    def closure(y_pred, y_true):
+        nonlocal total
+        calls.append(len(y_true))
+        total += len(y_true)
+        return y_pred.mean()
+
+    def with_default(y_pred, y_true, kept=default):
+        kept.append(len(y_true))
+        return y_pred.mean()
+
+    class Counts:
+        def __init__(self):
+            self.rows = 0
+
+        def __call__(self, y_pred, y_true):
+            self.rows += len(y_true)
+            return y_pred.mean()
+
+        def method(self, y_pred, y_true):
+            self.rows += len(y_true)
+            return y_pred.mean()
+
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(()))
+
+        def forward(self, y_pred, y_true):
+            self.rows += len(y_true)
+            return y_pred.mean()
+
+    counts, other, running = Counts(), Counts(), Running()
+    closure.calls = []
+    metrics = {
+        "closure": closure,
+        "partial": functools.partial(with_default),
+        "object": counts,
+        "method": other.method,
+        "module": running,
+        "global": module_level,
+    }
+    model = compiled(metrics_dict=metrics)
+    model.fit(1, points(70), batch_size=32, verbose=0)
+    assert calls == default == CALLS == [32, 32, 6]
+    assert [total, counts.rows, other.rows, running.rows] == [70] * 4
+
+
+def test_a_metric_that_edits_in_place_is_looked_at_on_copies():
+    data = points(64)
+    seen = []
+
+    def edits(y_pred, y_true):
+        seen.append(y_pred.sum().item())
+        y_pred.zero_()
+        y_true.zero_()
+        return y_pred.mean()
+
+    model = compiled(metrics_dict={"edits": edits}, lr=0.0)
+    expected = model.predict(data[0]).sum().item()
+    model.evaluate(data, batch_size=64)
+    assert seen == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_a_metric_that_cannot_be_copied_is_called_once_a_batch_and_not_told():
+    def lines():
+        yield from range(100)
+
+    numbered, calls = lines(), []
+
+    def r2_and_a_line(y_pred, y_true):
+        calls.append(next(numbered))
+        return r2(y_pred, y_true)
+
+    data = numbers(64, torch.Generator().manual_seed(0))
+    assert warned(lambda: given(r2_and_a_line).evaluate(data, batch_size=16)) == []
+    assert calls == [0, 1, 2, 3]
+
+
+def test_an_error_in_a_half_is_not_known_and_no_error():
+    def several(y_pred, y_true):
+        if len(y_true) < 16:
+            raise ValueError("too few rows")
+        return r2(y_pred, y_true)
+
+    data = numbers(16, torch.Generator().manual_seed(0))
+    assert warned(lambda: given(several).evaluate(data)) == []
+
+
+def test_the_fit_is_bit_for_bit_that_without_the_metric():
+    X, y = points(64)
+    model = compiled(metrics_dict={"m": nn.L1Loss()})
+    twin = compiled(copy.deepcopy(model))
+    for one in (model, twin):
+        torch.manual_seed(1)
+        one.fit(2, (X, y), batch_size=16, verbose=0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name])
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str)
+def test_it_is_told_with_the_options_of_compile(options):
+    X, y = points(64)
+    metrics = {"rmse": lambda p, t: ((p - t) ** 2).mean().sqrt(), "mae": nn.L1Loss()}
+    net = nn.Linear(2, 1)
+    model = compiled(minikeras.Model(net), nn.MSELoss(), metrics, **options)
+    assert warned(lambda: model.fit(2, (X, y), (X, y), batch_size=16, verbose=0)) == ["rmse"]
