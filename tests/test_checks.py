@@ -1015,7 +1015,8 @@ COMPILE = {
 COMPILE_SAYS = """
 a loss class | TypeError: loss_func is the class MSELoss; expected an instance. Pass MSELoss().
 a loss by name | TypeError: loss_func must be a function of (y_pred, y_true) or a module, got 'mse'. Names stand for
-    nothing here: pass for instance nn.MSELoss(); the optimizer comes second, torch.optim.Adam(model.parameters(), lr=1e-3).
+    nothing here: pass for instance nn.MSELoss(); the optimizer comes second, torch.optim.Adam(model.parameters(),
+    lr=1e-3).
 a loss without super | TypeError: loss_func is a Forgetful whose __init__ did not call super().__init__(). Call it
     there, before anything else.
 a metric without super | TypeError: metric 'm' is a Forgetful whose __init__ did not call super().__init__(). Call it
