@@ -1,5 +1,7 @@
 """minikeras: Keras's compile, fit, evaluate and predict for PyTorch modules."""
 
+import typing
+
 from minikeras.callbacks import (
     EMA,
     Callback,
@@ -17,6 +19,9 @@ from minikeras.model import Model
 from minikeras.on_all_rows import OnAllRows
 from minikeras.plotting import plot_history, plot_metric
 from minikeras.results import Average
+
+if not typing.TYPE_CHECKING:  # type checkers refuse a name that is not there by themselves
+    from minikeras.checks.calls import missing_name as __getattr__  # noqa: F401
 
 __version__ = "0.1.0"
 

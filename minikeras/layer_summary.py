@@ -190,6 +190,12 @@ def summary(
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {described(model)}. Pass an instance, nn.Linear(2, 1).")
+    if hasattr(input_shape, "shape"):
+        raise ValueError(
+            f"input_shape is a {type(input_shape).__name__} of shape {tuple(input_shape.shape)}; expected the shape of "
+            f"one row, such as {tuple(input_shape.shape[1:])}. Pass a batch by its name: "
+            f"summary(net, input_data=batch)."
+        )
     if (input_shape is None) == (input_data is None):
         raise ValueError(
             f"summary takes either input_shape or input_data, got {'neither' if input_data is None else 'both'}. Pass "

@@ -180,6 +180,7 @@ class Model(nn.Module):
 
     # --- the verbs ----------------------------------------------------------------------------------------------------
 
+    @checks.calls.in_other_words
     def compile(
         self,
         loss_func: Any,
@@ -247,6 +248,7 @@ class Model(nn.Module):
         self._publish("optimizer", run.optimizers.get("") if optimizer is None else optimizer)
         self._publish("history", run.history())
 
+    @checks.calls.in_other_words
     def fit(
         self,
         epochs: int,
@@ -334,6 +336,7 @@ class Model(nn.Module):
         loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
         return run.history()
 
+    @checks.calls.in_other_words
     def evaluate(self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None) -> dict[str, float]:
         """Loss and metrics over all rows: {"val_loss": ..., "val_accuracy": ...}.
 
@@ -355,6 +358,7 @@ class Model(nn.Module):
         run.val.unseen = True
         return loop.evaluate(self, run, batches)
 
+    @checks.calls.in_other_words
     def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all", steps: int | None = None) -> Any:
         """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
 
@@ -450,6 +454,15 @@ class Model(nn.Module):
         if name in published or not hasattr(self, name):
             published[name] = value
             setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say `compile` where `history` or `optimizer` is missing; nn.Module finds anything else."""
+        if name in ("history", "optimizer") and self._run is None:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}: it has not been compiled, or it is a copy or came from "
+                f"torch.load, which keep the weights alone. Call model.compile(loss_func, optimizer) first."
+            )
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, which give an uncompiled model."""

@@ -246,7 +246,7 @@ def jit_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Any:
         warnings.warn(
             f"steps_per_execution={steps_per_execution} is 1 on {run.world.size} processes, which add up their "
             f"gradients between backward and step. The numbers are the same. Leave it out there.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return Jit(model, run, {} if jit is True else jit, steps_per_execution if run.world is None else 1)
 

@@ -170,7 +170,7 @@ def test_a_metric_object_that_broadcasts_the_labels_is_refused_before_a_weight_m
 def test_labels_that_broadcast_in_validation_alone_are_refused_there():
     with refused(f"ValueError: the loss: {IT_BROADCASTS}") as error:
         compiled(Scale()).fit(1, (COLUMN, COLUMN), (COLUMN, ROW), verbose=0)
-    assert error.value.__notes__[0] == "dl_val, batch 1, looked at before the first step"
+    assert error.value.__notes__ == ["dl_val, batch 1, looked at before the first step", "epoch 1"]
 
 
 def mse(p, t):
@@ -461,9 +461,9 @@ def test_a_generator_lasts_for_one_epoch_and_is_refused_for_more_before_a_weight
     fits_badly(f"ValueError: {says}", batches(2), epochs=2)
 
 
-def test_so_is_one_for_validation_which_is_not_told_of_steps_per_epoch():
+def test_so_is_one_for_validation_which_is_told_of_validation_steps():
     assert len(compiled().fit(2, (X, Y), batches(2), validation_freq=2, verbose=0)) == 2
-    says = f"ValueError: dl_val is {USED_UP}. It was to last for 2 epochs."
+    says = f"ValueError: dl_val is {USED_UP}, or give validation_steps. It was to last for 2 epochs."
     fits_badly(says, epochs=2, dl_val=batches(2))
 
 
@@ -506,7 +506,7 @@ def test_rows_without_weights_are_all_alike_in_an_evaluation_and_refused_in_trai
     model.compile(nn.MSELoss(reduction="none"), device="cpu", jit=jit)
     weighted = model.fit(2, (X, Y, torch.ones(8)), (X, Y), batch_size=3, verbose=0)
     expected = F.mse_loss(model.predict(X), Y).item()
-    assert weighted["val_loss"][2] == pytest.approx(expected, rel=1e-6)
+    assert weighted["val_loss"][1] == pytest.approx(expected, rel=1e-6)
     assert model.evaluate((X, Y), batch_size=3)["val_loss"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="expected one number, a 0-d tensor"):
         model.fit(1, (X, Y), verbose=0)
@@ -1030,8 +1030,9 @@ COMPILE = {
 }
 COMPILE_SAYS = """
 a loss class | TypeError: loss_func is the class MSELoss; expected an instance. Pass MSELoss().
-a loss by name | TypeError: loss_func must be a function of (y_pred, y_true) or a module, got 'mse'. Pass for instance
-    nn.MSELoss() or a function of your own.
+a loss by name | TypeError: loss_func must be a function of (y_pred, y_true) or a module, got 'mse'. Names stand for
+    nothing here: pass for instance nn.MSELoss(); the optimizer comes second, torch.optim.Adam(model.parameters(),
+    lr=1e-3).
 a loss without super | TypeError: loss_func is a Forgetful whose __init__ did not call super().__init__(). Call it
     there, before anything else.
 a metric without super | TypeError: metric 'm' is a Forgetful whose __init__ did not call super().__init__(). Call it

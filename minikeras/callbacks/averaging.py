@@ -87,7 +87,7 @@ class EMA(Callback):
         return {name: p.detach() for name, p in there if p.is_floating_point() or p.is_complex()}
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Give the model its own weights back as `epoch` begins, whichever EMA has lent it others."""
+        """Give the model its own weights back as an `epoch` begins, whichever EMA has lent it others."""
         self._fill(self._lent.raw)
         self._run.lent = Lent()
 

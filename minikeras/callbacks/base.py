@@ -135,7 +135,7 @@ def _warn_of_uncalled(callback: Callback) -> None:
     unknown = [name for name in dir(type(callback)) if name.startswith("on_") and name not in {*moments, *others}]
     if unknown:
         calls, names = ", ".join(f"{type(callback).__name__}.{name}" for name in unknown), ", ".join(moments)
-        warnings.warn(f"fit never calls {calls}. What it calls is {names}.", stacklevel=4)
+        warnings.warn(f"fit never calls {calls}. What it calls is {names}.", stacklevel=5)
 
 
 def check_row(logs: dict[str, Any]) -> None:

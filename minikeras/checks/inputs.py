@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.broadcast import BroadcastGuard
+from minikeras.checks.calls import LOSS_LINES
 from minikeras.checks.causes import no_class
 from minikeras.data import UnknownRows
 from minikeras.errors import described, dtype_name
@@ -238,6 +239,13 @@ def check_callable(name: str, function: Any) -> None:
                 f"{name} is a {type(function).__name__} whose __init__ did not call super().__init__(). "
                 f"Call it there, before anything else."
             ) from None
+    if isinstance(function, str):
+        line = LOSS_LINES.get(function.lower(), "nn.MSELoss()")
+        raise TypeError(
+            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Names stand for nothing "
+            f"here: pass for instance {line}; the optimizer comes second, "
+            f"torch.optim.Adam(model.parameters(), lr=1e-3)."
+        )
     if not callable(function) and not is_stateful(function):
         raise TypeError(
             f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. "

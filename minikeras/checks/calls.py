@@ -1,0 +1,194 @@
+"""Calls in the words of Keras, torchkeras 3 and 4, skorch and Lightning: the line to write here.
+
+The signatures of the methods stay plain: a call that does not fit one raises a TypeError that
+names the argument and shows the call with its words of this library.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from minikeras.errors import did_you_mean
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TRAINING = ("dl_train", "x", "X", "train_data", "train_loader", "train_dataloader", "train_dataloaders")
+VALIDATION = ("dl_val", "validation_data", "val_data", "val_loader", "val_dataloaders", "valid_data")
+EPOCHS = ("epochs", "nb_epoch", "max_epochs", "num_epochs", "n_epochs")
+LOSSES = ("loss_func", "loss", "loss_fn", "criterion")
+METRICS = ("metrics_dict", "metrics")
+DATA = ("dl_val", "dl", "x", "X", "test_loader", "dataloaders")
+
+WRITTEN = ("epochs", "dl_train", "dl_val", "dl", "loss_func", "optimizer", "metrics_dict")  # by the writers
+
+STOP = "callbacks=[minikeras.EarlyStopping(monitor, patience=5)]"
+NOTES = {
+    "fit": {
+        "validation_split": "Split the rows before: fit(epochs, (X[n:], y[n:]), dl_val=(X[:n], y[:n])).",
+        "class_weight": "The loss takes it: nn.CrossEntropyLoss(weight=...); or pass a weight per row, (X, y, weight).",
+        "sample_weight": 'It is the third part of the data: (X, y, sample_weight), with a loss of reduction="none".',
+        "shuffle": "Arrays and Datasets are shuffled; a DataLoader(TensorDataset(X, y), batch_size=32) is not.",
+        "initial_epoch": "`epochs` says how many to train now; their numbers continue from the history.",
+        "ckpt_path": 'checkpoint="run.pt" resumes a fit; minikeras.ModelCheckpoint(path) saves the weights.',
+        "patience": f"Pass {STOP}.",
+        "monitor": f"Pass {STOP}.",
+        "mode": f"Pass {STOP}.",
+        "plot": "Call minikeras.plot_history(dfhistory) afterwards.",
+        "device": "compile takes it: compile(loss_func, optimizer, device=...).",
+    },
+    "compile": {
+        "run_eagerly": "Training is eager unless jit=True.",
+        "jit_compile": "Pass jit=True.",
+        "lr": "The optimizer takes it: torch.optim.Adam(model.parameters(), lr=...).",
+        "weighted_metrics": "Pass metrics_dict={name: function}.",
+    },
+    "evaluate": {
+        "sample_weight": "It is the third part of the data: evaluate((X, y, sample_weight)).",
+        "verbose": "evaluate prints nothing.",
+        "return_dict": "evaluate returns a dict.",
+    },
+    "predict": {"verbose": "predict prints nothing."},
+}
+
+
+def in_other_words(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method raise a TypeError that teaches where a call does not fit its signature."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(lesson(method.__name__, signature, args[1:], kwargs, error)) from None
+        return method(*args, **kwargs)
+
+    return call
+
+
+def lesson(verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError) -> str:
+    """What is wrong with a call, and the line to write in its place."""
+    known = list(signature.parameters)[1:]
+    unknown = [name for name in kwargs if name not in known]
+    line = WRITERS[verb](args, dict(kwargs))
+    rest = {name: value for name, value in kwargs.items() if name in known}
+    for name, value in rest.items():
+        if f"{name}=" not in line and name not in WRITTEN:
+            line += f", {name}={shown(value)}"
+    what = str(error)
+    if what.startswith(("multiple", "too many")):
+        what = f"got {what}"
+    message = f"{verb}() {what}."
+    for name in unknown:
+        if name in NOTES[verb]:
+            message += f" {NOTES[verb][name]}"
+        elif name not in (*TRAINING, *VALIDATION, *EPOCHS, *LOSSES, *METRICS, *DATA, "y"):
+            message += did_you_mean(name, known)
+    return f"{message.rstrip()} Write model.{verb}({line.lstrip(', ')})."
+
+
+def fit_line(args: Any, kwargs: dict[str, Any]) -> str:
+    """The arguments of a fit that names epochs first."""
+    epochs, rest = first_of(kwargs, EPOCHS, 5), list(args)
+    if rest and type(rest[0]) is int:
+        epochs = rest.pop(0)
+    has_labels = "y" in kwargs or (len(rest) > 1 and is_array(rest[0]))
+    data = "(X, y)" if has_labels or any(is_array(value) for value in rest[:1]) else "dl_train"
+    if (rest and isinstance(rest[0], tuple)) or isinstance(first_of(kwargs, TRAINING), tuple):
+        data = "(X, y)"
+    line = f"{shown(epochs)}, {data}"
+    validation = first_of(kwargs, VALIDATION)
+    if validation is not None:
+        pair = isinstance(validation, tuple)
+        line += ", dl_val=(X_val, y_val)" if pair else ", dl_val=dl_val"
+    return line
+
+
+def compile_line(args: Any, kwargs: dict[str, Any]) -> str:
+    """The arguments of a compile that takes objects and no names of them."""
+    metrics = first_of(kwargs, METRICS)
+    line = f"{loss_line(first_of(kwargs, LOSSES))}, {optimizer_line(kwargs.pop('optimizer', None))}"
+    if metrics:
+        names = metrics if isinstance(metrics, list | tuple | dict) else [metrics]
+        name = next(iter(names))
+        shown_name = name if isinstance(name, str) else "name"
+        line += f', metrics_dict={{"{shown_name}": {METRIC_LINES.get(shown_name, "function")}}}'
+    return line
+
+
+LOSS_LINES = {
+    "mse": "nn.MSELoss()",
+    "mean_squared_error": "nn.MSELoss()",
+    "mae": "nn.L1Loss()",
+    "mean_absolute_error": "nn.L1Loss()",
+    "binary_crossentropy": "nn.BCELoss()",
+    "categorical_crossentropy": "nn.CrossEntropyLoss()",
+    "sparse_categorical_crossentropy": "nn.CrossEntropyLoss()",
+}
+METRIC_LINES = {"mae": "nn.L1Loss()", "mse": "nn.MSELoss()"}
+
+
+def loss_line(loss: Any) -> str:
+    """A loss as it is written here."""
+    if isinstance(loss, str):
+        return LOSS_LINES.get(loss.lower(), "nn.MSELoss()")
+    if loss is None:
+        return "nn.MSELoss()"
+    return f"{getattr(loss, '__name__', type(loss).__name__)}" + ("" if inspect.isfunction(loss) else "()")
+
+
+def optimizer_line(optimizer: Any) -> str:
+    """An optimizer as it is written here."""
+    names = {"sgd": "SGD", "rmsprop": "RMSprop", "adamw": "AdamW"}
+    name = names.get(optimizer.lower(), "Adam") if isinstance(optimizer, str) else "Adam"
+    return f"torch.optim.{name}(model.parameters(), lr=1e-3)"
+
+
+def evaluate_line(args: Any, kwargs: dict[str, Any]) -> str:
+    """The arguments of an evaluation."""
+    pair = "y" in kwargs or len(args) > 1 or isinstance(first_of(kwargs, DATA), tuple)
+    return "(X, y)" if pair else "dl_val"
+
+
+def predict_line(args: Any, kwargs: dict[str, Any]) -> str:
+    """The arguments of a prediction."""
+    line = "X"
+    if len(args) > 1 and type(args[1]) is int:
+        line += f", batch_size={args[1]}"
+    return line
+
+
+WRITERS = {"fit": fit_line, "compile": compile_line, "evaluate": evaluate_line, "predict": predict_line}
+
+
+def first_of(kwargs: dict[str, Any], names: tuple[str, ...], default: Any = None) -> Any:
+    """The argument that came under the first of these names."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return default
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether a value has rows of its own, as tensors, arrays and tables have."""
+    return hasattr(value, "shape")
+
+
+def shown(value: Any) -> str:
+    """A plain value as it is written, anything else as dots."""
+    return repr(value) if isinstance(value, int | float | str | bool) or value is None else "..."
+
+
+def missing_name(name: str) -> Any:
+    """The error for a name that minikeras has not, with those of torchkeras and Keras explained."""
+    message = f"module 'minikeras' has no attribute {name!r}"
+    if name in ("KerasModel", "LightModel", "Sequential"):
+        message += (
+            ". Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, optimizer, "
+            "metrics_dict) and model.fit(epochs, dl_train, dl_val)."
+        )
+    raise AttributeError(message)
