@@ -421,8 +421,9 @@ no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an
     or arrays (X, y), got Indexed. Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are
     rows.
 a text column | TypeError: dl_train has columns that are not numbers: city. Encode them first, for instance with
-    pandas.get_dummies or column.astype('category').cat.codes.
-an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers first.
+    pandas.get_dummies(frame, dtype=float) or column.astype('category').cat.codes.
+an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers first: as class
+    numbers, pandas.factorize(array)[0].
 a sample_weight of two columns | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
     Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b), labels).
 a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
