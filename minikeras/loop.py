@@ -41,6 +41,7 @@ from minikeras.distributed import World, settled
 from minikeras.faults import FiniteLoss, NonFiniteLoss, explained, tell_of_reading, tell_of_step
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
+from minikeras.modes import gradients_recorded
 from minikeras.randomness import Randomness, reseed
 from minikeras.run import Run, learning_rates
 
@@ -74,6 +75,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
     precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
     with (
+        gradients_recorded(),
         random_states_apart(world),
         modes_kept(model),
         no_gradients_left(model, run),

@@ -27,6 +27,7 @@ from minikeras.data import ContinuedBatches, call_with, length
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.losses import mean_of, scalar_loss, with_gradient
 from minikeras.metrics import Result, detached
+from minikeras.modes import is_exported, set_mode
 from minikeras.notebook import model_html, progress
 from minikeras.progress import show, tell
 from minikeras.run import Run, check_optimizers, made, ready
@@ -69,6 +70,13 @@ class Model(nn.Module):
         if not hasattr(self, "net"):
             raise NotImplementedError(f"{type(self).__name__} has no forward. Write it, or wrap a network: Model(net).")
         return self.net(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Model:
+        """Set train mode (or eval mode, with `mode` False), as nn.Module does; an exported program keeps its own."""
+        if any(is_exported(module) for module in self.modules()):
+            set_mode(self, mode)
+            return self
+        return super().train(mode)
 
     # --- the step: override it for custom training --------------------------------------------------------------------
 
@@ -123,7 +131,8 @@ class Model(nn.Module):
         """
         run = self._compiled("compute_loss")
         if run.totals.unseen:
-            checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
+            training, fitting = run.totals is run.train, not run.train.unseen
+            checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, training, self, fitting)
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)

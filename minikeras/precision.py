@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from minikeras.data import map_leaves
@@ -319,8 +320,11 @@ def clipped(parameters: list[Tensor], norm: float | None, value: float | None) -
 
 
 def wide(leaf: Any) -> Any:
-    """A half-precision tensor in float32, anything else as it is."""
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+    """A half-precision tensor or packed sequence in float32, anything else as it is."""
+    values = leaf.data if isinstance(leaf, PackedSequence) else leaf
+    if isinstance(values, Tensor) and values.dtype in (torch.bfloat16, torch.float16):
+        return leaf.float()
+    return leaf
 
 
 def in_float32(nest: Any) -> Any:

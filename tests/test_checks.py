@@ -647,7 +647,7 @@ def test_an_error_in_a_metric_or_a_loss_says_which_and_what_it_was_given(model, 
 
 def test_a_loss_that_is_given_all_that_an_lstm_returns_is_told_so():
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
-        compiled(nn.LSTM(4, 1)).fit(1, (X, Y), verbose=0)
+        compiled(nn.LSTM(4, 1), lambda p, t: F.mse_loss(p, t)).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [
         "the loss, given y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) float32)), y_true Tensor "
         "(8, 1) float32. Let forward return the first part alone.",
@@ -726,10 +726,10 @@ integers | ValueError: layer net has float32 parameters and was given int64 valu
     and pandas .astype('float32').
 too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3). Pass 4 features a
     row, or build it with in_features=3.
-layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Pass 5
-    features a row, or build it with in_features=6.
+layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Build it
+    with in_features=6, or make what comes before it give 5 values a row.
 pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1, 5, 5). Put
-    nn.Flatten() before it, or build it with in_features=5.
+    nn.Flatten() before it.
 """
 
 
@@ -765,7 +765,7 @@ RNN = nn.LSTM(4, 4)
 FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
 NOTES = {
-    "channels": (nn.Sequential(nn.Conv2d(3, 1, 5)), MAPS, f"{CONV} was given Tensor (8, 1, 5, 5) float32"),
+    "a flat picture": (nn.Sequential(nn.Conv2d(3, 1, 5)), X, f"{CONV} was given Tensor (8, 4) float32"),
     "int16 words": (nn.Embedding(5, 2), CLASSES.short(), "layer net: Embedding(5, 2) was given Tensor (8,) int16"),
     "words past the end": (
         nn.Embedding(2, 2),

@@ -41,7 +41,7 @@ ORDER = [
     ["checks"],
     ["broadcast", "losses", "faults"],
     ["data"],
-    ["distributed", "randomness"],
+    ["distributed", "randomness", "modes"],
     ["errors", "results"],
 ]
 
