@@ -136,7 +136,7 @@ class Model(nn.Module):
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
         return scalar_loss(result, sample_weight, per_row=run.totals is run.val)

@@ -210,6 +210,25 @@ def test_labels_with_one_dimension_more_are_told_the_way_back():
     trains(model_of(nn.Linear(3, 12)), (X, labels.squeeze(-1)))
 
 
+class Squeezed(minikeras.Model):
+    def __init__(self, *dims):
+        super().__init__()
+        self.fc, self.dims = nn.Linear(3, 1), dims
+
+    def forward(self, x):
+        return self.fc(x).squeeze(*self.dims)
+
+
+def test_a_last_row_that_is_squeezed_is_told_to_name_the_dimension():
+    data = (X[:33], ZERO_ONE[:33, 0].float())
+    with pytest.raises(ValueError, match=r"predictions have shape \(\) for a batch of one row.*squeeze\(-1\)"):
+        compiled(Squeezed(), nn.BCEWithLogitsLoss()).evaluate(data)
+    model = compiled(Squeezed(-1), nn.BCEWithLogitsLoss())
+    with torch.no_grad():
+        expected = F.binary_cross_entropy_with_logits(model.fc(data[0])[:, 0], data[1]).item()
+    assert model.evaluate(data)["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
 # ---------------------------------------------------------------- scores whose classes are last
 
 

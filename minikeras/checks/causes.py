@@ -47,6 +47,11 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
             "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's."
         )
         return
+    if labels.shape == (1, *outputs.shape) and labels.ndim and outputs.numel() == labels.numel():
+        raise ValueError(
+            f"predictions have shape {tuple(outputs.shape)} for a batch of one row with labels {tuple(labels.shape)}: "
+            f"squeeze() in forward takes the rows' dimension too. Write squeeze(-1), or name another dimension."
+        ) from error
     # a loss of one's own may have given torch something else, of which nothing is known here
     as_given = any(at.f_locals.get("input") is outputs and at.f_locals.get("target") is labels for at in frames)
     if as_given and inside.intersection(CLASS_LOSSES):

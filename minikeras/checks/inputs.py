@@ -178,6 +178,8 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
 
 def check_batch(step: Callable[..., Any], features: Any, labels: Any, sample_weight: Any) -> None:
     """The default step needs labels; a third part must be one weight a row, and the step must take it."""
+    if features is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):
+        raise ValueError("the first part of a batch is None; expected (features, labels). Give the features there.")
     if labels is None and step.__module__.startswith(("minikeras.model", "minikeras.jit")):  # one's own may do without
         are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
         if isinstance(features, Mapping) and len(features) > 1:

@@ -33,6 +33,7 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 LISTS = " A list is many arrays: pass one array of equal rows, or a DataLoader with a collate_fn."
+LARGE = 2**26  # bytes from which a DataFrame is not made larger than it is
 CHUNK = 2**22  # bytes of a DataFrame's rows that are put into row order at once
 VIEWED = "biufc"  # kinds of NumPy dtypes whose memory torch can take as it is
 
@@ -124,6 +125,7 @@ def as_rows(array: Any, name: str) -> TensorRows | FetchedRows:
         array = pd.Series(array)
     if isinstance(array, pd.Series):
         rows = _rows_of_frame(array.to_frame(), name, is_series=True)
+        assert isinstance(rows, TensorRows)  # columns of several dtypes alone are fetched
         return TensorRows(rows.tensor[:, 0], rows.dtype)
     if isinstance(array, pd.DataFrame):
         return _rows_of_frame(array, name)
@@ -262,7 +264,7 @@ def _remedy_of_array(array: Array) -> str:
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_frame(frame: pd.DataFrame, name: str, is_series: bool = False) -> TensorRows:
+def _rows_of_frame(frame: pd.DataFrame, name: str, is_series: bool = False) -> TensorRows | FetchedRows:
     """A frame's values in row order, in a dtype that needs no more memory than the frame where there is one."""
     frame = _with_numbers_for_objects(frame)
     _check_numeric(frame, name, is_series)
@@ -288,6 +290,12 @@ def _rows_of_frame(frame: pd.DataFrame, name: str, is_series: bool = False) -> T
         kept = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
         if dtypes and all(of_column == np.float16 for of_column in dtypes):
             kept = np.dtype(np.float16)
+    size = frame.shape[0] * frame.shape[1] * kept.itemsize
+    own_size = frame.shape[0] * sum(of_column.itemsize for of_column in dtypes)
+    if size > max(own_size, LARGE):  # many bools beside a float: slower, and the frame stays the only copy
+        return FetchedRows(
+            lambda rows: view_of(_in_row_order(frame.iloc[rows.numpy()], kept)).to(dtype), tuple(frame.shape), dtype
+        )
     values = _in_row_order(frame, kept)
     if kept == np.uint64:
         values = values.view(np.int64)
@@ -494,7 +502,10 @@ def _file_or_text(value: Any) -> str:
     reader = READERS.get(os.path.splitext(path)[1].lower())
     if reader is None:
         shown = repr(path if len(path) <= 60 else path[:57] + "...")
-        return f"the text {shown}; expected an array of numbers. Read the file it names, or encode the text, first."
+        return (
+            f"the text {shown}; expected an array of numbers. Read the file that it names first; if texts are the "
+            f"labels, pass pandas.factorize(numpy.array(labels))[0]."
+        )
     return f"the path {shown}; expected data. Read it first: {reader.format(shown)}."
 
 

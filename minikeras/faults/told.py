@@ -17,6 +17,8 @@ from minikeras.errors import described, dtype_name
 def tell_of_reading(error: Exception, loader: Any) -> None:
     """A worker that died, or the row that could not be read."""
     tell_of_worker(error)
+    if "Batches of sparse tensors" in str(error):
+        error.add_note("Pass the tensors themselves, (X, y): their rows are fetched batch by batch.")
     row = row_being_read(error, getattr(loader, "dataset", None))
     if row is not None:
         error.add_note(f"row {row} of the dataset")
