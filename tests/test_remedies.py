@@ -312,7 +312,29 @@ class Recurrent(minikeras.Model):
         return self.fc(self.lstm(x)[0]).permute(0, 2, 1)
 
 
+class Cut(minikeras.Model):
+    """Scores of 4 classes at 4 places from one row."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)).view(-1, 4, 4)
+
+
+class ByMatrix(minikeras.Model):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return self.weight @ x.transpose(1, 2)
+
+
 RIGHT = {
+    "one row cut into places": lambda: (Cut(), SQUARE),
+    "a matrix from the left": lambda: (ByMatrix(), SQUARE),
     "moved": lambda: (Moved(4), SQUARE),
     "moved and copied": lambda: (Contiguous(4), SQUARE),
     "an LSTM's, moved": lambda: (Recurrent(), SQUARE),

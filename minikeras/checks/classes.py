@@ -86,6 +86,9 @@ def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
     """Whether the values of one place come from a layer such as nn.Linear, and no dimensions were moved after it."""
     if outputs.stride(1) < outputs.stride(-1):  # a view with its dimensions moved
         return False
+    widths = widths_of(model)
+    if widths and outputs.shape[-1] not in widths:  # one long row of scores, cut into classes and places
+        return False
     node: Any = outputs.grad_fn
     for _ in range(NODES):
         if node is None:
@@ -98,3 +101,16 @@ def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
         node = before[0] if before else None
     layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
     return bool(layers) and not isinstance(layers[-1], CHANNELS_FIRST)
+
+
+def widths_of(model: nn.Module) -> set[int]:
+    """How many values the layers give that give them in the last dimension."""
+    widths: set[int] = set()
+    for layer in model.modules():
+        for name in ("out_features", "embedding_dim", "hidden_size", "embed_dim"):
+            width = getattr(layer, name, None)
+            if isinstance(width, int):
+                widths.add(width)
+        if isinstance(layer, nn.LayerNorm):
+            widths.add(layer.normalized_shape[-1])
+    return widths
