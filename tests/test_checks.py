@@ -563,7 +563,7 @@ float labels for NLLLoss | ValueError: labels are float32 (8,); expected one cla
 a label past the classes | ValueError: label 3 is outside the classes: the model has 3 outputs, so labels go from 0 to
     2. Number the classes from 0, or give the model more outputs.
 a label below 0 | ValueError: label -1 is outside the classes: the model has 3 outputs, so labels go from 0 to 2. Number
-    the classes from 0, or give the model more outputs.
+    the classes from 0; or build the loss with ignore_index=-1 to leave such labels out.
 a label past the classes in a loss of one's own | ValueError: label 3 is outside the classes: the model has 3 outputs,
     so labels go from 0 to 2. Number the classes from 0, or give the model more outputs.
 one class | ValueError: predictions (8, 1) have one class, so the loss is always 0. Give the model as many outputs as

@@ -210,6 +210,13 @@ def test_labels_with_one_dimension_more_are_told_the_way_back():
     trains(model_of(nn.Linear(3, 12)), (X, labels.squeeze(-1)))
 
 
+def test_labels_outside_the_classes_are_told_what_numbers_them_or_leaves_them_out():
+    told(model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()), (X, CLASSES + 1), "Number the classes from 0, or give the")
+    trains(model_of(nn.Linear(3, 5), nn.CrossEntropyLoss()), (X, CLASSES + 1))
+    told(model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()), (X, CLASSES - 1), "the loss with ignore_index=-1")
+    trains(model_of(nn.Linear(3, 4), nn.CrossEntropyLoss(ignore_index=-1)), (X, CLASSES - 1))
+
+
 class Squeezed(minikeras.Model):
     def __init__(self, *dims):
         super().__init__()

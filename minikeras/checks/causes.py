@@ -28,9 +28,12 @@ PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
 
 def no_class(label: int, classes: int) -> str:
     """What is wrong with a label that is no class."""
+    remedy = "Number the classes from 0, or give the model more outputs."
+    if label < 0:
+        remedy = f"Number the classes from 0; or build the loss with ignore_index={label} to leave such labels out."
     return (
         f"label {label} is outside the classes: the model has {classes} outputs, so labels go from 0 to "
-        f"{classes - 1}. Number the classes from 0, or give the model more outputs."
+        f"{classes - 1}. {remedy}"
     )
 
 
