@@ -49,7 +49,7 @@ class BroadcastGuard(TorchFunctionMode):
         if wide and elementwise:
             self._note(wide)
         with warnings.catch_warnings():
-            if wide:
+            if wide or self.found:
                 warnings.simplefilter("ignore")  # torch's own "Using a target size": ours is raised for it
             try:
                 result = func(*args, **(kwargs or {}))
@@ -79,10 +79,25 @@ class BroadcastGuard(TorchFunctionMode):
                     try:
                         wide = torch.broadcast_shapes(one.shape, other.shape)
                     except RuntimeError:
+                        if elementwise:
+                            self._note_unequal(one, other)
                         continue
                     if wide.numel() > one.numel():
                         return one, other, wide
         return None
+
+    def _note_unequal(self, one: Tensor, other: Tensor) -> None:
+        """Predictions (N, 12) and labels (N, 12, 1), which torch cannot even broadcast."""
+        if self.found is None and one.squeeze().shape == other.squeeze().shape:
+            verb = f"reshape(-1{''.join(f', {size}' for size in one.shape[1:])})"
+            if other.shape == (*one.shape, 1):
+                verb = "squeeze(-1)"
+            elif one.shape == (*other.shape, 1):
+                verb = "unsqueeze(-1)"
+            self.found = (
+                f"predictions {tuple(one.shape)} and labels {tuple(other.shape)} hold the same values in different "
+                f"shapes. Pass labels.{verb}."
+            )
 
     def _note(self, wide: tuple[Tensor, Tensor, torch.Size]) -> None:
         one, other, shape = wide

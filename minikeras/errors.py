@@ -106,6 +106,8 @@ def is_number(value: object) -> bool:
     """Whether a value is one real number: of Python, of NumPy, or a tensor of one element."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind in "fiub"
     return isinstance(value, (int, float, np.integer, np.floating, np.bool_))
 
 

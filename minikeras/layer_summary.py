@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from minikeras.data import call_with, first_size, leaves, parts, to_device
+from minikeras.data import call_with, first_size, leaves, map_leaves, parts, to_device
 from minikeras.distributed import is_main
 from minikeras.errors import ForwardError, described, failing_layer, positive_int
 
@@ -259,9 +259,22 @@ class _Run:
         self.given[name] = described(arguments[0] if len(arguments) == 1 else arguments).removeprefix("Tensor ")
 
     def left(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if any(_kept(leaf) is not leaf for leaf in leaves(output)):
+            output = map_leaves(_kept, output)
         self.calls[name] += 1
         self.first.setdefault(name, output)
         self.outputs.append(output)
+
+
+def _kept(leaf: Any) -> Any:
+    """An output that can be looked at after forward; under torch.vmap, which has values there alone, one like it."""
+    if type(leaf) is not Tensor:
+        return leaf
+    try:
+        leaf.data  # noqa: B018 - an error under vmap
+    except RuntimeError:
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device=META)
+    return leaf
 
 
 def _forward(model: nn.Module, features: Features, row_counts: list[int]) -> tuple[list[_Run], str]:

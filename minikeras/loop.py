@@ -53,7 +53,7 @@ from minikeras.faults import (
 )
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
-from minikeras.modes import modes_kept
+from minikeras.modes import gradients_recorded, modes_kept
 from minikeras.overrides import overrides
 from minikeras.randomness import Randomness, reseed
 from minikeras.run import Run, learning_rates
@@ -89,6 +89,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
     precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
     with (
         marked_as_fitting(run),
+        gradients_recorded(),
         random_states_apart(world),
         modes_kept(model),
         no_gradients_left(model, run),

@@ -25,6 +25,7 @@ from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, call_with, check_ends, length, limited
 from minikeras.errors import NotCompiledError, one_of, positive_int
+from minikeras.exported import is_exported, set_mode
 from minikeras.metrics import detached
 from minikeras.modes import TrainingModes
 from minikeras.notebook import model_html, progress
@@ -71,6 +72,13 @@ class Model(nn.Module):
         if not hasattr(self, "net"):
             raise NotImplementedError(f"{type(self).__name__} has no forward. Write it, or wrap a network: Model(net).")
         return self.net(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Model:
+        """Set train mode (or eval mode, with `mode` False), as nn.Module does; an exported program keeps its own."""
+        if any(is_exported(module) for module in self.modules()):
+            set_mode(self, mode)
+            return self
+        return super().train(mode)
 
     # --- the step: override it for custom training --------------------------------------------------------------------
 
@@ -125,14 +133,14 @@ class Model(nn.Module):
         """
         run = self._compiled("compute_loss")
         if run.totals.unseen:
-            checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, warn=run.totals is run.train)
+            training, fitting = run.totals is run.train, not run.train.unseen
+            checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, training, self, fitting)
         try:
             loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError, ValueError) as error:
             checks.causes.explain_squeezed(error, outputs, labels)
-            if not isinstance(error, ValueError):
-                checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
+            checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
             raise
         if isinstance(outputs, Tensor) and outputs.ndim == 0:
             checks.causes.warn_of_squeezed(outputs, labels)

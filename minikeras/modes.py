@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from minikeras.exported import set_mode
 from minikeras.overrides import overrides
 
 
@@ -20,6 +22,16 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def gradients_recorded() -> Iterator[None]:
+    """Record gradients, also where the caller has switched them off: a fit under torch.no_grad() trains."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 class TrainingModes:
@@ -70,7 +82,7 @@ class TrainingModes:
         chosen = set(staying.values())
         for module in staying.values():
             if all(part in chosen for part in module.modules()):
-                module.eval()  # the module's own method: a layer may do more than set the mode
+                set_mode(module, False)  # the module's own method: a layer may do more than set the mode
             else:
                 module.training = False
 

@@ -338,9 +338,11 @@ def clipped(
 
 
 def wide(leaf: Any) -> Any:
-    """A half-precision tensor in float32, anything else as it is."""
+    """A half-precision tensor or packed sequence in float32, anything else as it is."""
     values = leaf.data if isinstance(leaf, PackedSequence) else leaf
-    return leaf.float() if isinstance(values, Tensor) and values.dtype in (torch.bfloat16, torch.float16) else leaf
+    if isinstance(values, Tensor) and values.dtype in (torch.bfloat16, torch.float16):
+        return leaf.float()
+    return leaf
 
 
 def in_float32(nest: Any) -> Any:

@@ -32,6 +32,7 @@ from minikeras.data import (
 )
 from minikeras.distributed import World, is_part, settle, shard, world_of
 from minikeras.errors import did_you_mean, positive_int
+from minikeras.exported import check_not_exported
 from minikeras.faults import FiniteLoss, FiniteWeights
 from minikeras.losses import parameters_of
 from minikeras.metrics import Totals, by_column
@@ -296,6 +297,7 @@ def check_optimizers(model: Model, run: Run) -> None:
     """Before a fit: they are those of compile, and train the model's parameters."""
     if "optimizer" in run.published and run.published["optimizer"] is not vars(model).get("optimizer"):
         raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
+    check_not_exported(model)
     checks.inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
     if not has_own_step(model):
         checks.inputs.check_closures(run.optimizers)

@@ -422,8 +422,9 @@ no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an
     or arrays (X, y), got Indexed. Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are
     rows.
 a text column | TypeError: dl_train has columns that are not numbers: city. Encode them first, for instance with
-    pandas.get_dummies or column.astype('category').cat.codes.
-an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers first.
+    pandas.get_dummies(frame, dtype=float) or column.astype('category').cat.codes.
+an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers first: as class
+    numbers, pandas.factorize(array)[0].
 a sample_weight of two columns | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
     Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b), labels).
 a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
@@ -574,7 +575,7 @@ float labels for NLLLoss | ValueError: labels are float32 (8,); expected one cla
 a label past the classes | ValueError: label 3 is outside the classes: the model has 3 outputs, so labels go from 0 to
     2. Number the classes from 0, or give the model more outputs.
 a label below 0 | ValueError: label -1 is outside the classes: the model has 3 outputs, so labels go from 0 to 2. Number
-    the classes from 0, or give the model more outputs.
+    the classes from 0; or build the loss with ignore_index=-1 to leave such labels out.
 a label past the classes in a loss of one's own | ValueError: label 3 is outside the classes: the model has 3 outputs,
     so labels go from 0 to 2. Number the classes from 0, or give the model more outputs.
 one class | ValueError: predictions (8, 1) have one class, so the loss is always 0. Give the model as many outputs as
@@ -685,7 +686,7 @@ def test_an_error_in_a_metric_or_a_loss_says_which_and_what_it_was_given(model, 
 
 def test_a_loss_that_is_given_all_that_an_lstm_returns_is_told_so():
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
-        compiled(nn.LSTM(4, 1)).fit(1, (X, Y), verbose=0)
+        compiled(nn.LSTM(4, 1), lambda p, t: F.mse_loss(p, t)).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [
         "the loss, given y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) float32)), y_true Tensor "
         "(8, 1) float32. Let forward return the first part alone.",
@@ -764,10 +765,10 @@ integers | ValueError: layer net has float32 parameters and was given int64 valu
     and pandas .astype('float32').
 too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3). Pass 4 features a
     row, or build it with in_features=3.
-layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Pass 5
-    features a row, or build it with in_features=6.
+layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Build it
+    with in_features=6, or make what comes before it give 5 values a row.
 pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1, 5, 5). Put
-    nn.Flatten() before it, or build it with in_features=5.
+    nn.Flatten() before it.
 """
 
 
@@ -803,7 +804,7 @@ RNN = nn.LSTM(4, 4)
 FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
 NOTES = {
-    "channels": (nn.Sequential(nn.Conv2d(3, 1, 5)), MAPS, f"{CONV} was given Tensor (8, 1, 5, 5) float32"),
+    "a flat picture": (nn.Sequential(nn.Conv2d(3, 1, 5)), X, f"{CONV} was given Tensor (8, 4) float32"),
     "int16 words": (nn.Embedding(5, 2), CLASSES.short(), "layer net: Embedding(5, 2) was given Tensor (8,) int16"),
     "words past the end": (
         nn.Embedding(2, 2),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import minikeras
 from minikeras.data import count_rows, leaves, map_leaves, to_device
-from minikeras.data.sources import as_tensor
+from minikeras.data.arrays import as_tensor
 
 
 class Rows(Dataset):

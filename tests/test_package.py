@@ -45,6 +45,7 @@ ORDER = [
     ["distributed", "randomness", "atomic"],
     ["results"],
     ["modes"],
+    ["exported"],
     ["errors", "overrides", "paths"],
 ]
 

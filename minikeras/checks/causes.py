@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minikeras.broadcast import CLASS_LOSSES
+from minikeras.checks.classes import explain_class_dimension
 from minikeras.data import leaves
 from minikeras.distributed import World
 from minikeras.errors import described, dtype_name, failing_layer
@@ -28,9 +29,12 @@ PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
 
 def no_class(label: int, classes: int) -> str:
     """What is wrong with a label that is no class."""
+    remedy = "Number the classes from 0, or give the model more outputs."
+    if label < 0:
+        remedy = f"Number the classes from 0; or build the loss with ignore_index={label} to leave such labels out."
     return (
         f"label {label} is outside the classes: the model has {classes} outputs, so labels go from 0 to "
-        f"{classes - 1}. Number the classes from 0, or give the model more outputs."
+        f"{classes - 1}. {remedy}"
     )
 
 
@@ -47,6 +51,11 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
             "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's."
         )
         return
+    if labels.shape == (1, *outputs.shape) and labels.ndim and outputs.numel() == labels.numel():
+        raise ValueError(
+            f"predictions have shape {tuple(outputs.shape)} for a batch of one row with labels {tuple(labels.shape)}: "
+            f"squeeze() in forward takes the rows' dimension too. Write squeeze(-1), or name another dimension."
+        ) from error
     # a loss of one's own may have given torch something else, of which nothing is known here
     as_given = any(at.f_locals.get("input") is outputs and at.f_locals.get("target") is labels for at in frames)
     if as_given and inside.intersection(CLASS_LOSSES):
@@ -56,9 +65,12 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
         raise ValueError(f"BCELoss takes probabilities from 0 to 1, and {wrong}") from error
     by_dtype = ("type" in str(error) and inside) or ("bool tensor" in str(error) and labels.dtype == torch.bool)
     if by_dtype and labels.dtype != outputs.dtype:
+        wanted = outputs.dtype
+        if torch.is_autocast_enabled(outputs.device.type):
+            wanted = torch.float32  # autocast casts them itself
         raise ValueError(
             f"labels are {dtype_name(labels)} and predictions {dtype_name(outputs)}; the loss takes both in one dtype. "
-            f"Pass labels.{_cast(outputs.dtype)}."
+            f"Pass labels.{_cast(wanted, 'labels')}."
         ) from error
 
 
@@ -99,6 +111,9 @@ def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
 
 
 def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: bool) -> None:
+    classes_last = explain_class_dimension(outputs, labels)
+    if classes_last:
+        raise ValueError(classes_last) from error
     label = re.search(r"Target (-?\d+) is out of bounds", str(error))
     if label and outputs.ndim > 1:
         raise ValueError(no_class(int(label[1]), outputs.shape[1])) from error
@@ -107,14 +122,16 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         expected += f", or class probabilities of shape {tuple(outputs.shape)}"
     shape, column = tuple(labels.shape), labels.ndim == outputs.ndim > 1 and labels.shape[1] == 1
     if labels.is_floating_point() and labels.shape != outputs.shape:
-        remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64)}."
+        remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64, 'labels')}."
         if labels.ndim == outputs.ndim and not column:
             remedy = "Give labels and predictions as many columns."
         raise ValueError(f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}") from error
     if column:
         raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
     if "target dtype" in str(error) or "type Long but found" in str(error):  # the other is of older torch
-        raise ValueError(f"labels are {dtype_name(labels)}; {expected}. Pass labels.{_cast(torch.int64)}.") from error
+        raise ValueError(
+            f"labels are {dtype_name(labels)}; {expected}. Pass labels.{_cast(torch.int64, 'labels')}."
+        ) from error
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -167,20 +184,81 @@ def _explain_layer(error: Exception, where: tuple[str, nn.Module, Any], features
         getattr(leaf, "dtype", None) == given.dtype for leaf in leaves(features, inside=True)
     )
     if by_dtype and from_features and wanted not in (None, given.dtype) and not isinstance(layer, EMBEDDINGS):
-        other = f", or change the model with model.to({given.dtype}) before compile" * given.dtype.is_floating_point
         raise ValueError(
             f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} values. "
-            f"Pass features.{_cast(wanted)}{other}."
+            f"{_remedy_of_dtype(given.dtype, wanted)}"
         ) from error
+    if any(not isinstance(size, int) for size in shape):  # of a nested tensor
+        return
+    given_is_features = any(leaf is given for leaf in leaves(features))
     if isinstance(layer, nn.Linear) and shape and shape[-1] != layer.in_features:
-        flat = given.ndim > 2 and given.numel() == len(given) * layer.in_features
-        remedy = "Put nn.Flatten() before it" if flat else f"Pass {layer.in_features} features a row"
         raise ValueError(
             f"layer {name} takes rows of {layer.in_features} values (in_features) and was given {shape}. "
-            f"{remedy}, or build it with in_features={given.shape[-1]}."
+            f"{_remedy_of_linear(layer, shape, given_is_features)}"
+        ) from error
+    remedy = _remedy_of_convolution(layer, shape)
+    if remedy:
+        raise ValueError(
+            f"layer {name} ({type(layer).__name__}) takes {layer.in_channels} channels in dimension 1, and was given "
+            f"{shape}. {remedy}"
         ) from error
 
 
-def _cast(dtype: torch.dtype) -> str:
+def _remedy_of_dtype(given: torch.dtype, wanted: torch.dtype) -> str:
+    """What to do where a layer has other values than its parameters are."""
+    if given.is_complex:
+        return "Pass features.real or features.abs(), in NumPy and pandas numpy.real(X) or numpy.abs(X)."
+    other = ""
+    if given in (torch.float32, torch.float64):
+        other = f", or change the model with model.to({given}) before compile"
+    return f"Pass features.{_cast(wanted, 'features')}{other}."
+
+
+def _remedy_of_linear(layer: nn.Linear, shape: tuple[int, ...], given_is_features: bool) -> str:
+    """What to do where the last size is not in_features."""
+    wanted, last = layer.in_features, shape[-1]
+    if len(shape) == 1:  # a number a row, which must not be taken for one row
+        column = "a column, X.reshape(-1, 1), in NumPy X[:, None], in pandas X.to_frame()"
+        if wanted == 1:
+            return f"Pass X as {column}."
+        return f"Pass X of shape (rows, {wanted}), or build the layer with in_features=1 and pass X as {column}."
+    values = 1
+    for size in shape[1:]:
+        values *= size
+    if len(shape) > 2 and values == wanted:
+        return "Put nn.Flatten() before it."
+    if len(shape) > 2:
+        flat = f"or put nn.Flatten() before it and build it with in_features={values}"
+        return f"Build it with in_features={last}, the last size, {flat}."
+    if given_is_features:
+        return f"Pass {wanted} features a row, or build it with in_features={last}."
+    return f"Build it with in_features={last}, or make what comes before it give {wanted} values a row."
+
+
+def _remedy_of_convolution(layer: nn.Module, shape: tuple[int, ...]) -> str:
+    """What to do where the channels are missing or last; "" where that is not the matter."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ""
+    channels, spatial = layer.in_channels, len(layer.kernel_size)
+    if len(shape) == spatial + 1 and channels == 1:
+        return "The channel is missing: pass X.unsqueeze(1), in NumPy X[:, None]."
+    if len(shape) != spatial + 2 or shape[1] == channels:
+        return ""
+    if shape[-1] == channels:
+        return "The channels are last: pass X.movedim(-1, 1), in NumPy numpy.moveaxis(X, -1, 1)."
+    return f"Build it with in_channels={shape[1]}, or pass {channels} channels."
+
+
+def _cast(dtype: torch.dtype, what: str) -> str:
+    """The call that gives tensors a dtype, and what does so for an array or a DataFrame."""
     cast = {torch.float32: "float()", torch.int64: "long()"}.get(dtype, f"to({dtype})")
-    return f"{cast}, or in NumPy and pandas .astype('{dtype_name(dtype)}')"
+    if dtype == torch.get_default_dtype():  # in which floats of NumPy and pandas arrive, whatever theirs is
+        in_numpy = "float64" if dtype == torch.float64 else "float32"
+    elif not dtype.is_floating_point:
+        in_numpy = dtype_name(dtype)
+    else:
+        return (
+            f"{cast}; from NumPy and pandas floats arrive as {dtype_name(torch.get_default_dtype())}, so pass "
+            f"torch.tensor(numpy.asarray({what}), dtype={dtype})"
+        )
+    return f"{cast}, or in NumPy and pandas .astype('{in_numpy}')"

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from minikeras.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES
 from minikeras.checks.causes import no_class
+from minikeras.checks.classes import check_class_dimension
 from minikeras.data import UnknownRows
 from minikeras.errors import described, dtype_name
 from minikeras.losses import Regularized, check_not_half, parameters_of
@@ -50,15 +51,21 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> None:
-    """What torch accepts in silence, or answers from an accelerator too late: for losses over classes."""
+def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool, model: nn.Module, fitting: bool) -> None:
+    """What torch accepts in silence, or answers from an accelerator too late.
+
+    What the model's layers tell of the outputs is warned of once: in training, or in an evaluation without any.
+    """
     loss_func = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
     check_not_half(loss_func, outputs)
+    check_one_tensor(loss_func, outputs, labels)
     forward = getattr(type(loss_func), "forward", None)  # a subclass may do something else with labels
     takes_scores = forward is nn.CrossEntropyLoss.forward or loss_func is F.cross_entropy
     takes_classes = takes_scores or forward is nn.NLLLoss.forward or loss_func is F.nll_loss
     if not (takes_classes and isinstance(outputs, Tensor) and isinstance(labels, Tensor) and outputs.ndim > 1):
         return
+    function = "cross_entropy" if takes_scores else "nll_loss"
+    check_class_dimension(function, outputs, labels, model, warn or not fitting)
     classes = outputs.shape[1]
     if classes == 1:
         raise ValueError(
@@ -76,6 +83,29 @@ def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool) -> 
             "Give it raw scores: leave the softmax out of the model, or take log_softmax and NLLLoss.",
             stacklevel=2,
         )
+
+
+def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
+    """torch's own losses compare one tensor with one tensor."""
+    forward = getattr(type(loss_func), "forward", None)
+    of_torch = getattr(forward, "__module__", "") == "torch.nn.modules.loss"
+    of_torch = of_torch or getattr(loss_func, "__module__", "") == F.__name__
+    if not of_torch or (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return
+    name = getattr(loss_func, "__name__", type(loss_func).__name__)
+    if isinstance(outputs, Tensor):
+        which = f"the labels are {described(labels)}"
+        remedy = "Give the labels as one tensor"
+    else:
+        which = f"the model gave {described(outputs)}"
+        remedy = "Let forward return the part that is compared"
+        if isinstance(outputs, tuple):
+            remedy = "Let forward return the first part alone, if that is compared"
+    key = repr(next(iter(outputs))) if isinstance(outputs, Mapping) and outputs else "0"
+    raise ValueError(
+        f"{name} takes one tensor of predictions and one of labels, and {which}. {remedy}; or pass a function as "
+        f"loss_func that adds up the losses of all parts, beginning with loss(y_pred[{key}], y_true[{key}])."
+    )
 
 
 def _sums_to_one(outputs: Tensor) -> bool:
@@ -122,6 +152,8 @@ def check_batch(
 
     `rows` is how many rows the batch has. `needs_labels` is False for a step or a loss computation of the user's own.
     """
+    if features is None and needs_labels:
+        raise ValueError("the first part of a batch is None; expected (features, labels). Give the features there.")
     if labels is None and needs_labels:
         are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
         if isinstance(features, Mapping) and len(features) > 1:

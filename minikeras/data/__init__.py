@@ -5,6 +5,7 @@
     (X, y), (X, y, sample_weight) or X           of tensors, NumPy arrays, DataFrames, Series: rows cut into batches
 
 nests.py        what batches are made of
+arrays.py       from one array or DataFrame to the rows that batches are cut from
 sources.py      from what the user has to batches
 in_memory.py    the batches of a loader over tensors, fetched whole
 sharded.py      one process's part, where there are several

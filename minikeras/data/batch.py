@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minikeras.data.nests import map_leaves
-from minikeras.data.sources import as_tensor
+from minikeras.data.arrays import as_tensor
+from minikeras.data.nests import can_move, map_leaves
 from minikeras.errors import described
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
     """(features, labels, sample_weight) of a batch; what it does not have is None."""
-    if not isinstance(batch, (tuple, list)) or hasattr(batch, "to"):
+    if not isinstance(batch, (tuple, list)) or can_move(batch):
         return batch, None, None
     if not 1 <= len(batch) <= 3:
         raise ValueError(
@@ -42,7 +42,7 @@ def to_device(nest: Any, device: torch.device) -> Any:
 
     def moved(leaf: Any) -> Any:
         leaf = as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc" else leaf
-        return leaf.to(device) if hasattr(leaf, "to") else leaf
+        return leaf.to(device) if can_move(leaf) else leaf
 
     return map_leaves(moved, nest)
 
@@ -58,8 +58,8 @@ def call_with(module: nn.Module, features: Any) -> Any:
 def manner(module: nn.Module, features: Any) -> str:
     """How a module is to be called with features such as these: "whole", "unpacked" or "by name"."""
     if isinstance(features, Mapping):
-        return "by name" if _takes(module, tuple(features)) else "whole"
-    if isinstance(features, (tuple, list)) and not hasattr(features, "to") and _takes(module, None):
+        return "by name" if _takes(module, tuple(features.keys())) else "whole"
+    if isinstance(features, (tuple, list)) and not can_move(features) and _takes(module, None):
         return "unpacked"
     return "whole"
 

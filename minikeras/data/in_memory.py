@@ -41,6 +41,8 @@ from torch.utils.data import (
 BLOCK = 2**18  # bytes gathered at once: from 64 KiB on no faster, and small beside any data worth a thought
 ALIGNED = 64  # bytes; where torch's own memory begins
 DRAWN_AT_ONCE = (SequentialSampler, RandomSampler, WeightedRandomSampler, SubsetRandomSampler, DistributedSampler)
+# index_select has no kernel for these: rows are picked as numbers of the same size, whose bits stay
+PICKED_AS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 DRAWN_FOR: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()  # persistent workers, which keep their seed
 
 # --- what can be served -----------------------------------------------------------------------------------------------
@@ -277,11 +279,16 @@ def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -
 
 def _take(tensor: Tensor, rows: Tensor, device: torch.device | None) -> Tensor:
     """Rows of a tensor on the device, contiguous as stacked rows are: `tensor[rows]` keeps channels_last strides."""
+    dtype = tensor.dtype
+    if dtype in PICKED_AS:
+        tensor = tensor.view(PICKED_AS[dtype])
     if device is None or device.type != "cuda" or tensor.device.type != "cpu":
         picked = tensor.index_select(0, rows.to(tensor.device))
-        return picked if device is None else picked.to(device)
-    pinned = torch.empty((len(rows), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
-    return torch.index_select(tensor, 0, rows, out=pinned).to(device, non_blocking=True)
+        picked = picked if device is None else picked.to(device)
+    else:
+        pinned = torch.empty((len(rows), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+        picked = torch.index_select(tensor, 0, rows, out=pinned).to(device, non_blocking=True)
+    return picked.view(dtype) if dtype in PICKED_AS else picked
 
 
 def resident(tensors: list[Tensor], rows: int, device: torch.device | None) -> list[Tensor]:

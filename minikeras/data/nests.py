@@ -17,7 +17,7 @@ def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[An
 
     What moves as one is a leaf, unless one looks `inside`.
     """
-    if isinstance(nest, (Tensor, PackedSequence)) or (hasattr(nest, "to") and not inside):
+    if isinstance(nest, (Tensor, PackedSequence)) or (not inside and can_move(nest)):
         return None
     if isinstance(nest, Mapping):
         return list(nest.values()), lambda values: _like_mapping(nest, values)
@@ -34,8 +34,23 @@ def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[An
     return None
 
 
+def can_move(value: Any) -> bool:
+    """Whether a value has a method `to`, as tensors and a tokenizer's batches have.
+
+    It is looked for in the type: a dict with attributes for its keys answers to any name.
+    """
+    if callable(getattr(type(value), "to", None)):
+        return True
+    if isinstance(value, Mapping):
+        return False
+    try:
+        return callable(getattr(value, "to", None))
+    except Exception:  # an object's own __getattr__ may raise anything
+        return False
+
+
 def _like_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, Any]:
-    pairs = dict(zip(nest, values, strict=True))
+    pairs = dict(zip(nest.keys(), values, strict=True))  # iterating a TensorDict gives its rows
     if type(nest) is dict or not isinstance(nest, MutableMapping):
         return pairs
     if dataclasses.is_dataclass(nest) and any(value is None and nest[key] is not None for key, value in pairs.items()):

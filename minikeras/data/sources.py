@@ -6,19 +6,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
 import torch
-from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype, is_unsigned_integer_dtype
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from minikeras.data.arrays import LISTS, FetchedRows, TensorRows, as_rows, check_no_path, is_array
 from minikeras.data.in_memory import InMemoryBatches, gathered, is_in_memory
 from minikeras.data.nests import leaves, map_leaves
 from minikeras.errors import described, positive_int
 
 ONLY_ONCE = "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts anew"
-LISTS = " A list is many arrays: pass one array of equal rows, or a DataLoader with a collate_fn."
 
 
 def as_batches(
@@ -35,10 +32,11 @@ def as_batches(
         passes: how often it is to be iterated.
 
     Raises:
-        TypeError: data of another kind, or arrays of something other than numbers.
+        TypeError: data of another kind, such as a path, or arrays of something other than numbers.
         ValueError: arrays of different lengths, a batch_size for data that is batched already, or a generator for more
             than one pass.
     """
+    check_no_path(data, name)
     # a zip or a generator is used up by one; an iterator of the user's may start anew
     if passes > 1 and isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
         arguments = {"dl_train": "steps_per_epoch", "dl_val": "validation_steps"}
@@ -71,7 +69,7 @@ def as_batches(
 
 def is_batched(data: Any) -> bool:
     """Whether data comes in batches already, as a DataLoader or a list of batches does: a tuple is (X, y)."""
-    return not isinstance(data, (Dataset, Tensor, np.ndarray, pd.DataFrame, pd.Series, Mapping, tuple))
+    return not (isinstance(data, (Dataset, Mapping, tuple)) or is_array(data))
 
 
 class ArrayBatches:
@@ -88,14 +86,13 @@ class ArrayBatches:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.device = device
-        self.arrays = map_leaves(lambda leaf: as_tensor(leaf, name), data)
-        lengths = [len(tensor) if tensor.ndim else 1 for tensor in leaves(self.arrays)]
+        if type(data) is tuple:
+            while len(data) > 1 and data[-1] is None:  # (X, y, None), as code with optional weights gives it
+                data = data[:-1]
+        self.arrays = map_leaves(lambda leaf: as_rows(leaf, name), data)
+        lengths = [len(rows) for rows in leaves(self.arrays)]
         if len(set(lengths)) != 1:
-            sizes, got = list(dict.fromkeys(map(str, lengths))), described(self.arrays)
-            raise ValueError(
-                f"{name} holds arrays of {' and '.join(sizes[:3])}{' and ...' * (len(sizes) > 3)} rows; expected as "
-                f"many rows in each. Got {got}.{LISTS * ('[' in got)}"
-            )
+            raise _of_unequal_lengths(name, self.arrays, lengths)
         self.rows = lengths[0]
 
     def __len__(self) -> int:
@@ -115,48 +112,61 @@ class ArrayBatches:
                 yield from self.gathered(torch.cat(order), max(len(order[0]), 1))
 
     def gathered(self, order: Tensor | None, batch_size: int) -> Iterator[Any]:
-        for tensors in gathered(leaves(self.arrays), order, batch_size, self.device):
-            remaining = iter(tensors)
+        """The batches of rows in this order, or of all rows."""
+        sources = leaves(self.arrays)
+        tensors = [rows.tensor for rows in sources if isinstance(rows, TensorRows)]
+        if len(tensors) == len(sources):
+            batches = gathered(tensors, order, batch_size, self.device)
+        else:
+            batches = self._fetched(sources, tensors, order, batch_size)
+        dtypes = [rows.dtype for rows in sources]
+        made_wide = any(isinstance(rows, TensorRows) and rows.dtype != rows.tensor.dtype for rows in sources)
+        for batch in batches:
+            if made_wide:
+                batch = [tensor.to(dtype) for tensor, dtype in zip(batch, dtypes, strict=True)]
+            remaining = iter(batch)
             yield map_leaves(lambda _, remaining=remaining: next(remaining), self.arrays)  # type: ignore[misc]
 
-
-def as_tensor(array: Any, name: str = "data") -> Tensor:
-    """A tensor of an array: floats in torch's default dtype, integers in int64 (uint8 stays); a tensor as it is.
-
-    >>> as_tensor(np.array([1.0, 2.0])).dtype
-    torch.float32
-    """
-    if isinstance(array, Tensor):
-        return array
-    if isinstance(array, (int, float)):
-        raise TypeError(f"{name} holds {array!r}; expected an array of numbers.{LISTS}")
-    if isinstance(array, pd.Series):
-        return as_tensor(array.to_frame(), name)[:, 0]
-    array = _frame_values(array, name) if isinstance(array, pd.DataFrame) else np.asarray(array)
-    if array.dtype.kind not in "fiubc":
-        raise TypeError(f"{name} holds {array.dtype} values; expected numbers. Encode them as numbers first.")
-    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
-        raise ValueError(f"{name} holds {array.max()}; expected whole numbers below 2**63, int64's. Pass floats.")
-    if array.dtype.kind == "f":
-        array = array.astype(f"f{min(array.itemsize, 8)}", copy=False)  # in which torch can take it
-    elif array.dtype.kind in "iu" and array.dtype != np.uint8:
-        array = array.astype(np.int64, copy=False)
-    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # pandas hands out read-only arrays
-    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    def _fetched(
+        self, sources: list[Any], tensors: list[Tensor], order: Tensor | None, batch_size: int
+    ) -> Iterator[list[Any]]:
+        """Batches of which some parts are fetched by the rows' numbers, and the others cut from tensors."""
+        numbers = torch.arange(self.rows) if order is None else order
+        cut: Iterator[list[Tensor]] | None = None
+        if tensors:
+            cut = gathered(tensors, order, batch_size, self.device)
+        for rows in numbers.split(batch_size) if len(numbers) else ():
+            from_tensors = iter(next(cut) if cut is not None else ())
+            batch: list[Any] = []
+            for source in sources:
+                if isinstance(source, FetchedRows):
+                    part = source.fetch(rows)
+                    batch.append(part if self.device is None else part.to(self.device))
+                else:
+                    batch.append(next(from_tensors))
+            yield batch
 
 
-def _frame_values(frame: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
-    odd = [str(column) for column, dtype in frame.dtypes.items() if not is_numeric_dtype(dtype)]
-    if odd:
-        raise TypeError(
-            f"{name} has columns that are not numbers: {', '.join(odd)}. Encode them first, "
-            f"for instance with pandas.get_dummies or column.astype('category').cat.codes."
-        )
-    kinds = (is_bool_dtype, np.bool_), (is_unsigned_integer_dtype, np.uint64), (is_integer_dtype, np.int64)
-    for is_kind, dtype in kinds:
-        if all(is_kind(column) for column in frame.dtypes):
-            return frame.to_numpy(dtype)
-    return frame.to_numpy(np.complex128 if any(dtype.kind == "c" for dtype in frame.dtypes) else np.float64)
+def _of_unequal_lengths(name: str, arrays: Any, lengths: list[int]) -> ValueError:
+    """The error for arrays that have not the same number of rows."""
+    sizes = [str(length) for length in dict.fromkeys(lengths)]
+    shown = " and ".join(sizes[:3])
+    if len(sizes) > 3:
+        shown += " and ..."
+    got = described(map_leaves(lambda rows: torch.empty(rows.shape, dtype=rows.dtype, device="meta"), arrays))
+    hint = ""
+    if "[" in got:
+        hint = LISTS
+    elif type(arrays) is tuple and len(arrays) == 2 and 1 in lengths and _is_row(arrays):
+        hint = " A column is shape (rows, 1): pass y.T."
+    return ValueError(f"{name} holds arrays of {shown} rows; expected as many rows in each. Got {got}.{hint}")
+
+
+def _is_row(arrays: tuple[Any, ...]) -> bool:
+    """Whether the labels have the shape (1, rows)."""
+    features: tuple[int, ...] = getattr(arrays[0], "shape", ())
+    labels: tuple[int, ...] = getattr(arrays[1], "shape", ())
+    return len(labels) == 2 and labels[0] == 1 and features[:1] == labels[1:]
 
 
 class ContinuedBatches:

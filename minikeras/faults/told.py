@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from types import FrameType
 from typing import Any
@@ -16,6 +17,8 @@ from minikeras.errors import described, dtype_name
 def tell_of_reading(error: Exception, loader: Any) -> None:
     """A worker that died, or the row that could not be read."""
     tell_of_worker(error)
+    if "Batches of sparse tensors" in str(error):
+        error.add_note("Pass the tensors themselves, (X, y): their rows are fetched batch by batch.")
     row = row_being_read(error, getattr(loader, "dataset", None))
     if row is not None:
         error.add_note(f"row {row} of the dataset")
@@ -55,10 +58,12 @@ def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
             "A step of your own called a layer whose weights are in parts, outside the forward of the block that puts "
             'them together. Name its class among the blocks: compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).'
         )
-    if "Found dtype" in str(error) and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+    wanted = re.search(r"Found dtype \w+ but expected (\w+)", str(error))
+    if wanted and isinstance(labels, torch.Tensor):
+        cast = {"Double": "double()", "Half": "half()", "BFloat16": "bfloat16()"}.get(wanted[1], "float()")
         error.add_note(
             f"The labels are {dtype_name(labels)}, and here the loss has a gradient in the predictions' dtype alone. "
-            "Pass labels.float()."
+            f"Pass labels.{cast}."
         )
     if not is_out_of_memory(error):
         return

@@ -1,0 +1,116 @@
+"""Which dimension holds the classes: torch's losses over classes take (rows, classes, ...), and layers give them last.
+
+scores (rows, steps, classes) with labels (rows, steps):
+    steps != classes     torch raises, and the error says which dimension is wrong
+    steps == classes     torch takes the steps for classes in silence: warned of, where the model gives the classes last
+class probabilities (rows, steps, classes) for labels:
+    those that add up to 1 along the last dimension alone are refused
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+REMEDY = (
+    "End forward with .movedim(-1, 1); or keep forward and pass as loss_func "
+    "lambda y_pred, y_true: nn.functional.{}(y_pred.movedim(-1, 1), {})."
+)
+CHANNELS_FIRST = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm),
+)
+MOVED = ("Transpose", "Permute", "Convolution", "BatchNorm", "GroupNorm")  # in the names of autograd's nodes
+LAST = ("Addmm", "MmBackward", "Bmm", "Linear", "Embedding", "LayerNorm")
+NODES = 30  # of the graph that are looked at, from the outputs back
+
+
+def explain_class_dimension(outputs: Tensor, labels: Tensor, function: str = "cross_entropy") -> str:
+    """What is wrong with scores whose classes are last, where the shapes tell; else ""."""
+    if outputs.ndim < 3 or labels.shape != outputs.shape[:-1] or labels.is_floating_point():
+        return ""
+    if labels.shape == (outputs.shape[0], *outputs.shape[2:]):
+        return ""
+    return (
+        f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: the classes are last, "
+        f"and the loss takes them in dimension 1. {REMEDY.format(function, 'y_true')}"
+    )
+
+
+def check_class_dimension(function: str, outputs: Tensor, labels: Tensor, model: nn.Module, warn: bool) -> None:
+    """Scores over steps, whose classes may be last.
+
+    Raises:
+        ValueError: the shapes or the values tell that they are.
+    """
+    if outputs.ndim < 3:
+        return
+    wrong = explain_class_dimension(outputs, labels, function)
+    if wrong:
+        raise ValueError(wrong)
+    shown = f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}"
+    if labels.shape == outputs.shape and labels.is_floating_point():
+        if adds_up_to_one(labels, -1) and not adds_up_to_one(labels, 1):
+            raise ValueError(
+                f"{shown}: the labels add up to 1 over the last dimension, and the loss takes the classes in "
+                f"dimension 1. {REMEDY.format(function, 'y_true.movedim(-1, 1)')}"
+            )
+        return
+    either = labels.shape == outputs.shape[:-1] and not labels.is_floating_point()
+    if either and function == "nll_loss":
+        scores = outputs.detach().float().exp()
+        if adds_up_to_one(scores, -1) and not adds_up_to_one(scores, 1):
+            raise ValueError(
+                f"{shown}: the predictions are log-probabilities over the last dimension, and the loss takes the "
+                f"classes in dimension 1. {REMEDY.format(function, 'y_true')}"
+            )
+        return
+    if either and warn and gives_classes_last(outputs, model):
+        warnings.warn(
+            f"{shown}, so that either of the last two dimensions may hold the classes. The loss takes dimension 1, and "
+            f"the model's last layer gives its values in the last one. If the classes are last: "
+            f"{REMEDY.format(function, 'y_true')}",
+            stacklevel=3,
+        )
+
+
+def adds_up_to_one(values: Tensor, dim: int) -> bool:
+    """Whether these are probabilities over a dimension."""
+    values = values.detach().float()
+    return bool((values >= 0).all()) and bool(((values.sum(dim) - 1).abs() < 1e-3).all())
+
+
+def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
+    """Whether the values of one place come from a layer such as nn.Linear, and no dimensions were moved after it."""
+    if outputs.stride(1) < outputs.stride(-1):  # a view with its dimensions moved
+        return False
+    widths = widths_of(model)
+    if widths and outputs.shape[-1] not in widths:  # one long row of scores, cut into classes and places
+        return False
+    node: Any = outputs.grad_fn
+    for _ in range(NODES):
+        if node is None:
+            break
+        if any(word in node.name() for word in MOVED):
+            return False
+        if any(word in node.name() for word in LAST):
+            return True
+        before = [function for function, _ in node.next_functions if function is not None]
+        node = before[0] if before else None
+    layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
+    return bool(layers) and not isinstance(layers[-1], CHANNELS_FIRST)
+
+
+def widths_of(model: nn.Module) -> set[int]:
+    """How many values the layers give that give them in the last dimension."""
+    widths: set[int] = set()
+    for layer in model.modules():
+        for name in ("out_features", "embedding_dim", "hidden_size", "embed_dim"):
+            width = getattr(layer, name, None)
+            if isinstance(width, int):
+                widths.add(width)
+        if isinstance(layer, nn.LayerNorm):
+            widths.add(layer.normalized_shape[-1])
+    return widths
