@@ -94,6 +94,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         while at.epoch <= plan.last:
             with checkpoint.noted(), noted(f"epoch {at.epoch}"), ended_by_bad_loss(model, run, plan, at.epoch):
                 model.train()
+                checkpoint.epoch_begins()
                 call(plan.callbacks, "on_epoch_begin", at.epoch)
                 checkpoint.enter(at)
                 if at.logs is None:

@@ -280,10 +280,10 @@ class Model(nn.Module):
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
         train, val = run.batches_of_fit(dl_train, dl_val, batch_size, epochs, steps_per_epoch, validation_freq)
-        train = saved.watched(train, val, run.device)
+        listed = check_callbacks(callbacks)
+        train = saved.watched(train, val, self, run, listed)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
-        listed = check_callbacks(callbacks)
         check_monitors(listed, validates=val is not None)
         check_optimizers(self, run)
         ready(self, run)

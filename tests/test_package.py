@@ -42,7 +42,7 @@ ORDER = [
     ["broadcast", "losses", "faults"],
     ["data"],
     ["distributed", "randomness"],
-    ["errors", "results"],
+    ["errors", "results", "reachable"],
 ]
 
 

@@ -52,6 +52,8 @@ def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.d
             held.copy_(value)
         elif hasattr(module, last):
             setattr(module, last, value.to(device))
+        else:  # made by the first batch
+            module.register_buffer(last, value.to(device), persistent=False)
 
 
 def frozen(model: nn.Module) -> list[str]:
