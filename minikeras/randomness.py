@@ -29,6 +29,8 @@ class Randomness:
         loaders: the loaders as the user gave them; None for one that there is not.
         roots: name -> object: the generators that these reach are held.
         counted: name -> object: the counters and lists that these reach are held, where they change.
+        without: objects that are not looked into.
+        uncounted: objects that may hold generators, and whose counters are not the data's.
 
     >>> randomness = Randomness(torch.device("cpu"), [])
     >>> before = randomness.states()
@@ -45,6 +47,7 @@ class Randomness:
         roots: Mapping[str, Any] | None = None,
         counted: Mapping[str, Any] | None = None,
         without: tuple[Any, ...] = (),
+        uncounted: tuple[Any, ...] = (),
     ) -> None:
         self.device = device
         self.loaders = loaders
@@ -52,13 +55,10 @@ class Randomness:
             roots = roots_of_order(loaders)
         self.generators = generators_in(roots, without)
         counting = [
-            holder
-            for loader in loaders
-            for holder in holders_of(loader)
-            if type(getattr(holder, "epoch", None)) is int
+            holder for loader in loaders for holder in holders_of(loader) if type(getattr(holder, "epoch", None)) is int
         ]
         self.samplers = [holder for holder in counting if hasattr(holder, "set_epoch")]
-        self.attributes = PlainAttributes(counters_in(counted or {}, without))
+        self.attributes = PlainAttributes(counters_in(counted or {}, (*without, *uncounted)))
 
     def states(self) -> dict[str, Any]:
         """Where everything stands, as plain values."""

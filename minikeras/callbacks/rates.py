@@ -15,7 +15,7 @@ from minikeras.errors import did_you_mean
 
 # what a scheduler's state counts, and what it takes from its optimizer; all else are its settings
 COUNTS = ("last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "verbose")
-RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of an optimizer's group
+RATES: tuple[str, ...] = ("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of a group
 
 
 class LRScheduler(Watching):
@@ -61,7 +61,9 @@ class LRScheduler(Watching):
         """How the scheduler and its optimizer stand as a fit begins."""
         self.settings: dict[str, str] = settings_of(self.scheduler) | {"step": self.step}
         self.begun: Any = copy.deepcopy(self.scheduler.state_dict())  # to replay it from here
-        self.groups: list[dict[str, Any]] = [settings_of_group(group) for group in self.scheduler.optimizer.param_groups]
+        self.groups: list[dict[str, Any]] = [
+            settings_of_group(group) for group in self.scheduler.optimizer.param_groups
+        ]
 
     def _afresh(self) -> None:
         self.rate: Any = None  # that the last batch used, where the scheduler steps after each
@@ -149,6 +151,9 @@ class LRScheduler(Watching):
             kept = {name: written[name] for name in counts if same_monitor and name in written}
             scheduler.load_state_dict(copy.deepcopy(self.begun) | kept)
             return
+        names = RATES
+        if getattr(scheduler, "cycle_momentum", False) or "cycle_momentum" in written:
+            names += ("momentum", "betas")
         groups = scheduler.optimizer.param_groups
         added = groups[len(self.groups) :]  # by a callback
         del groups[len(self.groups) :]
@@ -164,7 +169,7 @@ class LRScheduler(Watching):
             replayed = settings_of_group(group)
             group.update(was)
             for name, value in replayed.items():
-                if name in RATES or value is not begun.get(name) and value != begun.get(name):
+                if name in names or value != begun.get(name):
                     group[name] = value
         groups.extend(added)
 
@@ -192,7 +197,7 @@ def settings_in(state: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 found |= settings_in(item, f"{prefix}{name.strip('_')}[{number}].")
         elif isinstance(value, dict) and not name.startswith("_"):
             found[prefix + name] = repr(dict(value))
-        elif name == "_milestones" or not name.startswith("_") and is_simple(value):
+        elif name == "_milestones" or (not name.startswith("_") and is_simple(value)):
             found[prefix + name.strip("_")] = repr(value)
     return found
 

@@ -50,7 +50,9 @@ class Use:
 USES: dict[str, Use] = {}  # by the file's real path
 
 
-def use(path: Path, model: Model, run: Run, loaders: list[Any], callbacks: list[Callback], last: int, there: bool) -> Use:
+def use(
+    path: Path, model: Model, run: Run, loaders: list[Any], callbacks: list[Callback], last: int, there: bool
+) -> Use:
     """Enter that a fit uses this path.
 
     Args:
@@ -107,17 +109,17 @@ def start_of(model: Model, run: Run, loaders: list[Any]) -> int:
 
 
 def values_in(roots: Mapping[str, Any], without: tuple[Any, ...]) -> Iterable[Any]:
-    """What the roots reach that is a value: numbers, strings, tensors, arrays, code; each with its name."""
-    for name, value in reachable(roots, without):
+    """What the roots reach that is a value: numbers, strings, tensors, arrays, code; without names, some count up."""
+    for _, value in reachable(roots, without):
         if isinstance(value, (*SCALARS, Tensor, np.ndarray)):
-            yield name, value
+            yield value
         elif isinstance(value, KINDS) and not isinstance(value, random.SystemRandom):
-            yield name, state_of(value)
+            yield state_of(value)
         elif type(value) in (list, tuple) and len(value) > SAMPLE:
-            yield name, len(value), [item for item in value[:: len(value) // SAMPLE] if type(item) in SCALARS]
+            yield len(value), [item for item in value[:: len(value) // SAMPLE] if type(item) in SCALARS]
         else:
             code = getattr(value, "__code__", None)
-            yield name, type(value).__name__, getattr(code, "co_code", b"")
+            yield type(value).__name__, getattr(code, "co_code", b"")
 
 
 def checksum(values: Iterable[Any]) -> int:

@@ -130,7 +130,7 @@ def check_optimizer(
     Raises:
         CheckpointError: it is another.
     """
-    written = optimizers.get(name)
+    written: Any = optimizers.get(name)
     own = group_names(optimizer, model, loss_func)
     fits = written is not None and written["class"] == type(optimizer).__name__
     if fits:
@@ -143,7 +143,8 @@ def check_optimizer(
     if not fits:
         was = "none" if written is None else f"{written['class']} {sizes(written['state'])}"
         other = ""
-        if written is not None and sizes(written["state"]) == [len(group) for group in own]:
+        same_class = written is not None and written["class"] == type(optimizer).__name__
+        if same_class and sizes(written["state"]) == [len(group) for group in own]:
             other = " with other parameters or in another order"
         raise CheckpointError(
             f"{path} was written with another optimizer{f' {name!r}' * bool(name)}: {was} instead of "
@@ -288,7 +289,7 @@ def warn_of_other_monitors(states: Mapping[str, Any], now: Mapping[str, Callback
         was, own = states[name]["monitor"], callback.state_dict().get("monitor")
         if was != own:
             warnings.warn(
-                f"{path} was written with a {name} that watched {watched(was)}, and this script's watches "
+                f"{path} was written with {article(name)} that watched {watched(was)}, and this script's watches "
                 f"{watched(own)}. The script's is taken, and its best value is looked for anew from here on.",
                 stacklevel=5,
             )
@@ -356,3 +357,12 @@ def warn_of_other_data(state: Any, now: int | None, finished: bool, path: Any) -
             f"on any will do.",
             stacklevel=5,
         )
+
+
+def article(name: str) -> str:
+    """A name with a or an before it.
+
+    >>> article("EarlyStopping"), article("ModelCheckpoint")
+    ('an EarlyStopping', 'a ModelCheckpoint')
+    """
+    return f"{'an' if name[0] in 'AEIOUL' else 'a'} {name}"  # an LRScheduler

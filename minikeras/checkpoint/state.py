@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -95,14 +94,16 @@ class Checkpoint:
         if self.path is None:
             return train
         refuse_one_path_for_two(self.path, callbacks)
-        pairs = [(getattr(batches, "loader", batches), name) for batches, name in ((train, "dl_train"), (val, "dl_val"))]
+        pairs = [
+            (getattr(batches, "loader", batches), name) for batches, name in ((train, "dl_train"), (val, "dl_val"))
+        ]
         for loader, name in pairs:
             warn_of_hidden_draws(loader, name)
         self.loaders: list[Any] = [loader for loader, _ in pairs]
         self.given = callbacks
         data = {name: loader for loader, name in pairs if loader is not None}
         others = {"model": model, "loss_func": run.loss_func, **dict(named(callbacks))}
-        self.randomness = Randomness(run.device, self.loaders, data | others, data, (run, model, *callbacks))
+        self.randomness = Randomness(run.device, self.loaders, data | others, data, (run,), (model, *callbacks))
         self.attributes = PlainAttributes(holders_in(model, run.loss_func))
         self.data = data_of(self.loaders[0])
         self.train = Positioned(train, "dl_train", self.randomness)
@@ -127,12 +128,13 @@ class Checkpoint:
         found = read_newest(self.path, reader(model))
         if found is not None and before is not None and before[0] == self.path:  # broken off, and called once more
             self.first, self.last = before[1], before[1] - 1 + epochs
-        self.use = use(self.path, model, run, self.loaders, self.given, self.last, found is not None)
         run.begun = run.begun or beginning(model, run)
+        if found is not None:
+            check_run(found[0], model, run, found[1])
+        self.use = use(self.path, model, run, self.loaders, self.given, self.last, found is not None)
         if found is not None:
             state, path = found
             self.whole = path == self.path
-            check_run(state, model, run, path)
             self.state = self._mine(state, path)
             self._compare_beginnings(state.get("begun"))
         refuse_folders(previous(self.path), temporary(self.path))
@@ -237,8 +239,8 @@ class Checkpoint:
             load(restored(copy.deepcopy(state)))
         except Exception as error:
             raise CheckpointError(
-                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: {error}. The model is as "
-                f"it was. Give what was given when the file was written. {remedy(self._path)}"
+                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: {error}. The model is "
+                f"as it was. Give what was given when the file was written. {remedy(self._path)}"
             ) from error
 
     @property
@@ -489,7 +491,9 @@ def refuse_one_path_for_two(path: Path, callbacks: Iterable[Callback]) -> None:
         ValueError: there is one.
     """
     for callback in callbacks:
-        if isinstance(callback, (ModelCheckpoint, CSVLogger)) and os.path.realpath(callback.path) == os.path.realpath(path):
+        if isinstance(callback, (ModelCheckpoint, CSVLogger)) and os.path.realpath(callback.path) == os.path.realpath(
+            path
+        ):
             raise ValueError(
                 f'checkpoint="{path}" and {type(callback).__name__}("{callback.path}") would write over each other. '
                 f"Give each a file of its own."

@@ -194,7 +194,9 @@ def asked(loader: DataLoader[Any], iterate: Callable[[Any], Iterator[Any]] = ite
     draw_seed(loader)
     if not loader.num_workers:
         return _each(rows)
-    rows = iterate(sampler)  # a loader with workers asks anew, and has their first tasks handed out before the first batch
+    rows = iterate(
+        sampler
+    )  # a loader with workers asks anew, and has their first tasks handed out before the first batch
     waiting: deque[Any] = deque()
     for _ in range(loader.num_workers * (loader.prefetch_factor or 0)):
         _ask_once(rows, waiting)  # asked again even after its end, as the loader does

@@ -41,7 +41,7 @@ from minikeras.randomness import Randomness, same_state
 from minikeras.reachable import reachable
 
 PLAIN = (TensorDataset, StackDataset)  # their rows draw nothing
-MOST_DRAWS = 2_000  # states of generators that are held of one iteration
+MOST_DRAWS = 1_000  # states of generators that are held of one iteration
 
 
 class Positioned:
@@ -257,7 +257,7 @@ def may_draw_as_it_goes(batches: Any) -> bool:
     if type(sampler) not in DRAWN_AT_ONCE:
         return type(sampler) not in (list, tuple, range)
     if type(sampler) is RandomSampler and sampler.generator is not None:
-        return bool(sampler.replacement) or sampler.num_samples > len(sampler.data_source)  # type: ignore[arg-type]
+        return bool(sampler.replacement) or sampler.num_samples > len(sampler.data_source)
     return False
 
 
@@ -350,9 +350,9 @@ class WatchedDraws:
     def _warn_of_too_many(self) -> None:
         if len(self.draws) == MOST_DRAWS:
             warnings.warn(
-                f"the sampler of dl_train has drawn {MOST_DRAWS} times in one epoch from a random generator that others "
-                f"draw from in between, and a checkpoint does not hold more: a run resumed later in an epoch is not "
-                f"exact. Give the sampler a generator of its own.",
+                f"the sampler of dl_train has drawn {MOST_DRAWS} times in one epoch from a random generator that "
+                f"others draw from in between, and a checkpoint does not hold more: a run resumed later in an epoch is "
+                f"not exact. Give the sampler a generator of its own.",
                 stacklevel=2,
             )
 
