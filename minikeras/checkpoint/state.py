@@ -194,8 +194,8 @@ class Checkpoint:
             self._check_course(state)
             at = at if stopped(state) else Position(**state["position"])
         finished = at.epoch > self.last
-        if self.model.is_main_process and not later:
-            self._warn(state, finished)
+        if self.model.is_main_process:
+            self._warn(state, finished, later)
         self._load_weights(copied_optimizers(state), whole=not at.step)
         if later:
             self.run.epochs = self.run.epochs[: self.last]
@@ -248,14 +248,18 @@ class Checkpoint:
         assert self.path is not None
         return self.path
 
-    def _warn(self, state: Any, finished: bool) -> None:
+    def _warn(self, state: Any, finished: bool, later: bool) -> None:
         """Say what the script has changed since the run began, and which is taken."""
         callbacks, states = dict(named(self.callbacks)), state["callbacks"]
+        if later:  # the file's callbacks and data are those of another call
+            callbacks, states = {}, {}
         schedules = other_schedules(states, callbacks)
         if state.get("begun") is not None:
             begun, now = state["begun"], self.now
             warn_of_other_settings(begun["optimizers"], now["optimizers"], self.path, bool(schedules))
             warn_of_another_script(begun, now, self.path)
+        if later:
+            return
         warn_of_other_schedules(schedules, self.path)
         warn_of_other_monitors(states, callbacks, self.path)
         if not finished:
