@@ -121,6 +121,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                 run.modes.enter()
                 for batches in (plan.train, plan.val):
                     set_epoch(batches, at.epoch - 1)
+                checkpoint.epoch_begins()
                 call(plan.callbacks, "on_epoch_begin", at.epoch)
                 checkpoint.enter(at)
                 if at.logs is None:

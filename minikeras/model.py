@@ -322,10 +322,10 @@ class Model(nn.Module):
         train, val = run.batches_of_fit(
             dl_train, dl_val, batch_size, epochs, steps_per_epoch, validation_freq, validation_steps
         )
-        train = saved.watched(train, val, run.device)
+        listed = check_callbacks(callbacks)
+        train = saved.watched(train, val, self, run, listed)
         if steps_per_epoch is not None:
             train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
-        listed = check_callbacks(callbacks)
         check_places(listed, saved.path)
         rates = [rate_name(name) for name in run.optimizers]
         check_monitors(listed, val is not None, names_logged(self, run, val is not None), rates)

@@ -13,6 +13,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -131,6 +132,31 @@ class Pair(minikeras.Model):
         return {"loss": losses["b"], "first": losses["a"]}
 
 
+class Jittered(Dataset):
+    """Each row drawn anew from generators of its own, which only attributes and containers reach."""
+
+    def __init__(self):
+        self.transforms = [{"rng": np.random.default_rng(0)}, random.Random(0)]
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, row):
+        return X[row] + 0.1 * (self.transforms[0]["rng"].random() + self.transforms[1].random()), Y[row]
+
+
+class Pool(Sampler):
+    """Draws a row at a time, without replacement, from a generator that rows draw from as well."""
+
+    def __len__(self):
+        return len(X)
+
+    def __iter__(self):
+        left = list(range(len(X)))
+        while left:
+            yield left.pop(random.randrange(len(left)))
+
+
 def memory(**kwargs):
     return DataLoader(TensorDataset(X, Y), batch_size=20, **kwargs)
 
@@ -167,6 +193,9 @@ LOADERS = {
         Noisy(), batch_size=None, sampler=BatchSampler(RandomSampler(X), 20, False), collate_fn=lambda rows: rows
     ),
     "counting sampler": lambda: noisy(sampler=DistributedSampler(Noisy(), num_replicas=1, rank=0)),
+    "generators of its own": lambda: DataLoader(Jittered(), batch_size=20, shuffle=True),
+    "noisy, drawn row by row": lambda: noisy(sampler=Pool()),
+    "in memory, drawn row by row": lambda: memory(sampler=Pool()),
     "iterable, own generator": Batches,
     "stateful": stateful,
 }

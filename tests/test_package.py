@@ -46,7 +46,7 @@ ORDER = [
     ["results"],
     ["modes"],
     ["exported"],
-    ["errors", "overrides", "paths"],
+    ["errors", "overrides", "paths", "reachable"],
 ]
 
 

@@ -95,10 +95,12 @@ class ModelCheckpoint(Watching):
         return in_path + ([] if self.monitor is None else self.monitor.watched())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": None if self.monitor is None else self.monitor.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+        monitor = None if self.monitor is None else self.monitor.state()
+        if state.get("monitor", monitor) == monitor:  # the best of another value says nothing
+            self.best = state["best"]
 
 
 def check_writable(path: Path, name: str) -> None:

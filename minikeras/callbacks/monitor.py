@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from minikeras.callbacks.base import Callback
 from minikeras.errors import did_you_mean, real
@@ -74,6 +75,10 @@ class Monitor:
     def watched(self) -> list[tuple[str, str, str]]:
         """What `Watching` asks for."""
         return [(self.name, "monitors", f"monitor={self.name.removeprefix('val_')!r}")]
+
+    def state(self) -> list[Any]:
+        """What tells it from the monitor of another value, as plain values."""
+        return [self.name, self.sign]
 
     def better(self, value: float, than: float) -> bool:
         """Whether a value is better than another by more than min_delta."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch.optim import lr_scheduler
 
 from minikeras.callbacks.monitor import Monitor, Watching
 from minikeras.errors import did_you_mean
+
+# what a scheduler's state counts, and what it takes from its optimizer; all else are its settings
+COUNTS = ("last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "verbose")
+RATES: tuple[str, ...] = ("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of a group
 
 
 class LRScheduler(Watching):
@@ -50,6 +55,15 @@ class LRScheduler(Watching):
         if monitor is not None:
             self.monitor = Monitor("LRScheduler", monitor, "min")  # the scheduler judges
         self._afresh()
+        self._look()
+
+    def _look(self) -> None:
+        """How the scheduler and its optimizer stand as a fit begins."""
+        self.settings: dict[str, str] = settings_of(self.scheduler) | {"step": self.step}
+        self.begun: Any = copy.deepcopy(self.scheduler.state_dict())  # to replay it from here
+        self.groups: list[dict[str, Any]] = [
+            settings_of_group(group) for group in self.scheduler.optimizer.param_groups
+        ]
 
     def _afresh(self) -> None:
         self.rate: Any = None  # that the last batch used, where the scheduler steps after each
@@ -66,6 +80,7 @@ class LRScheduler(Watching):
                 f"with. Make it with model.optimizer, or compile the model with its optimizer."
             )
         self.column: str = rate_name(names[0])
+        self._look()
 
     def _rate(self) -> Any:
         rate = self.scheduler.optimizer.param_groups[0]["lr"]
@@ -105,11 +120,102 @@ class LRScheduler(Watching):
 
     def state_dict(self) -> dict[str, Any]:
         scheduler = copy.deepcopy(self.scheduler.state_dict())  # torch hands out its own lists
-        return {"scheduler": scheduler, "rate": self.rate, "batch": self.batch, "taken": self.taken}
+        state = {"scheduler": scheduler, "rate": self.rate, "batch": self.batch, "taken": self.taken}
+        if self.monitor is not None:
+            state["monitor"] = self.monitor.state()
+        return state | {"settings": dict(self.settings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+        written = state.get("settings", self.settings)
+        monitor = None if self.monitor is None else self.monitor.state()
+        if written["step"] != self.step:
+            raise ValueError(
+                f'the scheduler stepped after each {written["step"]} so far, and step="{self.step}" here. '
+                f'Pass step="{written["step"]}".'
+            )
+        if written != self.settings or state.get("monitor", monitor) != monitor:
+            self._take_over(state["scheduler"], state.get("monitor", monitor) == monitor)
+        else:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
         self.rate, self.batch, self.taken = state["rate"], state["batch"], state.get("taken", 0)
+
+    def _take_over(self, written: dict[str, Any], same_monitor: bool) -> None:
+        """Go on with the script's schedule where another one stood.
+
+        The script's scheduler is replayed from the fit's beginning, so that its rates are those of a run that had it
+        from the start. ReduceLROnPlateau cannot be replayed: the rate stays, and its counts where they mean the same.
+        """
+        scheduler = self.scheduler
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            counts = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")
+            kept = {name: written[name] for name in counts if same_monitor and name in written}
+            scheduler.load_state_dict(copy.deepcopy(self.begun) | kept)
+            return
+        names = RATES
+        if getattr(scheduler, "cycle_momentum", False) or "cycle_momentum" in written:
+            names += ("momentum", "betas")
+        groups = scheduler.optimizer.param_groups
+        added = groups[len(self.groups) :]  # by a callback
+        del groups[len(self.groups) :]
+        current = [settings_of_group(group) for group in groups]
+        for group, begun in zip(groups, self.groups, strict=True):
+            group.update(copy.deepcopy(begun))
+        scheduler.load_state_dict(copy.deepcopy(self.begun))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a scheduler that steps before its optimizer
+            for _ in range(self.begun["last_epoch"], written["last_epoch"]):
+                scheduler.step()
+        for group, begun, was in zip(groups, self.groups, current, strict=True):
+            replayed = settings_of_group(group)
+            group.update(was)
+            for name, value in replayed.items():
+                if name in names or value != begun.get(name):
+                    group[name] = value
+        groups.extend(added)
+
+
+def settings_of(scheduler: Any) -> dict[str, str]:
+    """A scheduler's class and its own settings, in words that can be compared.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    >>> settings_of(lr_scheduler.StepLR(optimizer, 3))
+    {'class': 'StepLR', 'step_size': '3', 'gamma': '0.1'}
+    """
+    return {"class": type(scheduler).__name__} | settings_in(scheduler.state_dict())
+
+
+def settings_in(state: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The settings among what a scheduler's state_dict holds; of schedulers inside it, too."""
+    found: dict[str, str] = {}
+    for name, value in state.items():
+        nested = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
+        if name in COUNTS:
+            continue
+        if nested:
+            for number, item in enumerate(value):
+                found |= settings_in(item, f"{prefix}{name.strip('_')}[{number}].")
+        elif isinstance(value, dict) and not name.startswith("_"):
+            found[prefix + name] = repr(dict(value))
+        elif name == "_milestones" or (not name.startswith("_") and is_simple(value)):
+            found[prefix + name.strip("_")] = repr(value)
+    return found
+
+
+def is_simple(value: Any) -> bool:
+    """Whether a value is a number, a word, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return all(is_simple(item) for item in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def settings_of_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's group without its parameters; a copy."""
+    found = {}
+    for name, value in group.items():
+        if name != "params":
+            found[name] = value.clone() if isinstance(value, Tensor) else value
+    return found
 
 
 def _check(scheduler: Any, step: Any, monitor: str | None) -> None:

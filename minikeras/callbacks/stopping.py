@@ -95,11 +95,18 @@ class EarlyStopping(Watching):
         return self.monitor.watched()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "epochs": self.epochs, "wait": self.wait, "weights": self.weights}
+        return {
+            "best": self.best,
+            "epochs": self.epochs,
+            "wait": self.wait,
+            "weights": self.weights,
+            "monitor": self.monitor.state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.epochs, self.wait = state["best"], state["epochs"], state["wait"]
-        self.weights = state["weights"]
+        self.epochs = state["epochs"]
+        if state.get("monitor", self.monitor.state()) == self.monitor.state():  # the best of another says nothing
+            self.best, self.wait, self.weights = state["best"], state["wait"], state["weights"]
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:

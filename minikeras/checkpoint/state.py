@@ -8,24 +8,35 @@ written     at each epoch's end, every so many steps, and when the process is as
 from __future__ import annotations
 
 import contextlib
+import copy
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from minikeras.atomic import discard, previous, refuse_folders, temporary, write
 from minikeras.callbacks import Callback, check_writable
 from minikeras.checkpoint.file import dump, read_newest, remedy
+from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.matching import (
     VERSION,
+    beginning,
     check_run,
-    settings,
+    group_names,
+    other_schedules,
+    parameters_by_name,
+    warn_of_another_script,
     warn_of_other_callbacks,
+    warn_of_other_data,
+    warn_of_other_generators,
+    warn_of_other_monitors,
+    warn_of_other_schedules,
     warn_of_other_settings,
 )
 from minikeras.checkpoint.plain import plain, restored
@@ -37,6 +48,7 @@ from minikeras.errors import CheckpointError, positive_int
 from minikeras.faults import Interruptions
 from minikeras.paths import fix, follow_links, user_path
 from minikeras.randomness import Randomness
+from minikeras.reachable import PlainAttributes
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -71,19 +83,29 @@ class Checkpoint:
         self.written = ""  # the last writing, for people
         self.random: Any = None  # as it was before the validation under way
         self.saved_step = 0  # of the epoch under way
+        self.again: Any = None  # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
         self.interruptions = Interruptions(active=path is not None)
 
     # --- before a fit -------------------------------------------------------------------------------------------------
 
-    def watched(self, train: Iterable[Any], val: Iterable[Any] | None, device: torch.device) -> Iterable[Any]:
+    def watched(
+        self, train: Iterable[Any], val: Iterable[Any] | None, model: Model, run: Run, callbacks: list[Callback]
+    ) -> Iterable[Any]:
         """The same training batches, knowing where they stand."""
         if self.path is None:
             return train
-        pairs = [(getattr(one, "loader", one), name) for one, name in ((train, "dl_train"), (val, "dl_val"))]
+        pairs = [
+            (getattr(batches, "loader", batches), name) for batches, name in ((train, "dl_train"), (val, "dl_val"))
+        ]
         for loader, name in pairs:
             warn_of_hidden_draws(loader, name)
         self.loaders: list[Any] = [loader for loader, _ in pairs]
-        self.randomness = Randomness(device, self.loaders)
+        self.given = callbacks
+        data = {name: loader for loader, name in pairs if loader is not None}
+        others = {"model": model, "loss_func": run.loss_func, **dict(named(callbacks))}
+        self.randomness = Randomness(run.device, self.loaders, data | others, data, (run,), (model, *callbacks))
+        self.attributes = PlainAttributes(holders_in(model, run.loss_func))
+        self.data = data_of(self.loaders[0])
         self.train = Positioned(train, "dl_train", self.randomness)
         return self.train
 
@@ -91,7 +113,8 @@ class Checkpoint:
         """The number of the last epoch of this call of fit, the file looked at.
 
         Raises:
-            CheckpointError: the file is damaged, or of another run, model or optimizer.
+            CheckpointError: the file is damaged, or of another run, model or optimizer; or another fit of this process
+                has used it.
             OSError: none can be written there.
         """
         self.model, self.run = model, run
@@ -102,18 +125,18 @@ class Checkpoint:
         if self.path is None:
             return self.last
         plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
-        if not run.begun:
-            in_eval = list(run.modes.look())
-            run.begun = {"optimizers": settings(run.optimizers), "frozen": frozen(model), "in_eval": in_eval}
         place = follow_links(self.path)
         refuse_folders(previous(place))
         found = read_newest(self.path, reader(model))
+        if found is not None and before is not None and before[0] == self.path:  # broken off, and called once more
+            self.first, self.last = before[1], before[1] - 1 + epochs
+        run.begun = run.begun or beginning(model, run)
+        if found is not None:
+            check_run(found[0], model, run, found[1])
+        self.use = use(self.path, model, run, self.loaders, self.given, self.last, found is not None)
         if found is not None:
             state, path = found
-            if before is not None and before[0] == self.path:  # broken off, and called once more
-                self.first, self.last = before[1], before[1] - 1 + epochs
-            self.whole = path == self.path
-            check_run(state, model, run, path)
+            self.whole = path == place
             self.state = self._mine(state, path)
             self._compare_beginnings(state.get("begun"))
         if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
@@ -135,18 +158,16 @@ class Checkpoint:
             )
 
     def _compare_beginnings(self, begun: Any) -> None:
-        """The script's with those of the run: what it has changed since is told, or is not to be taken back."""
+        """What the script froze when the run began, and has thawed since, is not to be frozen by the file."""
+        self.now = self.run.begun
         if begun is None:  # an older file has none
             return
-        now, self.run.begun = self.run.begun, begun
+        self.run.begun = begun
         if self.state is None:
             return
-        if self.model.is_main_process:
-            warn_of_other_settings(begun["optimizers"], now["optimizers"], self.path)
-        if begun["frozen"] != now["frozen"]:
-            self.state["frozen"] = None
-        if begun.get("in_eval") != now["in_eval"]:
-            self.state["in_eval"] = None
+        for key in ("frozen", "loss frozen", "in_eval"):
+            if begun.get(key, self.now[key]) != self.now[key]:
+                self.state[key] = None
 
     def _mine(self, state: Any, path: Path) -> Any:
         """The state where this call of fit goes on with it, else None."""
@@ -166,8 +187,15 @@ class Checkpoint:
 
     @untouched
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
-        """Take over the file's state, where there is one of this call; where the fit begins, said in a line."""
+        """Take over the file's state, where there is one of this call; where the fit begins, said in a line.
+
+        All that can be refused is refused before the first weight is changed.
+
+        Raises:
+            CheckpointError: data, callbacks or metrics cannot take over what the file has of them.
+        """
         self.callbacks, self.say = callbacks, say
+        self.groups = {name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()}
         if self.path is not None:  # what cannot be held is said before anything moves
             plain({name: callback.state_dict() for name, callback in named(callbacks)}, "callbacks")
             others = {key: value for key, value in self.model.state_dict().items() if not isinstance(value, Tensor)}
@@ -175,66 +203,162 @@ class Checkpoint:
         if self.state is None:
             return Position(self.first)
         state, self.state = self.state, None
-        self._load_weights(state)
+        later = state["first"] > self.last
         at = Position(self.last + 1)
-        if state["first"] > self.last:
+        if not later:
+            self._check_course(state)
+            at = at if stopped(state) else Position(**state["position"])
+        finished = at.epoch > self.last
+        if self.model.is_main_process:
+            self._warn(state, finished, later)
+        self._load_weights(copied_optimizers(state), whole=not at.step)
+        if later:
             self.run.epochs = self.run.epochs[: self.last]
         else:
-            self._load_course(state)
-            at = at if stopped(state) else Position(**state["position"])
+            self._begin_course(state)
+            self._load_course(copied_callbacks(state))
             self.model.stop_training = state["stopped"]
-        if at.epoch > self.last:
+        if finished:
             self.run.under_way = None
+            self.use.came_to = "its end"
             say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
         else:
-            if self.model.is_main_process:
-                warn_of_other_callbacks(state["callbacks"], dict(named(callbacks)))
             say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
+            if at.step:
+                self.again = state
         return at
 
-    def _load_weights(self, state: Any) -> None:
-        run = self.run
+    def _check_course(self, state: Any) -> None:
+        """Refuse what cannot be taken over; callbacks and metrics try it, and are put back if one cannot."""
+        self.randomness.check(state["random"])
+        if state["train"] is not None and state["position"]["step"]:
+            self.train.check(restored(state["train"]))
+        tried: list[tuple[Callback, Any]] = []
+        try:
+            for name, callback in named(self.callbacks):
+                if name in state["callbacks"]:
+                    tried.append((callback, copy.deepcopy(callback.state_dict())))
+                    self._try(f"callback {name}", callback.load_state_dict, state["callbacks"][name])
+            if state["position"]["step"] and self.run.train.objects:
+                self._try("metrics", self.run.train.load_state_dict, state["totals"])
+        except CheckpointError:
+            for callback, before in reversed(tried):
+                with contextlib.suppress(Exception):
+                    callback.load_state_dict(before)
+            raise
+        finally:
+            self.run.train.reset()
+
+    def _try(self, what: str, load: Callable[[Any], Any], state: Any) -> None:
+        try:
+            load(restored(copy.deepcopy(state)))
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: {error}. The model is "
+                f"as it was. Give what was given when the file was written. {remedy(self._path)}"
+            ) from error
+
+    @property
+    def _path(self) -> Path:
+        assert self.path is not None
+        return self.path
+
+    def _warn(self, state: Any, finished: bool, later: bool) -> None:
+        """Say what the script has changed since the run began, and which is taken."""
+        callbacks, states = dict(named(self.callbacks)), state["callbacks"]
+        if later:  # the file's callbacks and data are those of another call
+            callbacks, states = {}, {}
+        schedules = other_schedules(states, callbacks)
+        if state.get("begun") is not None:
+            begun, now = state["begun"], self.now
+            warn_of_other_settings(begun["optimizers"], now["optimizers"], self.path, bool(schedules))
+            warn_of_another_script(begun, now, self.path)
+        if later:
+            return
+        warn_of_other_schedules(schedules, self.path)
+        warn_of_other_monitors(states, callbacks, self.path)
+        if not finished:
+            warn_of_other_callbacks(states, callbacks)
+        warn_of_other_generators(self.randomness.others(state["random"]), self.path)
+        warn_of_other_data(state, self.data, finished, self.path)
+
+    def _load_weights(self, state: Any, whole: bool = True) -> None:
+        """Weights, optimizers and history; unless `whole`, optimizers have the groups that the epoch began with."""
+        run, loss = self.run, self.run.loss_func
         load_whole(self.model, state["model"])
         set_buffers(self.model, state["buffers"], run.device)
         freeze(self.model, state.get("frozen"))
         if state.get("in_eval") is not None:
             run.modes.restore(state["in_eval"])
-        if isinstance(run.loss_func, nn.Module):
-            run.loss_func.load_state_dict(state["loss"])
+        if isinstance(loss, nn.Module):
+            loss.load_state_dict(state["loss"])
+            set_buffers(loss, state.get("loss buffers", {}), run.device)
+            freeze(loss, state.get("loss frozen"))
+        parameters = parameters_by_name(self.model, loss)
         for name, optimizer in run.optimizers.items():
-            load_optimizer(optimizer, state["optimizers"][name]["state"])
+            written = state["optimizers"][name]
+            groups = len(written["state"]["param_groups"])
+            if not whole:
+                groups = min(groups, state.get("groups", {}).get(name, groups))
+            regroup(optimizer, written, groups, parameters)
+            load_optimizer(optimizer, of_groups(written["state"], groups))
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
+
+    def _begin_course(self, state: Any) -> None:
+        """What is taken over once: where the data stand, and which steps have been seen."""
+        validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
+        self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
+        for loader in self.loaders:
+            if getattr(loader, "persistent_workers", False) and len(self.run.epochs) >= self.first:
+                # in the run before, the seed of its workers was drawn in an epoch that is over
+                seeded(loader, self.run.world)
+        self.train.carry_on(restored(self._of_rank(state)["train"]))
+
+    def _of_rank(self, state: Any) -> Any:
+        """The state with what this process had of its own, where there are as many processes as then."""
+        world, ranks = self.run.world, state.get("ranks", [])
+        if world is not None and world.size > 1 and len(ranks) == world.size:
+            return state | ranks[world.rank]
+        return state
 
     def _load_course(self, state: Any) -> None:
         world, ranks = self.run.world, state.get("ranks", [])
         rank, size = (0, 1) if world is None else (world.rank, world.size)
         same = size > 1 and len(ranks) == size
-        state = state | (ranks[rank] if same else {})
+        state = self._of_rank(state)
         set_buffers(self.model, state["own buffers"] if same else {}, self.run.device)
+        if isinstance(self.run.loss_func, nn.Module):
+            set_buffers(self.run.loss_func, state.get("own loss buffers", {}) if same else {}, self.run.device)
         self.run.train.reset()
         if state["position"]["step"]:
             self.run.train.load_state_dict(restored(state["totals"]), counted=same or rank == 0)  # by it for all
-        validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
-        self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
         if self.run.precision is not None and state.get("precision"):  # older files have none
             self.run.precision.load_state_dict(restored(state["precision"]))
         for name, callback in named(self.callbacks):
             if name in state["callbacks"]:
                 callback.load_state_dict(restored(state["callbacks"][name]))
-        for loader in self.loaders:
-            if getattr(loader, "persistent_workers", False) and len(self.run.epochs) >= self.first:
-                # in the run before, the seed of its workers was drawn in an epoch that is over
-                seeded(loader, self.run.world)
+        self.attributes.restore(restored(state.get("attributes", {})))
         if same or rank == 0:
-            self.randomness.restore(state["random"])
-        self.train.carry_on(state["train"])
-        self.resumed = self.randomness.states()
+            self.randomness.restore(restored(state["random"]))
 
     def enter(self, at: Position) -> None:
-        """Before an epoch's first batch: where the epoch had begun already, its callbacks may have drawn again."""
+        """After on_epoch_begin of an epoch: one that is resumed in its middle has had it already.
+
+        What it did to the model, the optimizers, the random states and callbacks with a state_dict is undone: the state
+        of the file is put back. What it set up in callbacks without one stays.
+        """
         self.saved_step = at.step
-        if at.step:
-            self.randomness.restore(self.resumed)
+        state, self.again = self.again, None
+        if state is not None:
+            epochs = self.run.epochs
+            self._load_weights(state)
+            self.run.epochs = epochs
+            self._load_course(state)
+            self.groups = state.get("groups", self.groups)
+
+    def epoch_begins(self) -> None:
+        """Before on_epoch_begin, which may add groups to optimizers."""
+        self.groups = {name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()}
 
     # --- as it goes on ------------------------------------------------------------------------------------------------
 
@@ -292,6 +416,8 @@ class Checkpoint:
         failed = error is not None
         if self.run.world is not None:  # all must know, since all try again
             failed = bool(self.run.world.agree(failed)[0])
+        if last:
+            self.use.came_to = "its end"
         if not failed:
             self.run.under_way = None if last else self.run.under_way
             self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
@@ -323,6 +449,8 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
+            if self.path is not None:
+                self.use.came_to = "an error"
             if self.written:
                 error.add_note(f"The last state is in {self.path}: {self.written}. Call fit again to go on from there.")
             raise
@@ -338,18 +466,29 @@ class Checkpoint:
             "position": asdict(at),
             "history": run.epochs,
             "begun": run.begun,
+            "data": self.data,
+            "groups": self.groups,
+            "attributes": self.attributes.states(),
             "frozen": frozen(model),
             "in_eval": run.modes.look(),
             "model": weights,
             "buffers": {name: buffer for name, buffer in buffers_of(model).items() if name not in weights},
-            "loss": weights_of(loss) if isinstance(loss, nn.Module) else {},
+            "loss": {},
             "optimizers": {
-                name: {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
+                name: {
+                    "class": type(optimizer).__name__,
+                    "state": optimizer.state_dict(),
+                    "names": group_names(optimizer, model, loss),
+                }
                 for name, optimizer in run.optimizers.items()
             },
             "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
             **mine,
         }
+        if isinstance(loss, nn.Module):
+            of_loss = weights_of(loss)
+            hidden = {name: buffer for name, buffer in buffers_of(loss).items() if name not in of_loss}
+            state |= {"loss": of_loss, "loss buffers": hidden, "loss frozen": frozen(loss)}
         return state if run.world is None else state | self._of_ranks(run.world, mine)
 
     def _of_process(self) -> dict[str, Any]:
@@ -368,7 +507,8 @@ class Checkpoint:
         if totals.sums:
             sums, counts = totals.summed()
             together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
-        mine = mine | {"own buffers": buffers_of(self.model)}
+        if isinstance(self.run.loss_func, nn.Module):
+            mine["own loss buffers"] = buffers_of(self.run.loss_func)
         rest, _ = apart(plain(mine, "the state of a process"))  # parts are in the whole state under the same names
         return {"totals": together, "ranks": world.gather(rest)}
 
@@ -386,6 +526,52 @@ def path_of_run(path: Any) -> Path:
             f'Pass "{checked.with_suffix(".pt")}".'
         )
     return checked
+
+
+def holders_in(model: nn.Module, loss_func: Any) -> dict[str, Any]:
+    """The objects whose plain attributes are held: layers of the model and the loss."""
+    holders: dict[str, Any] = {}
+    for root, value in (("model", model), ("loss_func", loss_func)):
+        if isinstance(value, nn.Module):
+            for name, module in value.named_modules():
+                holders[f"{root}.{name}".rstrip(".")] = module
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, types.FunctionType):
+            holders[root] = value
+    return holders
+
+
+def copied_optimizers(state: Any) -> Any:
+    """A state whose optimizers may be trained on: it is needed once more if an epoch is resumed in its middle."""
+    if not state["position"]["step"]:
+        return state
+    return state | {"optimizers": copy.deepcopy(state["optimizers"])}
+
+
+def copied_callbacks(state: Any) -> Any:
+    if not state["position"]["step"]:
+        return state
+    return state | {"callbacks": copy.deepcopy(state["callbacks"])}
+
+
+def regroup(optimizer: Optimizer, written: Any, count: int, parameters: Mapping[str, Any]) -> None:
+    """Give an optimizer the groups of the file: those that a callback had added, and not those that it added here."""
+    own = optimizer.param_groups
+    for group in own[count:]:
+        for parameter in group["params"]:
+            optimizer.state.pop(parameter, None)
+    del own[count:]
+    for number in range(len(own), count):
+        group = dict(written["state"]["param_groups"][number])
+        group["params"] = [parameters[name] for name in written["names"][number]]
+        optimizer.add_param_group(group)
+
+
+def of_groups(state: Any, count: int) -> Any:
+    """An optimizer's state_dict with its first groups alone."""
+    groups = state["param_groups"][:count]
+    numbers = {number for group in groups for number in group["params"]}
+    kept = {number: values for number, values in state["state"].items() if number in numbers}
+    return {**state, "param_groups": groups, "state": kept}
 
 
 def stopped(state: Any) -> bool:

@@ -78,7 +78,7 @@ def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.d
             own.copy_(value)
         elif own is not None:
             setattr(module, last, value.to(device))
-        elif getattr(module, last, value) is None:
+        elif getattr(module, last, None) is None:  # made by the first batch
             with contextlib.suppress(KeyError):  # None, and no buffer
                 module.register_buffer(last, value.to(device), persistent=False)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
 from operator import index
@@ -184,14 +184,21 @@ def _shuffles_as_we_do() -> bool:
         return _shuffled(100).tolist() == theirs and torch.equal(torch.get_rng_state(), after)
 
 
-def asked(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The row numbers of each batch, from a sampler asked as the loader asks it: it may draw whenever it is asked."""
+def asked(loader: DataLoader[Any], iterate: Callable[[Any], Iterator[Any]] = iter) -> Iterator[Any]:
+    """The row numbers of each batch, from a sampler asked as the loader asks it: it may draw whenever it is asked.
+
+    Args:
+        loader: whose batch sampler is asked.
+        iterate: gives an iterator of the batch sampler.
+    """
     sampler: Any = loader.batch_sampler
-    rows: Iterator[Any] = iter(sampler)
+    rows: Iterator[Any] = iterate(sampler)
     draw_seed(loader)
     if not loader.num_workers:
         return _each(rows)
-    rows = iter(sampler)  # a loader with workers asks anew, and has their first tasks handed out before the first batch
+    rows = iterate(
+        sampler
+    )  # a loader with workers asks anew, and has their first tasks handed out before the first batch
     waiting: deque[Any] = deque()
     for _ in range(loader.num_workers * (loader.prefetch_factor or 0)):
         _ask_once(rows, waiting)  # asked again even after its end, as the loader does
@@ -328,6 +335,10 @@ class InMemoryBatches:
             # without workers, torch draws the order when the first batch is asked for
             return self._named(self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None))
         return self._named(self._one_by_one(asked(loader)))
+
+    def along(self, order: Iterator[Any]) -> Iterator[Any]:
+        """The batches of these row numbers, asked for one by one."""
+        return self._named(self._one_by_one(order))
 
     def of(self, shares: list[Any]) -> Iterator[Any]:
         """The batches of these row numbers, one tensor or list for each."""

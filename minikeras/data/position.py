@@ -7,26 +7,42 @@ a list, or in memory             read again, which costs next to nothing
 a DataLoader without workers     passed over by number: the sampler draws, no row is read
 a DataLoader with workers        read again, since its workers hold random states of their own
 one with state_dict              asked to carry on by itself
-anything else                    read again, with a warning
+anything else                    read again; a warning says so as the fit begins
+
+A sampler may draw as it goes, from a generator that others draw from in between. Where it is not known to draw all at
+once, it is watched: the states that its generators had when it drew are held, and put back as it draws again.
 """
 
 from __future__ import annotations
 
+import io
+import random
+import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    StackDataset,
+    TensorDataset,
+)
 
 from minikeras.data.epochs import epochs_of, put_epochs_back
-from minikeras.data.in_memory import InMemoryBatches, base_of
+from minikeras.data.in_memory import DRAWN_AT_ONCE, InMemoryBatches, asked, base_of
 from minikeras.data.sharded import Sharded
 from minikeras.data.sources import ArrayBatches, length
 from minikeras.errors import CheckpointError
-from minikeras.randomness import KINDS, Randomness
+from minikeras.randomness import Randomness, same_state
+from minikeras.reachable import reachable
 
 PLAIN = (TensorDataset, StackDataset)  # their rows draw nothing
+MOST_DRAWS = 1_000  # states of generators that are held of one iteration
 
 
 class Positioned:
@@ -53,6 +69,9 @@ class Positioned:
         self.seen = 0
         self.pending: dict[str, Any] | None = None
         self.epochs: list[int | None] = []  # by which samplers shuffled the iteration under way
+        self.order: WatchedOrder | None = None  # of a sampler that may draw as it goes
+        if may_draw_as_it_goes(batches):
+            self.order = WatchedOrder(self.loader, randomness)
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type] # raises as theirs does
@@ -61,7 +80,7 @@ class Positioned:
         if self.pending is None:
             self.start, self.seen = self.randomness.states(), 0
             self.epochs = epochs_of(self.loader)
-            iterator = iter(self.batches)
+            iterator = iter(self.batches) if self.order is None else self.order.batches(self.batches)
         else:
             iterator = self._carried_on()
         for batch in iterator:
@@ -74,8 +93,25 @@ class Positioned:
         if self.pending is not None or self.start is None:
             return self.pending
         state = self.loader.state_dict() if keeps_state(self.loader) else None
-        position = {"start": self.start, "seen": self.seen, "loader": state, "steps": length(self.batches)}
-        return position | {"epochs": self.epochs}
+        return {
+            "start": self.start,
+            "seen": self.seen,
+            "loader": state,
+            "steps": length(self.batches),
+            "epochs": self.epochs,
+            "draws": None if self.order is None else self.order.position(),
+        }
+
+    def check(self, position: Mapping[str, Any]) -> None:
+        """Whether these batches can be carried on at that position; nothing is changed.
+
+        Raises:
+            CheckpointError: they end before it, or their generators are others.
+        """
+        self.randomness.check(position["start"])
+        now = length(self.batches)
+        if position["loader"] is None and now is not None and position["seen"] > now:
+            raise ended_before(position["seen"], self.name, now)
 
     def carry_on(self, position: dict[str, Any] | None) -> None:
         """The next iteration begins at that position."""
@@ -93,11 +129,20 @@ class Positioned:
         if position["loader"] is not None:
             self.loader.load_state_dict(position["loader"])
             iterator = iter(self.batches)
+        elif self.order is not None:
+            iterator = self.order.batches(self.batches, self.seen, position.get("draws") or {})
+            self._pass(iterator)
+            self.order.read()
         else:
             iterator = passed_over(self.batches, self.loader, self.seen, self.name)
         put_epochs_back(self.loader, epochs)
         self.randomness.restore(now)
         return iterator
+
+    def _pass(self, iterator: Iterator[Any]) -> None:
+        passed = sum(1 for _ in islice(iterator, self.seen))
+        if passed < self.seen:
+            raise ended_before(self.seen, self.name, passed)
 
 
 def keeps_state(loader: Any) -> bool:
@@ -112,21 +157,19 @@ def passed_over(batches: Iterable[Any], loader: Any, count: int, name: str) -> I
     by_number = skips_by_number(batches, loader)
     fetch = _Fetch(loader) if by_number else None
     iterator = iter(fetch.batches() if fetch else batches)
-    if not by_number and not surely_the_same(batches, loader):
-        warnings.warn(
-            f"{name} is a {type(getattr(loader, 'dataset', loader)).__name__}, which has no state_dict: the {count} "
-            f"batches already seen are read again and left out. The run is exact only if they come as before. Give "
-            f"it state_dict and load_state_dict, or use a Dataset with __getitem__.",
-            stacklevel=2,
-        )
     passed = sum(1 for _ in islice(iterator, count))
     if passed < count:
-        raise CheckpointError(
-            f"the checkpoint stands after batch {count} and {name} ended after {passed}. Give the same data as before."
-        )
+        raise ended_before(count, name, passed)
     if fetch:
         fetch.reads = True
     return iterator
+
+
+def ended_before(count: int, name: str, passed: int) -> CheckpointError:
+    """The error for data that has fewer batches than have been seen."""
+    return CheckpointError(
+        f"the checkpoint stands after batch {count} and {name} ended after {passed}. Give the same data as before."
+    )
 
 
 def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: str) -> None:
@@ -153,24 +196,196 @@ def surely_the_same(batches: Iterable[Any], loader: Any) -> bool:
 
 
 def warn_of_hidden_draws(loader: Any, name: str) -> None:
-    """What would not be drawn again after a resume: said as a fit with a checkpoint begins."""
-    dataset = base_of(getattr(loader, "dataset", None))
-    if dataset is None or type(dataset) in PLAIN or isinstance(dataset, IterableDataset) or keeps_state(loader):
+    """Say as a fit with a checkpoint begins which positions and random states the file does not hold.
+
+    Args:
+        loader: what the user handed over.
+        name: dl_train or dl_val.
+    """
+    if loader is None or keeps_state(loader):
         return
-    hidden = [key for key, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, KINDS)]
-    if hidden and not loader.num_workers:
+    if name == "dl_train" and not reads_the_same(loader):
         warnings.warn(
-            f"the dataset of {name} draws from a generator of its own ({', '.join(hidden)}), whose state a checkpoint "
-            f"does not hold: a resumed run would draw other numbers. Draw from torch's, NumPy's or Python's global "
-            f"generator, or set num_workers=1.",
+            f"{name} is a {type(getattr(loader, 'dataset', loader)).__name__}, which has no state_dict: a checkpoint "
+            f"does not hold its position. When a run is resumed in the middle of an epoch, the batches already seen "
+            f"are read again and left out; the run is exact only if they come as before. Give it state_dict and "
+            f"load_state_dict, or use a Dataset with __getitem__.",
             stacklevel=2,
         )
+    positions = [path for path, value in reachable({name: loader}) if has_hidden_position(value, path)]
+    if positions:
+        warnings.warn(
+            f"{', '.join(positions[:3])} has a position or a random state that a checkpoint cannot hold: a resumed run "
+            f"may read or draw something else. Keep an index or a seed instead, and open it anew where it is read.",
+            stacklevel=2,
+        )
+    dataset = base_of(getattr(loader, "dataset", None))
+    if dataset is None or type(dataset) in PLAIN or isinstance(dataset, IterableDataset):
+        return
     if getattr(loader, "persistent_workers", False):
         warnings.warn(
             f"{name} has persistent_workers, whose random states a checkpoint does not hold: if the dataset draws "
             f"random numbers, a resumed run draws others. Set persistent_workers=False for an exact resume.",
             stacklevel=2,
         )
+
+
+def reads_the_same(loader: Any) -> bool:
+    """Whether reading what the user handed over again gives the same batches."""
+    if isinstance(loader, (InMemoryBatches, ArrayBatches, list)):
+        return True
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    return not isinstance(loader.dataset, IterableDataset)
+
+
+def has_hidden_position(value: Any, path: str) -> bool:
+    """Whether an object moves on when it is read, and cannot tell how far it is."""
+    if isinstance(value, random.SystemRandom):
+        return True
+    if isinstance(value, io.IOBase):
+        return not value.closed and value.readable() and not value.isatty()
+    if isinstance(value, (types.GeneratorType, zip, map, filter, enumerate, reversed)):
+        return True
+    kind = type(value)
+    iterator = kind.__module__ in ("itertools", "_csv") or kind.__name__.endswith("_iterator")
+    return iterator and hasattr(value, "__next__")
+
+
+def may_draw_as_it_goes(batches: Any) -> bool:
+    """Whether a loader's sampler may draw later than at an iteration's start, as far as its class tells."""
+    loader = getattr(batches, "loader", batches)
+    if not isinstance(batches, (InMemoryBatches, DataLoader)) or type(loader) is not DataLoader:
+        return False
+    if isinstance(loader.dataset, IterableDataset) or loader.persistent_workers:
+        return False
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if type(sampler) not in DRAWN_AT_ONCE:
+        return type(sampler) not in (list, tuple, range)
+    if type(sampler) is RandomSampler and sampler.generator is not None:
+        return bool(sampler.replacement) or sampler.num_samples > len(sampler.data_source)
+    return False
+
+
+class WatchedOrder:
+    """The batches of a loader, whose sampler is watched as it draws."""
+
+    def __init__(self, loader: DataLoader[Any], randomness: Randomness) -> None:
+        self.loader = loader
+        self.randomness = randomness
+        self.fetch: _Fetch | None = None
+        self.draws: WatchedDraws | None = None
+
+    def batches(self, batches: Any, seen: int = 0, draws: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """An iterator over the loader's batches; of those that were `seen` no row is read, before `read`."""
+        loader = self.loader
+        if isinstance(batches, InMemoryBatches):
+            order = asked(loader, lambda sampler: self._watched(sampler, draws))
+            return batches.along(order)
+        sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        watched = _Watched(sampler, lambda given: self._watched(given, draws))
+        if loader.num_workers:
+            return iter(with_sampler(loader, watched))
+        self.fetch = _Fetch(loader)
+        self.fetch.reads = not seen
+        return iter(self.fetch.batches(watched))
+
+    def _watched(self, sampler: Any, draws: Mapping[str, Any] | None) -> WatchedDraws:
+        self.draws = WatchedDraws(iter(sampler), self.randomness, draws)
+        return self.draws
+
+    def read(self) -> None:
+        """From the next batch on rows are read."""
+        if self.fetch is not None:
+            self.fetch.reads = True
+
+    def position(self) -> dict[str, Any] | None:
+        """Which states the generators had when the sampler drew, as plain values."""
+        return None if self.draws is None else self.draws.position()
+
+
+class _Watched:
+    """A sampler whose iterators are watched."""
+
+    def __init__(self, sampler: Any, watched: Any) -> None:
+        self.sampler = sampler
+        self.watched = watched
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator: Iterator[Any] = self.watched(self.sampler)
+        return iterator
+
+
+class WatchedDraws:
+    """A sampler's iterator: it remembers, for each draw, what others had drawn from its generators before it.
+
+    Where it draws in its `number`-th step and no one else has drawn since its last draw, nothing is remembered.
+    """
+
+    def __init__(self, iterator: Iterator[Any], randomness: Randomness, draws: Mapping[str, Any] | None) -> None:
+        self.iterator = iterator
+        self.randomness = randomness
+        self.number = 0
+        self.replayed = {} if draws is None else {int(number): states for number, states in draws.items()}
+        self.draws: dict[int, dict[str, Any]] = dict(self.replayed)
+        self.left = randomness.draws()  # the generators' states as the last step left them
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        number = self.number
+        self.number += 1
+        if number in self.replayed:
+            self.randomness.put_draws(self.replayed[number])
+        before = self.randomness.draws()
+        try:
+            return next(self.iterator)
+        finally:
+            drawn = self.randomness.moved(before)
+            others = {name: state for name, state in drawn.items() if not same_state(state, self.left[name])}
+            if others and number not in self.draws and len(self.draws) < MOST_DRAWS:
+                self.draws[number] = others
+                self._warn_of_too_many()
+            if drawn:
+                self.left = self.randomness.draws()
+
+    def _warn_of_too_many(self) -> None:
+        if len(self.draws) == MOST_DRAWS:
+            warnings.warn(
+                f"the sampler of dl_train has drawn {MOST_DRAWS} times in one epoch from a random generator that "
+                f"others draw from in between, and a checkpoint does not hold more: a run resumed later in an epoch is "
+                f"not exact. Give the sampler a generator of its own.",
+                stacklevel=2,
+            )
+
+    def position(self) -> dict[str, Any]:
+        return {str(number): states for number, states in self.draws.items()}
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Any) -> DataLoader[Any]:
+    """A loader with workers like this one, with another sampler."""
+    kwargs: dict[str, Any] = {"batch_sampler": sampler}
+    if loader.batch_sampler is None:
+        kwargs = {"batch_size": None, "sampler": sampler}
+    return DataLoader(
+        loader.dataset,
+        **kwargs,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        generator=loader.generator,
+        in_order=getattr(loader, "in_order", True),
+    )
 
 
 class _Fetch(Dataset[Any]):
@@ -189,10 +404,11 @@ class _Fetch(Dataset[Any]):
         fetched = dataset.__getitems__(rows) if getattr(dataset, "__getitems__", None) else [dataset[r] for r in rows]
         return self.loader.collate_fn(fetched)
 
-    def batches(self) -> DataLoader[Any]:
-        """A loader that draws what the other draws, when it draws it."""
+    def batches(self, sampler: Any = None) -> DataLoader[Any]:
+        """A loader that draws what the other draws, when it draws it; with a `sampler` in place of its own."""
         loader = self.loader
-        sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        if sampler is None:
+            sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         return DataLoader(self, batch_size=None, sampler=sampler, collate_fn=_same, generator=loader.generator,
                           pin_memory=loader.pin_memory)  # fmt: skip
 
