@@ -18,7 +18,7 @@ from minikeras import CheckpointError, LambdaCallback, LRScheduler
 @pytest.fixture(autouse=True)
 def _quick_disk(monkeypatch):
     """Waiting for the disk is what test_kill.py is for."""
-    monkeypatch.setattr("minikeras.checkpoint.file.flush", lambda path: None)
+    monkeypatch.setattr("minikeras.atomic.flush", lambda path: None)
 
 
 class Killed(BaseException):
