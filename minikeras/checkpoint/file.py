@@ -37,8 +37,8 @@ __all__ = [
     "refuse_special_file",
     "remedy",
     "remedy_of_fit",
+    "write",
 ]
-__all__ += ["write"]
 
 ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 

@@ -110,7 +110,7 @@ class Checkpoint:
             state, path = found
             if before is not None and before[0] == self.path:  # broken off, and called once more
                 self.first, self.last = before[1], before[1] - 1 + epochs
-            self.whole = path == self.path
+            self.whole = path == place
             check_run(state, model, run, path)
             self.state = self._mine(state, path)
             self._compare_beginnings(state.get("begun"))
