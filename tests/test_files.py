@@ -122,7 +122,9 @@ def test_what_cannot_be_a_path_is_refused_by_every_writer(path):
 def test_a_folder_with_a_run_in_it_is_not_the_file_in_it(tmp_path):
     run_file(tmp_path / "exp" / "run.pt", epochs=1)
     for call in (Net().load, Net().save, run_file):
-        with pytest.raises((CheckpointError, IsADirectoryError), match="Give the path of the file in it, .*exp/run.pt"):
+        with pytest.raises(
+            (CheckpointError, IsADirectoryError), match=r"Give the path of the file in it, .*exp/run.pt"
+        ):
             call(tmp_path / "exp")
     assert [path.name for path in (tmp_path / "exp").iterdir()] == ["run.pt"]
     Net().load(tmp_path / "exp" / "run.pt")
@@ -143,7 +145,7 @@ def test_two_writers_of_one_path_are_refused_before_the_fit(tmp_path, monkeypatc
         (None, [kinds[1]("w.csv"), kinds[1]("w.csv")]),
     ]
     for path, callbacks in calls:
-        with pytest.raises(ValueError, match="would write one file. Give each a path of its own"):
+        with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
             compiled().fit(1, points(8), verbose=0, checkpoint=path, callbacks=callbacks)
     assert [one.name for one in tmp_path.iterdir()] == ["link.pt"]
     callbacks = [kinds[0]("{epoch}.pt"), kinds[0]("best.pt"), kinds[1]("log.csv"), kinds[1]("more.csv")]
@@ -409,12 +411,12 @@ def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path):
         with zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
             for entry, content in contents.items():
                 new.writestr(entry, program if entry == name else content)
-        with pytest.raises(CheckpointError, match="is damaged: (it claims|a tensor)"):
+        with pytest.raises(CheckpointError, match=r"is damaged: (it claims|a tensor)"):
             read(tmp_path / "w.pt")
     with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for entry, content in contents.items():
             new.writestr(entry, content)
-    with pytest.raises(CheckpointError, match="it is compressed, which torch.save does not do"):
+    with pytest.raises(CheckpointError, match=r"it is compressed, which torch\.save does not do"):
         read(tmp_path / "w.pt")
 
 
@@ -510,7 +512,7 @@ def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
     for position in (2**30, -5, 625):
         state["random"]["numpy"]["state"]["pos"] = position
         write(path, dump(state))
-        with pytest.raises(CheckpointError, match="random numpy pos is .* and not a position of 0 to 624"):
+        with pytest.raises(CheckpointError, match=r"random numpy pos is .* and not a position of 0 to 624"):
             run_file(path)
 
 

@@ -412,9 +412,9 @@ def _check_numpy(state: Any, where: str) -> None:
             raise _Unfit(f"{where} {key}", state[key], "a number")
     inner = _named(_get(state, "state", f"{where} "), f"{where} state")
     if kind == "MT19937":
-        key = _list(_get(inner, "key", f"{where} "), f"{where} key")
-        if len(key) != WORDS or not all(_is_count(word) and word < 2**32 for word in key):
-            raise _Unfit(f"{where} key", f"{len(key)} words", f"{WORDS} words of 32 bits")
+        words = _list(_get(inner, "key", f"{where} "), f"{where} key")
+        if len(words) != WORDS or not all(_is_count(word) and word < 2**32 for word in words):
+            raise _Unfit(f"{where} key", f"{len(words)} words", f"{WORDS} words of 32 bits")
         if not _is_count(_get(inner, "pos", f"{where} ")) or inner["pos"] > WORDS:
             raise _Unfit(f"{where} pos", inner["pos"], f"a position of 0 to {WORDS}")
     if kind == "Philox":
