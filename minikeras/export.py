@@ -34,6 +34,7 @@ from minikeras.paths import user_path
 if TYPE_CHECKING:
     from minikeras.model import Model
 
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # the key of a node's lines of source code
 ONE_FILE = 2**31 - 2**24  # bytes of weights; beyond it protobuf cannot hold them, and they lie in NAME.data
 
 
@@ -175,13 +176,35 @@ def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = map_leaves(lambda leaf: {0: batch} if has_rows(leaf, rows) else None, dict(given))
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be exported for any number of rows: {str(error).splitlines()[0]} "
             f"Its forward must go the same way whatever the values and the number of rows: "
             f"torch.where for an if, x.flatten(1) for a reshape to the example's size."
         ) from error
+    forget_sources(program)
+    return program
+
+
+def forget_sources(program: Any) -> None:
+    """Take the lines of source code, with their files, out of a program: a file is handed on, and they are not."""
+    for module in program.graph_module.modules():
+        graph = getattr(module, "graph", None)
+        for node in () if graph is None else graph.nodes:
+            node.meta.pop("stack_trace", None)
+
+
+def forget_sources_of_onnx(graph: Any) -> None:
+    """The same for a graph of ONNX and those in its nodes: translating it has added torch's own lines."""
+    for node in graph:
+        node.metadata_props.pop(STACK_TRACE, None)
+        node.doc_string = None
+        for attribute in node.attributes.values():
+            inner = attribute.value
+            for part in inner if isinstance(inner, (list, tuple)) else [inner]:
+                if hasattr(part, "initializers"):
+                    forget_sources_of_onnx(part)
 
 
 def _pt2(program: Any) -> Callable[[Path], None]:
@@ -200,6 +223,8 @@ def _onnx(program: Any, model: nn.Module, given: tuple[Any, Any], outputs: Any) 
     more: Any = {"input_names": inputs, "output_names": names, "dynamic_shapes": sizes}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **more)
     assert made is not None
+    for graph in (made.model.graph, *made.model.functions.values()):
+        forget_sources_of_onnx(graph)
     if sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor)) > ONE_FILE:
         return partial(_in_two_files, made)
     return partial(_whole, made.model_proto.SerializeToString())

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 @pytest.fixture(autouse=True)
 def _quick_disk(monkeypatch):
     """Waiting for the disk is what test_kill.py is for."""
-    monkeypatch.setattr("minikeras.checkpoint.file.flush", lambda path: None)
+    monkeypatch.setattr("minikeras.atomic.flush", lambda path: None)
 
 
 class Killed(BaseException):
@@ -185,7 +185,8 @@ def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, t
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
         f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it would be loss. "
-        f"Compile as it was compiled then. The one written before it is {path['checkpoint']}.prev."
+        f"Compile as it was compiled then. To start anew, delete {path['checkpoint']} and {path['checkpoint']}.prev, "
+        f"or give another path."
     )
     dfhistory = compiled(metrics_dict={"other": metric}).fit(2, points(60), **path)
     assert dfhistory["mean"].isna().tolist() == [False, True]

@@ -21,14 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.atomic import REST, discard, previous, temporaries, write
+from minikeras.atomic import REST, discard, flush, previous, temporaries, write
 from minikeras.checkpoint.archive import ArchiveError, check_entries, check_program, check_values
 from minikeras.data import leaves
 from minikeras.errors import CheckpointError
 from minikeras.paths import follow_links, refuse_special
 
-__all__ = ["discard", "dump", "previous", "read", "read_newest", "refuse_special_file", "remedy", "remedy_of_fit"]
-__all__ += ["write"]
+__all__ = [
+    "discard",
+    "dump",
+    "flush",
+    "previous",
+    "read",
+    "read_newest",
+    "refuse_special_file",
+    "remedy",
+    "remedy_of_fit",
+    "write",
+]
 
 ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 

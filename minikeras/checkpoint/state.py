@@ -153,8 +153,8 @@ class Checkpoint:
         step = 0 if self.state is None else self.state["position"]["step"]
         if batches is not None and step > batches:
             raise CheckpointError(
-                f"{self.path} stands after batch {step} of an epoch, and dl_train has {batches}. Give the same data "
-                f"and batch_size as before."
+                f"the checkpoint stands after batch {step} and dl_train ended after {batches}. Give the same data as "
+                f"before."
             )
 
     def _compare_beginnings(self, begun: Any) -> None:

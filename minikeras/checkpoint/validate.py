@@ -69,6 +69,11 @@ def check_state(state: Any, model: nn.Module, run: Run, path: Path) -> None:
         raise CheckpointError(
             f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
         ) from None
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path} is damaged, or has been changed since it was written: {first}. {remedy_of_fit(path)}"
+        ) from error
 
 
 # --- types and ranges -------------------------------------------------------------------------------------------------
@@ -160,10 +165,10 @@ def _check_begun(begun: Any) -> None:
     if begun is None:  # of older files
         return
     _named(begun, "begun")
-    for name, groups in _named(begun.get("optimizers", {}), "begun optimizers").items():
+    for name, groups in _named(_get(begun, "optimizers", "begun "), "begun optimizers").items():
         for group in _list(groups, f"begun optimizers {name!r}"):
-            _named(group, f"begun optimizers {name!r}")
-    _strings(begun.get("frozen", []), "begun frozen")
+            _numbers(group, f"begun optimizers {name!r},")
+    _strings(_get(begun, "frozen", "begun "), "begun frozen")
 
 
 def _check_of_process(state: Mapping[str, Any], where: str = "") -> None:
@@ -288,9 +293,15 @@ def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None
                     raise _Unfit(f"{where}, {key}", value, f"{len(own[key])} numbers")
             for current, number in pairs:
                 _check_setting(current, number, f"{where}, {key}")
+                if key == "betas" and not 0 <= float(number) < 1:
+                    raise _Unfit(f"{where}, {key}", float(number), "a number from 0 to below 1")
 
 
 def _check_setting(current: Any, value: Any, where: str) -> None:
+    if isinstance(current, bool) and type(value) is not bool:
+        raise _Unfit(where, value, "True or False")
+    if current is None and not (value is None or isinstance(value, bool) or is_number(value)):
+        raise _Unfit(where, value, "None, True or False")
     if isinstance(current, bool) or not is_number(current):
         return
     if value is None or isinstance(value, bool):
@@ -305,9 +316,23 @@ def _check_shapes(values: Mapping[int, Any], numbers: list[int], optimizer: Opti
     """Of torch's optimizers whose tensors have their parameter's shape."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kind = type(optimizer)
-    own = kind.__module__.startswith("torch.optim") and kind.__name__ not in OF_OWN_SHAPES
-    if not own or len(parameters) != len(numbers):
+    is_known = kind.__module__.startswith("torch.optim") and kind.__name__ not in OF_OWN_SHAPES
+    if not is_known or len(parameters) != len(numbers):
         return
+    filled = [own for own in values.values() if own]
+    for own in filled:
+        if own.keys() != filled[0].keys():
+            raise _Unfit(f"{where}, state of a parameter", list(own), f"of the names {list(filled[0])}"[:200])
+    for number, own in values.items():
+        for key, value in own.items():
+            place = f"{where}, {key} of parameter {number}"
+            if key == "step" and (not is_number(value) or not 0 <= float(value) <= LARGEST):
+                raise _Unfit(place, value, "a number of 0 or more")
+            if value is None and key != "momentum_buffer":
+                raise _Unfit(place, value, "a tensor or a number")
+            tensors = [isinstance(other[key], Tensor) for other in filled if other[key] is not None]
+            if value is not None and len(set(tensors)) > 1:
+                raise _Unfit(place, value, "of the same type for each parameter")
     for number, parameter in zip(numbers, parameters, strict=True):
         for key, value in values.get(number, {}).items():
             place = f"{where}, {key} of parameter {number}"
@@ -382,11 +407,14 @@ def _check_numpy(state: Any, where: str) -> None:
         if isinstance(kind, str) and not hasattr(np.random, kind):
             return  # of another package: its own check has to do
         raise _Unfit(f"{where} bit_generator", kind, "one of NumPy's")
+    for key in ("has_gauss", "has_uint32", "gauss", "uinteger"):
+        if key in state and not isinstance(state[key], (int, float)):
+            raise _Unfit(f"{where} {key}", state[key], "a number")
     inner = _named(_get(state, "state", f"{where} "), f"{where} state")
     if kind == "MT19937":
-        key = _list(_get(inner, "key", f"{where} "), f"{where} key")
-        if len(key) != WORDS or not all(_is_count(word) and word < 2**32 for word in key):
-            raise _Unfit(f"{where} key", f"{len(key)} words", f"{WORDS} words of 32 bits")
+        words = _list(_get(inner, "key", f"{where} "), f"{where} key")
+        if len(words) != WORDS or not all(_is_count(word) and word < 2**32 for word in words):
+            raise _Unfit(f"{where} key", f"{len(words)} words", f"{WORDS} words of 32 bits")
         if not _is_count(_get(inner, "pos", f"{where} ")) or inner["pos"] > WORDS:
             raise _Unfit(f"{where} pos", inner["pos"], f"a position of 0 to {WORDS}")
     if kind == "Philox":
@@ -427,7 +455,8 @@ def check_callbacks(states: Mapping[str, Any], callbacks: list[Callback], model:
             if key in given and is_number(value) and not is_number(given[key]):
                 problem = _Unfit(f"callback {name}, {key}", given[key], "a number")
                 raise CheckpointError(f"{path} is damaged: {problem}. {remedy_of_fit(path)}")
-        if isinstance(callback, EarlyStopping) and given.get("weights"):
+        weights = given.get("weights")
+        if isinstance(callback, EarlyStopping) and (weights is not None and (type(weights) is not dict or weights)):
             check_weights(model, given["weights"], path, remedy_of_fit)
 
 
