@@ -135,21 +135,21 @@ class FiniteWeights:
 
     # --- what is looked at --------------------------------------------------------------------------------------------
 
-    def _modules(self) -> list[tuple[str, nn.Module]]:
+    def _parts(self) -> list[tuple[str, nn.Module]]:
         modules = [("", self.model)]
         if isinstance(self.loss_func, nn.Module):
             modules.append((OF_THE_LOSS, self.loss_func))
         return modules
 
     def _weights(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        for prefix, module in self._modules():
+        for prefix, module in self._parts():
             for name, parameter in module.named_parameters():
                 yield from looked_at("parameter", prefix + name, parameter)
             for name, buffer in module.named_buffers():
                 yield from looked_at("buffer", prefix + name, buffer)
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, module in self._modules():
+    def _by_name(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self._parts():
             for name, parameter in module.named_parameters():
                 yield prefix + name, parameter
 
@@ -158,7 +158,7 @@ class FiniteWeights:
         for optimizer in self.optimizers.values():
             if not type(optimizer).__module__.startswith("torch.optim"):
                 continue
-            for name, parameter in self._parameters():
+            for name, parameter in self._by_name():
                 for key, value in optimizer.state.get(parameter, {}).items():
                     title = f"{key} of {type(optimizer).__name__} for {name}"
                     yield from looked_at("state", title, value)
@@ -167,7 +167,7 @@ class FiniteWeights:
         """Of batches that wait for a step under `accumulate`. In float16 infinite ones are skipped by the scaler."""
         if self.precision is None or self.precision.accumulate == 1 or self.precision.scaler is not None:
             return
-        for name, parameter in self._parameters():
+        for name, parameter in self._by_name():
             if parameter.grad is not None:
                 yield from looked_at("gradient", name, parameter.grad)
 
