@@ -298,14 +298,16 @@ class Model(nn.Module):
                 the fit goes on from it: weights and history become those of a fit never stopped, bit by bit, unless a
                 warning says why not.
             checkpoint_every: steps between two writings within an epoch as well.
-            on_nan: what becomes of a training loss that is NaN or infinite, before it moves a weight: "raise" an error,
-                "stop" the fit with a warning, or "ignore".
+            on_nan: what to do about a training loss that is NaN or infinite, before it moves a weight, and about
+                weights that are: "raise" an error, "stop" the fit with a warning, or "ignore" it; such weights are
+                not written to a file then, with a warning. What was so when the fit began is left alone.
 
         Raises:
             NotCompiledError: before `compile`.
             TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
             CheckpointError: the file is damaged or of another run; or its last writing failed.
-            FloatingPointError: the loss is not finite; the message says where, and what is known of the cause.
+            FloatingPointError: the loss is not finite; or weights are not, at an epoch's end and before a file is
+                written. The message says where, and what is known of the cause.
             RuntimeError: a fit of this model is running already; or another of several processes has ended or does not
                 answer.
         """

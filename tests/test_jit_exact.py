@@ -1,0 +1,387 @@
+"""jit=True: a fit that resumes is the one never stopped, and what a graph would lose gets eager's numbers."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import minikeras
+from minikeras import LambdaCallback
+
+JIT = {"backend": "aot_eager"}
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) + 1
+BATCHES = list(zip(X.split(10), X[:, :1].split(10), strict=True))
+
+
+class KilledError(Exception):
+    pass
+
+
+# --- the step that is only looked at ----------------------------------------------------------------------------------
+
+
+class Drawing(nn.Module):
+    """Draws from one of the generators that are not torch's own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x + 0.1 * (random.random() if self.kind == "python" else float(np.random.rand()))
+
+
+class Centred(nn.Module):
+    """Assigns its buffers anew, one of which was None."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", None, persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.count = torch.ones(4) if self.count is None else self.count + 1
+        return x - self.mean / self.count
+
+
+class Counted(nn.Module):
+    """Counts its batches in Python, in a number and in a list, of which its scale depends."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = 0
+        self.seen = []
+
+    def forward(self, x):
+        if self.training and not torch.compiler.is_compiling():
+            self.batches += 1
+            self.seen.append(len(x))
+        return x
+
+
+class MovingLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, y_pred, y_true):
+        if torch.is_grad_enabled():
+            self.mean = 0.9 * self.mean + 0.1 * y_pred.detach().mean()
+        return ((y_pred - y_true - self.mean) ** 2).mean()
+
+
+class Assigning(torch.optim.Optimizer):
+    """Puts a new tensor into its state at each step."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["m"] = 0.9 * state.get("m", torch.zeros_like(parameter)) + parameter.grad
+                parameter.sub_(group["lr"] * state["m"])
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts its steps in Python, in its groups and for each parameter."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, {"lr": lr, "count": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                parameter.sub_(group["lr"] / (group["count"] + state["step"]) ** 0.5 * parameter.grad)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def linear():
+    return nn.Linear(4, 1)
+
+
+KINDS = {
+    "plain": (linear, sgd, nn.MSELoss, {}),
+    "Python's generator": (lambda: nn.Sequential(Drawing("python"), linear()), sgd, nn.MSELoss, {}),
+    "NumPy's generator": (lambda: nn.Sequential(Drawing("numpy"), linear()), sgd, nn.MSELoss, {}),
+    "assigned buffers": (lambda: nn.Sequential(Centred(), linear()), sgd, nn.MSELoss, {}),
+    "an assigned buffer of the loss": (linear, sgd, MovingLoss, {}),
+    "assigned state": (linear, Assigning, nn.MSELoss, {}),
+    "counts in Python": (linear, Counting, nn.MSELoss, {}),
+    "accumulate 2": (linear, sgd, nn.MSELoss, {"accumulate": 2}),
+    "accumulate 4": (linear, sgd, nn.MSELoss, {"accumulate": 4}),
+    "clipping": (linear, sgd, nn.MSELoss, {"clip_grad_norm": 0.1}),
+    "fp16": (linear, sgd, nn.MSELoss, {"precision": "fp16"}),
+    "dropout": (lambda: nn.Sequential(nn.Dropout(0.3), linear()), sgd, nn.MSELoss, {}),
+}
+
+
+def train(kind, path=None, every=None, kill=None):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    net, optimizer, loss, options = KINDS[kind]
+    model, loss_func = minikeras.Model(net()), loss()
+    model.compile(loss_func, optimizer(model.parameters()), device="cpu", jit=JIT, **options)
+    batches = []
+
+    def die(batch, logs):
+        batches.append(batch)
+        if len(batches) == kill:
+            raise KilledError
+
+    saving = {} if path is None else {"checkpoint": path, "checkpoint_every": every}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the way down, which other tests look at
+        history = model.fit(2, BATCHES, BATCHES[:2], callbacks=[LambdaCallback(on_batch_end=die)], verbose=0, **saving)
+    states = [model.state_dict(), *([] if loss is nn.MSELoss else [loss_func.state_dict()])]
+    tensors = [value.clone() for state in states for value in state.values()]
+    return history, tensors, model.optimizer.state_dict(), (random.random(), np.random.rand(), torch.rand(()).item())
+
+
+@pytest.mark.parametrize(("every", "kill"), [(None, 8), (1, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path):
+    expected = train(kind)
+    with pytest.raises(KilledError):
+        train(kind, tmp_path / "run.pt", every, kill)
+    found = train(kind, tmp_path / "run.pt", every)
+    assert found[0].equals(expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    torch.testing.assert_close(found[2], expected[2], rtol=0, atol=0)
+    assert found[3] == expected[3]
+
+
+def test_the_attributes_of_a_module_are_put_back_too(tmp_path):
+    def model_of():
+        torch.manual_seed(0)
+        model = minikeras.Model(nn.Sequential(Counted(), linear()))
+        model.compile(nn.MSELoss(), sgd(model.parameters()), device="cpu", jit=JIT)
+        return model
+
+    saving = {"checkpoint": tmp_path / "run.pt", "verbose": 0}
+    with pytest.raises(KilledError):
+        model_of().fit(2, BATCHES, callbacks=[LambdaCallback(on_batch_end=raise_at_8())], **saving)
+    model = model_of()
+    model.fit(2, BATCHES, callbacks=[LambdaCallback()], **saving)
+    assert model.net[0].batches == 0  # every batch went through the graph, and none was looked at as well
+    assert model.net[0].seen == []
+
+
+def raise_at_8():
+    count = []
+
+    def die(batch, logs):
+        count.append(batch)
+        if len(count) == 8:
+            raise KilledError
+
+    return die
+
+
+def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
+    rows = torch.arange(24).reshape(6, 4) % 9
+    data = [(row[None], torch.ones(1, 2)) for row in rows]
+
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 2, sparse=True)
+
+        def forward(self, x):
+            return self.table(x).mean(1)
+
+    def fit(kill=None, **saving):
+        torch.manual_seed(0)
+        model = minikeras.Model(Embedded())
+        model.compile(nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=JIT)
+        callbacks = [] if kill is None else [LambdaCallback(on_batch_end=raise_at_8())]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(2, data, callbacks=callbacks, verbose=0, **saving)
+        return model
+
+    expected = fit()
+    with pytest.raises(KilledError):
+        fit(kill=8, checkpoint=tmp_path / "run.pt", checkpoint_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fit(checkpoint=tmp_path / "run.pt", checkpoint_every=1)
+    assert torch.equal(found.net.table.weight, expected.net.table.weight)
+    assert [state["step"] for state in found.optimizer.state.values()] == [12]
+
+
+# --- what a graph would lose ------------------------------------------------------------------------------------------
+
+
+class Reading(torch.optim.Optimizer):
+    """Has its count in a tensor, and reads it as a Python number."""
+
+    def __init__(self, parameters, how):
+        super().__init__(parameters, {"lr": 0.05})
+        self.how = how
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                state["step"] += 1
+                share = 0.5 if self.how == "branch" and state["step"].item() > 3 else 1.0
+                if self.how == "value":
+                    share = 1 / state["step"].item()
+                if self.how == "float":
+                    share = 1 / float(state["step"])
+                parameter.sub_(group["lr"] * share * parameter.grad)
+
+
+def both(model_of, loss_of, optimizer_of, dtype=torch.float32, **options):
+    """The same fit in eager and under jit: models, and the warnings of the second."""
+    models = []
+    for jit in (False, JIT):
+        torch.manual_seed(0)
+        model = minikeras.Model(model_of().to(dtype))
+        loss_func = loss_of().to(dtype)
+        model.compile(loss_func, optimizer_of(model.parameters()), device="cpu", jit=jit, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(2, [(x.to(dtype), y.to(dtype)) for x, y in BATCHES], verbose=0)
+        models.append((model, loss_func))
+    return models, [str(warning.message) for warning in caught]
+
+
+def assert_as_in_eager(models):
+    (expected, loss_of_eager), (found, loss_of_jit) = models
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss_of_jit.state_dict(), loss_of_eager.state_dict(), rtol=1e-6, atol=1e-6)
+    states = [model.optimizer.state_dict()["state"] for model in (found, expected)]
+    torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["branch", "value", "float"])
+def test_an_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(how):
+    models, told = both(linear, nn.MSELoss, lambda p: Reading(p, how))
+    assert_as_in_eager(models)
+    outside = ["jit: train_step is not one graph: forward and loss, since in step"]
+    assert [text.partition(": U")[0].partition(": G")[0] for text in told] in ([], outside)  # torch can trace some
+    assert bool(told) or how != "branch"
+
+
+def test_an_optimizer_that_assigns_its_state_steps_outside_the_graph_and_is_told_of():
+    models, told = both(linear, nn.MSELoss, Assigning)
+    assert_as_in_eager(models)
+    assert told == [
+        "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the optimizer puts another "
+        "tensor into its state, 'm'. Filled in place, it would be in the graph"
+    ]
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_the_averages_of_asgd_are_those_of_eager(foreach):
+    models, told = both(linear, nn.MSELoss, lambda p: torch.optim.ASGD(p, lr=0.05, t0=3, foreach=foreach))
+    assert_as_in_eager(models)
+    state = models[1][0].optimizer.state[models[1][0].net.weight]
+    assert state["mu"].item() == pytest.approx(1 / 9)  # 12 steps, 3 of them before the averaging
+    assert told == [
+        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its state, which a graph "
+        "would hold as they were"
+    ]
+
+
+class Scaled(nn.Module):
+    """A parameter that is one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = linear()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale.exp()
+
+
+class Averaged(nn.Module):
+    """A buffer that is one number, changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = linear()
+        self.register_buffer("mean", torch.tensor(0.0))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(x.mean(), alpha=0.1)
+        return self.linear(x - self.mean)
+
+
+class AveragedLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(0.0))
+
+    def forward(self, y_pred, y_true):
+        if torch.is_grad_enabled():
+            self.mean.mul_(0.9).add_(y_pred.detach().mean(), alpha=0.1)
+        return ((y_pred - y_true - self.mean) ** 2).mean()
+
+
+OPTIMIZERS = {
+    "SGD": sgd,
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
+    models, told = both(Scaled, nn.MSELoss, optimizer, dtype)
+    assert_as_in_eager(models)
+    lost = (
+        "jit: train_step is not one graph: forward and loss, since a parameter is one number in float64, to which "
+        "torch.compile loses changes on the CPU"
+    )
+    assert told == ([lost] if dtype == torch.float64 else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("model", "loss"), [(Averaged, nn.MSELoss), (linear, AveragedLoss)], ids=["model", "loss"])
+def test_a_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
+    models, told = both(model, loss, sgd, dtype)
+    assert_as_in_eager(models)
+    name = "net.mean" if loss is nn.MSELoss else "mean"
+    lost = (
+        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in float64, to which "
+        "torch.compile loses changes on the CPU. With shape (1,) it would be in the graph"
+    )
+    assert told == ([lost] if dtype == torch.float64 else [])
+
+
+@pytest.mark.parametrize("name", ["Rprop", "Adadelta", "RMSprop", "AdamW", "NAdam"])
+def test_steps_are_counted_where_float64_is_torchs_default(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        models, told = both(linear, nn.MSELoss, getattr(torch.optim, name), torch.float64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_as_in_eager(models)
+    assert told == []
+    assert {state["step"].item() for state in models[1][0].optimizer.state.values()} == {12}
