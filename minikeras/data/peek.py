@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler, default_collate
 
@@ -25,8 +26,11 @@ def first_rows(batches: Iterable[Any]) -> Any:
     if type(batches) is list:
         return map_leaves(copied, batches[0]) if batches else None
     if isinstance(batches, ArrayBatches) and not batches.shuffle:
-        size = batches.batch_size
-        return map_leaves(lambda leaf: copied(leaf[:size]), batches.arrays)
+        size = min(batches.batch_size, batches.rows)
+        if size == 0:
+            return None
+        first = next(batches.gathered(torch.arange(size), size))
+        return map_leaves(copied, first)
     if isinstance(batches, InMemoryBatches):
         sampler: Any = batches.loader.batch_sampler
         if type(sampler) is BatchSampler and type(sampler.sampler) is SequentialSampler:
