@@ -507,6 +507,7 @@ class Checkpoint:
         if totals.sums:
             sums, counts = totals.summed()
             together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
+        mine["own buffers"] = buffers_of(self.model)
         if isinstance(self.run.loss_func, nn.Module):
             mine["own loss buffers"] = buffers_of(self.run.loss_func)
         rest, _ = apart(plain(mine, "the state of a process"))  # parts are in the whole state under the same names
