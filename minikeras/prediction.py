@@ -210,10 +210,14 @@ def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None
     """The outputs of all processes, by step and rank; None where they are not wanted."""
     template, _ = worked(outputs.pieces[0])
     own = [None if idle else plain(piece) for piece, idle in map(worked, outputs.pieces)]
-    found = world.gather([own, outputs.rows], everywhere)
+    why = None if outputs.unknown is None else outputs.unknown.why
+    found = world.gather([own, outputs.rows, why], everywhere)
     if found is None:
         return None
-    together = Outputs(unknown=outputs.unknown, features=outputs.features)
+    together = Outputs(features=outputs.features)
+    for _, _, why in found:
+        if together.unknown is None and why is not None:
+            together.unknown = UnknownRows(why)
     for rank, step in by_step(found):
         piece = found[rank][0][step]
         if piece is None:

@@ -38,7 +38,7 @@ def trained():
 def saved(model, folder):
     """Whether each reads what rank 0 writes, which takes its time; and what each hears when it cannot."""
     write = weights.write
-    weights.write = lambda *args: (time.sleep(0.5), write(*args))
+    weights.write = lambda *args, **kwargs: (time.sleep(0.5), write(*args, **kwargs))
     path = folder / "new" / "weights.pt"
     model.save(path)
     same = compiled()

@@ -54,11 +54,19 @@ SAME = [
     "per_class",
     "tracked",
     "uneven",
+    "samplers_by_epoch",
+    "some_steps",
+    "in_eval_mode",
+    "nests",
+    "fetched_rows",
     "early_stopping",
     "one_rank_stops",
     "jit",
 ]
 OTHERS = [
+    "rows_unknown_on_one",
+    "spoiled_on_one",
+    "one_file",
     "on_all_rows_fails",
     "no_means",
     "odd",
@@ -72,7 +80,16 @@ OTHERS = [
     "whole_with_a_worker",
 ]
 STEPS = ["arrays", "loader_by_rows", "fewer_rows_than_processes", "own_parameters", "big_steps", "auroc", "uneven"]
-ON_THREE = ["on_all_rows", "arrays", "fewer_rows_than_processes", "two_optimizers"]
+ON_THREE = [
+    "on_all_rows",
+    "on_all_rows_carried_on",
+    "arrays",
+    "fewer_rows_than_processes",
+    "two_optimizers",
+    "samplers_by_epoch",
+    "some_steps",
+    "nests",
+]
 
 
 def results_of(tmp_path_factory, cases, processes, **env):
@@ -164,7 +181,8 @@ def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
 
 
 @pytest.mark.parametrize("case", ON_THREE)
-def test_three_processes_do_too(case, by_three):
+def test_three_processes_do_too(case, by_three, monkeypatch):
+    monkeypatch.setenv("FOLDER", str(by_three["folder"]))
     expected = ranks.CASES[case](1)
     for found in by_three[case]:
         assert_same(found, expected)
@@ -191,6 +209,29 @@ def test_a_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_m
     found = by_two["nan_on_one"]
     assert [one["mine"] for one in found] == [False, True]
     assert all(one["same"] and one["epochs"] == 1 for one in found)
+
+
+def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reaches_no_file(by_two):
+    for rank, found in enumerate(by_two["spoiled_on_one"]):
+        for on_nan in ("raise", "stop"):
+            expected = {"epochs": 0, "files": [False, False], "mine": rank == 1, "told": rank == 0}
+            assert found[on_nan] == expected | {"finite": True}
+        assert found["ignore"]["epochs"] == 1
+        assert found["ignore"]["finite"]
+
+
+def test_rows_that_one_process_cannot_count_are_told_to_all_and_an_average_needs_none(by_two):
+    expected = ranks.rows_unknown_on_one(1)
+    said = expected.pop("said")
+    assert "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': Tensor (5,)" in said
+    for found in by_two["rows_unknown_on_one"]:
+        assert found.pop("said") == said
+        assert_same(found, expected)
+
+
+def test_all_processes_agree_whether_a_file_is_that_of_another_fit(by_two):
+    expected = ["trained", "refused", "trained", "refused", "another fit", "refused"]
+    assert [found["said"] for found in by_two["one_file"]] == [expected] * 2
 
 
 def test_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_not(by_two):

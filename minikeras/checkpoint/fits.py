@@ -75,7 +75,10 @@ def use(
     without = (run, model, *(getattr(callback, "model", None) for callback in callbacks))
     listed = checksum(values_in({"callbacks": callbacks}, without))
     now = Use(weakref.ref(run), last, start_of(model, run, loaders), listed)
-    if there and before is not None and not may_be_the_same(before, now):
+    is_another = there and before is not None and not may_be_the_same(before, now)
+    if run.world is not None:  # each process has random states of its own: rank 0 says it for all
+        is_another = run.world.broadcast(is_another)
+    if is_another:
         raise CheckpointError(
             f"{path} is the checkpoint of another fit of this process: of another model, or of another compile. Taking "
             f"it would give this fit the weights and the history of that one. Give each fit a file of its own, such as "

@@ -98,7 +98,8 @@ class Checkpoint:
             (getattr(batches, "loader", batches), name) for batches, name in ((train, "dl_train"), (val, "dl_val"))
         ]
         for loader, name in pairs:
-            warn_of_hidden_draws(loader, name)
+            if model.is_main_process:
+                warn_of_hidden_draws(loader, name)
         self.loaders: list[Any] = [loader for loader, _ in pairs]
         self.given = callbacks
         data = {name: loader for loader, name in pairs if loader is not None}
@@ -139,10 +140,16 @@ class Checkpoint:
             self.whole = path == place
             self.state = self._mine(state, path)
             self._compare_beginnings(state.get("begun"))
-        if self.state is None and model.is_main_process and not self.path.is_dir():  # a folder was read
-            check_writable(self.path, "fit(checkpoint=...)")
+        if run.world is None:
+            self._check_writable()
+        else:
+            run.world.by_main(self._check_writable)
         run.under_way = self.path, self.first
         return self.last
+
+    def _check_writable(self) -> None:
+        if self.state is None and self.path is not None and not self.path.is_dir():  # a folder was read
+            check_writable(self.path, "fit(checkpoint=...)")
 
     def check_length(self, batches: int | None) -> None:
         """Refuse a position beyond an epoch's end, where the number of its batches is known.
@@ -407,15 +414,16 @@ class Checkpoint:
             return
         assert self.place is not None
         error = self._write(self.place, plain(self._state(at), "the state of the run"))
-        if error is not None and last:
-            why = "Make room or give another file: these last weights are not saved."
-            raise CheckpointError(f"{self._unwritten(error)} {why}") from error
-        if error is not None:
-            why = "The fit goes on, and it is tried again at the next time."
-            warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
         failed = error is not None
         if self.run.world is not None:  # all must know, since all try again
             failed = bool(self.run.world.agree(failed)[0])
+        if failed and last:
+            problem: Any = "another process has failed, and its message says more" if error is None else error
+            why = "Make room or give another file: these last weights are not saved."
+            raise CheckpointError(f"{self._unwritten(problem)} {why}") from error
+        if error is not None:
+            why = "The fit goes on, and it is tried again at the next time."
+            warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
         if last:
             self.use.came_to = "its end"
         if not failed:
@@ -439,7 +447,7 @@ class Checkpoint:
             return error
         return None
 
-    def _unwritten(self, error: OSError) -> str:
+    def _unwritten(self, error: Any) -> str:
         before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
         return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
@@ -507,6 +515,7 @@ class Checkpoint:
         if totals.sums:
             sums, counts = totals.summed()
             together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
+        mine["own buffers"] = buffers_of(self.model)
         if isinstance(self.run.loss_func, nn.Module):
             mine["own loss buffers"] = buffers_of(self.run.loss_func)
         rest, _ = apart(plain(mine, "the state of a process"))  # parts are in the whole state under the same names
