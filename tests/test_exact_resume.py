@@ -854,7 +854,7 @@ def test_a_sweep_with_one_file_is_refused(change, tmp_path):
 
 
 def test_a_callback_that_writes_under_the_checkpoints_path_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"would write over each other\. Give each a file of its own"):
+    with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
         start(
             lambda: {"callbacks": lambda: [minikeras.ModelCheckpoint(tmp_path / "a" / ".." / "run.pt")]},
             tmp_path / "run.pt",
