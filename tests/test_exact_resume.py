@@ -1,6 +1,8 @@
 """What a fit with a checkpoint holds beside weights and optimizers, and what it says of the rest."""
 
 import random
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -347,22 +349,103 @@ def test_what_draws_or_counts_is_held_wherever_it_is(kind, tmp_path):
 
 
 class Stream(IterableDataset):
-    def __init__(self):
+    def __init__(self, reader=None):
         self.rng = np.random.default_rng(0)
+        self.reader = reader
 
     def __iter__(self):
         for row in self.rng.permutation(60):
             yield X[row], Y[row]
 
 
-def test_a_position_that_cannot_be_held_is_told_as_the_fit_begins(tmp_path):
+class ShuffledPairs:
+    def __init__(self):
+        self.pairs = list(zip(X, Y, strict=True))
+
+    def __iter__(self):
+        random.shuffle(self.pairs)
+        for start in range(0, 60, 20):
+            features, labels = zip(*self.pairs[start : start + 20], strict=True)
+            yield torch.stack(features), torch.stack(labels)
+
+
+class AsItGoes:
+    """Draws when it is asked for a batch, from generators that the model's dropout draws from as well."""
+
+    def __iter__(self):
+        for _ in range(3):
+            rows = torch.randint(60, (20,))
+            yield X[rows] + 0.1 * random.random(), Y[rows]
+
+
+class Constants:
+    def __iter__(self):
+        return zip(X.split(20), Y.split(20), strict=True)
+
+
+class SubclassOfList(list):
+    """Empty as a list, and read in a way of its own."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(list(AsItGoes()))
+
+
+ITERABLES = {
+    "a generator of its own": lambda: DataLoader(Stream(), 20),
+    "... with a worker": lambda: DataLoader(Stream(), 20, num_workers=1),
+    "pairs shuffled in place": ShuffledPairs,
+    "drawn as it goes": AsItGoes,
+    "a subclass of list": SubclassOfList,
+    "batches that are there already": lambda: Constants(),
+}
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_an_iterable_of_ones_own_is_exact_and_nothing_is_told_of_it(kind, tmp_path):
+    assert_exact(lambda: {"net": dropped_out, "data": ITERABLES[kind]}, tmp_path, kills=(2, 3, 5))
+
+
+def test_a_position_that_cannot_be_held_is_told_as_the_fit_begins(tmp_path, monkeypatch):
+    class Reader:
+        __module__ = "reader"
+
+    installed = types.ModuleType("reader")
+    installed.__file__ = "/usr/lib/python3/site-packages/reader.py"
+    monkeypatch.setitem(sys.modules, "reader", installed)
     with pytest.warns(UserWarning, match="dl_train is a Stream") as told:
-        start(lambda: {"data": lambda: DataLoader(Stream(), 20)}, tmp_path / "run.pt", epochs=1)
-    assert str(told[0].message) == (
+        start(lambda: {"data": lambda: DataLoader(Stream(Reader()), 20)}, tmp_path / "run.pt", epochs=1)
+    assert [str(warning.message) for warning in told] == [
         "dl_train is a Stream, which has no state_dict: a checkpoint does not hold its position. When a run is resumed "
         "in the middle of an epoch, the batches already seen are read again and left out; the run is exact only if "
         "they come as before. Give it state_dict and load_state_dict, or use a Dataset with __getitem__."
-    )
+    ]
+
+
+class Unseeded(Stream):
+    def __iter__(self):
+        self.rng = np.random.default_rng(UNSEEDED.pop())  # as default_rng() gives
+        return super().__iter__()
+
+
+UNSEEDED = []
+
+
+def test_batches_that_are_others_when_they_are_read_again_are_told(tmp_path):
+    path = tmp_path / "run.pt"
+    UNSEEDED[:] = range(20)
+    with pytest.raises(Killed):
+        start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path, kill=1)
+    with pytest.warns(UserWarning, match="other batches") as told:
+        start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path)
+    assert [str(warning.message) for warning in told] == [
+        "dl_train gives other batches when it is read again: the checkpoint stands in the middle of an epoch, and the "
+        "first batch of that epoch is another one here. The batches that are left out are not those that were trained "
+        "on. Draw from a generator that is an attribute, seeded where the script makes it; or give dl_train state_dict "
+        "and load_state_dict."
+    ]
 
 
 class FromAnIterator(Dataset):
