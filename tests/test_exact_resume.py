@@ -594,6 +594,70 @@ def test_hidden_buffers_and_frozen_parameters_of_a_loss_are_held(tmp_path):
     assert_exact(lambda: {"loss": Centered, "callbacks": lambda: [FreezesTheLoss()]}, tmp_path, kills=(1, 4, 7))
 
 
+class LateCenter(nn.Module):
+    """Its buffers are None until the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("mean", None)
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.mean(dim=0)
+        if self.scale is None:
+            self.scale = x.std(dim=0)
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.mean(dim=0))
+        return self.layer((x - self.mean) / self.scale)
+
+
+class LateLoss(LateCenter):
+    def forward(self, y_pred, y_true):
+        if self.mean is None:
+            self.mean = y_true.mean()
+        return ((y_pred - y_true - 0.1 * self.mean) ** 2).mean() + 0.01 * (self.layer.weight**2).sum()
+
+
+@pytest.mark.parametrize("part", ["net", "loss"])
+def test_buffers_that_come_with_the_first_batch_are_held(part, tmp_path):
+    assert_exact(lambda: {part: {"net": LateCenter, "loss": LateLoss}[part]}, tmp_path, kills=(1, 4))
+
+
+def test_a_file_of_weights_fills_buffers_that_come_with_the_first_batch(tmp_path):
+    model, other = minikeras.Model(LateCenter()), minikeras.Model(LateCenter())
+    model(X)
+    model.save(tmp_path / "weights.pt")
+    other.load(tmp_path / "weights.pt")
+    model.eval()
+    other.eval()
+    assert torch.equal(other(X), model(X))
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+class MaybeBiased(nn.Module):
+    def __init__(self, biased, registered=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1))
+        if registered:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(torch.ones(1)) if biased else None
+
+    def forward(self, x):
+        return x @ self.weight + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_parameter_that_is_none_here_is_not_taken_for_such_a_buffer(registered, tmp_path):
+    minikeras.Model(MaybeBiased(True)).save(tmp_path / "weights.pt")
+    model = minikeras.Model(MaybeBiased(False, registered))
+    with pytest.raises(CheckpointError, match=r"unexpected: net\.bias"):
+        model.load(tmp_path / "weights.pt")
+    assert model.net.bias is None
+
+
 # --- a script that was changed between two starts ---------------------------------------------------------------------
 
 
