@@ -30,7 +30,9 @@ LEFT_OUT = ("stateful",)  # it warns; test_resume.py has it
 MODELS = ["net", "net", "centered", "pair", "growing"]
 WAYS = ["time", "time", "time", "epoch's edge", "before it is flushed", "between two renamings", "after it is written"]
 PLACES = ["a file", "a file", "a link", "a relative path"]
-FILES = re.compile(r"run\.pt(\.prev)?(\.[0-9a-f]{16}\.tmp)?|(whole|carried on)(\.csv)?|target\.pt.*|elsewhere")
+FILES = re.compile(
+    r"elsewhere|whole|carried on|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
+)
 
 
 def main():

@@ -63,7 +63,7 @@ def start(make, path=None, kill=None, epochs=3, every=1):
     loss = parts["loss"]()
     trained = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
     optimizer = parts.get("optimizer", lambda trained: torch.optim.SGD(trained, lr=0.02, momentum=0.9))(trained)
-    model.compile(loss, optimizer, device="cpu")
+    model.compile(loss, optimizer, device="cpu", **parts.get("compile", {}))
     data = parts["data"]()
     callbacks = [*parts["callbacks"](), *([] if kill is None else [killed_after(kill)])]
     kwargs = {"batch_size": 20} if isinstance(data, (tuple, Dataset)) else {}
@@ -555,6 +555,18 @@ def test_groups_that_a_callback_adds_are_resumed(optimizer, tmp_path):
         }
 
     assert_exact(make, tmp_path, kills=(2, 3, 4, 6, 7, 10), epochs=4)
+
+
+def test_so_they_are_in_the_middle_of_a_window_of_accumulate(tmp_path):
+    def make():
+        return {
+            "net": frozen_net,
+            "compile": {"accumulate": 3},
+            "optimizer": lambda trained: torch.optim.Adam(trained[-2:], lr=0.01),
+            "callbacks": lambda: [Unfreezes()],
+        }
+
+    assert_exact(make, tmp_path, kills=(3, 4, 6, 7), epochs=3)
 
 
 def test_groups_of_another_script_are_refused(tmp_path):
