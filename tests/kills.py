@@ -152,7 +152,7 @@ def callbacks_of(draw, kind, model, arguments, table):
         minikeras.EarlyStopping(monitor, patience=1, restore_best_weights=True),
         minikeras.CSVLogger(table),
     ]
-    if kind != "pair":
+    if kind not in ("pair", "growing"):  # torch's schedulers take no group that comes later
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(model.optimizer, 9)
         callbacks.append(minikeras.LRScheduler(scheduler, step="batch"))
     chosen = draw.sample(callbacks, draw.randrange(len(callbacks) + 1))
