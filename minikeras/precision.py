@@ -306,7 +306,11 @@ class Precision:
             self.sized = True
         for name, one in self.optimizers.items():
             self.windows[one] = Window(**state["windows"][name])
-            for parameter, gradient in zip(parameters_of(one), state["gradients"][name], strict=True):
+            parameters, gradients = parameters_of(one), state["gradients"][name]
+            if len(gradients) < len(parameters):
+                raise ValueError(f"{len(gradients)} gradients for {len(parameters)} parameters")
+            # there are more where on_epoch_begin, which is to come, has added a group: they are taken after it
+            for parameter, gradient in zip(parameters, gradients, strict=False):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 

@@ -7,6 +7,7 @@ PlainAttributes      the counters and lists of such objects, where a fit changes
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import types
 from collections import deque
@@ -23,7 +24,9 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None))
 FLAT = (*SCALARS, Tensor, np.ndarray, np.generic)  # which reach nothing
 CLOSED = ("pandas", "PIL", "pyarrow", "polars", "matplotlib", "logging", "threading", "tqdm", "h5py")
 LIBRARIES = ("torch", "numpy", "minikeras", "builtins")
+CONTAINERS = (list, tuple, deque, set, frozenset)
 SIZE = 100_000  # elements of a list or array that is compared and held
+ORDER = "order"  # the key of an order, in place of a list
 
 
 def reachable(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -63,11 +66,11 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
     if kind.__module__.partition(".")[0] in CLOSED:
         return
     if isinstance(value, dict):
-        for number, (key, item) in enumerate(list(value.items())):
+        for number, (key, item) in enumerate(list(dict.items(value))):
             if number >= LONG:
                 return
             yield f"[{key!r}]" if isinstance(key, SCALARS) else f"[{number}]", item
-    elif isinstance(value, (list, tuple, deque, set, frozenset)):
+    elif isinstance(value, CONTAINERS):
         yield from items_of(value)
     elif isinstance(value, functools.partial):
         yield ".func", value.func
@@ -90,10 +93,15 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def items_of(container: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a list, a tuple or a set; not those of a long one of numbers or tensors."""
-    if len(container) > LONG and all(is_flat(item) for _, item in zip(range(32), container, strict=False)):
+    """Yield the items of a list, a tuple or a set; not those of a long one of numbers or tensors.
+
+    A subclass may draw random numbers as it is iterated: its items are read as those of its base.
+    """
+    base: Any = next(kind for kind in CONTAINERS if isinstance(container, kind))
+    items = list(itertools.islice(base.__iter__(container), LONG))
+    if base.__len__(container) > LONG and all(is_flat(item) for item in items[:32]):
         return
-    for number, item in zip(range(LONG), container, strict=False):
+    for number, item in enumerate(items):
         yield f"[{number}]", item
 
 
@@ -193,7 +201,8 @@ STANDARD = types.__file__.rpartition("types")[0]
 class PlainAttributes:
     """Numbers, strings, short lists and arrays that objects keep as attributes, where a fit changes them.
 
-    A sampler that counts its epochs, a list of rows that is shuffled in place, a number in the model.
+    A sampler that counts its epochs, a list of rows that is shuffled in place, a number in the model. Of a list of
+    other objects, such as pairs of a path and a label, the order is held.
 
     >>> from types import SimpleNamespace
     >>> sampler = SimpleNamespace(epoch=0, seed=7)
@@ -209,6 +218,7 @@ class PlainAttributes:
     def __init__(self, holders: Mapping[str, Any]) -> None:
         self.holders = dict(holders)
         self.begun = {name: plain_attributes(holder) for name, holder in self.holders.items()}
+        self.lists = {name: lists_of_objects(holder) for name, holder in self.holders.items()}
 
     def states(self) -> dict[str, dict[str, Any]]:
         """The attributes that are other than they were when this was made."""
@@ -219,6 +229,10 @@ class PlainAttributes:
             for key, value in plain_attributes(holder).items():
                 if key not in begun or not is_same(value, begun[key]):
                     other[key] = value
+            for key, items in self.lists[name].items():
+                order = order_of(vars(holder).get(key), items)
+                if order is not None:
+                    other[key] = {ORDER: order}
             if other:
                 changed[name] = other
         return changed
@@ -231,8 +245,49 @@ class PlainAttributes:
             for key in now.get(name, {}):
                 if key not in values and key in self.begun[name]:
                     values[key] = copied(self.begun[name][key])
+                elif key not in values and key in self.lists[name]:
+                    values[key] = {ORDER: list(range(len(self.lists[name][key])))}
             for key, value in values.items():
-                put_attribute(holder, key, value)
+                if isinstance(value, dict):
+                    put_order(vars(holder).get(key), self.lists[name].get(key, []), value.get(ORDER))
+                else:
+                    put_attribute(holder, key, value)
+
+
+def lists_of_objects(holder: Any) -> dict[str, list[Any]]:
+    """An object's own attributes that are lists of other things than numbers and strings; copies of the lists."""
+    found = {}
+    for name, value in vars(holder).items():
+        if type(value) is list and 1 < len(value) <= SIZE and not is_plain(value, False):
+            found[name] = list(value)
+    return found
+
+
+def order_of(items: Any, begun: list[Any]) -> list[int] | None:
+    """Where each object of a list was in the list as it began; None if it is as it was, or has other objects."""
+    if type(items) is not list or len(items) != len(begun):
+        return None
+    if all(item is other for item, other in zip(items, begun, strict=True)):
+        return None
+    places: dict[int, list[int]] = {}
+    for number, item in reversed(list(enumerate(begun))):
+        places.setdefault(id(item), []).append(number)
+    order = []
+    for item in items:
+        left = places.get(id(item))
+        if not left:
+            return None
+        order.append(left.pop())
+    return order
+
+
+def put_order(items: Any, begun: list[Any], order: Any) -> None:
+    """Put the objects of a list into an order that `order_of` gave, where the list has as many."""
+    if type(items) is not list or not isinstance(order, (list, tuple)) or len(items) != len(begun):
+        return
+    if not all(type(number) is int for number in order) or sorted(order) != list(range(len(begun))):
+        return
+    items[:] = [begun[number] for number in order]
 
 
 def put_attribute(holder: Any, name: str, value: Any) -> None:

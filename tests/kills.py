@@ -3,8 +3,8 @@
 for each round:
     a call of fit of a random kind, in a process of its own, never stopped: history, weights and what is drawn next
     the same call with checkpoint=, in processes that are killed: at a random time, or by themselves at an epoch's edge,
-        or in the middle of writing the file, until the last one comes to its end
-    the two results bit by bit
+        or in the middle of writing the file, until the last one comes to its end; sometimes two of them at once
+    the two results bit by bit, and no file next to the checkpoint that is not its own
 
 One process imports everything once and forks the others, so that a kill costs milliseconds and not an import.
 """
@@ -12,20 +12,27 @@ One process imports everything once and forks the others, so that a kill costs m
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
-from runs import LOADERS, Y, call_of, differences, noisy, result_of, seed
+from runs import EPOCHS, LOADERS, Y, call_of, differences, noisy, result_of, seed
 
 import minikeras
 
-LEFT_OUT = ("stateful", "iterable, own generator")  # they warn; test_resume.py has them
+LEFT_OUT = ("stateful",)  # it warns; test_resume.py has it
+MODELS = ["net", "net", "centered", "pair", "growing"]
 WAYS = ["time", "time", "time", "epoch's edge", "before it is flushed", "between two renamings", "after it is written"]
+PLACES = ["a file", "a file", "a link", "a relative path"]
+FILES = re.compile(
+    r"elsewhere|whole|carried on|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
+)
 
 
 def main():
@@ -49,21 +56,41 @@ def one_round(folder, choice, draw):
     """The number of kills, and what differed."""
     begin = time.monotonic()
     assert wait(fork(folder, choice, "whole", checkpoint=False)) == 0, "the run that is never stopped has failed"
-    seconds, kills, quiet = time.monotonic() - begin, 0, 0
+    seconds, kills, ended = time.monotonic() - begin, 0, False
     for number in range(12):
         way = draw.choice(WAYS) if number < 11 else "none"
-        child = fork(folder, choice, "carried on", checkpoint=True, way=way, at=draw.randrange(1, 5))
+        children = [fork(folder, choice, "carried on", checkpoint=True, way=way, at=draw.randrange(1, 5))]
+        if draw.random() < 0.1:
+            children.append(fork(folder, choice, "carried on too", checkpoint=True))  # another start of the script
         if way == "time":
             time.sleep(draw.random() * seconds)
-            os.kill(child, signal.SIGKILL)
-        status = wait(child)
-        kills += status == -signal.SIGKILL
-        quiet += status == 0
-        if status > 0:
-            return kills, ["an error, see above"]
-        if quiet:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        for child in children:
+            status = wait(child)
+            kills += status == -signal.SIGKILL
+            if status > 0:
+                return kills, ["an error, see above"]
+        ended = (folder / "carried on").exists()
+        if ended:
             break
-    return kills, differences(*(torch.load(folder / name, weights_only=False) for name in ("whole", "carried on")))
+    whole = torch.load(folder / "whole", weights_only=False)
+    found = []
+    for name in ("carried on", "carried on too"):
+        if (folder / name).exists():
+            found += differences(whole, torch.load(folder / name, weights_only=False))
+    return kills, found + strange_files(folder)
+
+
+def strange_files(folder):
+    """What lies where a run with a checkpoint has no business."""
+    found = [f"a file {path.name}" for path in folder.iterdir() if not FILES.fullmatch(path.name.replace(" too", ""))]
+    link = folder / "run.pt"
+    if (folder / "target.pt").exists() and not link.is_symlink():
+        found.append("a link that is none any longer")
+    if (folder / "elsewhere").exists() and any((folder / "elsewhere").iterdir()):
+        found.append("files in another folder")
+    return found
 
 
 def fork(folder, choice, name, **kwargs):
@@ -72,6 +99,7 @@ def fork(folder, choice, name, **kwargs):
         return child
     status = 1
     try:
+        warnings.simplefilter("error")  # each kind here is exact, and nothing is told of it
         run(folder, choice, name, **kwargs)
         status = 0
     except BaseException:
@@ -90,30 +118,75 @@ def wait(child):
 def run(folder, choice, name, checkpoint, way="none", at=1):
     draw = random.Random(choice)
     seed(1)
+    kind = draw.choice(MODELS)
     model, arguments = call_of(
-        draw.choice([kind for kind in LOADERS if kind not in LEFT_OUT]),
+        draw.choice([loader for loader in LOADERS if loader not in LEFT_OUT]),
+        model=kind,
+        compile={"accumulate": draw.choice([1, 1, 3])},
         steps_per_epoch=draw.choice([None, None, 3, 7]),
         validation_freq=draw.choice([1, 1, 2]),
         dl_val=lambda: draw.choice([None, (Y.expand(-1, 2), Y), noisy(shuffle=True)]),
-        epochs=4,
+        epochs=EPOCHS + 1,
         callbacks=list,
     )
     every = draw.choice([None, 1, 2, 3])
-    monitor = "loss" if arguments["dl_val"] is None else "val_loss"
-    arguments["callbacks"] = draw.sample(
-        [
-            minikeras.EMA(0.9, evaluate=draw.random() < 0.5),
-            minikeras.EarlyStopping(monitor, patience=1, restore_best_weights=True),
-            minikeras.LRScheduler(torch.optim.lr_scheduler.CosineAnnealingLR(model.optimizer, 9), step="batch"),
-            minikeras.CSVLogger(folder / f"{name}.csv"),
-        ],
-        draw.randrange(5),
-    )
+    place = draw.choice(PLACES)
+    arguments["callbacks"] = callbacks_of(draw, kind, model, arguments, folder / f"{name}.csv")
+    if place == "a relative path":
+        os.chdir(folder)
+        arguments["callbacks"].append(goes_elsewhere(folder / "elsewhere"))
     if checkpoint:
-        arguments |= {"checkpoint": folder / "run.pt", "checkpoint_every": every}
+        arguments |= {"checkpoint": path_of(place, folder), "checkpoint_every": every}
         arguments["callbacks"] += deadly(way, at)
     dfhistory = model.fit(**arguments)
-    torch.save(result_of(model, dfhistory), folder / name)
+    unfinished = folder / f"{name}.unfinished"
+    torch.save(result_of(model, dfhistory), unfinished)
+    os.replace(unfinished, folder / name)
+
+
+def callbacks_of(draw, kind, model, arguments, table):
+    """Some callbacks, those that go with the model."""
+    monitor = "loss" if arguments["dl_val"] is None else "val_loss"
+    callbacks = [
+        minikeras.EMA(0.9, evaluate=draw.random() < 0.5),
+        minikeras.EarlyStopping(monitor, patience=1, restore_best_weights=True),
+        minikeras.CSVLogger(table),
+    ]
+    if kind not in ("pair", "growing"):  # torch's schedulers take no group that comes later
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(model.optimizer, 9)
+        callbacks.append(minikeras.LRScheduler(scheduler, step="batch"))
+    chosen = draw.sample(callbacks, draw.randrange(len(callbacks) + 1))
+    if kind == "growing":
+        chosen.append(Thaws())
+    return chosen
+
+
+class Thaws(minikeras.Callback):
+    """Gives the optimizer the frozen first layer in the second epoch."""
+
+    def on_epoch_begin(self, epoch):
+        if epoch == 2:
+            layer = self.model.layers[0].requires_grad_(True)
+            self.model.optimizer.add_param_group({"params": list(layer.parameters()), "lr": 0.02})
+
+
+def goes_elsewhere(folder):
+    """Changes the working directory as the first epoch begins."""
+
+    def change(epoch):
+        folder.mkdir(exist_ok=True)
+        os.chdir(folder)
+
+    return minikeras.LambdaCallback(on_epoch_begin=change)
+
+
+def path_of(place, folder):
+    if place == "a relative path":
+        return "run.pt"
+    path = folder / "run.pt"
+    if place == "a link" and not path.is_symlink():
+        path.symlink_to(folder / "target.pt")
+    return path
 
 
 def deadly(way, at):

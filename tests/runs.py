@@ -16,6 +16,7 @@ from torch.utils.data import (
     Sampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 import minikeras
@@ -113,6 +114,20 @@ class Scaled(nn.Module):
         return nn.functional.binary_cross_entropy(y_pred, y_true) * self.scale.exp() + self.scale**2
 
 
+class Centered(Scaled):
+    """... and with buffers, one of which no state_dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(()))
+        self.register_buffer("hidden", torch.ones(()), persistent=False)
+
+    def forward(self, y_pred, y_true):
+        self.center.mul_(0.9).add_(0.1 * y_pred.detach().mean())
+        self.hidden = self.hidden * 0.9 + 0.05
+        return super().forward(y_pred, y_true) * (1 + self.center) * self.hidden
+
+
 class Pair(minikeras.Model):
     """Two optimizers, each with its own loss."""
 
@@ -157,6 +172,66 @@ class Pool(Sampler):
             yield left.pop(random.randrange(len(left)))
 
 
+class Buckets(Sampler):
+    """A batch sampler that shuffles a bucket of rows when it comes to it."""
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        for bucket in torch.arange(len(X)).split(30):
+            yield from bucket[torch.randperm(30)].split(15)
+
+
+class ByEpoch(Sampler):
+    """Shuffles by the epoch's number alone."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(X)
+
+    def __iter__(self):
+        return iter(torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class AsItGoes:
+    """An iterable that draws each batch when it is asked for it, from generators that the model draws from as well."""
+
+    def __iter__(self):
+        for _ in range(5):
+            rows = torch.randint(len(X), (18,))
+            yield X[rows] + 0.1 * np.random.rand() + 0.1 * random.random(), Y[rows]
+
+
+class ShuffledPairs:
+    """An iterable that shuffles a list of pairs of its own in place."""
+
+    def __init__(self):
+        self.pairs = list(zip(X, Y, strict=True))
+
+    def __iter__(self):
+        random.shuffle(self.pairs)
+        for start in range(0, len(self.pairs), 20):
+            features, labels = zip(*self.pairs[start : start + 20], strict=True)
+            yield torch.stack(features), torch.stack(labels)
+
+
+def noisy_collate():
+    """A collate function that closes over a generator."""
+    rng = random.Random(0)
+
+    def collate(rows):
+        features, labels = default_collate(rows)
+        return features + 0.1 * rng.random(), labels
+
+    return collate
+
+
 def memory(**kwargs):
     return DataLoader(TensorDataset(X, Y), batch_size=20, **kwargs)
 
@@ -196,7 +271,13 @@ LOADERS = {
     "generators of its own": lambda: DataLoader(Jittered(), batch_size=20, shuffle=True),
     "noisy, drawn row by row": lambda: noisy(sampler=Pool()),
     "in memory, drawn row by row": lambda: memory(sampler=Pool()),
+    "noisy, buckets": lambda: DataLoader(Noisy(), batch_sampler=Buckets()),
+    "sampler by the epoch": lambda: noisy(sampler=ByEpoch()),
+    "collate, a closure": lambda: memory(shuffle=True, collate_fn=noisy_collate()),
     "iterable, own generator": Batches,
+    "iterable, drawn as it goes": AsItGoes,
+    "iterable, shuffled in place": ShuffledPairs,
+    "iterable dataset": lambda: DataLoader(Shuffled(), batch_size=20),
     "stateful": stateful,
 }
 
@@ -208,13 +289,18 @@ def call_of(loader="in memory", **changes):
     model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
     if kind == "scores":
         model, loss = Scores(), nn.BCEWithLogitsLoss()
+    if kind == "centered":
+        loss = Centered()
+    if kind == "growing":  # a callback thaws its first layer
+        model.layers[0].requires_grad_(False)
     if kind == "pair":
         optimizer = {
             "a": torch.optim.Adam(model.a.parameters(), lr=0.01),
             "b": torch.optim.SGD(model.b.parameters(), lr=0.1, momentum=0.9),
         }
     else:
-        optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW([*trained, *loss.parameters()], lr=0.01)
     metrics = {"accuracy": accuracy, "mean": Mean()} if kind != "pair" else {}
     options = {"device": "cpu"} | changes.pop("compile", {})
     model.compile(loss, optimizer, metrics | changes.pop("metrics", {}), **options)

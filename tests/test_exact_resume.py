@@ -1,6 +1,8 @@
 """What a fit with a checkpoint holds beside weights and optimizers, and what it says of the rest."""
 
 import random
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -61,7 +63,7 @@ def start(make, path=None, kill=None, epochs=3, every=1):
     loss = parts["loss"]()
     trained = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
     optimizer = parts.get("optimizer", lambda trained: torch.optim.SGD(trained, lr=0.02, momentum=0.9))(trained)
-    model.compile(loss, optimizer, device="cpu")
+    model.compile(loss, optimizer, device="cpu", **parts.get("compile", {}))
     data = parts["data"]()
     callbacks = [*parts["callbacks"](), *([] if kill is None else [killed_after(kill)])]
     kwargs = {"batch_size": 20} if isinstance(data, (tuple, Dataset)) else {}
@@ -347,22 +349,103 @@ def test_what_draws_or_counts_is_held_wherever_it_is(kind, tmp_path):
 
 
 class Stream(IterableDataset):
-    def __init__(self):
+    def __init__(self, reader=None):
         self.rng = np.random.default_rng(0)
+        self.reader = reader
 
     def __iter__(self):
         for row in self.rng.permutation(60):
             yield X[row], Y[row]
 
 
-def test_a_position_that_cannot_be_held_is_told_as_the_fit_begins(tmp_path):
+class ShuffledPairs:
+    def __init__(self):
+        self.pairs = list(zip(X, Y, strict=True))
+
+    def __iter__(self):
+        random.shuffle(self.pairs)
+        for start in range(0, 60, 20):
+            features, labels = zip(*self.pairs[start : start + 20], strict=True)
+            yield torch.stack(features), torch.stack(labels)
+
+
+class AsItGoes:
+    """Draws when it is asked for a batch, from generators that the model's dropout draws from as well."""
+
+    def __iter__(self):
+        for _ in range(3):
+            rows = torch.randint(60, (20,))
+            yield X[rows] + 0.1 * random.random(), Y[rows]
+
+
+class Constants:
+    def __iter__(self):
+        return zip(X.split(20), Y.split(20), strict=True)
+
+
+class SubclassOfList(list):
+    """Empty as a list, and read in a way of its own."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(list(AsItGoes()))
+
+
+ITERABLES = {
+    "a generator of its own": lambda: DataLoader(Stream(), 20),
+    "... with a worker": lambda: DataLoader(Stream(), 20, num_workers=1),
+    "pairs shuffled in place": ShuffledPairs,
+    "drawn as it goes": AsItGoes,
+    "a subclass of list": SubclassOfList,
+    "batches that are there already": lambda: Constants(),
+}
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_an_iterable_of_ones_own_is_exact_and_nothing_is_told_of_it(kind, tmp_path):
+    assert_exact(lambda: {"net": dropped_out, "data": ITERABLES[kind]}, tmp_path, kills=(2, 3, 5))
+
+
+def test_a_position_that_cannot_be_held_is_told_as_the_fit_begins(tmp_path, monkeypatch):
+    class Reader:
+        __module__ = "reader"
+
+    installed = types.ModuleType("reader")
+    installed.__file__ = "/usr/lib/python3/site-packages/reader.py"
+    monkeypatch.setitem(sys.modules, "reader", installed)
     with pytest.warns(UserWarning, match="dl_train is a Stream") as told:
-        start(lambda: {"data": lambda: DataLoader(Stream(), 20)}, tmp_path / "run.pt", epochs=1)
-    assert str(told[0].message) == (
+        start(lambda: {"data": lambda: DataLoader(Stream(Reader()), 20)}, tmp_path / "run.pt", epochs=1)
+    assert [str(warning.message) for warning in told] == [
         "dl_train is a Stream, which has no state_dict: a checkpoint does not hold its position. When a run is resumed "
         "in the middle of an epoch, the batches already seen are read again and left out; the run is exact only if "
         "they come as before. Give it state_dict and load_state_dict, or use a Dataset with __getitem__."
-    )
+    ]
+
+
+class Unseeded(Stream):
+    def __iter__(self):
+        self.rng = np.random.default_rng(UNSEEDED.pop())  # as default_rng() gives
+        return super().__iter__()
+
+
+UNSEEDED = []
+
+
+def test_batches_that_are_others_when_they_are_read_again_are_told(tmp_path):
+    path = tmp_path / "run.pt"
+    UNSEEDED[:] = range(20)
+    with pytest.raises(Killed):
+        start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path, kill=1)
+    with pytest.warns(UserWarning, match="other batches") as told:
+        start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path)
+    assert [str(warning.message) for warning in told] == [
+        "dl_train gives other batches when it is read again: the checkpoint stands in the middle of an epoch, and the "
+        "first batch of that epoch is another one here. The batches that are left out are not those that were trained "
+        "on. Draw from a generator that is an attribute, seeded where the script makes it; or give dl_train state_dict "
+        "and load_state_dict."
+    ]
 
 
 class FromAnIterator(Dataset):
@@ -474,6 +557,18 @@ def test_groups_that_a_callback_adds_are_resumed(optimizer, tmp_path):
     assert_exact(make, tmp_path, kills=(2, 3, 4, 6, 7, 10), epochs=4)
 
 
+def test_so_they_are_in_the_middle_of_a_window_of_accumulate(tmp_path):
+    def make():
+        return {
+            "net": frozen_net,
+            "compile": {"accumulate": 3},
+            "optimizer": lambda trained: torch.optim.Adam(trained[-2:], lr=0.01),
+            "callbacks": lambda: [Unfreezes()],
+        }
+
+    assert_exact(make, tmp_path, kills=(3, 4, 6, 7), epochs=3)
+
+
 def test_groups_of_another_script_are_refused(tmp_path):
     def halves(trained):
         return torch.optim.SGD([{"params": trained[:1]}, {"params": trained[1:]}], lr=0.1)
@@ -509,6 +604,70 @@ class FreezesTheLoss(minikeras.Callback):
 
 def test_hidden_buffers_and_frozen_parameters_of_a_loss_are_held(tmp_path):
     assert_exact(lambda: {"loss": Centered, "callbacks": lambda: [FreezesTheLoss()]}, tmp_path, kills=(1, 4, 7))
+
+
+class LateCenter(nn.Module):
+    """Its buffers are None until the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("mean", None)
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.mean(dim=0)
+        if self.scale is None:
+            self.scale = x.std(dim=0)
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.mean(dim=0))
+        return self.layer((x - self.mean) / self.scale)
+
+
+class LateLoss(LateCenter):
+    def forward(self, y_pred, y_true):
+        if self.mean is None:
+            self.mean = y_true.mean()
+        return ((y_pred - y_true - 0.1 * self.mean) ** 2).mean() + 0.01 * (self.layer.weight**2).sum()
+
+
+@pytest.mark.parametrize("part", ["net", "loss"])
+def test_buffers_that_come_with_the_first_batch_are_held(part, tmp_path):
+    assert_exact(lambda: {part: {"net": LateCenter, "loss": LateLoss}[part]}, tmp_path, kills=(1, 4))
+
+
+def test_a_file_of_weights_fills_buffers_that_come_with_the_first_batch(tmp_path):
+    model, other = minikeras.Model(LateCenter()), minikeras.Model(LateCenter())
+    model(X)
+    model.save(tmp_path / "weights.pt")
+    other.load(tmp_path / "weights.pt")
+    model.eval()
+    other.eval()
+    assert torch.equal(other(X), model(X))
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+class MaybeBiased(nn.Module):
+    def __init__(self, biased, registered=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1))
+        if registered:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(torch.ones(1)) if biased else None
+
+    def forward(self, x):
+        return x @ self.weight + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_parameter_that_is_none_here_is_not_taken_for_such_a_buffer(registered, tmp_path):
+    minikeras.Model(MaybeBiased(True)).save(tmp_path / "weights.pt")
+    model = minikeras.Model(MaybeBiased(False, registered))
+    with pytest.raises(CheckpointError, match=r"unexpected: net\.bias"):
+        model.load(tmp_path / "weights.pt")
+    assert model.net.bias is None
 
 
 # --- a script that was changed between two starts ---------------------------------------------------------------------
@@ -854,7 +1013,7 @@ def test_a_sweep_with_one_file_is_refused(change, tmp_path):
 
 
 def test_a_callback_that_writes_under_the_checkpoints_path_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"would write over each other\. Give each a file of its own"):
+    with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
         start(
             lambda: {"callbacks": lambda: [minikeras.ModelCheckpoint(tmp_path / "a" / ".." / "run.pt")]},
             tmp_path / "run.pt",

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import compiled, points
-from runs import LOADERS, Mean, Noisy, Shuffled, call_of, differences, result_of, seed
+from runs import LOADERS, Mean, Noisy, call_of, differences, result_of, seed
 from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
@@ -63,7 +63,6 @@ def broken_off(path, kills, every=1, **kwargs):
     return None
 
 
-@pytest.mark.filterwarnings("ignore:dl_train is a Batches, which has no state_dict")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's
 @pytest.mark.parametrize("kills", [[3], [5], [6], [2, 1], [0, 1, 1, 4], [14]], ids=str)
 @pytest.mark.parametrize("loader", LOADERS)
@@ -220,21 +219,6 @@ def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
 
 
 # --- what is not exact, and said so -----------------------------------------------------------------------------------
-
-
-def test_an_iterable_dataset_is_read_again_with_one_warning(tmp_path):
-    def fit(kill=None):
-        callbacks = [] if kill is None else [killed_after(kill)]
-        loader = DataLoader(Shuffled(), batch_size=20)
-        return compiled().fit(
-            2, loader, verbose=0, checkpoint=tmp_path / "run.pt", checkpoint_every=1, callbacks=callbacks
-        )
-
-    with pytest.warns(UserWarning, match="read again"), pytest.raises(Killed):
-        fit(kill=3)
-    with pytest.warns(UserWarning, match="read again") as warned:
-        assert len(fit()) == 2
-    assert len(warned) == 1
 
 
 def test_persistent_workers_that_may_draw_are_warned_of_as_the_fit_begins(tmp_path):

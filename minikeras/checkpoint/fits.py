@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import weakref
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import StackDataset, Subset, TensorDataset
 
 from minikeras.callbacks import Callback
 from minikeras.checkpoint.matching import settings
-from minikeras.distributed import is_part
+from minikeras.data import SAMPLE, checksum
 from minikeras.errors import CheckpointError
 from minikeras.randomness import KINDS, state_of
 from minikeras.reachable import SCALARS, reachable
@@ -32,8 +30,6 @@ from minikeras.reachable import SCALARS, reachable
 if TYPE_CHECKING:
     from minikeras.model import Model
     from minikeras.run import Run
-
-SAMPLE = 64  # elements of a tensor that are compared
 
 
 @dataclass
@@ -123,42 +119,6 @@ def values_in(roots: Mapping[str, Any], without: tuple[Any, ...]) -> Iterable[An
         else:
             code = getattr(value, "__code__", None)
             yield type(value).__name__, getattr(code, "co_code", b"")
-
-
-def checksum(values: Iterable[Any]) -> int:
-    """CRC-32 of nested values; of a tensor its shape and a sample of its elements."""
-    number = 0
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            number = zlib.crc32(str(checksum(value)).encode(), number)
-        elif isinstance(value, dict):
-            number = zlib.crc32(str(checksum(value.items())).encode(), number)
-        elif isinstance(value, Tensor):
-            number = zlib.crc32(str((tuple(value.shape), value.dtype, sample_of(value))).encode(), number)
-        elif isinstance(value, np.ndarray):
-            number = zlib.crc32(str((value.shape, value.dtype, array_sample(value))).encode(), number)
-        elif isinstance(value, bytes):
-            number = zlib.crc32(value, number)
-        else:
-            number = zlib.crc32(repr(value).encode(), number)
-    return number
-
-
-def sample_of(tensor: Tensor) -> list[Any]:
-    """Some elements of a tensor, evenly spread."""
-    if is_lazy(tensor) or is_part(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
-        return []
-    flat = tensor.detach().reshape(-1)
-    if tensor.is_quantized:
-        flat = flat.int_repr()
-    chosen: list[Any] = flat[:: max(1, len(flat) // SAMPLE)].cpu().tolist()
-    return chosen
-
-
-def array_sample(array: np.ndarray[Any, Any]) -> list[Any]:
-    flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()[:SAMPLE]
-    chosen: list[Any] = flat[:: max(1, flat.size // SAMPLE)].tolist() if flat.size else []
-    return chosen
 
 
 def data_of(loader: Any) -> int | None:

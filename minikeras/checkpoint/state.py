@@ -41,7 +41,16 @@ from minikeras.checkpoint.matching import (
 )
 from minikeras.checkpoint.plain import plain, restored
 from minikeras.checkpoint.validate import untouched
-from minikeras.checkpoint.weights import RUN, buffers_of, freeze, frozen, set_buffers, weights_of
+from minikeras.checkpoint.weights import (
+    RUN,
+    buffers_of,
+    fill_late_buffers,
+    freeze,
+    frozen,
+    late_buffers,
+    set_buffers,
+    weights_of,
+)
 from minikeras.data import Positioned, seeded, warn_of_hidden_draws
 from minikeras.distributed import World, load_optimizer, load_whole
 from minikeras.errors import CheckpointError, positive_int
@@ -292,12 +301,14 @@ class Checkpoint:
     def _load_weights(self, state: Any, whole: bool = True) -> None:
         """Weights, optimizers and history; unless `whole`, optimizers have the groups that the epoch began with."""
         run, loss = self.run, self.run.loss_func
+        fill_late_buffers(self.model, late_buffers(self.model, state["model"]), run.device)
         load_whole(self.model, state["model"])
         set_buffers(self.model, state["buffers"], run.device)
         freeze(self.model, state.get("frozen"))
         if state.get("in_eval") is not None:
             run.modes.restore(state["in_eval"])
         if isinstance(loss, nn.Module):
+            fill_late_buffers(loss, late_buffers(loss, state["loss"]), run.device)
             loss.load_state_dict(state["loss"])
             set_buffers(loss, state.get("loss buffers", {}), run.device)
             freeze(loss, state.get("loss frozen"))

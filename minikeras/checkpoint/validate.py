@@ -1,17 +1,19 @@
 """The values of a run's state, each looked at before any is used: a file may have been changed since it was written.
 
-check_state       all that a file must have, by type, range and shape; what it has besides is left alone
+check_state       all that a file must have, by type and range; what it has besides is left alone
+check_values      buffers, frozen names and optimizers against a model and optimizers that the file is of
 check_random      random states that NumPy, torch and Python can take: NumPy's own check lets a position crash Python
 untouched         put a model, its optimizers, callbacks and random states back where taking a state over fails
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -52,19 +54,38 @@ def shown(value: Any) -> str:
     return described(value)[:60]
 
 
-def check_state(state: Any, model: nn.Module, run: Run, path: Path) -> None:
-    """Check the values of a run's state.
+def check_state(state: Any, path: Path) -> None:
+    """Check the types and ranges of a run's state; whether it is of this model is looked at next.
 
     Raises:
-        CheckpointError: one is of another type, out of its range or of another shape; the message names it.
+        CheckpointError: one is of another type or out of its range; the message names it.
     """
-    try:
+    with _damage_told(path):
         _check_layout(state)
-        _check_buffers(_get(state, "buffers"), model)
-        _check_frozen(state.get("frozen"), model, run)
-        _check_optimizers(_get(state, "optimizers"), run.optimizers)
+        _check_optimizers(_get(state, "optimizers"))
         for number, rank in enumerate(state.get("ranks") or []):
             _check_of_process(rank, f"ranks {number}: ")
+
+
+def check_values(state: Any, model: nn.Module, run: Run, path: Path) -> None:
+    """Check a state whose weights and optimizers are of this model and of this compile: values it can take.
+
+    Raises:
+        CheckpointError: one is of another kind, out of its range or of another shape; the message names it.
+    """
+    with _damage_told(path):
+        _check_buffers(state["buffers"], model)
+        _check_frozen(state.get("frozen"), model, run)
+        for name, entry in state["optimizers"].items():
+            if name in run.optimizers:
+                _check_optimizer_values(entry["state"], run.optimizers[name], place_of(name))
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turn an error of a check into one that names the file and what to do."""
+    try:
+        yield
     except _Unfit as error:
         raise CheckpointError(
             f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
@@ -155,6 +176,12 @@ def _check_layout(state: Mapping[str, Any]) -> None:
         raise _Unfit("position epoch", epoch, expected)
     _named(_get(state, "model"), "model")
     _named(_get(state, "loss"), "loss")
+    for key, buffers in (("buffers", _get(state, "buffers")), ("loss buffers", state.get("loss buffers", {}))):
+        for name, buffer in _named(buffers, key).items():
+            if not isinstance(buffer, Tensor):
+                raise _Unfit(f"buffer {name}", buffer, "a tensor")
+    if state.get("frozen") is not None:
+        _strings(state["frozen"], "frozen")
     for name, own in _named(_get(state, "callbacks"), "callbacks").items():
         _named(own, f"callback {name}")
     _check_begun(state.get("begun"))
@@ -225,9 +252,7 @@ def _check_buffers(buffers: Any, model: nn.Module) -> None:
     own = buffers_of(model)
     modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
     modules[""] = model
-    for name, buffer in _named(buffers, "buffers").items():
-        if not isinstance(buffer, Tensor):
-            raise _Unfit(f"buffer {name}", buffer, "a tensor")
+    for name, buffer in buffers.items():
         current = own.get(plain_name(name))
         if current is None:
             owner, dot, last = plain_name(name).rpartition(".")
@@ -245,7 +270,7 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
     if names is None:
         return
     known = {plain_name(name) for name, _ in model.named_parameters()}
-    for name in _strings(names, "frozen"):
+    for name in names:
         if plain_name(name) not in known:
             raise _Unfit("frozen", name, "a parameter of the model")
     trained = known - {plain_name(name) for name in names}
@@ -254,9 +279,14 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
         raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
 
 
-def _check_optimizers(written: Any, optimizers: Mapping[str, Optimizer]) -> None:
+def place_of(name: str) -> str:
+    """What a message calls the optimizer of that name."""
+    return f"optimizer {name!r}" if name else "the optimizer"
+
+
+def _check_optimizers(written: Any) -> None:
     for name, entry in _named(written, "optimizers").items():
-        where = f"optimizer {name!r}" if name else "the optimizer"
+        where = place_of(name)
         _named(entry, where)
         if not isinstance(_get(entry, "class", f"{where}, "), str):
             raise _Unfit(f"{where}, class", entry["class"], "a string")
@@ -273,9 +303,16 @@ def _check_optimizers(written: Any, optimizers: Mapping[str, Optimizer]) -> None
             if number not in numbers:
                 raise _Unfit(f"{where}, a key of state", number, "the number of a parameter")
             _named(own, f"{where}, state of parameter {number}")
-        if name in optimizers:
-            _check_settings(groups, optimizers[name], where)
-            _check_shapes(values, numbers, optimizers[name], where)
+        if entry.get("names") is not None:  # older files have none
+            for group in _list(entry["names"], f"{where}, names"):
+                _strings(group, f"{where}, names")
+
+
+def _check_optimizer_values(state: Any, optimizer: Optimizer, where: str) -> None:
+    groups = state["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    _check_settings(groups, optimizer, where)
+    _check_shapes(state["state"], numbers, optimizer, where)
 
 
 def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None:

@@ -83,6 +83,57 @@ def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.d
                 module.register_buffer(last, value.to(device), persistent=False)
 
 
+def late_buffers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a state_dict has of buffers that the model has registered as None until its first batch, by name."""
+    own = model.state_dict()
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    found = {}
+    for name, value in state.items():
+        if name in own or not isinstance(value, Tensor):
+            continue
+        owner, _, last = plain_name(name).rpartition(".")
+        module = modules.get(owner)
+        if module is not None and is_empty_buffer(module, last):
+            found[name] = value
+    return found
+
+
+def is_empty_buffer(module: nn.Module, name: str) -> bool:
+    """Whether a module has registered a buffer of that name as None.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> layer.register_buffer("mean", None)
+    >>> is_empty_buffer(layer, "mean"), is_empty_buffer(layer, "bias")
+    (True, False)
+    """
+    if name not in dir(module) or hasattr(type(module), name) or getattr(module, name) is not None:
+        return False
+    if name in vars(module):  # a plain attribute, such as a bias that another architecture has
+        return False
+    try:
+        setattr(module, name, torch.empty(0))  # named_buffers leaves out those that are None
+        return name in dict(module.named_buffers(recurse=False))
+    except TypeError:  # a parameter that there is not
+        return False
+    finally:
+        setattr(module, name, None)
+
+
+def fill_late_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give the model those buffers, as its first batch would."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for name, value in buffers.items():
+        owner, _, last = plain_name(name).rpartition(".")
+        setattr(modules[owner], last, value.detach().clone().to(device))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer of a model is; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 def frozen(model: nn.Module) -> list[str]:
     """The parameters that are not trained."""
     return [plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -106,7 +157,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state = under_own_names(model, state)
     check_weights(model, state, read_from)
     try:
-        with all_or_nothing(model):
+        late = late_buffers(model, state)
+        with all_or_nothing(model, late):
+            fill_late_buffers(model, late, device_of(model))
             load_whole(model, state)
     except Exception as error:  # of a hook or a method of the model's own
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -172,8 +225,8 @@ def is_same_tensor(first: Tensor, second: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put the tensors of a module back after an error; copied only where one can come."""
+def all_or_nothing(model: nn.Module, late: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put the tensors of a module back after an error, copied only where one can come; `late` ones are None again."""
     before: dict[str, Tensor] = {}
     if loads_by_itself(model):
         tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -181,6 +234,9 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for name in late:
+            owner, _, last = plain_name(name).rpartition(".")
+            setattr({plain_name(key): module for key, module in model.named_modules()}[owner], last, None)
         now = dict([*model.named_parameters(), *model.named_buffers()])
         for name, tensor in before.items():
             if name in now and now[name].shape == tensor.shape:
@@ -215,9 +271,10 @@ def check_weights(model: nn.Module, state: Any, path: Path, remedy: Callable[[Pa
     shapes = {key: tuple(value.shape) for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
     given = {key: shape_of(value) for key, value in state.items() if isinstance(value, Tensor)}
     differing = [key for key in shapes if given.get(key, shapes[key]) != shapes[key]]
+    late = late_buffers(model, state)
     problems = {
         "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
+        "unexpected": [key for key in state if key not in own and key not in late],
         "of another shape": [f"{key} {given[key]} instead of {shapes[key]}" for key in differing],
     }
     told = [f"{what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}" for what, keys in problems.items() if keys]

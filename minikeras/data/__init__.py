@@ -13,12 +13,14 @@ endless.py      the first batches of a pass, and data that may never end
 epochs.py       the epoch's number, for samplers that shuffle by it
 peek.py         the first batch of what is in memory
 position.py     how far an iteration has come, and carried on from there
+checksums.py    whether batches that are read again are the same
 batch.py        from a batch to what the step takes
 rows.py         how many rows a batch has
 joining.py      the outputs of many batches as those of all rows
 """
 
 from minikeras.data.batch import call_as, call_with, choose_device, manner, placed, to_device, unpack
+from minikeras.data.checksums import SAMPLE, checksum
 from minikeras.data.endless import check_ends, limited, long_pass
 from minikeras.data.epochs import set_epoch
 from minikeras.data.joining import join
@@ -30,6 +32,7 @@ from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 
 __all__ = [
+    "SAMPLE",
     "ContinuedBatches",
     "Idle",
     "Positioned",
@@ -39,6 +42,7 @@ __all__ = [
     "call_as",
     "call_with",
     "check_ends",
+    "checksum",
     "choose_device",
     "count_rows",
     "empty",

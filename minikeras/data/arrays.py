@@ -527,7 +527,7 @@ def check_no_path(data: Any, name: str) -> None:
         raise TypeError(f"{name} is a {kind}, which has no order. Pass arrays (X, y) or a list of batches.")
     if isinstance(data, type):
         raise TypeError(f"{name} is the class {data.__name__}; expected an instance. Pass {data.__name__}(...).")
-    if isinstance(data, list) and data and isinstance(data[0], (str, bytes, os.PathLike)):
+    if type(data) is list and data and isinstance(data[0], (str, bytes, os.PathLike)):
         raise TypeError(
             f"{name} is a list of {type(data[0]).__name__}; expected a list of (features, labels) batches. "
             f"If they name files, write a torch.utils.data.Dataset whose __getitem__ reads one of them."

@@ -7,16 +7,19 @@ a list, or in memory             read again, which costs next to nothing
 a DataLoader without workers     passed over by number: the sampler draws, no row is read
 a DataLoader with workers        read again, since its workers hold random states of their own
 one with state_dict              asked to carry on by itself
-anything else                    read again; a warning says so as the fit begins
+an iterable of the user's own    read again; a warning says if its first batch is another one then
+anything else                    the same, and a warning says so as the fit begins
 
-A sampler may draw as it goes, from a generator that others draw from in between. Where it is not known to draw all at
-once, it is watched: the states that its generators had when it drew are held, and put back as it draws again.
+A sampler or an iterable may draw as it goes, from a generator that others draw from in between. Where it is not known
+to draw all at once, it is watched: the states that its generators had when it drew are held, and put back as it draws
+again.
 """
 
 from __future__ import annotations
 
 import io
 import random
+import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,15 +36,17 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from minikeras.data.checksums import batch_checksum
 from minikeras.data.epochs import epochs_of, put_epochs_back
 from minikeras.data.in_memory import DRAWN_AT_ONCE, InMemoryBatches, asked, base_of
 from minikeras.data.sharded import Sharded
 from minikeras.data.sources import ArrayBatches, length
 from minikeras.errors import CheckpointError
 from minikeras.randomness import Randomness, same_state
-from minikeras.reachable import reachable
+from minikeras.reachable import is_users, reachable
 
 PLAIN = (TensorDataset, StackDataset)  # their rows draw nothing
+KNOWN = ("torch", "numpy", "pandas", "minikeras")  # packages whose objects do not move on as they are read
 MOST_DRAWS = 1_000  # states of generators that are held of one iteration
 
 
@@ -69,9 +74,13 @@ class Positioned:
         self.seen = 0
         self.pending: dict[str, Any] | None = None
         self.epochs: list[int | None] = []  # by which samplers shuffled the iteration under way
+        self.first: int | None = None  # a checksum of the first batch of the iteration under way
         self.order: WatchedOrder | None = None  # of a sampler that may draw as it goes
+        self.draws: WatchedDraws | None = None  # of an iterable
         if may_draw_as_it_goes(batches):
             self.order = WatchedOrder(self.loader, randomness)
+        known = isinstance(batches, Sharded) or keeps_state(self.loader) or surely_the_same(batches, self.loader)
+        self.is_stream = self.order is None and not known  # read again, and watched
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type] # raises as theirs does
@@ -80,13 +89,24 @@ class Positioned:
         if self.pending is None:
             self.start, self.seen = self.randomness.states(), 0
             self.epochs = epochs_of(self.loader)
-            iterator = iter(self.batches) if self.order is None else self.order.batches(self.batches)
+            iterator = self._batches()
         else:
             iterator = self._carried_on()
         for batch in iterator:
+            if self.is_stream and self.seen == 0:
+                self.first = batch_checksum(batch)
             self.seen += 1
             yield batch
         self.start = None
+
+    def _batches(self) -> Iterator[Any]:
+        """A new iteration, watched as it draws where that is needed."""
+        if self.order is not None:
+            return self.order.batches(self.batches)
+        if not self.is_stream:
+            return iter(self.batches)
+        self.draws = WatchedDraws(iter(self.batches), self.randomness, None)
+        return self.draws
 
     def position(self) -> dict[str, Any] | None:
         """Where the iteration under way stands, as plain values; None between two iterations."""
@@ -99,8 +119,14 @@ class Positioned:
             "loader": state,
             "steps": length(self.batches),
             "epochs": self.epochs,
-            "draws": None if self.order is None else self.order.position(),
+            "draws": self._drawn(),
+            "first": self.first,
         }
+
+    def _drawn(self) -> dict[str, Any] | None:
+        if self.order is not None:
+            return self.order.position()
+        return None if self.draws is None else self.draws.position()
 
     def check(self, position: Mapping[str, Any]) -> None:
         """Whether these batches can be carried on at that position; nothing is changed.
@@ -133,14 +159,24 @@ class Positioned:
             iterator = self.order.batches(self.batches, self.seen, position.get("draws") or {})
             self._pass(iterator)
             self.order.read()
+        elif self.is_stream:
+            self.first = position.get("first")
+            self.draws = WatchedDraws(iter(self.batches), self.randomness, position.get("draws") or {})
+            iterator = self.draws
+            self._pass(iterator, self.first)
         else:
             iterator = passed_over(self.batches, self.loader, self.seen, self.name)
         put_epochs_back(self.loader, epochs)
         self.randomness.restore(now)
         return iterator
 
-    def _pass(self, iterator: Iterator[Any]) -> None:
-        passed = sum(1 for _ in islice(iterator, self.seen))
+    def _pass(self, iterator: Iterator[Any], first: int | None = None) -> None:
+        """Read the batches that have been seen; `first` is a checksum of the first one, where that is known."""
+        passed = 0
+        for batch in islice(iterator, self.seen):
+            if passed == 0 and first is not None and batch_checksum(batch) != first:
+                warn_of_other_batches(self.name)
+            passed += 1
         if passed < self.seen:
             raise ended_before(self.seen, self.name, passed)
 
@@ -172,6 +208,17 @@ def ended_before(count: int, name: str, passed: int) -> CheckpointError:
     )
 
 
+def warn_of_other_batches(name: str) -> None:
+    """Data that are read again, and are others than they were."""
+    warnings.warn(
+        f"{name} gives other batches when it is read again: the checkpoint stands in the middle of an epoch, and the "
+        f"first batch of that epoch is another one here. The batches that are left out are not those that were trained "
+        f"on. Draw from a generator that is an attribute, seeded where the script makes it; or give {name} state_dict "
+        f"and load_state_dict.",
+        stacklevel=2,
+    )
+
+
 def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: str) -> None:
     """Other data, or another batch_size, in the middle of an epoch."""
     if then is not None and now is not None and then != now and seen <= now:
@@ -190,7 +237,7 @@ def skips_by_number(batches: Iterable[Any], loader: Any) -> bool:
 
 def surely_the_same(batches: Iterable[Any], loader: Any) -> bool:
     """Whether reading again from the same random state gives the same batches."""
-    if isinstance(batches, (InMemoryBatches, ArrayBatches, list)):
+    if isinstance(batches, (InMemoryBatches, ArrayBatches)) or is_plain_list(batches):
         return True
     return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset)
 
@@ -231,12 +278,32 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
 
 
 def reads_the_same(loader: Any) -> bool:
-    """Whether reading what the user handed over again gives the same batches."""
-    if isinstance(loader, (InMemoryBatches, ArrayBatches, list)):
+    """Whether reading what the user handed over again gives the same batches, as far as its code and parts tell.
+
+    Of an iterable in the user's own code, the generators and counters are held, and are put back before it is read
+    again. What is in objects of installed packages cannot be known.
+    """
+    if isinstance(loader, (InMemoryBatches, ArrayBatches)) or is_plain_list(loader):
         return True
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    source = loader
+    if type(loader).__iter__ is DataLoader.__iter__:
+        source = loader.dataset
+        if not isinstance(source, IterableDataset):
+            return True
+    if not is_users(type(source)):
         return False
-    return not isinstance(loader.dataset, IterableDataset)
+    return all(is_of_known_kind(value) for _, value in reachable({"": source}))
+
+
+def is_plain_list(batches: Any) -> bool:
+    """Whether data are a list or a tuple, and no subclass that is read in a way of its own."""
+    return type(batches).__iter__ in (list.__iter__, tuple.__iter__)
+
+
+def is_of_known_kind(value: Any) -> bool:
+    """Whether an object is the user's own, or of Python, torch or NumPy."""
+    root = type(value).__module__.partition(".")[0]
+    return root in KNOWN or root in sys.stdlib_module_names or is_users(type(value))
 
 
 def has_hidden_position(value: Any, path: str) -> bool:
@@ -358,9 +425,9 @@ class WatchedDraws:
     def _warn_of_too_many(self) -> None:
         if len(self.draws) == MOST_DRAWS:
             warnings.warn(
-                f"the sampler of dl_train has drawn {MOST_DRAWS} times in one epoch from a random generator that "
+                f"dl_train, or its sampler, has drawn {MOST_DRAWS} times in one epoch from a random generator that "
                 f"others draw from in between, and a checkpoint does not hold more: a run resumed later in an epoch is "
-                f"not exact. Give the sampler a generator of its own.",
+                f"not exact. Give it a generator of its own.",
                 stacklevel=2,
             )
 
