@@ -88,7 +88,9 @@ class ModelCheckpoint(Watching):
             return
         from minikeras.checkpoint import save_weights  # as it is needed: that room imports this one
 
-        save_weights(self.model, path, self.model._compiled("ModelCheckpoint").world, keep=False)
+        run = self.model._compiled("ModelCheckpoint")
+        if run.finite_weights is None or run.finite_weights.allow(path):
+            save_weights(self.model, path, run.world, keep=False)
 
     def watched(self) -> list[tuple[str, str, str]]:
         in_path = [(name, "names its files by", "a path without it") for name in self.names]
