@@ -561,6 +561,17 @@ def test_values_that_no_run_has_written_are_refused(tmp_path):
         assert is_refused(good, place, new, tmp_path), (place, new)
 
 
+def test_a_file_of_another_network_is_not_called_damaged(tmp_path):
+    path = tmp_path / "run.pt"
+    with pytest.raises(SystemExit):
+        fit_of(path, Cut())[2]()
+    other = compiled(minikeras.Model(nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 1), nn.Sigmoid())))
+    with pytest.raises(
+        CheckpointError, match=r"holds the weights of another architecture than Model: .*net\.0\.weight"
+    ):
+        other.fit(3, points(60), batch_size=20, verbose=0, checkpoint=path)
+
+
 def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)

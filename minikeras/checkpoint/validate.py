@@ -1,17 +1,19 @@
 """The values of a run's state, each looked at before any is used: a file may have been changed since it was written.
 
-check_state       all that a file must have, by type, range and shape; what it has besides is left alone
+check_state       all that a file must have, by type and range; what it has besides is left alone
+check_contents    what must fit the model and the optimizers, by shape and name
 check_random      random states that NumPy, torch and Python can take: NumPy's own check lets a position crash Python
 untouched         put a model, its optimizers, callbacks and random states back where taking a state over fails
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -54,22 +56,44 @@ def shown(value: Any) -> str:
     return described(value)[:60]
 
 
-def check_state(state: Any, model: nn.Module, run: Run, path: Path) -> None:
-    """Check the values of a run's state.
+def check_state(state: Any, path: Path) -> None:
+    """Check the values of a run's state by themselves.
 
     Raises:
-        CheckpointError: one is of another type, out of its range or of another shape; the message names it.
+        CheckpointError: one is of another type or out of its range; the message names it.
     """
-    try:
+    with _refused(path):
         _check_layout(state)
-        _check_buffers(_get(state, "buffers"), model)
-        _check_frozen(state.get("frozen"), model, run)
-        _check_loss(state, run.loss_func)
-        _check_attributes(state.get("attributes", {}), "attributes", {"model": model, "loss_func": run.loss_func})
-        _check_optimizers(_get(state, "optimizers"), run.optimizers)
+        _check_optimizers(_get(state, "optimizers"))
         _check_groups(state.get("groups", {}), state["optimizers"])
         for number, rank in enumerate(_list(state.get("ranks", []), "ranks")):
             _check_of_process(rank, f"ranks {number}: ")
+
+
+def check_contents(state: Any, model: nn.Module, run: Run, path: Path) -> None:
+    """Check the values of a run's state beside those of the model and the optimizers, which it is known to be of.
+
+    Raises:
+        CheckpointError: one does not fit them; the message names it.
+    """
+    with _refused(path):
+        _check_buffers(state["buffers"], model)
+        _check_frozen(state.get("frozen"), model, run)
+        _check_loss(state, run.loss_func)
+        _check_attributes(state.get("attributes", {}), "attributes", {"model": model, "loss_func": run.loss_func})
+        for name, optimizer in run.optimizers.items():
+            written = state["optimizers"][name]["state"]
+            where = f"optimizer {name!r}" if name else "the optimizer"
+            numbers = [number for group in written["param_groups"] for number in group["params"]]
+            _check_settings(written["param_groups"], optimizer, where)
+            _check_shapes(written["state"], numbers, optimizer, where)
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Make what is found a CheckpointError."""
+    try:
+        yield
     except _Unfit as error:
         raise CheckpointError(
             f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
@@ -159,6 +183,8 @@ def _check_layout(state: Mapping[str, Any]) -> None:
         expected = f"that after the {len(history)} epochs of history, of a fit of epochs {first} to {last}"
         raise _Unfit("position epoch", epoch, expected)
     _named(_get(state, "model"), "model")
+    _named(_get(state, "buffers"), "buffers")
+    _named(state.get("loss buffers", {}), "loss buffers")
     _named(_get(state, "loss"), "loss")
     for name, own in _named(_get(state, "callbacks"), "callbacks").items():
         _named(own, f"callback {name}")
@@ -252,7 +278,7 @@ def _check_precision(precision: Any, where: str) -> None:
 
 def _check_loss(state: Mapping[str, Any], loss_func: Any) -> None:
     """The loss's own buffers and frozen parameters; `check_buffers` looks for the layers."""
-    for name, buffer in _named(state.get("loss buffers", {}), "loss buffers").items():
+    for name, buffer in state.get("loss buffers", {}).items():
         if not isinstance(buffer, Tensor):
             raise _Unfit(f"buffer {name} of the loss", buffer, "a tensor")
     if state.get("loss frozen") is None:
@@ -319,7 +345,7 @@ def _check_buffers(buffers: Any, model: nn.Module) -> None:
     own = buffers_of(model)
     modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
     modules[""] = model
-    for name, buffer in _named(buffers, "buffers").items():
+    for name, buffer in buffers.items():
         if not isinstance(buffer, Tensor):
             raise _Unfit(f"buffer {name}", buffer, "a tensor")
         current = own.get(plain_name(name))
@@ -348,7 +374,7 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
         raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
 
 
-def _check_optimizers(written: Any, optimizers: Mapping[str, Optimizer]) -> None:
+def _check_optimizers(written: Any) -> None:
     for name, entry in _named(written, "optimizers").items():
         where = f"optimizer {name!r}" if name else "the optimizer"
         _named(entry, where)
@@ -371,9 +397,6 @@ def _check_optimizers(written: Any, optimizers: Mapping[str, Optimizer]) -> None
             if number not in numbers:
                 raise _Unfit(f"{where}, a key of state", number, "the number of a parameter")
             _named(own, f"{where}, state of parameter {number}")
-        if name in optimizers:
-            _check_settings(groups, optimizers[name], where)
-            _check_shapes(values, numbers, optimizers[name], where)
 
 
 def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None:
