@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 MOST = 20_000  # objects that are looked at
 LONG = 1_000  # items of a container that are looked at
@@ -25,6 +26,7 @@ FLAT = (*SCALARS, Tensor, np.ndarray, np.generic)  # which reach nothing
 CLOSED = ("pandas", "PIL", "pyarrow", "polars", "matplotlib", "logging", "threading", "tqdm", "h5py")
 LIBRARIES = ("torch", "numpy", "minikeras", "builtins")
 CONTAINERS = (list, tuple, deque, set, frozenset)
+MADE_LATER = ("__dict__", "__weakref__", "__annotations__")  # of a class: Python makes the last when it is asked for
 SIZE = 100_000  # elements of a list or array that is compared and held
 ORDER = "order"  # the key of an order, in place of a list
 
@@ -61,8 +63,8 @@ def reachable(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> Iterat
 def children(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a value holds, each with what is appended to the value's name."""
     kind = type(value)
-    if isinstance(value, (*FLAT, types.ModuleType, range, slice, torch.Generator)):
-        return
+    if isinstance(value, (*FLAT, types.ModuleType, range, slice, torch.Generator, RemovableHandle)):
+        return  # a handle of a hook has a number that counts up in a process
     if kind.__module__.partition(".")[0] in CLOSED:
         return
     if isinstance(value, dict):
@@ -171,7 +173,7 @@ def members_of_class(cls: type) -> Iterator[tuple[str, Any]]:
             member = member.__func__
         elif isinstance(member, property):
             member = member.fget
-        if member is not None and not name.startswith("__abc") and name not in ("__dict__", "__weakref__"):
+        if member is not None and not name.startswith("__abc") and name not in MADE_LATER:
             yield f".{name}", member
 
 

@@ -25,6 +25,7 @@ from minikeras.checkpoint.file import dump, previous, read, write
 PACKAGE = Path(minikeras.__file__).parent
 DATA = Path(__file__).parent / "data"
 REMEDY = "There is none written before it: give another file, or move this one away to start anew."
+OF_LOAD = "If it is the wrong file, give another one."
 
 
 def run_file(path, epochs=2, **kwargs):
@@ -87,7 +88,7 @@ def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(
         model.load(path)
     assert str(raised.value) == (
         f"{path} holds the weights of another architecture than Net: missing: fc2.bias; unexpected: extra; of another "
-        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {REMEDY}"
+        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {OF_LOAD}"
     )
     assert torch.equal(model.fc2.weight, before)
 
@@ -121,7 +122,7 @@ def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
     for name, remedy in remedies.items():
         with pytest.raises(CheckpointError) as raised:
             model.load(tmp_path / name)
-        assert str(raised.value).endswith(f". {remedy} {REMEDY}")
+        assert str(raised.value).endswith(f". {remedy} {OF_LOAD}")
 
 
 @pytest.mark.parametrize("path", [".", ""])
@@ -136,7 +137,7 @@ def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError) as raised:
         Net().load(tmp_path / "list.pt")
-    assert str(raised.value) == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {REMEDY}"
+    assert str(raised.value) == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {OF_LOAD}"
 
 
 def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
@@ -181,6 +182,7 @@ def test_each_damage_is_said_for_what_it_is(tmp_path):
         run_file(path)
 
 
+@pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_path):
     path = tmp_path / "run.pt"
     model = run_file(path, epochs=3)
@@ -441,6 +443,7 @@ def test_layers_without_sizes_yet_take_the_files(tmp_path):
     assert torch.equal(run_file(tmp_path / "run.pt", model=made()).net[0].weight, model.net[0].weight)
 
 
+@pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 def test_a_fit_of_other_epochs_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=4)
@@ -449,9 +452,13 @@ def test_a_fit_of_other_epochs_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(1, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a file of its own. The "
-        f"one written before it is {path}.prev."
+        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a file of its own. To "
+        f"start anew, delete {path} and {path}.prev, or give another path."
     )
+    model.fit(1, points(40), verbose=0, checkpoint=tmp_path / "another.pt")
+    path.unlink()
+    previous(path).unlink()
+    assert len(model.fit(1, points(40), verbose=0, checkpoint=path)) == 4
 
 
 def test_a_newer_layout_is_refused(tmp_path):

@@ -37,6 +37,7 @@ __all__ = [
     "refuse_special_file",
     "remedy",
     "remedy_of_fit",
+    "remedy_of_load",
     "write",
 ]
 
@@ -187,6 +188,14 @@ def remedy(path: Path) -> str:
     if previous(path).exists():
         return f"The one written before it is {previous(path)}."
     return "There is none written before it: give another file, or move this one away to start anew."
+
+
+def remedy_of_load(path: Path) -> str:
+    """What to do about weights that do not fit the model."""
+    before = previous(follow_links(path))
+    if before.exists():
+        return f"If it is the wrong file, give another one: the one written before it is {before}."
+    return "If it is the wrong file, give another one."
 
 
 def remedy_of_fit(path: Path) -> str:

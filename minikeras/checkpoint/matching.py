@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from minikeras.callbacks import Callback, LRScheduler
 from minikeras.checkpoint.file import remedy_of_fit as remedy
-from minikeras.checkpoint.validate import check_state, check_values
+from minikeras.checkpoint.validate import check_contents, check_state
 from minikeras.checkpoint.weights import COMPILED, RUN, check_weights, frozen
 from minikeras.errors import CheckpointError, is_number
 
@@ -59,7 +59,7 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
             f"{path} was written with an optimizer {gone[0]!r}, which compile was not given here. Compile as it was "
             f"compiled then. {remedy(path)}"
         )
-    check_values(state, model, run, path)
+    check_contents(state, model, run, path)
 
 
 def check_buffers(module: nn.Module, buffers: Mapping[str, Any], path: Path) -> None:

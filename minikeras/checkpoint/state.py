@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from minikeras.atomic import discard, previous, refuse_folders, temporary, write
 from minikeras.callbacks import Callback, check_writable
-from minikeras.checkpoint.file import dump, read_newest, remedy
+from minikeras.checkpoint.file import dump, read_newest, remedy_of_fit
 from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.matching import (
@@ -196,7 +196,7 @@ class Checkpoint:
             return state
         raise CheckpointError(
             f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is of epochs "
-            f"{self.first} to {self.last}. Give each fit a file of its own. {remedy(path)}"
+            f"{self.first} to {self.last}. Give each fit a file of its own. {remedy_of_fit(path)}"
         )
 
     # --- as it begins -------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Checkpoint:
     def _check_course(self, state: Any) -> None:
         """Refuse what cannot be taken over; callbacks and metrics try it, and are put back if one cannot."""
         self.randomness.check(state["random"])
-        if state["train"] is not None and state["position"]["step"]:
+        if state["train"] is not None and state["position"]["epoch"] <= self.last:
             self.train.check(restored(state["train"]))
         tried: list[tuple[Callback, Any]] = []
         try:
@@ -265,13 +265,14 @@ class Checkpoint:
         finally:
             self.run.train.reset()
 
-    def _try(self, what: str, load: Callable[[Any], Any], state: Any) -> None:
+    def _try(self, what: str, take: Callable[[Any], Any], state: Any) -> None:
         try:
-            load(restored(copy.deepcopy(state)))
+            take(restored(copy.deepcopy(state)))
         except Exception as error:
             raise CheckpointError(
                 f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: {error}. The model is "
-                f"as it was. Give what was given when the file was written. {remedy(self._path)}"
+                f"as it was. Give what was given when the file was written. "
+                f"{remedy_of_fit(self._path)}"
             ) from error
 
     @property

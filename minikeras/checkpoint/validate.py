@@ -1,7 +1,7 @@
 """The values of a run's state, each looked at before any is used: a file may have been changed since it was written.
 
 check_state       all that a file must have, by type and range; what it has besides is left alone
-check_values      buffers, frozen names and optimizers against a model and optimizers that the file is of
+check_contents    what must fit the model and the optimizers, by shape and name
 check_random      random states that NumPy, torch and Python can take: NumPy's own check lets a position crash Python
 untouched         put a model, its optimizers, callbacks and random states back where taking a state over fails
 """
@@ -25,8 +25,10 @@ from torch.optim import Optimizer
 
 from minikeras.callbacks import Callback, EarlyStopping
 from minikeras.checkpoint.file import remedy_of_fit
+from minikeras.checkpoint.plain import restored
 from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
 from minikeras.errors import CheckpointError, described, is_number
+from minikeras.reachable import is_plain
 
 if TYPE_CHECKING:
     from minikeras.run import Run
@@ -55,35 +57,46 @@ def shown(value: Any) -> str:
 
 
 def check_state(state: Any, path: Path) -> None:
-    """Check the types and ranges of a run's state; whether it is of this model is looked at next.
+    """Check the values of a run's state by themselves.
 
     Raises:
         CheckpointError: one is of another type or out of its range; the message names it.
     """
-    with _damage_told(path):
+    with _refused(path):
         _check_layout(state)
         _check_optimizers(_get(state, "optimizers"))
-        for number, rank in enumerate(state.get("ranks") or []):
+        _check_groups(state.get("groups", {}), state["optimizers"])
+        for number, rank in enumerate(_list(state.get("ranks", []), "ranks")):
             _check_of_process(rank, f"ranks {number}: ")
 
 
-def check_values(state: Any, model: nn.Module, run: Run, path: Path) -> None:
-    """Check a state whose weights and optimizers are of this model and of this compile: values it can take.
+def check_contents(state: Any, model: nn.Module, run: Run, path: Path) -> None:
+    """Check the values of a run's state beside those of the model and the optimizers, which it is known to be of.
 
     Raises:
-        CheckpointError: one is of another kind, out of its range or of another shape; the message names it.
+        CheckpointError: one does not fit them; the message names it.
     """
-    with _damage_told(path):
+    with _refused(path):
         _check_buffers(state["buffers"], model)
         _check_frozen(state.get("frozen"), model, run)
-        for name, entry in state["optimizers"].items():
-            if name in run.optimizers:
-                _check_optimizer_values(entry["state"], run.optimizers[name], place_of(name))
+        _check_loss(state, run.loss_func)
+        _check_attributes(state.get("attributes", {}), "attributes", {"model": model, "loss_func": run.loss_func})
+        for name, optimizer in run.optimizers.items():
+            written = state["optimizers"][name]["state"]
+            where = place_of(name)
+            numbers = [number for group in written["param_groups"] for number in group["params"]]
+            _check_settings(written["param_groups"], optimizer, where)
+            _check_shapes(written["state"], numbers, optimizer, where)
+
+
+def place_of(name: str) -> str:
+    """Say which optimizer a message is about: the one of that name."""
+    return f"optimizer {name!r}" if name else "the optimizer"
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    """Turn an error of a check into one that names the file and what to do."""
+def _refused(path: Path) -> Iterator[None]:
+    """Make what is found a CheckpointError."""
     try:
         yield
     except _Unfit as error:
@@ -175,6 +188,8 @@ def _check_layout(state: Mapping[str, Any]) -> None:
         expected = f"that after the {len(history)} epochs of history, of a fit of epochs {first} to {last}"
         raise _Unfit("position epoch", epoch, expected)
     _named(_get(state, "model"), "model")
+    _named(_get(state, "buffers"), "buffers")
+    _named(state.get("loss buffers", {}), "loss buffers")
     _named(_get(state, "loss"), "loss")
     for key, buffers in (("buffers", _get(state, "buffers")), ("loss buffers", state.get("loss buffers", {}))):
         for name, buffer in _named(buffers, key).items():
@@ -185,7 +200,14 @@ def _check_layout(state: Mapping[str, Any]) -> None:
     for name, own in _named(_get(state, "callbacks"), "callbacks").items():
         _named(own, f"callback {name}")
     _check_begun(state.get("begun"))
+    if state.get("data") is not None:
+        _count(state["data"], "data")
+    if state.get("in_eval") is not None:
+        _strings(state["in_eval"], "in_eval")
     _check_of_process(state)
+    missing = state["totals"]["sums"].keys() - (position["logs"] or {}).keys()
+    if position["logs"] is not None and missing:
+        raise _Unfit(f"position logs {min(missing)}", None, "")
 
 
 def _check_begun(begun: Any) -> None:
@@ -195,7 +217,15 @@ def _check_begun(begun: Any) -> None:
     for name, groups in _named(_get(begun, "optimizers", "begun "), "begun optimizers").items():
         for group in _list(groups, f"begun optimizers {name!r}"):
             _numbers(group, f"begun optimizers {name!r},")
+    for name, groups in _named(begun.get("groups", {}), "begun groups").items():
+        for group in _list(groups, f"begun groups {name!r}"):
+            _strings(group, f"begun groups {name!r}")
     _strings(_get(begun, "frozen", "begun "), "begun frozen")
+    for key in ("loss frozen", "in_eval"):
+        _strings(begun.get(key, []), f"begun {key}")
+    for name, setting in _named(begun.get("compile", {}), "begun compile").items():
+        if setting is not None and not isinstance(setting, (str, bool, int, float)):
+            raise _Unfit(f"begun compile {name}", setting, "a number or a string")
 
 
 def _check_of_process(state: Mapping[str, Any], where: str = "") -> None:
@@ -213,6 +243,11 @@ def _check_of_process(state: Mapping[str, Any], where: str = "") -> None:
                 raise _Unfit(f"{where}train seen", seen, f"one of {steps} batches")
         _get(train, "loader", f"{where}train ")
         check_random(_get(train, "start", f"{where}train "), f"{where}train start")
+        for epoch in _list(train.get("epochs", []), f"{where}train epochs"):
+            if epoch is not None:
+                _count(epoch, f"{where}train epochs")
+        if train.get("draws") is not None:
+            _check_draws(train["draws"], f"{where}train draws")
     _check_precision(state.get("precision"), f"{where}precision")
 
 
@@ -224,10 +259,14 @@ def _check_totals(totals: Any, where: str) -> None:
         raise _Unfit(f"{where} sums", list(sums), f"of the names of counts, {list(counts)}"[:200])
     for name in sums:
         for value, what in ((sums[name], "sums"), (counts[name], "counts")):
-            if not is_number(value):
+            if not is_number(value) or (isinstance(value, Tensor) and value.ndim):
                 raise _Unfit(f"{where} {what} {name}", value, "a number")
+        if not isinstance(sums[name], Tensor) or not sums[name].is_floating_point():
+            raise _Unfit(f"{where} sums {name}", sums[name], "a 0-d tensor of floats")
         if not float(counts[name]) >= 0 or math.isinf(float(counts[name])):
             raise _Unfit(f"{where} counts {name}", float(counts[name]), "a count of 0 or more")
+        if float(counts[name]) == 0 and float(sums[name]) != 0:
+            raise _Unfit(f"{where} sums {name}", float(sums[name]), "0, as it is of a count of 0")
     if type(_get(totals, "updated", f"{where} ")) is not bool:
         raise _Unfit(f"{where} updated", totals["updated"], "True or False")
     _named(_get(totals, "objects", f"{where} "), f"{where} objects")
@@ -248,11 +287,78 @@ def _check_precision(precision: Any, where: str) -> None:
                 raise _Unfit(f"{where} gradients {name!r}", gradient, "a tensor")
 
 
+def _check_loss(state: Mapping[str, Any], loss_func: Any) -> None:
+    """The loss's own buffers and frozen parameters; `check_buffers` looks for the layers."""
+    for name, buffer in state.get("loss buffers", {}).items():
+        if not isinstance(buffer, Tensor):
+            raise _Unfit(f"buffer {name} of the loss", buffer, "a tensor")
+    if state.get("loss frozen") is None:
+        return
+    known: set[str] = set()
+    if isinstance(loss_func, nn.Module):
+        known = {plain_name(name) for name, _ in loss_func.named_parameters()}
+    for name in _strings(state["loss frozen"], "loss frozen"):
+        if plain_name(name) not in known:
+            raise _Unfit("loss frozen", name, "a parameter of the loss")
+
+
+def _check_attributes(states: Any, where: str, roots: Mapping[str, Any]) -> None:
+    """Plain values, under names that hide no method: they become attributes of the model's layers and of data."""
+    for holder, own in _named(states, where).items():
+        methods = _methods_of(holder, roots)
+        for name, value in _named(own, f"{where} {holder}").items():
+            if not name.isidentifier() or name in methods or name == "training":
+                raise _Unfit(f"a key of {where} {holder}", name, "the name of an attribute")
+            if not is_plain(restored(value), floats=True):
+                raise _Unfit(f"{where} {holder}.{name}", value, "a number, a string, or a short list of them")
+
+
+def _methods_of(holder: str, roots: Mapping[str, Any]) -> set[str]:
+    """The names of methods of an object that is named by its path, as `model.net`; of others those of object."""
+    root, _, path = holder.partition(".")
+    value = roots.get(root)
+    if isinstance(value, nn.Module) and path:
+        value = dict(value.named_modules()).get(path)
+    return {name for name in dir(type(value)) if callable(getattr(type(value), name, None))}
+
+
+def _check_groups(groups: Any, optimizers: Mapping[str, Any]) -> None:
+    """How many groups each optimizer had as the epoch began."""
+    for name, count in _named(groups, "groups").items():
+        _count(count, f"groups {name!r}", 1)
+        if name not in optimizers:
+            raise _Unfit("a key of groups", name, "the name of an optimizer")
+
+
+def _check_draws(draws: Any, where: str) -> None:
+    """The states of generators by the number of the sampler's step."""
+    for number, states in _named(draws, where).items():
+        if not number.isdecimal():
+            raise _Unfit(f"a key of {where}", number, "a number")
+        for name, state in _named(states, f"{where} {number}").items():
+            place = f"{where} {number}, {name}"
+            if name == "the global numpy":
+                _check_numpy(_numpy_dict(state, place), place)
+            else:
+                _check_generator(state, place)
+
+
+def _numpy_dict(state: Any, where: str) -> Any:
+    """NumPy's tuple as its dict."""
+    parts = _list(restored(state), where)
+    if len(parts) != 5 or not isinstance(parts[1], np.ndarray):
+        raise _Unfit(where, state, "a state of NumPy's random")
+    inner = {"key": parts[1].tolist(), "pos": parts[2]}
+    return {"bit_generator": parts[0], "state": inner, "has_gauss": parts[3], "gauss": parts[4]}
+
+
 def _check_buffers(buffers: Any, model: nn.Module) -> None:
     own = buffers_of(model)
     modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
     modules[""] = model
     for name, buffer in buffers.items():
+        if not isinstance(buffer, Tensor):
+            raise _Unfit(f"buffer {name}", buffer, "a tensor")
         current = own.get(plain_name(name))
         if current is None:
             owner, dot, last = plain_name(name).rpartition(".")
@@ -279,11 +385,6 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
         raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
 
 
-def place_of(name: str) -> str:
-    """What a message calls the optimizer of that name."""
-    return f"optimizer {name!r}" if name else "the optimizer"
-
-
 def _check_optimizers(written: Any) -> None:
     for name, entry in _named(written, "optimizers").items():
         where = place_of(name)
@@ -296,6 +397,10 @@ def _check_optimizers(written: Any) -> None:
         for group in groups:
             params = _list(_get(_named(group, where), "params", f"{where}, "), f"{where}, params")
             numbers += [_count(number, f"{where}, a number in params") for number in params]
+        if entry.get("names") is not None:
+            named = [_strings(group, f"{where}, names") for group in _list(entry["names"], f"{where}, names")]
+            if [len(group) for group in named] != [len(group["params"]) for group in groups]:
+                raise _Unfit(f"{where}, names", entry["names"], "a name for each parameter")
         if len(set(numbers)) < len(numbers):
             raise _Unfit(f"{where}, params", numbers[:5], "numbers that are there once each")
         values = _dict(_get(state, "state", f"{where}, "), f"{where}, state")
@@ -303,16 +408,6 @@ def _check_optimizers(written: Any) -> None:
             if number not in numbers:
                 raise _Unfit(f"{where}, a key of state", number, "the number of a parameter")
             _named(own, f"{where}, state of parameter {number}")
-        if entry.get("names") is not None:  # older files have none
-            for group in _list(entry["names"], f"{where}, names"):
-                _strings(group, f"{where}, names")
-
-
-def _check_optimizer_values(state: Any, optimizer: Optimizer, where: str) -> None:
-    groups = state["param_groups"]
-    numbers = [number for group in groups for number in group["params"]]
-    _check_settings(groups, optimizer, where)
-    _check_shapes(state["state"], numbers, optimizer, where)
 
 
 def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None:
@@ -405,6 +500,7 @@ def check_random(states: Any, where: str) -> None:
         _check_generator(state, f"{where} generators")
     for epoch in _list(_get(states, "epochs", f"{where} "), f"{where} epochs"):
         _count(epoch, f"{where} epochs")
+    _check_attributes(states.get("attributes", {}), f"{where} attributes", {})
 
 
 def _check_generator(state: Any, where: str) -> None:

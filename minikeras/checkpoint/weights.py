@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from minikeras.atomic import write
-from minikeras.checkpoint.file import dump, read_newest, refuse_special_file, remedy
+from minikeras.checkpoint.file import dump, read_newest, refuse_special_file, remedy, remedy_of_load
 from minikeras.checkpoint.folder import reader
 from minikeras.checkpoint.plain import plain
 from minikeras.distributed import World, is_part, load_whole, whole
@@ -164,7 +164,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:  # of a hook or a method of the model's own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it was. {remedy(path)}"
+            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it was. "
+            f"{remedy_of_load(path)}"
         ) from error
 
 
@@ -259,7 +260,7 @@ def loads_by_itself(model: nn.Module) -> bool:
     return False
 
 
-def check_weights(model: nn.Module, state: Any, path: Path, remedy: Callable[[Path], str] = remedy) -> None:
+def check_weights(model: nn.Module, state: Any, path: Path, remedy: Callable[[Path], str] = remedy_of_load) -> None:
     """A state_dict must have the model's keys and shapes, and tensors that its own can take.
 
     Raises:

@@ -135,6 +135,11 @@ class Positioned:
             CheckpointError: they end before it, or their generators are others.
         """
         self.randomness.check(position["start"])
+        if position["loader"] is not None and not keeps_state(self.loader):
+            raise CheckpointError(
+                f"the checkpoint holds the position of a loader with state_dict, and {self.name} is a "
+                f"{type(self.loader).__name__} without one. Give the same data as before."
+            )
         now = length(self.batches)
         if position["loader"] is None and now is not None and position["seen"] > now:
             raise ended_before(position["seen"], self.name, now)
