@@ -54,7 +54,6 @@ from minikeras.faults import (
 from minikeras.losses import weights_found_once
 from minikeras.metrics import Totals
 from minikeras.modes import gradients_recorded, modes_kept
-from minikeras.overrides import overrides
 from minikeras.randomness import Randomness, reseed
 from minikeras.run import Run, learning_rates
 
@@ -103,7 +102,7 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
         settled(model),
     ):
         train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
-        needs_labels = not overrides(model, "train_step", "compute_loss")
+        needs_labels = checks.inputs.needs_labels(model, run.loss_func, "train_step")
 
         def before_first(features: Any, labels: Any) -> None:
             if plan.val is not None:
@@ -173,7 +172,7 @@ def evaluate(
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
         evaluate_step = run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
-        needs_labels = not overrides(model, "evaluate_step", "compute_loss")
+        needs_labels = checks.inputs.needs_labels(model, run.loss_func, "evaluate_step")
         means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch, needs_labels=needs_labels)
     return {f"val_{name}": mean for name, mean in means.items()}
 

@@ -25,6 +25,7 @@ from minikeras.data import (
     manner,
     map_leaves,
     parts,
+    shapes_of,
     to_device,
     unpack,
     worked,
@@ -86,7 +87,10 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Ou
         for batch in batches:
             batch, idle = worked(batch)
             features, labels, _ = unpack(batch)
-            note(outputs, labels=counter.count(features, labels), features=alone.count(features))
+            rows, rows_alone = counter.count(features, labels), alone.count(features)
+            if is_second_size(rows, features, rows_alone):
+                rows_alone = rows  # time first: the features alone would tell the wrong number
+            note(outputs, labels=rows, features=rows_alone)
             sizes = first_sizes(features)
             features = to_device(features, device)
             piece = on_cpu(model, compute_outputs(features))
@@ -132,6 +136,13 @@ def note(outputs: Outputs, **found: Any) -> None:
         outputs.rows.setdefault(name, []).append(rows)
 
 
+def is_second_size(rows: int | UnknownRows, features: Any, rows_alone: int | UnknownRows) -> bool:
+    """Whether the labels' number of rows is the second size of the features, and not the first."""
+    if isinstance(rows, UnknownRows) or rows_alone in (1, rows):
+        return False
+    return any(rows in shape[1:2] for shape in shapes_of(features))
+
+
 def agreed_size(piece: Any, sizes: set[int]) -> int | None:
     """The first size of all outputs, if it is one of the features' or these have none."""
     found = first_sizes(piece)
@@ -156,8 +167,10 @@ def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = T
             continue
         tried.append(rows)
         try:
-            another = partial(probe, model, outputs.features, rows[-1], device)
-            return join(pieces, rows, another, final)
+            if rows == outputs.rows["features"]:
+                another = partial(probe, model, outputs.features, rows[-1], device)
+                return join(pieces, rows, another, final)
+            return join(pieces, rows, final=final)  # the features cannot be cut along the rows
         except ValueError as error:
             first_error = first_error or error
     if first_error is None:
@@ -174,10 +187,12 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
     """
     if features is None or not rows or any(map(is_part, model.parameters())):
         return None
-    tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
-    if not tensors or not all(leaf.ndim and leaf.shape[0] == rows for leaf in tensors):
-        return None
     fewer = 2 if rows > 2 else 2 * rows
+    tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
+    first_rows = all(leaf.ndim and leaf.shape[0] == rows for leaf in tensors)
+    by_item = type(features) in (list, tuple) and len(features) == rows and not first_rows
+    if not tensors or not (first_rows or by_item):
+        return None
 
     def changed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -194,7 +209,8 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
             if run is not None:
                 run.by_parts = False  # another size would be compiled anew
             compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
-            return on_cpu(model, compute_outputs(map_leaves(changed, features))), fewer
+            changed_features = (features * 2)[:fewer] if by_item else map_leaves(changed, features)
+            return on_cpu(model, compute_outputs(changed_features)), fewer
     except Exception:
         return None  # a model for batches of one size
     finally:

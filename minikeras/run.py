@@ -23,6 +23,7 @@ from minikeras.data import (
     check_ends,
     choose_device,
     empty,
+    first_sizes,
     is_batched,
     length,
     limited,
@@ -103,10 +104,15 @@ class Run:
         return function(outputs, labels)
 
     def count_rows(self, features: Any, labels: Any, sample_weight: Any = None) -> int | UnknownRows:
-        """The rows of a batch, noted as those of the batch at hand."""
+        """The rows of a batch, noted as those of the batch at hand.
+
+        A third part has a weight for each row: it settles what labels and features do not agree on.
+        """
         rows = self.row_counter.count(features, labels)
-        if isinstance(rows, UnknownRows) and isinstance(sample_weight, Tensor) and sample_weight.ndim:
-            rows = len(sample_weight)
+        if isinstance(sample_weight, Tensor) and sample_weight.ndim:
+            weights = len(sample_weight)
+            if isinstance(rows, UnknownRows) or weights in first_sizes((features, labels)):
+                rows = weights
         self.rows = rows
         return rows
 

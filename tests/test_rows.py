@@ -592,3 +592,98 @@ def test_predict_refuses_a_number_of_rows_that_nothing_tells_and_takes_it_from_l
         model.predict(list(time_first))
     expected = torch.cat([model(x) for x in time_first]).detach()
     assert torch.equal(model.predict([(x, torch.zeros(x.shape[1])) for x in time_first]), expected)
+
+
+def transcripts(rows, time=9):
+    """Time-first features, with the targets of all rows in one tensor next to the lengths, as CTC takes them."""
+    lengths = torch.tensor([1 + row % 3 for row in range(rows)])
+    targets = torch.randint(1, 5, (int(lengths.sum()),))
+    return torch.randn(time, rows, 2), (targets, torch.full((rows,), time), lengths)
+
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 5)
+
+    def forward(self, x):
+        return self.fc(x).log_softmax(-1)
+
+
+def test_targets_and_lengths_in_a_tuple_are_no_rows_and_an_average_helps():
+    batches = [transcripts(rows) for rows in (4, 4, 3, 2)]
+    model = compiled(minikeras.Model(Scores()), lambda p, t: F.ctc_loss(p, *t))
+    with pytest.raises(ValueError, match=TOLD):
+        model.evaluate(batches)
+    compiled(model, lambda p, t: Average(F.ctc_loss(p, *t) * len(t[2]), len(t[2])))
+    with torch.no_grad():
+        losses = [F.ctc_loss(model(x), *t, reduction="none") / t[2] for x, t in batches]
+    expected = torch.cat(losses).mean().item()
+    assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
+    assert isinstance(count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows)  # 12 is a multiple of 3
+
+
+def test_a_third_part_has_a_number_for_each_row_and_settles_them():
+    """Batches of (label, tokens, offsets), for a step of the user's own."""
+
+    class Texts(minikeras.Model):
+        def evaluate_step(self, label, text, offsets=None):
+            return {"loss": F.mse_loss(self(text, offsets), label)}
+
+    batches = []
+    for counts in ([1, 2, 3, 1], [1, 2, 3], [1]):
+        offsets = torch.tensor([0, *counts[:-1]]).cumsum(0)
+        batches.append((torch.randn(len(counts)), torch.randint(20, (sum(counts),)), offsets))
+    model = compiled(Texts(Bag()), nn.MSELoss())
+    with torch.no_grad():
+        errors = [model(text, offsets) - label for label, text, offsets in batches]
+    expected = torch.cat(errors).square().mean().item()
+    assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [12, 4, 3, 2])
+def test_outputs_with_the_time_first_are_refused_where_the_labels_tell_the_rows(size):
+    features = torch.randn(5, 12, 2)
+    batches = [(x, torch.zeros(size)) for x in features.split(size, 1)]
+    model = Of(lambda x: 2 * x)
+    with pytest.raises(ValueError, match=r"the rows are in dimension 1.*\.transpose\(0, 1\)"):
+        model.predict(batches)
+    followed = Of(lambda x: (2 * x).transpose(0, 1))
+    assert torch.equal(followed.predict(batches), 2 * features.transpose(0, 1))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2), (3, 1), (4,)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_detections_of_each_image_stay_apart_at_any_batch_size(sizes, stacked):
+    def detect(images):
+        return [{"boxes": image[0, :2], "scores": image[0, 0, :2]} for image in images]
+
+    batches = []
+    for size in sizes:
+        batch = [torch.rand(3, 4, 4) for _ in range(size)]
+        if stacked:
+            batch = torch.stack(batch)
+        batches.append((batch, boxes(size)))
+    found = Of(detect).predict(batches)
+    expected = [detection for batch, _ in batches for detection in detect(batch)]
+    assert same(found, expected)
+
+
+def test_a_last_bag_of_one_instance_is_joined():
+    class Bags(Rows):
+        def forward(self, bag):
+            return self.fc(bag.mean(0))
+
+    for sizes in ((3, 5, 1), (3, 3, 3)):
+        batches = [(torch.randn(size, 2), torch.zeros(1)) for size in sizes]
+        model = minikeras.Model(Bags())
+        expected = torch.cat([model(bag) for bag, _ in batches]).detach()
+        assert torch.equal(model.predict(batches), expected)
+
+
+def test_rows_without_a_dimension_for_the_rows_are_not_run_together():
+    samples = [(torch.randn(3), torch.tensor(0.0)) for _ in range(4)]  # as batch_size=None gives them
+    model = minikeras.Model(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"returned shape \(2,\) for 1 rows"):
+        model.predict(samples)
+    assert model.predict([(x[None], y[None]) for x, y in samples]).shape == (4, 2)

@@ -98,3 +98,41 @@ def test_a_step_of_the_users_is_not_called_before_its_turn():
     model.fit(1, [(X, y)], [(X.double().float()[:8, :2], y[:8].reshape(-1, 1))], verbose=0)
     model.fit(1, [(X, y)], [(X[:8, None], y[:8, None])], verbose=0)
     assert order == ["training", "validation"] * 2
+
+
+def own_loss(y_pred, y_true):
+    return y_pred["loss"].mean()
+
+
+class GivesLoss(nn.Module):
+    """A model that takes the labels as a feature, and computes the loss of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.fc(x) - labels).square()}
+
+
+@pytest.mark.parametrize("end", [(None,), ()])
+def test_a_loss_that_ignores_labels_needs_none(end):
+    batches = []
+    for rows in (5, 3):
+        batches.append(({"x": torch.rand(rows, 2), "labels": torch.rand(rows, 1)}, *end))
+    model = minikeras.Model(GivesLoss())
+    model.compile(own_loss, torch.optim.SGD(model.parameters(), lr=0.0), device="cpu")
+    with torch.no_grad():
+        losses = [model(**batch[0])["loss"] for batch in batches]
+    expected = torch.cat(losses).mean().item()
+    history = model.fit(1, batches, batches, verbose=0)
+    assert history[["loss", "val_loss"]].iloc[0].tolist() == pytest.approx([expected, expected], rel=1e-5)
+
+
+def test_a_loss_that_fails_without_labels_says_that_there_are_none():
+    model = compiled(minikeras.Model(nn.Linear(2, 1)), lambda p, t: (p - t).square().mean())
+    with pytest.raises(TypeError, match="NoneType") as caught:
+        model.fit(1, [X[:8, :2]], verbose=0)
+    assert "The batches are features alone: give (features, labels)" in caught.value.__notes__[0]
+    rows = X[:8, :1]
+    compiled(minikeras.Model(nn.Linear(1, 1)), lambda p, t: (p - t).square().mean()).fit(1, (rows, rows), verbose=0)

@@ -24,6 +24,7 @@ from minikeras.checks.classes import check_class_dimension
 from minikeras.data import UnknownRows, leaves
 from minikeras.errors import described, dtype_name
 from minikeras.losses import Regularized, check_not_half, parameters_of
+from minikeras.overrides import overrides
 from minikeras.results import check_number
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
@@ -39,6 +40,8 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
         if guard.found:
             raise ValueError(f"{name}: {guard.found}") from None
         hint = ". Let forward return the first part alone." * (isinstance(outputs, tuple) and "'tuple'" in str(error))
+        if labels is None:
+            hint += ". The batches are features alone: give (features, labels), for an autoencoder (X, X)."
         error.add_note(f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}")
         raise
     if scalar:
@@ -85,12 +88,23 @@ def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool, mod
         )
 
 
-def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
-    """torch's own losses compare one tensor with one tensor."""
+def is_of_torch(loss_func: Any) -> bool:
+    """Tell whether a loss is one of torch's, which all compare with labels."""
+    if isinstance(loss_func, Regularized):
+        loss_func = loss_func.loss_func
     forward = getattr(type(loss_func), "forward", None)
     of_torch = getattr(forward, "__module__", "") == "torch.nn.modules.loss"
-    of_torch = of_torch or getattr(loss_func, "__module__", "") == F.__name__
-    if not of_torch or (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+    return of_torch or getattr(loss_func, "__module__", "") == F.__name__
+
+
+def needs_labels(model: nn.Module, loss_func: Any, step: str) -> bool:
+    """Tell whether batches without labels cannot be used: a loss or step of the user's own may ignore labels."""
+    return is_of_torch(loss_func) and not overrides(model, step, "compute_loss")
+
+
+def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
+    """torch's own losses compare one tensor with one tensor."""
+    if not is_of_torch(loss_func) or (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return
     name = getattr(loss_func, "__name__", type(loss_func).__name__)
     if any(isinstance(label, str) for label in leaves(labels)):

@@ -26,7 +26,7 @@ LEAST = 4  # rows that are looked at: two halves of two
 BATCHES = 4  # of a pass that are looked at, at most: as many as it takes to have the rows
 PASSES = 5  # that are looked at, where earlier ones gave no answer
 RELATIVE = 1e-3  # by which a mean may differ, as sums do that are taken in another order
-DIGITS = (2, 3, 4)  # to which a metric may round its answer
+DIGITS = (1, 2, 3, 4)  # to which a metric may round its answer
 UNKNOWN, MEAN, OTHER = 0, 1, 2  # what has been found of a function
 ENOUGH = 2  # batches that show a mean: in a small one another function may look like it
 
@@ -189,7 +189,9 @@ def _tolerance(outputs: Any, labels: Any) -> float:
 def _rounding(*values: float) -> float:
     """What rounding has done to values that are all rounded; 0 where they are not."""
     for digits in DIGITS:
-        if all(round(value, digits) == value for value in values):
+        if digits == 1 and max(map(abs, values)) <= 1:
+            continue  # a share of few rows may look so; a percentage does not
+        if all(math.isclose(round(value, digits), value, rel_tol=1e-7) for value in values):
             return float(10**-digits)
     return 0.0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.checks.inputs import check_batch, check_results
+from minikeras.checks.inputs import check_batch, check_results, needs_labels
 from minikeras.data import RowCounter, first_rows, map_leaves, placed
 from minikeras.modes import modes_kept
 from minikeras.overrides import overrides
@@ -64,7 +64,8 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
             loss.eval()
             step = run.under_autocast(model.evaluate_step)
             run.rows = RowCounter(run.takes_several).count(features, labels)
-            check_batch(step, features, labels, weight, run.rows)
+            needed = needs_labels(model, run.loss_func, "evaluate_step")
+            check_batch(step, features, labels, weight, run.rows, needed)
             results = step(features, labels) if weight is None else step(features, labels, weight)
             check_results(results, step)
     finally:

@@ -27,7 +27,7 @@ from minikeras.data.joining import join
 from minikeras.data.nests import leaves, map_leaves, parts
 from minikeras.data.peek import first_rows
 from minikeras.data.position import Positioned, warn_of_hidden_draws
-from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes
+from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes, shapes_of
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 
@@ -61,6 +61,7 @@ __all__ = [
     "placed",
     "seeded",
     "set_epoch",
+    "shapes_of",
     "sharded",
     "to_device",
     "unpack",

@@ -82,6 +82,8 @@ class _Joining:
         found = self.another(path) if self.final else None
         if found is not None and is_plain_list(found[0]) and len(found[0]) in (found[1], len(pieces[0])):
             return len(found[0]) == found[1]
+        if all(parts(item) is not None for piece in pieces for item in piece):
+            return True  # such as a dict for each image
         try:
             self.containers(pieces, path)
         except ValueError:
@@ -141,6 +143,8 @@ class _Joining:
             found = self.another(path)
             if found is not None:
                 self.compare(first, found, multiple, path)
+            elif multiple != 1 and self.rows[0] == 1 and len(pieces) > 1:
+                self.refuse_size(pieces, path)  # a row without a dimension for the rows
         if len(pieces) == 1:
             return first
         return torch.cat(pieces) if isinstance(first, Tensor) else np.concatenate(pieces)

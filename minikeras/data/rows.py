@@ -163,14 +163,11 @@ class RowCounter:
 
     def _apart(self, features: Any, labels: Any, wanted: Reading, given: Reading) -> int | UnknownRows:
         """Labels and features with no number in common."""
-        agreed = first_sizes(labels) & given.sizes
-        if not wanted.sizes and len(agreed) == 1:
-            return agreed.pop()  # the labels of all rows in one tensor, next to their lengths
-        rows = next(iter(wanted.sizes or wanted.items), None)
-        if rows is None or (not wanted.sizes and first_sizes(labels) & first_sizes(features)):
-            return self._disagreement(features, labels)
-        shapes = [tuple(leaf.shape) for leaf in leaves(features, inside=True) if is_array(leaf)]
-        inside = any(rows in shape for shape in shapes)  # time first, or tokens and their offsets
+        if not wanted.sizes:
+            return self._list_apart(features, labels, wanted, given)
+        rows = next(iter(wanted.sizes))
+        shapes = shapes_of(features)
+        inside = any(rows in shape[:2] for shape in shapes)  # time first, or tokens and their offsets
         if rows == 1 or inside or not given.sizes or rows in flattened(shapes):
             return rows
         (size,) = given.sizes
@@ -179,6 +176,24 @@ class RowCounter:
             return rows
         self.by_segments = self.by_segments or (rows < size and holds_segments(features, rows))
         return rows if self.by_segments else self._disagreement(features, labels)
+
+    def _list_apart(self, features: Any, labels: Any, wanted: Reading, given: Reading) -> int | UnknownRows:
+        """Labels without a first size in common, and features that have another number.
+
+        They are a label for each row, or the labels of all rows in one tensor, next to their
+        lengths: the features must show which.
+        """
+        agreed = first_sizes(labels) & given.sizes
+        if len(agreed) == 1:
+            return agreed.pop()
+        if not wanted.items or first_sizes(labels) & first_sizes(features):
+            return self._disagreement(features, labels)
+        (rows,) = wanted.items
+        if rows == 1 or any(rows in shape[1:2] for shape in shapes_of(features)):  # time first
+            return rows
+        if not given.sizes and (wanted.by_item_likely or holds_segments(features, rows)):
+            return rows
+        return self._disagreement(features, labels)
 
     def _disagreement(self, features: Any, labels: Any) -> UnknownRows:
         return UnknownRows(f"features {described(features)} and labels {described(labels)} do not agree on them")
@@ -277,6 +292,11 @@ def alike(items: list[Any]) -> bool:
 def first_sizes(nest: Any) -> set[int]:
     """The first size of each tensor in a nest."""
     return {int(leaf.shape[0]) for leaf in leaves(nest, inside=True) if is_array(leaf) and leaf.ndim}
+
+
+def shapes_of(nest: Any) -> list[tuple[int, ...]]:
+    """The shape of each tensor in a nest."""
+    return [tuple(leaf.shape) for leaf in leaves(nest, inside=True) if is_array(leaf)]
 
 
 def flattened(shapes: list[tuple[int, ...]]) -> Iterator[int]:
