@@ -124,14 +124,14 @@ class Totals(Mapping[str, float]):
         if results.keys() != self.sums.keys():
             self._start(results)
         for name, value in () if self.idle else results.items():
-            if isinstance(value, Average):
-                self._add_average(name, value)
-            elif isinstance(rows, UnknownRows):
-                rows.refuse()
-            elif isinstance(value, Tensor):
+            if isinstance(value, Tensor) and type(rows) is int:
                 value = value.detach()
                 self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)
                 self.counts[name] += rows
+            elif isinstance(value, Average):
+                self._add_average(name, value)
+            elif isinstance(rows, UnknownRows):
+                rows.refuse()
             else:
                 if not isinstance(value, float):
                     check_number(f"{name!r}", value)

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from minikeras import checks, export, layer_summary, loop, prediction
 from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, check_places, rate_name
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, call_with, check_ends, length, limited
+from minikeras.data import ContinuedBatches, UnknownRows, call_with, check_ends, length, limited
 from minikeras.errors import NotCompiledError, one_of, positive_int
 from minikeras.exported import is_exported, set_mode
 from minikeras.metrics import detached
@@ -146,9 +146,7 @@ class Model(nn.Module):
         if isinstance(outputs, Tensor) and outputs.ndim == 0:
             checks.causes.warn_of_squeezed(outputs, labels)
         per_row = run.totals is run.val
-        loss = scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
-        run.check_rows(loss)
-        return loss
+        return scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
@@ -157,7 +155,8 @@ class Model(nn.Module):
             metrics = run.precision.metrics(run.totals, detached(outputs), labels, run.call)
         else:
             metrics = run.totals.metrics(detached(outputs), labels, run.call)
-        run.check_rows(*metrics.values())
+        if isinstance(run.rows, UnknownRows):
+            run.check_rows(*metrics.values())
         return metrics
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
@@ -166,7 +165,8 @@ class Model(nn.Module):
         `optimizer` is its name. A ValueError where there is no gradient, or no optimizer of that name.
         """
         run = self._compiled("backward")
-        run.check_rows(loss)  # before a weight moves
+        if isinstance(run.rows, UnknownRows):
+            run.check_rows(loss)  # before a weight moves
         mean = with_gradient(mean_of(loss))
         if run.finite_loss is not None and not run.totals.idle:
             run.finite_loss.look(mean)

@@ -72,7 +72,7 @@ class Packed(minikeras.Model):
 
 def test_packed_outputs_are_float32_under_bf16_as_tensors_are():
     model = compiled(Packed(), lambda p, t: p.data.mean(), precision="bf16")
-    (outputs,) = model.predict([pack_sequence([X[:4], X[:2]])])
+    outputs = model.predict([pack_sequence([X[:4], X[:2]])])
     assert outputs.data.dtype == torch.float32
 
 

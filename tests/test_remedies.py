@@ -228,7 +228,7 @@ class Squeezed(minikeras.Model):
 
 def test_a_last_row_that_is_squeezed_is_told_to_name_the_dimension():
     data = (X[:33], ZERO_ONE[:33, 0].float())
-    with pytest.raises(ValueError, match=r"predictions have shape \(\) for a batch of one row.*squeeze\(-1\)"):
+    with pytest.raises(ValueError, match=r"have lost the dimension of the rows.*squeeze\(-1\)"):
         compiled(Squeezed(), nn.BCEWithLogitsLoss()).evaluate(data)
     model = compiled(Squeezed(-1), nn.BCEWithLogitsLoss())
     with torch.no_grad():

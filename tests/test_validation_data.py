@@ -17,7 +17,7 @@ WRONG = {
     "labels (N,) in a loader": (DataLoader(TensorDataset(X, y[:, 0]), 8), ValueError, "would broadcast"),
     "labels (N,) in a list": ([(X[:8], y[:8, 0])], ValueError, "would broadcast"),
     "other columns": ((torch.randn(64, 3), y), ValueError, "takes rows of 2 values"),
-    "labels of text": ([(X[:8], ["a"] * 8)], AttributeError, "has no attribute"),
+    "labels of text": ([(X[:8], ["a"] * 8)], ValueError, "the labels are text"),
     "features alone": (X, ValueError, "the batches are features alone"),
     "a weight for a loss that is a mean": ((X, y, torch.ones(64)), ValueError, "reduction"),
     "no rows": ((X[:0], y[:0]), ValueError, "its arrays have no rows"),

@@ -476,7 +476,7 @@ def untouched(restore: F) -> F:
             return restore(self, callbacks, say)
         except Exception as error:
             put_back()
-            if isinstance(error, CheckpointError):
+            if isinstance(error, (CheckpointError, Warning)):  # a user may turn warnings into errors
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise CheckpointError(

@@ -21,7 +21,7 @@ from minikeras.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
-from minikeras.data import UnknownRows
+from minikeras.data import UnknownRows, leaves
 from minikeras.errors import described, dtype_name
 from minikeras.losses import Regularized, check_not_half, parameters_of
 from minikeras.results import check_number
@@ -93,6 +93,11 @@ def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
     if not of_torch or (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return
     name = getattr(loss_func, "__name__", type(loss_func).__name__)
+    if any(isinstance(label, str) for label in leaves(labels)):
+        raise ValueError(
+            f"the labels are text, {described(labels)}, and {name} compares numbers. Number the classes first, for "
+            f"instance with numbers, classes = pandas.factorize(labels), and pass torch.tensor(numbers)."
+        )
     if isinstance(outputs, Tensor):
         which = f"the labels are {described(labels)}"
         remedy = "Give the labels as one tensor"

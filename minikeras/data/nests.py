@@ -34,12 +34,18 @@ def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[An
     return None
 
 
+PLAIN = (tuple, list, dict)  # have no method `to`: most batches are made of them
+
+
 def can_move(value: Any) -> bool:
     """Whether a value has a method `to`, as tensors and a tokenizer's batches have.
 
     It is looked for in the type: a dict with attributes for its keys answers to any name.
     """
-    if callable(getattr(type(value), "to", None)):
+    kind = type(value)
+    if kind in PLAIN:
+        return False
+    if callable(getattr(kind, "to", None)):
         return True
     if isinstance(value, Mapping):
         return False

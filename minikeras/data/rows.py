@@ -222,7 +222,10 @@ def stated(nest: Any) -> int | None:
     """The int that the batch, or an object in it, has as its `batch_size`."""
     if nest is None or isinstance(nest, (Tensor, np.ndarray, PackedSequence, str, int, float)):
         return None
-    rows = getattr(nest, "batch_size", None)
+    try:
+        rows = getattr(nest, "batch_size", None)
+    except Exception:  # a dict with a __getattr__ of its own, which knows its keys alone
+        rows = None
     if isinstance(rows, int) and not isinstance(rows, bool):
         return rows
     found = parts(nest, inside=True)

@@ -121,9 +121,15 @@ class ArrayBatches:
             batches = self._fetched(sources, tensors, order, batch_size)
         dtypes = [rows.dtype for rows in sources]
         made_wide = any(isinstance(rows, TensorRows) and rows.dtype != rows.tensor.dtype for rows in sources)
+        plain = False
+        if type(self.arrays) is tuple:  # (X, y), the usual case
+            plain = all(isinstance(part, (TensorRows, FetchedRows)) for part in self.arrays)
         for batch in batches:
             if made_wide:
                 batch = [tensor.to(dtype) for tensor, dtype in zip(batch, dtypes, strict=True)]
+            if plain:
+                yield tuple(batch)
+                continue
             remaining = iter(batch)
             yield map_leaves(lambda _, remaining=remaining: next(remaining), self.arrays)  # type: ignore[misc]
 
