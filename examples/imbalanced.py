@@ -49,7 +49,7 @@ def measured(loss_func, epochs, seed):
 def main(epochs, seeds):
     for name, loss_func in LOSSES.items():
         table = pd.DataFrame([measured(loss_func, epochs, seed) for seed in range(seeds)])
-        print(f"{name:<27}", *(f"{column} {each.mean():.2f} ± {each.std():.2f}" for column, each in table.items()))
+        print(f"{name:<27}", *(f"{column} {each.mean():.2f} +/- {each.std():.2f}" for column, each in table.items()))
 
 
 if __name__ == "__main__":

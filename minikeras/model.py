@@ -61,6 +61,7 @@ class Model(nn.Module):
     history: Any  # the DataFrame that fit returns, from compile on; as of the last fit that ended
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
 
+    @checks.calls.built_in_other_words
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
         if net is not None:
@@ -315,7 +316,7 @@ class Model(nn.Module):
         self._check_not_fitting("fit", "evaluate, predict and a fit of another model may be called inside one.")
         saved = Checkpoint(checkpoint, checkpoint_every)
         one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
-        epochs = positive_int("epochs", epochs, hint=" Epochs come first: fit(5, (X, y)).")
+        epochs = positive_int("epochs", epochs, hint=checks.calls.order_of_fit(epochs, dl_train))
         validation_freq = positive_int("validation_freq", validation_freq)
         if log_step_freq is not None:
             positive_int("log_step_freq", log_step_freq)
@@ -428,6 +429,7 @@ class Model(nn.Module):
         """Write a program that runs without its code to `path`, for rows like `example`: `minikeras.export.export`."""
         export.export(self, path, example)
 
+    @checks.calls.in_other_words
     def summary(
         self, input_shape: Any = None, input_dtype: Any = torch.float32, *, input_data: Any = None, batch_size: int = -1
     ) -> layer_summary.Summary:
@@ -472,7 +474,11 @@ class Model(nn.Module):
                 f"{type(self).__name__} has no {name}: it has not been compiled, or it is a copy or came from "
                 f"torch.load, which keep the weights alone. Call model.compile(loss_func, optimizer) first."
             )
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            checks.calls.missing_method(type(self).__name__, name)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, which give an uncompiled model."""

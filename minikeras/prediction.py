@@ -98,10 +98,26 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Ou
             outputs.pieces.append(Idle(piece) if idle else piece)
             outputs.rows.setdefault("outputs", []).append(agreed_size(piece, sizes))
             if len(outputs.pieces) == 1:
-                joined(model, outputs, device, final=False)  # says what is wrong at once
+                try:
+                    joined(model, outputs, device, final=False)  # says what is wrong at once
+                except ValueError as error:
+                    refuse_single_row(model, features, error)
+                    raise
     if not outputs.pieces:
         raise empty(batches, "dl")
     return outputs
+
+
+def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
+    """Say so where the features are those of one row, without a dimension of the batch."""
+    if not isinstance(features, Tensor) or features.ndim != 1:
+        return
+    width = features.shape[0]
+    if any(getattr(module, "in_features", None) == width for module in model.modules()):
+        raise ValueError(
+            f"the features have shape ({width},), those of one row; expected a batch, (rows, {width}). For one row "
+            f"pass X[:1], not X[0]; for a list of rows pass torch.stack(rows)."
+        ) from error
 
 
 def on_cpu(model: Model, outputs: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy
 import pytest
 import torch
 from conftest import points
@@ -61,10 +62,93 @@ def test_a_call_in_other_words_gives_the_line_and_the_line_works(call, message):
 
 
 def test_the_names_of_other_libraries_say_the_one_here():
-    for name in ("KerasModel", "LightModel"):
+    for name in ("KerasModel", "LightModel", "Trainer"):
         with pytest.raises(AttributeError, match=r"Here it is minikeras\.Model"):
             getattr(minikeras, name)
+        assert not hasattr(minikeras, name)
+        with pytest.raises(ImportError, match=r"Here it is minikeras\.Model"):
+            exec(f"from minikeras import {name}")
     assert not hasattr(minikeras, "nothing")
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from minikeras import nothing")
+
+
+FIRST = {
+    "fit(loader, loader, 2)": (lambda m: m.fit(LOADER, LOADER, 2), "fit(5, dl_train, dl_val)"),
+    "fit(loader, 2)": (lambda m: m.fit(LOADER, 2), "fit(2, dl_train)"),
+    "fit(X, y, 2)": (lambda m: m.fit(X, y, 2), "fit(5, (X, y))"),
+    "fit((X, y), 2)": (lambda m: m.fit((X, y), 2), "fit(5, (X, y))"),
+}
+
+
+@pytest.mark.parametrize(("call", "line"), FIRST.values(), ids=FIRST)
+def test_data_before_the_epochs_is_told_the_order_and_the_line_works(call, line):
+    made = model()
+    with pytest.raises(ValueError, match=re.escape(f"Epochs come first: {line}.")):
+        call(made)
+    eval(f"m.{line}", {"m": made, "X": X, "y": y, "dl_train": LOADER, "dl_val": LOADER})
+
+
+def test_a_constructor_that_is_given_the_loss_says_compile_and_the_line_works():
+    net = nn.Linear(2, 1)
+    calls = (
+        lambda: minikeras.Model(net, loss_fn=nn.MSELoss(), optimizer=torch.optim.SGD(net.parameters())),
+        lambda: minikeras.Model(net, nn.MSELoss(), {"mae": nn.L1Loss()}),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match="compile takes the loss") as raised:
+            call()
+        written = re.search(r"Write (model = .*), then (model\.compile\(.*\))\.$", str(raised.value))
+        names = {"minikeras": minikeras, "net": net, "nn": nn, "torch": torch}
+        for line in written.groups():
+            exec(line, names)
+        assert len(names["model"].fit(1, (X, y), verbose=0)) == 1
+
+
+def test_methods_of_keras_say_what_to_write():
+    made = model()
+    for name in ("predict_proba", "train_on_batch", "save_weights", "load_ckpt"):
+        with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. .*model\."):
+            getattr(made, name)
+        assert not hasattr(made, name)
+    made.fit(1, [(X, y)], verbose=0)  # as train_on_batch says
+    assert made.evaluate([(X, y)]).keys() == {"val_loss"}
+
+    class Own(minikeras.Model):
+        def predict_proba(self, features):
+            return self.predict(features)
+
+    assert Own(nn.Linear(2, 1)).predict_proba(X).shape == (40, 1)
+
+
+def test_one_row_without_its_batch_is_told_what_to_pass():
+    made = model()
+    for data in (X[0], X[0].numpy(), list(X)):
+        with pytest.raises(ValueError, match=r"For one row pass X\[:1\], not X\[0\].*torch\.stack\(rows\)"):
+            made.predict(data)
+    assert made.predict(X[:1]).shape == (1, 1)
+    assert torch.equal(made.predict(torch.stack(list(X))), made.predict(X))
+
+
+def test_rows_in_python_lists_are_told_to_become_an_array():
+    made = model()
+    rows = X.tolist()
+    with pytest.raises(TypeError) as raised:
+        made.predict(rows)
+    assert "pass numpy.array(rows, dtype='float32')" in raised.value.__notes__[0]
+    torch.testing.assert_close(made.predict(numpy.array(rows, dtype="float32")), made.predict(X))
+    with pytest.raises(TypeError, match=r"numpy\.array\(rows\)"):
+        made.fit(1, (rows, y.tolist()), verbose=0)
+    made.fit(1, (numpy.array(rows), numpy.array(y.tolist())), verbose=0)
+
+
+def test_a_validation_batch_that_is_none_is_told_before_a_step():
+    steps = []
+    made = model()
+    count = minikeras.LambdaCallback(on_batch_end=lambda *_: steps.append(1))
+    with pytest.raises(TypeError, match=r"the first batch is None; expected \(features, labels\)"):
+        made.fit(1, (X, y), dl_val=[None], verbose=0, callbacks=[count])
+    assert not steps
 
 
 def test_history_and_optimizer_say_compile_where_they_are_missing():
@@ -96,3 +180,7 @@ def test_the_name_of_a_loss_says_the_object():
         made.compile("mae", torch.optim.Adam(made.parameters()))
     with pytest.raises(TypeError, match=r"got 'adam'.*the optimizer comes second"):
         made.compile("adam", "mse")
+    with pytest.raises(TypeError, match=r"got the optimizer Adam\. Write compile\(loss_func, optimizer\)"):
+        made.compile(torch.optim.Adam(made.parameters()), nn.MSELoss())
+    with pytest.raises(TypeError, match=r"metric 'acc' .*pass for instance lambda y_pred, y_true: .*\.mean\(\)\."):
+        made.compile(nn.MSELoss(), metrics_dict={"acc": "accuracy"})

@@ -61,7 +61,7 @@ def test_both_heads_learn_from_one_loss(example):
 
 def test_losses_for_rare_positives_are_measured_side_by_side(example):
     printed = example("imbalanced.py", "--epochs", 8, "--seeds", 2)
-    found = re.findall(r"average precision (\S+) ± \S+ precision \S+ ± \S+ recall \S+ ± \S+\n", printed)
+    found = re.findall(r"average precision (\S+) \+/- \S+ precision \S+ \+/- \S+ recall \S+ \+/- \S+\n", printed)
     assert len(found) == 4
     assert all(float(number) > 0.3 for number in found)  # guessing has 0.05
 

@@ -404,3 +404,37 @@ def test_one_loss_for_several_outputs_is_told_to_be_one_for_each(kind, loss):
 def test_several_labels_for_one_output_are_told():
     told(model_of(nn.Linear(3, 1)), (X, {"a": Y, "b": Y}), "and the labels are {'a': Tensor", "Give the labels as one")
     trains(model_of(nn.Linear(3, 1)), (X, Y))
+
+
+def test_a_nested_tensor_without_a_shape_says_how_to_build_one_that_has_it():
+    rows = [torch.randn(2), torch.randn(1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        strided = torch.nested.nested_tensor(rows)
+    made = minikeras.Model(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=r"layout=torch\.jagged\).*torch\.nested\.to_padded_tensor\(tensor, 0\.0\)"):
+        made.predict(strided)
+    padded = torch.nested.to_padded_tensor(strided, 0.0)
+    assert made.predict(padded).shape == (2, 1)
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with pytest.raises(RuntimeError) as raised:
+        made.predict(jagged)
+    assert "to_padded_tensor(features, 0.0)" in raised.value.__notes__[0]
+    assert torch.equal(torch.nested.to_padded_tensor(jagged, 0.0), padded)
+
+
+def test_batches_of_scipy_matrices_say_to_pass_the_matrix():
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    dense = np.eye(6, 2, dtype="float32")
+    matrix = scipy_sparse.csr_matrix(dense)
+    made = minikeras.Model(nn.Linear(2, 1))
+    with pytest.raises(TypeError) as raised:
+        made.predict([matrix])
+    assert "matrix.toarray() in each batch" in raised.value.__notes__[0]
+    rows = [(matrix[row], row) for row in range(6)]
+    with pytest.raises(TypeError) as raised:
+        model_of(nn.Linear(2, 1)).evaluate(DataLoader(rows, batch_size=2))
+    assert "Pass the matrix itself, (X, y)" in raised.value.__notes__[0]
+    expected = made.predict(dense)
+    torch.testing.assert_close(made.predict(matrix), expected)
+    torch.testing.assert_close(made.predict([matrix.toarray()]), expected)

@@ -52,6 +52,7 @@ NOTES = {
         "return_dict": "evaluate returns a dict.",
     },
     "predict": {"verbose": "predict prints nothing."},
+    "summary": {"input_size": "input_shape is the shape of one row, without the batch."},
 }
 
 
@@ -85,10 +86,42 @@ def lesson(verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str,
     message = f"{verb}() {what}."
     for name in unknown:
         if name in NOTES[verb]:
-            message += f" {NOTES[verb][name]}"
+            if NOTES[verb][name] not in message:  # several words may stand for one thing
+                message += f" {NOTES[verb][name]}"
         elif name not in (*TRAINING, *VALIDATION, *EPOCHS, *LOSSES, *METRICS, *DATA, "y"):
             message += did_you_mean(name, known)
     return f"{message.rstrip()} Write model.{verb}({line.lstrip(', ')})."
+
+
+def built_in_other_words(method: Callable[P, None]) -> Callable[P, None]:
+    """Let `Model.__init__` refuse the loss and optimizer that torchkeras's `KerasModel` takes, and say `compile`."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def build(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            what = str(error)
+            if what.startswith(("multiple", "too many")):
+                what = f"got {what}"
+            line = compile_line((), dict(kwargs))
+            raise TypeError(
+                f"Model() {what}; expected a network alone, and compile takes the loss and the optimizer. "
+                f"Write model = minikeras.Model(net), then model.compile({line})."
+            ) from None
+        method(*args, **kwargs)
+
+    return build
+
+
+def order_of_fit(epochs: Any, data: Any) -> str:
+    """The call to write where the data came first: fit(X, y, 2), fit(loader, loader, 2)."""
+    if is_array(epochs) or isinstance(epochs, tuple):
+        return " Epochs come first: fit(5, (X, y))."
+    if type(data) is int or is_array(data) or isinstance(data, tuple):
+        return f" Epochs come first: fit({data if type(data) is int else 5}, dl_train)."
+    return " Epochs come first: fit(5, dl_train, dl_val)."
 
 
 def fit_line(args: Any, kwargs: dict[str, Any]) -> str:
@@ -129,7 +162,15 @@ LOSS_LINES = {
     "categorical_crossentropy": "nn.CrossEntropyLoss()",
     "sparse_categorical_crossentropy": "nn.CrossEntropyLoss()",
 }
-METRIC_LINES = {"mae": "nn.L1Loss()", "mse": "nn.MSELoss()"}
+ACCURACY = "lambda y_pred, y_true: (y_pred.argmax(1) == y_true).float().mean()"
+METRIC_LINES = {
+    "mae": "nn.L1Loss()",
+    "mse": "nn.MSELoss()",
+    "acc": ACCURACY,
+    "accuracy": ACCURACY,
+    "sparse_categorical_accuracy": ACCURACY,
+    "binary_accuracy": "lambda y_pred, y_true: ((y_pred > 0) == (y_true > 0.5)).float().mean()",
+}
 
 
 def loss_line(loss: Any) -> str:
@@ -138,13 +179,22 @@ def loss_line(loss: Any) -> str:
         return LOSS_LINES.get(loss.lower(), "nn.MSELoss()")
     if loss is None:
         return "nn.MSELoss()"
-    return f"{getattr(loss, '__name__', type(loss).__name__)}" + ("" if inspect.isfunction(loss) else "()")
+    if inspect.isfunction(loss):
+        return loss.__name__
+    kind = loss if isinstance(loss, type) else type(loss)
+    prefix = "nn." if kind.__module__.startswith("torch.nn.") else ""
+    return f"{prefix}{kind.__name__}()"
 
 
 def optimizer_line(optimizer: Any) -> str:
     """An optimizer as it is written here."""
     names = {"sgd": "SGD", "rmsprop": "RMSprop", "adamw": "AdamW"}
-    name = names.get(optimizer.lower(), "Adam") if isinstance(optimizer, str) else "Adam"
+    name = "Adam"
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if isinstance(optimizer, str):
+        name = names.get(optimizer.lower(), "Adam")
+    elif kind.__module__.startswith("torch.optim."):
+        name = kind.__name__
     return f"torch.optim.{name}(model.parameters(), lr=1e-3)"
 
 
@@ -162,7 +212,18 @@ def predict_line(args: Any, kwargs: dict[str, Any]) -> str:
     return line
 
 
-WRITERS = {"fit": fit_line, "compile": compile_line, "evaluate": evaluate_line, "predict": predict_line}
+def summary_line(args: Any, kwargs: dict[str, Any]) -> str:
+    """The arguments of a summary."""
+    return "input_data=X"
+
+
+WRITERS = {
+    "fit": fit_line,
+    "compile": compile_line,
+    "evaluate": evaluate_line,
+    "predict": predict_line,
+    "summary": summary_line,
+}
 
 
 def first_of(kwargs: dict[str, Any], names: tuple[str, ...], default: Any = None) -> Any:
@@ -183,12 +244,53 @@ def shown(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | bool) or value is None else "..."
 
 
+MODEL = (
+    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, optimizer, "
+    "metrics_dict) and model.fit(epochs, dl_train, dl_val)."
+)
+NAMES = {
+    "KerasModel": MODEL,
+    "LightModel": MODEL,
+    "Sequential": MODEL,
+    "Trainer": MODEL,
+    "LightningModule": MODEL,
+    "ReduceLROnPlateau": "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).",
+    "LearningRateScheduler": "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler.",
+}
+
+
 def missing_name(name: str) -> Any:
-    """The error for a name that minikeras has not, with those of torchkeras and Keras explained."""
+    """The error for a name that minikeras has not, with those of torchkeras and Keras explained.
+
+    `from minikeras import KerasModel` would replace an AttributeError's text by its own; what Python
+    asks for that import is answered by an ImportError, whose text it leaves.
+    """
     message = f"module 'minikeras' has no attribute {name!r}"
-    if name in ("KerasModel", "LightModel", "Sequential"):
-        message += (
-            ". Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, optimizer, "
-            "metrics_dict) and model.fit(epochs, dl_train, dl_val)."
-        )
-    raise AttributeError(message)
+    if name not in NAMES:
+        raise AttributeError(message)
+    frame = inspect.currentframe()
+    caller = frame.f_back if frame is not None else None
+    if caller is not None and caller.f_code.co_name == "_handle_fromlist":
+        raise ImportError(f"cannot import name {name!r} from 'minikeras'. {NAMES[name]}", name="minikeras")
+    raise AttributeError(f"{message}. {NAMES[name]}")
+
+
+METHODS = {
+    "predict_proba": "predict gives the outputs: torch.softmax(model.predict(X), 1) for scores of classes.",
+    "predict_classes": "predict gives the outputs: model.predict(X).argmax(1) for scores of classes.",
+    "predict_on_batch": "Write model.predict(X).",
+    "train_on_batch": "Write model.fit(1, [(X, y)], verbose=0), a list of one batch.",
+    "test_on_batch": "Write model.evaluate([(X, y)]), a list of one batch.",
+    "fit_generator": "fit takes any iterable of batches: model.fit(epochs, dl_train, steps_per_epoch=...).",
+    "save_weights": "Write model.save(path).",
+    "load_weights": "Write model.load(path).",
+    "load_ckpt": "Write model.load(path).",
+    "get_weights": "The weights are in model.state_dict().",
+    "set_weights": "Write model.load_state_dict(weights).",
+}
+
+
+def missing_method(owner: str, name: str) -> None:
+    """Raise the error for a method that Keras or torchkeras has and Model has not."""
+    if name in METHODS:
+        raise AttributeError(f"{owner!r} object has no attribute {name!r}. {METHODS[name]}")

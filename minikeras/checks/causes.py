@@ -147,6 +147,12 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: Wo
     if isinstance(given, Tensor):
         _explain_layer(error, where, features, world)
     hint = TUPLE * (type(given) is tuple and given is not features and "tuple" in str(error))
+    if isinstance(given, (int, float)) and "must be Tensor" in str(error):
+        hint = ". Rows in Python lists are not one array: pass numpy.array(rows, dtype='float32')"
+    if hasattr(given, "toarray") and not isinstance(given, Tensor):
+        hint = ". Pass a whole matrix, (X, y), which is taken batch by batch; or matrix.toarray() in each batch"
+    if isinstance(given, Tensor) and given.is_nested:
+        hint = ". If it takes tensors of one shape alone, pass torch.nested.to_padded_tensor(features, 0.0)"
     if isinstance(layer, EMBEDDINGS) and "out of range" in str(error):
         taken = f"takes 0 to {layer.num_embeddings - 1}: number from 0, or build it with more rows"
         hint = f" of {int(given.min())} to {int(given.max())}, and {taken}."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.broadcast import BroadcastGuard
-from minikeras.checks.calls import LOSS_LINES
+from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
 from minikeras.data import UnknownRows, leaves
@@ -292,10 +292,19 @@ def check_callable(name: str, function: Any) -> None:
             ) from None
     if isinstance(function, str):
         line = LOSS_LINES.get(function.lower(), "nn.MSELoss()")
+        order = ""
+        if name == "loss_func":
+            order = "; the optimizer comes second, torch.optim.Adam(model.parameters(), lr=1e-3)"
+        else:
+            line = METRIC_LINES.get(function.lower(), "nn.L1Loss()")
         raise TypeError(
             f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Names stand for nothing "
-            f"here: pass for instance {line}; the optimizer comes second, "
-            f"torch.optim.Adam(model.parameters(), lr=1e-3)."
+            f"here: pass for instance {line}{order}."
+        )
+    if isinstance(function, Optimizer):
+        raise TypeError(
+            f"{name} must be a function of (y_pred, y_true) or a module, got the optimizer "
+            f"{type(function).__name__}. Write compile(loss_func, optimizer): the loss comes first."
         )
     if not callable(function) and not is_stateful(function):
         raise TypeError(

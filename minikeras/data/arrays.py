@@ -32,7 +32,7 @@ from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 
-LISTS = " A list is many arrays: pass one array of equal rows, or a DataLoader with a collate_fn."
+LISTS = " A list is many arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with a collate_fn."
 LARGE = 2**26  # bytes from which a DataFrame is not made larger than it is
 CHUNK = 2**22  # bytes of a DataFrame's rows that are put into row order at once
 VIEWED = "biufc"  # kinds of NumPy dtypes whose memory torch can take as it is
@@ -436,17 +436,19 @@ def _rows_of_tensor(tensor: Tensor, name: str) -> TensorRows | FetchedRows:
     if tensor.is_meta:
         raise ValueError(f"{name} holds a tensor on the meta device, which has no values. Pass one with values.")
     if tensor.is_nested:
-        if tensor.layout is torch.jagged:
-            length, layout = tensor.size(0), torch.jagged
-        else:
-            length, layout = len(tensor.unbind()), torch.strided
+        if tensor.layout is not torch.jagged:
+            raise ValueError(
+                f"{name} holds a nested tensor of the strided layout, which has no shape; expected one of the jagged "
+                f"layout, or a tensor of equal rows. Build it with torch.nested.nested_tensor(rows, "
+                f"layout=torch.jagged), or pass torch.nested.to_padded_tensor(tensor, 0.0)."
+            )
         parts = tensor.unbind()
 
         def nested(rows: Tensor) -> Tensor:
-            batch: Tensor = torch.nested.as_nested_tensor([parts[row] for row in rows.tolist()], layout=layout)
+            batch: Tensor = torch.nested.as_nested_tensor([parts[row] for row in rows.tolist()], layout=torch.jagged)
             return batch
 
-        return FetchedRows(nested, (length,), tensor.dtype)
+        return FetchedRows(nested, (tensor.size(0),), tensor.dtype)
     if tensor.layout is torch.strided:
         return TensorRows(tensor)
     by_place = tensor.to_sparse_coo().coalesce()  # the one sparse layout whose rows torch picks

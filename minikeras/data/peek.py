@@ -24,6 +24,8 @@ def first_rows(batches: Iterable[Any]) -> Any:
     if isinstance(batches, FirstBatches):
         batches = batches.batches
     if type(batches) is list:
+        if batches and batches[0] is None:
+            raise TypeError("the first batch is None; expected (features, labels).")
         return map_leaves(copied, batches[0]) if batches else None
     if isinstance(batches, ArrayBatches) and not batches.shuffle:
         size = min(batches.batch_size, batches.rows)

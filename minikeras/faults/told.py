@@ -19,6 +19,8 @@ def tell_of_reading(error: Exception, loader: Any) -> None:
     tell_of_worker(error)
     if "Batches of sparse tensors" in str(error):
         error.add_note("Pass the tensors themselves, (X, y): their rows are fetched batch by batch.")
+    if "batch must contain tensors" in str(error) and "scipy.sparse" in str(error):
+        error.add_note("Pass the matrix itself, (X, y): its rows are fetched batch by batch.")
     row = row_being_read(error, getattr(loader, "dataset", None))
     if row is not None:
         error.add_note(f"row {row} of the dataset")
