@@ -198,10 +198,10 @@ def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = T
 def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple[Any, int] | None:
     """The model's outputs for another number of rows: two of many, or twice as many.
 
-    None if the features do not have the rows first, or the model cannot take as many. Random states
-    are as before.
+    None if the features do not have the rows first, or the model cannot take as many; or if it has
+    hooks, which would see a batch that is not the user's. Random states are as before.
     """
-    if features is None or not rows or any(map(is_part, model.parameters())):
+    if features is None or not rows or any(map(is_part, model.parameters())) or has_hooks(model):
         return None
     fewer = 2 if rows > 2 else 2 * rows
     tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
@@ -233,6 +233,18 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
         if run is not None:
             run.by_parts = by_parts
         randomness.restore(before)
+
+
+def has_hooks(model: Model) -> bool:
+    """Whether a layer calls a function of the user's as it is called."""
+    for module in model.modules():
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *args: None)
+            hooks = handle.hooks_dict_ref()
+            handle.remove()
+            if hooks:
+                return True
+    return False
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -342,6 +342,39 @@ def test_a_state_of_the_optimizer_that_has_overflown_is_told_of():
         model.fit(1, BATCHES, verbose=0)
 
 
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_an_average_that_took_in_a_bad_step_reaches_no_file(evaluate, tmp_path):
+    def saving(model, path):
+        kept = []
+
+        def spoil(batch, logs):
+            kept.append(model.net[0].bias.detach().clone())
+            if len(kept) == 6:  # in the second epoch
+                model.net[0].bias.detach().fill_(math.inf)
+
+        def heal(batch, logs):
+            model.net[0].bias.detach().copy_(kept[-1])
+
+        ema = minikeras.EMA(0.9, evaluate=evaluate)
+        listed = [LambdaCallback(on_batch_end=spoil), ema, LambdaCallback(on_batch_end=heal)]
+        return {"checkpoint": path, "callbacks": listed, "verbose": 0}
+
+    model = trainer()
+    with pytest.warns(UserWarning, match=r"run\.pt is not written: .*the EMA of net\.0\.bias would") as caught:
+        model.fit(3, BATCHES, on_nan="ignore", **saving(model, tmp_path / "run.pt"))
+    assert len(caught) == 2
+    model = trainer()
+    told = r"^the EMA of net\.0\.bias is .* The weights are finite now: the average took them in"
+    if evaluate:
+        told = r"^net\.0\.bias is NaN or infinite"  # the model holds the average then
+    with pytest.raises(FloatingPointError, match=told):
+        model.fit(3, BATCHES, **saving(model, tmp_path / "other.pt"))
+    assert len(torch.load(tmp_path / "other.pt")["history"]) == 1
+    state = torch.load(tmp_path / "run.pt")
+    assert len(state["history"]) == 1
+    assert all(value.isfinite().all() for value in state["callbacks"]["EMA"]["averaged"].values())
+
+
 @pytest.mark.filterwarnings("ignore:dl_train is a Data, which has no state_dict")
 def test_gradients_that_wait_for_a_step_reach_no_file(tmp_path):
     with pytest.raises(FloatingPointError, match=r"the gradient of net\.0\.weight, .* in epoch 2, batch 1; "):

@@ -495,13 +495,13 @@ def test_predict_probes_without_a_trace():
 
     def noisy(x):
         calls.append(len(x))
-        return x + torch.rand(())
+        return x[:, 0] + torch.rand(())
 
     torch.manual_seed(0)
     outputs = Of(noisy).predict(X, batch_size=4)
     after = torch.rand(())
     torch.manual_seed(0)
-    assert torch.equal(outputs, torch.cat([part + torch.rand(()) for part in X.split(4)]))
+    assert torch.equal(outputs, torch.cat([part[:, 0] + torch.rand(()) for part in X.split(4)]))
     assert torch.equal(after, torch.rand(()))
     assert calls == [4, 4, 4, 2]
 
@@ -687,3 +687,13 @@ def test_rows_without_a_dimension_for_the_rows_are_not_run_together():
     with pytest.raises(ValueError, match=r"returned shape \(2,\) for 1 rows"):
         model.predict(samples)
     assert model.predict([(x[None], y[None]) for x, y in samples]).shape == (4, 2)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_hook_of_the_users_sees_the_batches_of_a_predict_and_no_others(size):
+    model = minikeras.Model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0)))
+    X, seen = torch.randn(8, 3), []
+    model.net[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    outputs = model.predict(X, batch_size=size)
+    assert outputs.shape == (8,)
+    torch.testing.assert_close(torch.cat(seen), torch.relu(model.net[0](X)))

@@ -1,5 +1,7 @@
 """What is wrong with dl_val is said before the first step, and what is right changes nothing."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from minikeras import LambdaCallback
 X, y = points(64)
 
 WRONG = {
+    "an open file": (io.StringIO("a,b"), TypeError, "is an open file; expected data. Read it first"),
     "labels (N,)": ((X, y[:, 0]), ValueError, "would broadcast"),
     "labels (N,) in a loader": (DataLoader(TensorDataset(X, y[:, 0]), 8), ValueError, "would broadcast"),
     "labels (N,) in a list": ([(X[:8], y[:8, 0])], ValueError, "would broadcast"),

@@ -129,6 +129,14 @@ class EMA(Callback):
         for weight, tensor in zip(self._weights().values(), tensors, strict=False):  # none, or one for each
             weight.copy_(tensor)
 
+    def tensors(self) -> list[tuple[str, str, Tensor]]:
+        """What a state holds: a title, the name of the parameter, and its average or its own value while it is lent."""
+        names = list(self._weights())
+        raw = self._lent.raw if self._lent.owner is self else []
+        found = [(f"the EMA of {name}", name, tensor) for name, tensor in zip(names, self.averaged, strict=False)]
+        found += [(f"{name} in training", name, tensor) for name, tensor in zip(names, raw, strict=False)]
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         averaged = [tensor.clone() for tensor in self.averaged]  # they go on changing
         lent = self._lent

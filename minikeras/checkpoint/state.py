@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.atomic import discard, previous, refuse_folders, temporary, write
-from minikeras.callbacks import Callback, check_writable
+from minikeras.callbacks import EMA, Callback, check_writable
 from minikeras.checkpoint.file import dump, read_newest, remedy_of_fit
 from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
@@ -422,7 +422,8 @@ class Checkpoint:
     def save(self, at: Position, last: bool = False) -> None:
         if self.path is None:
             return
-        if self.run.finite_weights is not None and not self.run.finite_weights.allow(self.path):
+        averages = [part for callback in self.callbacks if isinstance(callback, EMA) for part in callback.tensors()]
+        if self.run.finite_weights is not None and not self.run.finite_weights.allow(self.path, averages):
             return
         assert self.place is not None
         error = self._write(self.place, plain(self._state(at), "the state of the run"))

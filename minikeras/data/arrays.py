@@ -11,6 +11,7 @@ Floats become torch's default dtype and integers int64 (uint8 stays). A tensor k
 from __future__ import annotations
 
 import decimal
+import io
 import mmap
 import numbers
 import os
@@ -524,6 +525,11 @@ def check_no_path(data: Any, name: str) -> None:
         if "frame =" in text:
             text += " Then pass its columns as (X, y): (frame.drop(columns='label'), frame[['label']])."
         raise TypeError(f"{name} is {text}")
+    if isinstance(data, io.IOBase):
+        raise TypeError(
+            f"{name} is an open file; expected data. Read it first: frame = pandas.read_csv(file). Then pass its "
+            f"columns as (X, y)."
+        )
     if isinstance(data, (set, frozenset)):
         kind = type(data).__name__
         raise TypeError(f"{name} is a {kind}, which has no order. Pass arrays (X, y) or a list of batches.")

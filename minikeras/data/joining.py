@@ -223,9 +223,13 @@ class _Joining:
         """Whether the sizes may be what they are by accident."""
         if not self.same_rows or not self.rows[0] or not self.final:
             return False
-        if len(pieces) > 1 or multiple != 1:
+        first = pieces[0]
+        if multiple != 1 or (self.rows[0] > 1 and self.rows[0] in first.shape[1:]):
             return True
-        return self.rows[0] > 1 and self.rows[0] in pieces[0].shape[1:]  # one batch alone is returned as it is
+        if len(pieces) == 1:
+            return False  # one batch alone is returned as it is
+        # a vector or a table for the whole batch, or a mean over the one row that it has
+        return first.ndim == 1 or self.rows[0] == 1 or is_same(first, pieces[1])
 
     def compare(self, first: Any, found: tuple[Any, int], multiple: int, path: list[Any]) -> None:
         """Refuse a tensor that does not grow with the rows."""
@@ -271,6 +275,13 @@ class _Joining:
             return only
         sequences = [sequence for piece in pieces for sequence in unpack_sequence(piece)]
         return pack_sequence(sequences, enforce_sorted=False)
+
+
+def is_same(first: Any, second: Any) -> bool:
+    """Whether two batches gave the very same numbers, as a table does that is no output of the rows."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    return bool(np.array_equal(first, second))
 
 
 def is_plain_list(nest: Any) -> bool:

@@ -33,7 +33,7 @@ from minikeras.faults.loss import (
 ANOMALY = "torch.autograd.set_detect_anomaly(True) names the operation."
 LOOKED_AT = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 OF_THE_LOSS = "the loss's "  # in front of the names of its parameters and buffers
-KINDS = ("parameter", "gradient", "buffer", "state")  # in the order in which a message looks for the cause
+KINDS = ("parameter", "gradient", "buffer", "state", "average")  # in the order in which a message looks for the cause
 
 
 class NonFiniteWeights(NonFiniteLoss):
@@ -85,13 +85,21 @@ class FiniteWeights:
         found = self._find(dict([*self._weights(), *self._state()]))
         self._raise_if_any(found)
 
-    def allow(self, path: Any) -> bool:
+    def allow(self, path: Any, averages: Iterable[tuple[str, str, Tensor]] = ()) -> bool:
         """Whether a file may be written: False, with a warning, where it must not and on_nan is "ignore".
+
+        Args:
+            path: of the file.
+            averages: what else would be in it: a title, the name of the parameter that it is an average of, a tensor.
 
         Raises:
             NonFiniteLoss: a loss, or something that would be in the file, is not finite.
         """
-        found = self._find(dict([*self._weights(), *self._state(), *self._waiting_gradients()]))
+        named = dict([*self._weights(), *self._state(), *self._waiting_gradients()])
+        for title, name, tensor in averages:
+            for key, local in looked_at("parameter", name, tensor):
+                named["average", title] = self._without_known(key, local)
+        found = self._find(named)
         if self.finite_loss is None:
             if self._anywhere(bool(found)):
                 warnings.warn(
@@ -246,6 +254,11 @@ def explain_weights(
         sentences.append(
             "The weights are finite: a gradient was so large that its square is infinite, and such a weight does not "
             "move again. Make the loss smaller, or compile with clip_grad_norm=1.0."
+        )
+    elif kind == "average":
+        sentences.append(
+            "The weights are finite now: the average took them in after a step when they were not, and it does not "
+            "become finite again. Find that step, as with compile(clip_grad_norm=1.0)."
         )
     elif watch.looked:
         sentences.append(f"Each loss was finite, so a gradient was not, or a step was too large: {CAUSE}. {REMEDY}")
