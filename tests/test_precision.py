@@ -293,16 +293,16 @@ def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
     )
 
 
-@pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 def test_a_file_from_before_there_was_accumulate_is_carried_on(tmp_path):
     path = tmp_path / "run.pt"
     compiled().fit(1, batches(), verbose=0, checkpoint=path)
     state = torch.load(path, weights_only=True)
     del state["precision"]
-    torch.save(state, path)
-    with pytest.warns(UserWarning, match="accumulate"):
-        dfhistory = compiled(accumulate=3).fit(1, batches(), verbose=0, checkpoint=path)
-    assert list(dfhistory.index) == [0]
+    older = tmp_path / "older.pt"  # of another process: a path belongs to one compile of this one
+    torch.save(state, older)
+    with pytest.warns(UserWarning, match="with accumulate 1 and not 3"):
+        history = compiled(accumulate=3).fit(1, batches(), verbose=0, checkpoint=older)
+    assert list(history.index) == [0]
 
 
 # --- clipping ---------------------------------------------------------------------------------------------------------
