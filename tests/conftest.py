@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 import minikeras
@@ -19,6 +20,11 @@ GRAPHS = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{CAPA
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(GRAPHS))
 
 collect_ignore = ["typed"]  # for type checkers to read, not to run
+
+
+# No test may depend on how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)
