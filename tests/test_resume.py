@@ -79,6 +79,7 @@ SETTINGS = {
     "two optimizers": {"model": "pair"},
     "3 steps an epoch": {"steps_per_epoch": 3},
     "3 steps an epoch, written at the last": {"steps_per_epoch": 3, "checkpoint_every": 3, "loader": "noisy"},
+    "3 steps an epoch, persistent workers": {"steps_per_epoch": 3, "loader": "persistent workers"},
     "7 steps an epoch": {"steps_per_epoch": 7, "loader": "noisy"},
     "as many steps an epoch as there are": {"steps_per_epoch": 5, "loader": "noisy, 2 workers"},
     "a torchmetrics object": {"metrics": lambda: {"auroc": AUROC("binary")}},

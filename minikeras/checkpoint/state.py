@@ -327,11 +327,16 @@ class Checkpoint:
         """What is taken over once: where the data stand, and which steps have been seen."""
         validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
         self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
-        for loader in self.loaders:
-            if getattr(loader, "persistent_workers", False) and len(self.run.epochs) >= self.first:
-                # in the run before, the seed of its workers was drawn in an epoch that is over
+        position = restored(self._of_rank(state)["train"])
+        past_first_epoch = len(self.run.epochs) >= self.first
+        begun = 2 if position is None else position.get("iterations", 2)  # older files do not tell
+        self.train.iterations = begun if past_first_epoch or position is not None else 0
+        for number, loader in enumerate(self.loaders):
+            in_first = number == 0 and begun < 2  # steps_per_epoch: the first iteration may be under way still
+            if getattr(loader, "persistent_workers", False) and past_first_epoch and not in_first:
+                # in the run before, the seed of its workers was drawn in an iteration that is over
                 seeded(loader, self.run.world)
-        self.train.carry_on(restored(self._of_rank(state)["train"]))
+        self.train.carry_on(position)
 
     def _of_rank(self, state: Any) -> Any:
         """The state with what this process had of its own, where there are as many processes as then."""

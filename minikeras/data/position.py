@@ -72,6 +72,7 @@ class Positioned:
         self.randomness = randomness
         self.start: Any = None  # the random state at which the iteration under way began
         self.seen = 0
+        self.iterations = 0  # that have begun in this call of fit
         self.pending: dict[str, Any] | None = None
         self.epochs: list[int | None] = []  # by which samplers shuffled the iteration under way
         self.first: int | None = None  # a checksum of the first batch of the iteration under way
@@ -88,6 +89,7 @@ class Positioned:
     def __iter__(self) -> Iterator[Any]:
         if self.pending is None:
             self.start, self.seen = self.randomness.states(), 0
+            self.iterations += 1
             self.epochs = epochs_of(self.loader)
             iterator = self._batches()
         else:
@@ -121,6 +123,7 @@ class Positioned:
             "epochs": self.epochs,
             "draws": self._drawn(),
             "first": self.first,
+            "iterations": self.iterations,
         }
 
     def _drawn(self) -> dict[str, Any] | None:
