@@ -6,8 +6,8 @@ None            None in every batch
 anything else   has no rows: an error that says so
 
 Whether a tensor has the rows first is asked of all batches and not of one, whose sizes may be equal
-by accident. If all batches have the same number of rows, `probe` runs the model once more, on two
-rows.
+by accident. If all batches have the same number of rows and the outputs may be a vector, a table or
+a mean for the whole batch, `probe` runs the model once more, on two rows.
 """
 
 from __future__ import annotations
