@@ -283,6 +283,20 @@ def order_of(items: Any, begun: list[Any]) -> list[int] | None:
     return order
 
 
+def is_order(value: Any) -> bool:
+    """Whether a value is an order of a list's objects, as `PlainAttributes.states` gives it: each place once.
+
+    >>> is_order({"order": [2, 0, 1]}), is_order({"order": [2, 0, 0]}), is_order([2, 0, 1])
+    (True, False, False)
+    """
+    if type(value) is not dict or value.keys() != {ORDER}:
+        return False
+    order = value[ORDER]
+    if type(order) is not list or len(order) > SIZE or not all(type(number) is int for number in order):
+        return False
+    return sorted(order) == list(range(len(order)))
+
+
 def put_order(items: Any, begun: list[Any], order: Any) -> None:
     """Put the objects of a list into an order that `order_of` gave, where the list has as many."""
     if type(items) is not list or not isinstance(order, (list, tuple)) or len(items) != len(begun):

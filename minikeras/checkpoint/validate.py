@@ -28,7 +28,7 @@ from minikeras.checkpoint.file import remedy_of_fit
 from minikeras.checkpoint.plain import restored
 from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
 from minikeras.errors import CheckpointError, described, is_number
-from minikeras.reachable import is_plain
+from minikeras.reachable import is_order, is_plain
 
 if TYPE_CHECKING:
     from minikeras.run import Run
@@ -309,7 +309,7 @@ def _check_attributes(states: Any, where: str, roots: Mapping[str, Any]) -> None
         for name, value in _named(own, f"{where} {holder}").items():
             if not name.isidentifier() or name in methods or name == "training":
                 raise _Unfit(f"a key of {where} {holder}", name, "the name of an attribute")
-            if not is_plain(restored(value), floats=True):
+            if not is_plain(restored(value), floats=True) and not is_order(value):
                 raise _Unfit(f"{where} {holder}.{name}", value, "a number, a string, or a short list of them")
 
 
