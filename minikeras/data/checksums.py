@@ -43,7 +43,8 @@ def checksum(values: Iterable[Any]) -> int:
         elif isinstance(value, dict):
             number = zlib.crc32(str(checksum(value.items())).encode(), number)
         elif isinstance(value, Tensor):
-            number = zlib.crc32(str((tuple(value.shape), value.dtype, sample_of(value))).encode(), number)
+            shape = () if is_lazy(value) else tuple(value.shape)
+            number = zlib.crc32(str((shape, value.dtype, sample_of(value))).encode(), number)
         elif isinstance(value, np.ndarray):
             number = zlib.crc32(str((value.shape, value.dtype, array_sample(value))).encode(), number)
         elif isinstance(value, bytes):
