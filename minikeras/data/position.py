@@ -39,7 +39,7 @@ from torch.utils.data import (
 from minikeras.data.checksums import batch_checksum
 from minikeras.data.epochs import epochs_of, put_epochs_back
 from minikeras.data.in_memory import DRAWN_AT_ONCE, InMemoryBatches, asked, base_of
-from minikeras.data.sharded import Sharded
+from minikeras.data.sharded import Sharded, with_sampler
 from minikeras.data.sources import ArrayBatches, length
 from minikeras.errors import CheckpointError
 from minikeras.randomness import Randomness, same_state
@@ -362,7 +362,7 @@ class WatchedOrder:
         sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         watched = _Watched(sampler, lambda given: self._watched(given, draws))
         if loader.num_workers:
-            return iter(with_sampler(loader, watched))
+            return iter(with_sampler(loader, watched, loader.generator))
         self.fetch = _Fetch(loader)
         self.fetch.reads = not seen
         return iter(self.fetch.batches(watched))
@@ -441,26 +441,6 @@ class WatchedDraws:
 
     def position(self) -> dict[str, Any]:
         return {str(number): states for number, states in self.draws.items()}
-
-
-def with_sampler(loader: DataLoader[Any], sampler: Any) -> DataLoader[Any]:
-    """A loader with workers like this one, with another sampler."""
-    kwargs: dict[str, Any] = {"batch_sampler": sampler}
-    if loader.batch_sampler is None:
-        kwargs = {"batch_size": None, "sampler": sampler}
-    return DataLoader(
-        loader.dataset,
-        **kwargs,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        generator=loader.generator,
-        in_order=getattr(loader, "in_order", True),
-    )
 
 
 class _Fetch(Dataset[Any]):

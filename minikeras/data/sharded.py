@@ -174,7 +174,9 @@ class Sharded:
             return self.batches.of(shares[count:])
         skip = 0 if self.loader.num_workers else count
         wanted = [share.tolist() if isinstance(share, Tensor) else share for share in shares[skip:]]
-        batches = iter(like(self.loader, wanted, self.world.rank))
+        # which differs by rank, as workers draw for their rows
+        generator = self.loader.generator if self.world.rank == 0 else None
+        batches = iter(with_sampler(self.loader, wanted, generator))
         return islice(batches, count - skip, None)
 
 
@@ -191,21 +193,25 @@ def marked(batches: Iterator[Any], count: int, idle: bool) -> Iterator[Any]:
         yield Idle(batch) if idle and number == count else batch
 
 
-def like(loader: DataLoader[Any], shares: list[Any], rank: int) -> DataLoader[Any]:
-    """A loader of other batches, in all else as this one."""
-    workers = loader.num_workers > 0
-    kwargs: dict[str, Any] = {"batch_size": None, "sampler": shares} if loader.batch_sampler is None else {}
+def with_sampler(loader: DataLoader[Any], sampler: Any, generator: torch.Generator | None) -> DataLoader[Any]:
+    """A loader like this one, with another (batch) sampler and generator."""
+    kwargs: dict[str, Any] = {"batch_sampler": sampler}
+    if loader.batch_sampler is None:
+        kwargs = {"batch_size": None, "sampler": sampler}
+    if loader.num_workers > 0:
+        kwargs["multiprocessing_context"] = loader.multiprocessing_context
+        kwargs["prefetch_factor"] = loader.prefetch_factor
+    if hasattr(loader, "in_order"):  # newer versions of torch
+        kwargs["in_order"] = loader.in_order
     return DataLoader(
         loader.dataset,
-        **kwargs or {"batch_sampler": shares},
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context if workers else None,
-        prefetch_factor=loader.prefetch_factor if workers else None,
-        generator=loader.generator if rank == 0 else None,  # which differs by rank, as workers draw for their rows
+        generator=generator,
+        **kwargs,
     )
 
 
