@@ -61,7 +61,10 @@ class LiveTable(Progress):
     def say(self, line: str) -> None:
         """Show a line, such as where a fit resumes, inside the one output of the fit."""
         self.lines.append(line)
-        self.redraw()
+        if self.ended:
+            self.redraw()
+        else:
+            self.redraw_if_due()
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.epoch, self.batch, self.logs = epoch, 0, ""
