@@ -227,12 +227,12 @@ class Checkpoint:
         finished = at.epoch > self.last
         if self.model.is_main_process:
             self._warn(state, finished, later)
-        self._load_weights(copied_optimizers(state), whole=not at.step)
+        self._load_weights(with_copy(state, "optimizers"), whole=not at.step)
         if later:
             self.run.epochs = self.run.epochs[: self.last]
         else:
             self._begin_course(state)
-            self._load_course(copied_callbacks(state))
+            self._load_course(with_copy(state, "callbacks"))
             self.model.stop_training = state["stopped"]
         if finished:
             self.run.under_way = None
@@ -567,17 +567,11 @@ def holders_in(model: nn.Module, loss_func: Any) -> dict[str, Any]:
     return holders
 
 
-def copied_optimizers(state: Any) -> Any:
-    """A state whose optimizers may be trained on: it is needed once more if an epoch is resumed in its middle."""
+def with_copy(state: Any, key: str) -> Any:
+    """A state whose part of that name may be changed: it is needed once more if an epoch is resumed in its middle."""
     if not state["position"]["step"]:
         return state
-    return state | {"optimizers": copy.deepcopy(state["optimizers"])}
-
-
-def copied_callbacks(state: Any) -> Any:
-    if not state["position"]["step"]:
-        return state
-    return state | {"callbacks": copy.deepcopy(state["callbacks"])}
+    return state | {key: copy.deepcopy(state[key])}
 
 
 def regroup(optimizer: Optimizer, written: Any, count: int, parameters: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minikeras.checks.twin import twin_of
-from minikeras.data import UnknownRows, count_rows, join, leaves, map_leaves, parts
+from minikeras.data import UnknownRows, cloned, count_rows, join, leaves, map_leaves, parts
 from minikeras.distributed import World
 from minikeras.errors import is_number
 from minikeras.randomness import Randomness
@@ -102,7 +102,7 @@ class RowMeanCheck:
                 return batch, 0
             if rows >= LEAST:
                 return batch, rows
-            self.small.append((map_leaves(_cloned, batch), rows))
+            self.small.append((map_leaves(cloned, batch), rows))
             pieces, sizes = zip(*self.small, strict=True)
             return join(list(pieces), list(sizes)), sum(sizes)
         except Exception:  # not to be joined, as sequences of different lengths
@@ -168,16 +168,12 @@ def _kind_of(metric: Any, outputs: Any, labels: Any, rows: int) -> int:
 
 def _value(function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
     """A function's answer on copies, as it may edit in place: a float, a tuple or None."""
-    outputs, labels = map_leaves(_cloned, (outputs, labels))
+    outputs, labels = map_leaves(cloned, (outputs, labels))
     with torch.no_grad():
         answer = function(outputs, labels)
     if isinstance(answer, tuple):
         return answer
     return float(answer) if is_number(answer) else None
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _tolerance(outputs: Any, labels: Any) -> float:

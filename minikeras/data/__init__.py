@@ -24,7 +24,7 @@ from minikeras.data.checksums import SAMPLE, checksum
 from minikeras.data.endless import check_ends, limited, long_pass
 from minikeras.data.epochs import set_epoch
 from minikeras.data.joining import join
-from minikeras.data.nests import leaves, map_leaves, parts
+from minikeras.data.nests import cloned, leaves, map_leaves, parts
 from minikeras.data.peek import first_rows
 from minikeras.data.position import Positioned, warn_of_hidden_draws
 from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes, shapes_of
@@ -44,6 +44,7 @@ __all__ = [
     "check_ends",
     "checksum",
     "choose_device",
+    "cloned",
     "count_rows",
     "empty",
     "first_rows",

@@ -83,6 +83,11 @@ def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     return build([map_leaves(function, part) for part in inner])
 
 
+def cloned(leaf: Any) -> Any:
+    """A tensor in memory of its own, since a layer or a metric may work in place; anything else as it is."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
 def leaves(nest: Any, inside: bool = False) -> list[Any]:
     """Everything in a nest that is not a container, in order; `inside` containers that move as one as well.
 

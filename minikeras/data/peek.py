@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler, default_collate
 
 from minikeras.data.endless import FirstBatches
 from minikeras.data.in_memory import InMemoryBatches
-from minikeras.data.nests import map_leaves
+from minikeras.data.nests import cloned, map_leaves
 from minikeras.data.sources import ArrayBatches
 
 
@@ -26,13 +25,13 @@ def first_rows(batches: Iterable[Any]) -> Any:
     if type(batches) is list:
         if batches and batches[0] is None:
             raise TypeError("the first batch is None; expected (features, labels).")
-        return map_leaves(copied, batches[0]) if batches else None
+        return map_leaves(cloned, batches[0]) if batches else None
     if isinstance(batches, ArrayBatches) and not batches.shuffle:
         size = min(batches.batch_size, batches.rows)
         if size == 0:
             return None
         first = next(batches.gathered(torch.arange(size), size))
-        return map_leaves(copied, first)
+        return map_leaves(cloned, first)
     if isinstance(batches, InMemoryBatches):
         sampler: Any = batches.loader.batch_sampler
         if type(sampler) is BatchSampler and type(sampler.sampler) is SequentialSampler:
@@ -40,8 +39,3 @@ def first_rows(batches: Iterable[Any]) -> Any:
             rows = range(min(sampler.batch_size, len(dataset)))
             return default_collate([dataset[row] for row in rows]) if rows else None
     return None
-
-
-def copied(leaf: Any) -> Any:
-    """A tensor in memory of its own, since a layer may work in place; anything else as it is."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

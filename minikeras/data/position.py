@@ -464,8 +464,14 @@ class _Fetch(Dataset[Any]):
         loader = self.loader
         if sampler is None:
             sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        return DataLoader(self, batch_size=None, sampler=sampler, collate_fn=_same, generator=loader.generator,
-                          pin_memory=loader.pin_memory)  # fmt: skip
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_same,
+            generator=loader.generator,
+            pin_memory=loader.pin_memory,
+        )
 
 
 def _same(batch: Any) -> Any:
