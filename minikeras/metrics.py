@@ -27,7 +27,7 @@ from minikeras.checks.row_means import RowMeanCheck
 from minikeras.columns import check_columns, columns_of
 from minikeras.data import UnknownRows, map_leaves
 from minikeras.distributed import World
-from minikeras.on_all_rows import OnAllRows
+from minikeras.on_all_rows import OnAllRows, compute_on_all_processes
 from minikeras.results import Average, Result, check_average, check_number
 
 
@@ -211,7 +211,7 @@ class Totals(Mapping[str, float]):
 
         try:
             if isinstance(metric, OnAllRows) and self.world is not None:
-                return metric.compute_together(self.world, read)
+                return compute_on_all_processes(metric, self.world, read)
             return read(metric.compute())
         except Exception as error:
             error.add_note(f"metric {name!r}, computed at the end of a pass")

@@ -75,31 +75,6 @@ class OnAllRows:
         """Give the function's answer on all rows."""
         return self._call(self._batches)
 
-    def compute_together(self, world: World, read: Callable[[Any], dict[str, float]]) -> dict[str, float]:
-        """Give `read(answer)` of the function's answer on the rows of all processes.
-
-        All processes of `world` call it at the same place. The rows are in the order of the steps
-        and, within a step, of the processes: for data that is not shuffled the order of one process.
-        """
-        gathered = world.gather(self._batches, everywhere=False)
-        columns: dict[str, float] | None = None
-        problem: str | None = None
-        failure: Exception | None = None
-        if gathered is not None:
-            try:
-                steps = zip_longest(*gathered)  # the last step may have no rows for some
-                batches = [batch for step in steps for batch in step if batch is not None]
-                columns = read(self._call(batches))
-            except Exception as error:
-                failure = error
-                problem = f"{type(error).__name__}: {error}"
-        columns, problem = world.broadcast([columns, problem])
-        if failure is not None:
-            raise failure
-        if columns is None:
-            raise RuntimeError(f"process 0 of {world.size}, which calls the function, failed: {problem}")
-        return columns
-
     def _call(self, batches: list[Any]) -> Any:
         if not batches:
             raise ValueError("OnAllRows has seen no rows. Call update before compute.")
@@ -129,6 +104,34 @@ class OnAllRows:
         other.load_state_dict(self.state_dict())
         other._template = self._template
         return other
+
+
+def compute_on_all_processes(
+    metric: OnAllRows, world: World, read: Callable[[Any], dict[str, float]]
+) -> dict[str, float]:
+    """Give `read(answer)` of the answer of `metric` on the rows of all processes.
+
+    All processes of `world` call it at the same place. The rows are in the order of the steps
+    and, within a step, of the processes: for data that is not shuffled the order of one process.
+    """
+    gathered = world.gather(metric._batches, everywhere=False)
+    columns: dict[str, float] | None = None
+    problem: str | None = None
+    failure: Exception | None = None
+    if gathered is not None:
+        try:
+            steps = zip_longest(*gathered)  # the last step may have no rows for some
+            batches = [batch for step in steps for batch in step if batch is not None]
+            columns = read(metric._call(batches))
+        except Exception as error:
+            failure = error
+            problem = f"{type(error).__name__}: {error}"
+    columns, problem = world.broadcast([columns, problem])
+    if failure is not None:
+        raise failure
+    if columns is None:
+        raise RuntimeError(f"process 0 of {world.size}, which calls the function, failed: {problem}")
+    return columns
 
 
 def _check_function(function: Any) -> None:
