@@ -28,7 +28,13 @@ def ring() -> tuple[minikeras.Model, nn.Module, Work]:
 
 def wide() -> tuple[minikeras.Model, nn.Module, Work]:
     work = make_work("mlp")
-    layers = [nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)]
+    layers = [
+        nn.Linear(784, 2048),
+        nn.ReLU(),
+        nn.Linear(2048, 2048),
+        nn.ReLU(),
+        nn.Linear(2048, 10),
+    ]
     return minikeras.Model(nn.Sequential(*layers)), nn.CrossEntropyLoss(), work
 
 
@@ -48,7 +54,9 @@ def seconds(name: str, path: Path | None, every: int | None = None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -64,7 +72,9 @@ def main() -> None:
                 size = path.stat().st_size / 2**20
         save = median(b - a for a, b in zip(without, within, strict=True)) / epochs
         epoch = median(without) / epochs
-        print(f"| {name} | {size:.2f} MB | {save * 1e3:.1f} ms | {epoch * 1e3:.0f} ms | {save / epoch:.1%} |")
+        print(
+            f"| {name} | {size:.2f} MB | {save * 1e3:.1f} ms | {epoch * 1e3:.0f} ms | {save / epoch:.1%} |"
+        )
 
 
 if __name__ == "__main__":

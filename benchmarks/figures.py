@@ -86,7 +86,9 @@ def rows_figure(largest: int) -> None:
         for rows in counts:
             X, y = make_data(rows)
             # small sets several times: the least is the cost, the rest is noise
-            costs.append(min(epoch(X, y) for _ in range(10 if rows < 10**6 else 2)) / (rows / BATCH) * 1e6)
+            costs.append(
+                min(epoch(X, y) for _ in range(10 if rows < 10**6 else 2)) / (rows / BATCH) * 1e6
+            )
             print(f"{name}, {rows} rows: {costs[-1]:.0f} us a step", flush=True)
         axis.plot(counts, costs, marker="o", label=name)
     axis.set(xscale="log", ylim=0, xlabel="rows", ylabel=f"us a step of {BATCH} rows")
@@ -117,7 +119,9 @@ def epochs_figure(epochs: int) -> None:
     _, axis = plt.subplots(figsize=(6, 4))
     for name, seconds in {"one fit": times.seconds, "fit(1) again and again": fits}.items():
         costs = medians(seconds, epochs // 20)
-        print(f"{name}: {costs[0] / steps * 1e6:.0f} us a step at first, {costs[-1] / steps * 1e6:.0f} in the end")
+        print(
+            f"{name}: {costs[0] / steps * 1e6:.0f} us a step at first, {costs[-1] / steps * 1e6:.0f} in the end"
+        )
         at = [(i + 0.5) * epochs / len(costs) for i in range(len(costs))]
         axis.plot(at, [cost / steps * 1e6 for cost in costs], marker="o", label=name)
     axis.set(ylim=0, xlabel="epochs already run", ylabel="us a step")
@@ -131,8 +135,12 @@ def medians(values: list[float], size: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10**7, help="the largest number of rows, default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, default=10**7, help="the largest number of rows, default %(default)s"
+    )
     parser.add_argument("--epochs", type=int, default=2000, help="default %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(1)

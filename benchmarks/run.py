@@ -60,16 +60,32 @@ Result = dict[str, Any]
 def variant_names(work: str, device: str) -> list[str]:
     """What variants.py has for a work, asked in a process of its own, since it imports torch."""
     code = f"import variants; print(variants.names({work!r}, {device!r}))"
-    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=ENV, capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env=ENV, capture_output=True, text=True, check=True
+    )
     return list(ast.literal_eval(answer.stdout))
 
 
 def run_once(work: str, variant: str, seed: int, device: str, quick: bool) -> Result:
     """One process. Its output goes to a file, so that bars are drawn and nobody has to read them."""
-    command = [sys.executable, str(HERE / "variants.py"), work, variant, "--seed", str(seed), "--device", device]
+    command = [
+        sys.executable,
+        str(HERE / "variants.py"),
+        work,
+        variant,
+        "--seed",
+        str(seed),
+        "--device",
+        device,
+    ]
     command += ["--quick"] * quick
-    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
-        status = subprocess.run(command, env=ENV, stdout=out, stderr=err, cwd=tempfile.gettempdir()).returncode
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as out,
+        tempfile.TemporaryFile("w+", errors="replace") as err,
+    ):
+        status = subprocess.run(
+            command, env=ENV, stdout=out, stderr=err, cwd=tempfile.gettempdir()
+        ).returncode
         out.seek(0)
         err.seek(0)
         if status:
@@ -78,7 +94,9 @@ def run_once(work: str, variant: str, seed: int, device: str, quick: bool) -> Re
         return dict(json.loads(out.read().strip().splitlines()[-1]))
 
 
-def run_work(work: str, wanted: list[str] | None, repeats: int, device: str, quick: bool) -> dict[str, list[Result]]:
+def run_work(
+    work: str, wanted: list[str] | None, repeats: int, device: str, quick: bool
+) -> dict[str, list[Result]]:
     """variant -> its results, one a round; a variant that is missing has one result that says why."""
     known = variant_names(work, device)
     names = [name for name in known if not wanted or name in wanted or name == "tuned"]
@@ -91,7 +109,10 @@ def run_work(work: str, wanted: list[str] | None, repeats: int, device: str, qui
                 continue
             result = run_once(work, name, seed=turn, device=device, quick=quick)
             results[name].append(result)
-            spent = result.get("missing") or f"{result['seconds'] / result['steps'] * 1e6:.1f} us a step"
+            spent = (
+                result.get("missing")
+                or f"{result['seconds'] / result['steps'] * 1e6:.1f} us a step"
+            )
             print(f"{work} {turn + 1}/{repeats} {name}: {spent}", file=sys.stderr, flush=True)
     return results
 
@@ -146,7 +167,10 @@ def same_work(ones: list[Result], tuned: list[Result], naive: list[Result]) -> s
             return f"NO: {one['steps_taken']} steps of {one['steps_expected']}"
     if naive and "missing" not in naive[-1] and all(map(equals_naive, ones, naive)):
         return "yes, the naive loop's batches"
-    worst = max(abs(one["final_loss"] / base["final_loss"] - 1) for one, base in zip(ones, tuned, strict=True))
+    worst = max(
+        abs(one["final_loss"] / base["final_loss"] - 1)
+        for one, base in zip(ones, tuned, strict=True)
+    )
     return f"{'yes' if worst <= ones[0]['tolerance'] else 'NO'}, loss within {worst:.1%}"
 
 
@@ -160,7 +184,9 @@ def import_table(repeats: int) -> str:
     for turn in range(repeats + 1):
         for name, line in IMPORTS.items():
             command = [sys.executable, "-c", TIMED_IMPORT.format(line)]
-            out = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(
+                command, env=ENV, capture_output=True, text=True, check=True
+            ).stdout
             if turn:  # the first one fills the disk's cache
                 results[name].append((float(out.split()[0]), float(out.split()[1])))
     lines = ["| import | seconds: median (lowest - highest) | peak MB |", "|---|---|---|"]
@@ -179,7 +205,9 @@ def circumstances(device: str, repeats: int) -> str:
             continue
     older = next((HERE / "torchkeras2").glob("torchkeras-*.dist-info"), None)
     if older:
-        found.append("torchkeras " + older.name.removeprefix("torchkeras-").removesuffix(".dist-info"))
+        found.append(
+            "torchkeras " + older.name.removeprefix("torchkeras-").removesuffix(".dist-info")
+        )
     return (
         f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, {gpu(device)}"
         f"{platform.system()}, Python {platform.python_version()}, {', '.join(found)}; {repeats} rounds."
@@ -191,25 +219,41 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def gpu(device: str) -> str:
     if device == "cpu":
         return ""
     code = f"import torch; print(torch.get_device_module({device!r}).get_device_name())"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     return f"{answer.stdout.strip()}, "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", nargs="+", choices=[*WORKS, "import"], default=[*WORKS, "import"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--works", nargs="+", choices=[*WORKS, "import"], default=[*WORKS, "import"]
+    )
     parser.add_argument("--variants", nargs="+", help="default all; the tuned loop always runs")
     parser.add_argument("--repeats", type=int, help="rounds; default 5, or 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="a fifth of the epochs")
-    parser.add_argument("--device", default="cpu", help="default %(default)s; elsewhere the rivals are fewer")
-    parser.add_argument("--out", type=Path, default=HERE / "results.md", help="the Markdown file, default %(default)s")
+    parser.add_argument(
+        "--device", default="cpu", help="default %(default)s; elsewhere the rivals are fewer"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results.md",
+        help="the Markdown file, default %(default)s",
+    )
     args = parser.parse_args()
     repeats = args.repeats or (2 if args.quick else 5)
     parts = [circumstances(args.device, repeats)]
@@ -219,7 +263,9 @@ def main() -> None:
         else:
             results = run_work(work, args.variants, repeats, args.device, args.quick)
             parts += [f"### {work}: {WORKS[work]}", table(work, results)]
-        args.out.write_text("\n\n".join(parts) + "\n")  # after each work: a run that is cut short leaves what it has
+        args.out.write_text(
+            "\n\n".join(parts) + "\n"
+        )  # after each work: a run that is cut short leaves what it has
     print("\n\n".join(parts))
 
 

@@ -25,7 +25,13 @@ def train() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     X, y = torch.randn(ROWS, 784), torch.randint(10, (ROWS,))
-    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
+    layers = [
+        nn.Linear(784, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 10),
+    ]
     model = minikeras.Model(nn.Sequential(*layers))
     model.compile(nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.01), device="cpu")
     model.fit(1, (X, y), batch_size=256, verbose=0)
@@ -36,16 +42,27 @@ def train() -> None:
 
 
 def rows_a_second(processes: int) -> float:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        __file__,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return float(subprocess.run([*command], env=env, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run([*command], env=env, capture_output=True, text=True, check=True).stdout
+    )
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
         train()
     else:
-        ones, twos = zip(*[(rows_a_second(1), rows_a_second(2)) for _ in range(ROUNDS)], strict=True)
+        ones, twos = zip(
+            *[(rows_a_second(1), rows_a_second(2)) for _ in range(ROUNDS)], strict=True
+        )
         ratios = sorted(two / one for one, two in zip(ones, twos, strict=True))
         print(f"1 process {median(ones):.0f} rows a second, 2 processes {median(twos):.0f}: "
               f"{median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f}) times as many")  # fmt: skip

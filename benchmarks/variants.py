@@ -96,7 +96,10 @@ def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
             X, y = all_X[order], all_y[order]
             total, correct = torch.zeros(2, device=work.device)
             for start in range(0, rows, work.batch_size):
-                features, labels = X[start : start + work.batch_size], y[start : start + work.batch_size]
+                features, labels = (
+                    X[start : start + work.batch_size],
+                    y[start : start + work.batch_size],
+                )
                 outputs = net(features)
                 loss = loss_func(outputs, labels)
                 loss.backward()
@@ -137,7 +140,10 @@ def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, 
             X, y = all_X[order], all_y[order]
             total, correct = torch.zeros(2, device=work.device)
             for start in range(0, rows, work.batch_size):
-                features, labels = X[start : start + work.batch_size], y[start : start + work.batch_size]
+                features, labels = (
+                    X[start : start + work.batch_size],
+                    y[start : start + work.batch_size],
+                )
                 loss, accuracy = forward(features, labels)
                 loss.backward()
                 step()
@@ -157,7 +163,12 @@ def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, 
 
 
 def minikeras(
-    work: Work, warm: Stopwatch, timed: Stopwatch, loss: str = "own", verbose: int = 1, **switches: Any
+    work: Work,
+    warm: Stopwatch,
+    timed: Stopwatch,
+    loss: str = "own",
+    verbose: int = 1,
+    **switches: Any,
 ) -> tuple[nn.Module, int]:
     """A user's script: subclass, compile, fit with the user's own loader; bar and metric on.
 
@@ -174,7 +185,9 @@ def minikeras(
         loss_func = RingLossAsPrinted(model)
     optimizer = Adam(model.parameters(), lr=work.lr)
     try:
-        model.compile(loss_func, optimizer, {"accuracy": work.metric}, device=work.device, **switches)
+        model.compile(
+            loss_func, optimizer, {"accuracy": work.metric}, device=work.device, **switches
+        )
     except TypeError as error:
         raise NotImplementedError(str(error)) from error
     loader = work.loader()
@@ -189,7 +202,9 @@ def minikeras(
 
 
 def torchkeras2(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    sys.path.insert(0, str(Path(__file__).parent / "torchkeras2"))  # two versions of one package: see requirements.txt
+    sys.path.insert(
+        0, str(Path(__file__).parent / "torchkeras2")
+    )  # two versions of one package: see requirements.txt
     import torchkeras
 
     if not torchkeras.__version__.startswith("2."):
@@ -266,14 +281,18 @@ def keras(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
     if isinstance(work.make_loss(net), RingLoss):
         penalty = regularizers.L1L2(l1=0.001, l2=0.0005)
         shapes = [(4, "relu"), (8, "relu"), (1, "sigmoid")]
-        model = Sequential([layers.Dense(units, act, kernel_regularizer=penalty) for units, act in shapes])
+        model = Sequential(
+            [layers.Dense(units, act, kernel_regularizer=penalty) for units, act in shapes]
+        )
         loss = losses.BinaryFocalCrossentropy(apply_class_balancing=True, alpha=0.75, gamma=2.0)
     else:
         model = Sequential(keras_layers(layers, work.X.ndim))
         loss = losses.SparseCategoricalCrossentropy(from_logits=True)
     model.build((None, *work.X.shape[1:]))
     model.set_weights([swap(p.detach()).numpy() for p in net.parameters()])
-    optimizer = optimizers.Adam(learning_rate=work.lr, epsilon=1e-8)  # torch's default; Keras has 1e-7
+    optimizer = optimizers.Adam(
+        learning_rate=work.lr, epsilon=1e-8
+    )  # torch's default; Keras has 1e-7
     model.compile(optimizer, loss, metrics=["accuracy"])
     loader = work.loader()
     with warm:
@@ -302,7 +321,9 @@ def swap(weight: torch.Tensor, back: bool = False) -> torch.Tensor:
     return weight.T if weight.ndim == 2 else weight
 
 
-def lightning(work: Work, warm: Stopwatch, timed: Stopwatch, bar: bool = False) -> tuple[nn.Module, int]:
+def lightning(
+    work: Work, warm: Stopwatch, timed: Stopwatch, bar: bool = False
+) -> tuple[nn.Module, int]:
     """A fit of Lightning has a long preamble, so the clock hangs on a callback and leaves it out."""
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import TQDMProgressBar
@@ -358,7 +379,10 @@ def ignite(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, in
         net,
         optimizer,
         work.make_loss(net),
-        output_transform=lambda x, y, y_pred, loss: (loss.detach(), work.metric(y_pred.detach(), y)),
+        output_transform=lambda x, y, y_pred, loss: (
+            loss.detach(),
+            work.metric(y_pred.detach(), y),
+        ),
     )
     Average(lambda output: output[0]).attach(trainer, "loss")
     Average(lambda output: output[1]).attach(trainer, "accuracy")
@@ -418,7 +442,9 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
     accelerator = Accelerator(cpu=work.device == "cpu")
     net = work.make_net()
     loss_func = work.make_loss(net)
-    model, optimizer, loader = accelerator.prepare(net, Adam(net.parameters(), lr=work.lr), work.loader())
+    model, optimizer, loader = accelerator.prepare(
+        net, Adam(net.parameters(), lr=work.lr), work.loader()
+    )
     history = []
 
     def train(epochs):
@@ -460,7 +486,9 @@ def predict_naive(work: Work) -> Any:
     net = work.make_net().eval()
 
     def predict(X):
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=work.batch_size)
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(X), batch_size=work.batch_size
+        )
         with torch.no_grad():
             return torch.cat([net(features.to(work.device)).cpu() for (features,) in loader])
 
@@ -479,7 +507,9 @@ def predict_minikeras_loader(work: Work) -> Any:
 
     model = work.make_net(minikeras.Model)
     dataset = torch.utils.data.TensorDataset
-    return lambda X: model.predict(torch.utils.data.DataLoader(dataset(X), batch_size=work.batch_size))
+    return lambda X: model.predict(
+        torch.utils.data.DataLoader(dataset(X), batch_size=work.batch_size)
+    )
 
 
 def predict_keras(work: Work) -> Any:
@@ -538,8 +568,23 @@ PREDICT: dict[str, Any] = {
     "poutyne": predict_poutyne,
 }
 ON_A_GPU = (
-    *("tuned", "naive", "compiled", "minikeras", "minikeras-quiet", "minikeras-same-loss", "minikeras-printed-loss"),
-    *("minikeras-jit", "minikeras-jit-4", "minikeras-loader", "lightning", "lightning-bar", "accelerate"),
+    *(
+        "tuned",
+        "naive",
+        "compiled",
+        "minikeras",
+        "minikeras-quiet",
+        "minikeras-same-loss",
+        "minikeras-printed-loss",
+    ),
+    *(
+        "minikeras-jit",
+        "minikeras-jit-4",
+        "minikeras-loader",
+        "lightning",
+        "lightning-bar",
+        "accelerate",
+    ),
 )
 RING_ONLY = ("minikeras-same-loss", "minikeras-printed-loss")
 
@@ -597,7 +642,9 @@ def measure_predict(work: Work, variant: str) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def main() -> None:

@@ -47,7 +47,9 @@ class Work:
 
     def loader(self) -> DataLoader[Any]:
         dataset = TensorDataset(self.X, self.y)
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=True, num_workers=self.workers)
+        return DataLoader(
+            dataset, batch_size=self.batch_size, shuffle=True, num_workers=self.workers
+        )
 
 
 # --- ring: rare positives, 61 parameters ------------------------------------------------------------------------------
@@ -122,7 +124,19 @@ def ring(workers: int = 2) -> Work:
     X = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
     y = torch.cat([torch.ones(200, 1), torch.zeros(6000, 1)])
     rows = torch.randperm(6200)[:4340]
-    return Work(X[rows], y[rows], ring_net, RingLoss, binary_accuracy, 0.01, 100, workers, 5, 100, tolerance=0.08)
+    return Work(
+        X[rows],
+        y[rows],
+        ring_net,
+        RingLoss,
+        binary_accuracy,
+        0.01,
+        100,
+        workers,
+        5,
+        100,
+        tolerance=0.08,
+    )
 
 
 # --- mlp and conv: ten classes ----------------------------------------------------------------------------------------
@@ -132,7 +146,11 @@ def mlp_net(base: type) -> type:
     class MLP(base):
         def __init__(self):
             super().__init__()
-            self.fc1, self.fc2, self.fc3 = nn.Linear(784, 256), nn.Linear(256, 128), nn.Linear(128, 10)
+            self.fc1, self.fc2, self.fc3 = (
+                nn.Linear(784, 256),
+                nn.Linear(256, 128),
+                nn.Linear(128, 10),
+            )
 
         def forward(self, x):
             return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
@@ -177,7 +195,9 @@ def templates(rows: int) -> tuple[Tensor, Tensor]:
 
 def mlp() -> Work:
     X, y = templates(20_000)
-    return Work(X.flatten(1), y, mlp_net, cross_entropy, class_accuracy, 1e-3, 128, 0, 1, 3, tolerance=0.14)
+    return Work(
+        X.flatten(1), y, mlp_net, cross_entropy, class_accuracy, 1e-3, 128, 0, 1, 3, tolerance=0.14
+    )
 
 
 def conv() -> Work:
@@ -202,10 +222,28 @@ def predict_net(base: type) -> type:
 
 def predict() -> Work:
     X = torch.randn(1_000_000, 20)
-    return Work(X, torch.empty(0), predict_net, cross_entropy, class_accuracy, 0.0, 1000, 0, 1, 2, tolerance=1e-5)
+    return Work(
+        X,
+        torch.empty(0),
+        predict_net,
+        cross_entropy,
+        class_accuracy,
+        0.0,
+        1000,
+        0,
+        1,
+        2,
+        tolerance=1e-5,
+    )
 
 
-WORKS = {"ring": ring, "ring0": lambda: ring(workers=0), "mlp": mlp, "conv": conv, "predict": predict}
+WORKS = {
+    "ring": ring,
+    "ring0": lambda: ring(workers=0),
+    "mlp": mlp,
+    "conv": conv,
+    "predict": predict,
+}
 
 
 def make_work(name: str, quick: bool = False, device: str = "cpu") -> Work:

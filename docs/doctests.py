@@ -25,6 +25,12 @@ def one_by_one(found: re.Match[str]) -> str:
 class Doctests(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            text = re.sub(r"^>>> .*(?:\n.+)*", "```pycon\n\\g<0>\n```", obj.docstring.value, flags=re.M)
-            text = re.sub(r"^    (\w+(?:, \w+)+):(.*\n?(?:        .*\n?)*)", one_by_one, text, flags=re.M)
-            obj.docstring.value = re.sub(r"^(.*)::\n\n((?:    .*\n?|\n)+)", fenced, text, flags=re.M)
+            text = re.sub(
+                r"^>>> .*(?:\n.+)*", "```pycon\n\\g<0>\n```", obj.docstring.value, flags=re.M
+            )
+            text = re.sub(
+                r"^    (\w+(?:, \w+)+):(.*\n?(?:        .*\n?)*)", one_by_one, text, flags=re.M
+            )
+            obj.docstring.value = re.sub(
+                r"^(.*)::\n\n((?:    .*\n?|\n)+)", fenced, text, flags=re.M
+            )

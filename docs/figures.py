@@ -50,7 +50,11 @@ def focal():
     for gamma in (0.5, 1.0, 2.0, 5.0):
         loss = 2 * minikeras.FocalLoss(gamma, alpha=0.5, reduction="none")(p_t, torch.ones(200))
         plt.plot(p_t, loss, label=f"gamma = {gamma}")
-    plt.gca().set(xlabel="p_t: probability given to the right answer", ylabel="loss, scaled to alpha = 1", ylim=(0, 4))
+    plt.gca().set(
+        xlabel="p_t: probability given to the right answer",
+        ylabel="loss, scaled to alpha = 1",
+        ylim=(0, 4),
+    )
     plt.legend()
     save("focal.png")
 

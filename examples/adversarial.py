@@ -15,8 +15,12 @@ NOISE = 16
 class Gan(minikeras.Model):
     def __init__(self):
         super().__init__()
-        self.generator = nn.Sequential(nn.Linear(NOISE, 128), nn.ReLU(), nn.Linear(128, 64), nn.Sigmoid())
-        self.discriminator = nn.Sequential(nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(128, 1))
+        self.generator = nn.Sequential(
+            nn.Linear(NOISE, 128), nn.ReLU(), nn.Linear(128, 64), nn.Sigmoid()
+        )
+        self.discriminator = nn.Sequential(
+            nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(128, 1)
+        )
 
     def forward(self, noise):  # what predict gives: digits
         return self.generator(noise)
@@ -24,7 +28,9 @@ class Gan(minikeras.Model):
     def train_step(self, features, labels, sample_weight=None):
         digits = self.generator(torch.randn(len(features), NOISE, device=features.device))
         real, drawn = self.discriminator(features), self.discriminator(digits.detach())
-        loss_d = self.compute_loss(real, torch.ones_like(real)) + self.compute_loss(drawn, torch.zeros_like(drawn))
+        loss_d = self.compute_loss(real, torch.ones_like(real)) + self.compute_loss(
+            drawn, torch.zeros_like(drawn)
+        )
         self.backward(loss_d, "d")
         self.optimizer_step("d")
         judged = self.discriminator(digits)
@@ -36,7 +42,10 @@ class Gan(minikeras.Model):
 
 
 def shown(digit):  # 64 values, 0 to 1
-    return "\n".join("".join(" .:-=+*#"[int(7 * value)] * 2 for value in row) for row in digit.reshape(8, 8).tolist())
+    return "\n".join(
+        "".join(" .:-=+*#"[int(7 * value)] * 2 for value in row)
+        for row in digit.reshape(8, 8).tolist()
+    )
 
 
 def main(epochs):
@@ -44,7 +53,10 @@ def main(epochs):
     X = torch.tensor(load_digits().data, dtype=torch.float32) / 16
     model = Gan()
     rates = {"g": (model.generator, 1e-3), "d": (model.discriminator, 5e-4)}
-    adams = {name: torch.optim.Adam(part.parameters(), lr, betas=(0.5, 0.999)) for name, (part, lr) in rates.items()}
+    adams = {
+        name: torch.optim.Adam(part.parameters(), lr, betas=(0.5, 0.999))
+        for name, (part, lr) in rates.items()
+    }
     model.compile(F.binary_cross_entropy_with_logits, adams)
     model.fit(epochs, X, batch_size=64)
     print(*map(shown, model.predict(torch.randn(3, NOISE))), sep="\n" + "-" * 16 + "\n")

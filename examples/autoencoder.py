@@ -28,11 +28,15 @@ def main(epochs, size):
     model.compile(nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=0.002))
     model.fit(epochs, (X, X), dl_val=(X_val, X_val), batch_size=64)
 
-    codes = minikeras.Model(model.encoder).predict(X_val)  # (rows, size); any part of it predicts by itself
+    codes = minikeras.Model(model.encoder).predict(
+        X_val
+    )  # (rows, size); any part of it predicts by itself
     pca = PCA(size).fit(X)
     linear = nn.MSELoss()(torch.tensor(pca.inverse_transform(pca.transform(X_val))), X_val)
     error = model.evaluate((X_val, X_val))["val_loss"]
-    print(f"{X_val.shape[1]} numbers as {codes.shape[1]}: mean squared error {error:.4f}, by PCA {linear:.4f}")
+    print(
+        f"{X_val.shape[1]} numbers as {codes.shape[1]}: mean squared error {error:.4f}, by PCA {linear:.4f}"
+    )
 
 
 if __name__ == "__main__":

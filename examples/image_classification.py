@@ -15,16 +15,27 @@ def accuracy(y_pred, y_true):
 
 
 def block(inputs, outputs):
-    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return [
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
 
 
 def main(epochs):
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 1, 8, 8).astype("float32") / 16  # (rows, channels, height, width), 0 to 1
-    X, X_val, y, y_val = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    images = (
+        images.reshape(-1, 1, 8, 8).astype("float32") / 16
+    )  # (rows, channels, height, width), 0 to 1
+    X, X_val, y, y_val = train_test_split(
+        images, labels, test_size=0.25, stratify=labels, random_state=0
+    )
 
-    model = minikeras.Model(nn.Sequential(*block(1, 32), *block(32, 64), nn.Flatten(), nn.Linear(256, 10)))
+    model = minikeras.Model(
+        nn.Sequential(*block(1, 32), *block(32, 64), nn.Flatten(), nn.Linear(256, 10))
+    )
     model.summary(input_shape=(1, 8, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model.compile(nn.CrossEntropyLoss(), optimizer, {"accuracy": accuracy})

@@ -38,18 +38,30 @@ def rare_positives(seed):
 def measured(loss_func, epochs, seed):
     X, y, X_test, y_test = rare_positives(seed)
     torch.manual_seed(seed)
-    model = minikeras.Model(nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0)))
+    model = minikeras.Model(
+        nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
+    )
     model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01))
     model.fit(epochs, (X, y), verbose=0)
     score = model.predict(X_test).numpy()
-    precision, recall = precision_score(y_test, score > 0, zero_division=0), recall_score(y_test, score > 0)
-    return {"average precision": average_precision_score(y_test, score), "precision": precision, "recall": recall}
+    precision, recall = (
+        precision_score(y_test, score > 0, zero_division=0),
+        recall_score(y_test, score > 0),
+    )
+    return {
+        "average precision": average_precision_score(y_test, score),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def main(epochs, seeds):
     for name, loss_func in LOSSES.items():
         table = pd.DataFrame([measured(loss_func, epochs, seed) for seed in range(seeds)])
-        print(f"{name:<27}", *(f"{column} {each.mean():.2f} +/- {each.std():.2f}" for column, each in table.items()))
+        print(
+            f"{name:<27}",
+            *(f"{column} {each.mean():.2f} +/- {each.std():.2f}" for column, each in table.items()),
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ def data():
     X, y = load_breast_cancer(return_X_y=True)
     X_train, X_val, y_train, y_val = train_test_split(X, y[:, None], stratify=y, random_state=0)
     scaler = StandardScaler().fit(X_train)
-    return (scaler.transform(X_train), y_train.astype(float)), (scaler.transform(X_val), y_val.astype(float))
+    return (scaler.transform(X_train), y_train.astype(float)), (
+        scaler.transform(X_val),
+        y_val.astype(float),
+    )
 
 
 def main(trials, epochs):
@@ -36,18 +39,29 @@ def main(trials, epochs):
 
     def objective(trial):
         torch.manual_seed(trial.number)
-        width, dropout = trial.suggest_int("width", 4, 64, log=True), trial.suggest_float("dropout", 0.0, 0.5)
-        net = nn.Sequential(nn.Linear(30, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))
+        width, dropout = (
+            trial.suggest_int("width", 4, 64, log=True),
+            trial.suggest_float("dropout", 0.0, 0.5),
+        )
+        net = nn.Sequential(
+            nn.Linear(30, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)
+        )
         model = minikeras.Model(net)
-        optimizer = torch.optim.Adam(model.parameters(), lr=trial.suggest_float("lr", 1e-4, 0.1, log=True))
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=trial.suggest_float("lr", 1e-4, 0.1, log=True)
+        )
         model.compile(nn.BCEWithLogitsLoss(), optimizer)
-        return model.fit(epochs, train, val, callbacks=[Pruning(trial)], verbose=0)["val_loss"].min()
+        return model.fit(epochs, train, val, callbacks=[Pruning(trial)], verbose=0)[
+            "val_loss"
+        ].min()
 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=2)
     study = optuna.create_study(pruner=pruner, sampler=optuna.samplers.TPESampler(seed=0))
     study.optimize(objective, n_trials=trials)
     states = [trial.state.name for trial in study.trials]
-    print(f"{states.count('COMPLETE')} trials ran to their end, {states.count('PRUNED')} were pruned")
+    print(
+        f"{states.count('COMPLETE')} trials ran to their end, {states.count('PRUNED')} were pruned"
+    )
     print(f"best val_loss {study.best_value:.4f} with {study.best_params}")
 
 

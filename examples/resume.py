@@ -15,7 +15,10 @@ class Digits(Dataset):
     """scikit-learn's 8 x 8 digits, each shifted anew by up to a pixel whenever it is read."""
 
     def __init__(self, images, labels):
-        self.images, self.labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+        self.images, self.labels = (
+            torch.tensor(images, dtype=torch.float32) / 16,
+            torch.tensor(labels),
+        )
 
     def __len__(self):
         return len(self.labels)
@@ -36,11 +39,19 @@ def main(epochs, file, pause):
     dl_train = DataLoader(Digits(images[:1400], labels[:1400]), batch_size=64, shuffle=True)
     dl_valid = DataLoader(Digits(images[1400:], labels[1400:]), batch_size=64)
     model = minikeras.Model(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10))
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)
+        )
     )
-    model.compile(nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()), {"accuracy": accuracy})
-    slow = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: time.sleep(pause))  # time to press Ctrl-C
-    dfhistory = model.fit(epochs, dl_train, dl_valid, checkpoint=file, checkpoint_every=5, callbacks=[slow])
+    model.compile(
+        nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()), {"accuracy": accuracy}
+    )
+    slow = minikeras.LambdaCallback(
+        on_batch_end=lambda batch, logs: time.sleep(pause)
+    )  # time to press Ctrl-C
+    dfhistory = model.fit(
+        epochs, dl_train, dl_valid, checkpoint=file, checkpoint_every=5, callbacks=[slow]
+    )
     print(f"{file} holds the whole run; the same numbers come out however often it was stopped:")
     print(dfhistory.tail(1).round(6).to_string())
 
@@ -49,5 +60,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--file", default="resume.pt")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds after each batch, default %(default)s")
+    parser.add_argument(
+        "--pause", type=float, default=0.05, help="seconds after each batch, default %(default)s"
+    )
     main(**vars(parser.parse_args()))

@@ -12,7 +12,11 @@ import minikeras
 class DNNModel(minikeras.Model):
     def __init__(self):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = torch.nn.Linear(2, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 1)
+        self.fc1, self.fc2, self.fc3 = (
+            torch.nn.Linear(2, 4),
+            torch.nn.Linear(4, 8),
+            torch.nn.Linear(8, 1),
+        )
 
     def forward(self, x):
         return torch.sigmoid(self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x))))))
@@ -29,14 +33,20 @@ def recall(y_pred, y_true):  # the share of positives that are found: over these
 
 def main(epochs, batch_size):
     torch.manual_seed(0)
-    X, Y = torch.cat([ring(200, 5.0), ring(6000, 8.0)]), torch.cat([torch.ones(200, 1), torch.zeros(6000, 1)])
+    X, Y = (
+        torch.cat([ring(200, 5.0), ring(6000, 8.0)]),
+        torch.cat([torch.ones(200, 1), torch.zeros(6000, 1)]),
+    )
     ds_train, ds_valid = random_split(TensorDataset(X, Y), [0.7, 0.3])
     dl_train = DataLoader(ds_train, batch_size, shuffle=True, num_workers=2)
     dl_valid = DataLoader(ds_valid, batch_size, num_workers=2)
     model = DNNModel()
     model.summary(input_shape=(2,))
     loss_func = minikeras.Regularized(minikeras.FocalLoss(), model, l1=0.001, l2=0.001)
-    metrics = {"accuracy": lambda y_pred, y_true: ((y_pred > 0.5) == (y_true > 0.5)).float().mean(), "recall": recall}
+    metrics = {
+        "accuracy": lambda y_pred, y_true: ((y_pred > 0.5) == (y_true > 0.5)).float().mean(),
+        "recall": recall,
+    }
     model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
     dfhistory = model.fit(epochs, dl_train=dl_train, dl_val=dl_valid, log_step_freq=30)
     result, y_pred = model.evaluate(dl_valid), model.predict(X)
@@ -44,9 +54,13 @@ def main(epochs, batch_size):
         print(result)  # calling everything negative has an accuracy of 0.968, and a recall of 0
         _, axes = plt.subplots(1, 3, figsize=(15, 4.5))
         for axis, title, y in zip(axes, ["truth", "prediction"], [Y, y_pred]):
-            axis.scatter(*X.T, s=3, c=["tab:red" if positive else "tab:green" for positive in y > 0.5])
+            axis.scatter(
+                *X.T, s=3, c=["tab:red" if positive else "tab:green" for positive in y > 0.5]
+            )
             axis.set(title=title, aspect="equal")
-        losses = dfhistory[["loss", "val_loss"]].set_index(dfhistory.index + 1)  # epochs count from 1
+        losses = dfhistory[["loss", "val_loss"]].set_index(
+            dfhistory.index + 1
+        )  # epochs count from 1
         losses.plot(ax=axes[2], title="focal loss and penalties", xlabel="epoch")
         plt.savefig("ring_focal.png")
     return dfhistory
@@ -55,5 +69,7 @@ def main(epochs, batch_size):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=100, help="of each process, under torchrun")
+    parser.add_argument(
+        "--batch-size", type=int, default=100, help="of each process, under torchrun"
+    )
     main(**vars(parser.parse_args()))

@@ -28,7 +28,11 @@ def packed(batch):  # [(letters of a line, label), ...]; the longest need not co
 class LineModel(minikeras.Model):
     def __init__(self):
         super().__init__()
-        self.embedding, self.lstm, self.fc = nn.Embedding(128, 16), nn.LSTM(16, 32), nn.Linear(32, 1)
+        self.embedding, self.lstm, self.fc = (
+            nn.Embedding(128, 16),
+            nn.LSTM(16, 32),
+            nn.Linear(32, 1),
+        )
 
     def forward(self, lines):  # a PackedSequence of letters; no padding goes through the LSTM
         _, (last, _) = self.lstm(lines._replace(data=self.embedding(lines.data)))
@@ -38,11 +42,15 @@ class LineModel(minikeras.Model):
 def main(epochs):
     torch.manual_seed(0)
     lines = {1.0: VERSE.replace("\n", " ").split(" / "), 0.0: PROSE.replace("\n", " ").split(". ")}
-    data = [(torch.tensor(list(line.encode())), label) for label, kind in lines.items() for line in kind]
+    data = [
+        (torch.tensor(list(line.encode())), label) for label, kind in lines.items() for line in kind
+    ]
     model = LineModel()
     model.compile(nn.BCEWithLogitsLoss(), torch.optim.Adam(model.parameters(), lr=0.01))
     model.fit(epochs, DataLoader(data, batch_size=5, shuffle=True, collate_fn=packed))
-    scores = model.predict(DataLoader(data, batch_size=8, collate_fn=packed))  # learnt by heart: no more is shown
+    scores = model.predict(
+        DataLoader(data, batch_size=8, collate_fn=packed)
+    )  # learnt by heart: no more is shown
     print(
         f"{sum((score > 0) == (label > 0) for score, (_, label) in zip(scores, data))} of {len(data)} lines told apart"
     )

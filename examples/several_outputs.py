@@ -22,7 +22,9 @@ class WineModel(minikeras.Model):
 
 
 def loss_func(y_pred, y_true):  # means over the rows; alcohol in standard deviations, squared
-    return F.cross_entropy(y_pred["grape"], y_true["grape"]) + F.mse_loss(y_pred["alcohol"], y_true["alcohol"])
+    return F.cross_entropy(y_pred["grape"], y_true["grape"]) + F.mse_loss(
+        y_pred["alcohol"], y_true["alcohol"]
+    )
 
 
 def grape_accuracy(y_pred, y_true):
@@ -44,7 +46,10 @@ def main(epochs):
     model = WineModel()
     metrics = {"grape_accuracy": grape_accuracy, "alcohol_mae": alcohol_mae}
     model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
-    train, val = ((X[rows], {k: v[rows] for k, v in labels.items()}) for rows in [slice(128), slice(128, None)])
+    train, val = (
+        (X[rows], {k: v[rows] for k, v in labels.items()})
+        for rows in [slice(128), slice(128, None)]
+    )
     model.fit(epochs, train, dl_val=val)
     outputs = model.predict(X[-3:])  # the structure that forward returns
     print({name: part.shape for name, part in outputs.items()})

@@ -16,10 +16,16 @@ import minikeras
 class TableModel(minikeras.Model):
     def __init__(self, numbers, sizes):
         super().__init__()
-        self.embeddings = nn.ModuleDict({name: nn.Embedding(size, 4) for name, size in sizes.items()})
-        self.net = nn.Sequential(nn.Linear(numbers + 4 * len(sizes), 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
+        self.embeddings = nn.ModuleDict(
+            {name: nn.Embedding(size, 4) for name, size in sizes.items()}
+        )
+        self.net = nn.Sequential(
+            nn.Linear(numbers + 4 * len(sizes), 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1)
+        )
 
-    def forward(self, numbers, **categories):  # numbers: (rows, columns); each category: (rows,) of whole numbers
+    def forward(
+        self, numbers, **categories
+    ):  # numbers: (rows, columns); each category: (rows,) of whole numbers
         embedded = [embedding(categories[name]) for name, embedding in self.embeddings.items()]
         return self.net(torch.cat([numbers, *embedded], dim=1))
 
@@ -36,17 +42,27 @@ def main(epochs):
     table = load_diabetes(as_frame=True, scaled=False).frame.sample(frac=1, random_state=0)
     table["sex"] = table["sex"].astype("category")
     table["age"] = pd.cut(table["age"], [0, 30, 40, 50, 60, 120])
-    table["bmi"] = pd.cut(table["bmi"], [0, 18.5, 25, 30, 35, 100])  # the bounds of the World Health Organization
+    table["bmi"] = pd.cut(
+        table["bmi"], [0, 18.5, 25, 30, 35, 100]
+    )  # the bounds of the World Health Organization
     categories = ["sex", "age", "bmi"]
     X = inputs(table, categories)
-    y = (table[["target"]] / 100).to_numpy(dtype="float32")  # (rows, 1): near 1, as the network's first outputs are
+    y = (table[["target"]] / 100).to_numpy(
+        dtype="float32"
+    )  # (rows, 1): near 1, as the network's first outputs are
 
-    model = TableModel(X["numbers"].shape[1], {name: len(table[name].cat.categories) for name in categories})
-    model.compile(nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=0.003), {"mae": nn.L1Loss()})
+    model = TableModel(
+        X["numbers"].shape[1], {name: len(table[name].cat.categories) for name in categories}
+    )
+    model.compile(
+        nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=0.003), {"mae": nn.L1Loss()}
+    )
     model.fit(epochs, ({name: part[:342] for name, part in X.items()}, y[:342]))
     rest = ({name: part[342:] for name, part in X.items()}, y[342:])
     mean = nn.L1Loss()(torch.full((100, 1), float(y[:342].mean())), torch.tensor(y[342:]))
-    print(f"mean absolute error {model.evaluate(rest)['val_mae']:.3f}; of the mean as the answer {mean:.3f}")
+    print(
+        f"mean absolute error {model.evaluate(rest)['val_mae']:.3f}; of the mean as the answer {mean:.3f}"
+    )
 
 
 if __name__ == "__main__":

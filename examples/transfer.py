@@ -11,7 +11,14 @@ import minikeras
 
 
 def network():  # without BatchNorm, whose running means would go on moving in frozen layers
-    body = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    body = [
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    ]
     return minikeras.Model(nn.Sequential(nn.Sequential(*body), nn.Linear(256, 5)))
 
 
@@ -24,7 +31,10 @@ def fitted(model, epochs, data, groups):
 def main(epochs, rows):
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
-    images, labels = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    images, labels = (
+        torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16,
+        torch.tensor(labels),
+    )
     old, new = labels < 5, labels >= 5
     few = images[new][:rows], labels[new][:rows] - 5
     test = images[new][rows:], labels[new][rows:] - 5
@@ -39,8 +49,15 @@ def main(epochs, rows):
     print(f"the head alone, {rows} rows: {model.evaluate(test)['val_accuracy']:.3f}")
 
     body.requires_grad_(True)
-    fitted(model, epochs, few, [{"params": body.parameters(), "lr": 1e-4}, {"params": head.parameters(), "lr": 1e-3}])
-    print(f"... then all layers, the body at a tenth of the rate: {model.evaluate(test)['val_accuracy']:.3f}")
+    fitted(
+        model,
+        epochs,
+        few,
+        [{"params": body.parameters(), "lr": 1e-4}, {"params": head.parameters(), "lr": 1e-3}],
+    )
+    print(
+        f"... then all layers, the body at a tenth of the rate: {model.evaluate(test)['val_accuracy']:.3f}"
+    )
 
     anew = network()
     fitted(anew, 2 * epochs, few, anew.parameters())

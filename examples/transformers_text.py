@@ -37,11 +37,20 @@ def accuracy(y_pred, y_true):
 def main(epochs):
     torch.manual_seed(0)
     lines, labels = PRAISE + COMPLAINT, torch.tensor([1] * len(PRAISE) + [0] * len(COMPLAINT))
-    vocabulary = {word: number for number, word in enumerate(sorted(set(" ".join(lines).split())), start=1)}
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    vocabulary = {
+        word: number for number, word in enumerate(sorted(set(" ".join(lines).split())), start=1)
+    }
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     config = BertConfig(vocab_size=len(vocabulary) + 1, **sizes)
     model = minikeras.Model(BertForSequenceClassification(config))
-    model.compile(loss_func, torch.optim.AdamW(model.parameters(), lr=0.002), {"accuracy": accuracy})
+    model.compile(
+        loss_func, torch.optim.AdamW(model.parameters(), lr=0.002), {"accuracy": accuracy}
+    )
     model.fit(epochs, (encode(lines, vocabulary), labels), batch_size=5)
     unseen = encode(["a clever and wonderful plot", "a boring and awful mess"], vocabulary)
     print("praise:", model.predict([(unseen,)]).logits.softmax(1)[:, 1])

@@ -34,8 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minikeras", description=str(minikeras.__doc__))
     commands = parser.add_subparsers(required=True, dest="command", metavar="{env,summary}")
     commands.add_parser("env", help="print the versions and devices that a bug report needs")
-    table = commands.add_parser("summary", help="print a network's layers, output shapes and parameters")
-    table.add_argument("target", metavar="MODULE:NAME", help="an nn.Module, its class, or a function that makes one")
+    table = commands.add_parser(
+        "summary", help="print a network's layers, output shapes and parameters"
+    )
+    table.add_argument(
+        "target",
+        metavar="MODULE:NAME",
+        help="an nn.Module, its class, or a function that makes one",
+    )
     table.add_argument(
         *("--input", "-i"),
         action="append",
@@ -43,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="SIZES",
         help="shape of one row, without the batch: 3,224,224; once for each argument of forward",
     )
-    table.add_argument("--dtype", action="append", help="of the input, default float32; once for all, or for each")
+    table.add_argument(
+        "--dtype", action="append", help="of the input, default float32; once for all, or for each"
+    )
     given = parser.parse_args(arguments)
     if given.command == "env":
         print("\n".join(f"{name:<14} {value}" for name, value in environment().items()))
@@ -63,15 +71,27 @@ class Wrong(Exception):
 
 def environment() -> dict[str, str]:
     """What a report of a fault needs: name -> value."""
-    found = {"minikeras": minikeras.__version__, "Python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "minikeras": minikeras.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     found |= {name: metadata.version(name) for name in NEEDED}
-    found |= {"OS": platform.platform(), "CPUs": _cpus(), "threads": f"{torch.get_num_threads()} of torch"}
+    found |= {
+        "OS": platform.platform(),
+        "CPUs": _cpus(),
+        "threads": f"{torch.get_num_threads()} of torch",
+    }
     found["accelerators"] = ", ".join(_accelerators()) or "none"
     if torch.version.cuda:
         found["CUDA"] = f"{torch.version.cuda} of torch"
     versions = {name: _version(name) for name in _optional()}
-    found["optional"] = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "none"
-    found["not there"] = ", ".join(name for name, version in versions.items() if not version) or "none"
+    found["optional"] = (
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "none"
+    )
+    found["not there"] = (
+        ", ".join(name for name, version in versions.items() if not version) or "none"
+    )
     return found
 
 
@@ -85,8 +105,13 @@ def _accelerators() -> list[str]:
     if device is None:
         return []
     numbers = range(torch.accelerator.device_count())
-    names = [torch.cuda.get_device_name(number) if device.type == "cuda" else "" for number in numbers]
-    return [f"{device.type}:{number} {name}".rstrip() for number, name in zip(numbers, names, strict=True)]
+    names = [
+        torch.cuda.get_device_name(number) if device.type == "cuda" else "" for number in numbers
+    ]
+    return [
+        f"{device.type}:{number} {name}".rstrip()
+        for number, name in zip(numbers, names, strict=True)
+    ]
 
 
 def _optional() -> list[str]:
@@ -96,7 +121,9 @@ def _optional() -> list[str]:
     except metadata.PackageNotFoundError:  # run from its source, not installed
         lines = []
     found = [re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line) for line in lines]
-    return sorted({*OFTEN_BESIDE, *(match[1] for match in found if match and match[2] not in FOR_WORK_ON_IT)})
+    return sorted(
+        {*OFTEN_BESIDE, *(match[1] for match in found if match and match[2] not in FOR_WORK_ON_IT)}
+    )
 
 
 def _version(name: str) -> str | None:
@@ -150,13 +177,17 @@ def _model(target: str) -> nn.Module:
     """The network that a target names: itself, or what its class or a function gives when called."""
     module_name, colon, name = target.partition(":")
     if not (colon and module_name and name):
-        raise Wrong(f"got {target!r}, which names no network. Pass MODULE:NAME, such as package.module:Net.")
+        raise Wrong(
+            f"got {target!r}, which names no network. Pass MODULE:NAME, such as package.module:Net."
+        )
     found = _named(_module(module_name), module_name, name)
     if isinstance(found, nn.Module):
         return found
     made = _called(found, target)
     if not isinstance(made, nn.Module):
-        raise Wrong(f"{target} gives {type(made).__name__}, not a torch.nn.Module. Return the network from it.")
+        raise Wrong(
+            f"{target} gives {type(made).__name__}, not a torch.nn.Module. Return the network from it."
+        )
     return made
 
 
@@ -191,11 +222,17 @@ def _instead(module: ModuleType, name: str) -> str:
     public = [known for known in vars(module) if not known.startswith("_")]
     hint = did_you_mean(name, public)
     networks = [known for known in public if _is_network(getattr(module, known))]
-    return hint or (f" Its networks are {', '.join(map(repr, networks))}." if networks else " It has no network.")
+    return hint or (
+        f" Its networks are {', '.join(map(repr, networks))}."
+        if networks
+        else " It has no network."
+    )
 
 
 def _is_network(value: Any) -> bool:
-    return isinstance(value, nn.Module) or (isinstance(value, type) and issubclass(value, nn.Module))
+    return isinstance(value, nn.Module) or (
+        isinstance(value, type) and issubclass(value, nn.Module)
+    )
 
 
 def _called(found: Any, target: str) -> Any:

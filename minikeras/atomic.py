@@ -54,7 +54,9 @@ def check_name(path: Path) -> None:
         OSError: it is too long.
     """
     if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise OSError(errno.ENAMETOOLONG, f"the name of a file may have {LONGEST_NAME} bytes here", path.name)
+        raise OSError(
+            errno.ENAMETOOLONG, f"the name of a file may have {LONGEST_NAME} bytes here", path.name
+        )
 
 
 @contextlib.contextmanager
@@ -64,7 +66,9 @@ def claim(path: Path) -> Iterator[None]:
     Raises:
         FileExistsError: something has that name, even a link to nowhere.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    descriptor = os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+    )
     try:
         if os.name == "nt":  # where an open file cannot be renamed, and cannot be removed either
             os.close(descriptor)
@@ -116,7 +120,9 @@ def is_abandoned(path: Path) -> bool:
     return seconds > ABANDONED if locked is None else locked
 
 
-def write(path: Path, dump: Callable[[Path], None], *, keep: bool = True, new: Path | None = None) -> None:
+def write(
+    path: Path, dump: Callable[[Path], None], *, keep: bool = True, new: Path | None = None
+) -> None:
     """Put what `dump` writes into a file in place of the one at `path`, over symbolic links.
 
     Args:

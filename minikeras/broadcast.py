@@ -18,7 +18,13 @@ from torch.overrides import TorchFunctionMode
 from minikeras.data import leaves
 
 CLASS_LOSSES = ("cross_entropy", "nll_loss")  # take a class index a row
-NOT_ELEMENTWISE = (*CLASS_LOSSES, "ctc_loss", "cosine_embedding_loss", "multi_margin_loss", "multilabel_margin_loss")
+NOT_ELEMENTWISE = (
+    *CLASS_LOSSES,
+    "ctc_loss",
+    "cosine_embedding_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+)
 
 
 class BroadcastGuard(TorchFunctionMode):
@@ -32,17 +38,28 @@ class BroadcastGuard(TorchFunctionMode):
     def __init__(self, outputs: Any, labels: Any) -> None:
         super().__init__()
         # by identity, with the tensor itself beside it: a freed tensor's id would be used again
-        self.side = {id(leaf): ("outputs", leaf) for leaf in leaves(outputs) if isinstance(leaf, Tensor)}
-        self.side |= {id(leaf): ("labels", leaf) for leaf in leaves(labels) if isinstance(leaf, Tensor)}
-        shapes = [{leaf.shape for leaf in leaves(nest) if isinstance(leaf, Tensor)} for nest in (outputs, labels)]
-        self.alike = shapes[0] & shapes[1]  # what came in one shape and is crossed was crossed on purpose
+        self.side = {
+            id(leaf): ("outputs", leaf) for leaf in leaves(outputs) if isinstance(leaf, Tensor)
+        }
+        self.side |= {
+            id(leaf): ("labels", leaf) for leaf in leaves(labels) if isinstance(leaf, Tensor)
+        }
+        shapes = [
+            {leaf.shape for leaf in leaves(nest) if isinstance(leaf, Tensor)}
+            for nest in (outputs, labels)
+        ]
+        self.alike = (
+            shapes[0] & shapes[1]
+        )  # what came in one shape and is crossed was crossed on purpose
         self.found: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [leaf for leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
         elementwise = (
             getattr(func, "__module__", "") == F.__name__
-            and func.__name__.endswith(("_loss", "_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"))
+            and func.__name__.endswith(
+                ("_loss", "_div", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+            )
             and func.__name__ not in NOT_ELEMENTWISE
         )
         wide = self._wide(inputs, elementwise)
@@ -50,7 +67,9 @@ class BroadcastGuard(TorchFunctionMode):
             self._note(wide)
         with warnings.catch_warnings():
             if wide or self.found:
-                warnings.simplefilter("ignore")  # torch's own "Using a target size": ours is raised for it
+                warnings.simplefilter(
+                    "ignore"
+                )  # torch's own "Using a target size": ours is raised for it
             try:
                 result = func(*args, **(kwargs or {}))
             except RuntimeError as error:
@@ -66,9 +85,13 @@ class BroadcastGuard(TorchFunctionMode):
                     self.side[id(part)] = (next(iter(sides)), part)
         return result
 
-    def _wide(self, inputs: list[Tensor], elementwise: bool) -> tuple[Tensor, Tensor, torch.Size] | None:
+    def _wide(
+        self, inputs: list[Tensor], elementwise: bool
+    ) -> tuple[Tensor, Tensor, torch.Size] | None:
         """A tensor of the outputs, one of the labels, and the larger shape they would broadcast to."""
-        from_outputs = [tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "outputs"]
+        from_outputs = [
+            tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "outputs"
+        ]
         from_labels = [tensor for tensor in inputs if self.side.get(id(tensor), "?")[0] == "labels"]
         for one in from_outputs:
             for other in from_labels:
@@ -104,10 +127,18 @@ class BroadcastGuard(TorchFunctionMode):
         if self.found is None:
             longer = one.ndim > other.ndim
             here, there = (one, other) if longer else (other, one)
-            dims = [d for d in range(here.ndim) if here.shape[:d] + here.shape[d + 1 :] == there.shape]
+            dims = [
+                d for d in range(here.ndim) if here.shape[:d] + here.shape[d + 1 :] == there.shape
+            ]
             dim = -1 if here.ndim - 1 in dims else dims[0] if dims else None
-            verb = f"reshape{tuple(one.shape)}" if dim is None else f"{'un' if longer else ''}squeeze({dim})"
-            array = ", in NumPy labels[:, None], in pandas labels.to_frame()" * (dim == -1 and other.ndim == 1)
+            verb = (
+                f"reshape{tuple(one.shape)}"
+                if dim is None
+                else f"{'un' if longer else ''}squeeze({dim})"
+            )
+            array = ", in NumPy labels[:, None], in pandas labels.to_frame()" * (
+                dim == -1 and other.ndim == 1
+            )
             self.found = (
                 f"predictions {tuple(one.shape)} and labels {tuple(other.shape)} would broadcast to {tuple(shape)}. "
                 f"Pass labels.{verb}{array}, or {'' if longer else 'un'}squeeze the predictions."

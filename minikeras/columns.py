@@ -70,9 +70,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _remedy(value: Any) -> str:
-    expected = (
-        f"expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most {MOST}). "
-    )
+    expected = f"expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most {MOST}). "
     if isinstance(value, tuple):
         return expected + (
             'For a few numbers return a dict of name -> number, such as {"precision": p, '

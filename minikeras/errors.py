@@ -63,7 +63,9 @@ def whole_number(name: str, value: object, least: int, hint: str = "") -> int:
     return number
 
 
-def real(name: str, value: object, expected: str, holds: Callable[[float], bool] = lambda number: True) -> float:
+def real(
+    name: str, value: object, expected: str, holds: Callable[[float], bool] = lambda number: True
+) -> float:
     """`value` as a float of which something holds, `expected` in words; NaN, a bool and a string are refused."""
     number = math.nan if isinstance(value, bool) or not is_number(value) else float(value)  # type: ignore[arg-type]
     if math.isnan(number) or not holds(number):
@@ -75,7 +77,9 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
     """Refuse a value that is not one of the known words."""
     if value not in (words := list(known)):
         hint = did_you_mean(str(value), words)
-        raise ValueError(f"{name} must be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, got {value!r}.{hint}")
+        raise ValueError(
+            f"{name} must be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, got {value!r}.{hint}"
+        )
 
 
 def described(value: object) -> str:
@@ -118,6 +122,11 @@ def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Modul
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
         given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
-        if code.co_name == "forward" and len(given) > 1 and isinstance(given[0], nn.Module) and id(given[0]) in names:
+        if (
+            code.co_name == "forward"
+            and len(given) > 1
+            and isinstance(given[0], nn.Module)
+            and id(given[0]) in names
+        ):
             found = (names[id(given[0])], given[0], given[1])
     return found

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # the key of a node's lines of source code
-ONE_FILE = 2**31 - 2**24  # bytes of weights; beyond it protobuf cannot hold them, and they lie in NAME.data
+ONE_FILE = (
+    2**31 - 2**24
+)  # bytes of weights; beyond it protobuf cannot hold them, and they lie in NAME.data
 
 
 def export(model: Model, path: str | Path, example: Any) -> None:
@@ -93,7 +95,11 @@ def _write(model: Model, path: Path, example: Any) -> None:
     with of_torch_alone(), torch.no_grad():
         outputs = outputs_of(twin, *copy.deepcopy((args, kwargs)))  # a layer may work in place
         program = traced(twin, args, kwargs)
-        dump = _onnx(program, twin, (args, kwargs), outputs) if path.suffix == ".onnx" else _pt2(program)
+        dump = (
+            _onnx(program, twin, (args, kwargs), outputs)
+            if path.suffix == ".onnx"
+            else _pt2(program)
+        )
         dump(path)
 
 
@@ -108,7 +114,9 @@ def copied(model: Model) -> Model:
 def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The outputs for the example; where it is wrong, torch's error in the user's words."""
     try:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a forward may count in them
+        buffers = {
+            name: buffer.clone() for name, buffer in model.named_buffers()
+        }  # a forward may count in them
         return functional_call(model, buffers, args, kwargs)
     except Exception as error:
         checks.causes.explain_forward(error, model, args[0] if args else kwargs)
@@ -213,19 +221,28 @@ def _pt2(program: Any) -> Callable[[Path], None]:
     return partial(_whole, buffer.getvalue())
 
 
-def _onnx(program: Any, model: nn.Module, given: tuple[Any, Any], outputs: Any) -> Callable[[Path], None]:
+def _onnx(
+    program: Any, model: nn.Module, given: tuple[Any, Any], outputs: Any
+) -> Callable[[Path], None]:
     args, kwargs = given
     inputs = names_of(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
     names = [f"{name}_out" if name in inputs else name for name in names_of(outputs, "output")]
     _check_onnx(outputs, inputs + names)
     rows = first_size(given)
-    sizes = [{0: "batch"} if has_rows(leaf, rows) else None for leaf in leaves(given) if isinstance(leaf, Tensor)]
+    sizes = [
+        {0: "batch"} if has_rows(leaf, rows) else None
+        for leaf in leaves(given)
+        if isinstance(leaf, Tensor)
+    ]
     more: Any = {"input_names": inputs, "output_names": names, "dynamic_shapes": sizes}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **more)
     assert made is not None
     for graph in (made.model.graph, *made.model.functions.values()):
         forget_sources_of_onnx(graph)
-    if sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor)) > ONE_FILE:
+    if (
+        sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor))
+        > ONE_FILE
+    ):
         return partial(_in_two_files, made)
     return partial(_whole, made.model_proto.SerializeToString())
 
@@ -267,7 +284,11 @@ def names_of(nest: Any, name: str = "") -> list[str]:
     if inner is None:
         return [name] if isinstance(nest, Tensor) else []
     keys = list(nest) if isinstance(nest, dict) else range(len(inner[0]))
-    return [found for key, part in zip(keys, inner[0], strict=True) for found in names_of(part, _joined(name, key))]
+    return [
+        found
+        for key, part in zip(keys, inner[0], strict=True)
+        for found in names_of(part, _joined(name, key))
+    ]
 
 
 def _joined(name: str, key: Any) -> str:
@@ -282,7 +303,9 @@ def _needed() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(".onnx files need two packages: pip install onnx onnxscript") from error
+        raise ModuleNotFoundError(
+            ".onnx files need two packages: pip install onnx onnxscript"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -293,7 +316,9 @@ def of_torch_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"torch\.|copyreg")
-        warnings.filterwarnings("ignore", message=r"The tensor attributes? (\S*\._flat_weights\[\d+\],? )+w")  # nn.LSTM
+        warnings.filterwarnings(
+            "ignore", message=r"The tensor attributes? (\S*\._flat_weights\[\d+\],? )+w"
+        )  # nn.LSTM
         warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
         logger.setLevel(logging.ERROR)
         try:

@@ -35,7 +35,9 @@ def check_not_exported(model: nn.Module) -> None:
         ValueError: a part of the model that is to be trained is one.
     """
     for name, module in model.named_modules():
-        if is_exported(module) and any(parameter.requires_grad for parameter in module.parameters()):
+        if is_exported(module) and any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
             raise ValueError(
                 f"{name or 'the model'} is a program of torch.export, which has no train mode (dropout and BatchNorm "
                 f"are as it was exported). Fit the model that it was exported from; or freeze it, "

@@ -39,7 +39,9 @@ MB = 1024**2  # bytes
 ROWS, MORE_ROWS = 2, 4  # both even: some models pair the rows of a batch
 META = torch.device("meta")
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-HOOK_TABLES = {name for name, held in vars(nn.Module()).items() if "hook" in name and isinstance(held, dict)}
+HOOK_TABLES = {
+    name for name, held in vars(nn.Module()).items() if "hook" in name and isinstance(held, dict)
+}
 INDENT = "\ue000\ue000"  # stands for blanks until tabulate, which strips those, is done
 Features = Callable[[torch.device, int], Any]  # device, number of rows -> what forward takes
 
@@ -51,7 +53,9 @@ class LayerRow:
     layer: str  # dotted, as in model.named_modules(); "" is the model itself
     type: str
     depth: int  # 0 for the model itself
-    output_shape: Any  # [-1, 4] for a tensor, a tuple or dict of those, None where the layer gave none
+    output_shape: (
+        Any  # [-1, 4] for a tensor, a tuple or dict of those, None where the layer gave none
+    )
     params: int  # elements held by the layer itself, neither by those inside it nor by a row above
     trainable_params: int
     note: str  # "frozen", "tied to fc1.weight", "called 2 times", ...
@@ -69,7 +73,9 @@ class Summary:
     batch: int  # rows that the next three are for
     input_bytes: int | None  # None where the model could not be run
     output_bytes: int | None  # of all layers, each tensor once
-    multiply_adds: int | None  # in matrix products, convolutions and attention; None where they cannot be counted
+    multiply_adds: (
+        int | None
+    )  # in matrix products, convolutions and attention; None where they cannot be counted
     note: str  # what was done otherwise and why, in one line, or ""
     cell: int | None = field(default=None, compare=False)  # of the notebook, where it was displayed
 
@@ -90,24 +96,38 @@ class Summary:
         return f"<Summary of {self.model}: {len(self.rows)} rows, {self.total_params:,} params>"
 
     def _repr_html_(self) -> str | None:
-        stands_there = self.cell is not None and self.cell == notebook_cell()  # as displayed already
-        return None if stands_there else f"{_table(self.rows, 'html')}\n<pre>{html.escape(self.totals())}</pre>"
+        stands_there = (
+            self.cell is not None and self.cell == notebook_cell()
+        )  # as displayed already
+        return (
+            None
+            if stands_there
+            else f"{_table(self.rows, 'html')}\n<pre>{html.escape(self.totals())}</pre>"
+        )
 
     def totals(self) -> str:
         """The lines under the table."""
         of = f"{self.batch} row{'s' * (self.batch != 1)}"
-        lines = [f"Total params: {self.total_params:,}", f"Trainable params: {self.trainable_params:,}"]
+        lines = [
+            f"Total params: {self.total_params:,}",
+            f"Trainable params: {self.trainable_params:,}",
+        ]
         lines += [f"Non-trainable params: {self.non_trainable_params:,}"]
         lines += [f"Params size (MB): {self.params_bytes / MB:,.6f}"]
         sizes = {"Input size (MB)": self.input_bytes, "Outputs size (MB)": self.output_bytes}
-        lines += [f"{name}, {of}: {size / MB:,.6f}" for name, size in sizes.items() if size is not None]
+        lines += [
+            f"{name}, {of}: {size / MB:,.6f}" for name, size in sizes.items() if size is not None
+        ]
         if self.multiply_adds is not None:
             lines += [f"Multiply-adds, {of}: {self.multiply_adds:,}"]
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def _table(rows: list[LayerRow], style: str = "simple") -> str:
-    headers, sides = ["layer (type)", "output shape", "params", "note"], ["left", "left", "right", "left"]
+    headers, sides = (
+        ["layer (type)", "output shape", "params", "note"],
+        ["left", "left", "right", "left"],
+    )
     cells = []
     for row in rows:
         name = row.layer.rpartition(".")[2]
@@ -116,7 +136,9 @@ def _table(rows: list[LayerRow], style: str = "simple") -> str:
         shape = "" if row.output_shape is None else textwrap.fill(str(row.output_shape), 30)
         cells.append([label, shape, f"{row.params:,}", row.note])
     n = 4 if any(row.note for row in rows) else 3
-    text = tabulate([line[:n] for line in cells], headers[:n], style, disable_numparse=True, colalign=sides[:n])
+    text = tabulate(
+        [line[:n] for line in cells], headers[:n], style, disable_numparse=True, colalign=sides[:n]
+    )
     return text.replace(INDENT[0], "&nbsp;" if style == "html" else " ")
 
 
@@ -175,7 +197,9 @@ def summary(
         model=_type_name(model),
         rows=_rows(model, runs, batch_size),
         total_params=sum(parameter.numel() for parameter in parameters),
-        trainable_params=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        trainable_params=sum(
+            parameter.numel() for parameter in parameters if parameter.requires_grad
+        ),
         params_bytes=sum(parameter.nbytes for parameter in parameters),
         batch=size,
         input_bytes=round(_bytes(run.features) * share) if run else None,
@@ -189,7 +213,9 @@ def summary(
 
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {described(model)}. Pass an instance, nn.Linear(2, 1).")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {described(model)}. Pass an instance, nn.Linear(2, 1)."
+        )
     if hasattr(input_shape, "shape"):
         raise ValueError(
             f"input_shape is a {type(input_shape).__name__} of shape {tuple(input_shape.shape)}; expected the shape of "
@@ -209,15 +235,23 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
             "without the batch, such as (3, 32, 32), or a list or dict of such shapes; as input_dtype a dtype such as "
             "torch.float32, or a list or dict of dtypes like input_shape."
         ) from None
-    if lazy := [name or "model" for name, it in model.named_modules() if any(map(is_lazy, it.parameters(False)))]:
-        raise ValueError(f"lazy layers have no parameters to count yet: {lazy}. Run a batch first: model(features).")
+    if lazy := [
+        name or "model"
+        for name, it in model.named_modules()
+        if any(map(is_lazy, it.parameters(False)))
+    ]:
+        raise ValueError(
+            f"lazy layers have no parameters to count yet: {lazy}. Run a batch first: model(features)."
+        )
 
 
 def _show(result: Summary) -> None:
     """Display it in a notebook, print it elsewhere; of several processes on rank 0 alone."""
     if notebook_cell() is not None:
         rich = result._repr_html_()
-        sys.modules["IPython"].display.display({"text/html": rich, "text/plain": str(result)}, raw=True)
+        sys.modules["IPython"].display.display(
+            {"text/html": rich, "text/plain": str(result)}, raw=True
+        )
     elif is_main():
         print(result)
 
@@ -254,9 +288,13 @@ class _Run:
     outputs: list[Any] = field(default_factory=list)  # of all calls
     flops: int | None = None
 
-    def entered(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def entered(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         arguments = (*args, *kwargs.values())
-        self.given[name] = described(arguments[0] if len(arguments) == 1 else arguments).removeprefix("Tensor ")
+        self.given[name] = described(
+            arguments[0] if len(arguments) == 1 else arguments
+        ).removeprefix("Tensor ")
 
     def left(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if any(_kept(leaf) is not leaf for leaf in leaves(output)):
@@ -279,17 +317,28 @@ def _kept(leaf: Any) -> Any:
 
 def _forward(model: nn.Module, features: Features, row_counts: list[int]) -> tuple[list[_Run], str]:
     """A run for each number of rows, on meta or else on the model's device, and a note where not on meta."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    kind = "cuda" if device.type in ("cpu", "meta") else device.type  # whose random state is kept, with the CPU's
+    device = next(
+        (tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu")
+    )
+    kind = (
+        "cuda" if device.type in ("cpu", "meta") else device.type
+    )  # whose random state is kept, with the CPU's
     devices = range(torch.accelerator.device_count()) if kind == device.type else range(0)
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    scripted = any(isinstance(layer, torch.jit.ScriptModule) for layer in model.modules())  # its copies are real
+    scripted = any(
+        isinstance(layer, torch.jit.ScriptModule) for layer in model.modules()
+    )  # its copies are real
     failed: BaseException | None = None
     for place, counted in ((META, True), (device, True), (device, False))[scripted:]:
         try:
             with torch.random.fork_rng(devices, device_type=kind):
                 runs = [_run(model, features, rows, place, counted) for rows in row_counts]
-            return runs, f"Note: run on a real copy, since the meta one failed: {_one_line(failed)}" if failed else ""
+            return (
+                runs,
+                f"Note: run on a real copy, since the meta one failed: {_one_line(failed)}"
+                if failed
+                else "",
+            )
         except ForwardError as error:
             if not counted:
                 raise
@@ -302,7 +351,9 @@ def _forward(model: nn.Module, features: Features, row_counts: list[int]) -> tup
     return [], f"Note: no output shapes, since the model cannot be copied: {_one_line(failed)}"
 
 
-def _run(model: nn.Module, features: Features, rows: int, device: torch.device, counted: bool) -> _Run:
+def _run(
+    model: nn.Module, features: Features, rows: int, device: torch.device, counted: bool
+) -> _Run:
     from torch.utils.flop_counter import FlopCounterMode
 
     run = _Run(_copied(model, device == META), features(device, rows), rows)
@@ -312,7 +363,11 @@ def _run(model: nn.Module, features: Features, rows: int, device: torch.device, 
             layer.register_forward_hook(partial(run.left, name))
     counter = FlopCounterMode(display=False) if counted else None
     # the counter and gradients do not go together; without it, a forward may call torch.autograd.grad
-    with torch.set_grad_enabled(not counted), META if device == META else nullcontext(), warnings.catch_warnings():
+    with (
+        torch.set_grad_enabled(not counted),
+        META if device == META else nullcontext(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # they come when the model itself is run
         try:
             with counter or nullcontext():
@@ -328,14 +383,20 @@ def _run(model: nn.Module, features: Features, rows: int, device: torch.device, 
 def _copied(model: nn.Module, on_meta: bool) -> nn.Module:
     """A deep copy without the user's hooks."""
     memo: dict[int, Any] = {}  # id -> what deepcopy takes for the copy already made
-    for name, held in ((name, held) for module in model.modules() for name, held in vars(module).items()):
+    for name, held in (
+        (name, held) for module in model.modules() for name, held in vars(module).items()
+    ):
         if name in HOOK_TABLES:
             memo[id(held)] = OrderedDict()
             continue
         for leaf in leaves(held):
             if isinstance(leaf, Tensor) and id(leaf) not in memo and (on_meta or not leaf.is_leaf):
                 twin = torch.empty_like(leaf, device=META) if on_meta else leaf.detach().clone()
-                memo[id(leaf)] = nn.Parameter(twin, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else twin
+                memo[id(leaf)] = (
+                    nn.Parameter(twin, leaf.requires_grad)
+                    if isinstance(leaf, nn.Parameter)
+                    else twin
+                )
     return copy.deepcopy(model, memo)
 
 
@@ -367,18 +428,40 @@ def _rows(model: nn.Module, runs: list[_Run], batch_size: int) -> list[LayerRow]
             again.add(name)
         if name.rpartition(".")[0] in again:
             continue
-        held = {f"{name}.{key}": it for key, it in layer.named_parameters(recurse=False, remove_duplicate=False)}
+        held = {
+            f"{name}.{key}": it
+            for key, it in layer.named_parameters(recurse=False, remove_duplicate=False)
+        }
         new = [it for key, it in held.items() if owners.setdefault(id(it), key) == key]
         tied = [owners[id(it)].lstrip(".") for key, it in held.items() if owners[id(it)] != key]
-        notes = f"same as {layers[id(layer)]}" if name in again else ", ".join(_notes(name, layer, new, tied, runs))
+        notes = (
+            f"same as {layers[id(layer)]}"
+            if name in again
+            else ", ".join(_notes(name, layer, new, tied, runs))
+        )
         first = [run.first.get(layers[id(layer)]) for run in runs] or [None]
         shape = _shape(first[0], first[-1], runs[0].rows if runs else 0, batch_size)
-        params, trainable = sum(map(torch.numel, new)), sum(it.numel() for it in new if it.requires_grad)
-        rows.append(LayerRow(name, _type_name(layer), name.count(".") + bool(name), shape, params, trainable, notes))
+        params, trainable = (
+            sum(map(torch.numel, new)),
+            sum(it.numel() for it in new if it.requires_grad),
+        )
+        rows.append(
+            LayerRow(
+                name,
+                _type_name(layer),
+                name.count(".") + bool(name),
+                shape,
+                params,
+                trainable,
+                notes,
+            )
+        )
     return rows
 
 
-def _notes(name: str, layer: nn.Module, new: list[nn.Parameter], tied: list[str], runs: list[_Run]) -> Iterator[str]:
+def _notes(
+    name: str, layer: nn.Module, new: list[nn.Parameter], tied: list[str], runs: list[_Run]
+) -> Iterator[str]:
     if frozen := sum(not parameter.requires_grad for parameter in new):
         yield "frozen" if frozen == len(new) else "partly frozen"
     yield from (f"tied to {other}" for other in tied)
@@ -398,22 +481,36 @@ def _shape(output: Any, other: Any, rows: int, shown: int) -> Any:
     ([9, -1, 5], ([2, -1, 5], [2, -1, 5]))
     """
     if isinstance(output, (Tensor, PackedSequence)) and type(other) is type(output):
-        sizes, changed = (list(nest.data.shape) for nest in (output, other))  # a packed sequence's: all its steps
+        sizes, changed = (
+            list(nest.data.shape) for nest in (output, other)
+        )  # a packed sequence's: all its steps
         if other is output:
             return [shown, *sizes[1:]] if sizes[:1] == [rows] else sizes
         return [size if size == twin else shown for size, twin in zip(sizes, changed, strict=False)]
     found, twins = parts(output), parts(other)
     if found is None or twins is None:
         return None if output is None else type(output).__name__
-    inner = [_shape(part, twin, rows, shown) for part, twin in zip(found[0], twins[0], strict=False)]
+    inner = [
+        _shape(part, twin, rows, shown) for part, twin in zip(found[0], twins[0], strict=False)
+    ]
     fields = getattr(output, "__dataclass_fields__", getattr(output, "_fields", ()))
     names = output if isinstance(output, Mapping) else fields
     return dict(zip(names, inner, strict=False)) if names else tuple(inner)
 
 
 def _bytes(nest: Any) -> int:
-    return sum({id(it): it.data.nbytes for it in leaves(nest) if isinstance(it, (Tensor, PackedSequence))}.values())
+    return sum(
+        {
+            id(it): it.data.nbytes
+            for it in leaves(nest)
+            if isinstance(it, (Tensor, PackedSequence))
+        }.values()
+    )
 
 
 def _type_name(layer: nn.Module) -> str:
-    return str(layer.original_name) if isinstance(layer, torch.jit.ScriptModule) else type(layer).__name__
+    return (
+        str(layer.original_name)
+        if isinstance(layer, torch.jit.ScriptModule)
+        else type(layer).__name__
+    )

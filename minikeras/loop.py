@@ -116,7 +116,11 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
             return checkpoint.after_batch(at, number)
 
         while at.epoch <= plan.last:
-            with checkpoint.noted(), noted(f"epoch {at.epoch}"), ended_by_bad_loss(model, run, plan, at.epoch):
+            with (
+                checkpoint.noted(),
+                noted(f"epoch {at.epoch}"),
+                ended_by_bad_loss(model, run, plan, at.epoch),
+            ):
                 run.modes.enter()
                 for batches in (plan.train, plan.val):
                     set_epoch(batches, at.epoch - 1)
@@ -138,7 +142,9 @@ def fit(model: Model, run: Run, plan: Plan) -> None:
                         before_first,
                     )
                     if world is not None:
-                        world.share(model.buffers())  # each has counted its own rows: rank 0's go on
+                        world.share(
+                            model.buffers()
+                        )  # each has counted its own rows: rank 0's go on
                 logs = dict(at.logs)
                 if plan.val is not None and at.epoch % plan.validation_freq == 0:
                     run.modes.look()  # before validation puts the whole model into eval mode
@@ -171,9 +177,20 @@ def evaluate(
     with modes_kept(model, loss), torch.no_grad():
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
-        evaluate_step = run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
+        evaluate_step = (
+            run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
+        )
         needs_labels = checks.inputs.needs_labels(model, run.loss_func, "evaluate_step")
-        means = one_pass(run, run.val, evaluate_step, batches, "dl_val", (), after_batch, needs_labels=needs_labels)
+        means = one_pass(
+            run,
+            run.val,
+            evaluate_step,
+            batches,
+            "dl_val",
+            (),
+            after_batch,
+            needs_labels=needs_labels,
+        )
     return {f"val_{name}": mean for name, mean in means.items()}
 
 
@@ -211,7 +228,11 @@ def one_pass(
                 checks.inputs.check_batch(step, features, labels, sample_weight, rows, needs_labels)
                 if before_first is not None:
                     before_first(features, labels)
-            results = step(features, labels) if sample_weight is None else step(features, labels, sample_weight)
+            results = (
+                step(features, labels)
+                if sample_weight is None
+                else step(features, labels, sample_weight)
+            )
             if results is None and flush:  # it waits for others, to go through the graph together
                 continue
             if totals.unseen or not isinstance(results, Mapping):
@@ -231,7 +252,9 @@ def one_pass(
         return totals.means()
     except Exception as error:
         tell_of_batch(error, features, labels, number, name)
-        features = labels = sample_weight = batch = results = None  # an error that is kept must not keep them
+        features = labels = sample_weight = batch = results = (
+            None  # an error that is kept must not keep them
+        )
         raise
     finally:
         run.totals, run.row_counter, run.rows = before, counter_before, rows_before
@@ -254,7 +277,9 @@ def tell_of_batch(error: Exception, features: Any, labels: Any, number: int, nam
     """Adds to an error at which batch it came, where that has not been said as the batch was read."""
     if isinstance(error, NonFiniteLoss):
         error.batch = (features, labels, number)
-    elif not any(note.startswith((name, checks.validation.NOTE)) for note in getattr(error, "__notes__", ())):
+    elif not any(
+        note.startswith((name, checks.validation.NOTE)) for note in getattr(error, "__notes__", ())
+    ):
         tell_of_step(error, features, labels)
         error.add_note(f"{name}, batch {number}")
 
@@ -340,7 +365,9 @@ def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
 @contextlib.contextmanager
 def watched_weights(model: Model, run: Run) -> Iterator[None]:
     """`run.finite_weights` looks at what a step leaves, and before anything is written to a file."""
-    run.finite_weights = FiniteWeights(model, run.loss_func, run.optimizers, run.world, run.finite_loss, run.precision)
+    run.finite_weights = FiniteWeights(
+        model, run.loss_func, run.optimizers, run.world, run.finite_loss, run.precision
+    )
     try:
         yield
     finally:

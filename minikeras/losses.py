@@ -23,7 +23,9 @@ from minikeras.results import Average, Loss, refuse_several
 def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
     """The parameters of the model and of a loss that has some, each once."""
     loss_parameters = loss_func.parameters() if isinstance(loss_func, nn.Module) else ()
-    return list({id(parameter): parameter for parameter in (*model.parameters(), *loss_parameters)}.values())
+    return list(
+        {id(parameter): parameter for parameter in (*model.parameters(), *loss_parameters)}.values()
+    )
 
 
 def check_not_half(loss_func: Any, outputs: Any) -> None:
@@ -76,13 +78,22 @@ class FocalLoss(nn.Module):
     """
 
     def __init__(
-        self, gamma: float = 2.0, alpha: float = 0.75, *, from_logits: bool = False, reduction: str = "mean"
+        self,
+        gamma: float = 2.0,
+        alpha: float = 0.75,
+        *,
+        from_logits: bool = False,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
         if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma must be finite and 0 or more, got {gamma}. Pass 2.0, or 0 to fade nothing.")
+            raise ValueError(
+                f"gamma must be finite and 0 or more, got {gamma}. Pass 2.0, or 0 to fade nothing."
+            )
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be 0 to 1, got {alpha}. Positives weigh alpha and negatives 1 - alpha.")
+            raise ValueError(
+                f"alpha must be 0 to 1, got {alpha}. Positives weigh alpha and negatives 1 - alpha."
+            )
         one_of("reduction", reduction, ("mean", "sum", "none"))
         self.gamma: float = gamma
         self.alpha: float = alpha
@@ -95,7 +106,9 @@ class FocalLoss(nn.Module):
                 f"FocalLoss compares element by element: expected y_true of y_pred's shape {tuple(y_pred.shape)}, "
                 f"got {tuple(y_true.shape)}. Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
             )
-        y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))  # bfloat16 would keep two or three digits
+        y_pred = y_pred.to(
+            torch.promote_types(y_pred.dtype, torch.float32)
+        )  # bfloat16 would keep two or three digits
         y_true = y_true.to(y_pred.dtype)
         terms = _terms_of_logits if self.from_logits else _terms_of_probabilities
         cross_entropy, fading = terms(y_pred, y_true, self.gamma)
@@ -123,7 +136,9 @@ def _terms_of_probabilities(p: Tensor, y_true: Tensor, gamma: float) -> tuple[Te
     """-log(p_t), cut at 100 as BCELoss cuts it, and (1 - p_t)^gamma, each of the shape of `p`."""
     miss = y_true * (1 - p) + (1 - y_true) * p
     if 0 < gamma < 1:
-        miss = miss.clamp(min=torch.finfo(p.dtype).tiny)  # at 0 the slope is infinite, and infinity * 0 is NaN
+        miss = miss.clamp(
+            min=torch.finfo(p.dtype).tiny
+        )  # at 0 the slope is infinite, and infinity * 0 is NaN
     return F.binary_cross_entropy(p, y_true, reduction="none"), miss**gamma
 
 
@@ -133,12 +148,17 @@ def weights_and_biases(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     """
     weights: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():  # a tied parameter comes once, under its first name
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # a tied parameter comes once, under its first name
         (biases if "bias" in name.rpartition(".")[2] else weights).append(parameter)
     return weights, biases
 
 
-_found: list[dict[nn.Module, list[nn.Parameter]]] = []  # while a fit runs: a model's weights, found once
+_found: list[
+    dict[nn.Module, list[nn.Parameter]]
+] = []  # while a fit runs: a model's weights, found once
 
 
 @contextlib.contextmanager
@@ -148,7 +168,9 @@ def weights_found_once(model: nn.Module) -> Iterator[None]:
     Where they are in parts they are found now: between forward and backward some are not in the model.
     """
     in_parts = any(map(is_part, model.parameters()))
-    _found.append({module: weights_and_biases(module)[0] for module in model.modules()} if in_parts else {})
+    _found.append(
+        {module: weights_and_biases(module)[0] for module in model.modules()} if in_parts else {}
+    )
     try:
         yield
     finally:
@@ -157,7 +179,9 @@ def weights_found_once(model: nn.Module) -> Iterator[None]:
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
     """The trainable weights of a model, biases left out."""
-    if torch.compiler.is_compiling() or not _found:  # in this order: a graph must not depend on `_found`
+    if (
+        torch.compiler.is_compiling() or not _found
+    ):  # in this order: a graph must not depend on `_found`
         weights = weights_and_biases(model)[0]
     elif model in _found[-1]:
         weights = _found[-1][model]
@@ -172,7 +196,9 @@ def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tens
         return torch.zeros(())
     if not torch.compiler.is_compiling() and any(map(is_part, weights)):
         return _penalty_of_parts(weights, l1, l2)
-    wide = [weight.float() if weight.dtype.itemsize < 4 else weight for weight in weights]  # float16 ends at 65504
+    wide = [
+        weight.float() if weight.dtype.itemsize < 4 else weight for weight in weights
+    ]  # float16 ends at 65504
     parts = []  # each strength is multiplied in once: on small models these few ops cost as much as the network
     if l1:
         parts.append(l1 * _total([torch.linalg.vector_norm(weight, 1) for weight in wide]))
@@ -255,13 +281,17 @@ class Regularized(nn.Module):
     )
     """
 
-    def __init__(self, loss_func: Callable[..., Loss], model: nn.Module, l1: float = 0.0, l2: float = 0.0) -> None:
+    def __init__(
+        self, loss_func: Callable[..., Loss], model: nn.Module, l1: float = 0.0, l2: float = 0.0
+    ) -> None:
         super().__init__()
         if isinstance(loss_func, type):
             name = loss_func.__name__
             raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {described(model)}. Pass the one that is trained.")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {described(model)}. Pass the one that is trained."
+            )
         self.loss_func = loss_func
         self._held = (model,)  # nn.Module does not look into tuples
         self.l1: float = _strength("l1", l1)
@@ -299,11 +329,17 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     """
     decays = (_strength("weight_decay", weight_decay), 0.0)
     groups = zip(weights_and_biases(model), decays, strict=True)
-    trained = [([one for one in parameters if one.requires_grad], decay) for parameters, decay in groups]
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in trained if parameters]
+    trained = [
+        ([one for one in parameters if one.requires_grad], decay) for parameters, decay in groups
+    ]
+    return [
+        {"params": parameters, "weight_decay": decay} for parameters, decay in trained if parameters
+    ]
 
 
 def _strength(name: str, value: float) -> float:
     if not value >= 0:  # NaN is refused as well
-        raise ValueError(f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none.")
+        raise ValueError(
+            f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none."
+        )
     return value

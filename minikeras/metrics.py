@@ -44,11 +44,20 @@ class Totals(Mapping[str, float]):
         self.device = device
         self.world = world
         self.idle = False  # the batch at hand counts for nothing
-        self.syncs = False  # torchmetrics objects go through their own sync: at the end of a pass alone
-        self.names = ["loss", *metrics_dict]  # the order of columns; what else a step returns follows
-        self.functions = {name: metric for name, metric in metrics_dict.items() if not is_stateful(metric)}
+        self.syncs = (
+            False  # torchmetrics objects go through their own sync: at the end of a pass alone
+        )
+        self.names = [
+            "loss",
+            *metrics_dict,
+        ]  # the order of columns; what else a step returns follows
+        self.functions = {
+            name: metric for name, metric in metrics_dict.items() if not is_stateful(metric)
+        }
         self.objects = {
-            name: _on(device, copy.deepcopy(metric)) for name, metric in metrics_dict.items() if is_stateful(metric)
+            name: _on(device, copy.deepcopy(metric))
+            for name, metric in metrics_dict.items()
+            if is_stateful(metric)
         }
         if world is not None:
             for name, metric in self.objects.items():
@@ -56,7 +65,9 @@ class Totals(Mapping[str, float]):
         self.columns: dict[str, list[str]] = {}  # of each object, as its last answer had them
         self.looks = Counter() if looks is None else looks
         self.row_means = RowMeanCheck(self.looks, device, world)
-        self.unseen = True  # the next batch is the first of a fit or evaluate: it is looked at closely
+        self.unseen = (
+            True  # the next batch is the first of a fit or evaluate: it is looked at closely
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -64,15 +75,24 @@ class Totals(Mapping[str, float]):
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Any] = {}
         self.updated = False
-        self.answers: dict[str, dict[str, float]] = {}  # of objects that were asked since their last update
+        self.answers: dict[
+            str, dict[str, float]
+        ] = {}  # of objects that were asked since their last update
         self.row_means.begin()
         for metric in self.objects.values():
             metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the totals stand."""
-        objects = {name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()}
-        own = {"sums": self.sums, "counts": self.counts, "names": self.names, "updated": self.updated}
+        objects = {
+            name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()
+        }
+        own = {
+            "sums": self.sums,
+            "counts": self.counts,
+            "names": self.names,
+            "updated": self.updated,
+        }
         return own | {"objects": objects}
 
     def load_state_dict(self, state: Mapping[str, Any], counted: bool = True) -> None:
@@ -80,7 +100,10 @@ class Totals(Mapping[str, float]):
         if not counted:
             self._start(state["sums"])
             return
-        self.sums, self.counts = map_leaves(self._placed, state["sums"]), map_leaves(self._placed, state["counts"])
+        self.sums, self.counts = (
+            map_leaves(self._placed, state["sums"]),
+            map_leaves(self._placed, state["counts"]),
+        )
         self.updated = state["updated"]
         self.answers.clear()
         for name, metric in self.objects.items():
@@ -91,7 +114,11 @@ class Totals(Mapping[str, float]):
 
     @torch.no_grad()
     def metrics(
-        self, outputs: Any, labels: Any, call: Callable[..., Any] | None = None, functions: bool = True
+        self,
+        outputs: Any,
+        labels: Any,
+        call: Callable[..., Any] | None = None,
+        functions: bool = True,
     ) -> dict[str, Result]:
         """Each function's answer for a batch; the objects take it in and answer when they are read.
 
@@ -109,7 +136,10 @@ class Totals(Mapping[str, float]):
         if not self.idle:
             self.answers.clear()
             self.updated = True
-        results = {name: call(f"metric {name!r}", metric, outputs, labels) for name, metric in asked.items()}
+        results = {
+            name: call(f"metric {name!r}", metric, outputs, labels)
+            for name, metric in asked.items()
+        }
         if found:
             self.row_means.tell(found)
         return results
@@ -169,7 +199,9 @@ class Totals(Mapping[str, float]):
         if self.world is not None and names:
             sums, counts = self.summed()
         numbers = torch.stack(sums).tolist() if names else []  # waits for the device, once
-        read = {name: _mean(total, counts[name]) for name, total in zip(names, numbers, strict=True)}
+        read = {
+            name: _mean(total, counts[name]) for name, total in zip(names, numbers, strict=True)
+        }
         if self.objects and self.everywhere_updated():
             self.syncs = self.world is not None
             for name in self.objects:
@@ -207,7 +239,9 @@ class Totals(Mapping[str, float]):
         metric = self.objects[name]
 
         def read(answer: Any) -> dict[str, float]:
-            return columns_of(name, answer, "its function" if isinstance(metric, OnAllRows) else "compute()")
+            return columns_of(
+                name, answer, "its function" if isinstance(metric, OnAllRows) else "compute()"
+            )
 
         try:
             if isinstance(metric, OnAllRows) and self.world is not None:
@@ -276,7 +310,11 @@ def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     columns: dict[str, Any] = {}
     for name, metric in metrics_dict.items():
-        members = dict(metric.items()) if isinstance(metric, nn.ModuleDict) and is_stateful(metric) else {name: metric}
+        members = (
+            dict(metric.items())
+            if isinstance(metric, nn.ModuleDict) and is_stateful(metric)
+            else {name: metric}
+        )
         twice = sorted(columns.keys() & members.keys())
         if twice:
             raise ValueError(
@@ -315,8 +353,14 @@ def attributes(holder: Any, name: str) -> dict[str, Any]:
     """
     kept = {key: value for key, value in vars(holder).items() if is_countable(value)}
     for key, value in vars(holder).items():
-        constant = callable(value) or isinstance(value, (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter))
-        if key not in kept and not constant and not (isinstance(holder, nn.Module) and key.startswith("_")):
+        constant = callable(value) or isinstance(
+            value, (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter)
+        )
+        if (
+            key not in kept
+            and not constant
+            and not (isinstance(holder, nn.Module) and key.startswith("_"))
+        ):
             raise TypeError(
                 f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. Give the metric "
                 f"state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
@@ -329,7 +373,9 @@ def is_countable(value: Any) -> bool:
         return all(map(is_countable, value))
     if type(value) is dict:
         return all(map(is_countable, (*value, *value.values())))
-    return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(value, (np.ndarray, np.generic))
+    return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(
+        value, (np.ndarray, np.generic)
+    )
 
 
 def hold_back(metric: Any, name: str, syncs: Callable[[], bool]) -> None:
@@ -365,7 +411,9 @@ def detached(nest: Any) -> Any:
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, nest)
 
 
-def _plain_call(name: str, function: Callable[..., Any], outputs: Any, labels: Any, scalar: bool = True) -> Any:
+def _plain_call(
+    name: str, function: Callable[..., Any], outputs: Any, labels: Any, scalar: bool = True
+) -> Any:
     return function(outputs, labels)
 
 
@@ -374,7 +422,9 @@ def _on(device: torch.device, metric: Any) -> Any:
 
 
 def _mean(total: Tensor | float, count: Tensor | float) -> float:
-    return float(total) / float(count) if count else math.nan  # nothing counted, as when every token is padding
+    return (
+        float(total) / float(count) if count else math.nan
+    )  # nothing counted, as when every token is padding
 
 
 def _zero(device: torch.device) -> Tensor:

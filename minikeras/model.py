@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras import checks, export, layer_summary, loop, prediction
-from minikeras.callbacks import Callback, LambdaCallback, check_callbacks, check_monitors, check_places, rate_name
+from minikeras.callbacks import (
+    Callback,
+    LambdaCallback,
+    check_callbacks,
+    check_monitors,
+    check_places,
+    rate_name,
+)
 from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
 from minikeras.data import ContinuedBatches, UnknownRows, call_with, check_ends, length, limited
 from minikeras.errors import NotCompiledError, one_of, positive_int
@@ -56,7 +63,9 @@ class Model(nn.Module):
     7.0
     """
 
-    _run: Run | None = None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
+    _run: Run | None = (
+        None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
+    )
     optimizer: Any  # the optimizer or dict of optimizers, from compile on
     history: Any  # the DataFrame that fit returns, from compile on; as of the last fit that ended
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
@@ -71,7 +80,9 @@ class Model(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped network's outputs; a subclass writes its own, or this is a NotImplementedError."""
         if not hasattr(self, "net"):
-            raise NotImplementedError(f"{type(self).__name__} has no forward. Write it, or wrap a network: Model(net).")
+            raise NotImplementedError(
+                f"{type(self).__name__} has no forward. Write it, or wrap a network: Model(net)."
+            )
         return self.net(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Model:
@@ -83,7 +94,9 @@ class Model(nn.Module):
 
     # --- the step: override it for custom training --------------------------------------------------------------------
 
-    def train_step(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Mapping[str, Result]:
+    def train_step(
+        self, features: Any, labels: Any, sample_weight: Tensor | None = None
+    ) -> Mapping[str, Result]:
         """One batch: forward, loss, backward, metrics, step. Override it for adversarial or other custom training.
 
         Args:
@@ -106,11 +119,15 @@ class Model(nn.Module):
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
         self.backward(loss)
-        metrics = self.compute_metrics(outputs, labels)  # after backward: a metric may edit in place
+        metrics = self.compute_metrics(
+            outputs, labels
+        )  # after backward: a metric may edit in place
         self.optimizer_step()  # last: whatever was wrong with this batch has been said before a weight moves
         return {"loss": loss, **metrics}
 
-    def evaluate_step(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Mapping[str, Result]:
+    def evaluate_step(
+        self, features: Any, labels: Any, sample_weight: Tensor | None = None
+    ) -> Mapping[str, Result]:
         """One batch of validation, in eval mode, without gradients; `features`, `labels`, `sample_weight`: as above."""
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
@@ -120,12 +137,18 @@ class Model(nn.Module):
         """The model called with `features`: whole, or unpacked where `forward` takes several, a dict by its names."""
         run = self._run
         try:
-            return run.jit.forward(features) if run is not None and run.by_parts else call_with(self, features)
+            return (
+                run.jit.forward(features)
+                if run is not None and run.by_parts
+                else call_with(self, features)
+            )
         except Exception as error:
             checks.causes.explain_forward(error, self, features, None if run is None else run.world)
             raise
 
-    def compute_loss(self, outputs: Any, labels: Any, sample_weight: Tensor | None = None) -> Result:
+    def compute_loss(
+        self, outputs: Any, labels: Any, sample_weight: Tensor | None = None
+    ) -> Result:
         """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or an `Average(total, count)`.
 
         With `sample_weight` (batch,) the loss must be one per row, as with reduction="none"; the result is the mean
@@ -137,7 +160,9 @@ class Model(nn.Module):
             training, fitting = run.totals is run.train, not run.train.unseen
             checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, training, self, fitting)
         try:
-            loss_func = run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
+            loss_func = (
+                run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
+            )
             result = run.call("the loss", loss_func, outputs, labels, scalar=False)
         except (RuntimeError, IndexError, ValueError) as error:
             checks.causes.explain_squeezed(error, outputs, labels)
@@ -249,7 +274,11 @@ class Model(nn.Module):
         self._check_not_fitting(
             "compile", "A learning rate may be changed inside one, in the optimizer's param_groups."
         )
-        big: Any = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value, "accumulate": accumulate}
+        big: Any = {
+            "clip_grad_norm": clip_grad_norm,
+            "clip_grad_value": clip_grad_value,
+            "accumulate": accumulate,
+        }
         more = (jit, steps_per_execution, precision, distributed, sync_batchnorm, fsdp_blocks)
         run = made(self, loss_func, optimizer, metrics_dict, device, *more, **big)
         run.published = {} if self._run is None else self._run.published
@@ -313,7 +342,9 @@ class Model(nn.Module):
                 answer.
         """
         run = self._compiled("fit")
-        self._check_not_fitting("fit", "evaluate, predict and a fit of another model may be called inside one.")
+        self._check_not_fitting(
+            "fit", "evaluate, predict and a fit of another model may be called inside one."
+        )
         saved = Checkpoint(checkpoint, checkpoint_every)
         one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
         epochs = positive_int("epochs", epochs, hint=checks.calls.order_of_fit(epochs, dl_train))
@@ -328,7 +359,9 @@ class Model(nn.Module):
         listed = check_callbacks(callbacks)
         train = saved.watched(train, val, self, run, listed)
         if steps_per_epoch is not None:
-            train = ContinuedBatches(train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train")
+            train = ContinuedBatches(
+                train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train"
+            )
         check_places(listed, saved.path)
         rates = [rate_name(name) for name in run.optimizers]
         check_monitors(listed, val is not None, names_logged(self, run, val is not None), rates)
@@ -340,15 +373,23 @@ class Model(nn.Module):
         saved.check_length(length(train))
         say = say_nothing
         if show(verbose) and self.is_main_process:
-            table = progress(verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss())
+            table = progress(
+                verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss()
+            )
             say = table.say
             listed.append(table)
-        listed.append(LambdaCallback(on_fit_end=lambda: self._publish("history", run.history())))  # before the others
-        loop.fit(self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan))
+        listed.append(
+            LambdaCallback(on_fit_end=lambda: self._publish("history", run.history()))
+        )  # before the others
+        loop.fit(
+            self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan)
+        )
         return run.history()
 
     @checks.calls.in_other_words
-    def evaluate(self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None) -> dict[str, float]:
+    def evaluate(
+        self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None
+    ) -> dict[str, float]:
         """Loss and metrics over all rows: {"val_loss": ..., "val_accuracy": ...}.
 
         Args:
@@ -370,7 +411,14 @@ class Model(nn.Module):
         return loop.evaluate(self, run, batches)
 
     @checks.calls.in_other_words
-    def predict(self, dl: Any, *, batch_size: int | None = None, gather: str = "all", steps: int | None = None) -> Any:
+    def predict(
+        self,
+        dl: Any,
+        *,
+        batch_size: int | None = None,
+        gather: str = "all",
+        steps: int | None = None,
+    ) -> Any:
         """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
 
         Needs no compile. Labels in the batches only tell how many rows there are. Lists with an item for each row
@@ -409,7 +457,11 @@ class Model(nn.Module):
         ['net.weight', 'net.bias']
         """
         run = self._run
-        if run is not None and run.finite_weights is not None and not run.finite_weights.allow(path):
+        if (
+            run is not None
+            and run.finite_weights is not None
+            and not run.finite_weights.allow(path)
+        ):
             return
         save_weights(self, user_path(path), None if run is None else run.world)
 
@@ -431,10 +483,17 @@ class Model(nn.Module):
 
     @checks.calls.in_other_words
     def summary(
-        self, input_shape: Any = None, input_dtype: Any = torch.float32, *, input_data: Any = None, batch_size: int = -1
+        self,
+        input_shape: Any = None,
+        input_dtype: Any = torch.float32,
+        *,
+        input_data: Any = None,
+        batch_size: int = -1,
     ) -> layer_summary.Summary:
         """Show layers, by `input_shape`, `input_dtype`, `input_data` and `batch_size` as `minikeras.summary` does."""
-        return layer_summary.summary(self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size)
+        return layer_summary.summary(
+            self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size
+        )
 
     _repr_html_ = model_html  # what a notebook shows of a model
 

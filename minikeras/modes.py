@@ -82,7 +82,9 @@ class TrainingModes:
         chosen = set(staying.values())
         for module in staying.values():
             if all(part in chosen for part in module.modules()):
-                set_mode(module, False)  # the module's own method: a layer may do more than set the mode
+                set_mode(
+                    module, False
+                )  # the module's own method: a layer may do more than set the mode
             else:
                 module.training = False
 

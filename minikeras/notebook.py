@@ -30,9 +30,7 @@ POINTS = 150  # of a line in a chart; the best epoch has a dot of its own
 CHARTS = 3
 WIDTH, HEIGHT, LEFT, EDGE = 280, 130, 60, 18  # pixels of a chart; the last two are left for numbers
 BLUE, ORANGE = "#0072B2", "#D55E00"  # training and validation, as in plotting.py
-LEGEND = (
-    f'<span style="color: {BLUE}">training</span>, <span style="color: {ORANGE}">validation dashed</span>, best ringed'
-)
+LEGEND = f'<span style="color: {BLUE}">training</span>, <span style="color: {ORANGE}">validation dashed</span>, best ringed'
 STYLE = "font-family: sans-serif; font-size: 13px"
 Rows = Mapping[int, Mapping[str, float]]  # epoch -> its row of the history
 
@@ -56,7 +54,9 @@ class LiveTable(Progress):
         self.lines: list[str] = []
         self.validating = self.ended = False
         self.started = time.perf_counter()
-        self.display = sys.modules["IPython"].display.display(self.shown(), raw=True, display_id=True)
+        self.display = sys.modules["IPython"].display.display(
+            self.shown(), raw=True, display_id=True
+        )
 
     def say(self, line: str) -> None:
         """Show a line, such as where a fit resumes, inside the one output of the fit."""
@@ -116,7 +116,10 @@ class LiveTable(Progress):
         ]
         plain = [f"epoch {epoch}  {shown(logs)}" for epoch, logs in list(self.rows.items())[-ROWS:]]
         plain += self.lines
-        return {"text/html": f'<div style="{STYLE}">{"".join(parts)}</div>', "text/plain": "\n".join(plain)}
+        return {
+            "text/html": f'<div style="{STYLE}">{"".join(parts)}</div>',
+            "text/plain": "\n".join(plain),
+        }
 
     def bar_html(self) -> str:
         """The epoch at hand with its bar and running means; in the end what became of the fit."""
@@ -128,7 +131,9 @@ class LiveTable(Progress):
             if self.epoch not in self.rows:
                 return f"<div>ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {took}</div>"
             return f"<div>{len(self.rows)} epochs in {took}</div>"
-        bar = f'<progress max="{self.steps}" value="{self.batch}"></progress> ' if self.steps else ""
+        bar = (
+            f'<progress max="{self.steps}" value="{self.batch}"></progress> ' if self.steps else ""
+        )
         tail = "validating" if self.validating else html.escape(self.logs)
         return f"<div>epoch {self.epoch}/{self.epochs} {bar}{steps} &nbsp;{tail}</div>"
 
@@ -142,21 +147,34 @@ def clock(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
-    return f"{minutes} min {int(seconds) % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return (
+        f"{minutes} min {int(seconds) % 60} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
 
 
 def epochs_table(columns: Sequence[str], rows: Rows) -> str:
     """The last rows of the history; the epoch with the lowest val_loss is marked, and among them in any case."""
     if not rows:
         return ""
-    losses = {epoch: logs["val_loss"] for epoch, logs in rows.items() if not math.isnan(logs.get("val_loss", math.nan))}
+    losses = {
+        epoch: logs["val_loss"]
+        for epoch, logs in rows.items()
+        if not math.isnan(logs.get("val_loss", math.nan))
+    }
     best = min(losses, key=losses.__getitem__, default=None)
     kept = sorted(rows)[-ROWS:]
     kept = [best, *kept[1:]] if best is not None and best not in kept else kept
     lines = []
     for epoch in kept:
-        cells = [str(epoch), *(f"{rows[epoch][name]:#.4g}" if name in rows[epoch] else "" for name in columns)]
-        lines.append([f"<b>{cell}</b>" if cell else "" for cell in cells] if epoch == best else cells)
+        cells = [
+            str(epoch),
+            *(f"{rows[epoch][name]:#.4g}" if name in rows[epoch] else "" for name in columns),
+        ]
+        lines.append(
+            [f"<b>{cell}</b>" if cell else "" for cell in cells] if epoch == best else cells
+        )
     table = table_html(["epoch", *columns], lines)
     rest = len(rows) - len(kept)
     note = f"<div>{rest} earlier epochs are not shown; the history has them.</div>" if rest else ""
@@ -167,7 +185,9 @@ def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], side: str = "
     """A table of cells that are HTML already; the head is escaped."""
     style = f'style="text-align: {side}; padding: 1px 8px; white-space: pre"'
     above = "".join(f"<th {style}>{html.escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td {style}>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f"<tr>{''.join(f'<td {style}>{cell}</td>' for cell in row)}</tr>" for row in rows
+    )
     return f'<table style="border-collapse: collapse"><thead><tr>{above}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -184,24 +204,38 @@ def chart(name: str, rows: Rows) -> str:
         y = EDGE + (HEIGHT - 2 * EDGE) * ((high - value) / (high - low) if high > low else 0.5)
         return f"{x:.1f},{y:.1f}"
 
-    drawn = [_svg_line(lines[name], BLUE, "", place), _svg_line(lines[f"val_{name}"], ORANGE, "5 3", place)]
+    drawn = [
+        _svg_line(lines[name], BLUE, "", place),
+        _svg_line(lines[f"val_{name}"], ORANGE, "5 3", place),
+    ]
     text = [(LEFT, EDGE - 6, "start", name), (LEFT - 4, EDGE + 4, "end", f"{high:.3g}")]
     if high > low:
         text += [(LEFT - 4, HEIGHT - EDGE + 4, "end", f"{low:.3g}")]
-    text += [(LEFT, HEIGHT - 2, "start", str(first)), (WIDTH - 6, HEIGHT - 2, "end", str(last))][: 1 + (last > first)]
-    words = "".join(f'<text x="{x}" y="{y}" text-anchor="{to}">{html.escape(it)}</text>' for x, y, to, it in text)
+    text += [(LEFT, HEIGHT - 2, "start", str(first)), (WIDTH - 6, HEIGHT - 2, "end", str(last))][
+        : 1 + (last > first)
+    ]
+    words = "".join(
+        f'<text x="{x}" y="{y}" text-anchor="{to}">{html.escape(it)}</text>'
+        for x, y, to, it in text
+    )
     mode = mode_of(name)
     if mode is not None:  # validation is watched where there is one
         watched = lines[f"val_{name}"] or lines[name]
         best = (min if mode == "min" else max)(watched, key=lambda point: point[1])
         x, y = place(*best).split(",")
-        drawn.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="none" stroke="currentColor" stroke-width="1.5"/>')
+        drawn.append(
+            f'<circle cx="{x}" cy="{y}" r="4.5" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+        )
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="11" fill="currentColor"'
     return f'<svg {size} role="img" aria-label="{html.escape(name)}">{"".join(drawn)}{words}</svg>'
 
 
 def _line(column: str, rows: Rows) -> list[tuple[int, float]]:
-    return [(epoch, logs[column]) for epoch, logs in rows.items() if math.isfinite(logs.get(column, math.nan))]
+    return [
+        (epoch, logs[column])
+        for epoch, logs in rows.items()
+        if math.isfinite(logs.get(column, math.nan))
+    ]
 
 
 def _svg_line(line: list[tuple[int, float]], color: str, dashes: str, place: Any) -> str:
@@ -224,11 +258,17 @@ def model_html(model: nn.Module) -> str:
     """
     named = list(model.named_modules())
     depths = [name.count(".") + 1 for name, _ in named]
-    deepest = max((depth for depth in set(depths) if sum(it <= depth for it in depths) <= ROWS), default=1)
+    deepest = max(
+        (depth for depth in set(depths) if sum(it <= depth for it in depths) <= ROWS), default=1
+    )
     kept = [(name, layer) for name, layer in named if not name or name.count(".") < deepest]
     rows = [_layer_cells(name, layer) for name, layer in kept[:ROWS]]
     rest = len(named) - len(rows)
-    note = f"<div>{rest} more layers inside; model.summary(input_shape) has them.</div>" if rest else ""
+    note = (
+        f"<div>{rest} more layers inside; model.summary(input_shape) has them.</div>"
+        if rest
+        else ""
+    )
     return f'<div style="{STYLE}">{table_html(["layer (type)", "params", ""], rows, "left")}{note}</div>'
 
 

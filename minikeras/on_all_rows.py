@@ -130,7 +130,9 @@ def compute_on_all_processes(
     if failure is not None:
         raise failure
     if columns is None:
-        raise RuntimeError(f"process 0 of {world.size}, which calls the function, failed: {problem}")
+        raise RuntimeError(
+            f"process 0 of {world.size}, which calls the function, failed: {problem}"
+        )
     return columns
 
 

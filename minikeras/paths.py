@@ -43,7 +43,9 @@ def user_path(path: Any, argument: str = "path") -> Path:
     ends_in_folder = text.endswith(os.sep) or Path(text).name in ("", "..")
     if ends_in_folder or "\0" in text:
         shown = text.replace("\0", "\\0")
-        raise ValueError(f'{argument}="{shown}" is not the path of a file. Pass one, such as "run.pt".')
+        raise ValueError(
+            f'{argument}="{shown}" is not the path of a file. Pass one, such as "run.pt".'
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # a user that this machine does not have

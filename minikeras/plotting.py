@@ -19,10 +19,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # of Okabe and Ito's palette, which colour-blind people tell apart; dashes and markers do it in grey print
-TRAINING: dict[str, Any] = {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "training"}
-VALIDATION: dict[str, Any] = {"color": "#D55E00", "linestyle": "--", "marker": "s", "label": "validation"}
-RATE: dict[str, Any] = {"color": "#555555", "linestyle": "-", "marker": "o", "drawstyle": "steps-post"}
-BEST: dict[str, Any] = {"color": "black", "linestyle": "", "marker": "o", "ms": 10, "fillstyle": "none", "zorder": 3}
+TRAINING: dict[str, Any] = {
+    "color": "#0072B2",
+    "linestyle": "-",
+    "marker": "o",
+    "label": "training",
+}
+VALIDATION: dict[str, Any] = {
+    "color": "#D55E00",
+    "linestyle": "--",
+    "marker": "s",
+    "label": "validation",
+}
+RATE: dict[str, Any] = {
+    "color": "#555555",
+    "linestyle": "-",
+    "marker": "o",
+    "drawstyle": "steps-post",
+}
+BEST: dict[str, Any] = {
+    "color": "black",
+    "linestyle": "",
+    "marker": "o",
+    "ms": 10,
+    "fillstyle": "none",
+    "zorder": 3,
+}
 MARKERS = 30  # epochs up to which each has a marker
 PANEL = 4.4, 3.2  # inches
 WIDEST = 3  # panels in a row
@@ -96,10 +118,16 @@ def _checked(dfhistory: Any) -> pd.DataFrame:
             f"After a fit it is at model.history too."
         )
     if dfhistory.empty:
-        raise ValueError("dfhistory has no epoch to draw. Pass what fit returned, after one epoch or more.")
-    frame = (dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory).rename(columns=str)
+        raise ValueError(
+            "dfhistory has no epoch to draw. Pass what fit returned, after one epoch or more."
+        )
+    frame = (dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory).rename(
+        columns=str
+    )
     if frame.columns.empty:
-        raise ValueError("dfhistory has no column but epoch. Pass what fit returned, with loss and metrics.")
+        raise ValueError(
+            "dfhistory has no column but epoch. Pass what fit returned, with loss and metrics."
+        )
     if frame.index.name != "epoch" and is_numeric_dtype(frame.index):
         frame.index = frame.index + 1
     return frame
@@ -109,17 +137,27 @@ def _names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str
     """A name for each panel; validation without a training column has one of its own."""
     columns = [str(name) for name in frame]
     if metrics is None:
-        return [name for name in columns if name.removeprefix("val_") not in columns or not name.startswith("val_")]
+        return [
+            name
+            for name in columns
+            if name.removeprefix("val_") not in columns or not name.startswith("val_")
+        ]
     if not isinstance(metrics, Iterable):
-        raise TypeError(f'metrics must be a column\'s name or several, got {metrics!r}. Pass "loss" or ["loss", "lr"].')
+        raise TypeError(
+            f'metrics must be a column\'s name or several, got {metrics!r}. Pass "loss" or ["loss", "lr"].'
+        )
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     if not names:
-        raise ValueError("metrics must name a column of the history or more, got none. Leave it out to draw all.")
+        raise ValueError(
+            "metrics must name a column of the history or more, got none. Leave it out to draw all."
+        )
     for name in names:
         if name not in columns:
             known = ", ".join(map(repr, columns))
             hint = did_you_mean(str(name), columns)
-            raise ValueError(f"metrics has {name!r}, which is no column of the history. Its columns are {known}.{hint}")
+            raise ValueError(
+                f"metrics has {name!r}, which is no column of the history. Its columns are {known}.{hint}"
+            )
     return names
 
 
@@ -147,17 +185,26 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
         styles[f"val_{name}"] = VALIDATION
     for column, style in styles.items():
         values = _finite(frame[column])
-        axis.plot(values.index, values, **style | {"marker": style["marker"] if len(values) <= MARKERS else ""}, ms=3.5)
+        axis.plot(
+            values.index,
+            values,
+            **style | {"marker": style["marker"] if len(values) <= MARKERS else ""},
+            ms=3.5,
+        )
     if not is_rate(name):
         _mark_best(axis, _finite(frame[list(styles)[-1]]), name)
         axis.legend(frameon=False, fontsize="small")
-    elif 0 < _finite(frame[name]).min() * 100 <= _finite(frame[name]).max():  # a rate of 0 has no place on a log scale
+    elif (
+        0 < _finite(frame[name]).min() * 100 <= _finite(frame[name]).max()
+    ):  # a rate of 0 has no place on a log scale
         axis.set_yscale("log")
     axis.set_title(name, parse_math=False)  # a $ in it is a $
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     first, last = frame.index.min(), frame.index.max()
-    axis.set_xlim(first - 0.5, last + max(0.5, (last - first) / 50))  # there is no epoch 0 to have a tick
+    axis.set_xlim(
+        first - 0.5, last + max(0.5, (last - first) / 50)
+    )  # there is no epoch 0 to have a tick
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 

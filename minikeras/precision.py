@@ -34,7 +34,11 @@ from minikeras.metrics import Totals
 from minikeras.overrides import overrides
 from minikeras.results import Average, Result, counted_total
 
-DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass
@@ -76,16 +80,24 @@ class Precision:
         self.finite_loss: FiniteLoss | None = None  # during a fit of several processes
         self.norm_watch: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
         self.dtype = dtype  # of autocast; None for none
-        self.clip_grad_norm, self.clip_grad_value, self.accumulate = clip_grad_norm, clip_grad_value, accumulate
+        self.clip_grad_norm, self.clip_grad_value, self.accumulate = (
+            clip_grad_norm,
+            clip_grad_value,
+            accumulate,
+        )
         self.scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
         # no cache of cast weights: it would outlive a step in the middle of train_step
         cast = functools.partial(torch.autocast, device.type, dtype, cache_enabled=False)
         self.autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else cast
         off = functools.partial(torch.autocast, device.type, enabled=False)
         self.no_autocast: Callable[[], Any] = contextlib.nullcontext if dtype is None else off
-        self.weighted = accumulate > 1 or world is not None  # gradients are sums over rows until their window is closed
+        self.weighted = (
+            accumulate > 1 or world is not None
+        )  # gradients are sums over rows until their window is closed
         self.sized = not self.weighted  # the scale allows for gradients that are sums
-        self.found: Tensor | None = None  # 1 from the first loss on that was not finite, on a device
+        self.found: Tensor | None = (
+            None  # 1 from the first loss on that was not finite, on a device
+        )
         self.at_work = False  # it is we who fill gradients and move weights
         self.order: dict[Tensor, int] = {}  # of the layers, during a fit
         self.one_backward = False  # a step has one, during a fit
@@ -109,14 +121,18 @@ class Precision:
 
         return under_autocast
 
-    def metrics(self, totals: Totals, outputs: Any, labels: Any, call: Callable[..., Any]) -> dict[str, Result]:
+    def metrics(
+        self, totals: Totals, outputs: Any, labels: Any, call: Callable[..., Any]
+    ) -> dict[str, Result]:
         """The metrics of a batch, in float32."""
         with self.no_autocast():
             return totals.metrics(in_float32(outputs), labels, call)
 
     # --- backward and step --------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Any, mean: Tensor, rows: Any, optimizers: Iterable[Optimizer], inputs: Any) -> None:
+    def backward(
+        self, loss: Any, mean: Tensor, rows: Any, optimizers: Iterable[Optimizer], inputs: Any
+    ) -> None:
         """Add a batch's gradients; `mean` is the loss as one number, `inputs` the parameters to fill, None for all."""
         total = wide(mean)
         if self.weighted:
@@ -132,25 +148,37 @@ class Precision:
         if self.scaler is not None:
             total = self.scaler.scale(total)
             if self.found is not None:
-                total = total * torch.where(self.found > 0, torch.nan, 1.0)  # the scaler skips these steps
-        if self.one_backward and all(window.batches == self.accumulate - 1 for window in self.windows.values()):
+                total = total * torch.where(
+                    self.found > 0, torch.nan, 1.0
+                )  # the scaler skips these steps
+        if self.one_backward and all(
+            window.batches == self.accumulate - 1 for window in self.windows.values()
+        ):
             self.sums = self._sums(self.windows)
         with self.working():
-            backward(total, inputs, [parameter for one in self.windows for parameter in parameters_of(one)])
+            backward(
+                total,
+                inputs,
+                [parameter for one in self.windows for parameter in parameters_of(one)],
+            )
 
     def _size_scale(self, weight: Any) -> None:
         """A sum over 1000 rows is 1000 times as large: its first scale is that much smaller, or steps are skipped."""
         if self.scaler is not None and not self.sized:
             weight = weight if self.world is None else self.world.agree(float(weight))[0]
             smaller = math.ceil(math.log2(max(float(weight), 1)))
-            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": self.scaler.get_scale() / 2**smaller})
+            self.scaler.load_state_dict(
+                self.scaler.state_dict() | {"scale": self.scaler.get_scale() / 2**smaller}
+            )
         self.sized = True
 
     def step(self, optimizers: Iterable[Optimizer]) -> None:
         """One more batch in the windows of these optimizers; those that are full are closed."""
         for one in (optimizers := list(optimizers)):
             untold = not self.windows[one].batches and self.windows[one].current is None
-            if untold and any(map(is_part, gradients_of(one))):  # which call no hook as they are filled
+            if untold and any(
+                map(is_part, gradients_of(one))
+            ):  # which call no hook as they are filled
                 self.refuse("loss.backward()", "self.backward(loss)")
             self.windows[one].batches += 1
             self.windows[one].current = None
@@ -204,13 +232,22 @@ class Precision:
         The gradients of parameters in parts have been added up in backward.
         """
         assert self.world is not None
-        trained = {p: None for one in optimizers for p in parameters_of(one) if p.requires_grad and not is_part(p)}
-        return GradientSums(self.world, sorted(trained, key=lambda p: self.order.get(p, len(self.order))))
+        trained = {
+            p: None
+            for one in optimizers
+            for p in parameters_of(one)
+            if p.requires_grad and not is_part(p)
+        }
+        return GradientSums(
+            self.world, sorted(trained, key=lambda p: self.order.get(p, len(self.order)))
+        )
 
     def divide(self, gradients: Iterable[Tensor], weight: Any) -> None:
         """From sums over the rows to means; where nothing was counted they stay 0."""
         if self.weighted:
-            weight = torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else weight or 1
+            weight = (
+                torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else weight or 1
+            )
             for gradient in gradients:
                 gradient.div_(weight)
 
@@ -235,7 +272,10 @@ class Precision:
             self.order = {parameter: number for number, parameter in enumerate(model.parameters())}
             self.one_backward = not own
             sent_early = self._sums(self.windows).bucket_of if self.one_backward else ()
-            handles += [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in sent_early]
+            handles += [
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+                for parameter in sent_early
+            ]
         try:
             yield
         finally:
@@ -267,7 +307,9 @@ class Precision:
 
     def refuse(self, called: str, instead: str) -> None:
         if not self.at_work:
-            raise RuntimeError(f"{called} passes {self.must_be_asked()} by. Call {instead} in train_step.")
+            raise RuntimeError(
+                f"{called} passes {self.must_be_asked()} by. Call {instead} in train_step."
+            )
 
     def _guards(self) -> list[Any]:
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -277,9 +319,17 @@ class Precision:
             self.refuse("loss.backward()", "self.backward(loss)")
 
         held = {parameter for one in self.windows for parameter in parameters_of(one)}
-        trained = [parameter for parameter in held if parameter.requires_grad and not is_lazy(parameter)]
+        trained = [
+            parameter for parameter in held if parameter.requires_grad and not is_lazy(parameter)
+        ]
         hooks = [one.register_step_pre_hook(before_step) for one in self.windows]
-        return [*hooks, *(parameter.register_post_accumulate_grad_hook(after_gradient) for parameter in trained)]
+        return [
+            *hooks,
+            *(
+                parameter.register_post_accumulate_grad_hook(after_gradient)
+                for parameter in trained
+            ),
+        ]
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -297,7 +347,9 @@ class Precision:
             "accumulate": self.accumulate,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "windows": {name: asdict(self.windows[one]) for name, one in self.optimizers.items()},
-            "gradients": {name: [p.grad for p in parameters_of(one)] for name, one in self.optimizers.items()},
+            "gradients": {
+                name: [p.grad for p in parameters_of(one)] for name, one in self.optimizers.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -389,11 +441,18 @@ def best_dtype(device: torch.device) -> torch.dtype | None:
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
 
 
 def check_dtype(
-    device: torch.device, dtype: torch.dtype | None, precision: str, optimizers: Mapping[str, Optimizer]
+    device: torch.device,
+    dtype: torch.dtype | None,
+    precision: str,
+    optimizers: Mapping[str, Optimizer],
 ) -> None:
     """The device must have the dtype, and the parameters must be wider than it."""
     if dtype is None:
@@ -406,7 +465,9 @@ def check_dtype(
         raise ValueError(
             f'precision={precision!r} cannot be had on {device}: {error}. Pass precision="auto", or leave it out.'
         ) from error
-    narrow = next((p for one in optimizers.values() for p in parameters_of(one) if wide(p) is not p), None)
+    narrow = next(
+        (p for one in optimizers.values() for p in parameters_of(one) if wide(p) is not p), None
+    )
     if narrow is not None:
         raise ValueError(
             f"precision={precision!r} keeps the parameters in float32 and casts within the step, and they are "

@@ -45,12 +45,16 @@ class Outputs:
     """The model's outputs for some batches, on the CPU, and how many rows each may have."""
 
     pieces: list[Any] = field(default_factory=list)
-    rows: dict[str, list[int | None]] = field(default_factory=dict)  # by the labels, or by the features alone
+    rows: dict[str, list[int | None]] = field(
+        default_factory=dict
+    )  # by the labels, or by the features alone
     unknown: UnknownRows | None = None  # why they could not be counted, where that is so
     features: Any = None  # of the last batch, to probe the model with
 
 
-def predict(model: Model, dl: Any, batch_size: int | None, everywhere: bool, steps: int | None) -> Any:
+def predict(
+    model: Model, dl: Any, batch_size: int | None, everywhere: bool, steps: int | None
+) -> Any:
     """The model's outputs for every row, in order, on the CPU; of several processes on rank 0 alone or `everywhere`."""
     run = model._run
     if run is None:
@@ -80,8 +84,12 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Ou
     """The model's outputs for each batch."""
     outputs = Outputs()
     run = model._run
-    compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
-    counter, alone = (RowCounter(lambda features: manner(model, features) == "unpacked") for _ in range(2))
+    compute_outputs = (
+        model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
+    )
+    counter, alone = (
+        RowCounter(lambda features: manner(model, features) == "unpacked") for _ in range(2)
+    )
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
@@ -137,7 +145,9 @@ def off_device(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):  # a view would keep all that it is a view of
         return leaf.detach().to("cpu", copy=True)
     if isinstance(leaf, PackedSequence):
-        return PackedSequence(leaf.data.detach().to("cpu", copy=True), *(off_device(part) for part in leaf[1:]))
+        return PackedSequence(
+            leaf.data.detach().to("cpu", copy=True), *(off_device(part) for part in leaf[1:])
+        )
     if hasattr(leaf, "get_seq_length"):
         return None
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
@@ -224,7 +234,9 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
             model.eval()
             if run is not None:
                 run.by_parts = False  # another size would be compiled anew
-            compute_outputs = model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
+            compute_outputs = (
+                model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
+            )
             changed_features = (features * 2)[:fewer] if by_item else map_leaves(changed, features)
             return on_cpu(model, compute_outputs(changed_features)), fewer
     except Exception:

@@ -28,14 +28,20 @@ SHARE = 0.01  # of the time may go into refreshing it
 def show(verbose: str | int) -> bool:
     """Whether to show anything, and there is where to; a `verbose` that means nothing is refused."""
     if verbose not in ("auto", 0, 1, 2):
-        raise ValueError(f'verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got {verbose!r}.')
+        raise ValueError(
+            f'verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got {verbose!r}.'
+        )
     return verbose != 0 and sys.stdout is not None  # it is None under pythonw
 
 
 def wants_bar(verbose: str | int) -> bool:
     """Whether to draw a bar: 1 asks for it, 2 for lines only, "auto" takes the bar on a terminal or in a notebook."""
-    on_terminal = getattr(sys.stdout, "isatty", lambda: False)  # an object of the user's may have none
-    return bool(verbose == 1 or (verbose == "auto" and (on_terminal() or notebook_cell() is not None)))
+    on_terminal = getattr(
+        sys.stdout, "isatty", lambda: False
+    )  # an object of the user's may have none
+    return bool(
+        verbose == 1 or (verbose == "auto" and (on_terminal() or notebook_cell() is not None))
+    )
 
 
 def say_nothing(line: str) -> None:
@@ -55,7 +61,13 @@ class Progress(Callback):
     """
 
     def __init__(
-        self, bar: bool, epochs: int, steps: int | None, log_step_freq: int | None, validates: bool, best: float
+        self,
+        bar: bool,
+        epochs: int,
+        steps: int | None,
+        log_step_freq: int | None,
+        validates: bool,
+        best: float,
     ) -> None:
         self.epochs = epochs
         self.steps = steps
@@ -103,7 +115,9 @@ class Progress(Callback):
     def _refresh(self, bar: tqdm[Any], batch: int, logs: Mapping[str, float]) -> None:
         bar.n, bar.postfix = batch, None
         columns = bar.format_dict["ncols"]  # None where it is not a terminal
-        bar.set_postfix_str(shown(logs, math.inf if columns is None else columns - len(str(bar)) - 2), refresh=False)
+        bar.set_postfix_str(
+            shown(logs, math.inf if columns is None else columns - len(str(bar)) - 2), refresh=False
+        )
         bar.refresh()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -127,7 +141,9 @@ class Progress(Callback):
             names += [f"val_{name}" for name in names if not is_rate(name)]
         if set(names) <= set(self.columns):
             return False
-        self.columns = column_order(dict.fromkeys([*self.columns, *names]))  # one that is not there now may come again
+        self.columns = column_order(
+            dict.fromkeys([*self.columns, *names])
+        )  # one that is not there now may come again
         return True
 
     def _head(self) -> str:
@@ -137,7 +153,9 @@ class Progress(Callback):
             head += [name, ""] if name == "val_loss" else [name]
             widest += ["1.234e-05", "*"] if name == "val_loss" else ["1.234e-05"]
         # it goes in as a row: as a head it would get two columns of padding, too much for 80 columns
-        lines = tabulate([head, widest], tablefmt="simple", disable_numparse=True, stralign="right").splitlines()
+        lines = tabulate(
+            [head, widest], tablefmt="simple", disable_numparse=True, stralign="right"
+        ).splitlines()
         self.widths = [len(dashes) for dashes in lines[0].split()]
         return f"{lines[1]}\n{lines[0]}"
 

@@ -55,7 +55,10 @@ class Randomness:
             roots = roots_of_order(loaders)
         self.generators = generators_in(roots, without)
         counting = [
-            holder for loader in loaders for holder in holders_of(loader) if type(getattr(holder, "epoch", None)) is int
+            holder
+            for loader in loaders
+            for holder in holders_of(loader)
+            if type(getattr(holder, "epoch", None)) is int
         ]
         self.samplers = [holder for holder in counting if hasattr(holder, "set_epoch")]
         self.attributes = PlainAttributes(counters_in(counted or {}, (*without, *uncounted)))
@@ -67,7 +70,9 @@ class Randomness:
             "numpy": numpy_state(np.random.get_state(legacy=False)),
             "torch": torch.get_rng_state(),
             "device": device_states(self.device),
-            "generators": {name: state_of(generator) for name, generator in self.generators.items()},
+            "generators": {
+                name: state_of(generator) for name, generator in self.generators.items()
+            },
             "epochs": [sampler.epoch for sampler in self.samplers],
             "attributes": self.attributes.states(),
         }
@@ -82,7 +87,10 @@ class Randomness:
         missing = [name for name in self.generators if name not in generators and is_of_data(name)]
         gone = [name for name in generators if name not in self.generators and is_of_data(name)]
         if missing or gone or len(states["epochs"]) != len(self.samplers):
-            there = ", ".join([*gone, *(name for name in generators if name in self.generators)]) or "none"
+            there = (
+                ", ".join([*gone, *(name for name in generators if name in self.generators)])
+                or "none"
+            )
             here = ", ".join(self.generators) or "none"
             raise CheckpointError(
                 f"the checkpoint was written with other random generators or counting samplers in the loaders: "
@@ -99,7 +107,11 @@ class Randomness:
     def others(self, states: Mapping[str, Any]) -> list[str]:
         """The generators outside the loaders that only the states have, or only this run."""
         generators = self.named(states["generators"])
-        return [name for name in {**generators, **self.generators} if (name in generators) != (name in self.generators)]
+        return [
+            name
+            for name in {**generators, **self.generators}
+            if (name in generators) != (name in self.generators)
+        ]
 
     def named(self, generators: Any) -> dict[str, Any]:
         """The states of generators by name; files of older versions have a list, of the loaders' own."""
@@ -112,7 +124,9 @@ class Randomness:
                 f"the checkpoint was written with {len(generators)} random generators in the loaders, and here are "
                 f"{len(old)}. Make the loaders as they were made then."
             )
-        states = dict(zip((names.get(id(generator), "") for generator in old), generators, strict=True))
+        states = dict(
+            zip((names.get(id(generator), "") for generator in old), generators, strict=True)
+        )
         for name, generator in self.generators.items():
             states.setdefault(name, state_of(generator))
         return states
@@ -198,8 +212,18 @@ def counters_in(roots: Mapping[str, Any], without: tuple[Any, ...]) -> dict[str,
     found: dict[str, Any] = {}
     for name, value in reachable(roots, without):
         kind = type(value)
-        ours = kind.__module__.partition(".")[0] in ("torch", "minikeras", "numpy", "builtins", "functools")
-        if isinstance(getattr(value, "__dict__", None), dict) and not ours and not isinstance(value, type):
+        ours = kind.__module__.partition(".")[0] in (
+            "torch",
+            "minikeras",
+            "numpy",
+            "builtins",
+            "functools",
+        )
+        if (
+            isinstance(getattr(value, "__dict__", None), dict)
+            and not ours
+            and not isinstance(value, type)
+        ):
             found[name] = value
     return found
 
@@ -218,7 +242,9 @@ def roots_of_order(loaders: list[Any]) -> dict[str, Any]:
 def list_of_older_versions(loaders: list[Any]) -> list[Any]:
     """The generators that files of older versions hold, in their order."""
     holders = [holder for loader in loaders for holder in holders_of(loader)]
-    held = [value for holder in holders for value in vars(holder).values() if isinstance(value, KINDS)]
+    held = [
+        value for holder in holders for value in vars(holder).values() if isinstance(value, KINDS)
+    ]
     return list({id(generator): generator for generator in held}.values())
 
 
@@ -232,7 +258,12 @@ def reseed(seed: int) -> None:
 def holders_of(loader: Any) -> list[Any]:
     """A loader, its sampler, its batch sampler and what that samples from."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    found = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
     return [holder for holder in found if hasattr(holder, "__dict__")]
 
 
@@ -270,7 +301,11 @@ def device_states(device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return []
     module = torch.get_device_module(device)
-    return list(module.get_rng_state_all()) if hasattr(module, "get_rng_state_all") else [module.get_rng_state()]
+    return (
+        list(module.get_rng_state_all())
+        if hasattr(module, "get_rng_state_all")
+        else [module.get_rng_state()]
+    )
 
 
 def set_device_states(device: torch.device, states: list[Tensor]) -> None:

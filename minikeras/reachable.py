@@ -23,10 +23,24 @@ MOST = 20_000  # objects that are looked at
 LONG = 1_000  # items of a container that are looked at
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
 FLAT = (*SCALARS, Tensor, np.ndarray, np.generic)  # which reach nothing
-CLOSED = ("pandas", "PIL", "pyarrow", "polars", "matplotlib", "logging", "threading", "tqdm", "h5py")
+CLOSED = (
+    "pandas",
+    "PIL",
+    "pyarrow",
+    "polars",
+    "matplotlib",
+    "logging",
+    "threading",
+    "tqdm",
+    "h5py",
+)
 LIBRARIES = ("torch", "numpy", "minikeras", "builtins")
 CONTAINERS = (list, tuple, deque, set, frozenset)
-MADE_LATER = ("__dict__", "__weakref__", "__annotations__")  # of a class: Python makes the last when it is asked for
+MADE_LATER = (
+    "__dict__",
+    "__weakref__",
+    "__annotations__",
+)  # of a class: Python makes the last when it is asked for
 SIZE = 100_000  # elements of a list or array that is compared and held
 ORDER = "order"  # the key of an order, in place of a list
 
@@ -251,7 +265,9 @@ class PlainAttributes:
                     values[key] = {ORDER: list(range(len(self.lists[name][key])))}
             for key, value in values.items():
                 if isinstance(value, dict):
-                    put_order(vars(holder).get(key), self.lists[name].get(key, []), value.get(ORDER))
+                    put_order(
+                        vars(holder).get(key), self.lists[name].get(key, []), value.get(ORDER)
+                    )
                 else:
                     put_attribute(holder, key, value)
 
@@ -292,7 +308,11 @@ def is_order(value: Any) -> bool:
     if type(value) is not dict or value.keys() != {ORDER}:
         return False
     order = value[ORDER]
-    if type(order) is not list or len(order) > SIZE or not all(type(number) is int for number in order):
+    if (
+        type(order) is not list
+        or len(order) > SIZE
+        or not all(type(number) is int for number in order)
+    ):
         return False
     return sorted(order) == list(range(len(order)))
 
@@ -312,7 +332,11 @@ def put_attribute(holder: Any, name: str, value: Any) -> None:
     value = copied(value)
     if isinstance(current, list) and isinstance(value, list):
         current[:] = value
-    elif isinstance(current, np.ndarray) and current.flags.writeable and current.shape == np.shape(value):
+    elif (
+        isinstance(current, np.ndarray)
+        and current.flags.writeable
+        and current.shape == np.shape(value)
+    ):
         current[...] = value
     elif isinstance(current, Tensor) and isinstance(value, Tensor):
         vars(holder)[name] = value.to(current.device)
@@ -324,7 +348,9 @@ def plain_attributes(holder: Any) -> dict[str, Any]:
     """An object's own attributes that are numbers, strings, or short lists and arrays of numbers; copies."""
     found = {}
     for name, value in vars(holder).items():
-        if name not in ("training", "stop_training") and is_plain(value, isinstance(holder, nn.Module)):
+        if name not in ("training", "stop_training") and is_plain(
+            value, isinstance(holder, nn.Module)
+        ):
             found[name] = copied(value)
     return found
 
@@ -353,7 +379,9 @@ def is_same(value: Any, other: Any) -> bool:
     if type(value) is not type(other):
         return False
     if isinstance(value, Tensor):
-        return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
+        return (
+            value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
+        )
     if isinstance(value, np.ndarray):
         return value.dtype == other.dtype and np.array_equal(value, other)
     return bool(value == other or (value != value and other != other))

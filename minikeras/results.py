@@ -76,7 +76,9 @@ def refuse_several(name: str, value: Any) -> None:
             f"such as {shown}, or their sum. The others can be metrics under names of their own."
         )
     if isinstance(value, (tuple, list)):
-        parts = value if isinstance(value, list) else tuple(value)  # a named tuple shows its parts too
+        parts = (
+            value if isinstance(value, list) else tuple(value)
+        )  # a named tuple shows its parts too
         raise ValueError(
             f"{name} gave a {type(value).__name__}, {described(parts)}; "
             f"expected one number. Return one part, such as [0], or the sum "

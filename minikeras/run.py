@@ -55,24 +55,38 @@ class Run:
     val: Totals
     device: torch.device
     parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
-    published: dict[str, Any] = field(default_factory=dict)  # the model's plain attributes that are ours, as set
+    published: dict[str, Any] = field(
+        default_factory=dict
+    )  # the model's plain attributes that are ours, as set
     jit: Any = None  # a minikeras.jit.Jit, where compile was asked for it
-    begun: Any = None  # optimizers' settings and what is frozen, as the first fit with a checkpoint began
-    under_way: Any = None  # of a fit that has not come to its end: its checkpoint's path, and its first epoch
+    begun: Any = (
+        None  # optimizers' settings and what is frozen, as the first fit with a checkpoint began
+    )
+    under_way: Any = (
+        None  # of a fit that has not come to its end: its checkpoint's path, and its first epoch
+    )
     world: World | None = None  # where several processes train together
     by_parts: bool = False  # forward and loss are compiled each by itself: for steps of the user's own, and to predict
-    carried_on: set[str] = field(default_factory=set)  # steps that were taken in the fit before it was carried on here
-    precision: Precision | None = None  # where compile was asked for mixed precision, clipping or accumulation
+    carried_on: set[str] = field(
+        default_factory=set
+    )  # steps that were taken in the fit before it was carried on here
+    precision: Precision | None = (
+        None  # where compile was asked for mixed precision, clipping or accumulation
+    )
     rows: int | UnknownRows = 0  # of the batch at hand
     row_counter: RowCounter = field(default_factory=RowCounter)  # of the pass that is under way
-    takes_several: Callable[[Any], bool] = lambda features: False  # whether forward takes such features apart
+    takes_several: Callable[[Any], bool] = lambda features: (
+        False
+    )  # whether forward takes such features apart
     totals: Totals = field(init=False)  # of the phase that is under way
     lent: Any = None  # during a fit with EMA, a minikeras.callbacks.averaging.Lent
     fitting: bool = False  # a fit of this model is running
     modes: Any = None  # of the last fit, a minikeras.modes.TrainingModes
     finite_loss: FiniteLoss | None = None  # during a fit, unless on_nan="ignore"
     finite_weights: FiniteWeights | None = None  # during a fit
-    epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)  # logs and learning rates
+    epochs: list[tuple[dict[str, float], dict[str, float]]] = field(
+        default_factory=list
+    )  # logs and learning rates
 
     def __post_init__(self) -> None:
         self.totals = self.val
@@ -95,7 +109,12 @@ class Run:
     def inputs(self, optimizer: str) -> list[Tensor]:
         """The parameters that the optimizer of that name trains."""
         (one,) = self.named(optimizer)
-        return [parameter for group in one.param_groups for parameter in group["params"] if parameter.requires_grad]
+        return [
+            parameter
+            for group in one.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
 
     def call(self, name: str, function: Any, outputs: Any, labels: Any, scalar: bool = True) -> Any:
         """A loss or metric called, in the first batch under the eyes of checks.inputs.guarded."""
@@ -103,7 +122,9 @@ class Run:
             return checks.inputs.guarded(function, outputs, labels, name, scalar=scalar)
         return function(outputs, labels)
 
-    def count_rows(self, features: Any, labels: Any, sample_weight: Any = None) -> int | UnknownRows:
+    def count_rows(
+        self, features: Any, labels: Any, sample_weight: Any = None
+    ) -> int | UnknownRows:
         """The rows of a batch, noted as those of the batch at hand.
 
         A third part has a weight for each row: it settles what labels and features do not agree on.
@@ -118,12 +139,18 @@ class Run:
 
     def check_rows(self, *results: Any) -> None:
         """Raise an error if the batch's rows are unknown and one of these means is over them."""
-        if isinstance(self.rows, UnknownRows) and not all(isinstance(result, Average) for result in results):
+        if isinstance(self.rows, UnknownRows) and not all(
+            isinstance(result, Average) for result in results
+        ):
             self.rows.refuse()
 
-    def batches(self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False, passes: int = 1) -> Any:
+    def batches(
+        self, dl: Any, name: str, batch_size: int | None, shuffle: bool = False, passes: int = 1
+    ) -> Any:
         """What the user has as batches on the device; this process's part of them."""
-        return sharded(as_batches(dl, name, batch_size, shuffle, self.device, passes), self.world, name)
+        return sharded(
+            as_batches(dl, name, batch_size, shuffle, self.device, passes), self.world, name
+        )
 
     def batches_of_fit(
         self,
@@ -140,31 +167,47 @@ class Run:
         check_ends(dl_val, "dl_val", validation_steps, "validation_steps")
         train = self.batches(dl_train, "dl_train", batch_size, True, 1 if steps else epochs)
         if dl_val is None and validation_steps is not None:
-            raise ValueError(f"validation_steps={validation_steps} needs data to validate on. Pass dl_val as well.")
+            raise ValueError(
+                f"validation_steps={validation_steps} needs data to validate on. Pass dl_val as well."
+            )
         if dl_val is None:
             return train, None
         done = len(self.epochs)
         passes = (done + epochs) // validation_freq - done // validation_freq
         if validation_steps is not None:
             passes = 1  # a generator goes on where the last pass stopped
-        val = self.batches(dl_val, "dl_val", None if is_batched(dl_val) else batch_size, passes=passes)
+        val = self.batches(
+            dl_val, "dl_val", None if is_batched(dl_val) else batch_size, passes=passes
+        )
         if length(val) == 0:
             raise empty(val, "dl_val")
-        return train, limited(val, validation_steps, "dl_val", "validation_steps", long_pass(train, steps))
+        return train, limited(
+            val, validation_steps, "dl_val", "validation_steps", long_pass(train, steps)
+        )
 
     def best_val_loss(self) -> float:
         """The lowest so far; infinite before the first."""
-        return min((logs["val_loss"] for logs, _ in self.epochs if "val_loss" in logs), default=math.inf)
+        return min(
+            (logs["val_loss"] for logs, _ in self.epochs if "val_loss" in logs), default=math.inf
+        )
 
     def history(self) -> pd.DataFrame:
         """The rows so far: training columns first, then validation's, then a learning rate that has changed."""
         rows, rates = [logs for logs, _ in self.epochs], [rates for _, rates in self.epochs]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        changed = [name for name in (rates[0] if rates else ()) if len({row.get(name) for row in rates}) > 1]
+        changed = [
+            name
+            for name in (rates[0] if rates else ())
+            if len({row.get(name) for row in rates}) > 1
+        ]
         names = column_order([*names, *(name for name in changed if name not in names)])
-        merged = [rate | logs for logs, rate in self.epochs]  # where a callback logs a rate, its own value stays
+        merged = [
+            rate | logs for logs, rate in self.epochs
+        ]  # where a callback logs a rate, its own value stays
         index = pd.RangeIndex(len(rows))  # from 0; the epoch's number is one more
-        return pd.DataFrame({name: [row.get(name, math.nan) for row in merged] for name in names}, index)
+        return pd.DataFrame(
+            {name: [row.get(name, math.nan) for row in merged] for name in names}, index
+        )
 
 
 def made(
@@ -198,12 +241,16 @@ def made(
     if distributed == "fsdp" or any(map(is_part, model.parameters())):
         check_parts(model, run, jit, precision)
     elif fsdp_blocks is not None:
-        raise ValueError(f'fsdp_blocks needs distributed="fsdp", got distributed={distributed!r}. Pass both or none.')
+        raise ValueError(
+            f'fsdp_blocks needs distributed="fsdp", got distributed={distributed!r}. Pass both or none.'
+        )
     place(model, run)
     trained = list(parameters_of(model, loss_func))  # with what is frozen: it may be thawed later
     if optimizer is None and any(parameter.requires_grad for parameter in trained):
         # fused, it can be held back where a loss is not finite; torch has it for floats alone
-        fused = chosen.type == "cuda" and all(parameter.is_floating_point() for parameter in trained)
+        fused = chosen.type == "cuda" and all(
+            parameter.is_floating_point() for parameter in trained
+        )
         run.optimizers[""] = torch.optim.Adam(trained, lr=1e-3, fused=fused or None)
     run.precision = precision_of(chosen, loss_func, run.optimizers, precision, **big, world=world)
     if sync_batchnorm and world is not None:
@@ -221,9 +268,13 @@ def made(
 def check_parts(model: Model, run: Run, jit: Any, precision: str) -> None:
     """Parameters in parts, one in each process, do not go with everything."""
     if jit:
-        raise ValueError('distributed="fsdp" and jit=True do not go together. Leave one of them out.')
+        raise ValueError(
+            'distributed="fsdp" and jit=True do not go together. Leave one of them out.'
+        )
     if precision == "fp16":
-        raise ValueError('distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".')
+        raise ValueError(
+            'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".'
+        )
     if run.world is None and any(map(is_part, model.parameters())):
         raise ValueError(
             "the model's parameters are in parts in several processes, and distributed=None trains in one alone. "
@@ -234,7 +285,9 @@ def check_parts(model: Model, run: Run, jit: Any, precision: str) -> None:
 def check_jit(jit: Any, steps_per_execution: int) -> None:
     """Whether the steps can be compiled as asked for."""
     if not isinstance(jit, bool | Mapping):
-        raise TypeError(f"jit must be True, False or a dict of torch.compile's arguments, got {jit!r}.")
+        raise TypeError(
+            f"jit must be True, False or a dict of torch.compile's arguments, got {jit!r}."
+        )
     ours = {"fullgraph", "dynamic"} & set(jit if isinstance(jit, Mapping) else ())
     if ours:
         raise ValueError(
@@ -242,7 +295,9 @@ def check_jit(jit: Any, steps_per_execution: int) -> None:
             f"where it cannot. Leave it out; mode, backend and options are yours."
         )
     if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
-        raise ValueError(f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps.")
+        raise ValueError(
+            f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps."
+        )
 
 
 def jit_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Any:
@@ -255,7 +310,9 @@ def jit_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Any:
             f"gradients between backward and step. The numbers are the same. Leave it out there.",
             stacklevel=5,
         )
-    return Jit(model, run, {} if jit is True else jit, steps_per_execution if run.world is None else 1)
+    return Jit(
+        model, run, {} if jit is True else jit, steps_per_execution if run.world is None else 1
+    )
 
 
 def over_all_rows(model: Model, world: World, device: torch.device) -> None:
@@ -275,7 +332,9 @@ def place(model: Model, run: Run) -> None:
         run.loss_func.to(run.device)
     for optimizer in run.optimizers.values():
         if any(_strayed(parameter, state) for parameter, state in optimizer.state.items()):
-            optimizer.load_state_dict(optimizer.state_dict())  # torch's own way to put state beside its parameter
+            optimizer.load_state_dict(
+                optimizer.state_dict()
+            )  # torch's own way to put state beside its parameter
 
 
 def ready(model: Model, run: Run) -> None:
@@ -296,13 +355,19 @@ def share(model: Model, run: Run, world: World) -> None:
 
 def _strayed(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     # a 0-d tensor such as Adam's step stays on the CPU by torch's own choice
-    return any(isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values())
+    return any(
+        isinstance(v, Tensor) and v.ndim and v.device != parameter.device for v in state.values()
+    )
 
 
 def check_optimizers(model: Model, run: Run) -> None:
     """Before a fit: they are those of compile, and train the model's parameters."""
-    if "optimizer" in run.published and run.published["optimizer"] is not vars(model).get("optimizer"):
-        raise ValueError("model.optimizer was replaced after compile. Call model.compile with the new optimizer.")
+    if "optimizer" in run.published and run.published["optimizer"] is not vars(model).get(
+        "optimizer"
+    ):
+        raise ValueError(
+            "model.optimizer was replaced after compile. Call model.compile with the new optimizer."
+        )
     check_not_exported(model)
     checks.inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
     if not has_own_step(model):

@@ -23,7 +23,9 @@ collect_ignore = ["typed"]  # for type checkers to read, not to run
 
 
 # No test may depend on how busy the machine is.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 

@@ -28,7 +28,15 @@ import minikeras
 
 LEFT_OUT = ("stateful",)  # it warns; test_resume.py has it
 MODELS = ["net", "net", "centered", "pair", "growing"]
-WAYS = ["time", "time", "time", "epoch's edge", "before it is flushed", "between two renamings", "after it is written"]
+WAYS = [
+    "time",
+    "time",
+    "time",
+    "epoch's edge",
+    "before it is flushed",
+    "between two renamings",
+    "after it is written",
+]
 PLACES = ["a file", "a file", "a link", "a relative path"]
 FILES = re.compile(
     r"elsewhere|whole|carried on|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
@@ -47,7 +55,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             killed, found = one_round(Path(folder), choice, draw)
         kills, rounds, different = kills + killed, rounds + 1, different + bool(found)
-        print(f"round {rounds}, choice {choice}: {killed} kills, {', '.join(map(str, found)) or 'same'}", flush=True)
+        print(
+            f"round {rounds}, choice {choice}: {killed} kills, {', '.join(map(str, found)) or 'same'}",
+            flush=True,
+        )
     print(f"{kills} kills over {rounds} runs, {different} differences")
     sys.exit(bool(different))
 
@@ -55,13 +66,19 @@ def main():
 def one_round(folder, choice, draw):
     """The number of kills, and what differed."""
     begin = time.monotonic()
-    assert wait(fork(folder, choice, "whole", checkpoint=False)) == 0, "the run that is never stopped has failed"
+    assert wait(fork(folder, choice, "whole", checkpoint=False)) == 0, (
+        "the run that is never stopped has failed"
+    )
     seconds, kills, ended = time.monotonic() - begin, 0, False
     for number in range(12):
         way = draw.choice(WAYS) if number < 11 else "none"
-        children = [fork(folder, choice, "carried on", checkpoint=True, way=way, at=draw.randrange(1, 5))]
+        children = [
+            fork(folder, choice, "carried on", checkpoint=True, way=way, at=draw.randrange(1, 5))
+        ]
         if draw.random() < 0.1:
-            children.append(fork(folder, choice, "carried on too", checkpoint=True))  # another start of the script
+            children.append(
+                fork(folder, choice, "carried on too", checkpoint=True)
+            )  # another start of the script
         if way == "time":
             time.sleep(draw.random() * seconds)
             for child in children:
@@ -84,7 +101,11 @@ def one_round(folder, choice, draw):
 
 def strange_files(folder):
     """What lies where a run with a checkpoint has no business."""
-    found = [f"a file {path.name}" for path in folder.iterdir() if not FILES.fullmatch(path.name.replace(" too", ""))]
+    found = [
+        f"a file {path.name}"
+        for path in folder.iterdir()
+        if not FILES.fullmatch(path.name.replace(" too", ""))
+    ]
     link = folder / "run.pt"
     if (folder / "target.pt").exists() and not link.is_symlink():
         found.append("a link that is none any longer")

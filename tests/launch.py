@@ -12,7 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 def torchrun(arguments, processes=2, env=(), **kwargs):
     """A finished torchrun of a script, its output as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)}
     command += map(str, arguments)
     for last in (False, True):
@@ -22,7 +28,9 @@ def torchrun(arguments, processes=2, env=(), **kwargs):
             try:
                 out, err = run.communicate(timeout=200)
                 return subprocess.CompletedProcess(command, run.returncode, out, err)
-            except subprocess.TimeoutExpired:  # a DataLoader's worker, forked beside the group's threads, may hang
+            except (
+                subprocess.TimeoutExpired
+            ):  # a DataLoader's worker, forked beside the group's threads, may hang
                 run.terminate()  # torchrun ends its processes
                 if last:
                     raise

@@ -21,7 +21,14 @@ import torch
 from conftest import Net, accuracy, points
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+)
 
 import minikeras
 from minikeras.distributed import gradients
@@ -83,14 +90,24 @@ def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, *
 def found(model, dfhistory, dl=None, **more):
     """What is to be the same."""
     outputs = None if dl is None else model.predict(dl)
-    return {"history": dfhistory.to_dict("list"), "weights": model.state_dict(), "outputs": outputs, **more}
+    return {
+        "history": dfhistory.to_dict("list"),
+        "weights": model.state_dict(),
+        "outputs": outputs,
+        **more,
+    }
 
 
 def fitted(train, val=None, epochs=2, **kwargs):
-    seed(os.getpid() % 1000 if os.environ.get("RANK", "0") != "0" else 0)  # weights and orders are those of rank 0
+    seed(
+        os.getpid() % 1000 if os.environ.get("RANK", "0") != "0" else 0
+    )  # weights and orders are those of rank 0
     model = compiled(**kwargs)
     return found(
-        model, model.fit(epochs, train, val, verbose=0), val, evaluated=None if val is None else model.evaluate(val)
+        model,
+        model.fit(epochs, train, val, verbose=0),
+        val,
+        evaluated=None if val is None else model.evaluate(val),
     )
 
 
@@ -112,7 +129,10 @@ class Boxes(nn.Module):
         self.fc = nn.Linear(3, 1)
 
     def forward(self, images):
-        return [{"score": self.fc(image.mean((1, 2))), "size": torch.tensor(image.shape)} for image in images]
+        return [
+            {"score": self.fc(image.mean((1, 2))), "size": torch.tensor(image.shape)}
+            for image in images
+        ]
 
 
 def box_loss(y_pred, y_true):
@@ -127,7 +147,9 @@ def detection(size):
     for row in range(29):
         image = torch.rand(3, 4 + row % 5, 5, generator=generator, dtype=torch.float64)
         rows.append((image, {"boxes": torch.zeros(1 + row % 4, 4), "value": image.sum() / 50}))
-    data = DataLoader(rows, 12 // size, collate_fn=lambda found: tuple(map(list, zip(*found, strict=True))))
+    data = DataLoader(
+        rows, 12 // size, collate_fn=lambda found: tuple(map(list, zip(*found, strict=True)))
+    )
     seed()
     model = compiled(minikeras.Model(Boxes()), box_loss, metrics_dict={"again": box_loss})
     return found(model, model.fit(2, data, data, verbose=0), data, evaluated=model.evaluate(data))
@@ -153,9 +175,13 @@ def persistent(size, epochs=3, **kwargs):
     seed()
     model = compiled()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "dl_train has persistent_workers")  # whose own draws are not in the file
+        warnings.filterwarnings(
+            "ignore", "dl_train has persistent_workers"
+        )  # whose own draws are not in the file
         model.fit(epochs, train, verbose=0, **kwargs)
-        return found(model, model.fit(1, train, verbose=0))  # their seed is not drawn in a second fit either
+        return found(
+            model, model.fit(1, train, verbose=0)
+        )  # their seed is not drawn in a second fit either
 
 
 def persistent_carried_on(size):
@@ -173,7 +199,9 @@ def persistent_carried_on(size):
 
 def loader_with_a_generator(size):
     generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
-    return fitted(DataLoader(Rows(50), 12 // size, shuffle=True, generator=generator), drop(50, 12 // size))
+    return fitted(
+        DataLoader(Rows(50), 12 // size, shuffle=True, generator=generator), drop(50, 12 // size)
+    )
 
 
 def drop(rows, batch):
@@ -195,7 +223,11 @@ def odd_one(size, world, kind, rows, val, batch, shuffle, drop_last):
         if kind == "arrays":
             seed()
             model = compiled()
-            return found(model, model.fit(2, doubles(rows), doubles(val), batch_size=batch, verbose=0), doubles(val))
+            return found(
+                model,
+                model.fit(2, doubles(rows), doubles(val), batch_size=batch, verbose=0),
+                doubles(val),
+            )
         data = Rows(rows) if kind == "rows" else TensorDataset(*doubles(rows))
         train = DataLoader(data, batch, shuffle, drop_last=drop_last)
         return fitted(train, DataLoader(Rows(val), batch))
@@ -214,7 +246,9 @@ def shared_out_by_the_user(size):
     """Samplers that know of the ranks, in a batch sampler or of a class of the user's."""
     seed()
     model, rank = compiled(), 0 if size == 1 else RANK
-    by_batches = BatchSampler(DistributedSampler(range(48), size, rank, shuffle=False), 12 // size, False)
+    by_batches = BatchSampler(
+        DistributedSampler(range(48), size, rank, shuffle=False), 12 // size, False
+    )
     model.fit(1, DataLoader(Rows(48), batch_sampler=by_batches), verbose=0)
     loader = DataLoader(Rows(48), 12 // size, sampler=Strided(48, size, rank))
     return found(model, model.fit(1, loader, verbose=0))
@@ -288,7 +322,10 @@ class Two(minikeras.Model):
 def two_optimizers(size):
     seed()
     model = Two().double()
-    optimizers = {"g": torch.optim.Adam(model.g.parameters()), "d": torch.optim.SGD(model.d.parameters(), lr=0.1)}
+    optimizers = {
+        "g": torch.optim.Adam(model.g.parameters()),
+        "d": torch.optim.SGD(model.d.parameters(), lr=0.1),
+    }
     model = compiled(model, optimizer=optimizers, metrics_dict={})
     return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
 
@@ -309,7 +346,11 @@ def own_parameters(size):
     model, loss = Net().double(), Scaled()
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer)
-    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0), scale=loss.scale.detach())
+    return found(
+        model,
+        model.fit(2, doubles(45), batch_size=12 // size, verbose=0),
+        scale=loss.scale.detach(),
+    )
 
 
 class Sometimes(Net):
@@ -328,9 +369,14 @@ def layers_that_come_and_go(size):
     """Weights are those of one process that takes the halves of each batch by themselves."""
     seed()
     model = Sometimes().double()
-    model = compiled(model, minikeras.Regularized(nn.BCELoss(), model, l2=0.01), accumulate=2 // size)
+    model = compiled(
+        model, minikeras.Regularized(nn.BCELoss(), model, l2=0.01), accumulate=2 // size
+    )
     X, y = doubles(20)
-    parts = [(X[start : start + rows], y[start : start + rows]) for start, rows in ((0, 4), (4, 5), (9, 5), (14, 4))]
+    parts = [
+        (X[start : start + rows], y[start : start + rows])
+        for start, rows in ((0, 4), (4, 5), (9, 5), (14, 4))
+    ]
     dfhistory = model.fit(2, parts, verbose=0)
     return found(model, dfhistory)
 
@@ -362,9 +408,13 @@ def auroc(size):
 
     seed()
     model, read = compiled(), []
-    callback = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: read.append(float(logs["auroc"])))
+    callback = minikeras.LambdaCallback(
+        on_batch_end=lambda batch, logs: read.append(float(logs["auroc"]))
+    )
     data, val = ((doubles(rows)[0], points(rows)[1].long()) for rows in (61, 33))
-    model.compile(Floating(), model.optimizer, {"auroc": torchmetrics.AUROC("binary")}, device="cpu")
+    model.compile(
+        Floating(), model.optimizer, {"auroc": torchmetrics.AUROC("binary")}, device="cpu"
+    )
     dfhistory = model.fit(2, data, val, batch_size=12 // size, verbose=0, callbacks=[callback])
     assert len(read) == 12, read
     return found(model, dfhistory)
@@ -389,7 +439,11 @@ def in_order(y_pred, y_true):
 
 
 def several(y_pred, y_true):
-    return {"rmse": ((y_pred - y_true) ** 2).mean() ** 0.5, "rows": len(y_pred), "vector": y_pred[:2, 0]}
+    return {
+        "rmse": ((y_pred - y_true) ** 2).mean() ** 0.5,
+        "rows": len(y_pred),
+        "vector": y_pred[:2, 0],
+    }
 
 
 def on_all_rows(size):
@@ -440,7 +494,9 @@ def per_class(size):
     labels = (X[:, 0] > 0).long() + y[:, 0].long()
     metrics = {"f1": MulticlassF1Score(3, average=None), "cells": MulticlassConfusionMatrix(3)}
     model = compiled(minikeras.Model(nn.Linear(2, 3)), nn.CrossEntropyLoss(), metrics_dict=metrics)
-    return found(model, model.fit(2, (X, labels), (X[:33], labels[:33]), batch_size=12 // size, verbose=0))
+    return found(
+        model, model.fit(2, (X, labels), (X[:33], labels[:33]), batch_size=12 // size, verbose=0)
+    )
 
 
 def no_means(size):
@@ -486,7 +542,10 @@ def some_steps(size):
     seed()
     model = compiled()
     train = DataLoader(Rows(50), 12 // size, shuffle=True)
-    for val in (DataLoader(Rows(37), 12 // size), DataLoader(TensorDataset(*doubles(37)), 12 // size)):
+    for val in (
+        DataLoader(Rows(37), 12 // size),
+        DataLoader(TensorDataset(*doubles(37)), 12 // size),
+    ):
         model.fit(2, train, val, steps_per_epoch=3, validation_steps=2, verbose=0)
     beyond = doubles(30)
     beyond[0][24:] = torch.nan
@@ -632,7 +691,11 @@ def spoiled_on_one(size):
             "files": [file in there for file in files],
             "mine": any("most is NaN" in text or "most would be" in text for text in said),
             "told": any("another process" in text for text in said),
-            "finite": all(bool(tensor.isfinite().all()) for other in read for tensor in other.state_dict().values()),
+            "finite": all(
+                bool(tensor.isfinite().all())
+                for other in read
+                for tensor in other.state_dict().values()
+            ),
         }
     return results
 
@@ -678,7 +741,13 @@ def uneven(size):
     if size > 1:
         dfhistory = model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0)
         return found(model, dfhistory)
-    steps = [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)], range(16, 20), range(20, 24), range(24, 27)]
+    steps = [
+        [*range(4), *range(8, 12)],
+        [*range(4, 8), *range(12, 16)],
+        range(16, 20),
+        range(20, 24),
+        range(24, 27),
+    ]
     X, y = doubles(27)
     batches = [(X[list(rows)], y[list(rows)]) for rows in steps]
     return found(model, model.fit(2, batches, batches, verbose=0))
@@ -687,8 +756,12 @@ def uneven(size):
 def early_stopping(size):
     seed()
     model = compiled(optimizer=None)
-    stop = minikeras.EarlyStopping("val_loss", patience=2, min_delta=0.02, restore_best_weights=True)
-    dfhistory = model.fit(50, doubles(60), doubles(30), batch_size=12 // size, callbacks=[stop], verbose=0)
+    stop = minikeras.EarlyStopping(
+        "val_loss", patience=2, min_delta=0.02, restore_best_weights=True
+    )
+    dfhistory = model.fit(
+        50, doubles(60), doubles(30), batch_size=12 // size, callbacks=[stop], verbose=0
+    )
     assert len(dfhistory) < 50
     return found(model, dfhistory)
 
@@ -747,9 +820,15 @@ def nan_on_one(size):
 def dropout(size):
     """Each rank draws its own."""
     seed()
-    model = compiled(minikeras.Model(nn.Sequential(nn.Linear(2, 64), nn.Dropout(), nn.Linear(64, 1), nn.Sigmoid())))
+    model = compiled(
+        minikeras.Model(
+            nn.Sequential(nn.Linear(2, 64), nn.Dropout(), nn.Linear(64, 1), nn.Sigmoid())
+        )
+    )
     masks = []
-    model.net[1].register_forward_hook(lambda layer, inputs, output: masks.append(float((output == 0).sum())))
+    model.net[1].register_forward_hook(
+        lambda layer, inputs, output: masks.append(float((output == 0).sum()))
+    )
     one = torch.ones(24, 2, dtype=torch.float64), torch.ones(24, 1, dtype=torch.float64)
     model.fit(1, one, batch_size=12 // size, verbose=0)
     drawn = torch.rand(()).item(), np.random.rand(), random.random()
@@ -784,7 +863,9 @@ def tracked(size):
     dfhistory = model.fit(2, doubles(24), batch_size=12 // size, callbacks=[board], verbose=0)
     files = len(list(folder.glob("events.*"))) if RANK == 0 else 1
     events = EventAccumulator(str(folder)).Reload() if RANK == 0 else None
-    losses = [point.value for point in events.Scalars("loss")] if events else list(dfhistory["loss"])
+    losses = (
+        [point.value for point in events.Scalars("loss")] if events else list(dfhistory["loss"])
+    )
     return {"files": files, "losses": torch.tensor(losses, dtype=torch.float32)}
 
 
@@ -833,7 +914,10 @@ def told(size):
         compiled(minikeras.Model(Noisy()), sync_batchnorm=True)
     except ValueError as error:
         said.append(str(error))
-    for model, data in ((Noisy(), DataLoader(Rows(8), 1)), (nn.Linear(2, 1), DataLoader(Rows(5), 3, drop_last=True))):
+    for model, data in (
+        (Noisy(), DataLoader(Rows(8), 1)),
+        (nn.Linear(2, 1), DataLoader(Rows(5), 3, drop_last=True)),
+    ):
         try:
             compiled(minikeras.Model(model)).fit(1, data, verbose=0)
         except ValueError as error:
@@ -860,7 +944,9 @@ def jit(size):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dfhistory = model.fit(2, doubles(61), doubles(13), batch_size=12 // size, verbose=0)
-    assert size == 1 or any("needs backward and step outside it" in str(one.message) for one in caught)
+    assert size == 1 or any(
+        "needs backward and step outside it" in str(one.message) for one in caught
+    )
     return found(model, dfhistory)
 
 
@@ -878,10 +964,14 @@ def carried_on(size, file=True, workers=None):
         if rank == RANK and (at[0], done) == (epoch, batch) and not again:
             os.kill(os.getpid(), number)
 
-    callback = minikeras.LambdaCallback(on_epoch_begin=lambda epoch: at.__setitem__(0, epoch), on_batch_end=kill)
+    callback = minikeras.LambdaCallback(
+        on_epoch_begin=lambda epoch: at.__setitem__(0, epoch), on_batch_end=kill
+    )
     workers = int(os.environ.get("WORKERS", "0")) if workers is None else workers
     train = DataLoader(Rows(64), 12 // size, shuffle=True, num_workers=workers)
-    more = {"checkpoint": Path(os.environ["FOLDER"], "run.pt"), "checkpoint_every": 2} if file else {}
+    more = (
+        {"checkpoint": Path(os.environ["FOLDER"], "run.pt"), "checkpoint_every": 2} if file else {}
+    )
     return found(model, model.fit(3, train, doubles(20), callbacks=[callback], verbose=0, **more))
 
 
@@ -889,7 +979,9 @@ class Noisy(nn.Sequential):
     """Each rank has its own noise and running means."""
 
     def __init__(self):
-        super().__init__(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Sigmoid())
+        super().__init__(
+            nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1), nn.Sigmoid()
+        )
 
 
 def whole(size):
@@ -912,7 +1004,11 @@ def raising(size):
     model.fit(5, doubles(60), batch_size=4, callbacks=[fails], verbose=0)
 
 
-CASES = {name: case for name, case in list(globals().items()) if callable(case) and case.__module__ == __name__}
+CASES = {
+    name: case
+    for name, case in list(globals().items())
+    if callable(case) and case.__module__ == __name__
+}
 
 
 def main(folder, names):

@@ -157,7 +157,9 @@ class Jittered(Dataset):
         return len(X)
 
     def __getitem__(self, row):
-        return X[row] + 0.1 * (self.transforms[0]["rng"].random() + self.transforms[1].random()), Y[row]
+        return X[row] + 0.1 * (self.transforms[0]["rng"].random() + self.transforms[1].random()), Y[
+            row
+        ]
 
 
 class Pool(Sampler):
@@ -196,7 +198,9 @@ class ByEpoch(Sampler):
         return len(X)
 
     def __iter__(self):
-        return iter(torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch)).tolist())
+        return iter(
+            torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        )
 
 
 class AsItGoes:
@@ -256,16 +260,25 @@ LOADERS = {
     "in memory": lambda: memory(shuffle=True),
     "in memory, own generator": lambda: memory(shuffle=True, generator=seeded()),
     "in memory, 2 workers": lambda: memory(shuffle=True, num_workers=2),
-    "in memory, replacement": lambda: memory(sampler=RandomSampler(X, replacement=True, generator=seeded())),
+    "in memory, replacement": lambda: memory(
+        sampler=RandomSampler(X, replacement=True, generator=seeded())
+    ),
     "persistent workers": lambda: memory(shuffle=True, num_workers=1, persistent_workers=True),
     "noisy": lambda: noisy(shuffle=True),
     "noisy, own generator": lambda: noisy(shuffle=True, generator=seeded()),
     "noisy, 2 workers": lambda: noisy(shuffle=True, num_workers=2),
     "noisy, weighted": lambda: noisy(sampler=WeightedRandomSampler(torch.arange(1.0, 91.0), 90)),
-    "noisy, replacement": lambda: noisy(sampler=RandomSampler(X, replacement=True, generator=seeded())),
-    "noisy, batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(X), 20, True)),
+    "noisy, replacement": lambda: noisy(
+        sampler=RandomSampler(X, replacement=True, generator=seeded())
+    ),
+    "noisy, batch sampler": lambda: DataLoader(
+        Noisy(), batch_sampler=BatchSampler(RandomSampler(X), 20, True)
+    ),
     "noisy, whole batches": lambda: DataLoader(
-        Noisy(), batch_size=None, sampler=BatchSampler(RandomSampler(X), 20, False), collate_fn=lambda rows: rows
+        Noisy(),
+        batch_size=None,
+        sampler=BatchSampler(RandomSampler(X), 20, False),
+        collate_fn=lambda rows: rows,
     ),
     "counting sampler": lambda: noisy(sampler=DistributedSampler(Noisy(), num_replicas=1, rank=0)),
     "generators of its own": lambda: DataLoader(Jittered(), batch_size=20, shuffle=True),
@@ -284,7 +297,9 @@ LOADERS = {
 
 def call_of(loader="in memory", **changes):
     """The model and the arguments of a call of fit."""
-    changes = {key: value() if callable(value) else value for key, value in changes.items()}  # new ones each time
+    changes = {
+        key: value() if callable(value) else value for key, value in changes.items()
+    }  # new ones each time
     kind = changes.pop("model", "net")
     model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
     if kind == "scores":
@@ -304,7 +319,12 @@ def call_of(loader="in memory", **changes):
     metrics = {"accuracy": accuracy, "mean": Mean()} if kind != "pair" else {}
     options = {"device": "cpu"} | changes.pop("compile", {})
     model.compile(loss, optimizer, metrics | changes.pop("metrics", {}), **options)
-    arguments = {"epochs": EPOCHS, "dl_train": LOADERS[loader](), "dl_val": noisy(shuffle=True), "verbose": 0}
+    arguments = {
+        "epochs": EPOCHS,
+        "dl_train": LOADERS[loader](),
+        "dl_val": noisy(shuffle=True),
+        "verbose": 0,
+    }
     return model, arguments | changes
 
 
@@ -322,6 +342,10 @@ def result_of(model, dfhistory):
 
 def differences(a, b):
     """What differs between two results, bit by bit."""
-    found = [] if a[0].equals(b[0]) else [f"history:\n{a[0].compare(b[0]) if a[0].shape == b[0].shape else b[0]}"]
+    found = (
+        []
+        if a[0].equals(b[0])
+        else [f"history:\n{a[0].compare(b[0]) if a[0].shape == b[0].shape else b[0]}"]
+    )
     found += [key for key in a[1] if not torch.equal(a[1][key], b[1][key])]
     return found + ["what is drawn next"] * (a[2] != b[2])

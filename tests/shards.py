@@ -50,7 +50,9 @@ def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, *
     kind = os.environ.get("KIND", "fsdp") if "RANK" in os.environ else "auto"
     if kind != "fsdp":
         kwargs.pop("fsdp_blocks", None)
-    model.compile(loss_func or nn.BCELoss(), optimizer, metrics_dict, device="cpu", distributed=kind, **kwargs)
+    model.compile(
+        loss_func or nn.BCELoss(), optimizer, metrics_dict, device="cpu", distributed=kind, **kwargs
+    )
     return model
 
 
@@ -59,7 +61,12 @@ def found(model, dfhistory, dl=None, **more):
     path = Path(os.environ["FOLDER"], f"{os.environ.get('WORLD_SIZE', '1')}.pt")
     model.save(path)
     outputs = None if dl is None else model.predict(dl)
-    return {"history": dfhistory.to_dict("list"), "weights": dict(torch.load(path)), "outputs": outputs, **more}
+    return {
+        "history": dfhistory.to_dict("list"),
+        "weights": dict(torch.load(path)),
+        "outputs": outputs,
+        **more,
+    }
 
 
 def arrays(size):
@@ -68,10 +75,18 @@ def arrays(size):
     before = [weight.detach().clone() for weight in model.parameters()]
     dfhistory = model.fit(3, doubles(100), doubles(37), batch_size=12 // size, verbose=0)
     weights = list(model.parameters())
-    moved = all(not torch.equal(local(a), local(b)) for a, b in zip(before, weights, strict=True) if local(a).numel())
+    moved = all(
+        not torch.equal(local(a), local(b))
+        for a, b in zip(before, weights, strict=True)
+        if local(a).numel()
+    )
     assert moved
-    assert size == 1 or os.environ.get("KIND") == "ddp" or all(hasattr(w, "to_local") for w in weights)
-    return found(model, dfhistory, doubles(37), evaluated=model.evaluate(doubles(37), batch_size=12 // size))
+    assert (
+        size == 1 or os.environ.get("KIND") == "ddp" or all(hasattr(w, "to_local") for w in weights)
+    )
+    return found(
+        model, dfhistory, doubles(37), evaluated=model.evaluate(doubles(37), batch_size=12 // size)
+    )
 
 
 def local(tensor):
@@ -82,7 +97,9 @@ def penalties(size):
     seed()
     model, loss = Deep().double(), Scaled()
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
-    model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer, clip_grad_norm=0.1)
+    model = compiled(
+        model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer, clip_grad_norm=0.1
+    )
     dfhistory = model.fit(2, doubles(45), doubles(17), batch_size=12 // size, verbose=0)
     return found(model, dfhistory, scale=loss.scale.detach())
 
@@ -123,15 +140,25 @@ def by_the_user(size):
 def fewer_rows_than_processes(size):
     seed()
     model = compiled()
-    return found(model, model.fit(2, doubles(5), doubles(1), batch_size=6 // size, verbose=0), doubles(1))
+    return found(
+        model, model.fit(2, doubles(5), doubles(1), batch_size=6 // size, verbose=0), doubles(1)
+    )
 
 
 def uneven(size):
     seed()
     model = compiled()
     if size > 1:
-        return found(model, model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0))
-    steps = [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)], range(16, 20), range(20, 24), range(24, 27)]
+        return found(
+            model, model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0)
+        )
+    steps = [
+        [*range(4), *range(8, 12)],
+        [*range(4, 8), *range(12, 16)],
+        range(16, 20),
+        range(20, 24),
+        range(24, 27),
+    ]
     X, y = doubles(27)
     batches = [(X[list(rows)], y[list(rows)]) for rows in steps]
     return found(model, model.fit(2, batches, batches, verbose=0))
@@ -140,7 +167,10 @@ def uneven(size):
 def two_optimizers(size):
     seed()
     model = Two().double()
-    optimizers = {"g": torch.optim.Adam(model.g.parameters()), "d": torch.optim.SGD(model.d.parameters(), lr=0.1)}
+    optimizers = {
+        "g": torch.optim.Adam(model.g.parameters()),
+        "d": torch.optim.SGD(model.d.parameters(), lr=0.1),
+    }
     model = compiled(model, optimizer=optimizers, metrics_dict={}, fsdp_blocks=(nn.Linear,))
     dfhistory = model.fit(2, doubles(45), batch_size=12 // size, verbose=0)
     return found(model, dfhistory, doubles(7))
@@ -149,13 +179,17 @@ def two_optimizers(size):
 def callbacks(size):
     seed()
     model = compiled()
-    stop = minikeras.EarlyStopping("val_loss", patience=2, min_delta=0.02, restore_best_weights=True)
+    stop = minikeras.EarlyStopping(
+        "val_loss", patience=2, min_delta=0.02, restore_best_weights=True
+    )
     path = Path(os.environ["FOLDER"], f"kept{size}.pt")
     save = minikeras.ModelCheckpoint(path, "val_loss", save_best_only=True)
     average = minikeras.EMA(0.9, evaluate=True)
     rates = minikeras.LRScheduler(torch.optim.lr_scheduler.StepLR(model.optimizer, 2, 0.5))
     listed = [average, stop, save, rates]
-    dfhistory = model.fit(20, doubles(60), doubles(30), batch_size=12 // size, callbacks=listed, verbose=0)
+    dfhistory = model.fit(
+        20, doubles(60), doubles(30), batch_size=12 // size, callbacks=listed, verbose=0
+    )
     result = found(model, dfhistory, kept=dict(torch.load(path)))
     model.load(path)
     return result | {"evaluated": model.evaluate(doubles(30))}
@@ -191,13 +225,21 @@ def nan_on_one(size):
 def refused(size):
     """What cannot be had is said."""
     said = []
-    for more in ({"jit": True}, {"precision": "fp16"}, {"fsdp_blocks": nn.Conv1d}, {"fsdp_blocks": "Linear"}):
+    for more in (
+        {"jit": True},
+        {"precision": "fp16"},
+        {"fsdp_blocks": nn.Conv1d},
+        {"fsdp_blocks": "Linear"},
+    ):
         try:
             Net().compile(nn.BCELoss(), device="cpu", distributed="fsdp", **more)
         except (ValueError, TypeError) as error:
             said.append(str(error))
     model = Two()
-    optimizers = {"g": torch.optim.SGD(model.g.parameters()), "d": torch.optim.SGD(model.d.parameters())}
+    optimizers = {
+        "g": torch.optim.SGD(model.g.parameters()),
+        "d": torch.optim.SGD(model.d.parameters()),
+    }
     model.compile(nn.BCELoss(), optimizers, device="cpu", distributed="fsdp")
     try:
         model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0)
@@ -248,9 +290,18 @@ def carried_on(size):
     return found(model, dfhistory)
 
 
-CASES = {name: case for name, case in list(globals().items()) if callable(case) and case.__module__ == __name__}
+CASES = {
+    name: case
+    for name, case in list(globals().items())
+    if callable(case) and case.__module__ == __name__
+}
 
 if __name__ == "__main__":
-    sys.setswitchinterval(60)  # a thread that waits for the GIL as the process ends, waits its longest
+    sys.setswitchinterval(
+        60
+    )  # a thread that waits for the GIL as the process ends, waits its longest
     for name in sys.argv[2:]:
-        torch.save(CASES[name](int(os.environ["WORLD_SIZE"])), Path(sys.argv[1], f"{name}.{os.environ['RANK']}.pt"))
+        torch.save(
+            CASES[name](int(os.environ["WORLD_SIZE"])),
+            Path(sys.argv[1], f"{name}.{os.environ['RANK']}.pt"),
+        )

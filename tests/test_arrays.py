@@ -63,7 +63,9 @@ def read_only(X):
 
 TAKEN = {
     "scipy.sparse matrix": csr,
-    "scipy.sparse array of float64": lambda X: pytest.importorskip("scipy.sparse").coo_array(X.astype("float64")),
+    "scipy.sparse array of float64": lambda X: pytest.importorskip("scipy.sparse").coo_array(
+        X.astype("float64")
+    ),
     "polars DataFrame": polars_frame,
     "torch COO tensor": lambda X: torch.as_tensor(X).to_sparse(),
     "DataFrame": pd.DataFrame,
@@ -71,7 +73,9 @@ TAKEN = {
     "DataFrame of Float32": lambda X: pd.DataFrame(X).astype("Float32"),
     "sparse DataFrame": lambda X: pd.DataFrame(X).astype(pd.SparseDtype("float32", 0.0)),
     "array of objects": lambda X: X.astype(object),
-    "array of decimals": lambda X: np.vectorize(decimal.Decimal, otypes=[object])(X.astype("float64")),
+    "array of decimals": lambda X: np.vectorize(decimal.Decimal, otypes=[object])(
+        X.astype("float64")
+    ),
     "array in column order": np.asfortranarray,
     "array backwards": lambda X: X[::-1].copy()[::-1],
     "big-endian array": lambda X: X.astype(">f4"),
@@ -88,7 +92,9 @@ def test_each_kind_of_array_trains_as_the_same_numbers_in_a_plain_array_do(make)
         np.testing.assert_allclose(theirs, plain, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "int16", "uint16", "int32", "uint32", "uint64", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "int8", "int16", "uint16", "int32", "uint32", "uint64", "bool"]
+)
 def test_a_narrow_array_gives_batches_of_the_dtype_that_the_whole_would_have(dtype):
     X = np.arange(21).reshape(7, 3).astype(dtype)
     for shuffled in (True, False):
@@ -117,7 +123,9 @@ def test_a_sparse_tensor_gives_batches_of_its_layout_in_and_out_of_order(layout)
         batches = list(as_batches((X.to_sparse(layout=layout), TARGET), "dl", 8, shuffle=shuffled))
         assert all(features.layout is layout for features, _ in batches)
         dense = torch.cat([features.to_dense() for features, _ in batches])
-        torch.testing.assert_close(dense.sum(1, keepdim=True), torch.cat([labels for _, labels in batches]))
+        torch.testing.assert_close(
+            dense.sum(1, keepdim=True), torch.cat([labels for _, labels in batches])
+        )
 
 
 def test_a_jagged_tensor_gives_batches_of_its_rows():
@@ -126,10 +134,14 @@ def test_a_jagged_tensor_gives_batches_of_its_rows():
     lengths = torch.tensor([2.0, 5.0, 1.0, 4.0, 3.0])
     batches = list(as_batches((X, lengths), "dl", 2, shuffle=True))
     found = [
-        (part, label) for features, labels in batches for part, label in zip(features.unbind(), labels, strict=True)
+        (part, label)
+        for features, labels in batches
+        for part, label in zip(features.unbind(), labels, strict=True)
     ]
     assert sorted(label.item() for _, label in found) == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert all(torch.equal(part, torch.full((int(label), 3), label.item())) for part, label in found)
+    assert all(
+        torch.equal(part, torch.full((int(label), 3), label.item())) for part, label in found
+    )
 
 
 class Means(minikeras.Model):
@@ -145,26 +157,40 @@ def test_a_model_trains_on_a_jagged_tensor():
     rows = [torch.randn(length, 3) for length in (2, 5, 1, 4, 3)]
     y = torch.randn(5, 1)
     model = compiled(Means(), nn.MSELoss(), lr=0.0)
-    expected = torch.stack([(model.fc(row).mean(0) - label) ** 2 for row, label in zip(rows, y, strict=True)]).mean()
+    expected = torch.stack(
+        [(model.fc(row).mean(0) - label) ** 2 for row, label in zip(rows, y, strict=True)]
+    ).mean()
     X = torch.nested.nested_tensor(rows, layout=torch.jagged)
-    assert model.fit(1, (X, y), batch_size=2, verbose=0)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.fit(1, (X, y), batch_size=2, verbose=0)["loss"].item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
     assert model.predict(X, batch_size=2).shape == (5, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
 @pytest.mark.parametrize(
-    "of", [lambda data: data, lambda data: Subset(data, [0, 2, 5]), lambda d: StackDataset(a=d.tensors[0])]
+    "of",
+    [
+        lambda data: data,
+        lambda data: Subset(data, [0, 2, 5]),
+        lambda d: StackDataset(a=d.tensors[0]),
+    ],
 )
 def test_a_loader_of_unsigned_integers_gives_what_torch_gives(dtype, of):
     top = {torch.uint16: 2**16, torch.uint32: 2**32, torch.uint64: 2**63}[dtype]
-    data = of(TensorDataset(torch.tensor([[0, 1], [top - 1, 3], [4, 5], [6, 7], [8, 9], [1, top - 2]]).to(dtype)))
+    data = of(
+        TensorDataset(
+            torch.tensor([[0, 1], [top - 1, 3], [4, 5], [6, 7], [8, 9], [1, top - 2]]).to(dtype)
+        )
+    )
     for shuffled in (True, False):
         loader = DataLoader(data, 2, shuffle=shuffled)
         torch.manual_seed(1)
         theirs = [torch.stack(leaves(batch)) for batch in loader]
         torch.manual_seed(1)
         ours = [
-            torch.stack(list(batch.values()) if type(batch) is dict else batch) for batch in as_batches(loader, "dl")
+            torch.stack(list(batch.values()) if type(batch) is dict else batch)
+            for batch in as_batches(loader, "dl")
         ]
         assert [batch.dtype for batch in ours] == [dtype] * len(theirs)
         assert [batch.tolist() for batch in ours] == [batch.tolist() for batch in theirs]
@@ -175,7 +201,9 @@ def test_a_part_that_is_none_is_left_out_of_arrays_as_it_is_of_batches():
         np.testing.assert_array_equal(theirs, plain)
     model = regression(lr=0.0)
     alone = model.fit(1, (DENSE, TARGET), verbose=0)["loss"].item()
-    assert model.fit(1, (DENSE, TARGET, None), verbose=0)["loss"].iloc[-1] == pytest.approx(alone, rel=1e-6)
+    assert model.fit(1, (DENSE, TARGET, None), verbose=0)["loss"].iloc[-1] == pytest.approx(
+        alone, rel=1e-6
+    )
     assert torch.equal(model.predict((DENSE, None)), model.predict(DENSE))
 
 
@@ -260,10 +288,12 @@ def test_a_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
     model.fit(1, (X[:512], y[:512]), (X[:512], y[:512]), batch_size=256, verbose=0)
     before, highest = own_memory(), Highest()
     expected = model.net.fc.bias.item()
-    assert model.fit(1, (X, y), batch_size=256, verbose=0, callbacks=[highest])["loss"].iloc[-1] == pytest.approx(
+    assert model.fit(1, (X, y), batch_size=256, verbose=0, callbacks=[highest])["loss"].iloc[
+        -1
+    ] == pytest.approx(expected**2, rel=1e-5)
+    assert model.evaluate((X, y), batch_size=256)["val_loss"] == pytest.approx(
         expected**2, rel=1e-5
     )
-    assert model.evaluate((X, y), batch_size=256)["val_loss"] == pytest.approx(expected**2, rel=1e-5)
     grown = max(highest.bytes, own_memory()) - before
     assert grown < rows * width * np.dtype(dtype).itemsize / 2
     assert model.predict(X, batch_size=256).shape == (rows, 1)
@@ -307,7 +337,9 @@ print(grown / (rows * width * np.dtype(dtype).itemsize))
 def test_an_array_or_a_dataframe_costs_at_most_twice_itself(kind, dtype):
     if not sys.platform.startswith("linux"):
         pytest.skip("counts in Linux's units")
-    run = subprocess.run([sys.executable, "-c", HANDED_OVER, kind, dtype], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", HANDED_OVER, kind, dtype], capture_output=True, text=True, check=True
+    )
     copies = float(run.stdout)
     most = 1.25 if kind != "array" or dtype == "float64" else 0.3  # of the size of X, beside itself
     assert copies < most
@@ -339,7 +371,11 @@ def seconds(column):
 ODD_COLUMNS = {
     "text": (CITY, r"columns that are not numbers: c\. .*get_dummies\(frame, dtype=float\)", None),
     "categories": (CITY.astype("category"), "columns that are not numbers: c", None),
-    "text as codes": (CITY, r"column\.astype\('category'\)\.cat\.codes", lambda c: c.astype("category").cat.codes),
+    "text as codes": (
+        CITY,
+        r"column\.astype\('category'\)\.cat\.codes",
+        lambda c: c.astype("category").cat.codes,
+    ),
     "dates": (
         pd.Series(pd.date_range("2020", periods=ROWS)),
         r"\(column - column.min\(\)\)\.dt\.total_seconds",
@@ -368,7 +404,9 @@ def test_a_column_that_is_no_number_is_named_and_its_remedy_works(column, words,
     frame = BASE.assign(c=column)
     refused((TypeError, ValueError), (frame, TARGET), f"dl_train.*{words}")
     if "missing" in words:
-        mended = frame.astype("float64").fillna(0) if "bool" in str(column.dtype) else frame.fillna(0)
+        mended = (
+            frame.astype("float64").fillna(0) if "bool" in str(column.dtype) else frame.fillna(0)
+        )
     elif remedy is None:
         mended = pd.get_dummies(frame, dtype=float)
     else:
@@ -392,8 +430,16 @@ def test_missing_labels_are_refused_by_a_series_too():
 
 
 ODD_ARRAYS = {
-    "text": (np.array(["cat", "dog"] * 10), r"pandas.factorize\(array\)\[0\]", lambda array: pd.factorize(array)[0]),
-    "objects": (np.array(["cat", None] * 10, object), "objects", lambda array: pd.factorize(array)[0]),
+    "text": (
+        np.array(["cat", "dog"] * 10),
+        r"pandas.factorize\(array\)\[0\]",
+        lambda array: pd.factorize(array)[0],
+    ),
+    "objects": (
+        np.array(["cat", None] * 10, object),
+        "objects",
+        lambda array: pd.factorize(array)[0],
+    ),
     "written numbers": (
         np.array(["1", "2.5"] * 10),
         r"array.astype\('float32'\)",
@@ -426,9 +472,14 @@ def test_an_array_that_is_not_of_numbers_is_refused_and_its_remedy_works(array, 
 def test_text_in_two_columns_becomes_numbers_by_the_remedy():
     array = np.array([["a", "1"], ["b", "2"]] * 10)
     refused(
-        TypeError, (array, TARGET), r"pandas.get_dummies\(pandas.DataFrame\(array\).infer_objects\(\), dtype=float\)"
+        TypeError,
+        (array, TARGET),
+        r"pandas.get_dummies\(pandas.DataFrame\(array\).infer_objects\(\), dtype=float\)",
     )
-    assert as_tensor(pd.get_dummies(pd.DataFrame(array).infer_objects(), dtype=float)).shape == (ROWS, 4)
+    assert as_tensor(pd.get_dummies(pd.DataFrame(array).infer_objects(), dtype=float)).shape == (
+        ROWS,
+        4,
+    )
 
 
 def test_a_frame_of_many_bools_beside_a_float_gives_the_same_batches_fetched_or_copied(monkeypatch):
@@ -443,13 +494,20 @@ def test_a_dataset_of_sparse_tensors_is_told_what_is_taken():
     X = torch.as_tensor(DENSE).to_sparse()
     with pytest.raises(RuntimeError) as error:
         regression().fit(1, TensorDataset(X, TARGET), verbose=0)
-    assert "Pass the tensors themselves, (X, y): their rows are fetched batch by batch." in error.value.__notes__
+    assert (
+        "Pass the tensors themselves, (X, y): their rows are fetched batch by batch."
+        in error.value.__notes__
+    )
     trained_on(X)
 
 
 def test_texts_in_a_list_are_told_to_become_class_numbers():
     labels = ["cat", "dog"] * (ROWS // 2)
-    refused(TypeError, (DENSE, labels), r"holds the text 'cat'.*pandas.factorize\(numpy.array\(labels\)\)\[0\]")
+    refused(
+        TypeError,
+        (DENSE, labels),
+        r"holds the text 'cat'.*pandas.factorize\(numpy.array\(labels\)\)\[0\]",
+    )
     model = compiled(minikeras.Model(nn.Linear(3, 2)), nn.CrossEntropyLoss())
     model.fit(1, (DENSE, pd.factorize(np.array(labels))[0]), verbose=0)
 
@@ -471,13 +529,29 @@ def test_labels_in_a_row_are_told_to_be_a_column():
 
 
 NO_DATA = {
-    "a path": ("data.csv", TypeError, "is the path 'data.csv'; expected data. Read it first: frame = pandas.read_csv"),
-    "a Path": (pathlib.Path("x.npy"), TypeError, r"is the path 'x.npy'.*numpy.load\('x.npy', mmap_mode='r'\)"),
+    "a path": (
+        "data.csv",
+        TypeError,
+        "is the path 'data.csv'; expected data. Read it first: frame = pandas.read_csv",
+    ),
+    "a Path": (
+        pathlib.Path("x.npy"),
+        TypeError,
+        r"is the path 'x.npy'.*numpy.load\('x.npy', mmap_mode='r'\)",
+    ),
     "bytes": (b"abc", TypeError, r"is 3 bytes; .* numpy.frombuffer\(data, dtype=numpy.uint8\)"),
     "a text": ("some words", TypeError, "is the text 'some words'; expected an array of numbers"),
     "a set": ({1.0, 2.0}, TypeError, "is a set, which has no order"),
-    "a class": (DataLoader, TypeError, r"is the class DataLoader; expected an instance. Pass DataLoader\(...\)"),
-    "paths": (["a.png", "b.png"], TypeError, "is a list of str; .* whose __getitem__ reads one of them"),
+    "a class": (
+        DataLoader,
+        TypeError,
+        r"is the class DataLoader; expected an instance. Pass DataLoader\(...\)",
+    ),
+    "paths": (
+        ["a.png", "b.png"],
+        TypeError,
+        "is a list of str; .* whose __getitem__ reads one of them",
+    ),
     "a path for X": (("x.npy", TARGET), TypeError, "holds the path 'x.npy'"),
     "a set for X": (({1, 2}, TARGET), TypeError, "holds a set"),
     "no X": ((None, TARGET), TypeError, "holds None"),
@@ -492,7 +566,12 @@ NO_DATA = {
 @pytest.mark.parametrize(("data", "kind", "words"), NO_DATA.values(), ids=NO_DATA)
 def test_what_is_no_data_is_told_by_the_arguments_name_before_an_epoch(data, kind, words):
     refused(kind, data, f"^dl_train {words}")
-    refused(kind, data, f"^dl_val {words}", lambda model, data: model.fit(1, (DENSE, TARGET), data, verbose=0))
+    refused(
+        kind,
+        data,
+        f"^dl_val {words}",
+        lambda model, data: model.fit(1, (DENSE, TARGET), data, verbose=0),
+    )
     refused(kind, data, f"^dl_val {words}", lambda model, data: model.evaluate(data))
     refused(kind, data, f"^dl {words}", lambda model, data: model.predict(data))
 
@@ -508,7 +587,9 @@ def test_the_remedies_for_a_path_read_the_file(tmp_path):
     frame = names["frame"]
     expression = str(error.value).partition("as (X, y): ")[2].removesuffix(".")
     data = eval(expression, {"frame": frame})
-    np.testing.assert_allclose(trained_on(*data, width=2)[1], trained_on(BASE, width=2)[1], rtol=1e-5)
+    np.testing.assert_allclose(
+        trained_on(*data, width=2)[1], trained_on(BASE, width=2)[1], rtol=1e-5
+    )
     array = tmp_path / "x.npy"
     np.save(array, DENSE)
     with pytest.raises(TypeError) as error:
@@ -521,7 +602,9 @@ def test_a_polars_frame_that_cannot_be_used_says_why():
     polars = pytest.importorskip("polars")
     frame = polars.DataFrame({"a": [1.5] * ROWS, "city": ["Rome"] * ROWS})
     refused(TypeError, (frame, TARGET), "columns that are not numbers: city")
-    refused(TypeError, frame.lazy(), r"LazyFrame, which is not computed yet. Pass dl_train.collect\(\)")
+    refused(
+        TypeError, frame.lazy(), r"LazyFrame, which is not computed yet. Pass dl_train.collect\(\)"
+    )
     missing = polars.DataFrame({"a": [1, None] * (ROWS // 2), "b": [0.5] * ROWS})
     refused(ValueError, (missing, TARGET), r"missing in a \(10\).*frame.fill_null\(0\)")
     assert np.isfinite(trained_on(missing.fill_null(0), width=2)[0]).all()

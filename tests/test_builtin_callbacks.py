@@ -138,7 +138,9 @@ CARRIED = {
     ],
     "a best epoch before the stop": lambda model: [
         LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(score=float(-epoch))),
-        EarlyStopping("score", patience=4, mode="max", restore_best_weights=True, start_from_epoch=1),
+        EarlyStopping(
+            "score", patience=4, mode="max", restore_best_weights=True, start_from_epoch=1
+        ),
     ],
     "LRScheduler": lambda model: [LRScheduler(lr_scheduler.CosineAnnealingLR(model.optimizer, 6))],
     "LRScheduler by batch": lambda model: [
@@ -148,13 +150,19 @@ CARRIED = {
         LRScheduler(
             lr_scheduler.SequentialLR(
                 model.optimizer,
-                [lr_scheduler.ConstantLR(model.optimizer), lr_scheduler.MultiStepLR(model.optimizer, [1, 3])],
+                [
+                    lr_scheduler.ConstantLR(model.optimizer),
+                    lr_scheduler.MultiStepLR(model.optimizer, [1, 3]),
+                ],
                 [2],
             )
         )
     ],
     "ReduceLROnPlateau": lambda model: [
-        LRScheduler(lr_scheduler.ReduceLROnPlateau(model.optimizer, patience=0, threshold=1.0), monitor="val_loss")
+        LRScheduler(
+            lr_scheduler.ReduceLROnPlateau(model.optimizer, patience=0, threshold=1.0),
+            monitor="val_loss",
+        )
     ],
     "EMA": lambda model: [EMA(0.8)],
     "EMA that evaluates": lambda model: [EMA(0.8, evaluate=True)],
@@ -170,7 +178,9 @@ CARRIED = {
 @pytest.mark.parametrize("name", CARRIED)
 @pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR's own
 def test_a_run_that_is_carried_on_ends_as_if_never_stopped(name, after):
-    (whole, dfwhole), (resumed, dfresumed) = carried_on(CARRIED[name], after, val=BATCHES[:2], validation_freq=2)
+    (whole, dfwhole), (resumed, dfresumed) = carried_on(
+        CARRIED[name], after, val=BATCHES[:2], validation_freq=2
+    )
     pd.testing.assert_frame_equal(dfresumed, dfwhole, check_exact=True)
     assert_same(weights(resumed), weights(whole))
 
@@ -181,7 +191,9 @@ def test_a_run_that_is_carried_on_ends_as_if_never_stopped(name, after):
 def stopped_by(stop, values, name="score"):
     """(epoch at which it stops or None, epoch whose weights the model has at the end)."""
     now = {"epoch": torch.tensor(0)}
-    stop.model = SimpleNamespace(stop_training=False, state_dict=lambda: now, load_state_dict=now.update)
+    stop.model = SimpleNamespace(
+        stop_training=False, state_dict=lambda: now, load_state_dict=now.update
+    )
     stop.on_fit_begin()
     for epoch, value in enumerate(values, start=1):
         now["epoch"] = torch.tensor(epoch)
@@ -268,18 +280,31 @@ def test_the_best_weights_come_back_after_an_error_too():
     model = compiled()
     keep = LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(weights(model)))
     with pytest.raises(RuntimeError, match="no luck"):
-        fit(5, [EarlyStopping("loss", restore_best_weights=True), keep, LambdaCallback(on_batch_end=fail)], model)
+        fit(
+            5,
+            [
+                EarlyStopping("loss", restore_best_weights=True),
+                keep,
+                LambdaCallback(on_batch_end=fail),
+            ],
+            model,
+        )
     assert_same(weights(model), seen[0])
 
 
 def test_a_reused_early_stopping_starts_afresh():
     stop = EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
     model, _ = fit(3, [log("score", [1.0, 2.0, 2.0]), stop])
-    assert len(model.fit(5, BATCHES, callbacks=[log("score", [5.0, 4.0, 4.0, 4.0]), stop], verbose=0)) == 3 + 4
+    assert (
+        len(model.fit(5, BATCHES, callbacks=[log("score", [5.0, 4.0, 4.0, 4.0]), stop], verbose=0))
+        == 3 + 4
+    )
 
 
 def test_early_stopping_waits_for_the_epochs_with_a_validation():
-    _, dfhistory = fit(8, [EarlyStopping(patience=1)], compiled(lr=0.0), val=BATCHES, validation_freq=2)
+    _, dfhistory = fit(
+        8, [EarlyStopping(patience=1)], compiled(lr=0.0), val=BATCHES, validation_freq=2
+    )
     assert len(dfhistory) == 4
 
 
@@ -345,7 +370,9 @@ class OwnValidation(Callback):
 @pytest.mark.parametrize("val", [None, BATCHES])
 def test_a_value_that_a_callback_adds_can_be_monitored(val, tmp_path):
     stop = EarlyStopping("val_score", mode="min", patience=2)
-    save = ModelCheckpoint(tmp_path / "{val_score:.0f}.pt", "val_score", mode="max", save_best_only=True)
+    save = ModelCheckpoint(
+        tmp_path / "{val_score:.0f}.pt", "val_score", mode="max", save_best_only=True
+    )
     _, dfhistory = fit(9, [OwnValidation(), stop, save], val=val)
     assert len(dfhistory) == 3
     assert names_in(tmp_path) == ["1.pt", "2.pt", "3.pt"]
@@ -398,7 +425,9 @@ def test_an_unknown_name_for_the_plateau_is_refused():
             "ModelCheckpoint names its files by 'val_loss' and fit has no dl_val. Pass dl_val, or a path without it.",
         ),
         (
-            lambda model: LRScheduler(lr_scheduler.ReduceLROnPlateau(model.optimizer), monitor="val_loss"),
+            lambda model: LRScheduler(
+                lr_scheduler.ReduceLROnPlateau(model.optimizer), monitor="val_loss"
+            ),
             "LRScheduler monitors 'val_loss' and fit has no dl_val. Pass dl_val, or monitor='loss'.",
         ),
     ],
@@ -424,7 +453,9 @@ def test_model_checkpoint_fills_in_the_path_and_makes_folders(tmp_path):
     planned = [log("score", [0.5, 0.25]), log("val_score", [None, 2.0])]
     model, _ = fit(2, [*planned, save], val=BATCHES, validation_freq=2)
     assert names_in(tmp_path / "a" / "b") == ["01-0.50-nan.pt", "02-0.25-2.0.pt"]
-    assert_same(torch.load(tmp_path / "a" / "b" / "02-0.25-2.0.pt", weights_only=True), weights(model))
+    assert_same(
+        torch.load(tmp_path / "a" / "b" / "02-0.25-2.0.pt", weights_only=True), weights(model)
+    )
 
 
 @pytest.mark.parametrize("name", ["file/weights.pt", "file/{epoch}/weights.pt", "folder"])
@@ -462,7 +493,10 @@ def test_model_checkpoint_looks_at_its_monitor_only_when_it_saves_the_best(tmp_p
 
 
 def test_model_checkpoint_keeps_its_best_value_over_a_resume(tmp_path):
-    before, after = (ModelCheckpoint(tmp_path / "{epoch}.pt", "score", save_best_only=True, mode="min") for _ in "12")
+    before, after = (
+        ModelCheckpoint(tmp_path / "{epoch}.pt", "score", save_best_only=True, mode="min")
+        for _ in "12"
+    )
     fit(1, [log("score", [1.0]), before])
     fit(2, [log("score", [2.0, 0.5]), after, Loader([after], saved_now(before))])
     assert names_in(tmp_path) == ["1.pt", "2.pt"]
@@ -512,7 +546,9 @@ class OwnCycle(lr_scheduler.OneCycleLR):
 @pytest.mark.parametrize("make", [OwnCycle, *map(SCHEDULERS.get, BY_BATCH)])
 def test_a_cycle_over_batches_is_refused_by_the_epoch_and_the_remedy_works(make):
     model = compiled()
-    cycle = make(model.optimizer, 0.5, total_steps=15) if make is OwnCycle else make(model.optimizer)
+    cycle = (
+        make(model.optimizer, 0.5, total_steps=15) if make is OwnCycle else make(model.optimizer)
+    )
     with pytest.raises(ValueError, match=r'Pass LRScheduler\(scheduler, step="batch"\)\.$'):
         LRScheduler(cycle)
     _, dfhistory = fit(2, [LRScheduler(cycle, step="batch")], model)
@@ -549,7 +585,14 @@ def test_rates_and_weights_are_those_of_a_bare_torch_loop(name, step):
         {"patience": 1, "factor": 0.5},
         {"patience": 0, "cooldown": 2},
         {"patience": 0, "min_lr": 0.005, "mode": "max"},
-        {"patience": 0, "cooldown": 1, "min_lr": 0.02, "factor": 0.5, "threshold": 0.3, "threshold_mode": "abs"},
+        {
+            "patience": 0,
+            "cooldown": 1,
+            "min_lr": 0.02,
+            "factor": 0.5,
+            "threshold": 0.3,
+            "threshold_mode": "abs",
+        },
     ],
     ids=str,
 )
@@ -562,8 +605,12 @@ def test_the_plateau_is_that_of_a_bare_torch_loop(arguments):
         if value is not None:
             plateau.step(value)
     model = compiled(lr=0.1)
-    plateau = LRScheduler(lr_scheduler.ReduceLROnPlateau(model.optimizer, **arguments), monitor="val_score")
-    _, dfhistory = fit(len(values), [log("val_score", values), plateau], model, val=BATCHES, validation_freq=99)
+    plateau = LRScheduler(
+        lr_scheduler.ReduceLROnPlateau(model.optimizer, **arguments), monitor="val_score"
+    )
+    _, dfhistory = fit(
+        len(values), [log("val_score", values), plateau], model, val=BATCHES, validation_freq=99
+    )
     assert list(dfhistory["lr"]) == rates
 
 
@@ -587,7 +634,8 @@ def test_the_table_has_the_rate_last_and_none_of_validation(capsys):
 def test_each_of_several_optimizers_has_a_column_under_its_name():
     model = Net()
     optimizers = {
-        name: torch.optim.SGD(layer.parameters(), lr=0.1) for name, layer in [("a", model.fc1), ("b", model.fc2)]
+        name: torch.optim.SGD(layer.parameters(), lr=0.1)
+        for name, layer in [("a", model.fc1), ("b", model.fc2)]
     }
     model.compile(nn.BCELoss(), optimizers, device="cpu")
     halve = LRScheduler(lr_scheduler.ExponentialLR(optimizers["b"], 0.5))
@@ -657,7 +705,9 @@ def test_the_csv_file_is_the_history(tmp_path):
 
 def test_each_row_is_in_the_file_when_its_epoch_ends(tmp_path):
     sizes = []
-    count = LambdaCallback(on_epoch_end=lambda epoch, logs: sizes.append(len(lines_of(tmp_path / "log.csv"))))
+    count = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: sizes.append(len(lines_of(tmp_path / "log.csv")))
+    )
     fit(3, [CSVLogger(tmp_path / "log.csv"), count])
     assert sizes == [2, 3, 4]
 
@@ -684,7 +734,9 @@ def test_a_csv_file_that_is_carried_on_loses_the_rows_after_the_last_save_alone(
     path.write_text("epoch,loss\n1,9.0\n5,9.0\n")
     first, second = CSVLogger(path, append), CSVLogger(path, append)
     saved = {}
-    save = LambdaCallback(on_epoch_end=lambda epoch, logs: epoch == 2 and saved.update(saved_now(first)))
+    save = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch == 2 and saved.update(saved_now(first))
+    )
     fit(3, [log("loss", [1.0, 2.0, 3.0]), first, save])
     with path.open("a") as file:
         file.write("4,0.")  # killed in the middle of a row
@@ -722,7 +774,9 @@ class Peek(Callback):
         self.seen = {"on_epoch_begin": [], "on_evaluate_begin": [], "on_epoch_end": []}
 
     def _look(self, moment):
-        self.seen[moment].append([parameter.detach().clone() for parameter in self.model.parameters()])
+        self.seen[moment].append(
+            [parameter.detach().clone() for parameter in self.model.parameters()]
+        )
 
     def on_epoch_begin(self, epoch):
         self._look("on_epoch_begin")
@@ -743,12 +797,18 @@ def test_the_average_is_that_of_a_plain_loop(evaluate, validation_freq):
     ends = averages_of_a_plain_loop(net, 4, 0.7)
     peek = Peek()
     identities = [id(parameter) for parameter in model.parameters()]
-    _, dfhistory = fit(4, [EMA(0.7, evaluate), peek], model, val=BATCHES, validation_freq=validation_freq)
+    _, dfhistory = fit(
+        4, [EMA(0.7, evaluate), peek], model, val=BATCHES, validation_freq=validation_freq
+    )
     held = [average if evaluate else raw for average, raw in ends]
     torch.testing.assert_close(peek.seen["on_epoch_end"], held)
-    torch.testing.assert_close(peek.seen["on_evaluate_begin"], held[validation_freq - 1 :: validation_freq])
+    torch.testing.assert_close(
+        peek.seen["on_evaluate_begin"], held[validation_freq - 1 :: validation_freq]
+    )
     torch.testing.assert_close(peek.seen["on_epoch_begin"][1:], [raw for _, raw in ends[:-1]])
-    torch.testing.assert_close([parameter.detach() for parameter in model.parameters()], ends[-1][0])
+    torch.testing.assert_close(
+        [parameter.detach() for parameter in model.parameters()], ends[-1][0]
+    )
     assert [id(parameter) for parameter in model.parameters()] == identities
     buffers = dict(net.named_buffers())  # those of the training, whatever is averaged
     assert_same(dict(model.named_buffers()), buffers)
@@ -768,14 +828,20 @@ def test_under_accumulate_the_average_follows_the_steps(evaluate):
             nn.BCELoss()(net(features), labels).backward()
             optimizer.step()
             now = [parameter.detach().clone() for parameter in net.parameters()]
-            average = now if average is None else [0.7 * a + 0.3 * w for a, w in zip(average, now, strict=True)]
+            average = (
+                now
+                if average is None
+                else [0.7 * a + 0.3 * w for a, w in zip(average, now, strict=True)]
+            )
         ends.append((average, now))
     peek = Peek()
     fit(3, [EMA(0.7, evaluate), peek], model, val=BATCHES)
     held = [average if evaluate else raw for average, raw in ends]
     torch.testing.assert_close(peek.seen["on_evaluate_begin"], held)
     torch.testing.assert_close(peek.seen["on_epoch_end"], held)
-    torch.testing.assert_close([parameter.detach() for parameter in model.parameters()], ends[-1][0])
+    torch.testing.assert_close(
+        [parameter.detach() for parameter in model.parameters()], ends[-1][0]
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -812,7 +878,9 @@ def test_several_emas_follow_the_training_and_leave_it_alone(kinds, accumulate):
     for ema, (averaged, _) in zip(emas, alone, strict=True):
         torch.testing.assert_close(ema.averaged, averaged, rtol=0, atol=0)
     lender = next((number for number, (_, evaluate) in enumerate(kinds) if evaluate), 0)
-    torch.testing.assert_close(seen, alone[lender][1], rtol=0, atol=0)  # validation sees the first that evaluates
+    torch.testing.assert_close(
+        seen, alone[lender][1], rtol=0, atol=0
+    )  # validation sees the first that evaluates
     torch.testing.assert_close(list(weights(model).values()), emas[0].averaged, rtol=0, atol=0)
 
 
@@ -852,7 +920,9 @@ def test_the_average_is_there_after_an_error_in_validation():
     peek, ema = Peek(), EMA(0.5, evaluate=True)
     with pytest.raises(ZeroDivisionError):
         fit(1, [ema, peek, fail], model, val=BATCHES)
-    torch.testing.assert_close(list(weights(model).values()), peek.seen["on_evaluate_begin"][0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        list(weights(model).values()), peek.seen["on_evaluate_begin"][0], rtol=0, atol=0
+    )
     assert ema.state_dict()["raw"] == {}
 
 
@@ -863,7 +933,9 @@ def test_the_average_is_there_after_an_error_in_validation():
 def test_the_timer_stops_after_the_batch_in_which_the_time_is_over(limit, monkeypatch):
     batches = []
     minute_each = LambdaCallback(on_batch_end=lambda batch, logs: batches.append(batch))
-    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: 1000.0 + 60 * len(batches)))
+    monkeypatch.setattr(
+        stopping, "time", SimpleNamespace(monotonic=lambda: 1000.0 + 60 * len(batches))
+    )
     _, dfhistory = fit(100, [minute_each, Timer(limit)])
     assert batches == [1, 2, 3, 1]
     assert len(dfhistory) == 2
@@ -890,11 +962,20 @@ def scheduler(kind=lr_scheduler.StepLR, *arguments):
 BAD = [
     (lambda: EarlyStopping(patience=-1), "patience must be a whole number of 0 or more, got -1."),
     (lambda: EarlyStopping(patience=1.5), "patience must be a whole number of 0 or more, got 1.5."),
-    (lambda: EarlyStopping(start_from_epoch=True), "start_from_epoch must be a whole number of 0 or more, got True."),
+    (
+        lambda: EarlyStopping(start_from_epoch=True),
+        "start_from_epoch must be a whole number of 0 or more, got True.",
+    ),
     (lambda: EarlyStopping(min_delta=-0.1), "min_delta must be a number of 0 or more, got -0.1."),
-    (lambda: EarlyStopping(min_delta=math.inf), "min_delta must be a number of 0 or more, got inf."),
+    (
+        lambda: EarlyStopping(min_delta=math.inf),
+        "min_delta must be a number of 0 or more, got inf.",
+    ),
     (lambda: EarlyStopping(baseline="low"), "baseline must be a number or None, got 'low'."),
-    (lambda: EarlyStopping(mode="mx"), 'mode must be "auto", "min" or "max", got \'mx\'. Did you mean \'max\'?'),
+    (
+        lambda: EarlyStopping(mode="mx"),
+        'mode must be "auto", "min" or "max", got \'mx\'. Did you mean \'max\'?',
+    ),
     (
         lambda: EarlyStopping("val_score"),
         "EarlyStopping cannot tell from the name 'val_score' whether more or less is better. "
@@ -918,7 +999,10 @@ BAD = [
     (lambda: EMA(1.5), "decay must be a number between 0 and 1, got 1.5."),
     (lambda: EMA(decay=NAN), "decay must be a number between 0 and 1, got nan."),
     (lambda: Timer(0), "max_seconds must be a number of seconds above 0, or a timedelta, got 0."),
-    (lambda: Timer(timedelta(0)), "max_seconds must be a number of seconds above 0, or a timedelta, got 0.0."),
+    (
+        lambda: Timer(timedelta(0)),
+        "max_seconds must be a number of seconds above 0, or a timedelta, got 0.0.",
+    ),
     (
         lambda: LRScheduler(lr_scheduler.StepLR),
         "scheduler must be a torch.optim.lr_scheduler.LRScheduler, got the class StepLR. "

@@ -104,7 +104,9 @@ def test_stop_training_acts_after_the_batch_and_the_epoch_so_far_is_recorded():
         model.stop_training = len(batches) == 3
 
     model = compiled()
-    dfhistory = model.fit(5, points(64), points(8), callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0)
+    dfhistory = model.fit(
+        5, points(64), points(8), callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0
+    )
     assert batches == [1, 2, 1]
     assert list(dfhistory.index) == [0, 1]
     assert dfhistory["val_loss"].notna().all()
@@ -117,7 +119,9 @@ def test_a_fit_stopped_at_an_epochs_end_trains_again_when_asked():
     assert len(model.fit(2, points(8), verbose=0)) == 3
 
 
-@pytest.mark.parametrize("moment", ["on_fit_begin", "on_epoch_begin", "on_evaluate_begin", "on_epoch_end"])
+@pytest.mark.parametrize(
+    "moment", ["on_fit_begin", "on_epoch_begin", "on_evaluate_begin", "on_epoch_end"]
+)
 def test_an_error_in_a_callback_says_whose_it_is_and_the_others_are_wound_down(moment):
     class Faulty(Callback):
         pass
@@ -178,12 +182,16 @@ def test_a_callback_of_two_libraries_is_not_told_of_the_methods_of_the_other():
 
 @pytest.mark.parametrize("verbose", [0, 2])
 @pytest.mark.parametrize("value", ["good", None, torch.ones(2)])
-def test_a_value_in_the_logs_that_is_no_number_is_refused_and_not_kept_in_the_history(value, verbose):
+def test_a_value_in_the_logs_that_is_no_number_is_refused_and_not_kept_in_the_history(
+    value, verbose
+):
     model = compiled()
     note = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(note=value))
     with pytest.raises(TypeError) as caught:
         model.fit(2, points(8), callbacks=[note], verbose=verbose)
-    assert str(caught.value) == (f"logs['note'] is {value!r}, and a column of the history holds numbers. Log a number.")
+    assert str(caught.value) == (
+        f"logs['note'] is {value!r}, and a column of the history holds numbers. Log a number."
+    )
     assert caught.value.__notes__ == ["LambdaCallback.on_epoch_end", "epoch 1"]
     assert list(model.history) == ["loss"]
 
@@ -195,7 +203,9 @@ def test_numbers_of_any_kind_may_be_logged(value):
 
 
 def test_a_fit_that_ends_early_says_so_in_a_line_unless_it_is_to_say_nothing(capsys):
-    stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2))
+    stop = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2)
+    )
     compiled().fit(9, points(8), callbacks=[stop], verbose=2)
     assert capsys.readouterr().out.splitlines()[-1] == "stopped after epoch 2 of 9"
     compiled().fit(9, points(8), callbacks=[stop], verbose=0)

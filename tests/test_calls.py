@@ -34,8 +34,14 @@ CALLS = {
         "Pass callbacks=[minikeras.EarlyStopping(monitor, patience=5)]. Write model.fit(3, dl_train, dl_val=dl_val).",
     ),
     "validation_split": (lambda m: m.fit(2, (X, y), validation_split=0.2), "Split the rows before"),
-    "class_weight": (lambda m: m.fit(2, (X, y), class_weight={0: 1.0}), "nn.CrossEntropyLoss(weight=...)"),
-    "shuffle": (lambda m: m.fit(2, (X, y), shuffle=False), "DataLoader(TensorDataset(X, y), batch_size=32)"),
+    "class_weight": (
+        lambda m: m.fit(2, (X, y), class_weight={0: 1.0}),
+        "nn.CrossEntropyLoss(weight=...)",
+    ),
+    "shuffle": (
+        lambda m: m.fit(2, (X, y), shuffle=False),
+        "DataLoader(TensorDataset(X, y), batch_size=32)",
+    ),
     "initial_epoch": (lambda m: m.fit(2, (X, y), initial_epoch=3), "continue from the history"),
     "nb_epoch": (lambda m: m.fit((X, y), nb_epoch=3), "Write model.fit(3, (X, y))."),
     "ckpt_path": (lambda m: m.fit(2, LOADER, ckpt_path="a.pt"), "minikeras.ModelCheckpoint(path)"),
@@ -47,7 +53,10 @@ CALLS = {
     ),
     "evaluate(X, y)": (lambda m: m.evaluate(X, y), "Write model.evaluate((X, y))."),
     "predict(X, 64)": (lambda m: m.predict(X, 64), "Write model.predict(X, batch_size=64)."),
-    "predict(verbose=)": (lambda m: m.predict(X, verbose=0), "predict prints nothing. Write model.predict(X)."),
+    "predict(verbose=)": (
+        lambda m: m.predict(X, verbose=0),
+        "predict prints nothing. Write model.predict(X).",
+    ),
 }
 
 
@@ -92,13 +101,17 @@ def test_data_before_the_epochs_is_told_the_order_and_the_line_works(call, line)
 def test_a_constructor_that_is_given_the_loss_says_compile_and_the_line_works():
     net = nn.Linear(2, 1)
     calls = (
-        lambda: minikeras.Model(net, loss_fn=nn.MSELoss(), optimizer=torch.optim.SGD(net.parameters())),
+        lambda: minikeras.Model(
+            net, loss_fn=nn.MSELoss(), optimizer=torch.optim.SGD(net.parameters())
+        ),
         lambda: minikeras.Model(net, nn.MSELoss(), {"mae": nn.L1Loss()}),
     )
     for call in calls:
         with pytest.raises(TypeError, match="compile takes the loss") as raised:
             call()
-        written = re.search(r"Write (model = .*), then (model\.compile\(.*\))\.$", str(raised.value))
+        written = re.search(
+            r"Write (model = .*), then (model\.compile\(.*\))\.$", str(raised.value)
+        )
         names = {"minikeras": minikeras, "net": net, "nn": nn, "torch": torch}
         for line in written.groups():
             exec(line, names)
@@ -124,7 +137,9 @@ def test_methods_of_keras_say_what_to_write():
 def test_one_row_without_its_batch_is_told_what_to_pass():
     made = model()
     for data in (X[0], X[0].numpy(), list(X)):
-        with pytest.raises(ValueError, match=r"For one row pass X\[:1\], not X\[0\].*torch\.stack\(rows\)"):
+        with pytest.raises(
+            ValueError, match=r"For one row pass X\[:1\], not X\[0\].*torch\.stack\(rows\)"
+        ):
             made.predict(data)
     assert made.predict(X[:1]).shape == (1, 1)
     assert torch.equal(made.predict(torch.stack(list(X))), made.predict(X))
@@ -163,11 +178,15 @@ def test_history_and_optimizer_say_compile_where_they_are_missing():
         model().nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("data", [torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8).numpy()], ids=["tensor", "array"])
+@pytest.mark.parametrize(
+    "data", [torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8).numpy()], ids=["tensor", "array"]
+)
 def test_a_batch_given_to_summary_as_a_shape_is_told_in_one_line(data, capsys):
     net = nn.Conv2d(3, 8, 3)
     for call in (lambda: minikeras.summary(net, data), lambda: minikeras.Model(net).summary(data)):
-        with pytest.raises(ValueError, match=r"of shape \(4, 3, 8, 8\).*summary\(net, input_data=batch\)") as raised:
+        with pytest.raises(
+            ValueError, match=r"of shape \(4, 3, 8, 8\).*summary\(net, input_data=batch\)"
+        ) as raised:
             call()
         assert "\n" not in str(raised.value)
     minikeras.summary(net, input_data=torch.as_tensor(data))
@@ -176,11 +195,18 @@ def test_a_batch_given_to_summary_as_a_shape_is_told_in_one_line(data, capsys):
 
 def test_the_name_of_a_loss_says_the_object():
     made = minikeras.Model(nn.Linear(2, 1))
-    with pytest.raises(TypeError, match=r"got 'mae'\. Names stand for nothing here: pass for instance nn\.L1Loss\(\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"got 'mae'\. Names stand for nothing here: pass for instance nn\.L1Loss\(\)",
+    ):
         made.compile("mae", torch.optim.Adam(made.parameters()))
     with pytest.raises(TypeError, match=r"got 'adam'.*the optimizer comes second"):
         made.compile("adam", "mse")
-    with pytest.raises(TypeError, match=r"got the optimizer Adam\. Write compile\(loss_func, optimizer\)"):
+    with pytest.raises(
+        TypeError, match=r"got the optimizer Adam\. Write compile\(loss_func, optimizer\)"
+    ):
         made.compile(torch.optim.Adam(made.parameters()), nn.MSELoss())
-    with pytest.raises(TypeError, match=r"metric 'acc' .*pass for instance lambda y_pred, y_true: .*\.mean\(\)\."):
+    with pytest.raises(
+        TypeError, match=r"metric 'acc' .*pass for instance lambda y_pred, y_true: .*\.mean\(\)\."
+    ):
         made.compile(nn.MSELoss(), metrics_dict={"acc": "accuracy"})

@@ -43,7 +43,9 @@ def test_weights_saved_and_loaded_are_the_same(name, tmp_path):
     model, other = Net(), Net()
     model.save(tmp_path / name)
     other.load(str(tmp_path / name))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_a_saved_file_is_what_torch_loads_and_what_torch_saved_is_loaded(tmp_path):
@@ -103,7 +105,8 @@ def test_a_folder_of_the_users_is_never_written_over(tmp_path):
             with pytest.raises(IsADirectoryError) as raised:
                 Net().save(tmp_path / name)
             assert (
-                str(raised.value) == f"{tmp_path / folder} is a folder, and not one of a run. Give the path of a file."
+                str(raised.value)
+                == f"{tmp_path / folder} is a folder, and not one of a run. Give the path of a file."
             )
         assert (tmp_path / folder / "data.txt").read_text() == "mine"
 
@@ -112,7 +115,9 @@ def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
     net = nn.Linear(2, 1)
     model, state = minikeras.Model(net), net.state_dict()
     torch.save(state, tmp_path / "bare.pt")
-    torch.save({f"module.net.{name}": value for name, value in state.items()}, tmp_path / "wrapped.pt")
+    torch.save(
+        {f"module.net.{name}": value for name, value in state.items()}, tmp_path / "wrapped.pt"
+    )
     torch.save({"epoch": 3, "all": model.state_dict()}, tmp_path / "inner.pt")
     remedies = {
         "bare.pt": "They have the names of model.net: model.net.load_state_dict(...) takes them.",
@@ -127,17 +132,26 @@ def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
 
 @pytest.mark.parametrize("path", [".", ""])
 def test_a_checkpoint_without_a_name_is_refused(path):
-    with pytest.raises(ValueError, match=r'checkpoint=".?" is not the path of a file. Pass one, such as "run\.pt"\.$'):
+    with pytest.raises(
+        ValueError,
+        match=r'checkpoint=".?" is not the path of a file. Pass one, such as "run\.pt"\.$',
+    ):
         compiled().fit(1, points(20), checkpoint=path, verbose=0)
 
 
 def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*w\.pt\. Pass the path of a file that model\.save"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"there is no file .*w\.pt\. Pass the path of a file that model\.save",
+    ):
         Net().load(tmp_path / "w.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError) as raised:
         Net().load(tmp_path / "list.pt")
-    assert str(raised.value) == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {OF_LOAD}"
+    assert (
+        str(raised.value)
+        == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {OF_LOAD}"
+    )
 
 
 def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
@@ -148,7 +162,9 @@ def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as raised:
         Net().load(path)
-    assert str(raised.value) == f"{path} is damaged: its tensors do not match its checksum. {REMEDY}"
+    assert (
+        str(raised.value) == f"{path} is damaged: its tensors do not match its checksum. {REMEDY}"
+    )
 
 
 def test_without_its_package_safetensors_says_what_to_install(tmp_path, monkeypatch):
@@ -175,7 +191,9 @@ def test_each_damage_is_said_for_what_it_is(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as raised:
             run_file(path)
-        assert re.fullmatch(rf"{re.escape(str(path))} {told}\. {re.escape(REMEDY)}", str(raised.value)), raised.value
+        assert re.fullmatch(
+            rf"{re.escape(str(path))} {told}\. {re.escape(REMEDY)}", str(raised.value)
+        ), raised.value
     path.unlink()
     path.mkdir()
     with pytest.raises(CheckpointError, match="is a folder, and not a file"):
@@ -255,12 +273,19 @@ def flat(value, where=""):
     """Everything in a nest of plain values, as pairs that can be compared."""
     if isinstance(value, torch.Tensor):
         return [
-            (where, value.dtype, value.shape, value.reshape(-1).view(torch.uint8).tolist() if value.numel() else [])
+            (
+                where,
+                value.dtype,
+                value.shape,
+                value.reshape(-1).view(torch.uint8).tolist() if value.numel() else [],
+            )
         ]
     if isinstance(value, dict):
         return [pair for key, part in value.items() for pair in flat(part, f"{where}/{key}")]
     if isinstance(value, (list, tuple)):
-        return [pair for number, part in enumerate(value) for pair in flat(part, f"{where}/{number}")]
+        return [
+            pair for number, part in enumerate(value) for pair in flat(part, f"{where}/{number}")
+        ]
     return [(where, repr(value))]
 
 
@@ -320,14 +345,26 @@ def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
     assert not Evil.mark.exists()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_nothing_unpickles(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            assert not {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(names)
+            assert not {
+                "pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "shelve",
+                "marshal",
+            } & set(names)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load"):
-            assert {k.arg: k.value.value for k in node.keywords if k.arg == "weights_only"} == {"weights_only": True}
+            assert {k.arg: k.value.value for k in node.keywords if k.arg == "weights_only"} == {
+                "weights_only": True
+            }
         if isinstance(node, ast.Call):
             assert "add_safe_globals" not in ast.unparse(node.func)
             assert not ast.unparse(node.func).startswith(("np.load", "numpy.load"))
@@ -405,7 +442,8 @@ def test_a_run_of_another_architecture_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path)
     with pytest.raises(
-        CheckpointError, match=r"another architecture than Model: missing: net\.weight, net\.bias; unex"
+        CheckpointError,
+        match=r"another architecture than Model: missing: net\.weight, net\.bias; unex",
     ):
         run_file(path, model=minikeras.Model(nn.Linear(2, 1)))
 
@@ -425,7 +463,9 @@ def test_a_run_with_another_loss_is_refused_before_its_weights_are_taken(tmp_pat
             assert moved == (loss.weight is None)
 
     run(nn.CrossEntropyLoss())
-    with pytest.raises(CheckpointError, match=r"another architecture than CrossEntropyLoss: missing: weight\."):
+    with pytest.raises(
+        CheckpointError, match=r"another architecture than CrossEntropyLoss: missing: weight\."
+    ):
         run(nn.CrossEntropyLoss(weight=torch.ones(3)))
 
 
@@ -440,7 +480,9 @@ def test_layers_without_sizes_yet_take_the_files(tmp_path):
         other = made()
         other.load(tmp_path / name)
         assert torch.equal(other.net[0].weight, model.net[0].weight)
-    assert torch.equal(run_file(tmp_path / "run.pt", model=made()).net[0].weight, model.net[0].weight)
+    assert torch.equal(
+        run_file(tmp_path / "run.pt", model=made()).net[0].weight, model.net[0].weight
+    )
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
@@ -466,7 +508,8 @@ def test_a_newer_layout_is_refused(tmp_path):
     run_file(path, epochs=1)
     write(path, dump(read(path) | {"minikeras": 99}))
     with pytest.raises(
-        CheckpointError, match=r"has layout 99 and this minikeras knows those up to 1\. Update minikeras"
+        CheckpointError,
+        match=r"has layout 99 and this minikeras knows those up to 1\. Update minikeras",
     ):
         run_file(path)
 
@@ -476,7 +519,10 @@ def test_a_file_of_each_older_layout_keeps_loading(tmp_path):
         path = tmp_path / old.name
         shutil.copy(old, path)
         model = compiled()
-        assert list(model.fit(2, points(40), batch_size=20, verbose=0, checkpoint=path).index) == [0, 1]
+        assert list(model.fit(2, points(40), batch_size=20, verbose=0, checkpoint=path).index) == [
+            0,
+            1,
+        ]
         assert torch.equal(model.fc1.weight.sum(), torch.load(DATA / "run_v1_sum.pt"))
 
 
@@ -495,7 +541,9 @@ def limited(code, *, status=0):
     def emptied(): resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     """
     script = textwrap.dedent(head) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == status, done.stderr
     return done.stdout, done.stderr
 
@@ -540,11 +588,15 @@ def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
 def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
     (tmp_path / "file").write_text("")
     model = compiled()
-    with pytest.raises(OSError, match=r"checkpoint=\.\.\.\) cannot write .*: .*(File exists|Not a directory)"):
+    with pytest.raises(
+        OSError, match=r"checkpoint=\.\.\.\) cannot write .*: .*(File exists|Not a directory)"
+    ):
         model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "file" / "run.pt")
     assert model.history.empty
 
 
 def test_checkpoint_every_needs_a_file():
-    with pytest.raises(ValueError, match=r'checkpoint_every=5 needs a file\. Pass checkpoint="run\.pt" as well\.$'):
+    with pytest.raises(
+        ValueError, match=r'checkpoint_every=5 needs a file\. Pass checkpoint="run\.pt" as well\.$'
+    ):
         compiled().fit(1, points(8), checkpoint_every=5)

@@ -27,7 +27,10 @@ random = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 4, generator=random), torch.randn(8, 1, generator=random)
 S = X[:, :3]  # raw scores of 3 classes
 CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-COLUMN, ROW = torch.rand(8, 1, generator=random), torch.rand(8, generator=random)  # 8 numbers between 0 and 1 each
+COLUMN, ROW = (
+    torch.rand(8, 1, generator=random),
+    torch.rand(8, generator=random),
+)  # 8 numbers between 0 and 1 each
 OTHER_ROW = torch.rand(8, generator=random)
 ONES = torch.ones(8, 1)
 MAPS = torch.rand(8, 1, 5, 5, generator=random)
@@ -60,7 +63,9 @@ def sgd(model):
 @contextlib.contextmanager
 def refused(message, model=None):
     """The block ends in exactly this error, "ValueError: ...", and no weight has moved by then."""
-    before = {} if model is None else {name: value.clone() for name, value in model.state_dict().items()}
+    before = (
+        {} if model is None else {name: value.clone() for name, value in model.state_dict().items()}
+    )
     with pytest.raises(Exception) as error:  # noqa: PT011
         yield error
     assert f"{error.type.__name__}: {error.value}" == message
@@ -123,11 +128,15 @@ BROADCAST = {
     "poisson NLL": nn.PoissonNLLLoss(),
     "accuracy by ==": lambda p, t: ((p > 0.5) == (t > 0.5)).float().mean(),
     "accuracy by rounding": lambda p, t: torch.eq(p.round(), t.round()).float().mean(),
-    "accuracy by where": lambda p, t: (torch.where(p > 0.5, 1, 0) == t.round().long()).sum() / len(t),
+    "accuracy by where": lambda p, t: (
+        (torch.where(p > 0.5, 1, 0) == t.round().long()).sum() / len(t)
+    ),
     "after float and detach": lambda p, t: ((p.detach().float() - t.float()) ** 2).mean().item(),
 }
 IT_BROADCASTS = "predictions (8, 1) and labels (8,) would broadcast to (8, 8). "
-IT_BROADCASTS += "Pass labels.unsqueeze(-1), in NumPy labels[:, None], in pandas labels.to_frame(), "
+IT_BROADCASTS += (
+    "Pass labels.unsqueeze(-1), in NumPy labels[:, None], in pandas labels.to_frame(), "
+)
 IT_BROADCASTS += "or squeeze the predictions."
 
 
@@ -210,7 +219,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("function", [mse, nn.BCEWithLogitsLoss(), nn.L1Loss()], ids=["own", "logits", "L1"])
+@pytest.mark.parametrize(
+    "function", [mse, nn.BCEWithLogitsLoss(), nn.L1Loss()], ids=["own", "logits", "L1"]
+)
 @pytest.mark.parametrize(("outputs", "labels", "wide", "remedy"), SHAPES)
 def test_the_remedy_fits_the_shapes(function, outputs, labels, wide, remedy):
     message = f"predictions {outputs} and labels {labels} would broadcast to {wide}. "
@@ -271,29 +282,73 @@ MEANT = {
     "InfoNCE": (info_nce, X, CLASSES),
     "quantiles": (quantiles, X, Y),
     "mask from labels": (lambda p, t: p[t > 0.5].mean(), COLUMN, ROW),
-    "mask beside labels": (lambda p, t: ((p - t[0]) ** 2 * t[1]).mean(), ROW, (OTHER_ROW, ONES[:, 0])),
-    "segmentation": (nn.CrossEntropyLoss(), torch.randn(8, 3, 5, 5), torch.randint(0, 3, (8, 5, 5))),
+    "mask beside labels": (
+        lambda p, t: ((p - t[0]) ** 2 * t[1]).mean(),
+        ROW,
+        (OTHER_ROW, ONES[:, 0]),
+    ),
+    "segmentation": (
+        nn.CrossEntropyLoss(),
+        torch.randn(8, 3, 5, 5),
+        torch.randint(0, 3, (8, 5, 5)),
+    ),
     "class index": (nn.CrossEntropyLoss(), X, CLASSES),
     "class probabilities": (nn.CrossEntropyLoss(), X, torch.rand(8, 4).softmax(1)),
     "class weights": (nn.CrossEntropyLoss(weight=torch.arange(1.0, 5)), X, CLASSES),
-    "weights looked up": (lambda p, t: (torch.arange(1.0, 5)[t] * F.cross_entropy(p, t)).mean(), X, CLASSES),
+    "weights looked up": (
+        lambda p, t: (torch.arange(1.0, 5)[t] * F.cross_entropy(p, t)).mean(),
+        X,
+        CLASSES,
+    ),
     "multi-label BCE": (nn.BCEWithLogitsLoss(), X, (X > 0).float()),
     "one row": (mse, COLUMN[:1], ROW[:1]),
     "a sequence": (mse, torch.rand(8, 5, 1), torch.rand(8, 5, 1)),
     "a scalar": (lambda p, t: ((p - t.mean()) ** 2).mean(), COLUMN, ROW),
-    "triplet": (lambda p, t: F.triplet_margin_loss(p, p.roll(1, 0), p.roll(2, 0)) * (t > 0).float().mean(), X, ROW),
-    "cosine embedding": (lambda p, t: F.cosine_embedding_loss(*p, t), (X, X.roll(1, 0)), ROW.round() * 2 - 1),
+    "triplet": (
+        lambda p, t: F.triplet_margin_loss(p, p.roll(1, 0), p.roll(2, 0)) * (t > 0).float().mean(),
+        X,
+        ROW,
+    ),
+    "cosine embedding": (
+        lambda p, t: F.cosine_embedding_loss(*p, t),
+        (X, X.roll(1, 0)),
+        ROW.round() * 2 - 1,
+    ),
     "multi-margin": (nn.MultiMarginLoss(), X, CLASSES),
-    "multi-label margin": (nn.MultiLabelMarginLoss(), X, torch.tensor([[0, 2, -1, -1]]).expand(8, 4)),
+    "multi-label margin": (
+        nn.MultiLabelMarginLoss(),
+        X,
+        torch.tensor([[0, 2, -1, -1]]).expand(8, 4),
+    ),
     "dice": (dice, MAPS, MAPS.round()),
-    "adaptive softmax": (lambda p, t: nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2])(p, t).loss, X, CLASSES),
+    "adaptive softmax": (
+        lambda p, t: nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2])(p, t).loss,
+        X,
+        CLASSES,
+    ),
     "nll_loss": (lambda p, t: F.nll_loss(p.log_softmax(1), t), X, CLASSES),
-    "top-k accuracy": (lambda p, t: (p.topk(2).indices == t[:, None]).any(1).float().mean(), X, CLASSES),
-    "top-1 accuracy": (lambda p, t: (p.topk(1).indices == t[:, None]).any(1).float().mean(), X, CLASSES),
+    "top-k accuracy": (
+        lambda p, t: (p.topk(2).indices == t[:, None]).any(1).float().mean(),
+        X,
+        CLASSES,
+    ),
+    "top-1 accuracy": (
+        lambda p, t: (p.topk(1).indices == t[:, None]).any(1).float().mean(),
+        X,
+        CLASSES,
+    ),
     "confusion matrix": (confusion, X, CLASSES),
-    "two heads": (lambda p, t: mse(p["a"], t[0]) + mse(p["b"], t[1]), {"a": COLUMN, "b": ROW}, (COLUMN, ROW)),
+    "two heads": (
+        lambda p, t: mse(p["a"], t[0]) + mse(p["b"], t[1]),
+        {"a": COLUMN, "b": ROW},
+        (COLUMN, ROW),
+    ),
     "Chamfer distance": (chamfer, torch.rand(2, 6, 3), torch.rand(2, 6, 3)),
-    "kernel distance": (lambda p, t: torch.exp(-((p[:, None] - t[None, :]) ** 2)).mean(), ROW, OTHER_ROW),
+    "kernel distance": (
+        lambda p, t: torch.exp(-((p[:, None] - t[None, :]) ** 2)).mean(),
+        ROW,
+        OTHER_ROW,
+    ),
 }
 
 
@@ -314,16 +369,27 @@ def fits_badly(message, data=(X, Y), epochs=1, model=None, **arguments):
         model.fit(epochs, data, **{"verbose": 0, **arguments})
 
 
-@pytest.mark.parametrize("verb", ["fit", "evaluate", "compute_loss", "backward", "compute_metrics", "optimizer_step"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "evaluate", "compute_loss", "backward", "compute_metrics", "optimizer_step"]
+)
 def test_a_model_that_is_not_compiled_says_so(verb):
-    arguments = {"fit": (1, (X, Y)), "evaluate": ((X, Y),), "backward": (Y,), "optimizer_step": ()}.get(verb, (Y, Y))
-    message = f"NotCompiledError: {verb} needs a loss and an optimizer, and Model has not been compiled. "
+    arguments = {
+        "fit": (1, (X, Y)),
+        "evaluate": ((X, Y),),
+        "backward": (Y,),
+        "optimizer_step": (),
+    }.get(verb, (Y, Y))
+    message = (
+        f"NotCompiledError: {verb} needs a loss and an optimizer, and Model has not been compiled. "
+    )
     with refused(message + "Call model.compile(loss_func, optimizer) first."):
         getattr(Model(nn.Linear(4, 1)), verb)(*arguments)
 
 
 NOT_COUNTS = [("epochs", value) for value in (0, -1, "3", True, 2.5, None)]
-NOT_COUNTS += [(name, 0) for name in ("steps_per_epoch", "validation_freq", "batch_size", "log_step_freq")]
+NOT_COUNTS += [
+    (name, 0) for name in ("steps_per_epoch", "validation_freq", "batch_size", "log_step_freq")
+]
 
 
 KERAS = {"X first": X, "arrays first": (X, Y), "NumPy first": X.numpy()}
@@ -344,7 +410,9 @@ def test_who_gives_the_data_first_is_told_that_epochs_come_first(first, message)
 
 @pytest.mark.parametrize(("name", "value"), NOT_COUNTS)
 def test_a_count_must_be_a_whole_number_of_one_or_more(name, value):
-    fits_badly(f"ValueError: {name} must be a whole number of 1 or more, got {value!r}.", **{name: value})
+    fits_badly(
+        f"ValueError: {name} must be a whole number of 1 or more, got {value!r}.", **{name: value}
+    )
 
 
 class Indexed:
@@ -464,7 +532,9 @@ def test_a_generator_lasts_for_one_epoch_and_is_refused_for_more_before_a_weight
 
 def test_so_is_one_for_validation_which_is_told_of_validation_steps():
     assert len(compiled().fit(2, (X, Y), batches(2), validation_freq=2, verbose=0)) == 2
-    says = f"ValueError: dl_val is {USED_UP}, or give validation_steps. It was to last for 2 epochs."
+    says = (
+        f"ValueError: dl_val is {USED_UP}, or give validation_steps. It was to last for 2 epochs."
+    )
     fits_badly(says, epochs=2, dl_val=batches(2))
 
 
@@ -497,7 +567,9 @@ def test_a_generator_that_is_long_enough_serves_steps_per_epoch():
 
 
 def test_a_generator_that_runs_out_within_steps_per_epoch_says_after_how_many_batches():
-    with refused(f"ValueError: dl_train ended after 3 batches, and steps_per_epoch=2 needs more: {ONLY_ONCE}."):
+    with refused(
+        f"ValueError: dl_train ended after 3 batches, and steps_per_epoch=2 needs more: {ONLY_ONCE}."
+    ):
         compiled().fit(2, batches(3), steps_per_epoch=2, verbose=0)
 
 
@@ -531,7 +603,11 @@ LOSSES = {
     "float labels for NLLLoss": (nn.NLLLoss(), S, CLASSES.float()),
     "a label past the classes": (CE, S, CLASSES + 1),
     "a label below 0": (CE, S, CLASSES - 1),
-    "a label past the classes in a loss of one's own": (lambda p, t: F.cross_entropy(p, t) * 2, S, CLASSES + 1),
+    "a label past the classes in a loss of one's own": (
+        lambda p, t: F.cross_entropy(p, t) * 2,
+        S,
+        CLASSES + 1,
+    ),
     "one class": (CE, ONES, torch.zeros(8).long()),
     "raw scores for BCELoss": (BCE, ONES.cumsum(0), ONES),
     "labels of 1 to 8 for BCELoss": (BCE, ONES, ONES.cumsum(0)),
@@ -636,7 +712,10 @@ NUMBER = "expected one number: a float, a NumPy scalar, a 0-d tensor, or miniker
 NUMBER += "Take the mean over the rows."
 METRICS = {
     "not a scalar": (lambda p, t: p[:, 0] - t, f"gave Tensor (8,) float32; {NUMBER}"),
-    "not a scalar, which broadcasts too": (lambda p, t: p - t, f"gave Tensor (8, 8) float32; {NUMBER}"),
+    "not a scalar, which broadcasts too": (
+        lambda p, t: p - t,
+        f"gave Tensor (8, 8) float32; {NUMBER}",
+    ),
     "nothing": (lambda p, t: None, f"gave NoneType; {NUMBER}"),
 }
 
@@ -658,7 +737,9 @@ def test_a_metric_whose_count_is_no_count_is_refused_before_a_weight_moves(count
     refused_metric(lambda p, t: Average(torch.tensor(1.0), torch.tensor(count)), message)
 
 
-@pytest.mark.parametrize("pair", [(0.5, 0.25), (0.0, 0.0), (1.0, 1.0), (torch.tensor(0.5), torch.tensor(8))])
+@pytest.mark.parametrize(
+    "pair", [(0.5, 0.25), (0.0, 0.0), (1.0, 1.0), (torch.tensor(0.5), torch.tensor(8))]
+)
 def test_a_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
     message = f"gave a tuple, {described(pair)}; expected one number. Return one part, such as [0], or the sum of "
     message += "several; or minikeras.Average(total, count), if they are a total and the count to divide it by."
@@ -697,7 +778,11 @@ def test_a_loss_that_is_given_all_that_an_lstm_returns_is_told_so():
 
 SWAPPED = {
     "cross entropy": (lambda y_true, y_pred: F.cross_entropy(y_pred, y_true), S, CLASSES),
-    "binary cross entropy": (lambda y_true, y_pred: F.binary_cross_entropy(y_pred, y_true), COLUMN, ONES * 2),
+    "binary cross entropy": (
+        lambda y_true, y_pred: F.binary_cross_entropy(y_pred, y_true),
+        COLUMN,
+        ONES * 2,
+    ),
     "a module's": (lambda y_true, y_pred: CE(y_pred, y_true), S, CLASSES),
 }
 
@@ -717,13 +802,21 @@ def test_a_loss_that_takes_its_arguments_in_kerass_order_is_told_ours(given):
 SENTENCES = torch.zeros(8, 5, 12)  # scores of 12 words at 5 places
 WORDS = torch.tensor([[0, 1, 2, 3, 40]] * 8)
 OTHERWISE = {
-    "labels of words": (lambda p, t: F.cross_entropy(p.reshape(-1, 12), t.reshape(-1)), SENTENCES, WORDS),
+    "labels of words": (
+        lambda p, t: F.cross_entropy(p.reshape(-1, 12), t.reshape(-1)),
+        SENTENCES,
+        WORDS,
+    ),
     "weights of 2 classes": (
         lambda p, t: F.cross_entropy(p, t.long(), weight=torch.ones(2)),
         S,
         CLASSES.float(),
     ),
-    "probabilities made in the loss": (lambda p, t: F.binary_cross_entropy(2 * p, t), ONES * 0.75, ONES),
+    "probabilities made in the loss": (
+        lambda p, t: F.binary_cross_entropy(2 * p, t),
+        ONES * 0.75,
+        ONES,
+    ),
 }
 OTHERWISE_SAY = """
 labels of words | IndexError: Target 40 is out of bounds.
@@ -734,7 +827,9 @@ probabilities made in the loss | RuntimeError: all elements of input should be b
 
 
 @pytest.mark.parametrize(("given", "message"), cases(OTHERWISE, OTHERWISE_SAY))
-def test_of_what_a_loss_of_ones_own_makes_of_outputs_and_labels_nothing_wrong_is_said(given, message):
+def test_of_what_a_loss_of_ones_own_makes_of_outputs_and_labels_nothing_wrong_is_said(
+    given, message
+):
     loss, outputs, labels = given
     fits_badly(message, data=(outputs, labels), model={"net": Scale(), "loss": loss})
 
@@ -804,8 +899,16 @@ RNN = nn.LSTM(4, 4)
 FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
 NOTES = {
-    "a flat picture": (nn.Sequential(nn.Conv2d(3, 1, 5)), X, f"{CONV} was given Tensor (8, 4) float32"),
-    "int16 words": (nn.Embedding(5, 2), CLASSES.short(), "layer net: Embedding(5, 2) was given Tensor (8,) int16"),
+    "a flat picture": (
+        nn.Sequential(nn.Conv2d(3, 1, 5)),
+        X,
+        f"{CONV} was given Tensor (8, 4) float32",
+    ),
+    "int16 words": (
+        nn.Embedding(5, 2),
+        CLASSES.short(),
+        "layer net: Embedding(5, 2) was given Tensor (8,) int16",
+    ),
     "words past the end": (
         nn.Embedding(2, 2),
         CLASSES,
@@ -825,7 +928,11 @@ NOTES = {
         "float32)",
     ),
     "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
-    "a mask of integers in a forward of one's own": (Masks(), CLASSES, "layer net: Masks was given Tensor (8,) int64"),
+    "a mask of integers in a forward of one's own": (
+        Masks(),
+        CLASSES,
+        "layer net: Masks was given Tensor (8,) int64",
+    ),
     "a float64 that forward makes": (
         Widens(),
         X,
@@ -855,11 +962,15 @@ class Tab(nn.Module):
         return self.fc(torch.cat([num, cat], 1))
 
 
-@pytest.mark.parametrize("keys", [("numb", "cat"), ("num",), ("num", "cat", "id")], ids=["other", "missing", "extra"])
+@pytest.mark.parametrize(
+    "keys", [("numb", "cat"), ("num",), ("num", "cat", "id")], ids=["other", "missing", "extra"]
+)
 @pytest.mark.parametrize("verb", ["fit", "predict"])
 def test_a_dict_whose_keys_are_not_forwards_names_is_told_both(keys, verb):
     model, features = compiled(Tab()), dict.fromkeys(keys, X)
-    message = f"the features are a dict with the keys {', '.join(keys)}, and forward takes num, cat. "
+    message = (
+        f"the features are a dict with the keys {', '.join(keys)}, and forward takes num, cat. "
+    )
     with refused(f"ValueError: {message}Name the keys like these.", model):
         model.fit(1, (features, Y), verbose=0) if verb == "fit" else model.predict(features)
 
@@ -885,7 +996,9 @@ def test_a_layer_of_ones_own_that_is_called_wrongly_is_not_put_down_to_the_keys(
 
 def test_outputs_of_ragged_shapes_cannot_be_joined():
     message = "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be joined. "
-    with refused(f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."):
+    with refused(
+        f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."
+    ):
         Model(nn.Identity()).predict([torch.ones(2, 3), torch.ones(2, 4)])
 
 
@@ -984,7 +1097,9 @@ OTHERS = [
 @pytest.mark.parametrize(("other", "shown"), OTHERS)
 def test_outputs_that_are_made_in_different_ways_cannot_be_joined(other, shown):
     message = f"the outputs of the batches are made in different ways, {{'a': {X_2}, 'b': {X_2}}} and {shown}, and "
-    with refused(f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by batch."):
+    with refused(
+        f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by batch."
+    ):
         turned(other).predict(torch.arange(8.0).reshape(4, 2), batch_size=2)
 
 
@@ -1152,7 +1267,11 @@ def test_an_optimizer_that_does_not_hold_the_model_as_it_is_is_refused_by_fit(gi
 UNKNOWN = {
     "misspelt": (two, "critc", "compile was given 'generator', 'critic'. Did you mean 'critic'?"),
     "another word": (two, "zzz", "compile was given 'generator', 'critic'."),
-    "of one without a name": (sgd, "critic", "compile was given one without a name. Leave the name out."),
+    "of one without a name": (
+        sgd,
+        "critic",
+        "compile was given one without a name. Leave the name out.",
+    ),
 }
 
 
@@ -1235,7 +1354,11 @@ FRAME, SERIES = pd.DataFrame(X.double().numpy()), pd.Series(ROW.double().numpy()
 TRAINS = {
     "class probabilities": (CE, S, S.softmax(1)),
     "ignored labels": (CE, S, CLASSES.where(CLASSES < 2, -100)),
-    "labels ignored by a number of one's own": (nn.CrossEntropyLoss(ignore_index=9), S, CLASSES.where(CLASSES < 2, 9)),
+    "labels ignored by a number of one's own": (
+        nn.CrossEntropyLoss(ignore_index=9),
+        S,
+        CLASSES.where(CLASSES < 2, 9),
+    ),
     "uint8 labels": (CE, S, CLASSES.to(torch.uint8)),
     "(N, 1) labels and outputs": (nn.BCELoss(), COLUMN.sigmoid(), COLUMN.round()),
     "int labels for MSELoss": (nn.MSELoss(), COLUMN, COLUMN.long()),
@@ -1294,7 +1417,11 @@ class PerStep(nn.CrossEntropyLoss):
 
 
 OWN = {
-    "all pairs of rows": (lambda p, t: ((p.unsqueeze(1) - t) ** 2).sum(-1).min(1)[0].mean(), S, S.abs()),
+    "all pairs of rows": (
+        lambda p, t: ((p.unsqueeze(1) - t) ** 2).sum(-1).min(1)[0].mean(),
+        S,
+        S.abs(),
+    ),
     "all pairs of numbers": (lambda p, t: (p[:, None] - t).abs().mean(), ROW.clone(), ROW),
     "a wrapper with labels of its own": (Shifted(), S, CLASSES + 1),
     "a subclass with axes of its own": (PerStep(), torch.randn(8, 2, 5), torch.full((8, 2), 4)),
@@ -1311,7 +1438,9 @@ def test_a_state_of_another_dtype_is_refused_though_compiled_anew():
     model = compiled()
     model.fit(1, (X, Y), verbose=0)
     model.double().compile(nn.MSELoss(), model.optimizer, device="cpu")
-    with pytest.raises(ValueError, match="the optimizer holds stale state: it is float32 from earlier steps"):
+    with pytest.raises(
+        ValueError, match="the optimizer holds stale state: it is float32 from earlier steps"
+    ):
         model.fit(1, (X.double(), Y.double()), verbose=0)
 
 
@@ -1326,7 +1455,11 @@ def test_softmax_before_cross_entropy_is_warned_of_once_per_fit():
         ]
 
 
-SCORES = {"raw": S, "summing to 1, some below 0": torch.tensor([[2.0, -1.0, 0.0]]).expand(8, 3), "positive": S.abs()}
+SCORES = {
+    "raw": S,
+    "summing to 1, some below 0": torch.tensor([[2.0, -1.0, 0.0]]).expand(8, 3),
+    "positive": S.abs(),
+}
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)

@@ -56,7 +56,10 @@ KINDS = {
     "list of batches": lambda X, y: list(zip(X.split(32), y.split(32), strict=True)),
     "tensors": lambda X, y: (X, y),
     "NumPy": lambda X, y: (X.double().numpy(), y.double().numpy()),
-    "pandas": lambda X, y: (pd.DataFrame(X.numpy(), columns=["a", "b"]), pd.DataFrame({"y": y[:, 0].numpy()})),
+    "pandas": lambda X, y: (
+        pd.DataFrame(X.numpy(), columns=["a", "b"]),
+        pd.DataFrame({"y": y[:, 0].numpy()}),
+    ),
 }
 
 
@@ -74,7 +77,9 @@ def test_fit_evaluate_and_predict_take_each_kind_of_data(kind):
 
 def seen_by(model, data, **kwargs):
     rows = []
-    handle = model.register_forward_pre_hook(lambda module, args: rows.extend(args[0][:, 0].tolist()))
+    handle = model.register_forward_pre_hook(
+        lambda module, args: rows.extend(args[0][:, 0].tolist())
+    )
     model.fit(1, data, verbose=0, **kwargs)
     handle.remove()
     return rows
@@ -102,7 +107,10 @@ def test_batch_size_is_32_unless_given():
 
 def test_one_batch_size_serves_arrays_beside_a_validation_loader():
     X, y = points(20)
-    assert len(compiled().fit(1, (X, y), DataLoader(TensorDataset(X, y), 5), batch_size=10, verbose=0)) == 1
+    assert (
+        len(compiled().fit(1, (X, y), DataLoader(TensorDataset(X, y), 5), batch_size=10, verbose=0))
+        == 1
+    )
 
 
 class TwoInputs(minikeras.Model):
@@ -122,7 +130,9 @@ class Whole(TwoInputs):
 
 @pytest.mark.parametrize("model", [TwoInputs, Whole])
 @pytest.mark.parametrize(
-    "join", [tuple, list, lambda parts: {"b": parts[1], "a": parts[0]}], ids=["tuple", "list", "dict"]
+    "join",
+    [tuple, list, lambda parts: {"b": parts[1], "a": parts[0]}],
+    ids=["tuple", "list", "dict"],
 )
 def test_several_inputs_go_to_forward_unpacked_or_whole(model, join):
     X, y = points(50)
@@ -239,7 +249,9 @@ def test_a_nest_keeps_its_structure_when_its_leaves_change(nest):
     moved = to_device(nest, torch.device("meta"))
     assert type(moved) is type(nest)
     assert len(leaves(moved)) == len(leaves(nest))
-    assert all(leaf.device.type == "meta" for leaf in leaves(moved) if isinstance(leaf, torch.Tensor))
+    assert all(
+        leaf.device.type == "meta" for leaf in leaves(moved) if isinstance(leaf, torch.Tensor)
+    )
     assert repr(map_leaves(lambda leaf: leaf, nest)) == repr(nest)
 
 
@@ -272,14 +284,18 @@ def test_a_mapping_of_ones_own_is_not_written_into():
     histories = []
     for data in (parts, features):
         torch.manual_seed(0)
-        histories.append(compiled(TwoInputs()).fit(3, (data, y), (data, y), batch_size=20, verbose=0))
+        histories.append(
+            compiled(TwoInputs()).fit(3, (data, y), (data, y), batch_size=20, verbose=0)
+        )
     pd.testing.assert_frame_equal(*histories)
     assert all(features[name] is parts[name] for name in parts)
     assert to_device(features, torch.device("meta"))["a"].device.type == "meta"
 
 
 def test_a_packed_sequence_moves_as_one():
-    assert isinstance(to_device(pack_sequence([torch.ones(2)]), torch.device("meta")), PackedSequence)
+    assert isinstance(
+        to_device(pack_sequence([torch.ones(2)]), torch.device("meta")), PackedSequence
+    )
 
 
 # --- a batch's rows ---------------------------------------------------------------------------------------------------
@@ -381,7 +397,9 @@ def test_labels_tell_the_rows_of_a_batch_that_does_not():
 def test_predict_needs_no_count_of_the_rows():
     X, y = points(10)
     model = OwnSteps()
-    torch.testing.assert_close(model.predict([Moves(X[:8], y[:8]), Moves(X[8:], y[8:])]), model.fc(X).detach())
+    torch.testing.assert_close(
+        model.predict([Moves(X[:8], y[:8]), Moves(X[8:], y[8:])]), model.fc(X).detach()
+    )
 
 
 def test_predict_counts_the_rows_of_a_batch_by_its_labels_where_time_comes_first():

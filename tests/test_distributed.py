@@ -79,7 +79,15 @@ OTHERS = [
     "whole",
     "whole_with_a_worker",
 ]
-STEPS = ["arrays", "loader_by_rows", "fewer_rows_than_processes", "own_parameters", "big_steps", "auroc", "uneven"]
+STEPS = [
+    "arrays",
+    "loader_by_rows",
+    "fewer_rows_than_processes",
+    "own_parameters",
+    "big_steps",
+    "auroc",
+    "uneven",
+]
 ON_THREE = [
     "on_all_rows",
     "on_all_rows_carried_on",
@@ -98,7 +106,10 @@ def results_of(tmp_path_factory, cases, processes, **env):
     env = {"FOLDER": str(folder), "ODD": json.dumps(drawn(processes))} | env
     done = torchrun([HERE / "ranks.py", folder, *cases], processes, env)
     assert done.returncode == 0, done.stderr
-    results = {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)] for case in cases}
+    results = {
+        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
+        for case in cases
+    }
     return results | {"folder": folder}
 
 
@@ -109,9 +120,22 @@ def edges(processes):
     """Fewer rows than processes, a row or none for the last one in the last step, and nothing left by drop_last."""
     step = 2 * processes
     for kind, (rows, drop_last) in itertools.product(
-        KINDS, [(processes - 1, False), (step + 1, False), (step + processes - 1, False), (step - 1, True)]
+        KINDS,
+        [
+            (processes - 1, False),
+            (step + 1, False),
+            (step + processes - 1, False),
+            (step - 1, True),
+        ],
     ):
-        yield {"kind": kind, "rows": rows, "val": 1, "batch": 2, "shuffle": True, "drop_last": drop_last}
+        yield {
+            "kind": kind,
+            "rows": rows,
+            "val": 1,
+            "batch": 2,
+            "shuffle": True,
+            "drop_last": drop_last,
+        }
 
 
 @st.composite
@@ -174,7 +198,9 @@ def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, mo
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(case, by_two_at_the_end):
+def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
+    case, by_two_at_the_end
+):
     expected = ranks.CASES[case](1)
     for found in by_two_at_the_end[case]:
         assert_same(found, expected)
@@ -223,7 +249,10 @@ def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reache
 def test_rows_that_one_process_cannot_count_are_told_to_all_and_an_average_needs_none(by_two):
     expected = ranks.rows_unknown_on_one(1)
     said = expected.pop("said")
-    assert "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': Tensor (5,)" in said
+    assert (
+        "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': Tensor (5,)"
+        in said
+    )
     for found in by_two["rows_unknown_on_one"]:
         assert found.pop("said") == said
         assert_same(found, expected)
@@ -246,7 +275,13 @@ def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_t
     one, two = ((folder / size / "log.csv").read_text() for size in "12")
     assert one.splitlines()[0] == two.splitlines()[0]
     assert len(one.splitlines()) == len(two.splitlines()) == 3
-    assert sorted(file.name for file in (folder / "2").iterdir()) == ["0.pt2", "1.pt", "2.pt", "log.csv", "weights.pt"]
+    assert sorted(file.name for file in (folder / "2").iterdir()) == [
+        "0.pt2",
+        "1.pt",
+        "2.pt",
+        "log.csv",
+        "weights.pt",
+    ]
 
 
 def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two):
@@ -306,7 +341,10 @@ def test_what_is_other_with_several_processes_is_told(by_two):
         "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. Leave it out, and "
         "choose a batch_size that is enough for the statistics of each process."
     )
-    assert by_two["told"] == [[steps, norm, one_row.format(0), nothing], [norm, one_row.format(1), nothing]]
+    assert by_two["told"] == [
+        [steps, norm, one_row.format(0), nothing],
+        [norm, one_row.format(1), nothing],
+    ]
 
 
 def test_one_process_has_no_world():
@@ -315,7 +353,10 @@ def test_one_process_has_no_world():
 
 
 def test_batchnorm_over_all_processes_keeps_weights_and_names():
-    model, world = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))), SimpleNamespace(size=2)
+    model, world = (
+        minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))),
+        SimpleNamespace(size=2),
+    )
     before = dict(model.named_parameters())
     over_all_rows(model, world, torch.device("cuda"))
     assert isinstance(model.net[1], nn.SyncBatchNorm)
@@ -333,7 +374,10 @@ def by_peers(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name not in names}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, str(HERE / "peers.py"), str(folder)]
-    both = [subprocess.Popen([*command, rank], env=env, stdout=subprocess.PIPE, text=True) for rank in "01"]
+    both = [
+        subprocess.Popen([*command, rank], env=env, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
     try:
         printed = [both[0].communicate(timeout=60)[0]]
     finally:
@@ -369,7 +413,10 @@ def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_ca
     folder, _ = by_peers
     failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
     assert failed[0].startswith(("NotADirectoryError", "FileExistsError"))
-    assert failed[1] == "RuntimeError: process 0 of 2, which writes the files, has failed. Look for its own error."
+    assert (
+        failed[1]
+        == "RuntimeError: process 0 of 2, which writes the files, has failed. Look for its own error."
+    )
 
 
 def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peers):
@@ -379,7 +426,9 @@ def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peer
         "Look for its own error first. Processes must make the same calls of fit, evaluate, predict and save. For a "
         "longer timeout call torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
     )
-    assert seconds > peers.TIMEOUT - 1  # and it has ended at all: a group's own timeout is half an hour
+    assert (
+        seconds > peers.TIMEOUT - 1
+    )  # and it has ended at all: a group's own timeout is half an hour
 
 
 # --- broken off and carried on ----------------------------------------------------------------------------------------
@@ -387,14 +436,20 @@ def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peer
 
 def carried_on(folder, processes=2, **env):
     """How the run ended, and what each rank found."""
-    done = torchrun([HERE / "ranks.py", folder, "carried_on"], processes, {"FOLDER": str(folder)} | env)
+    done = torchrun(
+        [HERE / "ranks.py", folder, "carried_on"], processes, {"FOLDER": str(folder)} | env
+    )
     if done.returncode:
         return done, []
     return done, [torch.load(folder / f"carried_on.{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize(("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, a worker"])
-def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(number, workers, by_two, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, a worker"]
+)
+def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(
+    number, workers, by_two, tmp_path
+):
     done, _ = carried_on(tmp_path, WORKERS=workers, KILL=f"1 {number} 2 4")
     assert done.returncode != 0
     if number == "15":
@@ -418,7 +473,10 @@ def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by_two, tmp_path):
-    more = {"PET_MAX_RESTARTS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/growing.md
+    more = {
+        "PET_MAX_RESTARTS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # see docs/growing.md
     done, found = carried_on(tmp_path, KILL="1 9 2 4", **more)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr
@@ -432,7 +490,9 @@ def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
     assert "ValueError: this is the cause" in done.stderr
 
 
-def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twice_the_batch(tmp_path):
+def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twice_the_batch(
+    tmp_path,
+):
     example = [HERE.parent / "examples" / "ring_focal.py", "--epochs", "2"]
     two = torchrun(example, cwd=tmp_path)
     assert two.returncode == 0, two.stderr
@@ -448,14 +508,21 @@ def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twi
 def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp_path):
     pytest.importorskip("ray", reason='needs pip install "ray[train]"')
     examples = HERE.parent / "examples"
-    env = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{examples}", "HOME": str(tmp_path)}  # Ray keeps files there
+    env = {
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{examples}",
+        "HOME": str(tmp_path),
+    }  # Ray keeps files there
     script = tmp_path / "script.py"
-    script.write_text("import os, ring_focal\nring_focal.main(3, 100).to_csv(os.environ['RANK'] + '.csv')\n")
+    script.write_text(
+        "import os, ring_focal\nring_focal.main(3, 100).to_csv(os.environ['RANK'] + '.csv')\n"
+    )
     done = torchrun([script], env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     code = "import ray_train; ray_train.main(3, 100).to_csv('ray.csv')"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     expected, found = (pd.read_csv(tmp_path / name, index_col=0) for name in ("0.csv", "ray.csv"))
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-6)

@@ -44,7 +44,9 @@ def _one_thread():
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)  # the pages show what the CPU gives
+    monkeypatch.setattr(
+        torch.accelerator, "is_available", lambda: False
+    )  # the pages show what the CPU gives
     namespace = {"__name__": "__main__"}
     blocks = [*blocks_of(page), ("", "")]
     for (language, code), (following, shown) in itertools.pairwise(blocks):
@@ -95,5 +97,9 @@ def test_the_figures_are_small():
     figures = sorted((DOCS / "img").glob("*.png"))
     assert figures
     assert all(figure.stat().st_size < 100_000 for figure in figures)
-    shown = {name for page in [*PAGES, ROOT / "README.md"] for name in re.findall(r"img/(\w+\.png)", page.read_text())}
+    shown = {
+        name
+        for page in [*PAGES, ROOT / "README.md"]
+        for name in re.findall(r"img/(\w+\.png)", page.read_text())
+    }
     assert shown == {figure.name for figure in figures}

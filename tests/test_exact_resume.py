@@ -56,13 +56,20 @@ def start(make, path=None, kill=None, epochs=3, every=1):
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    parts = {"loss": nn.MSELoss, "net": lambda: nn.Linear(2, 1), "data": lambda: (X, Y), "callbacks": list}
+    parts = {
+        "loss": nn.MSELoss,
+        "net": lambda: nn.Linear(2, 1),
+        "data": lambda: (X, Y),
+        "callbacks": list,
+    }
     parts |= make()
     net = parts["net"]()
     model = net if isinstance(net, minikeras.Model) else minikeras.Model(net)
     loss = parts["loss"]()
     trained = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
-    optimizer = parts.get("optimizer", lambda trained: torch.optim.SGD(trained, lr=0.02, momentum=0.9))(trained)
+    optimizer = parts.get(
+        "optimizer", lambda trained: torch.optim.SGD(trained, lr=0.02, momentum=0.9)
+    )(trained)
     model.compile(loss, optimizer, device="cpu", **parts.get("compile", {}))
     data = parts["data"]()
     callbacks = [*parts["callbacks"](), *([] if kill is None else [killed_after(kill)])]
@@ -200,7 +207,9 @@ class Perturbs(minikeras.Callback):
 
 
 def loader(dataset=None, **kwargs):
-    kwargs = {"shuffle": True} | kwargs if not {"sampler", "batch_sampler"} & kwargs.keys() else kwargs
+    kwargs = (
+        {"shuffle": True} | kwargs if not {"sampler", "batch_sampler"} & kwargs.keys() else kwargs
+    )
     if "batch_sampler" not in kwargs:
         kwargs["batch_size"] = 20
     return DataLoader(dataset or TensorDataset(X, Y), **kwargs)
@@ -238,7 +247,9 @@ class Counts(Sampler):
 
     def __iter__(self):
         self.epoch += 1
-        return iter(torch.randperm(60, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+        return iter(
+            torch.randperm(60, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        )
 
 
 class ShufflesInPlace(Sampler):
@@ -310,14 +321,20 @@ def seed_the_global():
 
 EXACT = {
     **{
-        f"transform, {kind}": (lambda kind=kind: {"data": lambda: loader(Transformed(Jitter(kind)))})
+        f"transform, {kind}": (
+            lambda kind=kind: {"data": lambda: loader(Transformed(Jitter(kind)))}
+        )
         for kind in GENERATORS
     },
-    "transforms in a list": lambda: {"data": lambda: loader(Transformed(Compose(Jitter(), Jitter("torch"))))},
+    "transforms in a list": lambda: {
+        "data": lambda: loader(Transformed(Compose(Jitter(), Jitter("torch"))))
+    },
     "slots, dicts and lists": lambda: {"data": lambda: loader(Transformed(Slotted()))},
     "a global of the script": seed_the_global,
     "concatenated": lambda: {
-        "data": lambda: loader(ConcatDataset([Transformed(Jitter()), Transformed(Jitter("python"))]))
+        "data": lambda: loader(
+            ConcatDataset([Transformed(Jitter()), Transformed(Jitter("python"))])
+        )
     },
     "a Dataset": lambda: {"data": lambda: Transformed(Jitter())},
     "with workers": lambda: {"data": lambda: loader(Transformed(Jitter()), num_workers=1)},
@@ -330,10 +347,17 @@ EXACT = {
     "sampler in a sampler": lambda: {"data": lambda: loader(sampler=Wrapping())},
     "sampler under another name": lambda: {"data": lambda: loader(batch_sampler=ByHand())},
     "sampler that counts": lambda: {"data": lambda: loader(sampler=Counts())},
-    "sampler that shuffles in place": lambda: {"data": lambda: loader(Augmented(), sampler=ShufflesInPlace())},
+    "sampler that shuffles in place": lambda: {
+        "data": lambda: loader(Augmented(), sampler=ShufflesInPlace())
+    },
     "pool and augmentation": lambda: {"data": lambda: loader(Augmented(), sampler=Pool())},
-    "pool and augmentation, in a worker": lambda: {"data": lambda: loader(Augmented(), sampler=Pool(), num_workers=1)},
-    "buckets and dropout": lambda: {"net": dropped_out, "data": lambda: loader(batch_sampler=Buckets())},
+    "pool and augmentation, in a worker": lambda: {
+        "data": lambda: loader(Augmented(), sampler=Pool(), num_workers=1)
+    },
+    "buckets and dropout": lambda: {
+        "net": dropped_out,
+        "data": lambda: loader(batch_sampler=Buckets()),
+    },
     "buckets and dropout, read": lambda: {
         "net": dropped_out,
         "data": lambda: loader(Augmented(), batch_sampler=Buckets()),
@@ -416,7 +440,11 @@ def test_a_position_that_cannot_be_held_is_told_as_the_fit_begins(tmp_path, monk
     installed.__file__ = "/usr/lib/python3/site-packages/reader.py"
     monkeypatch.setitem(sys.modules, "reader", installed)
     with pytest.warns(UserWarning, match="dl_train is a Stream") as told:
-        start(lambda: {"data": lambda: DataLoader(Stream(Reader()), 20)}, tmp_path / "run.pt", epochs=1)
+        start(
+            lambda: {"data": lambda: DataLoader(Stream(Reader()), 20)},
+            tmp_path / "run.pt",
+            epochs=1,
+        )
     assert [str(warning.message) for warning in told] == [
         "dl_train is a Stream, which has no state_dict: a checkpoint does not hold its position. When a run is resumed "
         "in the middle of an epoch, the batches already seen are read again and left out; the run is exact only if "
@@ -465,9 +493,13 @@ class FromTheSystem(Transformed):
         self.random = random.SystemRandom()
 
 
-@pytest.mark.parametrize(("dataset", "name"), [(FromAnIterator, "lines"), (FromTheSystem, "random")])
+@pytest.mark.parametrize(
+    ("dataset", "name"), [(FromAnIterator, "lines"), (FromTheSystem, "random")]
+)
 def test_an_iterator_inside_a_dataset_is_told_by_name(dataset, name, tmp_path):
-    with pytest.warns(UserWarning, match=rf"dl_train\.dataset\.{name} has a position or a random state") as told:
+    with pytest.warns(
+        UserWarning, match=rf"dl_train\.dataset\.{name} has a position or a random state"
+    ) as told:
         start(lambda: {"data": lambda: loader(dataset())}, tmp_path / "run.pt", epochs=1)
     assert len(told) == 1
 
@@ -545,7 +577,9 @@ def frozen_net():
     return net
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)]
+)
 def test_groups_that_a_callback_adds_are_resumed(optimizer, tmp_path):
     def make():
         return {
@@ -603,7 +637,11 @@ class FreezesTheLoss(minikeras.Callback):
 
 
 def test_hidden_buffers_and_frozen_parameters_of_a_loss_are_held(tmp_path):
-    assert_exact(lambda: {"loss": Centered, "callbacks": lambda: [FreezesTheLoss()]}, tmp_path, kills=(1, 4, 7))
+    assert_exact(
+        lambda: {"loss": Centered, "callbacks": lambda: [FreezesTheLoss()]},
+        tmp_path,
+        kills=(1, 4, 7),
+    )
 
 
 class LateCenter(nn.Module):
@@ -629,12 +667,16 @@ class LateLoss(LateCenter):
     def forward(self, y_pred, y_true):
         if self.mean is None:
             self.mean = y_true.mean()
-        return ((y_pred - y_true - 0.1 * self.mean) ** 2).mean() + 0.01 * (self.layer.weight**2).sum()
+        return ((y_pred - y_true - 0.1 * self.mean) ** 2).mean() + 0.01 * (
+            self.layer.weight**2
+        ).sum()
 
 
 @pytest.mark.parametrize("part", ["net", "loss"])
 def test_buffers_that_come_with_the_first_batch_are_held(part, tmp_path):
-    assert_exact(lambda: {part: {"net": LateCenter, "loss": LateLoss}[part]}, tmp_path, kills=(1, 4))
+    assert_exact(
+        lambda: {part: {"net": LateCenter, "loss": LateLoss}[part]}, tmp_path, kills=(1, 4)
+    )
 
 
 def test_a_file_of_weights_fills_buffers_that_come_with_the_first_batch(tmp_path):
@@ -679,11 +721,15 @@ def rates_after_change(path, first, second, step, before=3, epochs=6):
         fits.USES.clear()  # each start is a process
         torch.manual_seed(0)
         model = minikeras.Model(nn.Linear(2, 1))
-        model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), device="cpu")
+        model.compile(
+            nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), device="cpu"
+        )
         callback = LRScheduler(make(model.optimizer), step=step)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            model.fit(count, (X, Y), batch_size=15, callbacks=[callback], checkpoint=path, verbose=0)
+            model.fit(
+                count, (X, Y), batch_size=15, callbacks=[callback], checkpoint=path, verbose=0
+            )
     return model, [str(warning.message) for warning in told]
 
 
@@ -692,7 +738,9 @@ def plain_loop(first, second, step, before=3, epochs=6):
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    other = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)  # has the second schedule from the beginning
+    other = torch.optim.SGD(
+        [torch.zeros(1)], lr=0.1, momentum=0.9
+    )  # has the second schedule from the beginning
     schedulers = first(optimizer), second(other)
     rates = []
     for epoch in range(epochs):
@@ -783,7 +831,9 @@ def test_the_same_schedule_again_is_nothing_to_tell_of(tmp_path):
 
 def test_other_betas_are_told_and_the_files_go_on(tmp_path):
     def adam(betas):
-        return lambda: {"optimizer": lambda trained: torch.optim.Adam(trained, lr=0.01, betas=betas)}
+        return lambda: {
+            "optimizer": lambda trained: torch.optim.Adam(trained, lr=0.01, betas=betas)
+        }
 
     start(adam((0.9, 0.999)), tmp_path / "run.pt", epochs=1)
     fits.USES.clear()
@@ -798,7 +848,10 @@ def test_another_loss_or_other_frozen_layers_are_told_and_taken(change, tmp_path
     start(dict, tmp_path / "run.pt", epochs=1)
     fits.USES.clear()
     changed = {"loss": lambda: {"loss": nn.L1Loss}, "frozen": lambda: {"net": half_frozen}}[change]
-    words = {"loss": "loss_func MSELoss and not L1Loss", "frozen": "net.bias trained, and frozen here"}[change]
+    words = {
+        "loss": "loss_func MSELoss and not L1Loss",
+        "frozen": "net.bias trained, and frozen here",
+    }[change]
     with pytest.warns(UserWarning, match=words):
         start(changed, tmp_path / "run.pt", epochs=2)
 
@@ -813,7 +866,9 @@ def best_of(monitor, path, epochs):
     fits.USES.clear()
     torch.manual_seed(0)
     model = compiled(
-        metrics_dict={"accuracy": lambda y_pred, y_true: ((y_pred > 0.5) == (y_true > 0.5)).float().mean()}
+        metrics_dict={
+            "accuracy": lambda y_pred, y_true: ((y_pred > 0.5) == (y_true > 0.5)).float().mean()
+        }
     )
     stop = minikeras.EarlyStopping(monitor, patience=50, restore_best_weights=True)
     save = minikeras.ModelCheckpoint(path.parent / "best.pt", monitor, save_best_only=True)
@@ -842,7 +897,10 @@ def test_other_data_of_as_many_rows_are_told(finished, tmp_path):
         with pytest.raises(Killed):
             start(dict, path, kill=1, epochs=1)
     fits.USES.clear()
-    with pytest.warns(UserWarning, match="nothing is trained on them" if finished else "the batches that are left out"):
+    with pytest.warns(
+        UserWarning,
+        match="nothing is trained on them" if finished else "the batches that are left out",
+    ):
         start(lambda: {"data": lambda: (X * 3, Y)}, path, epochs=1)
 
 
@@ -984,7 +1042,9 @@ def test_a_second_phase_with_the_file_of_the_first_is_refused(rate, tmp_path):
         model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=rate), device="cpu")
         if phase == 1:
             model.fit(2, (X, Y), checkpoint=path, verbose=0)
-            model.fit(1, (X, Y), checkpoint=path, verbose=0)  # a second fit of the same compile may go on
+            model.fit(
+                1, (X, Y), checkpoint=path, verbose=0
+            )  # a second fit of the same compile may go on
             assert len(model.history) == 3
     weight = model.net.weight.clone()
     with pytest.raises(CheckpointError, match="Give each fit a file of its own"):
@@ -998,7 +1058,9 @@ def test_a_second_phase_with_the_file_of_the_first_is_refused(rate, tmp_path):
 def test_a_sweep_with_one_file_is_refused(change, tmp_path):
     def trial(lr=0.1, dropout=0.1, weight=1.0):
         torch.manual_seed(0)
-        model = minikeras.Model(nn.Sequential(nn.Linear(2, 4), nn.Dropout(dropout), nn.Linear(4, 1)))
+        model = minikeras.Model(
+            nn.Sequential(nn.Linear(2, 4), nn.Dropout(dropout), nn.Linear(4, 1))
+        )
         model.compile(
             lambda y_pred, y_true: weight * ((y_pred - y_true) ** 2).mean(),
             torch.optim.SGD(model.parameters(), lr=lr),
@@ -1015,7 +1077,12 @@ def test_a_sweep_with_one_file_is_refused(change, tmp_path):
 def test_a_callback_that_writes_under_the_checkpoints_path_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
         start(
-            lambda: {"callbacks": lambda: [minikeras.ModelCheckpoint(tmp_path / "a" / ".." / "run.pt")]},
+            lambda: {
+                "callbacks": lambda: [minikeras.ModelCheckpoint(tmp_path / "a" / ".." / "run.pt")]
+            },
             tmp_path / "run.pt",
         )
-    start(lambda: {"callbacks": lambda: [minikeras.ModelCheckpoint(tmp_path / "best.pt")]}, tmp_path / "run.pt")
+    start(
+        lambda: {"callbacks": lambda: [minikeras.ModelCheckpoint(tmp_path / "best.pt")]},
+        tmp_path / "run.pt",
+    )

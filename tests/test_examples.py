@@ -30,8 +30,14 @@ def example(monkeypatch, tmp_path, capsys):
 
 def column(printed, name):
     """The values of a column of the printed history."""
-    header, *rows = [line.replace("*", " ").split() for line in printed[printed.index("epoch ") :].splitlines()]
-    return [float(row[header.index(name)]) for row in rows if len(row) == len(header) and row[0].isdigit()]
+    header, *rows = [
+        line.replace("*", " ").split() for line in printed[printed.index("epoch ") :].splitlines()
+    ]
+    return [
+        float(row[header.index(name)])
+        for row in rows
+        if len(row) == len(header) and row[0].isdigit()
+    ]
 
 
 def test_a_convolutional_net_learns_the_digits_in_two_epochs(example):
@@ -42,12 +48,17 @@ def test_a_convolutional_net_learns_the_digits_in_two_epochs(example):
 
 def test_a_table_with_categories_tells_more_than_the_mean(example):
     printed = example("tabular_categories.py", "--epochs", 10)
-    ours, mean = map(float, re.search(r"error (\S+); of the mean as the answer (\S+)", printed).groups())
+    ours, mean = map(
+        float, re.search(r"error (\S+); of the mean as the answer (\S+)", printed).groups()
+    )
     assert ours < 0.8 * mean
 
 
 def test_lines_of_different_lengths_are_learnt_by_an_lstm(example):
-    right, lines = map(int, re.search(r"(\d+) of (\d+) lines", example("sequence_lstm.py", "--epochs", 25)).groups())
+    right, lines = map(
+        int,
+        re.search(r"(\d+) of (\d+) lines", example("sequence_lstm.py", "--epochs", 25)).groups(),
+    )
     assert lines == 20
     assert right >= 18
 
@@ -61,7 +72,9 @@ def test_both_heads_learn_from_one_loss(example):
 
 def test_losses_for_rare_positives_are_measured_side_by_side(example):
     printed = example("imbalanced.py", "--epochs", 8, "--seeds", 2)
-    found = re.findall(r"average precision (\S+) \+/- \S+ precision \S+ \+/- \S+ recall \S+ \+/- \S+\n", printed)
+    found = re.findall(
+        r"average precision (\S+) \+/- \S+ precision \S+ \+/- \S+ recall \S+ \+/- \S+\n", printed
+    )
     assert len(found) == 4
     assert all(float(number) > 0.3 for number in found)  # guessing has 0.05
 
@@ -87,7 +100,8 @@ def test_an_autoencoder_gives_the_digits_back(example):
 def test_a_small_bert_tells_praise_from_complaint(example, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     praise, complaint = map(
-        float, re.search(r"praise: tensor\(\[(\S+), (\S+)\]\)", example("transformers_text.py")).groups()
+        float,
+        re.search(r"praise: tensor\(\[(\S+), (\S+)\]\)", example("transformers_text.py")).groups(),
     )
     assert praise > 0.8
     assert complaint < 0.2
@@ -95,7 +109,9 @@ def test_a_small_bert_tells_praise_from_complaint(example, monkeypatch):
 
 def test_a_search_prunes_and_finds_a_good_model(example):
     printed = example("optuna_search.py", "--trials", 12)
-    complete, pruned = map(int, re.search(r"(\d+) trials ran to their end, (\d+) were pruned", printed).groups())
+    complete, pruned = map(
+        int, re.search(r"(\d+) trials ran to their end, (\d+) were pruned", printed).groups()
+    )
     assert complete >= 3
     assert pruned >= 3
     assert complete + pruned == 12

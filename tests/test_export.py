@@ -52,7 +52,9 @@ class Keys(minikeras.Model):
 
 def rows(count):
     generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, 4, generator=generator), torch.randint(9, (count,), generator=generator)
+    return torch.randn(count, 4, generator=generator), torch.randint(
+        9, (count,), generator=generator
+    )
 
 
 def by_name(count):
@@ -117,13 +119,19 @@ CASES = {
 def leaves(nest):
     if isinstance(nest, dict):
         nest = list(nest.values())
-    return [nest] if isinstance(nest, torch.Tensor) else [leaf for part in nest for leaf in leaves(part)]
+    return (
+        [nest]
+        if isinstance(nest, torch.Tensor)
+        else [leaf for part in nest for leaf in leaves(part)]
+    )
 
 
 def called_with(model, features):
     if isinstance(features, dict):
         return (
-            ((features,), {}) if isinstance(model, Keys) else ((), {"x": features["x"], "tokens": features["tokens"]})
+            ((features,), {})
+            if isinstance(model, Keys)
+            else ((), {"x": features["x"], "tokens": features["tokens"]})
         )
     return (features if isinstance(features, tuple) else (features,)), {}
 
@@ -135,17 +143,26 @@ def run(path, model, features):
         return leaves(torch.export.load(path).module()(*args, **kwargs))
     session = onnxruntime.InferenceSession(path)
     if isinstance(features, dict):
-        given = {"features_" * isinstance(model, Keys) + name: value.numpy() for name, value in features.items()}
+        given = {
+            "features_" * isinstance(model, Keys) + name: value.numpy()
+            for name, value in features.items()
+        }
     else:
         given = dict(
-            zip([one.name for one in session.get_inputs()], map(torch.Tensor.numpy, leaves([features])), strict=True)
+            zip(
+                [one.name for one in session.get_inputs()],
+                map(torch.Tensor.numpy, leaves([features])),
+                strict=True,
+            )
         )
     return [torch.from_numpy(value) for value in session.run(None, given)]
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_file_gives_what_predict_gives_for_other_rows_and_any_number_of_them(case, suffix, tmp_path):
+def test_the_file_gives_what_predict_gives_for_other_rows_and_any_number_of_them(
+    case, suffix, tmp_path
+):
     make, features = CASES[case]
     model, path = make(), tmp_path / "made" / f"model{suffix}"
     for parameter in model.parameters():
@@ -163,7 +180,9 @@ def test_the_file_gives_what_predict_gives_for_other_rows_and_any_number_of_them
 def test_one_row_will_do_as_an_example(suffix, tmp_path):
     model, path = Whole(), tmp_path / f"model{suffix}"
     model.export(str(path), np.zeros((1, 4), np.float32))
-    torch.testing.assert_close(run(path, model, rows(6)[0])[0], model.predict(rows(6)[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(path, model, rows(6)[0])[0], model.predict(rows(6)[0]), atol=1e-5, rtol=0
+    )
 
 
 def test_the_model_stays_as_it_is_and_goes_on_training(tmp_path):
@@ -173,7 +192,10 @@ def test_the_model_stays_as_it_is_and_goes_on_training(tmp_path):
     model.layers[1].eval()
     calls = []
     model.layers.register_forward_hook(lambda module, args, output: calls.append(0))
-    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    before, modes = (
+        copy.deepcopy(model.state_dict()),
+        [module.training for module in model.modules()],
+    )
     random = torch.get_rng_state()
     model.export(tmp_path / "model.pt2", data[0])
     assert [module.training for module in model.modules()] == modes
@@ -210,14 +232,18 @@ def test_a_model_that_keeps_what_it_computed_is_exported_after_a_fit_too(tmp_pat
     with pytest.warns(UserWarning, match="self.seen"):  # torch's, that the file will not keep it
         model.export(tmp_path / "model.pt2", rows(3)[0])
     assert model.seen["scores"].grad_fn is not None
-    torch.testing.assert_close(run(tmp_path / "model.pt2", model, rows(6)[0])[0], model.predict(rows(6)[0]))
+    torch.testing.assert_close(
+        run(tmp_path / "model.pt2", model, rows(6)[0])[0], model.predict(rows(6)[0])
+    )
 
 
 def test_what_a_hook_changes_is_in_the_file(tmp_path):
     model = Whole()
     model.layers.register_forward_hook(lambda module, args, output: output * 100)
     model.export(tmp_path / "model.pt2", rows(3)[0])
-    torch.testing.assert_close(run(tmp_path / "model.pt2", model, rows(6)[0])[0], model.predict(rows(6)[0]))
+    torch.testing.assert_close(
+        run(tmp_path / "model.pt2", model, rows(6)[0])[0], model.predict(rows(6)[0])
+    )
 
 
 def test_an_onnx_file_has_the_users_names_and_an_open_number_of_rows(tmp_path):
@@ -271,7 +297,10 @@ def test_outputs_that_are_no_tensors_are_refused_for_onnx(made, got, tmp_path):
 
 @pytest.mark.parametrize(
     ("made", "name"),
-    [(lambda y: {"a": {"b": y}, "a_b": 2 * y}, "a_b"), (lambda y: {"x": y, "x_out": 2 * y}, "x_out")],
+    [
+        (lambda y: {"a": {"b": y}, "a_b": 2 * y}, "a_b"),
+        (lambda y: {"x": y, "x_out": 2 * y}, "x_out"),
+    ],
     ids=["joined", "input"],
 )
 def test_two_outputs_of_one_name_are_refused_for_onnx(made, name, tmp_path):
@@ -292,13 +321,17 @@ def test_weights_too_big_for_one_onnx_file_lie_beside_it(tmp_path, monkeypatch):
     torch.testing.assert_close(found, model.predict(rows(6)[0]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # as torch's compiler loads
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated"
+)  # as torch's compiler loads
 def test_a_compiled_network_is_exported_as_the_network_it_was(tmp_path):
     model = minikeras.Model(torch.compile(Whole().layers))
     model.export(tmp_path / "model.pt2", rows(3)[0])
     expected = minikeras.Model(Whole().layers)
     expected.load_state_dict(model.state_dict())
-    torch.testing.assert_close(run(tmp_path / "model.pt2", model, rows(6)[0])[0], expected.predict(rows(6)[0]))
+    torch.testing.assert_close(
+        run(tmp_path / "model.pt2", model, rows(6)[0])[0], expected.predict(rows(6)[0])
+    )
 
 
 @pytest.mark.gpu
@@ -331,7 +364,8 @@ def test_another_ending_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("example", "got"), [(None, "NoneType"), (torch.zeros(0, 4), "Tensor (0, 4) float32"), ([], "[]")]
+    ("example", "got"),
+    [(None, "NoneType"), (torch.zeros(0, 4), "Tensor (0, 4) float32"), ([], "[]")],
 )
 def test_an_example_without_rows_is_refused(example, got, tmp_path):
     with pytest.raises(TypeError) as caught:
@@ -389,15 +423,23 @@ class Deciding(Whole):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Fixed, 'Constraints violated (batch)! For more information, run with TORCH_LOGS="+dynamic".'),
-        (Deciding, "Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)). "),
+        (
+            Fixed,
+            'Constraints violated (batch)! For more information, run with TORCH_LOGS="+dynamic".',
+        ),
+        (
+            Deciding,
+            "Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)). ",
+        ),
     ],
 )
 def test_a_forward_that_cannot_be_followed_is_an_error_that_says_what_to_write(kind, why, tmp_path):
     with pytest.raises(ValueError, match="cannot be exported") as caught:
         kind().export(tmp_path / "model.pt2", rows(5)[0])
     message = str(caught.value)
-    assert message.startswith(f"{kind.__name__} cannot be exported for any number of rows: {why.strip()}")
+    assert message.startswith(
+        f"{kind.__name__} cannot be exported for any number of rows: {why.strip()}"
+    )
     assert message.endswith(
         "Its forward must go the same way whatever the values and the number of rows: "
         "torch.where for an if, x.flatten(1) for a reshape to the example's size."

@@ -42,18 +42,25 @@ def test_a_program_read_back_predicts_and_evaluates(program):
     model = compiled(minikeras.Model(theirs), nn.MSELoss())
     with torch.no_grad():
         torch.testing.assert_close(model.predict(X), net(X))
-        assert model.evaluate((X, Y))["val_loss"] == pytest.approx(((net(X) - Y) ** 2).mean().item(), rel=1e-6)
+        assert model.evaluate((X, Y))["val_loss"] == pytest.approx(
+            ((net(X) - Y) ** 2).mean().item(), rel=1e-6
+        )
     assert model.training
 
 
 def test_a_fit_of_a_program_is_refused_and_both_ways_out_train(program):
     theirs, net = program
     model = compiled(minikeras.Model(theirs), nn.MSELoss())
-    with pytest.raises(ValueError, match=r"^net is a program of torch.export, which has no train mode.*exported from"):
+    with pytest.raises(
+        ValueError,
+        match=r"^net is a program of torch.export, which has no train mode.*exported from",
+    ):
         model.fit(1, (X, Y), verbose=0)
     compiled(minikeras.Model(net.train()), nn.MSELoss()).fit(1, (X, Y), verbose=0)
     theirs.requires_grad_(False)
-    model = compiled(minikeras.Model(nn.Sequential(theirs, nn.Dropout(0.1), nn.Linear(1, 1))), nn.MSELoss())
+    model = compiled(
+        minikeras.Model(nn.Sequential(theirs, nn.Dropout(0.1), nn.Linear(1, 1))), nn.MSELoss()
+    )
     losses = model.fit(20, (X, Y), (X, Y), verbose=0)["val_loss"]
     assert losses.iloc[-1] < losses.iloc[0]
     assert model.net[1].training

@@ -50,7 +50,9 @@ def test_a_loss_that_is_not_finite_is_an_error_before_it_moves_a_weight(value):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(2, points(96), batch_size=32, callbacks=[keep], verbose=0)
     last = r"0\.\d+"
-    assert str(raised.value).startswith(f"the loss is {value} in epoch 2, batch 2; expected a finite number. ")
+    assert str(raised.value).startswith(
+        f"the loss is {value} in epoch 2, batch 2; expected a finite number. "
+    )
     raised.match(
         rf"The last finite loss was {last}, at lr 0\.1\. Features, labels and weights are finite: lower the rate, "
         r"clip gradients, or look into the loss\. The weights are those of before it\.\nepoch 2$"
@@ -82,14 +84,20 @@ def test_a_loss_that_is_not_finite_is_told_of_where_the_optimizer_has_no_lr():
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, points(8), verbose=0)
     where = "the loss is nan in epoch 1, batch 1; expected a finite number. "
-    assert str(raised.value) == where + NO_ONE.replace("lr 0.1", "an unknown rate") + FINITE + AS_BEFORE
+    assert (
+        str(raised.value)
+        == where + NO_ONE.replace("lr 0.1", "an unknown rate") + FINITE + AS_BEFORE
+    )
 
 
 IGNORE = {
     "CrossEntropyLoss": (nn.CrossEntropyLoss(ignore_index=0), 0),
     "torch's default": (nn.NLLLoss(), -100),
     "a function": (lambda p, t: nn.functional.cross_entropy(p, t), -100),
-    "with penalties": (minikeras.Regularized(nn.CrossEntropyLoss(ignore_index=1), nn.Linear(2, 3)), 1),
+    "with penalties": (
+        minikeras.Regularized(nn.CrossEntropyLoss(ignore_index=1), nn.Linear(2, 3)),
+        1,
+    ),
 }
 
 
@@ -115,7 +123,10 @@ def test_it_is_said_whether_the_data_held_nan_already(part):
     model = compiled(loss_func=nn.MSELoss())
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, list(zip(X.split(32), y.split(32), strict=True)), verbose=0)
-    assert f"The {part} of this batch held NaN or inf already: clean the data. The weights are" in str(raised.value)
+    assert (
+        f"The {part} of this batch held NaN or inf already: clean the data. The weights are"
+        in str(raised.value)
+    )
     assert "in epoch 1, batch 2;" in str(raised.value)
 
 
@@ -124,7 +135,9 @@ def test_it_is_said_where_the_forward_pass_has_spoiled_a_buffer():
     X[40] = math.nan
     model = minikeras.Model(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)))
     compiled(model, nn.MSELoss())
-    with pytest.raises(FloatingPointError, match=r"has spoiled net\.0\.running_mean, net\.0\.running_var: go back"):
+    with pytest.raises(
+        FloatingPointError, match=r"has spoiled net\.0\.running_mean, net\.0\.running_var: go back"
+    ):
         model.fit(1, (X, y), verbose=0)
 
 
@@ -133,14 +146,17 @@ def test_weights_that_are_nan_already_are_named():
     with torch.no_grad():
         model.fc2.bias.fill_(math.nan)
     with pytest.raises(
-        FloatingPointError, match=r"Weights are NaN or inf: fc2\.bias\. Go back to a checkpoint\.\nepoch 1$"
+        FloatingPointError,
+        match=r"Weights are NaN or inf: fc2\.bias\. Go back to a checkpoint\.\nepoch 1$",
     ):
         model.fit(1, points(8), verbose=0)
 
 
 def test_on_nan_stop_ends_the_fit_with_a_warning_and_the_history_so_far():
     model = compiled(loss_func=bad_at(5))
-    with pytest.warns(UserWarning, match="the loss is nan in epoch 2, batch 2; expected a finite number"):
+    with pytest.warns(
+        UserWarning, match="the loss is nan in epoch 2, batch 2; expected a finite number"
+    ):
         dfhistory = model.fit(4, points(96), verbose=0, on_nan="stop")
     assert list(dfhistory.index) == [0]
     assert all(value.isfinite().all() for value in model.parameters())
@@ -154,7 +170,8 @@ def test_on_nan_ignore_trains_on():
 
 def test_on_nan_must_be_a_word_that_is_known():
     with pytest.raises(
-        ValueError, match=r"on_nan must be 'raise', 'stop' or 'ignore', got 'rais'\. Did you mean 'raise'"
+        ValueError,
+        match=r"on_nan must be 'raise', 'stop' or 'ignore', got 'rais'\. Did you mean 'raise'",
     ):
         compiled().fit(1, points(8), on_nan="rais")
 
@@ -185,13 +202,17 @@ def test_on_a_gpu_the_default_optimizer_takes_no_step_from_the_first_bad_loss_on
     keep = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: kept.append(state(model)))
     X, y = points(100)
     X[44] = math.nan  # batch 5 of 10
-    with pytest.raises(FloatingPointError, match=r"batch 10 \(it began 5 steps before\).*The weights are those of"):
+    with pytest.raises(
+        FloatingPointError, match=r"batch 10 \(it began 5 steps before\).*The weights are those of"
+    ):
         model.fit(1, list(zip(X.split(10), y.split(10), strict=True)), callbacks=[keep], verbose=0)
     assert same(state(model), kept[3])
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_optimizers(fused, monkeypatch):
+def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_optimizers(
+    fused, monkeypatch
+):
     """Played on the CPU, whose fused optimizers skip steps in the same way."""
     monkeypatch.setattr("minikeras.faults.loss.READ_EVERY", 10)
     real = FiniteLoss.__init__
@@ -222,7 +243,9 @@ def test_on_a_device_the_end_of_an_epoch_finds_it_at_the_latest(monkeypatch):
         self.reads_each = False
 
     monkeypatch.setattr(FiniteLoss, "__init__", as_on_a_device)
-    with pytest.raises(FloatingPointError, match=r"in epoch 1, batch 4 \(it began 1 steps before\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"in epoch 1, batch 4 \(it began 1 steps before\)"
+    ):
         compiled(loss_func=bad_at(3)).fit(2, points(128), verbose=0)
 
 
@@ -286,7 +309,11 @@ class Broken(Dataset):
 def test_a_row_that_cannot_be_read_is_named_with_its_batch_and_epoch():
     with pytest.raises(OSError, match="no such picture") as raised:
         compiled().fit(1, DataLoader(Broken(), batch_size=16), verbose=0)
-    assert raised.value.__notes__ == ["row 37 of the dataset", "dl_train, batch 3, as it was read", "epoch 1"]
+    assert raised.value.__notes__ == [
+        "row 37 of the dataset",
+        "dl_train, batch 3, as it was read",
+        "epoch 1",
+    ]
 
 
 def test_in_a_worker_the_batch_is_named_and_how_to_find_the_row():
@@ -309,7 +336,9 @@ def test_a_worker_that_dies_is_told_with_the_hint_on_memory_and_the_last_checkpo
         "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer workers or "
         'smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
     )
-    read = re.fullmatch(r"dl_train, batch ([123])(, as it was read)?", batch)  # it dies ahead of its turn
+    read = re.fullmatch(
+        r"dl_train, batch ([123])(, as it was read)?", batch
+    )  # it dies ahead of its turn
     assert epoch == "epoch 1"
     if saved:
         step = int(read[1]) - (read[2] is not None)
@@ -323,7 +352,11 @@ def test_a_worker_that_dies_is_told_with_the_hint_on_memory_and_the_last_checkpo
 
 
 def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():
-    model = compiled(minikeras.Model(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())))
+    model = compiled(
+        minikeras.Model(
+            nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
+        )
+    )
     with pytest.raises(ValueError, match="one row") as raised:
         model.fit(1, points(33), verbose=0)
     assert str(raised.value) == (

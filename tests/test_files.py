@@ -49,7 +49,10 @@ def test_a_symbolic_link_stays_and_its_target_is_written(there, tmp_path):
     assert middle.is_symlink()
     assert len(read(real)["history"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "middle.pt", "run.pt"]
-    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["real.pt", "real.pt.prev"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == [
+        "real.pt",
+        "real.pt.prev",
+    ]
     Net().load(link)
     real.write_bytes(b"")
     with pytest.warns(UserWarning, match=r"real\.pt\.prev\. It is used instead"):
@@ -125,7 +128,8 @@ def test_a_folder_with_a_run_in_it_is_not_the_file_in_it(tmp_path):
     run_file(tmp_path / "exp" / "run.pt", epochs=1)
     for call in (Net().load, Net().save, run_file):
         with pytest.raises(
-            (CheckpointError, IsADirectoryError), match=r"Give the path of the file in it, .*exp/run.pt"
+            (CheckpointError, IsADirectoryError),
+            match=r"Give the path of the file in it, .*exp/run.pt",
         ):
             call(tmp_path / "exp")
     assert [path.name for path in (tmp_path / "exp").iterdir()] == ["run.pt"]
@@ -150,7 +154,12 @@ def test_two_writers_of_one_path_are_refused_before_the_fit(tmp_path, monkeypatc
         with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
             compiled().fit(1, points(8), verbose=0, checkpoint=path, callbacks=callbacks)
     assert [one.name for one in tmp_path.iterdir()] == ["link.pt"]
-    callbacks = [kinds[0]("{epoch}.pt"), kinds[0]("best.pt"), kinds[1]("log.csv"), kinds[1]("more.csv")]
+    callbacks = [
+        kinds[0]("{epoch}.pt"),
+        kinds[0]("best.pt"),
+        kinds[1]("log.csv"),
+        kinds[1]("more.csv"),
+    ]
     compiled().fit(1, points(8), verbose=0, checkpoint="run.pt", callbacks=callbacks)
 
 
@@ -168,7 +177,9 @@ def test_a_stale_checkpoint_says_how_to_start_anew_and_that_works(tmp_path):
     other = minikeras.Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()))
     with pytest.raises(CheckpointError) as raised:
         run_file(path, model=other)
-    assert str(raised.value).endswith(f"To start anew, delete {path} and {path}.prev, or give another path.")
+    assert str(raised.value).endswith(
+        f"To start anew, delete {path} and {path}.prev, or give another path."
+    )
     path.unlink()
     previous(path).unlink()
     run_file(path, model=other)
@@ -203,7 +214,9 @@ def test_two_processes_that_write_one_path_never_damage_it(tmp_path):
     assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path, monkeypatch):
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path, monkeypatch
+):
     path = tmp_path / "w.pt"
     left, alive, users = atomic.temporary(path), atomic.temporary(path), tmp_path / "w.pt.tmp"
     for file in (left, users):
@@ -213,7 +226,9 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
         assert left.exists()  # it may be only just begun
         monkeypatch.setattr(atomic, "SETTLED", -1.0)
         Net().save(path)
-        assert sorted(one.name for one in tmp_path.iterdir()) == sorted(["w.pt", "w.pt.prev", alive.name, users.name])
+        assert sorted(one.name for one in tmp_path.iterdir()) == sorted(
+            ["w.pt", "w.pt.prev", alive.name, users.name]
+        )
 
 
 def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
@@ -250,7 +265,10 @@ def test_ctrl_c_in_save_is_ctrl_c_and_the_file_before_it_stays(tmp_path):
     print(came)
     """)
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "w.pt")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, str(tmp_path / "w.pt")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
@@ -263,15 +281,21 @@ def test_names_of_compiled_networks_load_into_plain_ones_and_back(tmp_path):
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     torch.save(torch.compile(inner, backend="eager").state_dict(), tmp_path / "whole.pt")
-    nested = torch.compile(nn.Sequential(torch.compile(inner[0], backend="eager"), inner[1]), backend="eager")
+    nested = torch.compile(
+        nn.Sequential(torch.compile(inner[0], backend="eager"), inner[1]), backend="eager"
+    )
     torch.save(nested.state_dict(), tmp_path / "nested.pt")
-    torch.save({f"net.{name}": value for name, value in nested.state_dict().items()}, tmp_path / "part.pt")
+    torch.save(
+        {f"net.{name}": value for name, value in nested.state_dict().items()}, tmp_path / "part.pt"
+    )
     for name in ("whole.pt", "nested.pt", "part.pt"):
         model = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
         model.load(tmp_path / name)
         assert torch.equal(model.net[0].weight, inner[0].weight)
         model.save(tmp_path / "plain.pt")
-        back = minikeras.Model(torch.compile(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), backend="eager"))
+        back = minikeras.Model(
+            torch.compile(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), backend="eager")
+        )
         back.load(tmp_path / "plain.pt")
         assert torch.equal(back.state_dict()["net.0.weight"], inner[0].weight)
 
@@ -290,7 +314,9 @@ def test_a_file_with_one_name_of_tied_weights_is_loaded(tmp_path):
     assert torch.equal(second.net[1].weight, first.net[0].weight)
     assert second.net[1].weight is second.net[0].weight
     with pytest.raises(CheckpointError, match=r"missing: net\.1\.weight"):
-        minikeras.Model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).load(tmp_path / "tied.safetensors")
+        minikeras.Model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).load(
+            tmp_path / "tied.safetensors"
+        )
 
 
 # --- values that do not fit -------------------------------------------------------------------------------------------
@@ -313,7 +339,11 @@ MISFITS = {
 def test_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
     model, path = Net(), tmp_path / "w.pt"
     before = copy.deepcopy(model.state_dict())
-    torch.save({key: torch.ones_like(value) for key, value in before.items()} | {"fc2.bias": MISFITS[name]}, path)
+    torch.save(
+        {key: torch.ones_like(value) for key, value in before.items()}
+        | {"fc2.bias": MISFITS[name]},
+        path,
+    )
     with pytest.raises(CheckpointError):
         model.load(path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -413,7 +443,9 @@ def test_a_small_file_takes_little_memory_and_time(name, tmp_path):
         sys.setrecursionlimit(limit)
     with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(path, "w") as new:
         for entry in good.infolist():
-            new.writestr(entry.filename, program if entry.filename.endswith("data.pkl") else good.read(entry))
+            new.writestr(
+                entry.filename, program if entry.filename.endswith("data.pkl") else good.read(entry)
+            )
     with pytest.raises(CheckpointError):
         Net().load(path)
 
@@ -426,7 +458,10 @@ def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path):
     assert contents[name].count(b"K\x04") == 2  # of the storage, and of the tensor
     first, second, third = contents[name].split(b"K\x04")
     large = b"J" + (10**9).to_bytes(4, "little")
-    programs = [first + large + second + b"K\x04" + third, first + b"K\x04" + second + large + third]
+    programs = [
+        first + large + second + b"K\x04" + third,
+        first + b"K\x04" + second + large + third,
+    ]
     for program in programs:
         with zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
             for entry, content in contents.items():
@@ -448,13 +483,23 @@ class Cut(minikeras.Callback):
 
 def fit_of(path, *callbacks):
     torch.manual_seed(0)
-    model = minikeras.Model(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid()))
+    model = minikeras.Model(
+        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
+    )
     model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters(), 0.01), device="cpu")
     before = copy.deepcopy(model.state_dict())
     listed = [minikeras.EMA(0.9), minikeras.EarlyStopping("loss", patience=9), *callbacks]
 
     def call():
-        model.fit(3, points(60), batch_size=20, verbose=0, checkpoint=path, checkpoint_every=1, callbacks=listed)
+        model.fit(
+            3,
+            points(60),
+            batch_size=20,
+            verbose=0,
+            checkpoint=path,
+            checkpoint_every=1,
+            callbacks=listed,
+        )
 
     return model, before, call
 
@@ -488,7 +533,20 @@ def changed(value, path, new):
     return value
 
 
-WRONG = ["text", -5, 2**40, 3.5, None, [], {}, torch.ones(3), torch.zeros(0), float("nan"), (1, "x"), DELETE]
+WRONG = [
+    "text",
+    -5,
+    2**40,
+    3.5,
+    None,
+    [],
+    {},
+    torch.ones(3),
+    torch.zeros(0),
+    float("nan"),
+    (1, "x"),
+    DELETE,
+]
 
 
 KNOWN = [  # that once went through, and failed after the first weight had moved
@@ -526,7 +584,10 @@ def is_refused(good, place, new, folder):
     try:
         call()
     except CheckpointError:
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (place, new)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
+            place,
+            new,
+        )
         assert not model.optimizer.state, (place, new)
         assert len(model.history) == 0
         now = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
@@ -567,7 +628,8 @@ def test_a_file_of_another_network_is_not_called_damaged(tmp_path):
         fit_of(path, Cut())[2]()
     other = compiled(minikeras.Model(nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 1), nn.Sigmoid())))
     with pytest.raises(
-        CheckpointError, match=r"holds the weights of another architecture than Model: .*net\.0\.weight"
+        CheckpointError,
+        match=r"holds the weights of another architecture than Model: .*net\.0\.weight",
     ):
         other.fit(3, points(60), batch_size=20, verbose=0, checkpoint=path)
 
@@ -579,7 +641,9 @@ def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
     for position in (2**30, -5, 625):
         state["random"]["numpy"]["state"]["pos"] = position
         write(path, dump(state))
-        with pytest.raises(CheckpointError, match=r"random numpy pos is .* and not a position of 0 to 624"):
+        with pytest.raises(
+            CheckpointError, match=r"random numpy pos is .* and not a position of 0 to 624"
+        ):
             run_file(path)
 
 

@@ -21,7 +21,9 @@ JIT = {"backend": "aot_eager"}
 
 def loss_func(y_pred, y_true):
     """Finite for every batch; its gradient is infinite times 0, NaN, for a batch with BAD_LABEL."""
-    return ((y_pred - y_true).clamp(-9, 9) ** 2).mean() + torch.sqrt(y_pred - y_pred.detach() + (y_true != 99)).mean()
+    return ((y_pred - y_true).clamp(-9, 9) ** 2).mean() + torch.sqrt(
+        y_pred - y_pred.detach() + (y_true != 99)
+    ).mean()
 
 
 class Data:
@@ -69,15 +71,25 @@ WAY_OUT = (
 )
 
 
-OPTIONS = [{}, {"precision": "bf16"}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 1.0}, {"accumulate": 2}]
+OPTIONS = [
+    {},
+    {"precision": "bf16"},
+    {"clip_grad_norm": 1.0},
+    {"clip_grad_value": 1.0},
+    {"accumulate": 2},
+]
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 @pytest.mark.parametrize("batch", [2, 4])
 @pytest.mark.parametrize(
-    ("options", "every"), [*((options, 1) for options in OPTIONS), ({}, None), ({}, 2), ({}, 4)], ids=str
+    ("options", "every"),
+    [*((options, 1) for options in OPTIONS), ({}, None), ({}, 2), ({}, 4)],
+    ids=str,
 )
-def test_a_nan_gradient_reaches_no_file_and_the_fit_goes_on_from_it(options, batch, every, tmp_path):
+def test_a_nan_gradient_reaches_no_file_and_the_fit_goes_on_from_it(
+    options, batch, every, tmp_path
+):
     path = tmp_path / "run.pt"
     expected = trainer(**options).fit(3, Data(), (X, Y), verbose=0)
     best = minikeras.ModelCheckpoint(tmp_path / "best.pt", "loss", save_best_only=True)
@@ -121,7 +133,9 @@ def test_the_first_layer_the_epoch_the_cause_and_the_remedies_are_named():
 def test_with_clip_grad_norm_it_is_found_before_the_step():
     model, kept = trainer(clip_grad_norm=1.0), []
     keep = LambdaCallback(
-        on_batch_end=lambda batch, logs: kept.append({key: value.clone() for key, value in model.state_dict().items()})
+        on_batch_end=lambda batch, logs: kept.append(
+            {key: value.clone() for key, value in model.state_dict().items()}
+        )
     )
     with pytest.raises(FloatingPointError) as raised:
         model.fit(3, Data((2, 2)), callbacks=[keep], verbose=0)
@@ -145,13 +159,23 @@ def test_the_first_gradient_that_is_not_finite_is_told_from_those_that_are():
         def forward(self, x):
             return self.good(x) + torch.sqrt(self.bad(x) * 0)
 
-    with pytest.raises(FloatingPointError, match=r"is that of net\.bad\.weight\. The first layer is net\.bad \(Linear"):
-        compiled(minikeras.Model(Half()), nn.MSELoss(), clip_grad_norm=1.0).fit(1, BATCHES, verbose=0)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"is that of net\.bad\.weight\. The first layer is net\.bad \(Linear",
+    ):
+        compiled(minikeras.Model(Half()), nn.MSELoss(), clip_grad_norm=1.0).fit(
+            1, BATCHES, verbose=0
+        )
 
 
 def test_gradients_whose_squares_overflow_are_told_so():
-    model = compiled(network(), lambda y_pred, y_true: (y_pred * 1e25).mean().abs(), clip_grad_norm=1.0)
-    with pytest.raises(FloatingPointError, match=r"norm of the gradient is inf.*Each gradient is finite, and the sum"):
+    model = compiled(
+        network(), lambda y_pred, y_true: (y_pred * 1e25).mean().abs(), clip_grad_norm=1.0
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"norm of the gradient is inf.*Each gradient is finite, and the sum",
+    ):
         model.fit(1, BATCHES, verbose=0)
 
 
@@ -169,7 +193,9 @@ def test_the_remedies_of_the_message_help():
             model.fit(2, [zeros], verbose=0)
             assert is_finite(model)
         else:
-            with pytest.raises(FloatingPointError, match=r"net\.weight is NaN or infinite in epoch 1, batch 1"):
+            with pytest.raises(
+                FloatingPointError, match=r"net\.weight is NaN or infinite in epoch 1, batch 1"
+            ):
                 model.fit(2, [zeros], verbose=0)
     model = compiled(minikeras.Model(nn.Linear(4, 1, bias=False)), rmse)
     with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
@@ -198,7 +224,9 @@ def test_in_the_middle_of_an_epoch_the_next_loss_says_where_it_came_from():
 def test_on_nan_stop_warns_and_leaves_the_good_file(tmp_path):
     model = trainer()
     with pytest.warns(UserWarning, match="are NaN or infinite in epoch 2, batch 4"):
-        history = model.fit(3, Data((2, 4)), checkpoint=tmp_path / "run.pt", on_nan="stop", verbose=0)
+        history = model.fit(
+            3, Data((2, 4)), checkpoint=tmp_path / "run.pt", on_nan="stop", verbose=0
+        )
     assert len(history) == 1
     files_are_finite(tmp_path)
 
@@ -208,7 +236,12 @@ def test_on_nan_ignore_trains_on_and_writes_no_such_state(tmp_path):
     best = minikeras.ModelCheckpoint(tmp_path / "last.pt")
     with pytest.warns(UserWarning, match=r"is not written: net\.0\.weight, net\.0\.bias") as caught:
         history = model.fit(
-            3, Data((2, 4)), checkpoint=tmp_path / "run.pt", callbacks=[best], on_nan="ignore", verbose=0
+            3,
+            Data((2, 4)),
+            checkpoint=tmp_path / "run.pt",
+            callbacks=[best],
+            on_nan="ignore",
+            verbose=0,
         )
     assert history["loss"].isna().tolist() == [False, False, True]
     refused = [str(warning.message).partition(" is not written")[0] for warning in caught]
@@ -263,16 +296,21 @@ def test_but_the_rest_of_such_a_parameter_is_looked_at():
             with torch.no_grad():
                 model.net.mask[0] = math.inf
 
-    with pytest.raises(FloatingPointError, match=r"net\.mask is NaN or infinite in epoch 1, batch 4"):
+    with pytest.raises(
+        FloatingPointError, match=r"net\.mask is NaN or infinite in epoch 1, batch 4"
+    ):
         model.fit(2, BATCHES, callbacks=[LambdaCallback(on_batch_end=spoil)], verbose=0)
 
 
 def test_a_bad_loss_is_not_blamed_on_a_mask():
     model = compiled(
-        minikeras.Model(Masked()), lambda y_pred, y_true: nn.functional.mse_loss(y_pred, y_true) * math.nan
+        minikeras.Model(Masked()),
+        lambda y_pred, y_true: nn.functional.mse_loss(y_pred, y_true) * math.nan,
     )
     del model.net.unused
-    with pytest.raises(FloatingPointError, match=r"or look into the loss\. The weights are those of before it\.\n"):
+    with pytest.raises(
+        FloatingPointError, match=r"or look into the loss\. The weights are those of before it\.\n"
+    ):
         model.fit(1, BATCHES, verbose=0)
 
 
@@ -294,7 +332,9 @@ def test_statistics_of_batchnorm_that_a_batch_has_spoiled_reach_no_file(tmp_path
     assert str(raised.value).startswith(
         "norm.running_mean, norm.running_var are NaN or infinite in epoch 2, batch 4; expected finite numbers. "
     )
-    raised.match("The weights are finite: the forward pass has spoiled it, .* Clean the data. Nothing of it was")
+    raised.match(
+        "The weights are finite: the forward pass has spoiled it, .* Clean the data. Nothing of it was"
+    )
     assert torch.load(tmp_path / "run.pt")["model"]["norm.running_mean"].isfinite().all()
 
 
@@ -308,8 +348,13 @@ def test_a_parameter_of_the_loss_is_looked_at():
             return nn.functional.mse_loss(y_pred, y_true) + self.w.sqrt()
 
     model, loss = network(), Weighted()
-    model.compile(loss, torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1), device="cpu")
-    with pytest.raises(FloatingPointError, match=r"the loss's w is NaN or infinite.* It is a parameter of the loss\."):
+    model.compile(
+        loss, torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1), device="cpu"
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss's w is NaN or infinite.* It is a parameter of the loss\.",
+    ):
         model.fit(1, (X, Y), batch_size=40, verbose=0)
 
 
@@ -326,15 +371,28 @@ def test_a_step_that_calls_backward_by_itself_is_told_what_would_have_found_it(r
     features = X.clone()
     features[row] = math.nan
     model = compiled(Own(nn.Linear(4, 1)), nn.MSELoss())
-    with pytest.raises(FloatingPointError, match=r"No loss was looked at.* Call self\.backward\(loss\) there"):
-        model.fit(2, list(zip(features.split(10), Y.split(10), strict=True)), checkpoint=tmp_path / "r.pt", verbose=0)
+    with pytest.raises(
+        FloatingPointError, match=r"No loss was looked at.* Call self\.backward\(loss\) there"
+    ):
+        model.fit(
+            2,
+            list(zip(features.split(10), Y.split(10), strict=True)),
+            checkpoint=tmp_path / "r.pt",
+            verbose=0,
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_state_of_the_optimizer_that_has_overflown_is_told_of():
     model = minikeras.Model(nn.Linear(4, 1))
-    model.compile(lambda y_pred, y_true: (y_pred * 1e22).mean(), torch.optim.Adam(model.parameters()), device="cpu")
-    with pytest.raises(FloatingPointError, match=r"exp_avg_sq of Adam for net\.weight, .* does not move again"):
+    model.compile(
+        lambda y_pred, y_true: (y_pred * 1e22).mean(),
+        torch.optim.Adam(model.parameters()),
+        device="cpu",
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"exp_avg_sq of Adam for net\.weight, .* does not move again"
+    ):
         model.fit(1, BATCHES, verbose=0)
 
 
@@ -356,7 +414,9 @@ def test_an_average_that_took_in_a_bad_step_reaches_no_file(evaluate, tmp_path):
         return {"checkpoint": path, "callbacks": listed, "verbose": 0}
 
     model = trainer()
-    with pytest.warns(UserWarning, match=r"run\.pt is not written: .*the EMA of net\.0\.bias would") as caught:
+    with pytest.warns(
+        UserWarning, match=r"run\.pt is not written: .*the EMA of net\.0\.bias would"
+    ) as caught:
         model.fit(3, BATCHES, on_nan="ignore", **saving(model, tmp_path / "run.pt"))
     assert len(caught) == 2
     model = trainer()
@@ -372,8 +432,12 @@ def test_an_average_that_took_in_a_bad_step_reaches_no_file(evaluate, tmp_path):
 
 
 def test_gradients_that_wait_for_a_step_reach_no_file(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the gradient of net\.0\.weight, .* in epoch 2, batch 1; "):
-        trainer(accumulate=4).fit(3, Data((2, 1)), checkpoint=tmp_path / "run.pt", checkpoint_every=1, verbose=0)
+    with pytest.raises(
+        FloatingPointError, match=r"the gradient of net\.0\.weight, .* in epoch 2, batch 1; "
+    ):
+        trainer(accumulate=4).fit(
+            3, Data((2, 1)), checkpoint=tmp_path / "run.pt", checkpoint_every=1, verbose=0
+        )
     assert torch.load(tmp_path / "run.pt")["position"]["epoch"] == 2
     assert torch.load(tmp_path / "run.pt")["position"]["step"] == 0
 
@@ -392,7 +456,9 @@ def _as_on_a_device(monkeypatch):
     monkeypatch.setattr(FiniteLoss, "__init__", as_on_a_device)
 
 
-@pytest.mark.filterwarnings("ignore:.* was written in the middle of an epoch, and dl_train has other data")
+@pytest.mark.filterwarnings(
+    "ignore:.* was written in the middle of an epoch, and dl_train has other data"
+)
 @pytest.mark.usefixtures("_as_on_a_device", "each_fit_in_a_process_of_its_own")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("every", [1, 3, 7])
@@ -419,14 +485,20 @@ def test_a_norm_that_is_not_finite_is_counted_without_waiting(fused):
     model, kept = network(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     model.compile(loss_func, optimizer, device="cpu", clip_grad_norm=1.0)
-    keep = LambdaCallback(on_batch_end=lambda batch, logs: kept.append(model.net[0].weight.detach().clone()))
+    keep = LambdaCallback(
+        on_batch_end=lambda batch, logs: kept.append(model.net[0].weight.detach().clone())
+    )
     with pytest.raises(FloatingPointError) as raised:
         model.fit(3, Data((2, 2)), callbacks=[keep], verbose=0)
     assert str(raised.value).startswith(
         "the norm of the gradient is nan in epoch 2, batch 4 (it began 2 steps before); "
     )
     assert torch.equal(model.net[0].weight, kept[4]) == fused
-    end = "The weights are those of before it." if fused else "The optimizer has taken steps since: go back to a"
+    end = (
+        "The weights are those of before it."
+        if fused
+        else "The optimizer has taken steps since: go back to a"
+    )
     assert end in str(raised.value)
 
 
@@ -440,7 +512,9 @@ def test_a_message_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, list(zip(features.split(1), Y.split(1), strict=True)), verbose=0)
     if spoiled == 39:
-        assert "The features of this batch held NaN or inf already: clean the data." in str(raised.value)
+        assert "The features of this batch held NaN or inf already: clean the data." in str(
+            raised.value
+        )
     else:
         assert "Features, labels" not in str(raised.value)
         raised.match(
@@ -454,5 +528,7 @@ def test_several_steps_in_a_graph_tell_of_the_batch_that_was_at_fault(spoiled):
     labels = Y.clone()
     labels[10 * spoiled - 1] = math.nan
     model = compiled(network(), nn.MSELoss(), jit=JIT, steps_per_execution=3)
-    with pytest.raises(FloatingPointError, match="The labels of this batch held NaN or inf already: clean the data"):
+    with pytest.raises(
+        FloatingPointError, match="The labels of this batch held NaN or inf already: clean the data"
+    ):
         model.fit(1, list(zip(X.split(10), labels.split(10), strict=True)), verbose=0)

@@ -27,9 +27,14 @@ SAME = [
 
 def results_of(folder, cases, processes=2, **env):
     """Of each case, what each rank found."""
-    done = torchrun([ROOT / "tests" / "shards.py", folder, *cases], processes, {"FOLDER": str(folder)} | env)
+    done = torchrun(
+        [ROOT / "tests" / "shards.py", folder, *cases], processes, {"FOLDER": str(folder)} | env
+    )
     assert done.returncode == 0, done.stderr
-    return {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)] for case in cases}
+    return {
+        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
+        for case in cases
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(case, in_parts, tmp_path, monkeypatch):
+def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(
+    case, in_parts, tmp_path, monkeypatch
+):
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = shards.CASES[case](1)
     for found in in_parts[case]:
@@ -134,7 +141,10 @@ def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_of
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"is damaged in .* The one written before it is {folder}\.prev. It is used"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"is damaged in .* The one written before it is {folder}\.prev. It is used",
+    ):
         model.load(folder)
     shutil.move(folder, tmp_path / "aside")  # as between two renamings
     model.load(folder)
@@ -150,7 +160,9 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "run.pt").mkdir()
     said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\. There is none written before it"
     with pytest.raises(CheckpointError, match=said):
-        compiled().fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0)
+        compiled().fit(
+            1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0
+        )
 
 
 def test_what_cannot_be_had_with_parts_is_refused_with_a_remedy(in_parts):

@@ -66,8 +66,16 @@ def test_the_arguments_are_kept_as_they_were_given_though_the_constructor_change
 def test_the_folder_holds_what_the_hub_shows(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "config.json").read_text()) == {"hidden": 16, "widths": [3, 4], "act": None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "hidden": 16,
+        "widths": [3, 4],
+        "act": None,
+    }
     assert "library_name: minikeras" in (tmp_path / "README.md").read_text()
     weights = load_file(tmp_path / "model.safetensors")
     assert {name: tuple(value.shape) for name, value in weights.items()} == {
@@ -173,7 +181,10 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
     trained().save_pretrained(tmp_path)
     with pytest.raises(minikeras.CheckpointError) as caught:
         Net.from_pretrained(tmp_path, hidden=8)
-    assert f"{tmp_path / 'model.safetensors'} holds the weights of another architecture than Net" in str(caught.value)
+    assert (
+        f"{tmp_path / 'model.safetensors'} holds the weights of another architecture than Net"
+        in str(caught.value)
+    )
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path):

@@ -93,7 +93,9 @@ def plain(rows=ROWS):
 
 def images():
     X = torch.randn(ROWS, 3, 4, 5, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(X.to(memory_format=torch.channels_last), X.transpose(1, 3), X[:, :, ::2], X[:1].expand_as(X))
+    return TensorDataset(
+        X.to(memory_format=torch.channels_last), X.transpose(1, 3), X[:, :, ::2], X[:1].expand_as(X)
+    )
 
 
 def seeded(seed=7):
@@ -112,35 +114,53 @@ DATASETS = {
     "numpy": lambda: Subset(plain(), np.arange(20, 3, -1, dtype=np.int32)),
     "range": lambda: Subset(plain(), range(0, ROWS, 2)),
     "negative, repeated": lambda: Subset(plain(), (5, -1, -1, 5, -23, 0, 2, -2, 8)),
-    "nested": lambda: Subset(Subset(plain(), torch.arange(22, 2, -1)), [-1, 0, 3, 3, -5, 10, 2, 7, 1]),
-    "nested dict": lambda: random_split(StackDataset(a=tensors()[0]), [9, 14], generator=seeded())[1],
+    "nested": lambda: Subset(
+        Subset(plain(), torch.arange(22, 2, -1)), [-1, 0, 3, 3, -5, 10, 2, 7, 1]
+    ),
+    "nested dict": lambda: random_split(StackDataset(a=tensors()[0]), [9, 14], generator=seeded())[
+        1
+    ],
 }
 SAMPLING = {
     "in order": lambda d: {},
     "shuffle": lambda d: {"shuffle": True},
     "drop_last": lambda d: {"shuffle": True, "drop_last": True},
     "own generator": lambda d: {"shuffle": True, "generator": seeded()},
-    "own generator, drop_last": lambda d: {"shuffle": True, "generator": seeded(), "drop_last": True},
+    "own generator, drop_last": lambda d: {
+        "shuffle": True,
+        "generator": seeded(),
+        "drop_last": True,
+    },
     "generator of the loader alone": lambda d: {"sampler": RandomSampler(d), "generator": seeded()},
     "generator of the sampler alone": lambda d: {"sampler": RandomSampler(d, generator=seeded())},
     "replacement": lambda d: {"sampler": RandomSampler(d, replacement=True)},
-    "replacement, generator": lambda d: {"sampler": RandomSampler(d, replacement=True, generator=seeded())},
+    "replacement, generator": lambda d: {
+        "sampler": RandomSampler(d, replacement=True, generator=seeded())
+    },
     "fewer samples": lambda d: {"sampler": RandomSampler(d, num_samples=5)},
     "more samples": lambda d: {"sampler": RandomSampler(d, num_samples=2 * len(d) + 3)},
     "weighted": lambda d: {"sampler": WeightedRandomSampler(torch.arange(len(d)) + 1.0, 40)},
-    "weighted, generator": lambda d: {"sampler": WeightedRandomSampler([1.0] * len(d), 40, generator=seeded())},
+    "weighted, generator": lambda d: {
+        "sampler": WeightedRandomSampler([1.0] * len(d), 40, generator=seeded())
+    },
     "subset sampler": lambda d: {"sampler": SubsetRandomSampler([0, 5, -1, 2, 2])},
-    "subset sampler, generator": lambda d: {"sampler": SubsetRandomSampler(range(8), generator=seeded())},
+    "subset sampler, generator": lambda d: {
+        "sampler": SubsetRandomSampler(range(8), generator=seeded())
+    },
     "distributed": lambda d: {"sampler": DistributedSampler(d, num_replicas=2, rank=1)},
     "list as sampler": lambda d: {"sampler": [3, 1, -2, 1]},
     "sequential over less": lambda d: {"sampler": SequentialSampler(range(7))},
     "draws all the time": lambda d: {"sampler": DrawsAllTheTime(len(d))},
     "batch sampler": lambda d: {"batch_sampler": BatchSampler(RandomSampler(d), 3, True)},
-    "batch sampler that draws": lambda d: {"batch_sampler": BatchSampler(DrawsAllTheTime(len(d)), 3, False)},
+    "batch sampler that draws": lambda d: {
+        "batch_sampler": BatchSampler(DrawsAllTheTime(len(d)), 3, False)
+    },
     "batch sampler, draws after its end": lambda d: {"batch_sampler": DrawsAfterItsEnd(len(d))},
     "BatchSampler subclass": lambda d: {"batch_sampler": Backwards(RandomSampler(d), 4, False)},
     "list as batch sampler": lambda d: {"batch_sampler": [[1, 2], [-1], [0, 0, 3]]},
-    "NumPy arrays as batch sampler": lambda d: {"batch_sampler": np.array_split(np.arange(len(d)), 3)},
+    "NumPy arrays as batch sampler": lambda d: {
+        "batch_sampler": np.array_split(np.arange(len(d)), 3)
+    },
     "tensors as batch sampler": lambda d: {"batch_sampler": torch.arange(len(d)).split(4)},
     "one list again and again": lambda d: {"batch_sampler": OneListAgainAndAgain()},
     "tensors as rows": lambda d: {"sampler": list(torch.tensor([1, 0, 4]))},
@@ -172,8 +192,17 @@ def seen(batches, epochs=3, stop=None, draw=False):
 
 
 def states(loader):
-    owners = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-    return [owner.generator.get_state() for owner in owners if getattr(owner, "generator", None) is not None]
+    owners = [
+        loader,
+        loader.sampler,
+        loader.batch_sampler,
+        getattr(loader.batch_sampler, "sampler", None),
+    ]
+    return [
+        owner.generator.get_state()
+        for owner in owners
+        if getattr(owner, "generator", None) is not None
+    ]
 
 
 def facts(batch):
@@ -208,20 +237,31 @@ def test_a_break_and_draws_of_ones_own_in_mid_epoch_change_nothing(sampling, sto
 
 
 # without the list that is filled anew: which of its contents a worker gets is a race in torch
-@pytest.mark.parametrize("sampling", [name for name in SAMPLING if name != "one list again and again"])
+@pytest.mark.parametrize(
+    "sampling", [name for name in SAMPLING if name != "one list again and again"]
+)
 def test_a_loader_with_workers_draws_the_same_though_none_is_started(sampling):
-    assert_alike(lambda: loader_of("nested", sampling, 1, prefetch_factor=2), epochs=2, stop=1, draw=True)
+    assert_alike(
+        lambda: loader_of("nested", sampling, 1, prefetch_factor=2), epochs=2, stop=1, draw=True
+    )
 
 
 @pytest.mark.parametrize("dataset", ["images", "nested dict"])
 def test_with_workers_that_fetch_further_ahead_than_there_are_batches(dataset):
-    assert_alike(lambda: loader_of(dataset, "draws all the time", 2, prefetch_factor=9), epochs=2, stop=2, draw=True)
+    assert_alike(
+        lambda: loader_of(dataset, "draws all the time", 2, prefetch_factor=9),
+        epochs=2,
+        stop=2,
+        draw=True,
+    )
 
 
 @pytest.mark.parametrize("batch_size", [3, 16, 33, 64, 100, 299, 300, 301])
 @pytest.mark.parametrize("block", [1, 4096, 2**18])
 @pytest.mark.parametrize("sampling", ["in order", "shuffle", "drop_last", "more samples"])
-def test_whatever_the_batch_size_and_however_many_are_gathered_at_once(monkeypatch, batch_size, block, sampling):
+def test_whatever_the_batch_size_and_however_many_are_gathered_at_once(
+    monkeypatch, batch_size, block, sampling
+):
     monkeypatch.setattr(in_memory, "BLOCK", block)
     assert_alike(lambda: loader_of("many rows", sampling, batch_size=batch_size), epochs=2, stop=1)
 
@@ -252,7 +292,9 @@ def test_random_states_of_python_and_numpy_are_untouched():
 
 
 def test_no_worker_is_started(monkeypatch):
-    monkeypatch.setattr(torch.multiprocessing.Process, "start", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(
+        torch.multiprocessing.Process, "start", lambda self: pytest.fail("a worker was started")
+    )
     assert len(list(InMemoryBatches(loader_of("list", "shuffle", 2)))) == 5
 
 
@@ -351,7 +393,9 @@ LEFT = {
     "a list of rows": lambda: DataLoader([(X[0], X[1])]),
     "a StackDataset of datasets": lambda: DataLoader(StackDataset(plain(), plain())),
     "a StackDataset of arrays": lambda: DataLoader(StackDataset(X.numpy(), X.numpy())),
-    "a collate_fn of one's own": lambda: DataLoader(plain(), collate_fn=lambda rows: default_collate(rows)),
+    "a collate_fn of one's own": lambda: DataLoader(
+        plain(), collate_fn=lambda rows: default_collate(rows)
+    ),
     "a worker_init_fn": lambda: DataLoader(plain(), num_workers=1, worker_init_fn=print),
     "persistent workers": lambda: DataLoader(plain(), num_workers=1, persistent_workers=True),
     "batches out of order": lambda: DataLoader(plain(), num_workers=1, in_order=False),
@@ -377,7 +421,13 @@ def test_what_may_do_something_of_its_own_is_left_as_it_is(kind):
 
 
 @pytest.mark.parametrize(
-    "options", [{"timeout": 5}, {"multiprocessing_context": "spawn"}, {"prefetch_factor": 3}, {"pin_memory": True}]
+    "options",
+    [
+        {"timeout": 5},
+        {"multiprocessing_context": "spawn"},
+        {"prefetch_factor": 3},
+        {"pin_memory": True},
+    ],
 )
 def test_how_workers_are_run_does_not_matter_where_none_is(options):
     loader = DataLoader(plain(), batch_size=4, num_workers=2, **options)
@@ -406,10 +456,15 @@ def test_rows_are_gathered_in_their_order_unless_one_is_given(batch_size):
     order = torch.randperm(700)
     for given, rows in ((None, torch.arange(700)), (order, order)):
         batches = list(gathered(list(whole), given, batch_size))
-        assert [len(batch[0]) for batch in batches] == [len(part) for part in rows.split(batch_size)]
+        assert [len(batch[0]) for batch in batches] == [
+            len(part) for part in rows.split(batch_size)
+        ]
         for tensor, parts in zip(whole, zip(*batches, strict=True), strict=True):
             assert torch.equal(torch.cat(parts), tensor[rows])
-            assert all(part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() for part in parts)
+            assert all(
+                part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+                for part in parts
+            )
 
 
 def test_no_rows_give_no_batch():
@@ -433,7 +488,8 @@ def test_batches_come_on_the_device(sampling):
 
 
 @pytest.mark.parametrize(
-    ("free", "rows", "moved"), [(400, 10, True), (399, 10, False), (10**9, 5, True), (10**9, 4, False)]
+    ("free", "rows", "moved"),
+    [(400, 10, True), (399, 10, False), (10**9, 5, True), (10**9, 4, False)],
 )
 def test_data_moves_whole_only_where_it_fills_a_quarter_of_the_free_memory_and_half_is_wanted(
     monkeypatch, free, rows, moved
@@ -443,7 +499,10 @@ def test_data_moves_whole_only_where_it_fills_a_quarter_of_the_free_memory_and_h
             return f"on {device}"
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
-    data = [torch.zeros(10, 2).as_subclass(Tracked), torch.zeros(10, dtype=torch.int16).as_subclass(Tracked)]
+    data = [
+        torch.zeros(10, 2).as_subclass(Tracked),
+        torch.zeros(10, dtype=torch.int16).as_subclass(Tracked),
+    ]
     found = in_memory.resident(data, rows, torch.device("cuda"))
     assert found == ["on cuda", "on cuda"] if moved else found[0] is data[0]
 

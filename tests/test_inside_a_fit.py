@@ -9,7 +9,14 @@ import minikeras
 from minikeras import LambdaCallback
 
 X, y = points(48)
-MOMENTS = ["on_fit_begin", "on_epoch_begin", "on_batch_end", "on_evaluate_begin", "on_epoch_end", "on_fit_end"]
+MOMENTS = [
+    "on_fit_begin",
+    "on_epoch_begin",
+    "on_batch_end",
+    "on_evaluate_begin",
+    "on_epoch_end",
+    "on_fit_end",
+]
 
 
 def at(moment, action):
@@ -41,7 +48,9 @@ def test_a_fit_and_a_compile_of_the_same_model_are_refused_at_every_moment(momen
         "fit": lambda: model.fit(1, (X, y), verbose=0),
         "compile": lambda: model.compile(nn.MSELoss()),
     }
-    with pytest.raises(RuntimeError, match=f"^{verb} was called inside a fit of the same model") as raised:
+    with pytest.raises(
+        RuntimeError, match=f"^{verb} was called inside a fit of the same model"
+    ) as raised:
         fitted(model, at(moment, actions[verb]))
     assert raised.value.__notes__[0] == f"LambdaCallback.{moment}"
     assert model._run is run

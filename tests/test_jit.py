@@ -19,7 +19,9 @@ import minikeras
 from minikeras import LambdaCallback
 from minikeras.jit.graphs import Graphs, captured, chosen
 
-FAST = {"backend": "aot_eager"}  # traces and differentiates as ever, and leaves out the C++ compiler
+FAST = {
+    "backend": "aot_eager"
+}  # traces and differentiates as ever, and leaves out the C++ compiler
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -37,7 +39,13 @@ def batches(*rows):
 
 def compiled(model, loss_func=None, optimizer=None, metrics_dict=None, **kwargs):
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.01)
-    model.compile(loss_func or nn.BCELoss(), optimizer, metrics_dict or {"accuracy": accuracy}, "cpu", **kwargs)
+    model.compile(
+        loss_func or nn.BCELoss(),
+        optimizer,
+        metrics_dict or {"accuracy": accuracy},
+        "cpu",
+        **kwargs,
+    )
     return model
 
 
@@ -49,8 +57,12 @@ def pair(kind=Net, **kwargs):
 
 
 def assert_same(model, twin, tolerance=1e-6):
-    for (name, found), expected in zip(twin.state_dict().items(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, found), expected in zip(
+        twin.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def way(model):
@@ -61,7 +73,9 @@ def way(model):
 
 
 @pytest.mark.parametrize(
-    ("make", "path"), list(zip(OPTIMIZERS.values(), [*PATHS.values()] * 3, strict=True)), ids=OPTIMIZERS
+    ("make", "path"),
+    list(zip(OPTIMIZERS.values(), [*PATHS.values()] * 3, strict=True)),
+    ids=OPTIMIZERS,
 )
 def test_history_and_weights_equal_eager(make, path):
     model, twin = pair()
@@ -76,24 +90,32 @@ def test_history_and_weights_equal_eager(make, path):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize(("rows", "batch_size", "drop_last"), [(70, 8, False), (41, 8, True), (9, 7, False)])
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "drop_last"), [(70, 8, False), (41, 8, True), (9, 7, False)]
+)
 def test_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path):
     X, y = (tensor.double() for tensor in points(rows))
     model = Net().double()
     bare = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compiled(model, nn.MSELoss(), optimizer, {"accuracy": accuracy64}, **path)
-    found = model.fit(3, DataLoader(TensorDataset(X, y), batch_size, drop_last=drop_last), (X, y), verbose=0)
+    found = model.fit(
+        3, DataLoader(TensorDataset(X, y), batch_size, drop_last=drop_last), (X, y), verbose=0
+    )
     expected = reference_fit(bare, X, y, 3, batch_size, drop_last, lr=0.1)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-10)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
 def test_the_compiled_code_gives_the_numbers_of_eager():
     model, twin = pair()
     compiled(model)
     compiled(twin, jit=True, steps_per_execution=2)
-    expected, found = (one.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for one in (model, twin))
+    expected, found = (
+        one.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for one in (model, twin)
+    )
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
     torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
@@ -144,7 +166,9 @@ def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
     model, twin = pair(Two)
     compiled(model, per_row, metrics_dict={"recall": found})
     compiled(twin, per_row, metrics_dict={"recall": found}, jit=FAST, steps_per_execution=2)
-    pd.testing.assert_frame_equal(twin.fit(2, data, data, verbose=0), model.fit(2, data, data, verbose=0), rtol=1e-5)
+    pd.testing.assert_frame_equal(
+        twin.fit(2, data, data, verbose=0), model.fit(2, data, data, verbose=0), rtol=1e-5
+    )
     assert_same(model, twin)
     assert way(twin) == "one graph"
 
@@ -152,7 +176,10 @@ def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
 def test_several_optimizers_step_in_one_graph():
     model, twin = pair()
     for one, jit in ((model, False), (twin, FAST)):
-        optimizers = {name: torch.optim.SGD(getattr(one, name).parameters(), lr=0.1) for name in ("fc1", "fc2")}
+        optimizers = {
+            name: torch.optim.SGD(getattr(one, name).parameters(), lr=0.1)
+            for name in ("fc1", "fc2")
+        }
         compiled(one, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
     assert_same(model, twin)
     assert way(twin) == "one graph"
@@ -161,7 +188,12 @@ def test_several_optimizers_step_in_one_graph():
 def test_callbacks_see_every_so_many_steps():
     seen = []
     model = compiled(Net(), jit=FAST, steps_per_execution=3)
-    model.fit(1, batches(), callbacks=[LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))], verbose=0)
+    model.fit(
+        1,
+        batches(),
+        callbacks=[LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))],
+        verbose=0,
+    )
     assert seen == [1, 4, 7, 8]  # the first by itself, and what is left at the end
 
 
@@ -210,7 +242,9 @@ def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said
 
     model, twin = pair()
     expected = train(model)
-    with pytest.warns(UserWarning, match="a setting of the optimizer other than lr has changed") as caught:
+    with pytest.warns(
+        UserWarning, match="a setting of the optimizer other than lr has changed"
+    ) as caught:
         found = train(twin, jit=FAST)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
@@ -298,11 +332,17 @@ class Detour(Net):
         (take_another_way, "batch", "jit", "RMSprop"),
     ],
 )
-def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_too(change, moment, path, kind):
+def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_too(
+    change, moment, path, kind
+):
     model, twin = pair(Detour)
     for one, kwargs in ((model, {}), (twin, PATHS[path])):
         late = list(one.fc1.parameters()) if change is add_group else []
-        early = [parameter for parameter in one.parameters() if not any(parameter is other for other in late)]
+        early = [
+            parameter
+            for parameter in one.parameters()
+            if not any(parameter is other for other in late)
+        ]
         compiled(one, optimizer=OPTIMIZERS[kind](early), **kwargs)
         vars(one).update(late=late, kept=copy.deepcopy(one.optimizer.state_dict()))
 
@@ -313,7 +353,9 @@ def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_to
         changing = LambdaCallback(**{f"on_{moment}_{'begin' if moment == 'epoch' else 'end'}": at})
         one.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
     assert_same(model, twin, 1e-5)
-    torch.testing.assert_close(twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5
+    )
     assert way(twin) == "one graph"
 
 
@@ -384,7 +426,9 @@ class Counting(torch.optim.Optimizer):
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_of(per_parameter):
     model, twin = pair()
-    compiled(model, optimizer=Counting(model.parameters(), per_parameter)).fit(2, batches(), verbose=0)
+    compiled(model, optimizer=Counting(model.parameters(), per_parameter)).fit(
+        2, batches(), verbose=0
+    )
     compiled(twin, optimizer=Counting(twin.parameters(), per_parameter), jit=FAST)
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
@@ -412,8 +456,12 @@ class Unrated(torch.optim.Optimizer):
 @pytest.mark.parametrize("settings", [{}, {"lr": None}])
 def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(settings):
     model, twin = pair()
-    expected = compiled(model, optimizer=Unrated(model.parameters(), **settings)).fit(2, batches(), verbose=0)
-    found = compiled(twin, optimizer=Unrated(twin.parameters(), **settings), jit=FAST).fit(2, batches(), verbose=0)
+    expected = compiled(model, optimizer=Unrated(model.parameters(), **settings)).fit(
+        2, batches(), verbose=0
+    )
+    found = compiled(twin, optimizer=Unrated(twin.parameters(), **settings), jit=FAST).fit(
+        2, batches(), verbose=0
+    )
     assert list(expected) == ["loss", "accuracy"]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert_same(model, twin)
@@ -427,16 +475,22 @@ def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(s
 def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_two(make):
     model, twin = pair()
     states = []
-    keep = LambdaCallback(on_batch_end=lambda batch, logs: states.append(copy.deepcopy(twin.optimizer.state_dict())))
+    keep = LambdaCallback(
+        on_batch_end=lambda batch, logs: states.append(copy.deepcopy(twin.optimizer.state_dict()))
+    )
     compiled(model, optimizer=make(model.parameters())).fit(1, batches(), verbose=0)
-    compiled(twin, optimizer=make(twin.parameters()), jit=FAST).fit(1, batches(), callbacks=[keep], verbose=0)
+    compiled(twin, optimizer=make(twin.parameters()), jit=FAST).fit(
+        1, batches(), callbacks=[keep], verbose=0
+    )
     expected = model.optimizer.state_dict()
     for state in (states[-1], twin.optimizer.state_dict()):
         assert state["param_groups"] == expected["param_groups"]
         for key, values in expected["state"].items():
             for name, value in values.items():
                 torch.testing.assert_close(state["state"][key][name], value, rtol=1e-5, atol=1e-6)
-    assert [step["state"][0]["step"].item() for step in states if "step" in step["state"][0]][:3] in ([1, 2, 3], [])
+    assert [step["state"][0]["step"].item() for step in states if "step" in step["state"][0]][
+        :3
+    ] in ([1, 2, 3], [])
     assert list(twin.state_dict()) == list(model.state_dict())
     assert all(parameter.grad is None for parameter in twin.parameters())
     compiled(twin, optimizer=twin.optimizer)
@@ -472,8 +526,12 @@ def test_a_metric_that_leaves_torch_runs_outside_and_the_step_stays_one_graph():
     model, twin = pair()
     metrics = {"accuracy": sklearn_accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
-    with pytest.warns(UserWarning, match="_step is not one graph: metrics outside, since in ") as caught:
-        found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(2, batches(), batches(), verbose=0)
+    with pytest.warns(
+        UserWarning, match="_step is not one graph: metrics outside, since in "
+    ) as caught:
+        found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(
+            2, batches(), batches(), verbose=0
+        )
     assert [str(one.message).split()[1] for one in caught] == ["train_step", "evaluate_step"]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert way(twin) == "metrics outside"
@@ -633,13 +691,19 @@ def test_a_shuffled_loader_draws_the_same_batches_under_jit():
 def test_several_steps_per_execution_need_jit():
     with pytest.raises(ValueError, match="steps") as error:
         compiled(Net(), steps_per_execution=4)
-    assert str(error.value) == "steps_per_execution=4 needs jit=True, which makes a graph of the steps."
+    assert (
+        str(error.value)
+        == "steps_per_execution=4 needs jit=True, which makes a graph of the steps."
+    )
 
 
 @pytest.mark.parametrize(
     ("jit", "message"),
     [
-        ("max-autotune", "jit must be True, False or a dict of torch.compile's arguments, got 'max-autotune'."),
+        (
+            "max-autotune",
+            "jit must be True, False or a dict of torch.compile's arguments, got 'max-autotune'.",
+        ),
         (None, "jit must be True, False or a dict of torch.compile's arguments, got None."),
         (
             {"fullgraph": True},
@@ -678,7 +742,9 @@ def test_what_the_user_asks_of_the_compiler_comes_before_our_choice(options, on_
     }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, as it loads its CUDA graphs
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning"
+)  # torch's own, as it loads its CUDA graphs
 def test_results_are_kept_though_the_next_replay_writes_over_them():
     buffer = torch.zeros(1)
 
@@ -702,8 +768,13 @@ def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together
     model, twin = pair()
     histories = []
     for one, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
-        metrics_dict = {"accuracy": accuracy, "auroc": torchmetrics.AUROC(task="binary")}  # AUROC keeps all outputs
-        one.to("cuda").compile(nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options)
+        metrics_dict = {
+            "accuracy": accuracy,
+            "auroc": torchmetrics.AUROC(task="binary"),
+        }  # AUROC keeps all outputs
+        one.to("cuda").compile(
+            nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options
+        )
         histories.append(one.fit(3, batches(), batches(20, 20, 7), verbose=0))
     assert way(twin) == "one graph"
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
@@ -724,10 +795,18 @@ def spoiled(batch, batches=9):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adam"])  # of which the last alone reads its count
+@pytest.mark.parametrize(
+    "kind", ["RMSprop", "Adagrad", "Adam"]
+)  # of which the last alone reads its count
 def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
     model = Net()
-    compiled(model, nn.MSELoss(), OPTIMIZERS[kind](model.parameters()), jit=FAST, steps_per_execution=steps)
+    compiled(
+        model,
+        nn.MSELoss(),
+        OPTIMIZERS[kind](model.parameters()),
+        jit=FAST,
+        steps_per_execution=steps,
+    )
     with pytest.raises(FloatingPointError):
         model.fit(1, spoiled(6), verbose=0)
     assert {state["step"].item() for state in model.optimizer.state.values()} == {5}
@@ -736,14 +815,24 @@ def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
     model, weights = Net(), []
-    compiled(model, nn.MSELoss(), torch.optim.Adam(model.parameters()), jit=FAST, steps_per_execution=steps)
+    compiled(
+        model,
+        nn.MSELoss(),
+        torch.optim.Adam(model.parameters()),
+        jit=FAST,
+        steps_per_execution=steps,
+    )
     data = spoiled(6)
-    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(copy.deepcopy(model.state_dict())))
+    keep = LambdaCallback(
+        on_batch_end=lambda batch, logs: weights.append(copy.deepcopy(model.state_dict()))
+    )
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, data, callbacks=[keep], verbose=0)
     batch, ago = (6, 0) if steps == 1 else (7, 1)  # batches 5 to 7 go together
     began = f" (it began {ago} steps before)" * (ago > 0)
-    assert str(raised.value).startswith(f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number.")
+    assert str(raised.value).startswith(
+        f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number."
+    )
     assert "The weights are those of before it." in str(raised.value)
     twin = Net()
     twin.load_state_dict(weights[-1])

@@ -105,7 +105,9 @@ class Counting(torch.optim.Optimizer):
             for parameter in group["params"]:
                 state = self.state[parameter]
                 state["step"] = state.get("step", 0) + 1
-                parameter.sub_(group["lr"] / (group["count"] + state["step"]) ** 0.5 * parameter.grad)
+                parameter.sub_(
+                    group["lr"] / (group["count"] + state["step"]) ** 0.5 * parameter.grad
+                )
 
 
 def sgd(parameters):
@@ -149,10 +151,22 @@ def train(kind, path=None, every=None, kill=None):
     saving = {} if path is None else {"checkpoint": path, "checkpoint_every": every}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the way down, which other tests look at
-        history = model.fit(2, BATCHES, BATCHES[:2], callbacks=[LambdaCallback(on_batch_end=die)], verbose=0, **saving)
+        history = model.fit(
+            2,
+            BATCHES,
+            BATCHES[:2],
+            callbacks=[LambdaCallback(on_batch_end=die)],
+            verbose=0,
+            **saving,
+        )
     states = [model.state_dict(), *([] if loss is nn.MSELoss else [loss_func.state_dict()])]
     tensors = [value.clone() for state in states for value in state.values()]
-    return history, tensors, model.optimizer.state_dict(), (random.random(), np.random.rand(), torch.rand(()).item())
+    return (
+        history,
+        tensors,
+        model.optimizer.state_dict(),
+        (random.random(), np.random.rand(), torch.rand(()).item()),
+    )
 
 
 @pytest.mark.parametrize(("every", "kill"), [(None, 8), (1, 4)])
@@ -214,7 +228,9 @@ def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
     def fit(kill=None, **saving):
         torch.manual_seed(0)
         model = minikeras.Model(Embedded())
-        model.compile(nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=JIT)
+        model.compile(
+            nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=JIT
+        )
         callbacks = [] if kill is None else [LambdaCallback(on_batch_end=raise_at_8())]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -275,7 +291,9 @@ def both(model_of, loss_of, optimizer_of, dtype=torch.float32, **options):
 def assert_as_in_eager(models):
     (expected, loss_of_eager), (found, loss_of_jit) = models
     torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(loss_of_jit.state_dict(), loss_of_eager.state_dict(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        loss_of_jit.state_dict(), loss_of_eager.state_dict(), rtol=1e-6, atol=1e-6
+    )
     states = [model.optimizer.state_dict()["state"] for model in (found, expected)]
     torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
 
@@ -285,7 +303,10 @@ def test_an_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(
     models, told = both(linear, nn.MSELoss, lambda p: Reading(p, how))
     assert_as_in_eager(models)
     outside = ["jit: train_step is not one graph: forward and loss, since in step"]
-    assert [text.partition(": U")[0].partition(": G")[0] for text in told] in ([], outside)  # torch can trace some
+    assert [text.partition(": U")[0].partition(": G")[0] for text in told] in (
+        [],
+        outside,
+    )  # torch can trace some
     assert bool(told) or how != "branch"
 
 
@@ -300,7 +321,9 @@ def test_an_optimizer_that_assigns_its_state_steps_outside_the_graph_and_is_told
 
 @pytest.mark.parametrize("foreach", [None, False, True])
 def test_the_averages_of_asgd_are_those_of_eager(foreach):
-    models, told = both(linear, nn.MSELoss, lambda p: torch.optim.ASGD(p, lr=0.05, t0=3, foreach=foreach))
+    models, told = both(
+        linear, nn.MSELoss, lambda p: torch.optim.ASGD(p, lr=0.05, t0=3, foreach=foreach)
+    )
     assert_as_in_eager(models)
     state = models[1][0].optimizer.state[models[1][0].net.weight]
     assert state["mu"].item() == pytest.approx(1 / 9)  # 12 steps, 3 of them before the averaging
@@ -367,7 +390,9 @@ def test_a_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("model", "loss"), [(Averaged, nn.MSELoss), (linear, AveragedLoss)], ids=["model", "loss"])
+@pytest.mark.parametrize(
+    ("model", "loss"), [(Averaged, nn.MSELoss), (linear, AveragedLoss)], ids=["model", "loss"]
+)
 def test_a_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     models, told = both(model, loss, sgd, dtype)
     assert_as_in_eager(models)

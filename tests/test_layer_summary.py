@@ -150,7 +150,9 @@ def frozen_net():
 
 def cnn():
     head = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), head)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), head
+    )
 
 
 def pruned():
@@ -166,24 +168,42 @@ CASES = {
     "frozen": (frozen_net, {"input_shape": (2,)}),
     "tied": (Tied, {"input_shape": (6,), "input_dtype": LONG}),
     "reused": (Reused, {"input_shape": (4,)}),
-    "lstm": (lambda: nn.LSTM(3, 5, 2, batch_first=True, bidirectional=True), {"input_shape": (7, 3)}),
-    "packed": (lambda: nn.LSTM(3, 5), {"input_data": pack_sequence([torch.ones(4, 3), torch.ones(2, 3)])}),
+    "lstm": (
+        lambda: nn.LSTM(3, 5, 2, batch_first=True, bidirectional=True),
+        {"input_shape": (7, 3)},
+    ),
+    "packed": (
+        lambda: nn.LSTM(3, 5),
+        {"input_data": pack_sequence([torch.ones(4, 3), torch.ones(2, 3)])},
+    ),
     "attention": (
         lambda: nn.MultiheadAttention(8, 2, batch_first=True),
         {"input_shape": {"query": (5, 8), "key": (6, 8), "value": (6, 8)}},
     ),
-    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), {"input_shape": (5, 8)}),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        {"input_shape": (5, 8)},
+    ),
     "constants": (Constants, {"input_shape": (3,)}),
     "reads values": (ReadsValues, {"input_shape": (3,)}),
     "derivative": (Derivative, {"input_shape": (3,)}),
     "dict": (lambda: Structured("dict"), {"input_shape": (3,)}),
     "dataclass": (lambda: Structured("dataclass"), {"input_data": torch.ones(5, 3)}),
     "packed output": (lambda: Structured("packed"), {"input_shape": (3,)}),
-    "two inputs": (TwoInputs, {"input_shape": [(4,), (3,)], "input_dtype": [torch.int64, torch.float32]}),
+    "two inputs": (
+        TwoInputs,
+        {"input_shape": [(4,), (3,)], "input_dtype": [torch.int64, torch.float32]},
+    ),
     "data parallel": (lambda: nn.DataParallel(Net()), {"input_shape": (2,)}),
-    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), {"input_shape": (2,)}),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)),
+        {"input_shape": (2,)},
+    ),
     "pruned": (pruned, {"input_shape": (2,)}),
-    "half": (lambda: Net().to(torch.bfloat16), {"input_shape": (2,), "input_dtype": torch.bfloat16}),
+    "half": (
+        lambda: Net().to(torch.bfloat16),
+        {"input_shape": (2,), "input_dtype": torch.bfloat16},
+    ),
     "containers": (Containers, {"input_shape": (2,)}),
 }
 cases = pytest.mark.parametrize(("build", "arguments"), CASES.values(), ids=CASES.keys())
@@ -195,9 +215,16 @@ def rows_of(result):
 
 def state_of(model, data):
     """Everything that a look at the model must leave alone, as comparable values."""
-    tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in (data,) if isinstance(leaf, torch.Tensor))]
+    tensors = [
+        *model.parameters(),
+        *model.buffers(),
+        *(leaf for leaf in (data,) if isinstance(leaf, torch.Tensor)),
+    ]
     attributes = [
-        {key: list(held.items()) if isinstance(held, dict) else id(held) for key, held in vars(module).items()}
+        {
+            key: list(held.items()) if isinstance(held, dict) else id(held)
+            for key, held in vars(module).items()
+        }
         for module in model.modules()
     ]  # parameters, hooks and children are in dicts
     return (
@@ -205,7 +232,10 @@ def state_of(model, data):
         attributes,
         [module.training for module in model.modules()],
         torch.get_rng_state(),
-        [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        [
+            torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+            for part in np.random.get_state()
+        ],
         random.getstate(),
     )
 
@@ -224,7 +254,9 @@ def same(left, right):
 @cases
 def test_total_is_the_number_of_distinct_elements(build, arguments):
     model = build()
-    assert summary(model, **arguments).total_params == sum(held.numel() for held in set(model.parameters()))
+    assert summary(model, **arguments).total_params == sum(
+        held.numel() for held in set(model.parameters())
+    )
 
 
 @cases
@@ -298,12 +330,18 @@ def test_torchkeras_call_with_a_legacy_tensor_type(capsys):
 def test_batch_size_is_shown_and_the_sizes_are_for_it():
     result = summary(Net(), (2,), batch_size=32)
     assert [row.output_shape for row in result.rows] == [[32, 1], [32, 4], [32, 8], [32, 1]]
-    assert (result.input_bytes, result.output_bytes, result.multiply_adds) == (32 * 8, 32 * 56, 32 * 48)
+    assert (result.input_bytes, result.output_bytes, result.multiply_adds) == (
+        32 * 8,
+        32 * 56,
+        32 * 48,
+    )
     assert "Multiply-adds, 32 rows: 1,536" in str(result)
 
 
 def test_sizes_use_the_real_dtypes():
-    whole, half = (summary(Net().to(dtype), (2,), dtype) for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (
+        summary(Net().to(dtype), (2,), dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert (whole.params_bytes, whole.input_bytes, whole.output_bytes) == (4 * 61, 8, 56)
     assert (half.params_bytes, half.input_bytes, half.output_bytes) == (2 * 61, 4, 28)
 
@@ -331,7 +369,9 @@ def test_the_table_is_shown_once(where, monkeypatch, capsys):
     result = summary(Net(), (2,))
     assert capsys.readouterr().out == ("" if where == "notebook" else ARTICLE)
     assert len(shown) == (where == "notebook")
-    assert (result._repr_html_() is None) == (where == "notebook")  # as a cell's last line it would be shown twice
+    assert (result._repr_html_() is None) == (
+        where == "notebook"
+    )  # as a cell's last line it would be shown twice
     if shown:
         assert "<td>&nbsp;&nbsp;fc1 (Linear)</td>" in shown[0]["text/html"]
         assert "Total params: 61" in shown[0]["text/html"]
@@ -367,9 +407,17 @@ def test_any_output_has_a_shape(name, shape):
     [
         {"input_shape": [(4,), (3,)], "input_dtype": [LONG, torch.FloatTensor]},
         {"input_shape": ((4,), (3,)), "input_dtype": (torch.int64, torch.float32)},
-        {"input_shape": {"x": (3,), "ids": (4,)}, "input_dtype": {"ids": torch.int32, "x": torch.float32}},
+        {
+            "input_shape": {"x": (3,), "ids": (4,)},
+            "input_dtype": {"ids": torch.int32, "x": torch.float32},
+        },
         {"input_data": (torch.zeros(5, 4, dtype=torch.int64), torch.zeros(5, 3))},
-        {"input_data": {"x": np.zeros((5, 3), np.float32), "ids": torch.zeros(5, 4, dtype=torch.int64)}},
+        {
+            "input_data": {
+                "x": np.zeros((5, 3), np.float32),
+                "ids": torch.zeros(5, 4, dtype=torch.int64),
+            }
+        },
     ],
 )
 def test_several_inputs_in_order_or_by_name(arguments):
@@ -403,8 +451,16 @@ def test_reused_and_uncalled_layers_and_own_parameters_are_marked():
     rows = rows_of(summary(Reused(), (4,)))
     assert (rows[""].params, rows[""].note) == (4, "")
     assert (rows["block.0"].params, rows["block.0"].note) == (20, "called 3 times")
-    assert (rows["same"].params, rows["same"].note, rows["same"].output_shape) == (0, "same as block", [-1, 4])
-    assert (rows["spare"].params, rows["spare"].note, rows["spare"].output_shape) == (15, "not called", None)
+    assert (rows["same"].params, rows["same"].note, rows["same"].output_shape) == (
+        0,
+        "same as block",
+        [-1, 4],
+    )
+    assert (rows["spare"].params, rows["spare"].note, rows["spare"].output_shape) == (
+        15,
+        "not called",
+        None,
+    )
     assert "same.0" not in rows
 
 
@@ -541,12 +597,17 @@ def test_a_failure_of_the_model_itself_tells_what_the_model_was_given():
             x = self.fc1(x)
             raise KeyError("state")
 
-    with pytest.raises(ForwardError, match=r"^Rebinds was given \(2, 2\) float32: KeyError: 'state'\n"):
+    with pytest.raises(
+        ForwardError, match=r"^Rebinds was given \(2, 2\) float32: KeyError: 'state'\n"
+    ):
         summary(Rebinds(), (2,))
 
 
 def test_a_missing_input_is_told_in_torchs_words():
-    with pytest.raises(ForwardError, match=r"^TwoInputs was given \(2, 4\) float32: TypeError: .*missing 1 required"):
+    with pytest.raises(
+        ForwardError,
+        match=r"^TwoInputs was given \(2, 4\) float32: TypeError: .*missing 1 required",
+    ):
         summary(TwoInputs(), (4,))
 
 
@@ -571,7 +632,10 @@ def test_the_model_is_left_alone_when_the_forward_fails():
             "summary takes either input_shape or input_data, got both. Pass input_shape=(2,), the shape of one row, "
             "or input_data=features, a batch of what forward takes.",
         ),
-        ({"input_shape": (2,), "batch_size": 0}, "batch_size must be a whole number of 1 or more, got 0."),
+        (
+            {"input_shape": (2,), "batch_size": 0},
+            "batch_size must be a whole number of 1 or more, got 0.",
+        ),
         *(
             (
                 arguments,
@@ -612,4 +676,7 @@ def test_lazy_layers_say_what_to_do():
 def test_something_else_than_a_module_is_refused():
     with pytest.raises(TypeError) as caught:
         summary(lambda x: x, (2,))
-    assert str(caught.value) == "model must be a torch.nn.Module, got function. Pass an instance, nn.Linear(2, 1)."
+    assert (
+        str(caught.value)
+        == "model must be a torch.nn.Module, got function. Pass an instance, nn.Linear(2, 1)."
+    )

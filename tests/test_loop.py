@@ -56,7 +56,9 @@ def accuracy64(y_pred, y_true):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 70), st.integers(1, 33), st.integers(1, 80), st.booleans())
-def test_history_evaluate_and_predict_equal_a_bare_loop(rows, batch_size, val_batch_size, drop_last):
+def test_history_evaluate_and_predict_equal_a_bare_loop(
+    rows, batch_size, val_batch_size, drop_last
+):
     drop_last = drop_last and rows >= batch_size
     X, y = (tensor.double() for tensor in points(rows))
     model = Net().double()
@@ -70,7 +72,9 @@ def test_history_evaluate_and_predict_equal_a_bare_loop(rows, batch_size, val_ba
     expected = reference_fit(bare, X, y, 3, batch_size, drop_last, lr=0.1)
     pd.testing.assert_frame_equal(dfhistory, expected, rtol=1e-12)
     last = expected.iloc[-1]
-    assert model.evaluate(dl_val) == pytest.approx(dict(last[["val_loss", "val_accuracy"]]), rel=1e-12)
+    assert model.evaluate(dl_val) == pytest.approx(
+        dict(last[["val_loss", "val_accuracy"]]), rel=1e-12
+    )
     torch.testing.assert_close(model.predict(dl_val), bare(X).detach(), rtol=1e-12, atol=0)
 
 
@@ -84,7 +88,10 @@ def test_loss_is_the_mean_over_rows_when_the_last_batch_is_short():
 def test_a_short_last_batch_weighs_less_in_a_metric():
     model = compiled(metrics_dict={"label": lambda y_pred, y_true: y_true.mean()})
     y = torch.tensor([[1.0], [1.0], [1.0], [1.0], [0.0]])
-    assert model.evaluate([(torch.zeros(4, 2), y[:4]), (torch.zeros(1, 2), y[4:])])["val_label"] == 4 / 5
+    assert (
+        model.evaluate([(torch.zeros(4, 2), y[:4]), (torch.zeros(1, 2), y[4:])])["val_label"]
+        == 4 / 5
+    )
 
 
 def test_the_batches_and_random_draws_are_those_of_a_hand_written_loop():
@@ -151,7 +158,9 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["loader", "arrays", "batches"])
 @pytest.mark.parametrize("on_nan", ["ignore", "raise"])
-def test_the_host_reads_as_often_in_a_long_epoch_as_in_a_short_one_but_for_a_loss_that_is_looked_at(kind, on_nan):
+def test_the_host_reads_as_often_in_a_long_epoch_as_in_a_short_one_but_for_a_loss_that_is_looked_at(
+    kind, on_nan
+):
     counts = []
     for rows in (40, 400):
         X, y = points(rows)
@@ -179,11 +188,15 @@ def test_no_step_waits_for_the_gpu():
     model = Net()
     model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), {"accuracy": accuracy})
 
-    def watch(batch, logs):  # from the second batch, the first is looked at closely, to the last but one
+    def watch(
+        batch, logs
+    ):  # from the second batch, the first is looked at closely, to the last but one
         torch.cuda.set_sync_debug_mode("error" if batch < 9 else "default")
 
     try:
-        model.fit(2, (X, y), batch_size=40, callbacks=[LambdaCallback(on_batch_end=watch)], verbose=0)
+        model.fit(
+            2, (X, y), batch_size=40, callbacks=[LambdaCallback(on_batch_end=watch)], verbose=0
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -198,7 +211,16 @@ def test_columns_are_loss_metrics_extras_then_the_same_with_val():
 
     model = compiled(Extra(), metrics_dict={"accuracy": accuracy, "mae": nn.L1Loss()})
     dfhistory = model.fit(1, points(), points(), verbose=0)
-    assert list(dfhistory) == ["loss", "accuracy", "mae", "zeta", "alpha", "val_loss", "val_accuracy", "val_mae"]
+    assert list(dfhistory) == [
+        "loss",
+        "accuracy",
+        "mae",
+        "zeta",
+        "alpha",
+        "val_loss",
+        "val_accuracy",
+        "val_mae",
+    ]
     assert dfhistory.index.equals(pd.RangeIndex(1))
     assert dfhistory["loss"][0] == dfhistory["loss"].iloc[0]
     assert dfhistory["zeta"].item() == 1.0
@@ -233,7 +255,9 @@ def test_lr_is_a_column_once_a_scheduler_has_changed_it():
 
 
 def test_what_a_callback_adds_to_the_logs_reaches_the_history():
-    add = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(gap=logs["val_loss"] - logs["loss"]))
+    add = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.update(gap=logs["val_loss"] - logs["loss"])
+    )
     dfhistory = compiled().fit(2, points(), points(), callbacks=[add], verbose=0)
     assert np.allclose(dfhistory["gap"], dfhistory["val_loss"] - dfhistory["loss"])
 
@@ -241,7 +265,12 @@ def test_what_a_callback_adds_to_the_logs_reaches_the_history():
 def test_the_history_is_there_when_a_fit_ends():
     lengths = []
     model = compiled()
-    model.fit(3, points(), callbacks=[LambdaCallback(on_fit_end=lambda: lengths.append(len(model.history)))], verbose=0)
+    model.fit(
+        3,
+        points(),
+        callbacks=[LambdaCallback(on_fit_end=lambda: lengths.append(len(model.history)))],
+        verbose=0,
+    )
     assert lengths == [3]
 
 
@@ -249,14 +278,18 @@ def test_a_metric_named_as_a_learning_rate_keeps_its_column():
     model = Net()
     optimizers = {"a": torch.optim.SGD(model.parameters(), lr=0.1)}
     model.compile(nn.BCELoss(), optimizers, {"lr_a": nn.L1Loss()}, device="cpu")
-    slower = LambdaCallback(on_epoch_end=lambda epoch, logs: optimizers["a"].param_groups[0].update(lr=0.1 / epoch))
+    slower = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: optimizers["a"].param_groups[0].update(lr=0.1 / epoch)
+    )
     assert list(model.fit(3, points(), callbacks=[slower], verbose=0)) == ["loss", "lr_a"]
 
 
 def test_the_last_running_means_of_an_epoch_are_its_row():
     last = {}
     keep = LambdaCallback(on_batch_end=lambda batch, logs: last.update(logs))
-    dfhistory = compiled(metrics_dict={"accuracy": accuracy}).fit(1, points(), callbacks=[keep], verbose=0)
+    dfhistory = compiled(metrics_dict={"accuracy": accuracy}).fit(
+        1, points(), callbacks=[keep], verbose=0
+    )
     assert last == dict(dfhistory.iloc[0])
 
 
@@ -305,7 +338,9 @@ def test_each_submodules_mode_is_put_back():
 def test_fit_is_in_train_mode_with_gradient_and_the_rest_in_eval_mode_without():
     seen = []
     model = compiled()
-    model.fc1.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
+    model.fc1.register_forward_hook(
+        lambda module, *_: seen.append((module.training, torch.is_grad_enabled()))
+    )
     model.fit(1, points(4), points(4), verbose=0)
     model.evaluate(points(4))
     model.predict(points(4)[0])
@@ -329,7 +364,9 @@ def fail_at(batch, error):
     return LambdaCallback(on_batch_end=raise_it)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mine"), KeyboardInterrupt()], ids=["error", "Ctrl-C"]
+)
 def test_a_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_model_usable(error):
     ended = []
     ends = LambdaCallback(on_fit_end=lambda: ended.append("end"))
@@ -387,7 +424,10 @@ def test_labels_say_how_many_rows_a_batch_has():
             return self.lstm(x)[0][-1]
 
     model = compiled(TimeFirst(), nn.MSELoss())
-    batches = [(torch.randn(3, 16, 2), torch.randn(16, 1)), (torch.randn(90, 4, 2), 10 * torch.randn(4, 1))]
+    batches = [
+        (torch.randn(3, 16, 2), torch.randn(16, 1)),
+        (torch.randn(90, 4, 2), 10 * torch.randn(4, 1)),
+    ]
     with torch.no_grad():
         errors = torch.cat([(model(x) - y) ** 2 for x, y in batches])
     assert model.evaluate(batches)["val_loss"] == pytest.approx(errors.mean().item(), rel=1e-6)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minikeras import Average
-from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups, weights_and_biases
+from minikeras.losses import (
+    FocalLoss,
+    Regularized,
+    l1_penalty,
+    l2_penalty,
+    weight_decay_groups,
+    weights_and_biases,
+)
 
 HARD = torch.tensor([[0.5], [0.5]])
 EASY = torch.tensor([[0.9], [0.1]])
@@ -37,7 +44,12 @@ def reference_slope(z, y, gamma, alpha):
     sign = 2 * y - 1
     log_p_t, log_miss = -np.logaddexp(0, -sign * z), -np.logaddexp(0, sign * z)
     a_t = y * alpha + (1 - y) * (1 - alpha)
-    return sign * a_t * np.exp(gamma * log_miss) * (gamma * np.exp(log_p_t) * log_p_t - np.exp(log_miss))
+    return (
+        sign
+        * a_t
+        * np.exp(gamma * log_miss)
+        * (gamma * np.exp(log_p_t) * log_p_t - np.exp(log_miss))
+    )
 
 
 # ---------------------------------------------------------------- focal loss: values
@@ -60,14 +72,21 @@ def test_positives_weigh_alpha_and_negatives_the_rest():
 
 
 @given(
-    logit=st.floats(-8, 8), label=st.sampled_from([0.0, 0.1, 0.5, 1.0]), gamma=st.floats(0, 5), alpha=st.floats(0, 1)
+    logit=st.floats(-8, 8),
+    label=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    gamma=st.floats(0, 5),
+    alpha=st.floats(0, 1),
 )
 def test_logits_and_probabilities_give_the_loss_of_the_paper(logit, label, gamma, alpha):
     z, y = torch.tensor([logit], dtype=torch.float64), torch.tensor([label], dtype=torch.float64)
     p = torch.sigmoid(z)
     expected = torch.from_numpy(reference(p.numpy(), y.numpy(), gamma, alpha))
-    torch.testing.assert_close(FocalLoss(gamma, alpha, from_logits=True)(z, y), expected.mean(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(FocalLoss(gamma, alpha)(p, y), expected.mean(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        FocalLoss(gamma, alpha, from_logits=True)(z, y), expected.mean(), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(
+        FocalLoss(gamma, alpha)(p, y), expected.mean(), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -77,8 +96,12 @@ def test_without_fading_and_balance_it_is_half_the_binary_cross_entropy(reductio
         FocalLoss(0.0, 0.5, from_logits=True, reduction=reduction),
         FocalLoss(0.0, 0.5, reduction=reduction),
     )
-    torch.testing.assert_close(on_scores(z, y), 0.5 * nn.BCEWithLogitsLoss(reduction=reduction)(z, y))
-    torch.testing.assert_close(half(z.sigmoid(), y), 0.5 * nn.BCELoss(reduction=reduction)(z.sigmoid(), y))
+    torch.testing.assert_close(
+        on_scores(z, y), 0.5 * nn.BCEWithLogitsLoss(reduction=reduction)(z, y)
+    )
+    torch.testing.assert_close(
+        half(z.sigmoid(), y), 0.5 * nn.BCELoss(reduction=reduction)(z.sigmoid(), y)
+    )
 
 
 def test_mean_and_sum_are_those_of_the_elements():
@@ -107,7 +130,9 @@ def test_half_precision_scores_lose_no_further_digits(dtype):
 def test_cross_entropy_is_log_softmax_then_negative_log_likelihood():
     y_pred, y_true = torch.tensor([[10.0, 0.0, -10.0], [8.0, 8.0, 8.0]]), torch.tensor([0, 2])
     log_probabilities = nn.LogSoftmax(dim=1)(y_pred)
-    torch.testing.assert_close(nn.CrossEntropyLoss()(y_pred, y_true), nn.NLLLoss()(log_probabilities, y_true))
+    torch.testing.assert_close(
+        nn.CrossEntropyLoss()(y_pred, y_true), nn.NLLLoss()(log_probabilities, y_true)
+    )
 
 
 # ---------------------------------------------------------------- focal loss: gradients
@@ -119,7 +144,9 @@ def test_gradients_agree_with_finite_differences(gamma, from_logits):
     z = torch.tensor([-4.0, -1.0, -0.3, 0.5, 2.0, 4.0], dtype=torch.float64)
     y_pred = (z if from_logits else z.sigmoid()).requires_grad_()
     y_true = torch.tensor([0.0, 1.0, 0.2, 1.0, 0.9, 0.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(FocalLoss(gamma, from_logits=from_logits, reduction="none"), (y_pred, y_true))
+    assert torch.autograd.gradcheck(
+        FocalLoss(gamma, from_logits=from_logits, reduction="none"), (y_pred, y_true)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -131,9 +158,15 @@ def test_extreme_logits_have_the_right_value_and_gradient(gamma, dtype):
     loss.sum().backward()
     z64, y64 = z.detach().double().numpy(), y.double().numpy()
     sign = 2 * y64 - 1
-    value = (0.25 + 0.5 * y64) * np.exp(-gamma * np.logaddexp(0, sign * z64)) * np.logaddexp(0, -sign * z64)
+    value = (
+        (0.25 + 0.5 * y64)
+        * np.exp(-gamma * np.logaddexp(0, sign * z64))
+        * np.logaddexp(0, -sign * z64)
+    )
     slope = reference_slope(z64, y64, gamma, 0.75)
-    torch.testing.assert_close(loss.detach().double(), torch.from_numpy(value), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(
+        loss.detach().double(), torch.from_numpy(value), rtol=1e-5, atol=1e-30
+    )
     torch.testing.assert_close(z.grad.double(), torch.from_numpy(slope), rtol=1e-5, atol=1e-30)
 
 
@@ -153,19 +186,42 @@ def test_probabilities_of_exactly_0_and_1_have_a_finite_loss_and_gradient(gamma,
 
 
 def test_printing_it_shows_its_arguments():
-    assert repr(FocalLoss()) == "FocalLoss(gamma=2.0, alpha=0.75, from_logits=False, reduction='mean')"
+    assert (
+        repr(FocalLoss()) == "FocalLoss(gamma=2.0, alpha=0.75, from_logits=False, reduction='mean')"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gamma": -1.0}, "gamma must be finite and 0 or more, got -1.0. Pass 2.0, or 0 to fade nothing."),
-        ({"gamma": math.inf}, "gamma must be finite and 0 or more, got inf. Pass 2.0, or 0 to fade nothing."),
-        ({"gamma": math.nan}, "gamma must be finite and 0 or more, got nan. Pass 2.0, or 0 to fade nothing."),
-        ({"alpha": 1.5}, "alpha must be 0 to 1, got 1.5. Positives weigh alpha and negatives 1 - alpha."),
-        ({"alpha": -0.1}, "alpha must be 0 to 1, got -0.1. Positives weigh alpha and negatives 1 - alpha."),
-        ({"reduction": "means"}, "reduction must be 'mean', 'sum' or 'none', got 'means'. Did you mean 'mean'?"),
-        ({"reduction": None}, "reduction must be 'mean', 'sum' or 'none', got None. Did you mean 'none'?"),
+        (
+            {"gamma": -1.0},
+            "gamma must be finite and 0 or more, got -1.0. Pass 2.0, or 0 to fade nothing.",
+        ),
+        (
+            {"gamma": math.inf},
+            "gamma must be finite and 0 or more, got inf. Pass 2.0, or 0 to fade nothing.",
+        ),
+        (
+            {"gamma": math.nan},
+            "gamma must be finite and 0 or more, got nan. Pass 2.0, or 0 to fade nothing.",
+        ),
+        (
+            {"alpha": 1.5},
+            "alpha must be 0 to 1, got 1.5. Positives weigh alpha and negatives 1 - alpha.",
+        ),
+        (
+            {"alpha": -0.1},
+            "alpha must be 0 to 1, got -0.1. Positives weigh alpha and negatives 1 - alpha.",
+        ),
+        (
+            {"reduction": "means"},
+            "reduction must be 'mean', 'sum' or 'none', got 'means'. Did you mean 'mean'?",
+        ),
+        (
+            {"reduction": None},
+            "reduction must be 'mean', 'sum' or 'none', got None. Did you mean 'none'?",
+        ),
         ({"reduction": "batch"}, "reduction must be 'mean', 'sum' or 'none', got 'batch'."),
     ],
 )
@@ -227,7 +283,9 @@ def model_and_names(request):
 
 def test_penalties_count_each_trainable_weight_once_and_no_bias(model_and_names):
     model, names = model_and_names
-    numbers = np.concatenate([model.get_parameter(name).detach().double().numpy().ravel() for name in names])
+    numbers = np.concatenate(
+        [model.get_parameter(name).detach().double().numpy().ravel() for name in names]
+    )
     assert l1_penalty(model, 0.3).item() == pytest.approx(0.3 * np.abs(numbers).sum(), rel=1e-6)
     assert l2_penalty(model, 0.3).item() == pytest.approx(0.15 * (numbers**2).sum(), rel=1e-6)
 
@@ -239,18 +297,24 @@ def test_penalties_pull_on_the_weights_alone(model_and_names):
     objective.backward()
     for name, parameter in model.named_parameters():
         if name in names:
-            torch.testing.assert_close(parameter.grad, 0.5 * parameter.sign().detach() + 0.1 * parameter.detach())
+            torch.testing.assert_close(
+                parameter.grad, 0.5 * parameter.sign().detach() + 0.1 * parameter.detach()
+            )
         else:
             assert parameter.grad is None
 
 
 def test_weights_and_biases_together_are_all_parameters(model_and_names):
     weights, biases = weights_and_biases(model_and_names[0])
-    assert {id(parameter) for parameter in weights + biases} == {id(p) for p in model_and_names[0].parameters()}
+    assert {id(parameter) for parameter in weights + biases} == {
+        id(p) for p in model_and_names[0].parameters()
+    }
     assert len(weights + biases) == len(list(model_and_names[0].parameters()))
 
 
-@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(3, 2).requires_grad_(False)], ids=["empty", "frozen"])
+@pytest.mark.parametrize(
+    "model", [nn.ReLU(), nn.Linear(3, 2).requires_grad_(False)], ids=["empty", "frozen"]
+)
 @pytest.mark.parametrize("a_penalty", [l1_penalty, l2_penalty])
 def test_a_model_without_trainable_weights_has_no_penalty(model, a_penalty):
     assert a_penalty(model, 0.1).item() == 0.0
@@ -275,7 +339,9 @@ def test_penalties_of_a_half_precision_model_do_not_overflow():
 def test_regularized_adds_both_penalties_to_the_loss():
     model, features = nn.Linear(3, 1), torch.rand(4, 3)
     y_pred, y_true = model(features), torch.rand(4, 1)
-    expected = nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
+    expected = (
+        nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
+    )
     for loss_func in (nn.functional.mse_loss, nn.MSELoss()):
         regularized = Regularized(loss_func, model, l1=0.1, l2=0.2)
         assert regularized.loss_func is loss_func
@@ -285,8 +351,16 @@ def test_regularized_adds_both_penalties_to_the_loss():
 @pytest.mark.parametrize(
     ("loss_func", "model", "message"),
     [
-        (nn.MSELoss, nn.Linear(3, 1), "loss_func is the class MSELoss; expected an instance. Pass MSELoss()."),
-        (nn.MSELoss(), 0.1, "model must be a torch.nn.Module, got float. Pass the one that is trained."),
+        (
+            nn.MSELoss,
+            nn.Linear(3, 1),
+            "loss_func is the class MSELoss; expected an instance. Pass MSELoss().",
+        ),
+        (
+            nn.MSELoss(),
+            0.1,
+            "model must be a torch.nn.Module, got float. Pass the one that is trained.",
+        ),
     ],
 )
 def test_regularized_refuses_what_is_no_loss_or_no_model(loss_func, model, message):
@@ -297,7 +371,9 @@ def test_regularized_refuses_what_is_no_loss_or_no_model(loss_func, model, messa
 
 def test_predictions_come_first_and_labels_second():
     seen = []
-    Regularized(lambda y_pred, y_true: seen.append((y_pred, y_true)) or torch.zeros(()), nn.ReLU())("pred", "true")
+    Regularized(lambda y_pred, y_true: seen.append((y_pred, y_true)) or torch.zeros(()), nn.ReLU())(
+        "pred", "true"
+    )
     assert seen == [("pred", "true")]
 
 
@@ -305,12 +381,18 @@ def test_predictions_come_first_and_labels_second():
 def test_the_mean_carries_the_penalty_once_whatever_the_form_of_the_loss(form):
     def loss_func(y_pred, y_true):
         rows = (y_pred - y_true).square().mean(dim=1)
-        return {"scalar": rows.mean(), "per row": rows, "average": Average(rows.sum(), torch.tensor(len(rows)))}[form]
+        return {
+            "scalar": rows.mean(),
+            "per row": rows,
+            "average": Average(rows.sum(), torch.tensor(len(rows))),
+        }[form]
 
     model, y_pred, y_true = nn.Linear(3, 2), torch.rand(5, 2), torch.rand(5, 2)
     loss = Regularized(loss_func, model, l1=0.1, l2=0.2)(y_pred, y_true)
     mean = loss[0] / loss[1] if form == "average" else loss.mean()
-    expected = nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
+    expected = (
+        nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
+    )
     torch.testing.assert_close(mean, expected)
     if form == "average":
         assert loss[1] == 5
@@ -347,11 +429,15 @@ def test_a_replaced_layer_is_penalized_from_then_on():
     torch.testing.assert_close(regularized(y, y), model[0].weight.abs().sum())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
+)
 @pytest.mark.parametrize("order", [1, -1], ids=["model first", "loss first"])
 def test_copied_together_the_copied_loss_penalizes_the_copied_model(duplicate, order):
     model = nn.Linear(3, 2)
-    model_copy, loss_copy = duplicate((model, Regularized(nn.MSELoss(), model, l1=1.0))[::order])[::order]
+    model_copy, loss_copy = duplicate((model, Regularized(nn.MSELoss(), model, l1=1.0))[::order])[
+        ::order
+    ]
     loss_copy(torch.zeros(2), torch.zeros(2)).backward()
     torch.testing.assert_close(model_copy.weight.grad, model.weight.sign().detach())
     assert model.weight.grad is None
@@ -359,7 +445,9 @@ def test_copied_together_the_copied_loss_penalizes_the_copied_model(duplicate, o
 
 def test_without_strengths_the_loss_is_unchanged():
     y_pred, y_true = torch.rand(4, 1), torch.rand(4, 1)
-    assert torch.equal(Regularized(nn.MSELoss(), nn.Linear(1, 1))(y_pred, y_true), nn.MSELoss()(y_pred, y_true))
+    assert torch.equal(
+        Regularized(nn.MSELoss(), nn.Linear(1, 1))(y_pred, y_true), nn.MSELoss()(y_pred, y_true)
+    )
 
 
 @pytest.mark.parametrize(
@@ -374,7 +462,9 @@ def test_without_strengths_the_loss_is_unchanged():
 )
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_a_negative_strength_is_refused_by_name(name, call, value):
-    message = f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none."
+    message = (
+        f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none."
+    )
     with pytest.raises(ValueError, match=exactly(message)):
         call(nn.Linear(3, 2), value)
 
@@ -384,12 +474,20 @@ def test_a_negative_strength_is_refused_by_name(name, call, value):
 
 def test_weights_decay_and_biases_do_not(model_and_names):
     model, names = model_and_names
-    decay_of = {id(p): group["weight_decay"] for group in weight_decay_groups(model, 1e-5) for p in group["params"]}
+    decay_of = {
+        id(p): group["weight_decay"]
+        for group in weight_decay_groups(model, 1e-5)
+        for p in group["params"]
+    }
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name: decay_of[id(p)] for name, p in trainable.items()} == {
         name: 1e-5 if name in names else 0.0 for name in trainable
     }
-    assert len(decay_of) == sum(len(group["params"]) for group in weight_decay_groups(model, 1e-5)) == len(trainable)
+    assert (
+        len(decay_of)
+        == sum(len(group["params"]) for group in weight_decay_groups(model, 1e-5))
+        == len(trainable)
+    )
 
 
 @pytest.mark.parametrize(
@@ -411,7 +509,9 @@ def steps_taken(dtype, optimizer_class, options, by_penalty, decay=0.05, steps=5
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
     features, labels = torch.rand(32, 4).to(dtype), torch.rand(32, 1).to(dtype)
     loss_func = Regularized(nn.MSELoss(), model, l2=decay if by_penalty else 0.0)
-    optimizer = optimizer_class(model.parameters() if by_penalty else weight_decay_groups(model, decay), **options)
+    optimizer = optimizer_class(
+        model.parameters() if by_penalty else weight_decay_groups(model, decay), **options
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         loss_func(model(features), labels).backward()

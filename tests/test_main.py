@@ -71,7 +71,11 @@ def command(*arguments, **kwargs):
 def test_env_prints_what_a_report_needs():
     done = command("env")
     assert done.returncode == 0, done.stderr
-    printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith("not there"))
+    printed = dict(
+        line.split(maxsplit=1)
+        for line in done.stdout.splitlines()
+        if not line.startswith("not there")
+    )
     assert printed["minikeras"] == minikeras.__version__
     assert printed["Python"] == platform.python_version()
     assert printed["torch"] == torch.__version__
@@ -81,7 +85,12 @@ def test_env_prints_what_a_report_needs():
 
 
 def test_env_tells_the_optional_packages_that_are_missing_from_those_that_are_there(monkeypatch):
-    needs = ["torch>=2.6", 'one>=2; extra == "plot"', 'two[x]>=1 ; extra == "ray"', 'three; extra == "test"']
+    needs = [
+        "torch>=2.6",
+        'one>=2; extra == "plot"',
+        'two[x]>=1 ; extra == "ray"',
+        'three; extra == "test"',
+    ]
     versions = {"one": "2.5"}
 
     def version(name):
@@ -119,12 +128,27 @@ def test_a_class_a_function_and_an_instance_have_the_same_summary(folder, capsys
 
 
 def test_several_inputs_have_shapes_and_dtypes_of_their_own(folder, capsys):
-    main(["summary", "package.nets:Two", "-i", "5", "--dtype", "int64", "-i", "3", "--dtype", "torch.float32"])
+    main(
+        [
+            "summary",
+            "package.nets:Two",
+            "-i",
+            "5",
+            "--dtype",
+            "int64",
+            "-i",
+            "3",
+            "--dtype",
+            "torch.float32",
+        ]
+    )
     assert "embedding (Embedding)  [-1, 5, 4]" in capsys.readouterr().out
 
 
 def test_one_dtype_is_for_all_inputs(folder, capsys):
-    (folder / "plain.py").write_text("import torch\nnet = torch.nn.Bilinear(2, 3, 4, dtype=torch.float64)")
+    (folder / "plain.py").write_text(
+        "import torch\nnet = torch.nn.Bilinear(2, 3, 4, dtype=torch.float64)"
+    )
     main(["summary", "plain:net", "-i", "2", "-i", "3", "--dtype", "float64"])
     assert "[-1, 4]" in capsys.readouterr().out
 
@@ -186,7 +210,9 @@ def test_one_dtype_is_for_all_inputs(folder, capsys):
         ),
     ],
 )
-def test_what_cannot_be_summarised_is_an_error_that_says_what_to_pass(folder, capsys, arguments, message):
+def test_what_cannot_be_summarised_is_an_error_that_says_what_to_pass(
+    folder, capsys, arguments, message
+):
     with pytest.raises(SystemExit) as caught:
         main(["summary", *arguments, "--input", "3"])
     assert caught.value.code == 1
@@ -225,7 +251,9 @@ def test_a_command_that_is_missing_is_one_of_those_named(capsys):
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == 2
-    assert capsys.readouterr().err.endswith("error: the following arguments are required: {env,summary}\n")
+    assert capsys.readouterr().err.endswith(
+        "error: the following arguments are required: {env,summary}\n"
+    )
 
 
 def test_a_package_that_the_module_itself_lacks_is_not_taken_for_the_module(folder):

@@ -22,11 +22,17 @@ def hits(y_pred, y_true):
 
 KINDS = {
     "tensor": accuracy,
-    "tensor of one element": lambda y_pred, y_true: ((y_pred > 0.5) == (y_true > 0.5)).float().mean(0),
+    "tensor of one element": lambda y_pred, y_true: (
+        ((y_pred > 0.5) == (y_true > 0.5)).float().mean(0)
+    ),
     "Python float": lambda y_pred, y_true: accuracy(y_pred, y_true).item(),
     "NumPy scalar": lambda y_pred, y_true: np.float32(accuracy(y_pred, y_true).item()),
-    "scikit-learn": lambda y_pred, y_true: accuracy_score(y_true.cpu().numpy(), y_pred.cpu().numpy() > 0.5),
-    "average of tensors": lambda y_pred, y_true: Average(hits(y_pred, y_true), torch.tensor(len(y_true))),
+    "scikit-learn": lambda y_pred, y_true: accuracy_score(
+        y_true.cpu().numpy(), y_pred.cpu().numpy() > 0.5
+    ),
+    "average of tensors": lambda y_pred, y_true: Average(
+        hits(y_pred, y_true), torch.tensor(len(y_true))
+    ),
     "average of numbers": lambda y_pred, y_true: Average(hits(y_pred, y_true).item(), len(y_true)),
     "torchmetrics": torchmetrics.classification.BinaryAccuracy(),
 }
@@ -48,7 +54,9 @@ WHOLE_SET = {
 
 
 @pytest.mark.parametrize(("metric", "expected"), WHOLE_SET.values(), ids=WHOLE_SET)
-def test_an_object_with_update_and_compute_gives_scikit_learns_value_on_the_whole_set(metric, expected):
+def test_an_object_with_update_and_compute_gives_scikit_learns_value_on_the_whole_set(
+    metric, expected
+):
     X, y = points(101)
     model = compiled(metrics_dict={"metric": metric})
     dfhistory = model.fit(2, (X, y), (X, y), verbose=0)
@@ -102,13 +110,23 @@ def test_a_metric_is_called_once_per_batch():
 def test_counts_are_exact_beyond_what_float32_can_hold():
     totals = Totals({}, torch.device("cpu"))
     for _ in range(3):
-        totals.add({"loss": torch.tensor(1.0), "units": Average(torch.tensor(2.0**24), torch.tensor(2.0**24))}, 2**24)
-    totals.add({"loss": torch.tensor(0.0), "units": Average(torch.tensor(0.0), torch.tensor(1.0))}, 1)
+        totals.add(
+            {
+                "loss": torch.tensor(1.0),
+                "units": Average(torch.tensor(2.0**24), torch.tensor(2.0**24)),
+            },
+            2**24,
+        )
+    totals.add(
+        {"loss": torch.tensor(0.0), "units": Average(torch.tensor(0.0), torch.tensor(1.0))}, 1
+    )
     assert totals["loss"] == totals["units"] == 3 * 2**24 / (3 * 2**24 + 1)
 
 
 def test_nothing_counted_is_nan():
-    model = compiled(metrics_dict={"none": lambda y_pred, y_true: Average(torch.tensor(0.0), torch.tensor(0))})
+    model = compiled(
+        metrics_dict={"none": lambda y_pred, y_true: Average(torch.tensor(0.0), torch.tensor(0))}
+    )
     assert np.isnan(model.evaluate(points(10))["val_none"])
 
 
@@ -122,7 +140,9 @@ def test_a_metric_may_look_at_several_outputs():
 
     model = compiled(Two(), loss_func, {"mean_x": lambda y_pred, y_true: y_pred["x"].mean()})
     X, y = points(30)
-    assert model.evaluate((X, y), batch_size=7)["val_mean_x"] == pytest.approx(X.mean().item(), abs=1e-6)
+    assert model.evaluate((X, y), batch_size=7)["val_mean_x"] == pytest.approx(
+        X.mean().item(), abs=1e-6
+    )
 
 
 # --- objects that give several numbers ----------------------------------------------------------
@@ -154,7 +174,10 @@ ANSWERS = {
     "an Average": (minikeras.Average(3.0, torch.tensor(4)), {"m": 0.75}),
     "a dict": ({"cat": 0.5, "dog": torch.tensor(0.25)}, {"m_cat": 0.5, "m_dog": 0.25}),
     "a dict of numbered classes": ({0: 0.5, 1: np.float32(0.25)}, {"m_0": 0.5, "m_1": 0.25}),
-    "a dict of dicts": ({"all": {"p": 1, "r": 0}, "n": 2}, {"m_all_p": 1.0, "m_all_r": 0.0, "m_n": 2.0}),
+    "a dict of dicts": (
+        {"all": {"p": 1, "r": 0}, "n": 2},
+        {"m_all_p": 1.0, "m_all_r": 0.0, "m_n": 2.0},
+    ),
     "a dict with a vector": (
         {"map": 0.5, "each": torch.tensor([0.25, 0.75])},
         {"m_map": 0.5, "m_each_0": 0.25, "m_each_1": 0.75},
@@ -162,7 +185,10 @@ ANSWERS = {
     "a vector": (torch.tensor([0.5, 0.25]), {"m_0": 0.5, "m_1": 0.25}),
     "an array": (np.array([0.5, 0.25]), {"m_0": 0.5, "m_1": 0.25}),
     "a list": ([0.5, torch.tensor(0.25)], {"m_0": 0.5, "m_1": 0.25}),
-    "a matrix": (torch.tensor([[1, 2], [3, 4]]), {"m_0_0": 1.0, "m_0_1": 2.0, "m_1_0": 3.0, "m_1_1": 4.0}),
+    "a matrix": (
+        torch.tensor([[1, 2], [3, 4]]),
+        {"m_0_0": 1.0, "m_0_1": 2.0, "m_1_0": 3.0, "m_1_1": 4.0},
+    ),
 }
 
 
@@ -182,7 +208,10 @@ REFUSED = {
     "nothing": (None, "gave NoneType"),
     "a string": ("0.5", "gave str"),
     "a pair": ((0.5, 0.25), "gave (float, float)"),
-    "a curve": ((torch.zeros(3), torch.zeros(3), torch.zeros(2)), "gave (Tensor (3,) float32, Tensor (3,) float32"),
+    "a curve": (
+        (torch.zeros(3), torch.zeros(3), torch.zeros(2)),
+        "gave (Tensor (3,) float32, Tensor (3,) float32",
+    ),
     "an empty dict": ({}, "gave {}"),
     "a dict with a string": ({"a": "b"}, "gave {'a': str}"),
     "an empty vector": (torch.zeros(0), "gave Tensor (0,) float32"),
@@ -195,9 +224,7 @@ REFUSED = {
 @pytest.mark.parametrize(("answer", "said"), REFUSED.values(), ids=REFUSED)
 def test_an_answer_that_is_no_numbers_is_an_error_at_the_end_of_the_pass(answer, said):
     model = compiled(metrics_dict={"m": Gives(answer)})
-    expected = (
-        "; expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most 1000). "
-    )
+    expected = "; expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most 1000). "
     with pytest.raises(ValueError, match=re.escape(f"metric 'm': compute() {said}")) as error:
         model.evaluate(points(20))
     assert expected in str(error.value)
@@ -205,9 +232,13 @@ def test_an_answer_that_is_no_numbers_is_an_error_at_the_end_of_the_pass(answer,
 
 
 def test_the_remedy_for_a_pair_is_a_dict_and_works():
-    with pytest.raises(ValueError, match=r'return a dict of name -> number, such as {"precision": p, "recall": r}'):
+    with pytest.raises(
+        ValueError, match=r'return a dict of name -> number, such as {"precision": p, "recall": r}'
+    ):
         compiled(metrics_dict={"m": Gives((0.5, 0.25))}).evaluate(points(20))
-    found = compiled(metrics_dict={"m": Gives({"precision": 0.5, "recall": 0.25})}).evaluate(points(20))
+    found = compiled(metrics_dict={"m": Gives({"precision": 0.5, "recall": 0.25})}).evaluate(
+        points(20)
+    )
     assert (found["val_m_precision"], found["val_m_recall"]) == (0.5, 0.25)
 
 
@@ -219,7 +250,9 @@ def test_columns_of_one_name_are_refused_with_what_to_do():
     metrics = {"m": Gives({"a_b": 1.0}), "m_a": Gives({"b": 1.0})}
     with pytest.raises(ValueError, match=re.escape(message)):
         compiled(metrics_dict=metrics).evaluate(points(20))
-    with pytest.raises(ValueError, match="metric 'val' gives a column the name 'val_a', which history uses itself"):
+    with pytest.raises(
+        ValueError, match="metric 'val' gives a column the name 'val_a', which history uses itself"
+    ):
         compiled(metrics_dict={"val": Gives({"a": 1.0})}).evaluate(points(20))
 
 
@@ -229,7 +262,9 @@ def test_callbacks_and_the_table_take_the_columns_as_any_other(capsys, tmp_path)
     best = minikeras.ModelCheckpoint(tmp_path / "best.pt", monitor="val_m_recall", mode="max")
     log = minikeras.CSVLogger(tmp_path / "log.csv")
     model = compiled(metrics_dict={"m": improving})
-    dfhistory = model.fit(9, points(40), points(20), callbacks=[stop, best, log], verbose=2, log_step_freq=1)
+    dfhistory = model.fit(
+        9, points(40), points(20), callbacks=[stop, best, log], verbose=2, log_step_freq=1
+    )
     assert len(dfhistory) == 2
     assert (tmp_path / "best.pt").is_file()
     written = pd.read_csv(tmp_path / "log.csv")
@@ -280,7 +315,9 @@ def test_an_object_that_cannot_answer_yet_is_not_yet_known():
     model = compiled(metrics_dict={"recall": Recall()}, lr=0.0)
     expected = recall_score(y, model.predict(X) > 0.5)
     seen = []
-    listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append((logs["recall"], list(logs))))
+    listen = minikeras.LambdaCallback(
+        on_batch_end=lambda batch, logs: seen.append((logs["recall"], list(logs)))
+    )
     batches = list(zip(X.split(10), y.split(10), strict=True))
     dfhistory = model.fit(1, batches, batches, callbacks=[listen], verbose=2, log_step_freq=1)
     assert dfhistory["recall"].item() == dfhistory["val_recall"].item() == pytest.approx(expected)
@@ -317,9 +354,15 @@ def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanw
     model = compiled(metrics_dict={"accuracy": Emptied()}, lr=0.0)
     expected = accuracy_score(y, model.predict(X) > 0.5)
     seen = []
-    listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["accuracy"]))
-    dfhistory = model.fit(1, (X, y), (X, y), batch_size=10, callbacks=[listen], verbose=2, log_step_freq=1)
-    assert dfhistory["accuracy"].item() == dfhistory["val_accuracy"].item() == pytest.approx(expected)
+    listen = minikeras.LambdaCallback(
+        on_batch_end=lambda batch, logs: seen.append(logs["accuracy"])
+    )
+    dfhistory = model.fit(
+        1, (X, y), (X, y), batch_size=10, callbacks=[listen], verbose=2, log_step_freq=1
+    )
+    assert (
+        dfhistory["accuracy"].item() == dfhistory["val_accuracy"].item() == pytest.approx(expected)
+    )
     assert seen[-1] == pytest.approx(expected)
     assert len(seen) == 10
 
@@ -334,7 +377,9 @@ def test_running_means_are_not_computed_where_nobody_looks():
 
     ASKED.clear()
     listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: asked.append(logs["loss"]))
-    compiled(metrics_dict={"m": Asked(0.5)}).fit(1, points(40), batch_size=10, callbacks=[listen], verbose=0)
+    compiled(metrics_dict={"m": Asked(0.5)}).fit(
+        1, points(40), batch_size=10, callbacks=[listen], verbose=0
+    )
     assert ASKED == [40]
     assert len(asked) == 4
 

@@ -51,7 +51,9 @@ def test_a_torchkeras_script_with_a_subclass_runs(capsys):
 def test_a_torchkeras_script_that_wraps_a_network_runs():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1), nn.Sigmoid())
     model = minikeras.Model(net)
-    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters(), lr=0.01), {"accuracy": accuracy}, "cpu")
+    model.compile(
+        nn.BCELoss(), torch.optim.Adam(model.parameters(), lr=0.01), {"accuracy": accuracy}, "cpu"
+    )
     dfhistory = model.fit(2, points(50), points(50), 1)
     assert len(dfhistory) == 2
     assert model.net is net
@@ -94,17 +96,23 @@ def test_the_default_optimizer_is_adam_on_the_model_and_the_parameters_of_the_lo
     assert type(model.optimizer) is torch.optim.Adam
     assert group["lr"] == 1e-3
     expected = [*model.parameters(), loss_func.scale]  # what is frozen may be thawed later
-    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in expected]
+    assert [id(parameter) for parameter in group["params"]] == [
+        id(parameter) for parameter in expected
+    ]
 
 
 def test_the_default_device_is_the_accelerator_that_works(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
+        patch.setattr(
+            torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")
+        )
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         model = Net()
         model.compile(nn.BCELoss())  # a CUDA build without a GPU answers "cuda" all the same
         assert model.fc1.weight.device.type == "cpu"
-        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("meta"))
+        patch.setattr(
+            torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("meta")
+        )
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         other = Net()
         other.compile(nn.BCELoss())
@@ -128,7 +136,9 @@ def test_model_loss_metrics_and_nested_batches_land_on_the_device():
     with pytest.raises(RuntimeError, match="meta"):  # nothing can be read from there
         model.fit(1, [({"a": [X], "b": X.numpy()}, y)], verbose=0)
     assert seen == ["meta"] * 3
-    assert {p.device.type for p in (*model.parameters(), *loss_func.parameters(), *loss_func.buffers())} == {"meta"}
+    assert {
+        p.device.type for p in (*model.parameters(), *loss_func.parameters(), *loss_func.buffers())
+    } == {"meta"}
     assert metric.device.type == "cpu"  # the user's own object is left alone
 
 
@@ -139,7 +149,9 @@ def test_the_state_of_an_optimizer_moves_with_its_parameters():
     model(points()[0]).sum().backward()
     optimizer.step()
     model.compile(nn.BCELoss(), optimizer)
-    assert {state["exp_avg"].device for state in optimizer.state.values()} == {model.fc1.weight.device}
+    assert {state["exp_avg"].device for state in optimizer.state.values()} == {
+        model.fc1.weight.device
+    }
     assert len(model.fit(1, points(), verbose=0)) == 1
 
 
@@ -202,12 +214,18 @@ def test_deepcopy_and_pickle_give_an_uncompiled_model():
 
 def test_a_compiled_network_keeps_its_names_clean():
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
-    plain, model = minikeras.Model(copy.deepcopy(net)), minikeras.Model(torch.compile(net, backend="eager"))
+    plain, model = (
+        minikeras.Model(copy.deepcopy(net)),
+        minikeras.Model(torch.compile(net, backend="eager")),
+    )
     assert list(model.state_dict()) == list(plain.state_dict())
     for parameter in plain.parameters():
         nn.init.constant_(parameter, 0.5)
     model.load_state_dict(plain.state_dict())
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True)
+    )
     plain.load_state_dict(model.state_dict())
     nn.Sequential(model).load_state_dict(nn.Sequential(plain).state_dict())
     assert len(compiled(model).fit(2, points(), points(), verbose=0)) == 2
@@ -254,7 +272,11 @@ LOSSES = {
     "NLLLoss": (nn.NLLLoss(), 3, nn.LogSoftmax(dim=1)),
     "a function": (F.binary_cross_entropy, 1, nn.Sigmoid()),
     "around CosineSimilarity": (cosine, 2, None),
-    "AdaptiveLogSoftmaxWithLoss": (nn.AdaptiveLogSoftmaxWithLoss(8, 30, cutoffs=[5, 20], div_value=2), 8, None),
+    "AdaptiveLogSoftmaxWithLoss": (
+        nn.AdaptiveLogSoftmaxWithLoss(8, 30, cutoffs=[5, 20], div_value=2),
+        8,
+        None,
+    ),
     "FocalLoss": (minikeras.FocalLoss(), 1, nn.Sigmoid()),
 }
 
@@ -370,7 +392,9 @@ def test_two_optimizers_take_the_steps_of_a_bare_loop():
 
 def test_the_default_step_moves_every_optimizer_of_a_dict():
     model = Net()
-    optimizers = {name: torch.optim.SGD(getattr(model, name).parameters(), lr=0.1) for name in ("fc1", "fc2")}
+    optimizers = {
+        name: torch.optim.SGD(getattr(model, name).parameters(), lr=0.1) for name in ("fc1", "fc2")
+    }
     model.compile(nn.BCELoss(), optimizers, device="cpu")
     twin = compiled(copy.deepcopy(model), lr=0.1)
     X, y = points(32)
@@ -382,7 +406,10 @@ def test_the_default_step_moves_every_optimizer_of_a_dict():
 
 def test_one_of_several_optimizers_may_hold_what_is_not_in_the_model():
     model, temperature = Net(), torch.ones((), requires_grad=True)
-    optimizers = {"net": torch.optim.SGD(model.parameters(), lr=0.1), "temperature": torch.optim.SGD([temperature])}
+    optimizers = {
+        "net": torch.optim.SGD(model.parameters(), lr=0.1),
+        "temperature": torch.optim.SGD([temperature]),
+    }
     model.compile(nn.BCELoss(), optimizers, device="cpu")
     assert len(model.fit(1, points(), verbose=0)) == 1
 
@@ -399,7 +426,11 @@ def test_lbfgs_trains_with_a_step_of_its_own():
             return {"loss": self.optimizer.step(closure)}
 
     model = Closure()
-    model.compile(nn.BCELoss(), torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe"), device="cpu")
+    model.compile(
+        nn.BCELoss(),
+        torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe"),
+        device="cpu",
+    )
     dfhistory = model.fit(3, [points(64)], verbose=0)
     assert dfhistory["loss"].iloc[-1] < dfhistory["loss"].iloc[0]
 

@@ -14,7 +14,9 @@ X, y = points(64)
 
 
 def body_and_head():
-    return nn.Sequential(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), nn.Linear(4, 1))
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), nn.Linear(4, 1)
+    )
 
 
 def fitted(net, epochs=2, model=None, jit=False, **kwargs):
@@ -51,7 +53,9 @@ def test_a_part_in_eval_mode_stays_so_as_in_a_hand_written_loop(jit):
     assert [net.training, net[0].training, net[1].training] == [True, False, True]
 
 
-@pytest.mark.parametrize("wholly", [lambda net: net.eval(), lambda net: minikeras.Model(net).eval()])
+@pytest.mark.parametrize(
+    "wholly", [lambda net: net.eval(), lambda net: minikeras.Model(net).eval()]
+)
 def test_a_model_that_is_wholly_in_eval_mode_is_trained_in_train_mode(wholly):
     net = body_and_head()
     twin = copy.deepcopy(net)
@@ -69,7 +73,9 @@ def test_a_child_in_train_mode_of_a_part_in_eval_mode_stays_in_train_mode():
     net[0].eval()
     net[0][2].train()
     seen = []
-    look = LambdaCallback(on_batch_end=lambda batch, logs: seen.append([m.training for m in net[0]]))
+    look = LambdaCallback(
+        on_batch_end=lambda batch, logs: seen.append([m.training for m in net[0]])
+    )
     fitted(net, callbacks=[look])
     assert seen == [[False, False, True]] * 2
 
@@ -83,7 +89,9 @@ def test_what_a_callback_puts_into_eval_mode_or_back_into_train_mode_stays_so():
         if epoch == 4:
             net[0].train()
 
-    look = LambdaCallback(on_epoch_begin=decide, on_batch_end=lambda batch, logs: seen.append(net[0].training))
+    look = LambdaCallback(
+        on_epoch_begin=decide, on_batch_end=lambda batch, logs: seen.append(net[0].training)
+    )
     fitted(net, epochs=5, callbacks=[look], dl_val=[(X, y)])
     assert seen == [True, False, False, True, True]
 

@@ -60,7 +60,11 @@ def test_the_notebooks_are_kept_without_outputs(path):
 
 def fit_of(cells):
     """The number of the cell that fits with something shown."""
-    (number,) = [number for number, cell in enumerate(cells) if re.search(r"^dfhistory = ", cell.source, re.MULTILINE)]
+    (number,) = [
+        number
+        for number, cell in enumerate(cells)
+        if re.search(r"^dfhistory = ", cell.source, re.MULTILINE)
+    ]
     return number
 
 
@@ -68,9 +72,16 @@ def test_a_fit_in_a_notebook_is_one_output_that_is_redrawn_a_few_times_a_second(
     cells, kinds = executed
     fit = fit_of(cells)
     times = cells[fit].metadata["execution"]
-    begin, end = (datetime.fromisoformat(times[f"iopub.{moment}"]) for moment in ("execute_input", "status.idle"))
+    begin, end = (
+        datetime.fromisoformat(times[f"iopub.{moment}"])
+        for moment in ("execute_input", "status.idle")
+    )
     seconds = (end - begin).total_seconds()
-    drawn = [kind for kind in kinds[fit] if kind in ("display_data", "update_display_data", "stream", "execute_result")]
+    drawn = [
+        kind
+        for kind in kinds[fit]
+        if kind in ("display_data", "update_display_data", "stream", "execute_result")
+    ]
     assert drawn[0] == "display_data"
     assert set(drawn[1:]) == {"update_display_data"}
     assert 1 <= len(drawn[1:]) <= seconds / notebook.REFRESH + 2
@@ -94,7 +105,9 @@ def test_figures_the_model_and_its_summary_are_shown_in_the_notebooks(executed):
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     shown = [output["data"].get("text/html", "") for output in outputs]
     assert sum("image/png" in output["data"] for output in outputs) == 3
-    assert sum("Total params: " in page for page in shown) == 1  # once, though it is the cell's last line as well
+    assert (
+        sum("Total params: " in page for page in shown) == 1
+    )  # once, though it is the cell's last line as well
     assert not [output for output in outputs if output["output_type"] in ("stream", "error")]
 
 
@@ -111,7 +124,9 @@ def page(monkeypatch):
         return types.SimpleNamespace(update=lambda data, raw: made[-1].append(data))
 
     shell = types.SimpleNamespace(kernel=1, execution_count=1)
-    module = types.SimpleNamespace(get_ipython=lambda: shell, display=types.SimpleNamespace(display=display))
+    module = types.SimpleNamespace(
+        get_ipython=lambda: shell, display=types.SimpleNamespace(display=display)
+    )
     monkeypatch.setitem(sys.modules, "IPython", module)
     return made
 
@@ -120,14 +135,18 @@ def text_of(output):
     return html.unescape(re.sub(r"<[^>]+>", " ", output["text/html"]))
 
 
-def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is(page, monkeypatch, capsys):
+def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is(
+    page, monkeypatch, capsys
+):
     monkeypatch.setattr(notebook, "REFRESH", 0.0)
     monkeypatch.setattr(notebook, "SHARE", 1e9)
     compiled(metrics_dict={"accuracy": accuracy}).fit(2, points(96), points(32))
     (outputs,) = page
     shown = [output["text/html"] for output in outputs]
     assert "starting" in shown[0]
-    assert any('<progress max="3" value="2"></progress> 2/3' in it and "loss 0." in it for it in shown)
+    assert any(
+        '<progress max="3" value="2"></progress> 2/3' in it and "loss 0." in it for it in shown
+    )
     assert any("epoch 2/2" in it and "validating" in it for it in shown)
     assert not any('value="2"' in it and "validating" in it for it in shown)
     assert "progress" not in shown[-1]
@@ -173,7 +192,9 @@ def test_a_fit_that_is_cut_short_says_after_which_step(page, number):
 
     with pytest.raises(KeyboardInterrupt):
         compiled().fit(5, points(96), callbacks=[minikeras.LambdaCallback(on_batch_end=interrupt)])
-    assert re.match(rf" +ended in epoch 1 of 5, at step {number - 1}/3, after \S+ s ", text_of(page[0][-1]))
+    assert re.match(
+        rf" +ended in epoch 1 of 5, at step {number - 1}/3, after \S+ s ", text_of(page[0][-1])
+    )
 
 
 def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
@@ -186,7 +207,9 @@ def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
     assert re.match(r" +2 epochs in \S+ s +stopped after epoch 2 of 5 ", text_of(page[0][-1]))
 
 
-def test_a_fit_that_its_checkpoint_says_is_finished_does_not_look_like_one_that_starts(page, tmp_path, capsys):
+def test_a_fit_that_its_checkpoint_says_is_finished_does_not_look_like_one_that_starts(
+    page, tmp_path, capsys
+):
     for _ in range(2):
         torch.manual_seed(0)  # as in a script that is started again
         compiled().fit(1, points(64), checkpoint=tmp_path / "run.pt")
@@ -200,7 +223,10 @@ def test_a_later_fit_counts_its_own_epochs(page):
     model = compiled()
     model.fit(2, points(64))
     model.fit(3, points(64))
-    assert [re.match(r" +(\d) epochs in ", text_of(outputs[-1]))[1] for outputs in page] == ["2", "3"]
+    assert [re.match(r" +(\d) epochs in ", text_of(outputs[-1]))[1] for outputs in page] == [
+        "2",
+        "3",
+    ]
 
 
 @pytest.mark.parametrize(("verbose", "displays"), [("auto", 1), (1, 1), (2, 0), (0, 0)])
@@ -223,7 +249,8 @@ def test_verbose_means_in_a_notebook_what_it_means_elsewhere(page, capsys, verbo
 )
 def test_a_chart_has_a_line_for_training_and_one_for_validation(columns, lines, dots):
     rows = {
-        epoch: dict(zip(columns, row, strict=True)) for epoch, row in enumerate(zip(*columns.values(), strict=True))
+        epoch: dict(zip(columns, row, strict=True))
+        for epoch, row in enumerate(zip(*columns.values(), strict=True))
     }
     drawn = notebook.chart(next(iter(columns)), rows)
     assert (drawn.count("<polyline"), drawn.count("<circle")) == (lines, dots)
@@ -240,7 +267,10 @@ def test_a_chart_has_a_line_for_training_and_one_for_validation(columns, lines, 
     ],
 )
 def test_a_chart_rings_the_best_epoch_of_validation_where_there_is_one(columns, epoch):
-    rows = {number + 1: {name: values[number] for name, values in columns.items()} for number in range(3)}
+    rows = {
+        number + 1: {name: values[number] for name, values in columns.items()}
+        for number in range(3)
+    }
     *_, ring = ET.fromstring(notebook.chart(next(iter(columns)), rows)).findall("circle")
     left, right = notebook.LEFT, notebook.WIDTH - 6
     assert float(ring.attrib["cx"]) == left + (right - left) * (epoch - 1) / 2
@@ -254,7 +284,9 @@ def test_redrawing_what_is_slow_to_draw_takes_a_small_share_of_the_time(page, mo
 
     def slow(*args, **kwargs):
         first = drawing(*args, **kwargs)
-        return types.SimpleNamespace(update=lambda *args, **kwargs: (first.update(*args, **kwargs), pass_time(0.2)))
+        return types.SimpleNamespace(
+            update=lambda *args, **kwargs: (first.update(*args, **kwargs), pass_time(0.2))
+        )
 
     def pass_time(seconds):
         now[0] += seconds
@@ -266,7 +298,9 @@ def test_redrawing_what_is_slow_to_draw_takes_a_small_share_of_the_time(page, mo
 
 
 def test_a_chart_keeps_every_number_inside_it():
-    drawn = ET.fromstring(notebook.chart("<loss>", {epoch: {"<loss>": 1 / (epoch + 1)} for epoch in range(1000)}))
+    drawn = ET.fromstring(
+        notebook.chart("<loss>", {epoch: {"<loss>": 1 / (epoch + 1)} for epoch in range(1000)})
+    )
     points = drawn.find("polyline").attrib["points"].split()
     assert len(points) <= notebook.POINTS * 2
     for point in points:
@@ -283,7 +317,10 @@ def test_a_model_is_shown_as_a_table_of_its_layers():
     model = Net()
     model.fc1.requires_grad_(False)
     cells = re.findall(r"<td [^>]*>(.*?)</td>", model._repr_html_())
-    first, second = ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"], ["&nbsp;&nbsp;fc2 (Linear)", "9", ""]
+    first, second = (
+        ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"],
+        ["&nbsp;&nbsp;fc2 (Linear)", "9", ""],
+    )
     assert cells == ["Net", "33", "partly frozen", *first, *second]
     assert repr(model).startswith("Net(\n  (fc1)")
 
@@ -293,7 +330,10 @@ def test_a_big_model_is_shown_as_deep_as_a_short_table_goes():
     shown = minikeras.Model(nn.Sequential(*block))._repr_html_()
     assert shown.count("<tr>") == 1 + 22
     assert "40 more layers inside; model.summary(input_shape) has them." in shown
-    assert minikeras.Model(nn.Sequential(*[nn.ReLU() for _ in range(999)]))._repr_html_().count("<tr>") <= 31
+    assert (
+        minikeras.Model(nn.Sequential(*[nn.ReLU() for _ in range(999)]))._repr_html_().count("<tr>")
+        <= 31
+    )
 
 
 def test_a_lazy_layer_is_shown_without_a_count():
@@ -304,5 +344,8 @@ def test_a_lazy_layer_is_shown_without_a_count():
 
 def test_a_tied_layer_is_counted_once_in_the_whole():
     layer = nn.Linear(2, 2)
-    cells = re.findall(r"<td [^>]*>(.*?)</td>", minikeras.Model(nn.Sequential(layer, nn.ReLU(), layer))._repr_html_())
+    cells = re.findall(
+        r"<td [^>]*>(.*?)</td>",
+        minikeras.Model(nn.Sequential(layer, nn.ReLU(), layer))._repr_html_(),
+    )
     assert cells[1] == str(sum(parameter.numel() for parameter in layer.parameters()))

@@ -70,19 +70,27 @@ def test_the_function_is_called_once_a_pass_with_numpy_arrays_of_all_rows():
         seen.append((type(y_pred), y_pred.shape, y_pred.dtype, y_true.shape))
         return len(y_pred)
 
-    listen = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: shown.append((list(logs), logs["m"])))
+    listen = minikeras.LambdaCallback(
+        on_batch_end=lambda batch, logs: shown.append((list(logs), logs["m"]))
+    )
     shown = []
     model = compiled(metrics_dict={"m": OnAllRows(watch)})
-    dfhistory = model.fit(2, (X, y), (X, y), batch_size=20, callbacks=[listen], verbose=2, log_step_freq=1)
+    dfhistory = model.fit(
+        2, (X, y), (X, y), batch_size=20, callbacks=[listen], verbose=2, log_step_freq=1
+    )
     assert seen == [(np.ndarray, (50, 1), np.float32, (50, 1))] * 4
     assert list(dfhistory["m"]) == [50, 50]
-    assert [names for names, _ in shown] == [["loss"]] * 6  # nothing is shown before the end of a pass
+    assert [names for names, _ in shown] == [
+        ["loss"]
+    ] * 6  # nothing is shown before the end of a pass
     assert all(np.isnan(value) for _, value in shown)
 
 
 def test_a_dict_of_values_is_a_column_for_each():
     def precision_recall(y_pred, y_true):
-        precision, recall, _, _ = skm.precision_recall_fscore_support(y_true > 0.5, y_pred > 0.5, average="binary")
+        precision, recall, _, _ = skm.precision_recall_fscore_support(
+            y_true > 0.5, y_pred > 0.5, average="binary"
+        )
         return {"precision": precision, "recall": recall}
 
     X, y = points(101)
@@ -93,7 +101,11 @@ def test_a_dict_of_values_is_a_column_for_each():
     found = model.evaluate((X, y))
     assert found["val_of_precision"] == pytest.approx(skm.precision_score(y, guess))
     assert found["val_of_recall"] == pytest.approx(skm.recall_score(y, guess))
-    cells = compiled(copy.deepcopy(model), None, {"cells": OnAllRows(lambda p, t: skm.confusion_matrix(t, p > 0.5))})
+    cells = compiled(
+        copy.deepcopy(model),
+        None,
+        {"cells": OnAllRows(lambda p, t: skm.confusion_matrix(t, p > 0.5))},
+    )
     assert cells.evaluate((X, y))["val_cells_1_1"] == skm.confusion_matrix(y, guess)[1, 1]
 
 
@@ -124,7 +136,10 @@ MAKERS = {
     "dict": (lambda scores, extra: {"scores": scores, "extra": extra}, lambda p: p["scores"]),
     "named tuple": (Named, lambda p: p.scores),
     "dataclass": (Answer, lambda p: p.scores),
-    "a class of one's own": (lambda scores, extra: Custom(scores=scores, extra=extra), lambda p: p.scores),
+    "a class of one's own": (
+        lambda scores, extra: Custom(scores=scores, extra=extra),
+        lambda p: p.scores,
+    ),
     "nested": (lambda scores, extra: {"a": (extra, [scores, extra])}, lambda p: p["a"][1][0]),
 }
 
@@ -144,7 +159,9 @@ def test_outputs_and_labels_come_in_the_structure_that_they_have(make, scores):
     X, y = points(50)
     labels = {"y": y, "id": [torch.arange(50)]}
     rows = DataLoader(TensorDataset(X, torch.arange(50)), batch_size=16)
-    batches = [(features, {"y": labels["y"][numbers], "id": [numbers]}) for features, numbers in rows]
+    batches = [
+        (features, {"y": labels["y"][numbers], "id": [numbers]}) for features, numbers in rows
+    ]
 
     def rmse(y_pred, y_true):
         assert list(y_true["id"][0]) == list(range(50))
@@ -162,7 +179,10 @@ def test_labels_that_are_lists_with_an_item_for_each_row_are_joined_by_rows():
     names = [f"row {number}" for number in range(10)]
     boxes = [torch.full((number % 3, 4), float(number)) for number in range(10)]
     batches = [
-        (X[at : at + 4], {"y": y[at : at + 4], "name": names[at : at + 4], "boxes": boxes[at : at + 4]})
+        (
+            X[at : at + 4],
+            {"y": y[at : at + 4], "name": names[at : at + 4], "boxes": boxes[at : at + 4]},
+        )
         for at in (0, 4, 8)
     ]
 
@@ -172,7 +192,11 @@ def test_labels_that_are_lists_with_an_item_for_each_row_are_joined_by_rows():
         assert all(isinstance(one, np.ndarray) for one in y_true["boxes"])
         return len(y_pred)
 
-    model = compiled(minikeras.Model(nn.Linear(2, 1)), lambda p, t: ((p - t["y"]) ** 2).mean(), {"n": OnAllRows(rows)})
+    model = compiled(
+        minikeras.Model(nn.Linear(2, 1)),
+        lambda p, t: ((p - t["y"]) ** 2).mean(),
+        {"n": OnAllRows(rows)},
+    )
     assert model.evaluate(batches)["val_n"] == 10
 
 
@@ -188,7 +212,9 @@ def test_later_changes_of_a_batch_do_not_reach_the_rows_that_are_kept():
         def __iter__(self):
             return reused()
 
-    model = compiled(loss_func=nn.MSELoss(), metrics_dict={"labels": OnAllRows(lambda p, t: t.sum())})
+    model = compiled(
+        loss_func=nn.MSELoss(), metrics_dict={"labels": OnAllRows(lambda p, t: t.sum())}
+    )
     assert model.evaluate(Batches())["val_labels"] == 4 * (0 + 1 + 2)
 
 
@@ -213,14 +239,20 @@ def test_it_goes_with_the_options_of_compile(options):
     model = compiled(minikeras.Model(net), nn.MSELoss(), {"r2": OnAllRows(r2)}, lr=0.0, **options)
     expected = skm.r2_score(y, model.predict(X))
     dfhistory = model.fit(2, (X, y), (X, y), batch_size=16, verbose=0)
-    assert list(dfhistory["r2"]) + list(dfhistory["val_r2"]) == pytest.approx([expected] * 4, rel=1e-5)
+    assert list(dfhistory["r2"]) + list(dfhistory["val_r2"]) == pytest.approx(
+        [expected] * 4, rel=1e-5
+    )
     assert kinds == [(np.float32, 101)] * 4
 
 
 def test_outputs_in_bfloat16_come_as_float32():
     X, y = points(20)
     model = minikeras.Model(nn.Linear(2, 1)).bfloat16()
-    compiled(model, nn.MSELoss(), {"m": OnAllRows(lambda p, t: float(p.dtype == np.float32 and t.dtype == np.float32))})
+    compiled(
+        model,
+        nn.MSELoss(),
+        {"m": OnAllRows(lambda p, t: float(p.dtype == np.float32 and t.dtype == np.float32))},
+    )
     assert model.evaluate((X.bfloat16(), y.bfloat16()))["val_m"] == 1.0
 
 
@@ -272,7 +304,9 @@ def test_early_stopping_and_the_best_weights_follow_it(tmp_path):
     values = iter([0.5, 0.5, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7])
     metric = OnAllRows(lambda p, t: next(values))
     stop = minikeras.EarlyStopping("val_auc", patience=2)
-    dfhistory = compiled(metrics_dict={"auc": metric}).fit(9, points(20), points(20), callbacks=[stop], verbose=0)
+    dfhistory = compiled(metrics_dict={"auc": metric}).fit(
+        9, points(20), points(20), callbacks=[stop], verbose=0
+    )
     assert list(dfhistory["val_auc"]) == [0.5, 0.9, 0.8, 0.7]
 
 
@@ -294,7 +328,9 @@ def test_an_error_in_the_function_says_which_metric_and_what_it_was_given():
 @pytest.mark.parametrize("answer", [None, "0.5", (0.5, 0.25)], ids=str)
 def test_a_function_that_gives_no_number_is_refused(answer):
     model = compiled(metrics_dict={"m": OnAllRows(lambda p, t: answer)})
-    with pytest.raises(ValueError, match=r"metric 'm': its function gave .*; expected a number, or a dict"):
+    with pytest.raises(
+        ValueError, match=r"metric 'm': its function gave .*; expected a number, or a dict"
+    ):
         model.evaluate(points(20))
 
 
@@ -306,18 +342,24 @@ def test_a_function_that_takes_the_labels_first_is_refused_and_the_remedy_works(
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         OnAllRows(skm.r2_score)
     X, y = points(20)
-    model = compiled(metrics_dict={"r2": OnAllRows(lambda y_pred, y_true: skm.r2_score(y_true, y_pred))}, lr=0.0)
+    model = compiled(
+        metrics_dict={"r2": OnAllRows(lambda y_pred, y_true: skm.r2_score(y_true, y_pred))}, lr=0.0
+    )
     assert model.evaluate((X, y))["val_r2"] == pytest.approx(skm.r2_score(y, model.predict(X)))
 
 
 def test_what_is_no_function_is_refused():
     import torchmetrics
 
-    with pytest.raises(TypeError, match=re.escape("OnAllRows takes a function of (y_pred, y_true), got 3.")):
+    with pytest.raises(
+        TypeError, match=re.escape("OnAllRows takes a function of (y_pred, y_true), got 3.")
+    ):
         OnAllRows(3)
     with pytest.raises(TypeError, match="got the class L1Loss"):
         OnAllRows(nn.L1Loss)
-    with pytest.raises(TypeError, match="got a R2Score, an object with update and compute, which sees all rows"):
+    with pytest.raises(
+        TypeError, match="got a R2Score, an object with update and compute, which sees all rows"
+    ):
         OnAllRows(torchmetrics.R2Score())
 
 

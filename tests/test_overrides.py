@@ -54,7 +54,9 @@ OWN = {
     "a partial method": lambda: in_a_class(functools.partialmethod(bare_step, sample_weight=None)),
     "on the instance": lambda: on_the_instance(lambda model: types.MethodType(bare_step, model)),
     "a partial on the instance": lambda: on_the_instance(lambda m: functools.partial(bare_step, m)),
-    "a wrapped function on the instance": lambda: on_the_instance(lambda model: functools.partial(wrapped_step, model)),
+    "a wrapped function on the instance": lambda: on_the_instance(
+        lambda model: functools.partial(wrapped_step, model)
+    ),
 }
 
 

@@ -51,7 +51,11 @@ ORDER = [
 
 
 def test_all_is_what_can_be_imported():
-    public = {name for name, value in vars(minikeras).items() if not name.startswith("_") and not is_module(value)}
+    public = {
+        name
+        for name, value in vars(minikeras).items()
+        if not name.startswith("_") and not is_module(value)
+    }
     assert sorted(public) == sorted(minikeras.__all__)
 
 
@@ -87,16 +91,30 @@ def test_imports_point_downward_only(path):
         assert imported == room or level[imported] > level[room], f"{path} imports {imported}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "integrations").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "integrations").glob("*.py")), ids=lambda path: path.name
+)
 def test_integrations_use_the_public_names_alone(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    ours = {name for name in imported if name.startswith("minikeras") and "integrations" not in name}
+    imported += [
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    ]
+    ours = {
+        name for name in imported if name.startswith("minikeras") and "integrations" not in name
+    }
     assert ours <= {"minikeras", "minikeras.errors"}  # the last for its wording
-    named = [node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "minikeras"]
+    named = [
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "minikeras"
+    ]
     assert set(named) <= set(minikeras.__all__)
-    assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {"_run", "_compiled", "_publish"}
+    assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {
+        "_run",
+        "_compiled",
+        "_publish",
+    }
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -109,7 +127,12 @@ def private_names(code):
     tree = ast.parse(code)
     torch_names = dict(imports_from_torch(tree))
     used = [*torch_names.values(), *(full_name(node, torch_names) for node in ast.walk(tree))]
-    used += [name for node in ast.walk(tree) if isinstance(node, ast.Constant) for name in named_in(node.value)]
+    used += [
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        for name in named_in(node.value)
+    ]
     return sorted({name for name in used if any(is_private(part) for part in name.split("."))})
 
 
@@ -123,7 +146,9 @@ def imports_from_torch(tree):
         if isinstance(node, ast.Import):
             found = [(alias.asname or alias.name, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found = [(alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names]
+            found = [
+                (alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names
+            ]
         else:
             continue
         yield from ((name, full) for name, full in found if full.split(".")[0] == "torch")
@@ -141,7 +166,9 @@ def full_name(node, torch_names):
     return owner and f"{owner}.{node.attr}"
 
 
-OF_MODULES = {name for name in dir(torch.nn.Module()) if is_private(name)}  # `model._parameters`, whatever model is
+OF_MODULES = {
+    name for name in dir(torch.nn.Module()) if is_private(name)
+}  # `model._parameters`, whatever model is
 
 
 def named_in(value):
@@ -198,7 +225,10 @@ def test_the_citation_has_what_the_format_asks_for():
     assert citation["version"] == minikeras.__version__
 
 
-FORMS = sorted(set((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")) - {ROOT / ".github/ISSUE_TEMPLATE/config.yml"})
+FORMS = sorted(
+    set((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    - {ROOT / ".github/ISSUE_TEMPLATE/config.yml"}
+)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
@@ -234,7 +264,13 @@ def test_the_core_needs_five_packages():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     needed = config["options"]["install_requires"].split()
-    assert [re.split("[><=]", name)[0] for name in needed] == ["torch", "numpy", "pandas", "tqdm", "tabulate"]
+    assert [re.split("[><=]", name)[0] for name in needed] == [
+        "torch",
+        "numpy",
+        "pandas",
+        "tqdm",
+        "tabulate",
+    ]
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -261,12 +297,16 @@ def numbers_rounded(text):
 
 def test_the_readme_names_each_module_that_there_is():
     readme = (ROOT / "README.md").read_text()
-    rooms = {path.name for path in PACKAGE.glob("*.py")} | {f"{path.parent.name}/" for path in PACKAGE.glob("*/*.py")}
+    rooms = {path.name for path in PACKAGE.glob("*.py")} | {
+        f"{path.parent.name}/" for path in PACKAGE.glob("*/*.py")
+    }
     assert rooms == set(re.findall(r"^  (\w+(?:\.py|/))  ", readme, re.MULTILINE))
 
 
 def run(arguments, **kwargs):
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **kwargs)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, **kwargs
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -297,7 +337,9 @@ def test_the_resume_example_goes_on_where_it_was_stopped(tmp_path):
     assert second.splitlines()[-1] == whole.splitlines()[-1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name
+)
 def test_examples_say_what_they_are_for(path):
     assert path.read_text().startswith('"""')
 
@@ -327,8 +369,12 @@ def public():
         found |= {name: integration(module, name) for name in names}
     for name, value in list(found.items()):
         if isinstance(value, type):
-            methods = {f"{name}.{key}": one for key, one in inspect.getmembers(value) if is_ours(key, one)}
-            found |= {key: one for key, one in methods.items() if one not in found.values()}  # where it comes first
+            methods = {
+                f"{name}.{key}": one for key, one in inspect.getmembers(value) if is_ours(key, one)
+            }
+            found |= {
+                key: one for key, one in methods.items() if one not in found.values()
+            }  # where it comes first
     return found
 
 
@@ -337,7 +383,11 @@ def integration(module, name):
 
 
 def is_ours(key, method):
-    return inspect.isfunction(method) and not key.startswith("_") and method.__module__.startswith("minikeras")
+    return (
+        inspect.isfunction(method)
+        and not key.startswith("_")
+        and method.__module__.startswith("minikeras")
+    )
 
 
 PUBLIC = public()
@@ -374,7 +424,9 @@ def test_a_docstring_has_an_example_or_its_class_has_one(name):
 def documented_errors():
     """Pairs of a name and an error under its Raises."""
     for name, value in PUBLIC.items():
-        section = re.search(r"^Raises:\n((?: {4}.*\n?)+)", inspect.getdoc(value) or "", re.MULTILINE)
+        section = re.search(
+            r"^Raises:\n((?: {4}.*\n?)+)", inspect.getdoc(value) or "", re.MULTILINE
+        )
         for errors in re.findall(r"^ {4}(\w.*?):", section[1], re.MULTILINE) if section else ():
             yield from ((name, error) for error in errors.split(", "))
 
@@ -406,12 +458,15 @@ def trained(callback=None, **kwargs):
 
 def trained_inside(call):
     model = compiled()
-    model.fit(1, (X, y), callbacks=[minikeras.LambdaCallback(on_fit_begin=lambda: call(model))], verbose=0)
+    model.fit(
+        1, (X, y), callbacks=[minikeras.LambdaCallback(on_fit_begin=lambda: call(model))], verbose=0
+    )
 
 
 def scheduler(name):
     return minikeras.LRScheduler(
-        torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(plain().parameters())), monitor=name
+        torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(plain().parameters())),
+        monitor=name,
     )
 
 
@@ -438,9 +493,15 @@ MISTAKES = {
     ("Model.fit", "TypeError"): lambda folder: compiled().fit(1, 3),
     ("Model.fit", "ValueError"): lambda folder: compiled().fit(0, (X, y)),
     ("Model.fit", "CheckpointError"): lambda folder: trained(checkpoint=written(folder / "run.pt")),
-    ("Model.fit", "FloatingPointError"): lambda folder: compiled(loss_func=nan).fit(1, (X, y), verbose=0),
-    ("Model.compile", "RuntimeError"): lambda folder: trained_inside(lambda model: model.compile(nn.MSELoss())),
-    ("Model.fit", "RuntimeError"): lambda folder: trained_inside(lambda model: model.fit(1, (X, y), verbose=0)),
+    ("Model.fit", "FloatingPointError"): lambda folder: compiled(loss_func=nan).fit(
+        1, (X, y), verbose=0
+    ),
+    ("Model.compile", "RuntimeError"): lambda folder: trained_inside(
+        lambda model: model.compile(nn.MSELoss())
+    ),
+    ("Model.fit", "RuntimeError"): lambda folder: trained_inside(
+        lambda model: model.fit(1, (X, y), verbose=0)
+    ),
     ("Model.evaluate", "NotCompiledError"): lambda folder: plain().evaluate((X, y)),
     ("Model.evaluate", "TypeError"): lambda folder: compiled().evaluate(3),
     ("Model.evaluate", "ValueError"): lambda folder: compiled().evaluate((X[:0], y[:0])),
@@ -450,10 +511,16 @@ MISTAKES = {
     ("Model.save", "OSError"): lambda folder: plain().save(written(folder / "file") / "weights.pt"),
     ("Model.load", "FileNotFoundError"): lambda folder: plain().load(folder / "weights.pt"),
     ("Model.load", "CheckpointError"): lambda folder: plain().load(written(folder / "weights.pt")),
-    ("EarlyStopping", "ValueError"): lambda folder: trained(minikeras.EarlyStopping("los", mode="min")),
-    ("ModelCheckpoint", "ValueError"): lambda folder: trained(minikeras.ModelCheckpoint("{val_loss}.pt")),
+    ("EarlyStopping", "ValueError"): lambda folder: trained(
+        minikeras.EarlyStopping("los", mode="min")
+    ),
+    ("ModelCheckpoint", "ValueError"): lambda folder: trained(
+        minikeras.ModelCheckpoint("{val_loss}.pt")
+    ),
     ("ModelCheckpoint", "OSError"): lambda folder: trained(minikeras.ModelCheckpoint(folder)),
-    ("LRScheduler", "TypeError"): lambda folder: minikeras.LRScheduler(torch.optim.lr_scheduler.StepLR),
+    ("LRScheduler", "TypeError"): lambda folder: minikeras.LRScheduler(
+        torch.optim.lr_scheduler.StepLR
+    ),
     ("LRScheduler", "ValueError"): lambda folder: trained(scheduler("loss")),
     ("CSVLogger", "OSError"): lambda folder: trained(minikeras.CSVLogger(folder)),
     ("EMA", "ValueError"): lambda folder: minikeras.EMA(2),
@@ -462,9 +529,13 @@ MISTAKES = {
     ("FocalLoss", "ValueError"): lambda folder: minikeras.FocalLoss()(y, y[:, 0]),
     ("FocalLoss", "RuntimeError"): lambda folder: minikeras.FocalLoss()(y + 1, y),
     ("Regularized", "TypeError"): lambda folder: minikeras.Regularized(nn.MSELoss, plain()),
-    ("Regularized", "ValueError"): lambda folder: minikeras.Regularized(nn.MSELoss(), plain(), l2=-1),
+    ("Regularized", "ValueError"): lambda folder: minikeras.Regularized(
+        nn.MSELoss(), plain(), l2=-1
+    ),
     ("l1_penalty", "ValueError"): lambda folder: minikeras.l1_penalty(plain(), -1),
-    ("weight_decay_groups", "ValueError"): lambda folder: minikeras.weight_decay_groups(plain(), -1),
+    ("weight_decay_groups", "ValueError"): lambda folder: minikeras.weight_decay_groups(
+        plain(), -1
+    ),
     ("plot_history", "ModuleNotFoundError"): lambda folder: missing(
         "matplotlib.pyplot", lambda: minikeras.plot_history(compiled().fit(1, (X, y), verbose=0))
     ),
@@ -473,24 +544,36 @@ MISTAKES = {
     ("summary", "ForwardError"): lambda folder: minikeras.summary(plain(), (3,)),
     ("summary", "ValueError"): lambda folder: minikeras.summary(plain()),
     ("summary", "TypeError"): lambda folder: minikeras.summary(plain, (2,)),
-    ("export", "ValueError"): lambda folder: export(plain(), folder / "model.pt2", torch.zeros(1, 3)),
+    ("export", "ValueError"): lambda folder: export(
+        plain(), folder / "model.pt2", torch.zeros(1, 3)
+    ),
     ("export", "TypeError"): lambda folder: export(plain(), folder / "model.pt2", None),
-    ("export", "ModuleNotFoundError"): lambda folder: missing("onnx", lambda: export(plain(), folder / "x.onnx", X)),
-    ("Classifier.fit", "TypeError"): lambda folder: PUBLIC["Classifier"](nn.Linear(2, 2), **CPU).fit(X, y[:, 0]),
+    ("export", "ModuleNotFoundError"): lambda folder: missing(
+        "onnx", lambda: export(plain(), folder / "x.onnx", X)
+    ),
+    ("Classifier.fit", "TypeError"): lambda folder: PUBLIC["Classifier"](
+        nn.Linear(2, 2), **CPU
+    ).fit(X, y[:, 0]),
     ("Classifier.fit", "ValueError"): lambda folder: PUBLIC["Classifier"](**CPU).fit(X, y[:3, 0]),
     ("Regressor.fit", "TypeError"): lambda folder: PUBLIC["Regressor"](hiden=3, **CPU).fit(X, y),
     ("Regressor.fit", "ValueError"): lambda folder: PUBLIC["Regressor"](epochs=0, **CPU).fit(X, y),
     ("HubModel", "CheckpointError"): lambda folder: other_weights(folder, PUBLIC["HubModel"]),
     ("HubModel", "FileNotFoundError"): lambda folder: PUBLIC["HubModel"].from_pretrained(folder),
-    ("HubModel", "TypeError"): lambda folder: PUBLIC["HubModel"](nn.Linear(2, 1)).save_pretrained(folder),
+    ("HubModel", "TypeError"): lambda folder: PUBLIC["HubModel"](nn.Linear(2, 1)).save_pretrained(
+        folder
+    ),
     ("TensorBoard", "ModuleNotFoundError"): lambda folder: missing(
         "torch.utils.tensorboard", lambda: PUBLIC["TensorBoard"](folder)
     ),
-    ("TensorBoard", "ValueError"): lambda folder: trained(PUBLIC["TensorBoard"](folder, graph=torch.zeros(1, 3))),
+    ("TensorBoard", "ValueError"): lambda folder: trained(
+        PUBLIC["TensorBoard"](folder, graph=torch.zeros(1, 3))
+    ),
     ("TensorBoard", "TypeError"): lambda folder: PUBLIC["TensorBoard"](folder, hparams=3),
     ("MLflow", "ModuleNotFoundError"): lambda folder: missing("mlflow", PUBLIC["MLflow"]),
     ("MLflow", "TypeError"): lambda folder: PUBLIC["MLflow"](params=3),
-    ("WandB", "ModuleNotFoundError"): lambda folder: missing("wandb", lambda: PUBLIC["WandB"]("rings")),
+    ("WandB", "ModuleNotFoundError"): lambda folder: missing(
+        "wandb", lambda: PUBLIC["WandB"]("rings")
+    ),
     ("WandB", "TypeError"): lambda folder: PUBLIC["WandB"]("rings", config=3),
 }
 
@@ -509,7 +592,9 @@ def test_each_error_under_raises_is_looked_for_here():
     assert sorted(documented_errors()) == sorted(MISTAKES)
 
 
-@pytest.mark.parametrize(("name", "error"), [pair for pair, call in MISTAKES.items() if callable(call)])
+@pytest.mark.parametrize(
+    ("name", "error"), [pair for pair, call in MISTAKES.items() if callable(call)]
+)
 def test_an_error_under_raises_is_what_the_mistake_raises(name, error, tmp_path):
     kind = getattr(minikeras, error, None) or getattr(builtins, error)
     with pytest.raises(kind):
@@ -525,7 +610,9 @@ def test_the_example_of_a_tracker_runs(name, tmp_path, monkeypatch):
     if name == "MLflow":
         Store(tmp_path)  # the database that the example would take seconds to make
     else:
-        importlib.import_module("wandb").teardown()  # it remembers the folder that an earlier test ran in
+        importlib.import_module(
+            "wandb"
+        ).teardown()  # it remembers the folder that an earlier test ran in
     code = textwrap.dedent(re.search(r"::\n\n((?: {4}.*\n?|\n)+)", described_by(name))[1])
     model = compiled()
     names = {"model": model, "dl_train": (X, y), "dl_valid": (X, y)}

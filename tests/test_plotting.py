@@ -29,7 +29,10 @@ def history(**columns):
 
 def lines(axis):
     """Label -> the points of a panel's lines."""
-    return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axis.get_lines()}
+    return {
+        line.get_label(): list(zip(*map(list, line.get_data()), strict=True))
+        for line in axis.get_lines()
+    }
 
 
 def test_a_fit_becomes_a_panel_per_metric_with_validation_in_it():
@@ -57,13 +60,21 @@ def test_the_best_epoch_is_marked_by_what_the_name_says_is_better(columns, label
     assert lines(minikeras.plot_history(history(**columns))[0])[label] == [at]
 
 
-@pytest.mark.parametrize("columns", [{"temperature": [1.0, 2.0]}, {"lr": [0.1, 0.01]}, {"loss": [NAN, NAN]}])
+@pytest.mark.parametrize(
+    "columns", [{"temperature": [1.0, 2.0]}, {"lr": [0.1, 0.01]}, {"loss": [NAN, NAN]}]
+)
 def test_no_epoch_is_marked_where_none_is_known_to_be_better(columns):
-    assert not [label for label in lines(minikeras.plot_history(history(**columns))[0]) if label.startswith("best")]
+    assert not [
+        label
+        for label in lines(minikeras.plot_history(history(**columns))[0])
+        if label.startswith("best")
+    ]
 
 
 def test_a_line_runs_through_epochs_without_validation():
-    axis = minikeras.plot_metric(history(loss=[4.0, 3, 2, 1], val_loss=[NAN, 3.5, NAN, 1.5]), "loss")
+    axis = minikeras.plot_metric(
+        history(loss=[4.0, 3, 2, 1], val_loss=[NAN, 3.5, NAN, 1.5]), "loss"
+    )
     assert lines(axis)["validation"] == [(2, 3.5), (4, 1.5)]
 
 
@@ -79,7 +90,10 @@ def test_epochs_count_from_1_in_a_part_of_a_history_and_in_a_csv_file():
 
 
 def test_an_infinite_loss_does_not_flatten_the_rest():
-    assert lines(minikeras.plot_metric(history(loss=[1.0, np.inf, 2.0]), "loss"))["training"] == [(1, 1.0), (3, 2.0)]
+    assert lines(minikeras.plot_metric(history(loss=[1.0, np.inf, 2.0]), "loss"))["training"] == [
+        (1, 1.0),
+        (3, 2.0),
+    ]
 
 
 def test_the_learning_rate_has_the_last_panel_on_a_log_scale_where_it_spans_much():
@@ -108,7 +122,9 @@ def test_the_epochs_on_the_axis_are_whole_and_a_short_history_has_markers(epochs
     assert (axis.get_lines()[0].get_marker() == "o") == (epochs <= 30)
 
 
-@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (7, (3, 3))])
+@pytest.mark.parametrize(
+    ("panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (7, (3, 3))]
+)
 def test_the_panels_stand_in_rows_and_none_is_empty(panels, shape):
     axes = minikeras.plot_history(history(**{f"metric{i}": [1.0] for i in range(panels)}))
     assert len(axes) == panels
@@ -139,7 +155,9 @@ def test_the_file_of_a_csv_logger_can_be_drawn(tmp_path):
     log = minikeras.CSVLogger(tmp_path / "log.csv")
     dfhistory = compiled().fit(2, points(32), callbacks=[log], verbose=0)
     axis = minikeras.plot_metric(pd.read_csv(tmp_path / "log.csv"), "loss")
-    assert dict(lines(axis)["training"]) == pytest.approx(dict(zip([1, 2], dfhistory["loss"], strict=True)))
+    assert dict(lines(axis)["training"]) == pytest.approx(
+        dict(zip([1, 2], dfhistory["loss"], strict=True))
+    )
 
 
 def test_nothing_is_shown_or_written_by_itself(tmp_path, monkeypatch):
@@ -205,7 +223,9 @@ def test_nothing_is_shown_or_written_by_itself(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_an_error_that_says_what_to_pass(dfhistory, metrics, error, message):
+def test_what_cannot_be_drawn_is_an_error_that_says_what_to_pass(
+    dfhistory, metrics, error, message
+):
     with pytest.raises(error) as caught:
         minikeras.plot_history(dfhistory, metrics)
     assert str(caught.value) == message

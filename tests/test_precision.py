@@ -37,7 +37,9 @@ def batches(rows=ROWS, double=False):
 
 def windows(data, k):
     """The big batch that each k batches make."""
-    return [tuple(map(torch.cat, zip(*data[i : i + k], strict=True))) for i in range(0, len(data), k)]
+    return [
+        tuple(map(torch.cat, zip(*data[i : i + k], strict=True))) for i in range(0, len(data), k)
+    ]
 
 
 def bare_fit(model, data, epochs=2, lr=0.1, loss_func=F.binary_cross_entropy):
@@ -52,8 +54,12 @@ def bare_fit(model, data, epochs=2, lr=0.1, loss_func=F.binary_cross_entropy):
 
 
 def assert_same(one, other, tolerance=1e-6):
-    for (name, found), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, found), expected in zip(
+        one.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # --- accumulate -------------------------------------------------------------------------------------------------------
@@ -78,7 +84,9 @@ def test_the_history_is_of_rows_and_no_gradient_is_left():
 def per_token(y_pred, y_true):
     """Only the elements that count."""
     counted = y_true >= 0
-    return minikeras.Average((F.mse_loss(y_pred, y_true, reduction="none") * counted).sum(), counted.sum())
+    return minikeras.Average(
+        (F.mse_loss(y_pred, y_true, reduction="none") * counted).sum(), counted.sum()
+    )
 
 
 def test_an_average_weighs_by_its_count():
@@ -178,7 +186,9 @@ class Pair(minikeras.Model):
 
 
 def pair_of(model, **kwargs):
-    optimizers = {name: torch.optim.SGD(getattr(model, name).parameters(), lr=0.1) for name in ("a", "b")}
+    optimizers = {
+        name: torch.optim.SGD(getattr(model, name).parameters(), lr=0.1) for name in ("a", "b")
+    }
     model.compile(nn.BCELoss(), optimizers, device="cpu", **kwargs)
     return model
 
@@ -199,7 +209,9 @@ def test_each_optimizer_has_a_window_of_its_own():
     for number, (X, y) in enumerate(data):
         for name in ("a", "b") if number % 2 == 0 else ("a",):
             loss = F.binary_cross_entropy(torch.sigmoid(nets["a"](X) + nets["b"](X)), y)
-            gathered[name].append((len(X), torch.autograd.grad(loss, list(nets[name].parameters()))))
+            gathered[name].append(
+                (len(X), torch.autograd.grad(loss, list(nets[name].parameters())))
+            )
             if len(gathered[name]) == 2:
                 close(name)
     close("b")  # of batch 5 alone
@@ -236,7 +248,9 @@ def test_a_loss_that_is_not_finite_is_found_before_it_enters_a_window():
     before = copy.deepcopy(model)
     bad = (data[1][0] * torch.nan, data[1][1])
     with pytest.warns(UserWarning, match="held NaN or inf already"):
-        compiled(model, nn.MSELoss(), accumulate=3).fit(1, [data[0], bad, data[2]], on_nan="stop", verbose=0)
+        compiled(model, nn.MSELoss(), accumulate=3).fit(
+            1, [data[0], bad, data[2]], on_nan="stop", verbose=0
+        )
     assert_same(model, before, 0)
 
 
@@ -245,8 +259,13 @@ def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
     for k, data in ((3, batches(double=True)), (1, windows(batches(double=True), 3))):
         torch.manual_seed(0)
         model = compiled(Net().double(), accumulate=k)
-        scheduler = LRScheduler(torch.optim.lr_scheduler.ExponentialLR(model.optimizer, 0.5), step="batch")
-        rates[k] = model.fit(3, data, callbacks=[scheduler], verbose=0), copy.deepcopy(model.state_dict())
+        scheduler = LRScheduler(
+            torch.optim.lr_scheduler.ExponentialLR(model.optimizer, 0.5), step="batch"
+        )
+        rates[k] = (
+            model.fit(3, data, callbacks=[scheduler], verbose=0),
+            copy.deepcopy(model.state_dict()),
+        )
     pd.testing.assert_series_equal(rates[3][0]["lr"], rates[1][0]["lr"])
     assert list(rates[3][0]["lr"]) == [0.1 * 0.5**n for n in (2, 5, 8)]
     for key, value in rates[3][1].items():
@@ -257,7 +276,9 @@ def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_st
     def run(stop_at=None):
         torch.manual_seed(0)
         model = compiled(Net(), accumulate=3)
-        scheduler = LRScheduler(torch.optim.lr_scheduler.ExponentialLR(model.optimizer, 0.5), step="batch")
+        scheduler = LRScheduler(
+            torch.optim.lr_scheduler.ExponentialLR(model.optimizer, 0.5), step="batch"
+        )
 
         def stop(batch, logs):
             if batch == stop_at:
@@ -266,7 +287,12 @@ def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_st
         listed = [scheduler, LambdaCallback(on_batch_end=stop)]
         path = tmp_path / "run.pt" if stop_at is not None else None
         return model.fit(
-            2, batches(), callbacks=listed, verbose=0, checkpoint=path, checkpoint_every=1 if path else None
+            2,
+            batches(),
+            callbacks=listed,
+            verbose=0,
+            checkpoint=path,
+            checkpoint_every=1 if path else None,
         )
 
     for batch in (5, 6):
@@ -283,7 +309,12 @@ def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
     data, path = batches(), tmp_path / "run.pt"
     with pytest.raises(KeyError):
         compiled(accumulate=3).fit(
-            1, data, callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0, checkpoint=path, checkpoint_every=2
+            1,
+            data,
+            callbacks=[LambdaCallback(on_batch_end=stop)],
+            verbose=0,
+            checkpoint=path,
+            checkpoint_every=2,
         )
     with pytest.raises(minikeras.CheckpointError, match="between two steps") as error:
         compiled().fit(1, data, verbose=0, checkpoint=path)
@@ -312,7 +343,9 @@ def test_the_norm_of_the_windows_gradient_is_clipped():
     model, data = Net().double(), batches(double=True)
     expected = copy.deepcopy(model)
     for X, y in windows(data, 3):
-        gradients = torch.autograd.grad(F.binary_cross_entropy(expected(X), y), list(expected.parameters()))
+        gradients = torch.autograd.grad(
+            F.binary_cross_entropy(expected(X), y), list(expected.parameters())
+        )
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert norm > 0.01
         with torch.no_grad():
@@ -324,7 +357,9 @@ def test_the_norm_of_the_windows_gradient_is_clipped():
 
 @pytest.mark.parametrize("jit", [False, FAST])
 @pytest.mark.parametrize(
-    "options", [{"clip_grad_norm": 0.05}, {"clip_grad_value": 0.01, "clip_grad_norm": 0.015}], ids=str
+    "options",
+    [{"clip_grad_norm": 0.05}, {"clip_grad_value": 0.01, "clip_grad_norm": 0.015}],
+    ids=str,
 )
 def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
     model, data = Net(), batches([20, 20, 20, 7])
@@ -440,7 +475,9 @@ def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_afte
 
 @pytest.mark.parametrize("rows", [8, 256])
 def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
-    model = compiled(minikeras.Model(nn.Linear(2, 1)), nn.BCEWithLogitsLoss(), precision="fp16", accumulate=2)
+    model = compiled(
+        minikeras.Model(nn.Linear(2, 1)), nn.BCEWithLogitsLoss(), precision="fp16", accumulate=2
+    )
     model.fit(1, points(4 * rows), batch_size=rows, verbose=0)
     assert model._run.precision.scaler.get_scale() == 2**16 / rows
 
@@ -454,7 +491,10 @@ def test_layers_that_find_their_size_in_the_first_batch_can_be_accumulated():
         def train_step(self, features, labels):
             return super().train_step(features, labels)
 
-    assert len(compiled(Lazy(), nn.BCEWithLogitsLoss(), accumulate=2).fit(2, batches(), verbose=0)) == 2
+    assert (
+        len(compiled(Lazy(), nn.BCEWithLogitsLoss(), accumulate=2).fit(2, batches(), verbose=0))
+        == 2
+    )
 
 
 class Own(Scores):
@@ -481,7 +521,9 @@ def test_a_step_of_ones_own_is_under_autocast_as_a_whole_and_sees_each_new_weigh
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    compiled(model, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16").fit(1, batches(), verbose=0)
+    compiled(model, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16").fit(
+        1, batches(), verbose=0
+    )
     assert set(model.seen) == {torch.bfloat16}
     assert_same(model, expected, 0)
 
@@ -500,14 +542,18 @@ def test_gradients_that_wait_in_a_window_follow_the_scale():
         pair_of(one, accumulate=2, **options)
         one._run.loss_func = nn.MSELoss()
         if options:
-            one._run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+            one._run.precision.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=64.0, growth_interval=1
+            )
         one.fit(2, batches([8, 8, 8, 8, 8, 8]), verbose=0)
     assert model._run.precision.scaler.get_scale() > 64
     assert_same(model, twin, 5e-3)
 
 
 @pytest.mark.parametrize("jit", [False, FAST])
-@pytest.mark.parametrize("loss_func", [nn.BCELoss(), FocalLoss(), F.binary_cross_entropy], ids=lambda f: str(f)[:12])
+@pytest.mark.parametrize(
+    "loss_func", [nn.BCELoss(), FocalLoss(), F.binary_cross_entropy], ids=lambda f: str(f)[:12]
+)
 def test_a_loss_of_probabilities_is_refused_with_its_remedy(loss_func, jit):
     model = compiled(Net(), loss_func, precision="bf16", jit=jit)
     for verb in (lambda: model.fit(1, batches(), verbose=0), lambda: model.evaluate(batches())):
@@ -522,9 +568,13 @@ def test_a_loss_of_probabilities_is_refused_with_its_remedy(loss_func, jit):
 
 def test_what_torch_refuses_on_a_gpu_is_said_in_the_same_words():
     def loss_func(y_pred, y_true):
-        raise RuntimeError("torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast.")
+        raise RuntimeError(
+            "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast."
+        )
 
-    with pytest.raises(ValueError, match=r"^the loss takes probabilities, and the model's outputs are Tensor"):
+    with pytest.raises(
+        ValueError, match=r"^the loss takes probabilities, and the model's outputs are Tensor"
+    ):
         compiled(Scores(), loss_func, precision="bf16").fit(1, batches(), verbose=0)
 
 
@@ -573,7 +623,9 @@ OPTIONS = {
 )
 def test_a_bare_backward_or_step_is_an_error_that_names_ours(option, called, instead):
     model = compiled(
-        bare(backward=called == "backward", step=called == "step"), nn.BCEWithLogitsLoss(), **OPTIONS[option]
+        bare(backward=called == "backward", step=called == "step"),
+        nn.BCEWithLogitsLoss(),
+        **OPTIONS[option],
     )
     with pytest.raises(RuntimeError, match="in train_step") as error:
         model.fit(1, batches(), verbose=0)
@@ -618,7 +670,9 @@ def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, togethe
     twin = copy.deepcopy(model)
     data = batches([20, 20, 20, 20, 7])
     compiled(model, nn.BCEWithLogitsLoss(), **OPTIONS[option])
-    compiled(twin, nn.BCEWithLogitsLoss(), jit=FAST, steps_per_execution=together, **OPTIONS[option])
+    compiled(
+        twin, nn.BCEWithLogitsLoss(), jit=FAST, steps_per_execution=together, **OPTIONS[option]
+    )
     expected = model.fit(3, data, verbose=0)
     with pytest.warns(UserWarning, match="jit:") as caught:
         found = twin.fit(3, data, verbose=0)
@@ -666,7 +720,9 @@ def test_what_means_nothing_is_refused_at_compile(options, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
-@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"clip_grad_norm": 1.0}, {"jit": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 3}, {"clip_grad_norm": 1.0}, {"jit": True}], ids=str
+)
 def test_half_precision_trains_on_a_gpu(precision, options):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
@@ -674,7 +730,13 @@ def test_half_precision_trains_on_a_gpu(precision, options):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "jit: train_step is not one graph")
-        model.compile(nn.BCEWithLogitsLoss(), optimizer, {"accuracy": accuracy}, precision=precision, **options)
+        model.compile(
+            nn.BCEWithLogitsLoss(),
+            optimizer,
+            {"accuracy": accuracy},
+            precision=precision,
+            **options,
+        )
         dfhistory = model.fit(20, points(1000), points(300), verbose=0)
     assert dfhistory["val_loss"].iloc[-1] < 0.7 * dfhistory["val_loss"].iloc[0]
     assert model.predict(points(10)).dtype == torch.float32

@@ -31,10 +31,14 @@ def test_a_pipe_gets_rows_and_log_lines_and_no_control_characters(capsys):
     lines = capsys.readouterr().out.splitlines()
     number = r" +\d\.\d{2,4}"
     assert lines[1].split() == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy"]
-    assert [bool(re.fullmatch(rf"epoch \d  step 2  loss{number}  accuracy{number}", lines[i])) for i in (0, 4, 6)]
+    assert [
+        bool(re.fullmatch(rf"epoch \d  step 2  loss{number}  accuracy{number}", lines[i]))
+        for i in (0, 4, 6)
+    ]
     rows = [lines[i] for i in (3, 5, 7)]
     assert all(
-        re.fullmatch(rf" +{epoch}{number}{number}{number}( +\*)?{number}", row) for epoch, row in enumerate(rows, 1)
+        re.fullmatch(rf" +{epoch}{number}{number}{number}( +\*)?{number}", row)
+        for epoch, row in enumerate(rows, 1)
     )
     assert len(lines) == 8
     assert not re.search(r"[\r\x1b]", "".join(lines))
@@ -43,7 +47,10 @@ def test_a_pipe_gets_rows_and_log_lines_and_no_control_characters(capsys):
 def test_the_table_shows_what_the_history_holds(capsys):
     dfhistory = compiled().fit(2, points(64), points(64))
     rows = [line.replace("*", "").split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows == [[str(row + 1), *(f"{value:#.4g}" for value in values)] for row, *values in dfhistory.itertuples()]
+    assert rows == [
+        [str(row + 1), *(f"{value:#.4g}" for value in values)]
+        for row, *values in dfhistory.itertuples()
+    ]
 
 
 def test_the_best_validation_loss_so_far_is_marked(capsys):
@@ -52,7 +59,11 @@ def test_the_best_validation_loss_so_far_is_marked(capsys):
     model.evaluate_step = lambda features, labels: {"loss": next(losses)}
     model.fit(3, points(8), [points(8)])
     model.fit(1, points(8), [points(8)])
-    marks = [line.endswith("*") for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)]
+    marks = [
+        line.endswith("*")
+        for line in capsys.readouterr().out.splitlines()
+        if re.match(r" +\d", line)
+    ]
     assert marks == [True, False, True, False]
 
 
@@ -74,7 +85,10 @@ def test_the_header_comes_once_though_columns_alternate(capsys):
     compiled().fit(6, points(8), callbacks=[Alternates()])
     lines = capsys.readouterr().out.splitlines()
     first, second = (line for line in lines if "loss" in line)
-    assert (first.split(), second.split()) == (["epoch", "loss", "odd"], ["epoch", "loss", "odd", "even"])
+    assert (first.split(), second.split()) == (
+        ["epoch", "loss", "odd"],
+        ["epoch", "loss", "odd", "even"],
+    )
     ends = [second.index(name) + len(name) for name in ("odd", "even")]
     assert [len(line) for line in lines[-4:]] == ends * 2  # each number under its name
 
@@ -118,7 +132,10 @@ class Kept:
 def test_standard_output_may_be_an_object_that_knows_write_and_flush_alone(verbose, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Kept())
     compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)
-    assert re.findall(r"^ +(\d) +\d\.\d+ ", sys.stdout.text.replace("\r", "\n"), re.MULTILINE) == ["1", "2"]
+    assert re.findall(r"^ +(\d) +\d\.\d+ ", sys.stdout.text.replace("\r", "\n"), re.MULTILINE) == [
+        "1",
+        "2",
+    ]
     assert ("\r" in sys.stdout.text) == (verbose == 1)
 
 
@@ -133,7 +150,9 @@ def test_an_epoch_number_goes_on_over_several_fits(capsys):
     model = compiled()
     model.fit(1, points(8))
     model.fit(1, points(8))
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)] == ["1", "2"]
+    assert [
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)
+    ] == ["1", "2"]
 
 
 @functools.cache
@@ -143,7 +162,9 @@ def on_a_terminal(code, columns, encoding="utf-8"):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent)}
     environment |= {"PYTHONIOENCODING": encoding, "NO_COLOR": "1" if encoding == "ascii" else ""}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment
+    )
     os.close(theirs)
     written = b""
     while True:
@@ -184,7 +205,9 @@ def test_the_bar_shows_whole_numbers_and_its_time_however_narrow_the_terminal(co
     bars = [part.rstrip() for part in re.split(r"[\r\n]", written) if "loss 0." in part]
     assert bars
     for bar in bars:
-        assert re.fullmatch(r"epoch \d/2 \|.{12}\| \d/2 \[\d\d:\d\d<\S+\], loss \d\.\d{4}(  [a-z]+ 0\.1235)*", bar), bar
+        assert re.fullmatch(
+            r"epoch \d/2 \|.{12}\| \d/2 \[\d\d:\d\d<\S+\], loss \d\.\d{4}(  [a-z]+ 0\.1235)*", bar
+        ), bar
         assert len(bar) < columns
     assert max(bar.count("0.1235") for bar in bars) == {60: 0, 120: 3}[columns]
 
@@ -199,13 +222,20 @@ def test_the_bar_is_of_characters_that_the_terminal_has(encoding):
 
 
 def test_no_colour_is_used_so_that_light_and_dark_and_no_color_look_alike():
-    assert not re.search(r"\x1b\[[\d;]*m", on_a_terminal(SCRIPT, 80) + on_a_terminal(SCRIPT, 80, "ascii"))
+    assert not re.search(
+        r"\x1b\[[\d;]*m", on_a_terminal(SCRIPT, 80) + on_a_terminal(SCRIPT, 80, "ascii")
+    )
 
 
 def test_a_pipe_in_ascii_gets_ascii():
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
     code = f"{SCRIPT}\nimport torch, minikeras\nminikeras.summary(torch.nn.Linear(2, 1), (2,))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, env=environment
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.isascii()
     assert len(done.stdout.splitlines()) > 5

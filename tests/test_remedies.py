@@ -46,7 +46,11 @@ def trains(model, data):
 
 LINE = np.linspace(0, 1, 64, dtype="float32")
 AS_COLUMN = {
-    "tensor": (torch.as_tensor(LINE), lambda X: X.reshape(-1, 1), lambda labels: labels.unsqueeze(-1)),
+    "tensor": (
+        torch.as_tensor(LINE),
+        lambda X: X.reshape(-1, 1),
+        lambda labels: labels.unsqueeze(-1),
+    ),
     "NumPy": (LINE, lambda X: X[:, None], lambda labels: labels[:, None]),
     "pandas": (pd.Series(LINE), lambda X: X.to_frame(), lambda labels: labels.to_frame()),
 }
@@ -55,9 +59,16 @@ AS_COLUMN = {
 @pytest.mark.parametrize(("x", "column", "labels"), AS_COLUMN.values(), ids=AS_COLUMN)
 def test_one_number_a_row_is_told_to_be_a_column(x, column, labels):
     y = 2 * x + 1
-    message = told(model_of(nn.Linear(1, 1)), (x, y), "was given (32,). Pass X as a column, X.reshape(-1, 1)")
+    message = told(
+        model_of(nn.Linear(1, 1)), (x, y), "was given (32,). Pass X as a column, X.reshape(-1, 1)"
+    )
     assert "in_features=32" not in message
-    told(model_of(nn.Linear(1, 1)), (column(x), y), "(32, 1) and labels (32,)", "labels.unsqueeze(-1)")
+    told(
+        model_of(nn.Linear(1, 1)),
+        (column(x), y),
+        "(32, 1) and labels (32,)",
+        "labels.unsqueeze(-1)",
+    )
     model = model_of(nn.Linear(1, 1))
     model.fit(200, (column(x), labels(y)), verbose=0)
     assert model.predict(column(x)).shape == (64, 1)
@@ -65,7 +76,9 @@ def test_one_number_a_row_is_told_to_be_a_column(x, column, labels):
 
 
 def test_one_number_a_row_for_a_wider_layer_names_both_ways_out():
-    message = told(model_of(nn.Linear(3, 1)), (X[:, 0], Y), "in_features=1 and pass X as a column", "(rows, 3)")
+    message = told(
+        model_of(nn.Linear(3, 1)), (X[:, 0], Y), "in_features=1 and pass X as a column", "(rows, 3)"
+    )
     assert "in_features=32" not in message
     trains(model_of(nn.Linear(1, 1)), (X[:, :1], Y))
     trains(model_of(nn.Linear(3, 1)), (X, Y))
@@ -77,37 +90,59 @@ OF_ONE_CHANNEL = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(36, 1
 
 
 def test_pictures_with_the_channels_last_are_told_to_move_them():
-    told(model_of(CONVOLUTION), (PICTURES.permute(0, 2, 3, 1), Y), "channels are last: pass X.movedim(-1, 1)")
+    told(
+        model_of(CONVOLUTION),
+        (PICTURES.permute(0, 2, 3, 1), Y),
+        "channels are last: pass X.movedim(-1, 1)",
+    )
     expected = trains(model_of(CONVOLUTION), (PICTURES, Y))
     channels_last = PICTURES.permute(0, 2, 3, 1).contiguous()
     torch.manual_seed(0)
-    assert trains(model_of(CONVOLUTION), (channels_last.movedim(-1, 1), Y)) == pytest.approx(expected, rel=1e-4)
+    assert trains(model_of(CONVOLUTION), (channels_last.movedim(-1, 1), Y)) == pytest.approx(
+        expected, rel=1e-4
+    )
     in_numpy = np.moveaxis(channels_last.numpy(), -1, 1)
     assert trains(model_of(CONVOLUTION), (in_numpy, Y)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_sequences_with_the_channels_last_are_told_to_move_them():
     net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(16, 1))
-    told(model_of(net), (torch.randn(64, 5, 3), Y), "pass X.movedim(-1, 1), in NumPy numpy.moveaxis(X, -1, 1)")
+    told(
+        model_of(net),
+        (torch.randn(64, 5, 3), Y),
+        "pass X.movedim(-1, 1), in NumPy numpy.moveaxis(X, -1, 1)",
+    )
     trains(model_of(net), (torch.randn(64, 5, 3).movedim(-1, 1), Y))
 
 
 def test_pictures_without_a_channel_are_told_to_have_one():
     grey = PICTURES[:, 0]
-    told(model_of(OF_ONE_CHANNEL), (grey, Y), "channel is missing: pass X.unsqueeze(1), in NumPy X[:, None]")
+    told(
+        model_of(OF_ONE_CHANNEL),
+        (grey, Y),
+        "channel is missing: pass X.unsqueeze(1), in NumPy X[:, None]",
+    )
     trains(model_of(OF_ONE_CHANNEL), (grey.unsqueeze(1), Y))
     trains(model_of(OF_ONE_CHANNEL), (grey.numpy()[:, None], Y))
 
 
 def test_other_channels_than_the_layers_name_both_ways_out():
-    told(model_of(CONVOLUTION), (PICTURES[:, :1], Y), "Build it with in_channels=1, or pass 3 channels.")
+    told(
+        model_of(CONVOLUTION),
+        (PICTURES[:, :1], Y),
+        "Build it with in_channels=1, or pass 3 channels.",
+    )
     trains(model_of(OF_ONE_CHANNEL), (PICTURES[:, :1], Y))
 
 
 def test_pictures_for_a_linear_layer_are_told_to_be_flat():
     told(model_of(nn.Linear(75, 1)), (PICTURES, Y), "Put nn.Flatten() before it.")
     trains(model_of(nn.Sequential(nn.Flatten(), nn.Linear(75, 1))), (PICTURES, Y))
-    told(model_of(nn.Linear(70, 1)), (PICTURES, Y), "or put nn.Flatten() before it and build it with in_features=75")
+    told(
+        model_of(nn.Linear(70, 1)),
+        (PICTURES, Y),
+        "or put nn.Flatten() before it and build it with in_features=75",
+    )
 
 
 # ---------------------------------------------------------------- dtypes of features
@@ -118,15 +153,25 @@ def test_numpy_floats_for_a_float64_model_are_told_a_way_that_keeps_them():
     features, labels = X.double().numpy(), Y.double().numpy()
     rows = DataLoader(StackDataset(torch.as_tensor(features), torch.as_tensor(labels)), 32)
     expected = model_of(net, lr=0.0).evaluate(rows)["val_loss"]
-    for data in ((features, labels), (pd.DataFrame(features), pd.DataFrame(labels)), [(features, labels)]):
-        message = told(model_of(net), data, "pass torch.tensor(numpy.asarray(features), dtype=torch.float64)")
+    for data in (
+        (features, labels),
+        (pd.DataFrame(features), pd.DataFrame(labels)),
+        [(features, labels)],
+    ):
+        message = told(
+            model_of(net), data, "pass torch.tensor(numpy.asarray(features), dtype=torch.float64)"
+        )
         assert ".astype(" not in message  # it would be cast down again
     for array in (features, pd.DataFrame(features)):
         tensors = [torch.tensor(np.asarray(part), dtype=torch.float64) for part in (array, labels)]
-        assert model_of(net, lr=0.0).evaluate(tuple(tensors))["val_loss"] == pytest.approx(expected, rel=1e-14)
+        assert model_of(net, lr=0.0).evaluate(tuple(tensors))["val_loss"] == pytest.approx(
+            expected, rel=1e-14
+        )
     model = minikeras.Model(copy.deepcopy(net))
     model.to(torch.float32)
-    assert compiled(model, nn.MSELoss()).evaluate((features, labels))["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert compiled(model, nn.MSELoss()).evaluate((features, labels))["val_loss"] == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.fixture
@@ -143,7 +188,9 @@ def test_where_float64_is_the_default_numpy_floats_and_integers_arrive_in_it():
     model = model_of(net, lr=0.0)
     features, labels = X.double(), Y.double()
     expected = ((model.net(features) - labels) ** 2).mean().item()
-    assert model.evaluate((features.numpy(), labels.numpy()))["val_loss"] == pytest.approx(expected, rel=1e-14)
+    assert model.evaluate((features.numpy(), labels.numpy()))["val_loss"] == pytest.approx(
+        expected, rel=1e-14
+    )
     told(model_of(net), (features.long(), labels), "in NumPy and pandas .astype('float64')")
     trains(model_of(net), (X.long().numpy().astype("float64"), labels))
 
@@ -152,7 +199,14 @@ def test_complex_features_are_told_to_become_real():
     features = torch.complex(X, X)
     told(model_of(nn.Linear(3, 1)), (features, Y), "Pass features.real or features.abs(), in NumPy")
     array, frame = features.numpy(), pd.DataFrame(features.numpy())
-    for real in (features.real, features.abs(), np.real(array), np.abs(array), np.real(frame), np.abs(frame)):
+    for real in (
+        features.real,
+        features.abs(),
+        np.real(array),
+        np.abs(array),
+        np.real(frame),
+        np.abs(frame),
+    ):
         assert np.isfinite(model_of(nn.Linear(3, 1)).fit(1, (real, Y), verbose=0)["loss"].item())
 
 
@@ -166,15 +220,24 @@ def test_half_features_and_integers_are_told_to_be_floats():
 # ---------------------------------------------------------------- labels
 
 ZERO_ONE = torch.randint(0, 2, (64, 1))
-LOSSES = {"mse": nn.MSELoss(), "huber": nn.HuberLoss(), "logits": nn.BCEWithLogitsLoss(), "l1": nn.L1Loss()}
+LOSSES = {
+    "mse": nn.MSELoss(),
+    "huber": nn.HuberLoss(),
+    "logits": nn.BCEWithLogitsLoss(),
+    "l1": nn.L1Loss(),
+}
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int64, torch.float16, torch.bfloat16, torch.bool]
+)
 @pytest.mark.parametrize(
     "kwargs", [{}, {"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str
 )
-def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_does(loss, dtype, kwargs):
+def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_does(
+    loss, dtype, kwargs
+):
     labels = ZERO_ONE.to(dtype)
     expected = model_of(nn.Linear(3, 1), loss, **kwargs).fit(2, [(X, ZERO_ONE.float())], verbose=0)
     model = model_of(nn.Linear(3, 1), loss, **kwargs)
@@ -189,12 +252,16 @@ def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_d
             in_numpy = ZERO_ONE.numpy().astype("float32")
             again = model_of(nn.Linear(3, 1), loss, **kwargs).fit(2, [(X, in_numpy)], verbose=0)
             pd.testing.assert_frame_equal(again, expected)
-    pd.testing.assert_frame_equal(found, expected, rtol=1e-2 if kwargs or dtype.itemsize == 2 else 1e-5)
+    pd.testing.assert_frame_equal(
+        found, expected, rtol=1e-2 if kwargs or dtype.itemsize == 2 else 1e-5
+    )
 
 
 def test_a_bfloat16_model_is_told_of_labels_in_its_own_dtype():
     net = nn.Linear(3, 1).bfloat16()
-    words = "Pass labels.to(torch.bfloat16); from NumPy and pandas floats arrive as float32, so pass "
+    words = (
+        "Pass labels.to(torch.bfloat16); from NumPy and pandas floats arrive as float32, so pass "
+    )
     words += "torch.tensor(numpy.asarray(labels), dtype=torch.bfloat16)"
     message = told(model_of(net, nn.BCEWithLogitsLoss()), (X.bfloat16(), ZERO_ONE), words)
     assert "astype" not in message
@@ -206,14 +273,27 @@ def test_labels_with_one_dimension_more_are_told_the_way_back():
     labels = torch.randn(64, 12, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        told(model_of(nn.Linear(3, 12)), (X, labels), "(32, 12) and labels (32, 12, 1)", "Pass labels.squeeze(-1)")
+        told(
+            model_of(nn.Linear(3, 12)),
+            (X, labels),
+            "(32, 12) and labels (32, 12, 1)",
+            "Pass labels.squeeze(-1)",
+        )
     trains(model_of(nn.Linear(3, 12)), (X, labels.squeeze(-1)))
 
 
 def test_labels_outside_the_classes_are_told_what_numbers_them_or_leaves_them_out():
-    told(model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()), (X, CLASSES + 1), "Number the classes from 0, or give the")
+    told(
+        model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()),
+        (X, CLASSES + 1),
+        "Number the classes from 0, or give the",
+    )
     trains(model_of(nn.Linear(3, 5), nn.CrossEntropyLoss()), (X, CLASSES + 1))
-    told(model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()), (X, CLASSES - 1), "the loss with ignore_index=-1")
+    told(
+        model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()),
+        (X, CLASSES - 1),
+        "the loss with ignore_index=-1",
+    )
     trains(model_of(nn.Linear(3, 4), nn.CrossEntropyLoss(ignore_index=-1)), (X, CLASSES - 1))
 
 
@@ -280,7 +360,9 @@ def test_classes_that_are_last_are_refused_and_both_ways_out_train(steps, classe
     moved = given if labels == "classes" else given.movedim(-1, 1)
     for model, loss in ((Moved(classes), nn.CrossEntropyLoss()), (Last(classes), LOSS_OF_LAST)):
         trains(compiled(model, loss), (X, moved))
-        assert model.evaluate((X, moved))["val_loss"] == pytest.approx(reference(model, (X, y)), rel=1e-5)
+        assert model.evaluate((X, moved))["val_loss"] == pytest.approx(
+            reference(model, (X, y)), rel=1e-5
+        )
 
 
 def warned(model, data, verb="fit", loss=None):
@@ -302,7 +384,14 @@ SQUARE = sequences(4, 4)
 def test_as_many_steps_as_classes_are_warned_of_once_where_the_classes_are_last(verb):
     assert warned(Last(4), SQUARE, verb) == 1
     words = torch.randint(0, 4, (64, 4))
-    assert warned(minikeras.Model(nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))), (words, words), verb) == 1
+    assert (
+        warned(
+            minikeras.Model(nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))),
+            (words, words),
+            verb,
+        )
+        == 1
+    )
 
 
 class Contiguous(Last):
@@ -346,8 +435,14 @@ RIGHT = {
     "moved and copied": lambda: (Contiguous(4), SQUARE),
     "an LSTM's, moved": lambda: (Recurrent(), SQUARE),
     "Conv1d": lambda: (minikeras.Model(nn.Conv1d(4, 4, 1)), SQUARE),
-    "Conv1d and BatchNorm": lambda: (minikeras.Model(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))), SQUARE),
-    "Conv1d and ReLU": lambda: (minikeras.Model(nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU())), SQUARE),
+    "Conv1d and BatchNorm": lambda: (
+        minikeras.Model(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))),
+        SQUARE,
+    ),
+    "Conv1d and ReLU": lambda: (
+        minikeras.Model(nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU())),
+        SQUARE,
+    ),
     "pictures": lambda: (
         minikeras.Model(nn.Conv2d(3, 5, 1)),
         (torch.randn(8, 3, 5, 5), torch.randint(0, 5, (8, 5, 5))),
@@ -356,7 +451,10 @@ RIGHT = {
         minikeras.Model(nn.Conv1d(4, 4, 1)),
         (SQUARE[0], F.one_hot(SQUARE[1], 4).float().movedim(-1, 1)),
     ),
-    "more steps": lambda: (minikeras.Model(nn.Conv1d(4, 4, 1)), (torch.randn(8, 4, 9), torch.randint(0, 4, (8, 9)))),
+    "more steps": lambda: (
+        minikeras.Model(nn.Conv1d(4, 4, 1)),
+        (torch.randn(8, 4, 9), torch.randint(0, 4, (8, 9))),
+    ),
     "flat rows": lambda: (minikeras.Model(nn.Linear(4, 4)), (SQUARE[0][:, 0], SQUARE[1][:, 0])),
 }
 
@@ -372,7 +470,9 @@ def test_log_probabilities_over_the_last_dimension_are_refused_though_the_shapes
     assert "nn.functional.nll_loss(y_pred.movedim(-1, 1), y_true)" in message
     loss = lambda y_pred, y_true: nn.functional.nll_loss(y_pred.movedim(-1, 1), y_true)  # noqa: E731
     trains(model_of(net, loss), SQUARE)
-    model_of(nn.Sequential(nn.Conv1d(4, 4, 1), nn.LogSoftmax(1)), nn.NLLLoss()).fit(1, SQUARE, verbose=0)
+    model_of(nn.Sequential(nn.Conv1d(4, 4, 1), nn.LogSoftmax(1)), nn.NLLLoss()).fit(
+        1, SQUARE, verbose=0
+    )
 
 
 # ---------------------------------------------------------------- one loss for several outputs
@@ -393,16 +493,28 @@ def test_one_loss_for_several_outputs_is_told_to_be_one_for_each(kind, loss):
     labels = {"a": Y, "b": CLASSES} if kind is dict else (Y, CLASSES)
     first, second = ("a", "b") if kind is dict else (0, 1)
     words = "takes one tensor of predictions and one of labels, and the model gave"
-    told(compiled(Two(kind), loss), (X, labels), words, f"beginning with loss(y_pred[{first!r}], y_true[{first!r}])")
+    told(
+        compiled(Two(kind), loss),
+        (X, labels),
+        words,
+        f"beginning with loss(y_pred[{first!r}], y_true[{first!r}])",
+    )
 
     def both(y_pred, y_true):
-        return F.mse_loss(y_pred[first], y_true[first]) + F.cross_entropy(y_pred[second], y_true[second])
+        return F.mse_loss(y_pred[first], y_true[first]) + F.cross_entropy(
+            y_pred[second], y_true[second]
+        )
 
     trains(compiled(Two(kind), both), (X, labels))
 
 
 def test_several_labels_for_one_output_are_told():
-    told(model_of(nn.Linear(3, 1)), (X, {"a": Y, "b": Y}), "and the labels are {'a': Tensor", "Give the labels as one")
+    told(
+        model_of(nn.Linear(3, 1)),
+        (X, {"a": Y, "b": Y}),
+        "and the labels are {'a': Tensor",
+        "Give the labels as one",
+    )
     trains(model_of(nn.Linear(3, 1)), (X, Y))
 
 
@@ -412,7 +524,9 @@ def test_a_nested_tensor_without_a_shape_says_how_to_build_one_that_has_it():
         warnings.simplefilter("ignore")
         strided = torch.nested.nested_tensor(rows)
     made = minikeras.Model(nn.Linear(2, 1))
-    with pytest.raises(ValueError, match=r"layout=torch\.jagged\).*torch\.nested\.to_padded_tensor\(tensor, 0\.0\)"):
+    with pytest.raises(
+        ValueError, match=r"layout=torch\.jagged\).*torch\.nested\.to_padded_tensor\(tensor, 0\.0\)"
+    ):
         made.predict(strided)
     padded = torch.nested.to_padded_tensor(strided, 0.0)
     assert made.predict(padded).shape == (2, 1)

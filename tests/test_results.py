@@ -105,9 +105,15 @@ def test_a_count_may_be_a_sum_of_class_weights(loss_func, options):
         total += loss.item() * WEIGHT[targets].sum().item()
         count += WEIGHT[targets].sum().item()
     torch.testing.assert_close(model.net.weight, twin.weight)
-    assert history["loss"].iloc[0] == history["again"].iloc[0] == pytest.approx(total / count, rel=1e-12)
+    assert (
+        history["loss"].iloc[0]
+        == history["again"].iloc[0]
+        == pytest.approx(total / count, rel=1e-12)
+    )
     expected = F.cross_entropy(model.net(X), labels, WEIGHT).item()
-    assert model.evaluate((X, labels), batch_size=7)["val_loss"] == pytest.approx(expected, rel=1e-12)
+    assert model.evaluate((X, labels), batch_size=7)["val_loss"] == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def mean_of_the_positive(y_pred, y_true):
@@ -148,9 +154,14 @@ def test_a_count_below_0_in_a_later_batch_is_refused_before_its_step(options):
             super().optimizer_step(optimizer)
             self.kept = self.net.weight.detach().clone()
 
-    model = compiled(Once(nn.Linear(2, 1)), lambda p, t: Average(mse(p, t) * len(p), t.sum()), **options)
+    model = compiled(
+        Once(nn.Linear(2, 1)), lambda p, t: Average(mse(p, t) * len(p), t.sum()), **options
+    )
     batches = [(torch.randn(4, 2), torch.ones(4, 1)), (torch.randn(4, 2), -torch.ones(4, 1))]
-    with pytest.raises(ValueError, match="the loss gave an Average with count -4; expected a finite number, 0 or more"):
+    with pytest.raises(
+        ValueError,
+        match="the loss gave an Average with count -4; expected a finite number, 0 or more",
+    ):
         model.fit(1, batches, verbose=0)
     assert torch.equal(model.net.weight, model.kept)
 

@@ -67,7 +67,10 @@ def broken_off(path, kills, every=1, **kwargs):
 @pytest.mark.parametrize("kills", [[3], [5], [6], [2, 1], [0, 1, 1, 4], [14]], ids=str)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_fit_carried_on_is_the_fit_never_stopped(loader, kills, tmp_path):
-    assert differences(whole(loader=loader), broken_off(tmp_path / "run.pt", kills, loader=loader)) == []
+    assert (
+        differences(whole(loader=loader), broken_off(tmp_path / "run.pt", kills, loader=loader))
+        == []
+    )
 
 
 SETTINGS = {
@@ -78,7 +81,11 @@ SETTINGS = {
     "validation with workers": {"dl_val": LOADERS["noisy, 2 workers"]},
     "two optimizers": {"model": "pair"},
     "3 steps an epoch": {"steps_per_epoch": 3},
-    "3 steps an epoch, written at the last": {"steps_per_epoch": 3, "checkpoint_every": 3, "loader": "noisy"},
+    "3 steps an epoch, written at the last": {
+        "steps_per_epoch": 3,
+        "checkpoint_every": 3,
+        "loader": "noisy",
+    },
     "3 steps an epoch, persistent workers": {"steps_per_epoch": 3, "loader": "persistent workers"},
     "7 steps an epoch": {"steps_per_epoch": 7, "loader": "noisy"},
     "as many steps an epoch as there are": {"steps_per_epoch": 5, "loader": "noisy, 2 workers"},
@@ -86,8 +93,16 @@ SETTINGS = {
     "3 steps of a list": {"steps_per_epoch": 3, "loader": "list of batches"},
     "3 batches a step": {"compile": {"accumulate": 3}},
     "3 batches a step, every 2 batches": {"compile": {"accumulate": 3}, "checkpoint_every": 2},
-    "two optimizers, 3 batches a step": {"model": "pair", "compile": {"accumulate": 3}, "checkpoint_every": 2},
-    "3 batches a step, 7 an epoch": {"compile": {"accumulate": 3}, "steps_per_epoch": 7, "loader": "noisy"},
+    "two optimizers, 3 batches a step": {
+        "model": "pair",
+        "compile": {"accumulate": 3},
+        "checkpoint_every": 2,
+    },
+    "3 batches a step, 7 an epoch": {
+        "compile": {"accumulate": 3},
+        "steps_per_epoch": 7,
+        "loader": "noisy",
+    },
     "fp16, 2 batches a step, clipped": {
         "model": "scores",
         "compile": {"accumulate": 2, "precision": "fp16", "clip_grad_norm": 0.1},
@@ -100,10 +115,14 @@ SETTINGS = {
 def test_so_it_is_in_each_setting(setting, kills, tmp_path):
     kwargs = SETTINGS[setting].copy()
     every = kwargs.pop("checkpoint_every", 1)
-    assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", kills, every, **kwargs)) == []
+    assert (
+        differences(whole(**kwargs), broken_off(tmp_path / "run.pt", kills, every, **kwargs)) == []
+    )
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
 @pytest.mark.parametrize(("loader", "steps"), [("in memory", 1), ("noisy", 3)])
 def test_so_it_is_under_jit(loader, steps, tmp_path):
     kwargs = {"loader": loader, "compile": {"jit": True, "steps_per_execution": steps}}
@@ -127,11 +146,15 @@ def fits(path, *epochs, kill=None):
     model, histories = compiled(), []
     for number, count in enumerate(epochs):
         callbacks = [killed_after(kill[1])] if kill and kill[0] == number else []
-        histories.append(model.fit(count, points(60), batch_size=20, verbose=0, callbacks=callbacks, **path))
+        histories.append(
+            model.fit(count, points(60), batch_size=20, verbose=0, callbacks=callbacks, **path)
+        )
     return histories, model
 
 
-def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to_it(tmp_path, capsys):
+def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to_it(
+    tmp_path, capsys
+):
     path = {"checkpoint": tmp_path / "run.pt"}
     (expected,), model = fits({}, 3)
     fits(path, 3)
@@ -161,7 +184,9 @@ def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tm
     other = compiled()
     for kill in (1, 5, 2):
         with pytest.raises(Killed):
-            other.fit(4, points(60), batch_size=20, verbose=0, callbacks=[killed_after(kill)], **path)
+            other.fit(
+                4, points(60), batch_size=20, verbose=0, callbacks=[killed_after(kill)], **path
+            )
     pd.testing.assert_frame_equal(
         other.fit(4, points(60), batch_size=20, verbose=0, **path), expected, check_exact=True
     )
@@ -170,17 +195,31 @@ def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tm
 
 def test_a_run_that_was_stopped_stays_stopped(tmp_path):
     path = {"checkpoint": tmp_path / "run.pt"}
-    stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2))
+    stop = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2)
+    )
     for _ in range(2):
-        assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [0, 1]
+        assert list(compiled().fit(5, points(60), verbose=0, callbacks=[stop], **path).index) == [
+            0,
+            1,
+        ]
 
 
-@pytest.mark.parametrize("metric", [Mean(), lambda y_pred, y_true: y_pred.mean()], ids=["object", "function"])
+@pytest.mark.parametrize(
+    "metric", [Mean(), lambda y_pred, y_true: y_pred.mean()], ids=["object", "function"]
+)
 def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, tmp_path):
-    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1, "verbose": 0, "batch_size": 20}
+    path = {
+        "checkpoint": tmp_path / "run.pt",
+        "checkpoint_every": 1,
+        "verbose": 0,
+        "batch_size": 20,
+    }
     compiled(metrics_dict={"mean": Mean()}).fit(1, points(60), **path)
     with pytest.raises(Killed):
-        compiled(metrics_dict={"other": metric}).fit(2, points(60), callbacks=[killed_after(2)], **path)
+        compiled(metrics_dict={"other": metric}).fit(
+            2, points(60), callbacks=[killed_after(2)], **path
+        )
     with pytest.raises(CheckpointError) as raised:
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
@@ -197,7 +236,9 @@ def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
 
     def fit(kill=None):
         callbacks = [] if kill is None else [killed_after(kill)]
-        compiled().fit(2, points(60), batch_size=20, checkpoint=path, checkpoint_every=1, callbacks=callbacks)
+        compiled().fit(
+            2, points(60), batch_size=20, checkpoint=path, checkpoint_every=1, callbacks=callbacks
+        )
         return capsys.readouterr().out
 
     with pytest.raises(Killed):
@@ -211,7 +252,9 @@ def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
     def fit(epochs):
         model = compiled(loss_func=lambda y_pred, y_true: losses.pop(0) + 0 * y_pred.sum())
         model.fit(epochs, points(8), points(8), checkpoint=tmp_path / "run.pt")
-        return [line for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()]
+        return [
+            line for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()
+        ]
 
     losses = [9.0, 1.0]
     assert "*" in fit(1)[-1]
@@ -243,7 +286,9 @@ def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_s
 
     with pytest.raises(Killed):
         fit(40, 10, after=1)
-    with pytest.warns(UserWarning, match="the checkpoint stands|dl_train has other data here") as told:
+    with pytest.warns(
+        UserWarning, match="the checkpoint stands|dl_train has other data here"
+    ) as told:
         fit(rows, batch_size)
     assert len(told) == (1 if rows == 40 else 2)
     assert str(told[-1].message) == (
@@ -255,7 +300,9 @@ def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_s
 
 def test_another_batch_size_from_an_epochs_end_on_is_nothing_to_tell_of(tmp_path):
     for epochs, batch_size in ((1, 10), (2, 5)):
-        compiled().fit(epochs, points(40), batch_size=batch_size, checkpoint=tmp_path / "run.pt", verbose=0)
+        compiled().fit(
+            epochs, points(40), batch_size=batch_size, checkpoint=tmp_path / "run.pt", verbose=0
+        )
 
 
 def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not(tmp_path):
@@ -263,7 +310,9 @@ def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not
 
     def fit(epochs, lr, warmed=True):
         model = compiled(lr=lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(model.optimizer, lambda step: min(1.0, (step + 1) / 10))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            model.optimizer, lambda step: min(1.0, (step + 1) / 10)
+        )
         callbacks = [LRScheduler(scheduler, step="batch")] if warmed else []
         model.fit(epochs, points(40), callbacks=callbacks, checkpoint=path, verbose=0)
         model.optimizer.param_groups[0]["lr"] = 0.5  # by hand, for what follows
@@ -302,7 +351,9 @@ def test_the_milestones_of_a_schedule_outlive_the_process(tmp_path):
         for epochs, path in calls:
             model = compiled(lr=1.0)
             scheduler = torch.optim.lr_scheduler.MultiStepLR(model.optimizer, [2, 4], gamma=0.1)
-            dfhistory = model.fit(epochs, points(40), checkpoint=path, callbacks=[LRScheduler(scheduler)], verbose=0)
+            dfhistory = model.fit(
+                epochs, points(40), checkpoint=path, callbacks=[LRScheduler(scheduler)], verbose=0
+            )
         return dfhistory["lr"].tolist()
 
     assert rates((1, tmp_path / "run.pt"), (6, tmp_path / "run.pt")) == rates((6, None))
@@ -348,7 +399,9 @@ def test_buffers_that_grow_or_come_late_are_restored_as_they_were(tmp_path):
     def fit(epochs, path=None):
         torch.manual_seed(1)
         model = compiled(minikeras.Model(Cached()))
-        return model.fit(epochs, points(40), batch_size=10, checkpoint=path, verbose=0), model.net.table
+        return model.fit(
+            epochs, points(40), batch_size=10, checkpoint=path, verbose=0
+        ), model.net.table
 
     expected, table = fit(3)
     fit(1, tmp_path / "run.pt")
@@ -380,7 +433,9 @@ def test_a_scheduler_may_come_in_as_a_run_goes_on(tmp_path):
     compiled(lr=0.5).fit(1, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
     model = compiled(lr=0.5)
     scheduler = torch.optim.lr_scheduler.StepLR(model.optimizer, 1, 0.1)
-    model.fit(3, points(40), checkpoint=tmp_path / "run.pt", callbacks=[LRScheduler(scheduler)], verbose=0)
+    model.fit(
+        3, points(40), checkpoint=tmp_path / "run.pt", callbacks=[LRScheduler(scheduler)], verbose=0
+    )
     assert model.history["lr"].tolist() == pytest.approx([0.5, 0.5, 0.05])
 
 
@@ -389,7 +444,9 @@ class Versioned(torch.nn.Linear):
 
     def _load_from_state_dict(self, state, prefix, metadata, *rest):
         if metadata.get("version", 1) < 2:
-            state[prefix + "weight"] = state[prefix + "weight"] * 100  # as it would have been written then
+            state[prefix + "weight"] = (
+                state[prefix + "weight"] * 100
+            )  # as it would have been written then
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
@@ -409,7 +466,12 @@ def test_a_layer_finds_the_version_that_its_weights_were_written_by(tmp_path):
 
 
 def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):
-    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1, "verbose": 0, "batch_size": 20}
+    path = {
+        "checkpoint": tmp_path / "run.pt",
+        "checkpoint_every": 1,
+        "verbose": 0,
+        "batch_size": 20,
+    }
     with pytest.raises(Killed):
         compiled().fit(2, points(60), callbacks=[killed_after(2)], **path)
     with pytest.raises(RuntimeError) as raised:

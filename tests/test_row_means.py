@@ -79,8 +79,13 @@ def classes(rows, generator):
 
 
 def images(rows, generator):
-    labels = (torch.rand(rows, 1, 6, 6, generator=generator) > torch.rand(rows, 1, 1, 1, generator=generator)).float()
-    noise = torch.rand(rows, 1, 1, 1, generator=generator) * torch.randn(rows, 1, 6, 6, generator=generator)
+    labels = (
+        torch.rand(rows, 1, 6, 6, generator=generator)
+        > torch.rand(rows, 1, 1, 1, generator=generator)
+    ).float()
+    noise = torch.rand(rows, 1, 1, 1, generator=generator) * torch.randn(
+        rows, 1, 6, 6, generator=generator
+    )
     return (2 * labels - 1 + 2 * noise).sigmoid(), labels
 
 
@@ -113,11 +118,23 @@ def centered(values):
 MEANS = {
     "accuracy": (binary, lambda p, t: right(p, t).float().mean()),
     "accuracy as a Python number": (binary, lambda p, t: right(p, t).float().mean().item()),
-    "accuracy in percent, rounded": (binary, lambda p, t: round(100 * right(p, t).float().mean().item(), 2)),
+    "accuracy in percent, rounded": (
+        binary,
+        lambda p, t: round(100 * right(p, t).float().mean().item(), 2),
+    ),
     "accuracy to three digits": (binary, lambda p, t: round(right(p, t).float().mean().item(), 3)),
-    "accuracy in percent to one digit": (binary, lambda p, t: round(100 * right(p, t).float().mean().item(), 1)),
-    "accuracy rounded in torch": (binary, lambda p, t: right(p, t).float().mean().round(decimals=3)),
-    "a percentage over a hundred": (binary, lambda p, t: round(100 * right(p, t).float().mean().item(), 1) / 100),
+    "accuracy in percent to one digit": (
+        binary,
+        lambda p, t: round(100 * right(p, t).float().mean().item(), 1),
+    ),
+    "accuracy rounded in torch": (
+        binary,
+        lambda p, t: right(p, t).float().mean().round(decimals=3),
+    ),
+    "a percentage over a hundred": (
+        binary,
+        lambda p, t: round(100 * right(p, t).float().mean().item(), 1) / 100,
+    ),
     "accuracy of scikit-learn": (classes, lambda p, t: skm.accuracy_score(t, p.argmax(1))),
     "error rate in float64": (binary, lambda p, t: (~right(p, t)).double().mean()),
     "share of positives": (binary, lambda p, t: (p > 0.5).float().mean()),
@@ -128,33 +145,51 @@ MEANS = {
     "MSE": (numbers, nn.MSELoss()),
     "MAE": (numbers, nn.L1Loss()),
     "MAE in NumPy": (numbers, lambda p, t: np.abs(p.numpy() - t.numpy()).mean()),
-    "MAE by a loop": (numbers, lambda p, t: sum(abs(a - b).item() for a, b in zip(p, t, strict=True)) / len(t)),
+    "MAE by a loop": (
+        numbers,
+        lambda p, t: sum(abs(a - b).item() for a, b in zip(p, t, strict=True)) / len(t),
+    ),
     "Huber": (numbers, nn.HuberLoss()),
     "bias": (numbers, lambda p, t: p.mean() - t.mean()),
     "quantile loss": (numbers, lambda p, t: torch.maximum(0.9 * (t - p), 0.1 * (p - t)).mean()),
     "share within 0.1": (numbers, lambda p, t: ((p - t).abs() < 0.1).float().mean()),
-    "only where labels are positive, of all rows": (numbers, lambda p, t: ((p - t).abs() * (t > 0)).mean()),
+    "only where labels are positive, of all rows": (
+        numbers,
+        lambda p, t: ((p - t).abs() * (t > 0)).mean(),
+    ),
     "MAE of large numbers": (prices, nn.L1Loss()),
     "MSE of large numbers": (prices, nn.MSELoss()),
     "bias of large numbers": (prices, lambda p, t: p.mean() - t.mean()),
     "MAPE": (prices, lambda p, t: ((p - t) / t).abs().mean()),
-    "MSLE": (prices, lambda p, t: (torch.log1p(p.clamp(0)) - torch.log1p(t.clamp(0))).pow(2).mean()),
+    "MSLE": (
+        prices,
+        lambda p, t: (torch.log1p(p.clamp(0)) - torch.log1p(t.clamp(0))).pow(2).mean(),
+    ),
     "cross entropy": (classes, nn.CrossEntropyLoss()),
     "smoothed cross entropy": (classes, nn.CrossEntropyLoss(label_smoothing=0.1)),
     "focal loss": (logits, minikeras.FocalLoss(from_logits=True)),
     "top 1": (classes, lambda p, t: (p.argmax(1) == t).float().mean()),
     "top 2": (classes, lambda p, t: (p.topk(2).indices == t[:, None]).any(1).float().mean()),
-    "reciprocal rank": (classes, lambda p, t: (1 / (1 + (p > p.gather(1, t[:, None])).sum(1))).mean()),
+    "reciprocal rank": (
+        classes,
+        lambda p, t: (1 / (1 + (p > p.gather(1, t[:, None])).sum(1))).mean(),
+    ),
     "confidence": (classes, lambda p, t: p.softmax(1).max(1).values.mean()),
     "KL": (vectors, lambda p, t: F.kl_div(p.log_softmax(1), t.softmax(1), reduction="batchmean")),
     "cosine similarity": (vectors, lambda p, t: F.cosine_similarity(p, t).mean()),
     "cosine distance near 0": (vectors, lambda p, t: 1 - F.cosine_similarity(t, 1.0001 * t).mean()),
     "norm of each row": (vectors, lambda p, t: (p - t).norm(dim=1).mean()),
     "RMSE of each row": (vectors, lambda p, t: ((p - t) ** 2).mean(1).sqrt().mean()),
-    "correlation of each row": (vectors, lambda p, t: F.cosine_similarity(centered(p), centered(t)).mean()),
+    "correlation of each row": (
+        vectors,
+        lambda p, t: F.cosine_similarity(centered(p), centered(t)).mean(),
+    ),
     "all labels of a row": (vectors, lambda p, t: ((p > 0) == (t > 0)).all(1).float().mean()),
     "IoU of each row": (images, lambda p, t: (overlap(p, t)[0] / overlap(p, t)[1].clamp(1)).mean()),
-    "PSNR of each row": (images, lambda p, t: (-10 * ((p - t) ** 2).flatten(1).mean(1).log10()).mean()),
+    "PSNR of each row": (
+        images,
+        lambda p, t: (-10 * ((p - t) ** 2).flatten(1).mean(1).log10()).mean(),
+    ),
     "accuracy of pixels": (images, lambda p, t: right(p, t).float().mean()),
     "accuracy of each row's tokens": (
         tokens,
@@ -162,7 +197,10 @@ MEANS = {
     ),
     "a constant": (numbers, lambda p, t: 3.0),
     "half precision inside": (numbers, lambda p, t: (p.half() - t.half()).abs().mean()),
-    "an Average": (tokens, lambda p, t: minikeras.Average(F.cross_entropy(p, t, reduction="sum"), (t >= 0).sum())),
+    "an Average": (
+        tokens,
+        lambda p, t: minikeras.Average(F.cross_entropy(p, t, reduction="sum"), (t >= 0).sum()),
+    ),
 }
 
 
@@ -173,7 +211,9 @@ def test_a_mean_over_rows_is_never_told(data, function):
             generator = torch.Generator().manual_seed(100 * seed + rows)
             X, y = data(rows, generator)
             order = torch.randperm(rows, generator=generator)
-            assert warned(lambda X=X[order], y=y[order]: given(function).evaluate([(X, y)])) == [], (rows, seed)
+            assert (
+                warned(lambda X=X[order], y=y[order]: given(function).evaluate([(X, y)])) == []
+            ), (rows, seed)
 
 
 def r2(y_pred, y_true):
@@ -223,9 +263,15 @@ OTHERS = {
     "Cohen's kappa": (classes, lambda p, t: skm.cohen_kappa_score(t, p.argmax(1))),
     "geometric mean": (binary, lambda p, t: p.log().mean().exp()),
     "perplexity": (classes, lambda p, t: F.cross_entropy(p, t).exp()),
-    "cross entropy with class weights": (classes, nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 1.0, 1.0, 9.0]))),
+    "cross entropy with class weights": (
+        classes,
+        nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 1.0, 1.0, 9.0])),
+    ),
     "cross entropy of the tokens that count": (tokens, nn.CrossEntropyLoss()),
-    "accuracy of the tokens that count": (tokens, lambda p, t: (p.argmax(1) == t)[t >= 0].float().mean()),
+    "accuracy of the tokens that count": (
+        tokens,
+        lambda p, t: (p.argmax(1) == t)[t >= 0].float().mean(),
+    ),
     "IoU of all pixels": (images, lambda p, t: overlap(p, t)[0].sum() / overlap(p, t)[1].sum()),
     "PSNR of all pixels": (images, lambda p, t: -10 * ((p - t) ** 2).mean().log10()),
     "a sum": (numbers, nn.L1Loss(reduction="sum")),
@@ -244,7 +290,10 @@ def test_what_is_no_mean_over_rows_is_told_at_any_batch_size_and_order(data, fun
             generator = torch.Generator().manual_seed(100 * seed + rows)
             X, y = data(4 * rows, generator)
             batches = list(zip(X.split(rows), y.split(rows), strict=True))
-            assert warned(lambda batches=batches: given(function).evaluate(batches)) == ["m"], (rows, seed)
+            assert warned(lambda batches=batches: given(function).evaluate(batches)) == ["m"], (
+                rows,
+                seed,
+            )
 
 
 # --- when, how often and what it says -----------------------------------------------------------
@@ -269,14 +318,19 @@ def test_each_remedy_gives_the_value_on_all_rows_at_any_batch_size():
 
     X, y = numbers(101, torch.Generator().manual_seed(0))
     expected = skm.r2_score(y, X)
-    for remedy in (minikeras.OnAllRows(lambda y_pred, y_true: skm.r2_score(y_true, y_pred)), torchmetrics.R2Score()):
+    for remedy in (
+        minikeras.OnAllRows(lambda y_pred, y_true: skm.r2_score(y_true, y_pred)),
+        torchmetrics.R2Score(),
+    ):
         for batch_size in (4, 32, 101):
             found = given(remedy).evaluate((X, y), batch_size=batch_size)["val_m"]
             assert found == pytest.approx(expected, rel=1e-5)
     X, y = tokens(101, torch.Generator().manual_seed(0))
     expected = F.cross_entropy(X, y).item()
     remedy = MEANS["an Average"][1]
-    assert given(remedy).evaluate((X, y), batch_size=8)["val_m"] == pytest.approx(expected, rel=1e-6)
+    assert given(remedy).evaluate((X, y), batch_size=8)["val_m"] == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_it_is_told_once_for_training_and_validation_and_all_fits():
@@ -320,7 +374,10 @@ def test_batches_of_fewer_than_four_rows_are_looked_at_together(batch_size):
 
 def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
     y = torch.cat([torch.zeros(32, 1), torch.ones(32, 1)])
-    nothing, something = torch.zeros(64, 1), torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
+    nothing, something = (
+        torch.zeros(64, 1),
+        torch.rand(64, 1, generator=torch.Generator().manual_seed(0)),
+    )
 
     class Learns(nn.Module):
         def __init__(self):
@@ -331,7 +388,9 @@ def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
         def forward(self, x):
             return (nothing[: len(x)] if self.epoch < 3 else something[: len(x)]) + self.weight
 
-    model = compiled(minikeras.Model(Learns()), nn.MSELoss(), {"f1": lambda p, t: f1(p, t).nan_to_num()}, lr=0.0)
+    model = compiled(
+        minikeras.Model(Learns()), nn.MSELoss(), {"f1": lambda p, t: f1(p, t).nan_to_num()}, lr=0.0
+    )
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -352,14 +411,20 @@ def test_rows_are_split_in_outputs_and_labels_of_any_structure():
 
     class Several(Same):
         def forward(self, x):
-            return {"values": (super().forward(x), x.flip(0)), "scale": x.new_ones(()), "table": x.new_ones(3)}
+            return {
+                "values": (super().forward(x), x.flip(0)),
+                "scale": x.new_ones(()),
+                "table": x.new_ones(3),
+            }
 
     def loss_func(y_pred, y_true):
         return y_pred["values"][0].mean()
 
     metrics = {
         "r2": lambda p, t: r2(p["values"][0] * p["scale"], t["y"][0]) * p["table"].mean(),
-        "mae": lambda p, t: (p["values"][0] * p["scale"] - t["y"][0]).abs().mean() * p["table"].sum(),
+        "mae": lambda p, t: (
+            (p["values"][0] * p["scale"] - t["y"][0]).abs().mean() * p["table"].sum()
+        ),
     }
     model = compiled(minikeras.Model(Several()), loss_func, metrics)
     assert warned(lambda: model.evaluate([(X, {"y": [y], "text": "a name"})])) == ["r2"]
@@ -376,7 +441,9 @@ def test_rows_in_a_list_are_split_by_item():
     def longest(y_pred, y_true):
         return float(max(len(one) for one in y_true["boxes"]))
 
-    model = compiled(minikeras.Model(Same()), lambda p, t: p.mean(), {"boxes": mean_boxes, "longest": longest})
+    model = compiled(
+        minikeras.Model(Same()), lambda p, t: p.mean(), {"boxes": mean_boxes, "longest": longest}
+    )
     assert warned(lambda: model.evaluate([(X, {"y": y, "boxes": boxes})])) == ["longest"]
 
 
@@ -515,7 +582,9 @@ def test_the_fit_is_bit_for_bit_that_without_the_metric():
         assert torch.equal(value, twin.state_dict()[name])
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str
+)
 def test_it_is_told_with_the_options_of_compile(options):
     X, y = points(64)
     metrics = {"rmse": lambda p, t: ((p - t) ** 2).mean().sqrt(), "mae": nn.L1Loss()}

@@ -165,10 +165,17 @@ KINDS = {
     ),
     "time first, labels in a dict": (
         TimeFirst,
-        [(torch.randn(7, n, 2), {"y": torch.randn(n), "temperature": torch.tensor(2.0)}) for n in SIZES],
+        [
+            (torch.randn(7, n, 2), {"y": torch.randn(n), "temperature": torch.tensor(2.0)})
+            for n in SIZES
+        ],
         lambda labels: labels["y"],
     ),
-    "time first, other lengths": (TimeFirst, [(torch.randn(5 + n, n, 2), torch.randn(n)) for n in SIZES], bare),
+    "time first, other lengths": (
+        TimeFirst,
+        [(torch.randn(5 + n, n, 2), torch.randn(n)) for n in SIZES],
+        bare,
+    ),
     "two outputs in a list": (
         Rows,
         [(torch.randn(n, 2), [torch.randn(n), torch.randn(n, 3)]) for n in SIZES],
@@ -199,7 +206,11 @@ KINDS = {
         [(torch.randn(n, 2), 0.1 * n) for n in (3, 40, 2)],
         lambda y: torch.tensor([y]),
     ),
-    "one sequence and one label": (Sequence, [(torch.randn(n, 2), torch.randn(1)) for n in (3, 40, 2)], bare),
+    "one sequence and one label": (
+        Sequence,
+        [(torch.randn(n, 2), torch.randn(1)) for n in (3, 40, 2)],
+        bare,
+    ),
     "points and the numbers of their clouds": (
         Cloud,
         [((torch.randn(9 * n + 1, 2), torch.arange(9 * n + 1) % n), torch.randn(n)) for n in SIZES],
@@ -207,7 +218,10 @@ KINDS = {
     ),
     "packed sequences": (
         Packed,
-        [(pack_sequence([torch.randn(9 - row, 2) for row in range(n)]), {"y": torch.randn(n)}) for n in SIZES],
+        [
+            (pack_sequence([torch.randn(9 - row, 2) for row in range(n)]), {"y": torch.randn(n)})
+            for n in SIZES
+        ],
         lambda labels: labels["y"],
     ),
 }
@@ -236,13 +250,22 @@ def errors_of(net, batches, as_tensor):
 def test_evaluate_and_history_are_means_over_the_rows(kind, batches, as_tensor):
     net = kind()
     model = minikeras.Model(net)
-    model.compile(mse(as_tensor), torch.optim.SGD(net.parameters(), lr=0.0), {"mae": mae(as_tensor)}, device="cpu")
+    model.compile(
+        mse(as_tensor),
+        torch.optim.SGD(net.parameters(), lr=0.0),
+        {"mae": mae(as_tensor)},
+        device="cpu",
+    )
     with torch.no_grad():
         errors = errors_of(net, batches, as_tensor).double()
     expected = {"loss": errors.square().mean().item(), "mae": errors.abs().mean().item()}
     for order in (batches, batches[::-1]):
-        assert model.evaluate(order) == pytest.approx({f"val_{k}": v for k, v in expected.items()}, rel=1e-5)
-        assert model.fit(1, order, verbose=0).iloc[-1].to_dict() == pytest.approx(expected, rel=1e-5)
+        assert model.evaluate(order) == pytest.approx(
+            {f"val_{k}": v for k, v in expected.items()}, rel=1e-5
+        )
+        assert model.fit(1, order, verbose=0).iloc[-1].to_dict() == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize(("kind", "batches", "as_tensor"), KINDS.values(), ids=KINDS)
@@ -367,14 +390,19 @@ def test_a_batch_size_on_the_batch_is_taken():
 def test_labels_with_the_rows_first_are_the_other_remedy():
     batches = [(x, y) for x, y in found_boxes((13, 9))]
     padded = [(x, {"boxes": torch.zeros(8, 20, 6), "count": torch.ones(8)}) for x, _ in batches]
-    model = compiled(minikeras.Model(Detector()), lambda p, t: p.square().mean() + t["boxes"].mean())
+    model = compiled(
+        minikeras.Model(Detector()), lambda p, t: p.square().mean() + t["boxes"].mean()
+    )
     with torch.no_grad():
         expected = sum(model(x).square().mean().item() for x, _ in batches) / 2
     assert model.evaluate(padded)["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_targets_in_one_tensor_beside_time_first_features_are_refused():
-    batch = ((torch.randn(7, 4, 2), torch.full((4,), 7)), (torch.randint(5, (11,)), torch.tensor([3, 5, 1, 2])))
+    batch = (
+        (torch.randn(7, 4, 2), torch.full((4,), 7)),
+        (torch.randint(5, (11,)), torch.tensor([3, 5, 1, 2])),
+    )
     assert isinstance(count_rows(*batch), UnknownRows)
     (x, lengths), labels = batch
     assert count_rows((x.transpose(0, 1), lengths), labels) == 4  # rows first: the features tell
@@ -383,8 +411,12 @@ def test_targets_in_one_tensor_beside_time_first_features_are_refused():
 def test_a_list_that_is_taken_one_way_and_turns_out_the_other_is_said():
     """Two lists of two tensors of one first size: two inputs and two outputs, or two rows."""
     counter = RowCounter()
-    assert counter.count([torch.zeros(4, 2), torch.zeros(4, 2)], [torch.zeros(4), torch.zeros(4)]) == 4
-    assert counter.count([torch.zeros(3, 2), torch.zeros(3, 2)], [torch.zeros(3), torch.zeros(3)]) == 3
+    assert (
+        counter.count([torch.zeros(4, 2), torch.zeros(4, 2)], [torch.zeros(4), torch.zeros(4)]) == 4
+    )
+    assert (
+        counter.count([torch.zeros(3, 2), torch.zeros(3, 2)], [torch.zeros(3), torch.zeros(3)]) == 3
+    )
     rows = counter.count([torch.zeros(3, 2)], [torch.zeros(3)])  # one item less, and as many values
     assert isinstance(rows, UnknownRows)
     assert "number of its items" in rows.why
@@ -392,7 +424,12 @@ def test_a_list_that_is_taken_one_way_and_turns_out_the_other_is_said():
 
 def test_a_single_image_is_one_row_after_batches_that_were_clear():
     counter = RowCounter()
-    assert counter.count(images(4), [torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(1, 4), torch.zeros(3, 4)]) == 4
+    assert (
+        counter.count(
+            images(4), [torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(1, 4), torch.zeros(3, 4)]
+        )
+        == 4
+    )
     assert counter.count(images(2), [torch.zeros(3, 4), torch.zeros(3, 4)]) == 2
     assert counter.count(images(1), [torch.zeros(3, 4)]) == 1
 
@@ -429,7 +466,9 @@ JOINED = {
         {"boxes": row.repeat(int(row[0]) % 3 + 1, 1), "name": str(int(row[0]))} for row in x
     ],
     "words": lambda x: {"words": [str(row.tolist()) for row in x]},
-    "packed sequences": lambda x: pack_sequence([row[:1].repeat(int(row[0]) % 3 + 1, 1) for row in x], False),
+    "packed sequences": lambda x: pack_sequence(
+        [row[:1].repeat(int(row[0]) % 3 + 1, 1) for row in x], False
+    ),
 }
 
 
@@ -437,7 +476,9 @@ def same(one, other):
     if isinstance(one, PackedSequence):
         return all(
             same(a, b)
-            for a, b in zip(nn.utils.rnn.unpack_sequence(one), nn.utils.rnn.unpack_sequence(other), strict=True)
+            for a, b in zip(
+                nn.utils.rnn.unpack_sequence(one), nn.utils.rnn.unpack_sequence(other), strict=True
+            )
         )
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
@@ -480,13 +521,17 @@ def test_the_ways_out_of_a_table_work():
             return (x, torch.ones(4, 3)) if self.training else x
 
     assert torch.equal(Table().predict(X, batch_size=4), X)
-    assert Of(lambda x: (x, torch.ones(4, 3).expand(len(x), -1, -1))).predict(X, batch_size=4)[1].shape == (12, 4, 3)
+    assert Of(lambda x: (x, torch.ones(4, 3).expand(len(x), -1, -1))).predict(X, batch_size=4)[
+        1
+    ].shape == (12, 4, 3)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_part_that_is_none_in_some_batches_is_refused_and_never_dropped(first):
     model = Of(lambda x: {"x": x, "aux": None if bool(x[0, 0] == 1) == first else x})
-    with pytest.raises(ValueError, match=r"is None in one batch and Tensor \(4, 2\) float32 in another"):
+    with pytest.raises(
+        ValueError, match=r"is None in one batch and Tensor \(4, 2\) float32 in another"
+    ):
         model.predict(X, batch_size=4)
 
 
@@ -561,7 +606,9 @@ def test_predict_tells_of_a_squeezed_row_as_well(rows):
     with pytest.raises(ValueError, match=r"Name the dimension in forward: squeeze\(-1\)"):
         minikeras.Model(Squeezed()).predict(X[:rows], batch_size=4)
     assert minikeras.Model(Squeezed(-1)).predict(X[:rows], batch_size=4).shape == (rows,)
-    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (12,)  # no batch of one row
+    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (
+        12,
+    )  # no batch of one row
 
 
 class Cache:
@@ -620,7 +667,9 @@ def test_targets_and_lengths_in_a_tuple_are_no_rows_and_an_average_helps():
         losses = [F.ctc_loss(model(x), *t, reduction="none") / t[2] for x, t in batches]
     expected = torch.cat(losses).mean().item()
     assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
-    assert isinstance(count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows)  # 12 is a multiple of 3
+    assert isinstance(
+        count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows
+    )  # 12 is a multiple of 3
 
 
 def test_a_third_part_has_a_number_for_each_row_and_settles_them():
@@ -682,7 +731,9 @@ def test_a_last_bag_of_one_instance_is_joined():
 
 
 def test_rows_without_a_dimension_for_the_rows_are_not_run_together():
-    samples = [(torch.randn(3), torch.tensor(0.0)) for _ in range(4)]  # as batch_size=None gives them
+    samples = [
+        (torch.randn(3), torch.tensor(0.0)) for _ in range(4)
+    ]  # as batch_size=None gives them
     model = minikeras.Model(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"returned shape \(2,\) for 1 rows"):
         model.predict(samples)
@@ -691,7 +742,9 @@ def test_rows_without_a_dimension_for_the_rows_are_not_run_together():
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_hook_of_the_users_sees_the_batches_of_a_predict_and_no_others(size):
-    model = minikeras.Model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0)))
+    model = minikeras.Model(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0))
+    )
     X, seen = torch.randn(8, 3), []
     model.net[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
     outputs = model.predict(X, batch_size=size)

@@ -39,7 +39,9 @@ class Ends(Callback):
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+    ("number", "error"),
+    [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
+    ids=["SIGTERM", "Ctrl-C"],
 )
 def test_a_signal_after_the_last_writing_is_heard_too(number, error, tmp_path):
     late = LambdaCallback(on_fit_end=lambda: os.kill(os.getpid(), number))
@@ -74,10 +76,14 @@ def test_a_child_that_a_callback_starts_ends_when_it_is_told_to(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+    ("number", "error"),
+    [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
+    ids=["SIGTERM", "Ctrl-C"],
 )
 @pytest.mark.parametrize("at", [1, 3, 5, 7, 10])
-def test_the_batch_is_finished_the_state_written_and_the_run_carried_on(number, error, at, tmp_path):
+def test_the_batch_is_finished_the_state_written_and_the_run_carried_on(
+    number, error, at, tmp_path
+):
     before, path = signal.getsignal(number), tmp_path / "run.pt"
     seed(1)
     model, arguments = call_of("noisy")
@@ -124,7 +130,9 @@ def test_in_the_middle_of_validation_too(steps_per_epoch, tmp_path):
 
 def test_it_is_said_in_a_line(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        compiled().fit(1, points(96), checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGINT, at=2)])
+        compiled().fit(
+            1, points(96), checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGINT, at=2)]
+        )
     assert capsys.readouterr().out == (
         f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from there\n"
     )
@@ -150,7 +158,9 @@ def test_a_handler_that_was_there_is_called_when_the_state_is_written(tmp_path):
     before = signal.signal(signal.SIGTERM, handler)
     try:
         with pytest.raises(SystemExit):
-            compiled().fit(1, points(96), verbose=0, checkpoint=path, callbacks=[send(signal.SIGTERM, at=2)])
+            compiled().fit(
+                1, points(96), verbose=0, checkpoint=path, callbacks=[send(signal.SIGTERM, at=2)]
+            )
         assert seen == [(signal.SIGTERM, 2)]
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
@@ -161,7 +171,11 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         dfhistory = compiled().fit(
-            1, points(96), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGTERM, at=2)]
+            1,
+            points(96),
+            verbose=0,
+            checkpoint=tmp_path / "run.pt",
+            callbacks=[send(signal.SIGTERM, at=2)],
         )
         assert len(dfhistory) == 1
     finally:
@@ -204,7 +218,9 @@ def test_a_process_ends_with_status_143_and_its_workers_let_it_finish_the_batch(
     """)
 
     def run(*args):
-        done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, process_group=0)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *args], capture_output=True, text=True, process_group=0
+        )
         return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1:]
 
     status, out, last = run("SIGINT")

@@ -44,7 +44,9 @@ def test_an_estimator_does_what_scikit_learn_expects_of_one(estimator, check):
     check(estimator)
 
 
-@pytest.mark.parametrize(("Estimator", "method"), [(Classifier, "predict_proba"), (Regressor, "predict")])
+@pytest.mark.parametrize(
+    ("Estimator", "method"), [(Classifier, "predict_proba"), (Regressor, "predict")]
+)
 def test_a_prediction_depends_on_its_row_alone_to_1e_5(Estimator, method):
     X, y = load_iris(return_X_y=True)
     estimator = Estimator(epochs=3, **CPU).fit(X, y)
@@ -102,10 +104,16 @@ def test_a_regressor_learns_one_number_or_several():
     assert Regressor(epochs=1, **CPU).fit(X, y[:, None]).predict(X).shape == (442, 1)
 
 
-@pytest.mark.parametrize("turned", [lambda y: y[::-1], lambda y: y.astype(">f4"), lambda y: np.stack([y, -y], 1)[::-1]])
+@pytest.mark.parametrize(
+    "turned", [lambda y: y[::-1], lambda y: y.astype(">f4"), lambda y: np.stack([y, -y], 1)[::-1]]
+)
 def test_a_regressor_takes_targets_however_they_lie_in_memory(turned):
     X, y = load_diabetes(return_X_y=True)
-    expected = Regressor(epochs=1, **CPU).fit(X, np.array(turned(y), dtype=np.float64, order="C")).predict(X)
+    expected = (
+        Regressor(epochs=1, **CPU)
+        .fit(X, np.array(turned(y), dtype=np.float64, order="C"))
+        .predict(X)
+    )
     np.testing.assert_array_equal(Regressor(epochs=1, **CPU).fit(X, turned(y)).predict(X), expected)
 
 
@@ -138,10 +146,16 @@ def test_estimators_in_threads_are_what_they_are_one_by_one():
 def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():
     X, y = iris()
     search = GridSearchCV(
-        Classifier(network, epochs=5, **CPU), [{"width": [2, 16], "lr": [0.03]}, {"model": [None], "hidden": [4]}], cv=2
+        Classifier(network, epochs=5, **CPU),
+        [{"width": [2, 16], "lr": [0.03]}, {"model": [None], "hidden": [4]}],
+        cv=2,
     ).fit(X, y)
     assert len(search.cv_results_["params"]) == 3
-    assert search.best_params_ in ({"width": 2, "lr": 0.03}, {"width": 16, "lr": 0.03}, {"model": None, "hidden": 4})
+    assert search.best_params_ in (
+        {"width": 2, "lr": 0.03},
+        {"width": 16, "lr": 0.03},
+        {"model": None, "hidden": 4},
+    )
     searched = GridSearchCV(Classifier(network, epochs=1, **CPU), {"width": [5]}, cv=2).fit(X, y)
     assert searched.best_estimator_.model_.net[0].out_features == 5
 
@@ -205,7 +219,9 @@ def test_the_same_random_state_gives_the_same_network_and_leaves_the_global_one_
 def test_a_fitted_classifier_can_be_pickled():
     X, y = iris()
     classifier = Classifier(network, epochs=2, **CPU).fit(X, y)
-    assert (pickle.loads(pickle.dumps(classifier)).predict_proba(X) == classifier.predict_proba(X)).all()
+    assert (
+        pickle.loads(pickle.dumps(classifier)).predict_proba(X) == classifier.predict_proba(X)
+    ).all()
 
 
 def test_a_model_a_loss_and_an_optimizer_of_ones_own_are_used():
@@ -226,7 +242,9 @@ def test_a_model_a_loss_and_an_optimizer_of_ones_own_are_used():
         return nn.functional.cross_entropy(y_pred, y_true)
 
     X, y = iris()
-    classifier = Classifier(Net, loss_func, torch.optim.SGD, epochs=1, batch_size=150, lr=0.5, start=0.25, **CPU)
+    classifier = Classifier(
+        Net, loss_func, torch.optim.SGD, epochs=1, batch_size=150, lr=0.5, start=0.25, **CPU
+    )
     classifier.fit(X, y)
     assert isinstance(classifier.model_, Net)
     assert seen == [((150, 3), torch.int64)]
@@ -242,7 +260,13 @@ def test_weights_weigh_the_rows():
     weight = np.where(y == "setosa", 0.0, 1.0)
     classifier = Classifier(network, epochs=10, **CPU).fit(X, y, sample_weight=weight)
     assert "setosa" not in classifier.predict(X)
-    assert Regressor(epochs=30, **CPU).fit(X, (y == "setosa") * 5.0, sample_weight=weight).predict(X).max() < 1
+    assert (
+        Regressor(epochs=30, **CPU)
+        .fit(X, (y == "setosa") * 5.0, sample_weight=weight)
+        .predict(X)
+        .max()
+        < 1
+    )
 
 
 MISTAKES = {
@@ -290,12 +314,17 @@ def test_one_class_alone_is_nothing_to_tell_apart():
     X, y = iris()
     with pytest.raises(ValueError, match="one class") as caught:
         Classifier(network, **CPU).fit(X[:50], y[:50])
-    assert str(caught.value) == "y has one class, setosa; expected two or more to tell apart. Add rows of another."
+    assert (
+        str(caught.value)
+        == "y has one class, setosa; expected two or more to tell apart. Add rows of another."
+    )
 
 
 def test_outputs_for_other_classes_are_an_error():
     X, y = iris()
-    classifier = Classifier(lambda n_features, n_classes: nn.Linear(n_features, 7), epochs=1, **CPU).fit(X, y)
+    classifier = Classifier(
+        lambda n_features, n_classes: nn.Linear(n_features, 7), epochs=1, **CPU
+    ).fit(X, y)
     with pytest.raises(ValueError, match="needs outputs") as caught:
         classifier.predict(X)
     assert str(caught.value) == (
@@ -310,7 +339,10 @@ def test_outputs_for_other_classes_are_an_error():
             np.ones((150, 2)),
             "sample_weight must be one number a row, of shape (150,), got (150, 2). Pass one weight for each.",
         ),
-        (np.zeros(150), "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight."),
+        (
+            np.zeros(150),
+            "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight.",
+        ),
     ],
 )
 def test_weights_that_cannot_be_are_refused(weight, message):

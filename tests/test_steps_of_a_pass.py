@@ -73,8 +73,14 @@ def test_more_steps_than_batches_take_them_all():
 
 
 VERBS = {
-    "fit, dl_train": (lambda model, data, **k: model.fit(1, data, verbose=0, **k), "steps_per_epoch"),
-    "fit, dl_val": (lambda model, data, **k: model.fit(1, (X, y), data, verbose=0, **k), "validation_steps"),
+    "fit, dl_train": (
+        lambda model, data, **k: model.fit(1, data, verbose=0, **k),
+        "steps_per_epoch",
+    ),
+    "fit, dl_val": (
+        lambda model, data, **k: model.fit(1, (X, y), data, verbose=0, **k),
+        "validation_steps",
+    ),
     "evaluate": (lambda model, data, **k: model.evaluate(data, **k), "steps"),
     "predict": (lambda model, data, **k: model.predict(data, **k), "steps"),
 }
@@ -106,7 +112,11 @@ def test_an_iterator_for_several_passes_is_refused_and_validation_steps_are_the_
 @pytest.mark.parametrize(
     ("call", "limit", "argument"),
     [
-        (lambda m, data: m.fit(1, BATCHES, data, steps_per_epoch=5, verbose=0), 100, "validation_steps"),
+        (
+            lambda m, data: m.fit(1, BATCHES, data, steps_per_epoch=5, verbose=0),
+            100,
+            "validation_steps",
+        ),
         (lambda m, data: m.fit(1, BATCHES, data, verbose=0), 1000, "validation_steps"),
         (lambda m, data: m.evaluate(data), 10_000, "steps"),
     ],
@@ -121,7 +131,10 @@ def test_a_pass_that_goes_on_for_long_is_told_with_the_remedy(call, limit, argum
                 yield BATCHES[0]
             raise Ended
 
-    with pytest.warns(UserWarning, match=f"given {limit} batches .* pass {argument}="), pytest.raises(Ended):
+    with (
+        pytest.warns(UserWarning, match=f"given {limit} batches .* pass {argument}="),
+        pytest.raises(Ended),
+    ):
         call(compiled(), Long())
 
 
@@ -138,5 +151,7 @@ def test_a_number_that_is_none_is_refused(steps):
 
 
 def test_validation_steps_without_dl_val_are_refused():
-    with pytest.raises(ValueError, match=r"validation_steps=3 needs data to validate on\. Pass dl_val"):
+    with pytest.raises(
+        ValueError, match=r"validation_steps=3 needs data to validate on\. Pass dl_val"
+    ):
         compiled().fit(1, (X, y), validation_steps=3, verbose=0)

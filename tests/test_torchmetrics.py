@@ -28,10 +28,16 @@ def wrapped(net, loss_func, metrics_dict):
 def both(model, data):
     """The values of a fit's epoch, of its validation, and of evaluate."""
     dfhistory = model.fit(2, data, data, batch_size=BATCH, verbose=0)
-    assert list(dfhistory.iloc[0]) == pytest.approx(list(dfhistory.iloc[1]), rel=1e-6)  # each epoch counts anew
+    assert list(dfhistory.iloc[0]) == pytest.approx(
+        list(dfhistory.iloc[1]), rel=1e-6
+    )  # each epoch counts anew
     evaluated = model.evaluate(data, batch_size=BATCH)
     row = dfhistory.iloc[-1]
-    return {name: (row[name], row[f"val_{name}"], evaluated[f"val_{name}"]) for name in dfhistory if name[:4] != "val_"}
+    return {
+        name: (row[name], row[f"val_{name}"], evaluated[f"val_{name}"])
+        for name in dfhistory
+        if name[:4] != "val_"
+    }
 
 
 def assert_near(values, expected):
@@ -49,7 +55,10 @@ def specificity(y, p):
 
 
 MULTICLASS = {
-    "accuracy": (tmc.MulticlassAccuracy(CLASSES, average="micro"), lambda y, p: skm.accuracy_score(y, p.argmax(1))),
+    "accuracy": (
+        tmc.MulticlassAccuracy(CLASSES, average="micro"),
+        lambda y, p: skm.accuracy_score(y, p.argmax(1)),
+    ),
     "balanced_accuracy": (
         tmc.MulticlassAccuracy(CLASSES, average="macro"),
         lambda y, p: skm.balanced_accuracy_score(y, p.argmax(1)),
@@ -58,9 +67,18 @@ MULTICLASS = {
     "precision": (tmc.MulticlassPrecision(CLASSES), macro(skm.precision_score)),
     "recall": (tmc.MulticlassRecall(CLASSES), macro(skm.recall_score)),
     "specificity": (tmc.MulticlassSpecificity(CLASSES), specificity),
-    "mcc": (tmc.MulticlassMatthewsCorrCoef(CLASSES), lambda y, p: skm.matthews_corrcoef(y, p.argmax(1))),
-    "kappa": (tmc.MulticlassCohenKappa(CLASSES), lambda y, p: skm.cohen_kappa_score(y, p.argmax(1))),
-    "auroc": (tmc.MulticlassAUROC(CLASSES), lambda y, p: skm.roc_auc_score(y, p, multi_class="ovr")),
+    "mcc": (
+        tmc.MulticlassMatthewsCorrCoef(CLASSES),
+        lambda y, p: skm.matthews_corrcoef(y, p.argmax(1)),
+    ),
+    "kappa": (
+        tmc.MulticlassCohenKappa(CLASSES),
+        lambda y, p: skm.cohen_kappa_score(y, p.argmax(1)),
+    ),
+    "auroc": (
+        tmc.MulticlassAUROC(CLASSES),
+        lambda y, p: skm.roc_auc_score(y, p, multi_class="ovr"),
+    ),
     "average_precision": (
         tmc.MulticlassAveragePrecision(CLASSES),
         lambda y, p: skm.average_precision_score(np.eye(CLASSES)[y], p),
@@ -107,7 +125,11 @@ def estimated():
     with torch.no_grad():
         net.weight.fill_(0.9)
         net.bias.fill_(2.9)
-    model = wrapped(net, nn.MSELoss(), {name: metric.set_dtype(torch.float64) for name, (metric, _) in NUMBERS.items()})
+    model = wrapped(
+        net,
+        nn.MSELoss(),
+        {name: metric.set_dtype(torch.float64) for name, (metric, _) in NUMBERS.items()},
+    )
     return both(model, (X, y)), y.numpy(), model.predict(X).numpy()
 
 
@@ -120,7 +142,9 @@ def test_a_metric_of_numbers_is_scikit_learns_on_the_whole_set(name, estimated):
 def summed(y_pred, y_true):
     """The loss of all tokens, and how many they are."""
     flat = y_pred.flatten(0, 1), y_true.flatten()
-    return minikeras.Average(nn.functional.cross_entropy(*flat, reduction="sum"), (y_true != -100).sum())
+    return minikeras.Average(
+        nn.functional.cross_entropy(*flat, reduction="sum"), (y_true != -100).sum()
+    )
 
 
 def test_perplexity_is_that_of_all_tokens_without_the_padding():
@@ -141,7 +165,9 @@ def test_perplexity_is_that_of_all_tokens_without_the_padding():
 
 def scores(**kwargs):
     """Of one group for torchmetrics, which then counts once for all of them."""
-    return torchmetrics.MetricCollection([tmc.BinaryPrecision(), tmc.BinaryRecall(), tmc.BinaryF1Score()], **kwargs)
+    return torchmetrics.MetricCollection(
+        [tmc.BinaryPrecision(), tmc.BinaryRecall(), tmc.BinaryF1Score()], **kwargs
+    )
 
 
 def spread_out(metrics_dict):
@@ -156,7 +182,9 @@ def spread_out(metrics_dict):
 def expected_scores(model, X, y):
     truth, guess = y.numpy(), model.predict(X).numpy() > 0.5
     assert 0.2 < guess.mean() < 0.8
-    return [function(truth, guess) for function in (skm.precision_score, skm.recall_score, skm.f1_score)]
+    return [
+        function(truth, guess) for function in (skm.precision_score, skm.recall_score, skm.f1_score)
+    ]
 
 
 def test_a_collection_is_a_column_for_each_member_under_its_own_name():
@@ -172,7 +200,9 @@ def test_a_collection_is_a_column_for_each_member_under_its_own_name():
 
 
 def test_a_collections_own_names_and_its_prefix_are_in_the_columns():
-    named = torchmetrics.MetricCollection({"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()}, prefix="ring_")
+    named = torchmetrics.MetricCollection(
+        {"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()}, prefix="ring_"
+    )
     dfhistory = compiled(metrics_dict={"all": named}).fit(1, points(20), verbose=0)
     assert list(dfhistory) == ["loss", "ring_auroc", "ring_f1"]
 
@@ -188,7 +218,11 @@ def test_two_metrics_of_one_name_are_refused_with_what_to_do():
 
 def test_a_members_name_that_history_uses_itself_is_refused():
     with pytest.raises(ValueError, match="metrics_dict has the name 'loss'"):
-        compiled(metrics_dict={"all": torchmetrics.MetricCollection({"loss": torchmetrics.MeanSquaredError()})})
+        compiled(
+            metrics_dict={
+                "all": torchmetrics.MetricCollection({"loss": torchmetrics.MeanSquaredError()})
+            }
+        )
 
 
 def test_the_users_own_collection_is_left_alone():
@@ -242,7 +276,9 @@ def classifier(metrics_dict):
 def test_a_value_per_class_is_a_column_per_class():
     metric = tmc.MulticlassF1Score(CLASSES, average=None)
     names = [f"class {number}" for number in range(CLASSES)]
-    wrapper = torchmetrics.ClasswiseWrapper(tmc.MulticlassF1Score(CLASSES, average=None), labels=names)
+    wrapper = torchmetrics.ClasswiseWrapper(
+        tmc.MulticlassF1Score(CLASSES, average=None), labels=names
+    )
     model, data, p, y = classifier({"f1": metric, "named": wrapper})
     values = both(model, data)
     for number, expected in enumerate(skm.f1_score(y, p.argmax(1), average=None)):
@@ -287,7 +323,9 @@ def test_raw_values_of_several_targets_are_a_column_each():
     metric = torchmetrics.R2Score(multioutput="raw_values").set_dtype(torch.float64)
     model, data = two_targets({"r2": metric})
     values = both(model, data)
-    for number, expected in enumerate(skm.r2_score(data[1], model.predict(data[0]), multioutput="raw_values")):
+    for number, expected in enumerate(
+        skm.r2_score(data[1], model.predict(data[0]), multioutput="raw_values")
+    ):
         assert_near(values[f"r2_{number}"], expected)
 
 
@@ -355,13 +393,24 @@ def whole(metric, y_pred, y_true):
     return columns_of("m", metric.compute())
 
 
-@pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save", "ignore:Sparse invariant checks")  # theirs
+@pytest.mark.filterwarnings(
+    "ignore:Metric `SpearmanCorrcoef` will save", "ignore:Sparse invariant checks"
+)  # theirs
 @pytest.mark.parametrize(
     ("metric", "change", "label"),
     [
-        *(pytest.param(metric, torch.sigmoid, "class", id=f"binary {name}") for name, metric in BINARY.items()),
-        *(pytest.param(metric, lambda x: x, "number", id=f"number {name}") for name, metric in VALUES.items()),
-        *(pytest.param(metric, lambda x: (x > 0).long(), "class", id=name) for name, metric in CLASS_NUMBERS.items()),
+        *(
+            pytest.param(metric, torch.sigmoid, "class", id=f"binary {name}")
+            for name, metric in BINARY.items()
+        ),
+        *(
+            pytest.param(metric, lambda x: x, "number", id=f"number {name}")
+            for name, metric in VALUES.items()
+        ),
+        *(
+            pytest.param(metric, lambda x: (x > 0).long(), "class", id=name)
+            for name, metric in CLASS_NUMBERS.items()
+        ),
     ],
 )
 def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(metric, change, label):
@@ -378,7 +427,9 @@ def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(met
         assert values[name] == pytest.approx([value] * 3, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("metric", [torchmetrics.MeanMetric(), torchmetrics.SumMetric(), torchmetrics.MaxMetric()])
+@pytest.mark.parametrize(
+    "metric", [torchmetrics.MeanMetric(), torchmetrics.SumMetric(), torchmetrics.MaxMetric()]
+)
 def test_an_aggregator_takes_what_its_subclass_gives_it(metric):
     class OfOutputs(type(metric)):
         def update(self, y_pred, y_true):
@@ -387,7 +438,9 @@ def test_an_aggregator_takes_what_its_subclass_gives_it(metric):
     X, y = points(ROWS)
     model = compiled(metrics_dict={"m": OfOutputs()}, lr=0.0)
     p = model.predict(X).numpy()
-    expected = {"MeanMetric": p.mean(), "SumMetric": p.sum(), "MaxMetric": p.max()}[type(metric).__name__]
+    expected = {"MeanMetric": p.mean(), "SumMetric": p.sum(), "MaxMetric": p.max()}[
+        type(metric).__name__
+    ]
     assert model.evaluate((X, y), batch_size=BATCH)["val_m"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -446,7 +499,9 @@ def test_each_remedy_for_raw_scores_is_scikit_learns_value_at_any_batch_size():
         values = [found[f"val_{name}"] for name in ("f1", "auroc", "also f1", "also auroc")]
         assert values == pytest.approx([f1, auroc, f1, auroc], rel=1e-5)
     probabilities = compiled(
-        minikeras.Model(nn.Sequential(model.net, nn.Sigmoid())), nn.BCELoss(), {"f1": tmc.BinaryF1Score()}
+        minikeras.Model(nn.Sequential(model.net, nn.Sigmoid())),
+        nn.BCELoss(),
+        {"f1": tmc.BinaryF1Score()},
     )
     assert probabilities.evaluate((X, y), batch_size=1)["val_f1"] == pytest.approx(f1, rel=1e-5)
 

@@ -21,9 +21,17 @@ from minikeras.integrations.mlflow import MLflow
 from minikeras.integrations.tensorboard import TensorBoard
 from minikeras.integrations.wandb import WandB
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # SQLAlchemy's, of MLflow
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy"
+)  # SQLAlchemy's, of MLflow
 
-STATES = {0: "FINISHED", 1: "FAILED", 255: "KILLED", "STATUS_SUCCESS": "FINISHED", "STATUS_FAILURE": "FAILED"}
+STATES = {
+    0: "FINISHED",
+    1: "FAILED",
+    255: "KILLED",
+    "STATUS_SUCCESS": "FINISHED",
+    "STATUS_FAILURE": "FAILED",
+}
 
 
 # --- one way to make each tracker, and to read back what it has written -----------------------------------------------
@@ -122,11 +130,18 @@ class Files:
         self.folder = folder
 
     def callback(self):
-        return WandB("rings", "first", {"lr": 0.1, "kind": "ring"}, mode="offline", dir=str(self.folder))
+        return WandB(
+            "rings", "first", {"lr": 0.1, "kind": "ring"}, mode="offline", dir=str(self.folder)
+        )
 
     def records(self, kind):
         files = sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))
-        return [getattr(record, kind) for file in files for record in ended(file) if record.HasField(kind)]
+        return [
+            getattr(record, kind)
+            for file in files
+            for record in ended(file)
+            if record.HasField(kind)
+        ]
 
     def table(self):
         table = {}
@@ -194,7 +209,9 @@ def ring(lr=0.1):
 
 
 def fit(model, callbacks, epochs=3, **kwargs):
-    return model.fit(epochs, points(50), points(20), batch_size=10, callbacks=callbacks, verbose=0, **kwargs)
+    return model.fit(
+        epochs, points(50), points(20), batch_size=10, callbacks=callbacks, verbose=0, **kwargs
+    )
 
 
 def halving(model):
@@ -266,10 +283,16 @@ class Breaks(minikeras.Callback):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(1, 3), (3, 4), (2, None)], ids=str)
-def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(tracker, epoch, batch, tmp_path):
+def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(
+    tracker, epoch, batch, tmp_path
+):
     model, run = ring(), {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
     with pytest.raises(RuntimeError, match="broken"):
-        fit(model, [halving(model), tracker.callback(), Breaks(RuntimeError("broken"), epoch, batch)], **run)
+        fit(
+            model,
+            [halving(model), tracker.callback(), Breaks(RuntimeError("broken"), epoch, batch)],
+            **run,
+        )
     if tracker.table():  # of the first epoch nothing may be there yet
         assert tracker.state() == "FAILED"
     model = ring()
@@ -297,7 +320,9 @@ def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(trac
     model, callback = ring(), tracker.callback()
     fit(model, [callback], epochs=1)
     dfhistory = fit(model, [callback], epochs=2)
-    assert_holds({name: values for name, values in tracker.table().items() if name != "lr"}, dfhistory)
+    assert_holds(
+        {name: values for name, values in tracker.table().items() if name != "lr"}, dfhistory
+    )
     model.compile(nn.BCELoss(), model.optimizer, device="cpu")
     fit(model, [callback], epochs=1)
     model.compile(nn.BCELoss(), model.optimizer, device="cpu")
@@ -313,7 +338,9 @@ def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
     dfhistory = fit(model, [callback], epochs=1)
     assert tracker.runs() == (1 if isinstance(tracker, Board) else 2)
     if isinstance(tracker, Board):
-        assert_holds({name: values for name, values in tracker.table().items() if name != "lr"}, dfhistory)
+        assert_holds(
+            {name: values for name, values in tracker.table().items() if name != "lr"}, dfhistory
+        )
 
 
 @pytest.mark.parametrize(
@@ -325,7 +352,9 @@ def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
     ],
     ids=["TensorBoard", "MLflow", "WandB"],
 )
-def test_a_missing_package_is_one_line_that_says_what_to_install(make, missing, packages, monkeypatch):
+def test_a_missing_package_is_one_line_that_says_what_to_install(
+    make, missing, packages, monkeypatch
+):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError) as error:
         make()
@@ -345,7 +374,10 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(make, missing, 
 def test_what_a_run_was_made_with_is_a_dict(make, name):
     with pytest.raises(TypeError) as error:
         make(["lr", 0.1])
-    assert str(error.value) == f'{name} must be a dict of name -> value, got [str, float]. Pass such as {{"lr": 0.1}}.'
+    assert (
+        str(error.value)
+        == f'{name} must be a dict of name -> value, got [str, float]. Pass such as {{"lr": 0.1}}.'
+    )
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -355,7 +387,9 @@ def test_running_means_are_points_over_the_batches(tmp_path):
     seen = []
     log = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["loss"]))
     fit(ring(), [TensorBoard(tmp_path, every=2), log], epochs=2)
-    assert scalars(tmp_path / "steps")["loss"] == pytest.approx({step: seen[step - 1] for step in (2, 4, 6, 8, 10)})
+    assert scalars(tmp_path / "steps")["loss"] == pytest.approx(
+        {step: seen[step - 1] for step in (2, 4, 6, 8, 10)}
+    )
 
 
 def test_points_over_the_batches_go_on_where_the_checkpoint_stands(tmp_path):
@@ -393,14 +427,18 @@ def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
     fit(model, [board], epochs=1)
     fit(model, [board], epochs=1)
-    assert len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2  # files are in order of seconds
+    assert (
+        len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2
+    )  # files are in order of seconds
 
 
 def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
     model = ring()
     fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=2)
     held = events(tmp_path)
-    assert sorted(held.Tags()["histograms"]) == [f"weights/fc{n}.{part}" for n in (1, 2) for part in ("bias", "weight")]
+    assert sorted(held.Tags()["histograms"]) == [
+        f"weights/fc{n}.{part}" for n in (1, 2) for part in ("bias", "weight")
+    ]
     points = held.Histograms("weights/fc1.weight")
     assert [point.step for point in points] == [1, 2]
     assert points[-1].histogram_value.num == 16
@@ -411,7 +449,11 @@ def test_weights_that_are_not_finite_are_left_out_of_histograms(tmp_path):
     model = ring()
     model.unused = nn.Parameter(torch.tensor([math.nan, math.inf, 1.0]))
     model.nothing = nn.Parameter(torch.tensor(math.nan))
-    model.compile(nn.BCELoss(), torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()]), device="cpu")
+    model.compile(
+        nn.BCELoss(),
+        torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()]),
+        device="cpu",
+    )
     fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=1)
     held = events(tmp_path)
     assert held.Histograms("weights/unused")[0].histogram_value.num == 1
@@ -462,8 +504,13 @@ def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
     for _ in range(2):  # the second takes the place of the first
         fit(ring(), [board.callback()], epochs=1)
     held = events(board.folder)
-    content = {tag: held.SummaryMetadata(tag).plugin_data.content for tag in held.PluginTagToContent("hparams")}
-    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    content = {
+        tag: held.SummaryMetadata(tag).plugin_data.content
+        for tag in held.PluginTagToContent("hparams")
+    }
+    start = HParamsPluginData.FromString(
+        content["_hparams_/session_start_info"]
+    ).session_start_info.hparams
     assert (start["lr"].number_value, start["kind"].string_value) == (0.1, "ring")
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
     columns = ["loss", "accuracy", "val_loss", "val_accuracy", "lr"]
@@ -480,7 +527,12 @@ def test_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path)
 
 
 def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
-    numbers = {"lr": np.float32(0.5), "width": np.int64(8), "decay": torch.tensor(0.25), "nesterov": True}
+    numbers = {
+        "lr": np.float32(0.5),
+        "width": np.int64(8),
+        "decay": torch.tensor(0.25),
+        "nesterov": True,
+    }
     fit(ring(), [TensorBoard(tmp_path, hparams=numbers)], epochs=1)
     content = events(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     start = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -495,7 +547,10 @@ def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
 def test_a_graph_of_something_else_than_tensors_is_refused(tmp_path):
     with pytest.raises(TypeError) as error:
         TensorBoard(tmp_path, graph="X")
-    assert str(error.value) == "graph must be a tensor or a tuple of them, got str. Pass features, X[:1]."
+    assert (
+        str(error.value)
+        == "graph must be a tensor or a tuple of them, got str. Pass features, X[:1]."
+    )
 
 
 def test_a_graph_that_the_model_cannot_take_is_said_in_one_error(tmp_path, capsys):
@@ -519,7 +574,11 @@ def test_every_must_be_a_whole_number(tmp_path):
 def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
     store, model = Store(tmp_path), ring()
     summary = model.summary(input_shape=(2,))
-    fit(model, [MLflow("rings", "first", store.uri, {"lr": 0.1, "kind": "ring"}, summary=summary)], epochs=1)
+    fit(
+        model,
+        [MLflow("rings", "first", store.uri, {"lr": 0.1, "kind": "ring"}, summary=summary)],
+        epochs=1,
+    )
     run = store.run()
     assert run.data.params == {"lr": "0.1", "kind": "ring"}
     assert run.info.run_name == "first"
@@ -537,7 +596,9 @@ def test_a_run_that_fails_as_it_begins_has_failed(tmp_path):
 
 def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
     model = ring()
-    model.compile(nn.BCELoss(), model.optimizer, {"top5 (acc@1)": lambda y_pred, y_true: 0.25}, device="cpu")
+    model.compile(
+        nn.BCELoss(), model.optimizer, {"top5 (acc@1)": lambda y_pred, y_true: 0.25}, device="cpu"
+    )
     stored = Store(tmp_path)
     fit(model, [stored.callback()], epochs=1)
     assert stored.table()["val_top5 _acc_1_"] == {1: 0.25}
@@ -546,7 +607,11 @@ def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
 def test_metrics_whose_names_differ_in_what_mlflow_refuses_stay_two(tmp_path):
     class Counts(minikeras.Callback):
         def on_epoch_end(self, epoch, logs):
-            logs |= {"n>1": 3 * epoch, "n<1": 2 * epoch, "n_1": epoch} if epoch > 1 else {"n<1": 2 * epoch}
+            logs |= (
+                {"n>1": 3 * epoch, "n<1": 2 * epoch, "n_1": epoch}
+                if epoch > 1
+                else {"n<1": 2 * epoch}
+            )
 
     stored, run = Store(tmp_path), {"checkpoint": tmp_path / "run.pt"}
     with pytest.raises(RuntimeError, match="broken"):
@@ -572,17 +637,31 @@ def test_mlflow_takes_the_experiment_of_the_environment(tmp_path, monkeypatch):
     assert store.runs() == 1
 
 
-def test_mlflow_takes_the_experiment_that_the_user_has_set_and_in_its_store_alone(tmp_path, monkeypatch):
+def test_mlflow_takes_the_experiment_that_the_user_has_set_and_in_its_store_alone(
+    tmp_path, monkeypatch
+):
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
     store, other = Store(tmp_path / "one"), Store(tmp_path / "other")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # set_experiment sets it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     mlflow.set_experiment("rings")
-    for callback in (MLflow(), MLflow(tracking_uri=store.uri), MLflow("mine"), MLflow(tracking_uri=other.uri)):
+    for callback in (
+        MLflow(),
+        MLflow(tracking_uri=store.uri),
+        MLflow("mine"),
+        MLflow(tracking_uri=other.uri),
+    ):
         fit(ring(), [callback], epochs=1)
     assert store.runs() == 2
-    assert len(store.client().search_runs([store.client().get_experiment_by_name("mine").experiment_id])) == 1
+    assert (
+        len(
+            store.client().search_runs(
+                [store.client().get_experiment_by_name("mine").experiment_id]
+            )
+        )
+        == 1
+    )
     assert len(other.client().search_runs(["0"])) == 1  # MLflow's own
 
 

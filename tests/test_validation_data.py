@@ -15,9 +15,17 @@ from minikeras import LambdaCallback
 X, y = points(64)
 
 WRONG = {
-    "an open file": (io.StringIO("a,b"), TypeError, "is an open file; expected data. Read it first"),
+    "an open file": (
+        io.StringIO("a,b"),
+        TypeError,
+        "is an open file; expected data. Read it first",
+    ),
     "labels (N,)": ((X, y[:, 0]), ValueError, "would broadcast"),
-    "labels (N,) in a loader": (DataLoader(TensorDataset(X, y[:, 0]), 8), ValueError, "would broadcast"),
+    "labels (N,) in a loader": (
+        DataLoader(TensorDataset(X, y[:, 0]), 8),
+        ValueError,
+        "would broadcast",
+    ),
     "labels (N,) in a list": ([(X[:8], y[:8, 0])], ValueError, "would broadcast"),
     "other columns": ((torch.randn(64, 3), y), ValueError, "takes rows of 2 values"),
     "labels of text": ([(X[:8], ["a"] * 8)], ValueError, "the labels are text"),
@@ -29,7 +37,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("dl_val", "error", "message"), WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize("train", [(X, y), DataLoader(TensorDataset(X, y), 8, shuffle=True)], ids=["arrays", "loader"])
+@pytest.mark.parametrize(
+    "train", [(X, y), DataLoader(TensorDataset(X, y), 8, shuffle=True)], ids=["arrays", "loader"]
+)
 def test_what_is_wrong_with_dl_val_is_said_before_a_step(dl_val, error, message, train):
     model, steps = compiled(), []
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -46,7 +56,13 @@ def test_what_is_wrong_with_dl_val_is_said_before_a_step(dl_val, error, message,
 
 def dropout_net():
     torch.manual_seed(0)
-    layers = nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    layers = (
+        nn.Conv1d(1, 4, 3),
+        nn.BatchNorm1d(4),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+    )
     model = minikeras.Model(nn.Sequential(*layers, nn.Linear(4, 1), nn.Sigmoid()))
     return compiled(model, metrics_dict={"accuracy": accuracy})
 
@@ -61,7 +77,14 @@ def test_signals_of_another_length_are_validated_as_without_the_look():
         model = dropout_net()
         size = {"batch_size": 8}
         dfhistory = model.fit(2, (signals, y), dl_val, verbose=0, **size)
-        results.append((dfhistory, model.state_dict(), torch.rand(()).item(), np.random.get_state()[1].tolist()))
+        results.append(
+            (
+                dfhistory,
+                model.state_dict(),
+                torch.rand(()).item(),
+                np.random.get_state()[1].tolist(),
+            )
+        )
     for dfhistory, state, drawn, drawn_by_numpy in results[:-1]:
         expected, expected_state, *expected_draws = results[-1]
         assert dfhistory.equals(expected)
@@ -129,7 +152,9 @@ def test_a_loss_that_ignores_labels_needs_none(end):
         losses = [model(**batch[0])["loss"] for batch in batches]
     expected = torch.cat(losses).mean().item()
     history = model.fit(1, batches, batches, verbose=0)
-    assert history[["loss", "val_loss"]].iloc[0].tolist() == pytest.approx([expected, expected], rel=1e-5)
+    assert history[["loss", "val_loss"]].iloc[0].tolist() == pytest.approx(
+        [expected, expected], rel=1e-5
+    )
 
 
 def test_a_loss_that_fails_without_labels_says_that_there_are_none():
@@ -138,4 +163,6 @@ def test_a_loss_that_fails_without_labels_says_that_there_are_none():
         model.fit(1, [X[:8, :2]], verbose=0)
     assert "The batches are features alone: give (features, labels)" in caught.value.__notes__[0]
     rows = X[:8, :1]
-    compiled(minikeras.Model(nn.Linear(1, 1)), lambda p, t: (p - t).square().mean()).fit(1, (rows, rows), verbose=0)
+    compiled(minikeras.Model(nn.Linear(1, 1)), lambda p, t: (p - t).square().mean()).fit(
+        1, (rows, rows), verbose=0
+    )

@@ -21,7 +21,9 @@ class Lent:
 
     owner: EMA | None = None  # whose average it is; one of several EMAs lends
     raw: list[Tensor] = field(default_factory=list)  # the model's own weights
-    filled_by: EMA | None = None  # at the fit's end, another EMA that has put its average in their place
+    filled_by: EMA | None = (
+        None  # at the fit's end, another EMA that has put its average in their place
+    )
 
 
 class EMA(Callback):
@@ -126,15 +128,22 @@ class EMA(Callback):
         lent.raw = []
 
     def _fill(self, tensors: list[Tensor]) -> None:
-        for weight, tensor in zip(self._weights().values(), tensors, strict=False):  # none, or one for each
+        for weight, tensor in zip(
+            self._weights().values(), tensors, strict=False
+        ):  # none, or one for each
             weight.copy_(tensor)
 
     def tensors(self) -> list[tuple[str, str, Tensor]]:
         """What a state holds: a title, the name of the parameter, and its average or its own value while it is lent."""
         names = list(self._weights())
         raw = self._lent.raw if self._lent.owner is self else []
-        found = [(f"the EMA of {name}", name, tensor) for name, tensor in zip(names, self.averaged, strict=False)]
-        found += [(f"{name} in training", name, tensor) for name, tensor in zip(names, raw, strict=False)]
+        found = [
+            (f"the EMA of {name}", name, tensor)
+            for name, tensor in zip(names, self.averaged, strict=False)
+        ]
+        found += [
+            (f"{name} in training", name, tensor) for name, tensor in zip(names, raw, strict=False)
+        ]
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,8 +160,12 @@ class EMA(Callback):
         weights = self._weights().items()
         for part in ("averaged", "raw"):
             given = state[part]
-            if given and any(name not in given or given[name].shape != weight.shape for name, weight in weights):
-                raise ValueError(f"EMA: the state has {part} weights of another shape than the model's.")
+            if given and any(
+                name not in given or given[name].shape != weight.shape for name, weight in weights
+            ):
+                raise ValueError(
+                    f"EMA: the state has {part} weights of another shape than the model's."
+                )
         self.taken = state.get("taken", 0)
         self.averaged = self._loaded(state["averaged"])
         if state["raw"]:

@@ -101,7 +101,11 @@ class LambdaCallback(Callback):
         on_epoch_end: Callable[[int, dict[str, float]], Any] | None = None,
         on_fit_end: Callable[[], Any] | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name.startswith("on_") and value is not None}
+        given = {
+            name: value
+            for name, value in locals().items()
+            if name.startswith("on_") and value is not None
+        }
         for name, function in given.items():
             setattr(self, name, function)
 
@@ -112,8 +116,14 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
     for callback in listed:
         if not isinstance(callback, Callback):
             got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
-            got = f"a torch {type(callback).__name__}" if isinstance(callback, TorchScheduler) else got
-            raise TypeError(f"callbacks must be instances of minikeras.Callback, got {got}. Pass {_remedy(callback)}.")
+            got = (
+                f"a torch {type(callback).__name__}"
+                if isinstance(callback, TorchScheduler)
+                else got
+            )
+            raise TypeError(
+                f"callbacks must be instances of minikeras.Callback, got {got}. Pass {_remedy(callback)}."
+            )
         _warn_of_uncalled(callback)
     return listed
 
@@ -124,17 +134,31 @@ def _remedy(callback: Any) -> str:
     if isinstance(callback, type):
         return f"{callback.__name__}()"
     return (
-        "LambdaCallback(on_epoch_end=...) for a function" if callable(callback) else "a list of instances, or nothing"
+        "LambdaCallback(on_epoch_end=...) for a function"
+        if callable(callback)
+        else "a list of instances, or nothing"
     )
 
 
 def _warn_of_uncalled(callback: Callback) -> None:
     """A method that looks like a moment and is none; those that another library's class has are its own."""
     moments = [name for name in vars(Callback) if name.startswith("on_")]
-    others = {name for cls in type(callback).__mro__ if not issubclass(cls, Callback) for name in vars(cls)}
-    unknown = [name for name in dir(type(callback)) if name.startswith("on_") and name not in {*moments, *others}]
+    others = {
+        name
+        for cls in type(callback).__mro__
+        if not issubclass(cls, Callback)
+        for name in vars(cls)
+    }
+    unknown = [
+        name
+        for name in dir(type(callback))
+        if name.startswith("on_") and name not in {*moments, *others}
+    ]
     if unknown:
-        calls, names = ", ".join(f"{type(callback).__name__}.{name}" for name in unknown), ", ".join(moments)
+        calls, names = (
+            ", ".join(f"{type(callback).__name__}.{name}" for name in unknown),
+            ", ".join(moments),
+        )
         warnings.warn(f"fit never calls {calls}. What it calls is {names}.", stacklevel=5)
 
 
@@ -142,13 +166,19 @@ def check_row(logs: dict[str, Any]) -> None:
     """What a callback has added to an epoch's row of the history must be numbers; what is not is taken out again."""
     for name in [name for name, value in logs.items() if not is_number(value)]:
         value = logs.pop(name)
-        raise TypeError(f"logs[{name!r}] is {value!r}, and a column of the history holds numbers. Log a number.")
+        raise TypeError(
+            f"logs[{name!r}] is {value!r}, and a column of the history holds numbers. Log a number."
+        )
 
 
 def with_method(callbacks: Iterable[Callback], name: str) -> list[Callback]:
     """Those callbacks that do something at that moment: the rest costs nothing."""
     empty = getattr(Callback, name)
-    return [callback for callback in callbacks if getattr(getattr(callback, name), "__func__", None) is not empty]
+    return [
+        callback
+        for callback in callbacks
+        if getattr(getattr(callback, name), "__func__", None) is not empty
+    ]
 
 
 def column_order(names: Iterable[str]) -> list[str]:
@@ -157,7 +187,9 @@ def column_order(names: Iterable[str]) -> list[str]:
     >>> column_order(["loss", "lr", "val_loss", "accuracy"])
     ['loss', 'accuracy', 'val_loss', 'lr']
     """
-    return sorted(names, key=lambda name: (is_rate(name), name.startswith("val_")))  # the order within each part stays
+    return sorted(
+        names, key=lambda name: (is_rate(name), name.startswith("val_"))
+    )  # the order within each part stays
 
 
 def is_rate(name: str) -> bool:

@@ -52,13 +52,20 @@ class ModelCheckpoint(Watching):
     """
 
     def __init__(
-        self, path: str | Path, monitor: str = "val_loss", *, save_best_only: bool = False, mode: str = "auto"
+        self,
+        path: str | Path,
+        monitor: str = "val_loss",
+        *,
+        save_best_only: bool = False,
+        mode: str = "auto",
     ) -> None:
         user_path(path)
         self.path: str = str(path)
         self.folder: Path = Path()  # a fit's current one as it begins: a callback may chdir
         self.names: list[str] = _names_in(self.path)
-        self.monitor: Monitor | None = Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
+        self.monitor: Monitor | None = (
+            Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
+        )
         self.best: float = 0.0
 
     def on_fit_begin(self) -> None:
@@ -79,7 +86,9 @@ class ModelCheckpoint(Watching):
             if self.validates and skipped(name, logs):
                 known[name] = math.nan
             elif name not in known:
-                raise unknown(f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known)
+                raise unknown(
+                    f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known
+                )
         self._save(self.folder / user_path(self.path.format_map(known)))
 
     def _save(self, path: Path) -> None:
@@ -97,7 +106,10 @@ class ModelCheckpoint(Watching):
         return in_path + ([] if self.monitor is None else self.monitor.watched())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "monitor": None if self.monitor is None else self.monitor.state()}
+        return {
+            "best": self.best,
+            "monitor": None if self.monitor is None else self.monitor.state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         monitor = None if self.monitor is None else self.monitor.state()
@@ -120,7 +132,9 @@ def check_writable(path: Path, name: str) -> None:
         if place.is_dir():
             raise IsADirectoryError("it is a folder")
     except OSError as error:
-        raise type(error)(f"{name} cannot write {path}: {error}. Give the path of a file that can be.") from error
+        raise type(error)(
+            f"{name} cannot write {path}: {error}. Give the path of a file that can be."
+        ) from error
 
 
 def _names_in(path: str) -> list[str]:
@@ -211,7 +225,9 @@ class CSVLogger(Callback):
             return list(reader.fieldnames or ()), list(reader)
 
     def _writer(self, file: Any) -> csv.DictWriter[str]:
-        return csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
+        return csv.DictWriter(
+            file, self.columns, restval="", extrasaction="ignore", lineterminator="\n"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -230,14 +246,19 @@ def check_places(callbacks: Iterable[Callback], checkpoint: Path | None) -> None
     taken: list[tuple[Path, str]] = []
     if checkpoint is not None:
         place = follow_links(checkpoint)
-        taken += [(place, f'checkpoint="{checkpoint}"'), (previous(place), f'checkpoint="{checkpoint}" and its .prev')]
+        taken += [
+            (place, f'checkpoint="{checkpoint}"'),
+            (previous(place), f'checkpoint="{checkpoint}" and its .prev'),
+        ]
     for writer in callbacks:
         if not isinstance(writer, (ModelCheckpoint, CSVLogger)):
             continue
         name = f'{type(writer).__name__}("{writer.path}")'
         for path, other in taken:
             if _may_write(writer, path):
-                raise ValueError(f"{other} and {name} would write one file. Give each a path of its own.")
+                raise ValueError(
+                    f"{other} and {name} would write one file. Give each a path of its own."
+                )
         taken.append((_example_of(writer), name))
 
 

@@ -48,7 +48,9 @@ class Monitor:
     def __init__(self, owner: str, name: str, mode: str = "auto", min_delta: float = 0.0) -> None:
         self.owner = owner
         self.name = name
-        self.min_delta: float = real("min_delta", min_delta, "of 0 or more", lambda delta: 0 <= delta < math.inf)
+        self.min_delta: float = real(
+            "min_delta", min_delta, "of 0 or more", lambda delta: 0 <= delta < math.inf
+        )
         if mode not in ("auto", "min", "max"):
             hint = did_you_mean(mode, ["auto", "min", "max"]) if isinstance(mode, str) else ""
             raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}.{hint}')
@@ -109,4 +111,6 @@ def unknown(what: str, name: str, logs: Iterable[str]) -> ValueError:
     """The error for a name that is not in the logs."""
     known = list(logs)
     logged = ", ".join(map(repr, known))
-    return ValueError(f"{what}, which is not logged. Logged are {logged}.{did_you_mean(name, known)}")
+    return ValueError(
+        f"{what}, which is not logged. Logged are {logged}.{did_you_mean(name, known)}"
+    )

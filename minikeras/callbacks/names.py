@@ -16,7 +16,10 @@ ADD_NO_NAMES = (Callback, EMA, CSVLogger, ModelCheckpoint, LRScheduler, EarlySto
 
 
 def check_monitors(
-    callbacks: Iterable[Callback], validates: bool, logged: Iterable[str] | None, rates: Iterable[str]
+    callbacks: Iterable[Callback],
+    validates: bool,
+    logged: Iterable[str] | None,
+    rates: Iterable[str],
 ) -> None:
     """Refuse callbacks that wait for a name which no epoch will log, before the first one.
 
@@ -47,12 +50,16 @@ def check_names(callback: Watching, takes_val: bool, known: list[str] | None) ->
     owner = type(callback).__name__
     for name, verb, remedy in callback.watched():
         if name.startswith("val_") and not takes_val:
-            raise ValueError(f"{owner} {verb} {name!r} and fit has no dl_val. Pass dl_val, or {remedy}.")
+            raise ValueError(
+                f"{owner} {verb} {name!r} and fit has no dl_val. Pass dl_val, or {remedy}."
+            )
         if known is not None and name not in (*known, "epoch"):
             raise unknown(f"{owner} {verb} {name!r}", name, known)
 
 
 def may_add_names(callback: Callback) -> bool:
     """Tell whether a callback may add names of its own to an epoch's logs, as a user's may."""
-    method = getattr(callback.on_epoch_end, "__func__", None)  # none for a function set on the instance
+    method = getattr(
+        callback.on_epoch_end, "__func__", None
+    )  # none for a function set on the instance
     return all(method is not kind.on_epoch_end for kind in ADD_NO_NAMES)

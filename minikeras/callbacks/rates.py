@@ -14,8 +14,24 @@ from minikeras.callbacks.monitor import Monitor, Watching
 from minikeras.errors import did_you_mean
 
 # what a scheduler's state counts, and what it takes from its optimizer; all else are its settings
-COUNTS = ("last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "verbose")
-RATES: tuple[str, ...] = ("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of a group
+COUNTS = (
+    "last_epoch",
+    "base_lrs",
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+    "T_cur",
+    "T_i",
+    "verbose",
+)
+RATES: tuple[str, ...] = (
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_momentum",
+    "max_momentum",
+)  # of a group
 
 
 class LRScheduler(Watching):
@@ -47,7 +63,9 @@ class LRScheduler(Watching):
     [1.0, 0.5, 0.25]
     """
 
-    def __init__(self, scheduler: lr_scheduler.LRScheduler, step: str = "epoch", monitor: str | None = None) -> None:
+    def __init__(
+        self, scheduler: lr_scheduler.LRScheduler, step: str = "epoch", monitor: str | None = None
+    ) -> None:
         _check(scheduler, step, monitor)
         self.scheduler: Any = scheduler  # torch's step takes the value in ReduceLROnPlateau alone
         self.step = step
@@ -84,7 +102,9 @@ class LRScheduler(Watching):
 
     def _rate(self) -> Any:
         rate = self.scheduler.optimizer.param_groups[0]["lr"]
-        return rate.clone() if isinstance(rate, Tensor) else rate  # not a float yet: that waits for the device
+        return (
+            rate.clone() if isinstance(rate, Tensor) else rate
+        )  # not a float yet: that waits for the device
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         if self.step == "batch":
@@ -104,7 +124,9 @@ class LRScheduler(Watching):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         rate = self.rate if self.step == "batch" else self._rate()
-        logs.setdefault(self.column, float(rate))  # a scheduler of the same optimizer may have logged, and stepped
+        logs.setdefault(
+            self.column, float(rate)
+        )  # a scheduler of the same optimizer may have logged, and stepped
         if self.monitor is not None:
             value = self.monitor.read(logs, self.validates)
             if value is not None:
@@ -120,7 +142,12 @@ class LRScheduler(Watching):
 
     def state_dict(self) -> dict[str, Any]:
         scheduler = copy.deepcopy(self.scheduler.state_dict())  # torch hands out its own lists
-        state = {"scheduler": scheduler, "rate": self.rate, "batch": self.batch, "taken": self.taken}
+        state = {
+            "scheduler": scheduler,
+            "rate": self.rate,
+            "batch": self.batch,
+            "taken": self.taken,
+        }
         if self.monitor is not None:
             state["monitor"] = self.monitor.state()
         return state | {"settings": dict(self.settings)}
@@ -162,7 +189,9 @@ class LRScheduler(Watching):
             group.update(copy.deepcopy(begun))
         scheduler.load_state_dict(copy.deepcopy(self.begun))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of a scheduler that steps before its optimizer
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's, of a scheduler that steps before its optimizer
             for _ in range(self.begun["last_epoch"], written["last_epoch"]):
                 scheduler.step()
         for group, begun, was in zip(groups, self.groups, current, strict=True):
@@ -189,7 +218,11 @@ def settings_in(state: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """The settings among what a scheduler's state_dict holds; of schedulers inside it, too."""
     found: dict[str, str] = {}
     for name, value in state.items():
-        nested = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
+        nested = (
+            isinstance(value, (list, tuple))
+            and bool(value)
+            and all(isinstance(item, dict) for item in value)
+        )
         if name in COUNTS:
             continue
         if nested:

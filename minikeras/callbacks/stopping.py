@@ -61,7 +61,9 @@ class EarlyStopping(Watching):
     ) -> None:
         self.monitor: Monitor = Monitor("EarlyStopping", monitor, mode, min_delta)
         self.patience: int = max(whole_number("patience", patience, least=0), 1)
-        self.baseline: float | None = baseline if baseline is None else real("baseline", baseline, "or None")
+        self.baseline: float | None = (
+            baseline if baseline is None else real("baseline", baseline, "or None")
+        )
         self.restore_best_weights = restore_best_weights
         self.start_from_epoch: int = whole_number("start_from_epoch", start_from_epoch, least=0)
         self.on_fit_begin()
@@ -105,7 +107,9 @@ class EarlyStopping(Watching):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs = state["epochs"]
-        if state.get("monitor", self.monitor.state()) == self.monitor.state():  # the best of another says nothing
+        if (
+            state.get("monitor", self.monitor.state()) == self.monitor.state()
+        ):  # the best of another says nothing
             self.best, self.wait, self.weights = state["best"], state["wait"], state["weights"]
 
 
@@ -113,7 +117,11 @@ def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     """A copy of a module's state on the CPU."""
     state = copy.copy(state)  # with the version numbers that torch keeps beside the items
     for name, value in state.items():
-        state[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        state[name] = (
+            value.detach().to("cpu", copy=True)
+            if isinstance(value, Tensor)
+            else copy.deepcopy(value)
+        )
     return state
 
 
@@ -153,7 +161,9 @@ class Timer(Callback):
         return time.monotonic() - self.begin
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        if self.seconds() >= self.max_seconds and self.model.is_main_process:  # one clock, of several processes
+        if (
+            self.seconds() >= self.max_seconds and self.model.is_main_process
+        ):  # one clock, of several processes
             self.model.stop_training = True
 
     def state_dict(self) -> dict[str, Any]:

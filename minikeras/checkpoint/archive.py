@@ -21,7 +21,9 @@ from torch import Tensor
 FOLDER = 0x10  # the bit of a zip entry's attributes
 DEEPEST = 100  # levels of a nest
 MOST_PLACES = 100_000  # of a nest, more in a larger file
-MOST_BYTES = 2**26  # that tensors may take beyond the file's own size: views that repeat their elements
+MOST_BYTES = (
+    2**26
+)  # that tensors may take beyond the file's own size: views that repeat their elements
 LONGEST_NUMBER = 128  # bytes of a whole number
 ITEM_SIZES = {
     "Double": 8,
@@ -62,8 +64,12 @@ def check_entries(archive: zipfile.ZipFile, size: int) -> None:
     names = [entry.filename for entry in entries]
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise ArchiveError(f"is damaged in {entry.filename}: it is compressed, which torch.save does not do")
-        if entry.external_attr & FOLDER:  # torch.load takes what memory holds for a folder's content
+            raise ArchiveError(
+                f"is damaged in {entry.filename}: it is compressed, which torch.save does not do"
+            )
+        if (
+            entry.external_attr & FOLDER
+        ):  # torch.load takes what memory holds for a folder's content
             raise ArchiveError(f"is damaged in {entry.filename}")
     if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) > 1:
         raise ArchiveError("is damaged: its entries have not one name each in one folder")
@@ -139,7 +145,13 @@ TAKEN = {"APPEND": 1, "SETITEM": 2}
 
 
 def _take(
-    name: str, argument: Any, stack: list[Any], memo: dict[int, Any], entries: dict[str, int], root: str, size: int
+    name: str,
+    argument: Any,
+    stack: list[Any],
+    memo: dict[int, Any],
+    entries: dict[str, int],
+    root: str,
+    size: int,
 ) -> None:
     """Follow one instruction; those that torch.load does not know are left to its own error."""
     if name in CONSTANTS:
@@ -220,7 +232,9 @@ def _storage(identity: Any, entries: dict[str, int], root: str) -> Storage:
     if entry not in entries:
         raise ArchiveError(f"is damaged: there is no {entry} in it")
     if not 0 <= numel * ITEM_SIZES[name] <= entries[entry]:
-        raise ArchiveError(f"is damaged: it claims {numel} elements of {entry}, which has {entries[entry]} bytes")
+        raise ArchiveError(
+            f"is damaged: it claims {numel} elements of {entry}, which has {entries[entry]} bytes"
+        )
     return Storage(numel, ITEM_SIZES[name])
 
 
@@ -233,12 +247,18 @@ def _called(called: Any, arguments: Any) -> Made:
     of_torch = module.partition(".")[0] == "torch"
     makes_memory = of_torch and (name == "Tensor" or name.endswith(("Tensor", "Storage")))
     if makes_memory or name in ("bytearray", "xrange", "range") or name.endswith("nested_tensor"):
-        raise ArchiveError(f"calls {called.text}, which no state of a model needs, and was not read")
+        raise ArchiveError(
+            f"calls {called.text}, which no state of a model needs, and was not read"
+        )
     if module == "_codecs" and (len(given) != 2 or given[1] not in ("latin1", "latin-1")):
         raise ArchiveError(f"calls {called.text} otherwise than for bytes, and was not read")
-    if name.endswith("from_type_v2") and not (isinstance(given[0], Name) and "rebuild" in given[0].text):
+    if name.endswith("from_type_v2") and not (
+        isinstance(given[0], Name) and "rebuild" in given[0].text
+    ):
         # a tensor with attributes: what makes it is an argument, and called by torch
-        raise ArchiveError(f"calls something else than a tensor through {called.text}, and was not read")
+        raise ArchiveError(
+            f"calls something else than a tensor through {called.text}, and was not read"
+        )
     if given and isinstance(given[0], Storage):
         _check_view(name, given)
     return Made(called.text)
@@ -247,23 +267,39 @@ def _called(called: Any, arguments: Any) -> Made:
 def _check_view(name: str, given: tuple[Any, ...]) -> None:
     """A tensor must lie within its storage: torch makes the storage larger where it does not."""
     storage, offset, shape = given[0], given[1], given[2]
-    stride = given[3] if len(given) > 3 and isinstance(given[3], Items) else _tuple((0,) * len(shape.items), 0)
+    stride = (
+        given[3]
+        if len(given) > 3 and isinstance(given[3], Items)
+        else _tuple((0,) * len(shape.items), 0)
+    )
     numbers = (offset, *shape.items, *stride.items)
-    if len(shape.items) != len(stride.items) or not all(type(number) is int and number >= 0 for number in numbers):
+    if len(shape.items) != len(stride.items) or not all(
+        type(number) is int and number >= 0 for number in numbers
+    ):
         raise ValueError("a tensor of no shape")
     numel = math.prod(shape.items)
     elements = storage.numel * storage.item_size // _item_size(given[6:], storage.item_size)
-    last = offset + sum((size - 1) * step for size, step in zip(shape.items, stride.items, strict=True))
+    last = offset + sum(
+        (size - 1) * step for size, step in zip(shape.items, stride.items, strict=True)
+    )
     if numel and last >= elements:
-        raise ArchiveError(f"is damaged: a tensor {shape.items} in it is larger than its {elements} elements")
+        raise ArchiveError(
+            f"is damaged: a tensor {shape.items} in it is larger than its {elements} elements"
+        )
     if name.endswith("qtensor") and numel > elements:
-        raise ArchiveError(f"is damaged: a tensor {shape.items} in it is larger than its {elements} elements")
+        raise ArchiveError(
+            f"is damaged: a tensor {shape.items} in it is larger than its {elements} elements"
+        )
 
 
 def _item_size(more: tuple[Any, ...], otherwise: int) -> int:
     """Of the dtype among further arguments, where the storage has none."""
     for argument in more:
-        dtype = getattr(torch, argument.text.rpartition(".")[2], None) if isinstance(argument, Name) else None
+        dtype = (
+            getattr(torch, argument.text.rpartition(".")[2], None)
+            if isinstance(argument, Name)
+            else None
+        )
         if isinstance(dtype, torch.dtype):
             return dtype.itemsize
     return otherwise
@@ -272,7 +308,9 @@ def _item_size(more: tuple[Any, ...], otherwise: int) -> int:
 def _check_build(target: Any) -> None:
     """A state that is set on something made: a tensor's would replace its storage."""
     if not isinstance(target, Made) or target.by.startswith("torch"):
-        raise ArchiveError("sets the state of a tensor, which torch.save does not do, and was not read")
+        raise ArchiveError(
+            "sets the state of a tensor, which torch.save does not do, and was not read"
+        )
 
 
 # --- the values -------------------------------------------------------------------------------------------------------

@@ -136,7 +136,9 @@ def read(path: str | Path) -> Any:
             check_entries(archive, size)
             check_program(archive)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # of what is refused below
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module=r"torch\."
+            )  # of what is refused below
             value = torch.load(path, map_location="cpu", weights_only=True)
         check_values(value, size)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -187,7 +189,9 @@ def remedy(path: Path) -> str:
     path = follow_links(path)
     if previous(path).exists():
         return f"The one written before it is {previous(path)}."
-    return "There is none written before it: give another file, or move this one away to start anew."
+    return (
+        "There is none written before it: give another file, or move this one away to start anew."
+    )
 
 
 def remedy_of_load(path: Path) -> str:
@@ -220,7 +224,10 @@ def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Pa
     before = previous(path)
     try:
         return read(path), path
-    except (FileNotFoundError, NotADirectoryError):  # where a folder came or went, between two renamings
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # where a folder came or went, between two renamings
         folders = any((folder / REST).is_file() for folder in temporaries(path))
         midway = before.is_dir() or (before.exists() and folders)
         return (read(before), before) if midway else None

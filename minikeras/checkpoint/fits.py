@@ -47,7 +47,13 @@ USES: dict[str, Use] = {}  # by the file's real path
 
 
 def use(
-    path: Path, model: Model, run: Run, loaders: list[Any], callbacks: list[Callback], last: int, there: bool
+    path: Path,
+    model: Model,
+    run: Run,
+    loaders: list[Any],
+    callbacks: list[Callback],
+    last: int,
+    there: bool,
 ) -> Use:
     """Enter that a fit uses this path.
 
@@ -91,12 +97,18 @@ def may_be_the_same(before: Use, now: Use) -> bool:
         return True
     if before.start != now.start:
         return False
-    return before.came_to == "an error" or now.last > before.last or before.callbacks == now.callbacks
+    return (
+        before.came_to == "an error" or now.last > before.last or before.callbacks == now.callbacks
+    )
 
 
 def start_of(model: Model, run: Run, loaders: list[Any]) -> int:
     """A checksum of weights, data, settings and random states as a fit begins."""
-    parts: list[Any] = [settings(run.optimizers), random.getstate(), np.random.get_state(legacy=False)["state"]]
+    parts: list[Any] = [
+        settings(run.optimizers),
+        random.getstate(),
+        np.random.get_state(legacy=False)["state"],
+    ]
     parts.append(torch.get_rng_state())
     loss = run.loss_func
     for module in (model, loss):
@@ -104,7 +116,9 @@ def start_of(model: Model, run: Run, loaders: list[Any]) -> int:
             parts.append([(name, tensor) for name, tensor in module.state_dict().items()])
             parts.append([parameter.requires_grad for parameter in module.parameters()])
     roots = {"dl_train": loaders[0], "dl_val": loaders[1], "model": model, "loss_func": loss}
-    return checksum([*parts, *values_in(roots, (run, model.stop_training, vars(model).get("optimizer")))])
+    return checksum(
+        [*parts, *values_in(roots, (run, model.stop_training, vars(model).get("optimizer")))]
+    )
 
 
 def values_in(roots: Mapping[str, Any], without: tuple[Any, ...]) -> Iterable[Any]:
@@ -115,7 +129,10 @@ def values_in(roots: Mapping[str, Any], without: tuple[Any, ...]) -> Iterable[An
         elif isinstance(value, KINDS) and not isinstance(value, random.SystemRandom):
             yield state_of(value)
         elif type(value) in (list, tuple) and len(value) > SAMPLE:
-            yield len(value), [item for item in value[:: len(value) // SAMPLE] if type(item) in SCALARS]
+            yield (
+                len(value),
+                [item for item in value[:: len(value) // SAMPLE] if type(item) in SCALARS],
+            )
         else:
             code = getattr(value, "__code__", None)
             yield type(value).__name__, getattr(code, "co_code", b"")
@@ -127,15 +144,24 @@ def data_of(loader: Any) -> int | None:
         tensors = [value for _, value in reachable({"": loader}) if isinstance(value, Tensor)]
         return checksum(tensors) if tensors else None
     if hasattr(loader, "arrays"):
-        return checksum([value for _, value in reachable({"": loader.arrays}) if isinstance(value, Tensor)])
+        return checksum(
+            [value for _, value in reachable({"": loader.arrays}) if isinstance(value, Tensor)]
+        )
     dataset = getattr(loader, "dataset", None)
     indices: list[Any] = []
     while type(dataset) is Subset:
-        indices.append([int(index) for index in dataset.indices[:: max(1, len(dataset.indices) // SAMPLE)]])
+        indices.append(
+            [int(index) for index in dataset.indices[:: max(1, len(dataset.indices) // SAMPLE)]]
+        )
         indices.append(len(dataset.indices))
         dataset = dataset.dataset
     if type(dataset) is TensorDataset:
         return checksum([*indices, *dataset.tensors])
     if type(dataset) is StackDataset:
-        return checksum([*indices, *(value for _, value in reachable({"": dataset}) if isinstance(value, Tensor))])
+        return checksum(
+            [
+                *indices,
+                *(value for _, value in reachable({"": dataset}) if isinstance(value, Tensor)),
+            ]
+        )
     return None

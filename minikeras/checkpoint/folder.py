@@ -50,7 +50,9 @@ def apart(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     pairs = {key: apart(item, f"{name}/{key}") for key, item in items}
     rest = ((key, item) for key, (item, _) in pairs.items())
     found = {path: tensor for _, tensors in pairs.values() for path, tensor in tensors.items()}
-    return like(value, rest) if isinstance(value, dict) else type(value)(item for _, item in rest), found
+    return like(value, rest) if isinstance(value, dict) else type(value)(
+        item for _, item in rest
+    ), found
 
 
 def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[str, Any]:
@@ -74,7 +76,9 @@ def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[
     try:
         metadata = save(dict(parts), storage_writer=FileSystemWriter(folder))  # flushes each file
     except CheckpointException as error:
-        failed = "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        failed = "; ".join(
+            f"process {rank}: {failure[0]}" for rank, failure in error.failures.items()
+        )
         raise OSError(failed) from error
     mine = [path for path in folder.iterdir() if path.name.startswith(f"__{world.rank}_")]
     sums = world.gather({path.name: checksum(path) for path in mine}) or []
@@ -89,7 +93,14 @@ def places_of(metadata: Any) -> dict[str, Any]:
         for name, tensor in metadata.state_dict_metadata.items()
     }
     stored = [
-        [index.fqn, list(index.offset), index.index, place.relative_path, place.offset, place.length]
+        [
+            index.fqn,
+            list(index.offset),
+            index.index,
+            place.relative_path,
+            place.offset,
+            place.length,
+        ]
         for index, place in metadata.storage_data.items()
     ]
     return {"chunks": chunks, "stored": stored}
@@ -150,7 +161,9 @@ def with_targets(value: Any, targets: dict[str, Tensor], mesh: Any) -> Any:
             targets[name] = empty(shape, dtype, mesh)
         return targets[name]
     if isinstance(value, dict):
-        return like(value, ((key, with_targets(item, targets, mesh)) for key, item in value.items()))
+        return like(
+            value, ((key, with_targets(item, targets, mesh)) for key, item in value.items())
+        )
     if type(value) in (list, tuple):
         return type(value)(with_targets(item, targets, mesh) for item in value)
     return value
@@ -176,7 +189,9 @@ def load_parts(folder: Path, targets: dict[str, Tensor], places: dict[str, Any],
             return metadata_of(places, targets, self.load_id)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read it too
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled"
+        )  # one process may read it too
         state_dict_loader.load(targets, storage_reader=Reader(folder), no_dist=mesh is None)
 
 
@@ -188,7 +203,10 @@ def metadata_of(places: dict[str, Any], tensors: Mapping[str, Tensor], load_id: 
         name: m.TensorStorageMetadata(
             m.TensorProperties(tensors[name].dtype),
             tensors[name].shape,
-            [m.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks],
+            [
+                m.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                for offsets, sizes in chunks
+            ],
         )
         for name, chunks in places["chunks"].items()
     }

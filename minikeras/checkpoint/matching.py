@@ -52,7 +52,9 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     begun = (state.get("begun") or {}).get("groups", {})
     for name, optimizer in run.optimizers.items():
         own = run.begun["groups"][name]
-        check_optimizer(name, state["optimizers"], optimizer, model, run.loss_func, begun.get(name) == own, path)
+        check_optimizer(
+            name, state["optimizers"], optimizer, model, run.loss_func, begun.get(name) == own, path
+        )
     gone = [name for name in state["optimizers"] if name not in run.optimizers]
     if gone:
         raise CheckpointError(
@@ -109,7 +111,12 @@ def check_processes(state: Any, run: Run, path: Path) -> None:
         "a loader that keeps its own state": train.get("loader") is not None,
     }
     what = next((name for name, there in held.items() if there), None)
-    if then != now and what is not None and state["position"]["step"] and state["position"]["logs"] is None:
+    if (
+        then != now
+        and what is not None
+        and state["position"]["step"]
+        and state["position"]["logs"] is None
+    ):
         raise CheckpointError(
             f"{path} was written by {then} process{'es' * (then > 1)} in the middle of an epoch, with {what}, and "
             f"this is a run of {now}. Start as many as then; from an epoch's end on any number will do. "
@@ -158,8 +165,13 @@ def check_optimizer(
 
 def group_names(optimizer: Optimizer, model: nn.Module, loss_func: Any) -> list[list[str]]:
     """The names of the parameters of each group; "" for one that neither the model nor the loss has."""
-    names = {id(parameter): name for name, parameter in parameters_by_name(model, loss_func).items()}
-    return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    names = {
+        id(parameter): name for name, parameter in parameters_by_name(model, loss_func).items()
+    }
+    return [
+        [names.get(id(parameter), "") for parameter in group["params"]]
+        for group in optimizer.param_groups
+    ]
 
 
 def parameters_by_name(model: nn.Module, loss_func: Any) -> dict[str, Any]:
@@ -190,7 +202,9 @@ def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
         "in_eval": list(run.modes.look()),
         "compile": {
             "loss_func": named,
-            "precision": "float32" if precision is None or precision.dtype is None else str(precision.dtype)[6:],
+            "precision": "float32"
+            if precision is None or precision.dtype is None
+            else str(precision.dtype)[6:],
             "accumulate": 1 if precision is None else precision.accumulate,
             "clip_grad_norm": None if precision is None else precision.clip_grad_norm,
             "clip_grad_value": None if precision is None else precision.clip_grad_value,
@@ -221,7 +235,9 @@ def numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def warn_of_other_settings(begun: Mapping[str, Any], now: Mapping[str, Any], path: Any, scheduled: bool) -> None:
+def warn_of_other_settings(
+    begun: Mapping[str, Any], now: Mapping[str, Any], path: Any, scheduled: bool
+) -> None:
     """Warn that the script's optimizer settings are not those that the run began with, and will not be taken.
 
     Args:
@@ -265,13 +281,22 @@ def other_schedules(states: Mapping[str, Any], now: Mapping[str, Callback]) -> d
     """The callbacks whose scheduler the script has changed since, with what has changed."""
     changed = {}
     for name, callback in now.items():
-        written = states.get(name, {}).get("settings") if isinstance(callback, LRScheduler) else None
-        if isinstance(callback, LRScheduler) and written is not None and written != callback.settings:
+        written = (
+            states.get(name, {}).get("settings") if isinstance(callback, LRScheduler) else None
+        )
+        if (
+            isinstance(callback, LRScheduler)
+            and written is not None
+            and written != callback.settings
+        ):
             own = callback.settings
             keys = [key for key in {**written, **own} if written.get(key) != own.get(key)]
             if written["class"] != own["class"]:
                 keys = ["class"]
-            differing = [f"{key} {written.get(key, 'none')} and not {own.get(key, 'none')}" for key in keys[:4]]
+            differing = [
+                f"{key} {written.get(key, 'none')} and not {own.get(key, 'none')}"
+                for key in keys[:4]
+            ]
             changed[name] = ", ".join(differing)
     return changed
 
@@ -285,7 +310,9 @@ def warn_of_other_schedules(changed: Mapping[str, str], path: Any) -> None:
         )
 
 
-def warn_of_other_monitors(states: Mapping[str, Any], now: Mapping[str, Callback], path: Any) -> None:
+def warn_of_other_monitors(
+    states: Mapping[str, Any], now: Mapping[str, Callback], path: Any
+) -> None:
     """Warn where a callback watches another value than it did, and begins anew to look for the best one."""
     for name, callback in now.items():
         if "monitor" not in states.get(name, {}):
@@ -301,10 +328,14 @@ def warn_of_other_monitors(states: Mapping[str, Any], now: Mapping[str, Callback
 
 def watched(monitor: Any) -> str:
     """A monitor's name and mode, in words."""
-    return "nothing" if monitor is None else f"{monitor[0]!r} ({'max' if monitor[1] > 0 else 'min'})"
+    return (
+        "nothing" if monitor is None else f"{monitor[0]!r} ({'max' if monitor[1] > 0 else 'min'})"
+    )
 
 
-def other_settings(then: Mapping[str, Any], now: Mapping[str, Any], without: tuple[str, ...] = ()) -> str:
+def other_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], without: tuple[str, ...] = ()
+) -> str:
     """What differs between two of those, in words.
 
     >>> other_settings({"": [{"lr": 0.1, "momentum": 0.0}]}, {"": [{"lr": 0.2, "momentum": 0.0}]})
@@ -314,7 +345,11 @@ def other_settings(then: Mapping[str, Any], now: Mapping[str, Any], without: tup
     for name in then:
         for old, new in zip(then[name], now.get(name, []), strict=False):
             for key in old:
-                if key in new and key not in without and not math.isclose(old[key], new[key], rel_tol=1e-6):
+                if (
+                    key in new
+                    and key not in without
+                    and not math.isclose(old[key], new[key], rel_tol=1e-6)
+                ):
                     told.append(f"{key} {old[key]:g} and not {new[key]:g}")
     return ", ".join(dict.fromkeys(told))
 
@@ -322,7 +357,11 @@ def other_settings(then: Mapping[str, Any], now: Mapping[str, Any], without: tup
 def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callback]) -> None:
     """Where a state has no callback to go to, or there may be another of its class that it belongs to."""
     held = [name for name, state in states.items() if state]
-    keep = [name for name, callback in now.items() if type(callback).state_dict is not Callback.state_dict]
+    keep = [
+        name
+        for name, callback in now.items()
+        if type(callback).state_dict is not Callback.state_dict
+    ]
     added = [name for name in keep if name not in states and name.partition(" ")[0] in held]
     if added or not set(keep) >= set(held):
         warnings.warn(

@@ -11,7 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AS_THEY_ARE = (type(None), str, bool, int, float, complex, bytes, torch.Size, torch.dtype, torch.device)
+AS_THEY_ARE = (
+    type(None),
+    str,
+    bool,
+    int,
+    float,
+    complex,
+    bytes,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+)
 ARRAY = "a NumPy array"  # the key of a dict that stands for one
 
 
@@ -35,7 +46,10 @@ def plain(value: Any, where: str) -> Any:
     if type(value) in (list, tuple, set):
         return type(value)(plain(part, f"{where}[{number}]") for number, part in enumerate(value))
     if type(value) in (dict, OrderedDict, Counter):
-        return like(value, ((plain(key, where), plain(part, f"{where}[{key!r}]")) for key, part in value.items()))
+        return like(
+            value,
+            ((plain(key, where), plain(part, f"{where}[{key!r}]")) for key, part in value.items()),
+        )
     kinds: tuple[Any, ...] = (bool, int, float, str, dict, list, tuple)
     for kind in kinds:  # an enum's member, a named tuple, a defaultdict
         if isinstance(value, kind):

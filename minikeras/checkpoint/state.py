@@ -83,7 +83,9 @@ class Checkpoint:
 
     def __init__(self, path: str | Path | None, every: int | None = None) -> None:
         if path is None and every is not None:
-            raise ValueError(f'checkpoint_every={every} needs a file. Pass checkpoint="run.pt" as well.')
+            raise ValueError(
+                f'checkpoint_every={every} needs a file. Pass checkpoint="run.pt" as well.'
+            )
         self.path = None if path is None else path_of_run(path)
         self.place = None if self.path is None else fix(self.path)  # a callback may chdir
         self.every = None if every is None else positive_int("checkpoint_every", every)
@@ -98,13 +100,19 @@ class Checkpoint:
     # --- before a fit -------------------------------------------------------------------------------------------------
 
     def watched(
-        self, train: Iterable[Any], val: Iterable[Any] | None, model: Model, run: Run, callbacks: list[Callback]
+        self,
+        train: Iterable[Any],
+        val: Iterable[Any] | None,
+        model: Model,
+        run: Run,
+        callbacks: list[Callback],
     ) -> Iterable[Any]:
         """The same training batches, knowing where they stand."""
         if self.path is None:
             return train
         pairs = [
-            (getattr(batches, "loader", batches), name) for batches, name in ((train, "dl_train"), (val, "dl_val"))
+            (getattr(batches, "loader", batches), name)
+            for batches, name in ((train, "dl_train"), (val, "dl_val"))
         ]
         for loader, name in pairs:
             if model.is_main_process:
@@ -113,7 +121,9 @@ class Checkpoint:
         self.given = callbacks
         data = {name: loader for loader, name in pairs if loader is not None}
         others = {"model": model, "loss_func": run.loss_func, **dict(named(callbacks))}
-        self.randomness = Randomness(run.device, self.loaders, data | others, data, (run,), (model, *callbacks))
+        self.randomness = Randomness(
+            run.device, self.loaders, data | others, data, (run,), (model, *callbacks)
+        )
         self.attributes = PlainAttributes(holders_in(model, run.loss_func))
         self.data = data_of(self.loaders[0])
         self.train = Positioned(train, "dl_train", self.randomness)
@@ -134,16 +144,22 @@ class Checkpoint:
         self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
         if self.path is None:
             return self.last
-        plain(self.run.train.state_dict(), "metrics")  # what cannot be held is said before anything moves
+        plain(
+            self.run.train.state_dict(), "metrics"
+        )  # what cannot be held is said before anything moves
         place = follow_links(self.path)
         refuse_folders(previous(place))
         found = read_newest(self.path, reader(model))
-        if found is not None and before is not None and before[0] == self.path:  # broken off, and called once more
+        if (
+            found is not None and before is not None and before[0] == self.path
+        ):  # broken off, and called once more
             self.first, self.last = before[1], before[1] - 1 + epochs
         run.begun = run.begun or beginning(model, run)
         if found is not None:
             check_run(found[0], model, run, found[1])
-        self.use = use(self.path, model, run, self.loaders, self.given, self.last, found is not None)
+        self.use = use(
+            self.path, model, run, self.loaders, self.given, self.last, found is not None
+        )
         if found is not None:
             state, path = found
             self.whole = path == place
@@ -157,7 +173,9 @@ class Checkpoint:
         return self.last
 
     def _check_writable(self) -> None:
-        if self.state is None and self.path is not None and not self.path.is_dir():  # a folder was read
+        if (
+            self.state is None and self.path is not None and not self.path.is_dir()
+        ):  # a folder was read
             check_writable(self.path, "fit(checkpoint=...)")
 
     def check_length(self, batches: int | None) -> None:
@@ -211,10 +229,16 @@ class Checkpoint:
             CheckpointError: data, callbacks or metrics cannot take over what the file has of them.
         """
         self.callbacks, self.say = callbacks, say
-        self.groups = {name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()}
+        self.groups = {
+            name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()
+        }
         if self.path is not None:  # what cannot be held is said before anything moves
             plain({name: callback.state_dict() for name, callback in named(callbacks)}, "callbacks")
-            others = {key: value for key, value in self.model.state_dict().items() if not isinstance(value, Tensor)}
+            others = {
+                key: value
+                for key, value in self.model.state_dict().items()
+                if not isinstance(value, Tensor)
+            }
             plain(others, "the state_dict")
         if self.state is None:
             return Position(self.first)
@@ -237,7 +261,9 @@ class Checkpoint:
         if finished:
             self.run.under_way = None
             self.use.came_to = "its end"
-            say(f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train")
+            say(
+                f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train"
+            )
         else:
             say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
             if at.step:
@@ -254,7 +280,9 @@ class Checkpoint:
             for name, callback in named(self.callbacks):
                 if name in state["callbacks"]:
                     tried.append((callback, copy.deepcopy(callback.state_dict())))
-                    self._try(f"callback {name}", callback.load_state_dict, state["callbacks"][name])
+                    self._try(
+                        f"callback {name}", callback.load_state_dict, state["callbacks"][name]
+                    )
             if state["position"]["step"] and self.run.train.objects:
                 self._try("metrics", self.run.train.load_state_dict, state["totals"])
         except CheckpointError:
@@ -288,7 +316,9 @@ class Checkpoint:
         schedules = other_schedules(states, callbacks)
         if state.get("begun") is not None:
             begun, now = state["begun"], self.now
-            warn_of_other_settings(begun["optimizers"], now["optimizers"], self.path, bool(schedules))
+            warn_of_other_settings(
+                begun["optimizers"], now["optimizers"], self.path, bool(schedules)
+            )
             warn_of_another_script(begun, now, self.path)
         if later:
             return
@@ -325,14 +355,20 @@ class Checkpoint:
 
     def _begin_course(self, state: Any) -> None:
         """What is taken over once: where the data stand, and which steps have been seen."""
-        validated = any(name.startswith("val_") for logs, _ in self.run.epochs[self.first - 1 :] for name in logs)
+        validated = any(
+            name.startswith("val_")
+            for logs, _ in self.run.epochs[self.first - 1 :]
+            for name in logs
+        )
         self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
         position = restored(self._of_rank(state)["train"])
         past_first_epoch = len(self.run.epochs) >= self.first
         begun = 2 if position is None else position.get("iterations", 2)  # older files do not tell
         self.train.iterations = begun if past_first_epoch or position is not None else 0
         for number, loader in enumerate(self.loaders):
-            in_first = number == 0 and begun < 2  # steps_per_epoch: the first iteration may be under way still
+            in_first = (
+                number == 0 and begun < 2
+            )  # steps_per_epoch: the first iteration may be under way still
             if getattr(loader, "persistent_workers", False) and past_first_epoch and not in_first:
                 # in the run before, the seed of its workers was drawn in an iteration that is over
                 seeded(loader, self.run.world)
@@ -352,10 +388,16 @@ class Checkpoint:
         state = self._of_rank(state)
         set_buffers(self.model, state["own buffers"] if same else {}, self.run.device)
         if isinstance(self.run.loss_func, nn.Module):
-            set_buffers(self.run.loss_func, state.get("own loss buffers", {}) if same else {}, self.run.device)
+            set_buffers(
+                self.run.loss_func,
+                state.get("own loss buffers", {}) if same else {},
+                self.run.device,
+            )
         self.run.train.reset()
         if state["position"]["step"]:
-            self.run.train.load_state_dict(restored(state["totals"]), counted=same or rank == 0)  # by it for all
+            self.run.train.load_state_dict(
+                restored(state["totals"]), counted=same or rank == 0
+            )  # by it for all
         if self.run.precision is not None and state.get("precision"):  # older files have none
             self.run.precision.load_state_dict(restored(state["precision"]))
         for name, callback in named(self.callbacks):
@@ -382,7 +424,9 @@ class Checkpoint:
 
     def epoch_begins(self) -> None:
         """Before on_epoch_begin, which may add groups to optimizers."""
-        self.groups = {name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()}
+        self.groups = {
+            name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()
+        }
 
     # --- as it goes on ------------------------------------------------------------------------------------------------
 
@@ -422,13 +466,22 @@ class Checkpoint:
         """A signal has come: write, and say how to go on."""
         if not saved:
             self.save(at)
-        self.say(f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on from there")
+        self.say(
+            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on from there"
+        )
 
     def save(self, at: Position, last: bool = False) -> None:
         if self.path is None:
             return
-        averages = [part for callback in self.callbacks if isinstance(callback, EMA) for part in callback.tensors()]
-        if self.run.finite_weights is not None and not self.run.finite_weights.allow(self.path, averages):
+        averages = [
+            part
+            for callback in self.callbacks
+            if isinstance(callback, EMA)
+            for part in callback.tensors()
+        ]
+        if self.run.finite_weights is not None and not self.run.finite_weights.allow(
+            self.path, averages
+        ):
             return
         assert self.place is not None
         error = self._write(self.place, plain(self._state(at), "the state of the run"))
@@ -436,7 +489,9 @@ class Checkpoint:
         if self.run.world is not None:  # all must know, since all try again
             failed = bool(self.run.world.agree(failed)[0])
         if failed and last:
-            problem: Any = "another process has failed, and its message says more" if error is None else error
+            problem: Any = (
+                "another process has failed, and its message says more" if error is None else error
+            )
             why = "Make room or give another file: these last weights are not saved."
             raise CheckpointError(f"{self._unwritten(problem)} {why}") from error
         if error is not None:
@@ -446,7 +501,11 @@ class Checkpoint:
             self.use.came_to = "its end"
         if not failed:
             self.run.under_way = None if last else self.run.under_way
-            self.whole, self.written, self.saved_step = True, f"epoch {at.epoch}, step {at.step}", at.step
+            self.whole, self.written, self.saved_step = (
+                True,
+                f"epoch {at.epoch}, step {at.step}",
+                at.step,
+            )
 
     def _write(self, path: Path, state: Any) -> OSError | None:
         """By rank 0, where there are several processes, and what is in parts by all; the error, if it failed."""
@@ -466,7 +525,11 @@ class Checkpoint:
         return None
 
     def _unwritten(self, error: Any) -> str:
-        before = f"The state of {self.written} is still there" if self.written else "Nothing was written before"
+        before = (
+            f"The state of {self.written} is still there"
+            if self.written
+            else "Nothing was written before"
+        )
         return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
     @contextlib.contextmanager
@@ -478,7 +541,9 @@ class Checkpoint:
             if self.path is not None:
                 self.use.came_to = "an error"
             if self.written:
-                error.add_note(f"The last state is in {self.path}: {self.written}. Call fit again to go on from there.")
+                error.add_note(
+                    f"The last state is in {self.path}: {self.written}. Call fit again to go on from there."
+                )
             raise
 
     def _state(self, at: Position) -> dict[str, Any]:
@@ -498,7 +563,9 @@ class Checkpoint:
             "frozen": frozen(model),
             "in_eval": run.modes.look(),
             "model": weights,
-            "buffers": {name: buffer for name, buffer in buffers_of(model).items() if name not in weights},
+            "buffers": {
+                name: buffer for name, buffer in buffers_of(model).items() if name not in weights
+            },
             "loss": {},
             "optimizers": {
                 name: {
@@ -513,7 +580,9 @@ class Checkpoint:
         }
         if isinstance(loss, nn.Module):
             of_loss = weights_of(loss)
-            hidden = {name: buffer for name, buffer in buffers_of(loss).items() if name not in of_loss}
+            hidden = {
+                name: buffer for name, buffer in buffers_of(loss).items() if name not in of_loss
+            }
             state |= {"loss": of_loss, "loss buffers": hidden, "loss frozen": frozen(loss)}
         return state if run.world is None else state | self._of_ranks(run.world, mine)
 
@@ -536,7 +605,9 @@ class Checkpoint:
         mine["own buffers"] = buffers_of(self.model)
         if isinstance(self.run.loss_func, nn.Module):
             mine["own loss buffers"] = buffers_of(self.run.loss_func)
-        rest, _ = apart(plain(mine, "the state of a process"))  # parts are in the whole state under the same names
+        rest, _ = apart(
+            plain(mine, "the state of a process")
+        )  # parts are in the whole state under the same names
         return {"totals": together, "ranks": world.gather(rest)}
 
 
@@ -562,7 +633,9 @@ def holders_in(model: nn.Module, loss_func: Any) -> dict[str, Any]:
         if isinstance(value, nn.Module):
             for name, module in value.named_modules():
                 holders[f"{root}.{name}".rstrip(".")] = module
-        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, types.FunctionType):
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
+            value, types.FunctionType
+        ):
             holders[root] = value
     return holders
 

@@ -37,14 +37,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 LARGEST = 2**53  # of a count
 WORDS = 624  # of a Mersenne Twister's state
 BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")  # NumPy's
-OF_OWN_SHAPES = ("LBFGS", "Adafactor", "Muon", "SparseAdam")  # torch's whose state has not its parameter's shape alone
+OF_OWN_SHAPES = (
+    "LBFGS",
+    "Adafactor",
+    "Muon",
+    "SparseAdam",
+)  # torch's whose state has not its parameter's shape alone
 
 
 class _Unfit(Exception):
     """A value that no run has written: where it is, what it is, what it should be; '' if it is missing."""
 
     def __init__(self, where: str, value: Any, expected: str) -> None:
-        super().__init__(f"{where} is {shown(value)} and not {expected}" if expected else f"{where} is missing")
+        super().__init__(
+            f"{where} is {shown(value)} and not {expected}" if expected else f"{where} is missing"
+        )
 
 
 def shown(value: Any) -> str:
@@ -80,7 +87,9 @@ def check_contents(state: Any, model: nn.Module, run: Run, path: Path) -> None:
         _check_buffers(state["buffers"], model)
         _check_frozen(state.get("frozen"), model, run)
         _check_loss(state, run.loss_func)
-        _check_attributes(state.get("attributes", {}), "attributes", {"model": model, "loss_func": run.loss_func})
+        _check_attributes(
+            state.get("attributes", {}), "attributes", {"model": model, "loss_func": run.loss_func}
+        )
         for name, optimizer in run.optimizers.items():
             written = state["optimizers"][name]["state"]
             where = place_of(name)
@@ -103,7 +112,14 @@ def _refused(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
         ) from None
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{path} is damaged, or has been changed since it was written: {first}. {remedy_of_fit(path)}"
@@ -185,13 +201,18 @@ def _check_layout(state: Mapping[str, Any]) -> None:
     if position["logs"] is not None:
         _numbers(position["logs"], "position logs")
     if epoch != len(history) + 1 or not first <= epoch <= last + 1:
-        expected = f"that after the {len(history)} epochs of history, of a fit of epochs {first} to {last}"
+        expected = (
+            f"that after the {len(history)} epochs of history, of a fit of epochs {first} to {last}"
+        )
         raise _Unfit("position epoch", epoch, expected)
     _named(_get(state, "model"), "model")
     _named(_get(state, "buffers"), "buffers")
     _named(state.get("loss buffers", {}), "loss buffers")
     _named(_get(state, "loss"), "loss")
-    for key, buffers in (("buffers", _get(state, "buffers")), ("loss buffers", state.get("loss buffers", {}))):
+    for key, buffers in (
+        ("buffers", _get(state, "buffers")),
+        ("loss buffers", state.get("loss buffers", {})),
+    ):
         for name, buffer in _named(buffers, key).items():
             if not isinstance(buffer, Tensor):
                 raise _Unfit(f"buffer {name}", buffer, "a tensor")
@@ -280,8 +301,13 @@ def _check_precision(precision: Any, where: str) -> None:
     _count(_get(precision, "accumulate", f"{where} "), f"{where} accumulate", 1)
     for name, window in _named(_get(precision, "windows", f"{where} "), f"{where} windows").items():
         _named(window, f"{where} windows {name!r}")
-        _count(_get(window, "batches", f"{where} windows {name!r} "), f"{where} windows {name!r} batches")
-    for name, gradients in _named(_get(precision, "gradients", f"{where} "), f"{where} gradients").items():
+        _count(
+            _get(window, "batches", f"{where} windows {name!r} "),
+            f"{where} windows {name!r} batches",
+        )
+    for name, gradients in _named(
+        _get(precision, "gradients", f"{where} "), f"{where} gradients"
+    ).items():
         for gradient in _list(gradients, f"{where} gradients {name!r}"):
             if gradient is not None and not isinstance(gradient, (Tensor, dict)):
                 raise _Unfit(f"{where} gradients {name!r}", gradient, "a tensor")
@@ -310,7 +336,9 @@ def _check_attributes(states: Any, where: str, roots: Mapping[str, Any]) -> None
             if not name.isidentifier() or name in methods or name == "training":
                 raise _Unfit(f"a key of {where} {holder}", name, "the name of an attribute")
             if not is_plain(restored(value), floats=True) and not is_order(value):
-                raise _Unfit(f"{where} {holder}.{name}", value, "a number, a string, or a short list of them")
+                raise _Unfit(
+                    f"{where} {holder}.{name}", value, "a number, a string, or a short list of them"
+                )
 
 
 def _methods_of(holder: str, roots: Mapping[str, Any]) -> set[str]:
@@ -363,7 +391,11 @@ def _check_buffers(buffers: Any, model: nn.Module) -> None:
         if current is None:
             owner, dot, last = plain_name(name).rpartition(".")
             module = modules.get(owner + dot)
-            if module is None or getattr(module, last, None) is not None or hasattr(nn.Module, last):
+            if (
+                module is None
+                or getattr(module, last, None) is not None
+                or hasattr(nn.Module, last)
+            ):
                 raise _Unfit(f"buffer {name}", buffer, "one of the model's")
             continue
         if is_lazy(current):
@@ -380,7 +412,9 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
         if plain_name(name) not in known:
             raise _Unfit("frozen", name, "a parameter of the model")
     trained = known - {plain_name(name) for name in names}
-    loss_is_trained = isinstance(run.loss_func, nn.Module) and any(True for _ in run.loss_func.parameters())
+    loss_is_trained = isinstance(run.loss_func, nn.Module) and any(
+        True for _ in run.loss_func.parameters()
+    )
     if known and not trained and not loss_is_trained:
         raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
 
@@ -398,7 +432,10 @@ def _check_optimizers(written: Any) -> None:
             params = _list(_get(_named(group, where), "params", f"{where}, "), f"{where}, params")
             numbers += [_count(number, f"{where}, a number in params") for number in params]
         if entry.get("names") is not None:
-            named = [_strings(group, f"{where}, names") for group in _list(entry["names"], f"{where}, names")]
+            named = [
+                _strings(group, f"{where}, names")
+                for group in _list(entry["names"], f"{where}, names")
+            ]
             if [len(group) for group in named] != [len(group["params"]) for group in groups]:
                 raise _Unfit(f"{where}, names", entry["names"], "a name for each parameter")
         if len(set(numbers)) < len(numbers):
@@ -444,7 +481,9 @@ def _check_setting(current: Any, value: Any, where: str) -> None:
         raise _Unfit(where, float(value), "a finite number")
 
 
-def _check_shapes(values: Mapping[int, Any], numbers: list[int], optimizer: Optimizer, where: str) -> None:
+def _check_shapes(
+    values: Mapping[int, Any], numbers: list[int], optimizer: Optimizer, where: str
+) -> None:
     """Of torch's optimizers whose tensors have their parameter's shape."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kind = type(optimizer)
@@ -454,7 +493,9 @@ def _check_shapes(values: Mapping[int, Any], numbers: list[int], optimizer: Opti
     filled = [own for own in values.values() if own]
     for own in filled:
         if own.keys() != filled[0].keys():
-            raise _Unfit(f"{where}, state of a parameter", list(own), f"of the names {list(filled[0])}"[:200])
+            raise _Unfit(
+                f"{where}, state of a parameter", list(own), f"of the names {list(filled[0])}"[:200]
+            )
     for number, own in values.items():
         for key, value in own.items():
             place = f"{where}, {key} of parameter {number}"
@@ -472,7 +513,11 @@ def _check_shapes(values: Mapping[int, Any], numbers: list[int], optimizer: Opti
                 raise _Unfit(place, value, "a tensor or a number")
             if not isinstance(value, Tensor) or is_lazy(parameter):
                 continue
-            if value.layout != torch.strided or value.is_quantized or value.numel() not in (1, parameter.numel()):
+            if (
+                value.layout != torch.strided
+                or value.is_quantized
+                or value.numel() not in (1, parameter.numel())
+            ):
                 raise _Unfit(place, value, f"a tensor {tuple(parameter.shape)}")
             if value.numel() > 1 and value.shape != parameter.shape:
                 raise _Unfit(place, value, f"a tensor {tuple(parameter.shape)}")
@@ -491,12 +536,22 @@ def check_random(states: Any, where: str) -> None:
     _check_numpy(numpy_state, f"{where} numpy")
     used = np.random.get_state(legacy=False)["bit_generator"]
     if numpy_state["bit_generator"] != used:
-        raise _Unfit(f"{where} numpy bit_generator", numpy_state["bit_generator"], f"{used}, as NumPy's own has")
-    _check_torch(_get(states, "torch", f"{where} "), f"{where} torch", size=torch.get_rng_state().numel())
+        raise _Unfit(
+            f"{where} numpy bit_generator",
+            numpy_state["bit_generator"],
+            f"{used}, as NumPy's own has",
+        )
+    _check_torch(
+        _get(states, "torch", f"{where} "), f"{where} torch", size=torch.get_rng_state().numel()
+    )
     for state in _list(_get(states, "device", f"{where} "), f"{where} device"):
         _check_torch(state, f"{where} device")
     generators = _get(states, "generators", f"{where} ")
-    for state in generators.values() if isinstance(generators, dict) else _list(generators, f"{where} generators"):
+    for state in (
+        generators.values()
+        if isinstance(generators, dict)
+        else _list(generators, f"{where} generators")
+    ):
         _check_generator(state, f"{where} generators")
     for epoch in _list(_get(states, "epochs", f"{where} "), f"{where} epochs"):
         _count(epoch, f"{where} epochs")
@@ -520,7 +575,12 @@ def _check_python(state: Any, where: str) -> None:
 
 
 def _check_torch(state: Any, where: str, size: int | None = None) -> None:
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1 or state.layout != torch.strided:
+    if (
+        not isinstance(state, Tensor)
+        or state.dtype != torch.uint8
+        or state.ndim != 1
+        or state.layout != torch.strided
+    ):
         raise _Unfit(where, state, "a tensor of bytes")
     own = torch.get_rng_state().numel()
     if size is not None and state.numel() != size:
@@ -572,7 +632,9 @@ def _arrays(state: Any) -> Any:
 # --- callbacks --------------------------------------------------------------------------------------------------------
 
 
-def check_callbacks(states: Mapping[str, Any], callbacks: list[Callback], model: nn.Module, path: Path) -> None:
+def check_callbacks(
+    states: Mapping[str, Any], callbacks: list[Callback], model: nn.Module, path: Path
+) -> None:
     """Check the states of the callbacks that come with minikeras: numbers where they have numbers, weights that fit.
 
     Raises:
@@ -589,7 +651,9 @@ def check_callbacks(states: Mapping[str, Any], callbacks: list[Callback], model:
                 problem = _Unfit(f"callback {name}, {key}", given[key], "a number")
                 raise CheckpointError(f"{path} is damaged: {problem}. {remedy_of_fit(path)}")
         weights = given.get("weights")
-        if isinstance(callback, EarlyStopping) and (weights is not None and (type(weights) is not dict or weights)):
+        if isinstance(callback, EarlyStopping) and (
+            weights is not None and (type(weights) is not dict or weights)
+        ):
             check_weights(model, given["weights"], path, remedy_of_fit)
 
 
@@ -609,7 +673,9 @@ def untouched(restore: F) -> F:
             return restore(self, callbacks, say)
         except Exception as error:
             put_back()
-            if isinstance(error, (CheckpointError, Warning)):  # a user may turn warnings into errors
+            if isinstance(
+                error, (CheckpointError, Warning)
+            ):  # a user may turn warnings into errors
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
@@ -631,7 +697,9 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
         for tensor in (*module.parameters(), *module.buffers()):
             if not is_lazy(tensor):
                 tensors.append((tensor, tensor.detach().clone(), tensor.requires_grad))
-    optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in run.optimizers.values()]
+    optimizers = [
+        (optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in run.optimizers.values()
+    ]
     states = [(callback, copy.deepcopy(callback.state_dict())) for callback in callbacks]
     epochs, stop, drawn = run.epochs, model.stop_training, randomness.states()
 

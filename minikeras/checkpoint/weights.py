@@ -37,7 +37,11 @@ def save_weights(model: nn.Module, path: Path, world: World | None, keep: bool =
         state[key] = whole(value)  # by all processes
 
     def save() -> None:
-        write(path, _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state), keep=keep)
+        write(
+            path,
+            _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state),
+            keep=keep,
+        )
 
     save() if world is None else world.by_main(save)
 
@@ -119,7 +123,9 @@ def is_empty_buffer(module: nn.Module, name: str) -> bool:
         setattr(module, name, None)
 
 
-def fill_late_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+def fill_late_buffers(
+    model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device
+) -> None:
     """Give the model those buffers, as its first batch would."""
     modules = {plain_name(name): module for name, module in model.named_modules()}
     for name, value in buffers.items():
@@ -136,7 +142,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 def frozen(model: nn.Module) -> list[str]:
     """The parameters that are not trained."""
-    return [plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [
+        plain_name(name)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
 
 
 def freeze(model: nn.Module, names: list[str] | None) -> None:
@@ -151,9 +161,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Weights from a file into the model; nothing is changed where they do not fit."""
     found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else reader(model))
     if found is None:
-        raise FileNotFoundError(f"there is no file {path}. Pass the path of a file that model.save wrote.")
+        raise FileNotFoundError(
+            f"there is no file {path}. Pass the path of a file that model.save wrote."
+        )
     value, read_from = found
-    state = value["model"] if isinstance(value, dict) and RUN in value and "model" in value else value
+    state = (
+        value["model"] if isinstance(value, dict) and RUN in value and "model" in value else value
+    )
     state = under_own_names(model, state)
     check_weights(model, state, read_from)
     try:
@@ -221,7 +235,11 @@ def is_same_tensor(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are one: the same elements in memory."""
     if first.layout != torch.strided or second.layout != torch.strided:
         return first is second
-    alike = (first.shape, first.stride(), first.dtype) == (second.shape, second.stride(), second.dtype)
+    alike = (first.shape, first.stride(), first.dtype) == (
+        second.shape,
+        second.stride(),
+        second.dtype,
+    )
     return alike and first.device == second.device and first.data_ptr() == second.data_ptr()
 
 
@@ -237,7 +255,11 @@ def all_or_nothing(model: nn.Module, late: Mapping[str, Tensor]) -> Iterator[Non
     except BaseException:
         for name in late:
             owner, _, last = plain_name(name).rpartition(".")
-            setattr({plain_name(key): module for key, module in model.named_modules()}[owner], last, None)
+            setattr(
+                {plain_name(key): module for key, module in model.named_modules()}[owner],
+                last,
+                None,
+            )
         now = dict([*model.named_parameters(), *model.named_buffers()])
         for name, tensor in before.items():
             if name in now and now[name].shape == tensor.shape:
@@ -254,22 +276,32 @@ def loads_by_itself(model: nn.Module) -> bool:
             if any("load_from_state" in name or name in OWN_WAYS for name in vars(kind)):
                 return True
         for name, hooks in vars(module).items():
-            ours = 1 if hasattr(type(module), "compute_outputs") else 0  # a Model has that of `under_plain_names`
+            ours = (
+                1 if hasattr(type(module), "compute_outputs") else 0
+            )  # a Model has that of `under_plain_names`
             if "load_state_dict" in name and len(hooks) > ours:
                 return True
     return False
 
 
-def check_weights(model: nn.Module, state: Any, path: Path, remedy: Callable[[Path], str] = remedy_of_load) -> None:
+def check_weights(
+    model: nn.Module, state: Any, path: Path, remedy: Callable[[Path], str] = remedy_of_load
+) -> None:
     """A state_dict must have the model's keys and shapes, and tensors that its own can take.
 
     Raises:
         CheckpointError: it has others; the message names them.
     """
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise CheckpointError(f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}")
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}"
+        )
     own = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
+    shapes = {
+        key: tuple(value.shape)
+        for key, value in own.items()
+        if isinstance(value, Tensor) and not is_lazy(value)
+    }
     given = {key: shape_of(value) for key, value in state.items() if isinstance(value, Tensor)}
     differing = [key for key in shapes if given.get(key, shapes[key]) != shapes[key]]
     late = late_buffers(model, state)
@@ -278,7 +310,11 @@ def check_weights(model: nn.Module, state: Any, path: Path, remedy: Callable[[Pa
         "unexpected": [key for key in state if key not in own and key not in late],
         "of another shape": [f"{key} {given[key]} instead of {shapes[key]}" for key in differing],
     }
-    told = [f"{what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}" for what, keys in problems.items() if keys]
+    told = [
+        f"{what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}"
+        for what, keys in problems.items()
+        if keys
+    ]
     if told:
         raise CheckpointError(
             f"{path} holds the weights of another architecture than {type(model).__name__}: {'; '.join(told)}. "
@@ -301,10 +337,18 @@ def misfit(own: Any, given: Any) -> str:
     'int8 and the model has float32: convert it with .to(torch.float32)'
     """
     if not isinstance(own, Tensor):
-        return "" if not isinstance(given, Tensor) or own is not None else "a tensor, and the model has none there"
+        return (
+            ""
+            if not isinstance(given, Tensor) or own is not None
+            else "a tensor, and the model has none there"
+        )
     if not isinstance(given, Tensor):
         return f"a {type(given).__name__} and not a tensor"
-    if given.layout != own.layout or given.is_quantized != own.is_quantized or given.is_nested != own.is_nested:
+    if (
+        given.layout != own.layout
+        or given.is_quantized != own.is_quantized
+        or given.is_nested != own.is_nested
+    ):
         kind = "quantized" if given.is_quantized else str(given.layout).removeprefix("torch.")
         return f"a tensor of another layout, {kind}"
     if given.is_meta and not own.is_meta:
@@ -318,7 +362,11 @@ def misfit(own: Any, given: Any) -> str:
     if own.is_floating_point():
         if not given.is_floating_point():
             return told
-        return "beyond the range of the model's " + dtype_name(own) if overflows(given, own.dtype) else ""
+        return (
+            "beyond the range of the model's " + dtype_name(own)
+            if overflows(given, own.dtype)
+            else ""
+        )
     if given.is_complex() or not torch.equal(given.to(own.dtype).to(given.dtype), given):
         return told
     return ""
@@ -358,7 +406,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(".safetensors files need a package: pip install safetensors") from error
+        raise ModuleNotFoundError(
+            ".safetensors files need a package: pip install safetensors"
+        ) from error
     return safetensors
 
 
@@ -366,8 +416,12 @@ def _dump_safetensors(state: dict[str, Any]) -> Any:
     package = _safetensors()
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise TypeError(f"a .safetensors file holds tensors alone, and the model's state has {others[0]}. Save to .pt.")
-    whole = {key: value.cpu().contiguous().clone() for key, value in state.items()}  # it refuses tied ones
+        raise TypeError(
+            f"a .safetensors file holds tensors alone, and the model's state has {others[0]}. Save to .pt."
+        )
+    whole = {
+        key: value.cpu().contiguous().clone() for key, value in state.items()
+    }  # it refuses tied ones
 
     def save(path: Path) -> None:
         package.torch.save_file(whole, path, metadata={"format": "pt", "sha256": _checksum(whole)})
@@ -385,9 +439,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged or is no safetensors file: {error}. {remedy(path)}") from error
+        raise CheckpointError(
+            f"{path} is damaged or is no safetensors file: {error}. {remedy(path)}"
+        ) from error
     if checksum not in (None, _checksum(state)):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match its checksum. {remedy(path)}")
+        raise CheckpointError(
+            f"{path} is damaged: its tensors do not match its checksum. {remedy(path)}"
+        )
     return state
 
 
@@ -408,7 +466,9 @@ def under_plain_names(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(_add_compiled_names)
 
 
-def _drop_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _drop_compiled_names(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
     for name in [name for name in state if name.startswith(prefix) and COMPILED in name]:
         state[name.replace(COMPILED, "")] = state.pop(name)
 
@@ -417,5 +477,7 @@ def _add_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *
     for wrapper, _ in module.named_modules(prefix=prefix.rstrip(".")):
         if f"{wrapper}.".endswith("." + COMPILED):
             outer = wrapper[: -len(COMPILED)] + "."
-            for name in [name for name in state if name.startswith(outer) and not name.startswith(wrapper)]:
+            for name in [
+                name for name in state if name.startswith(outer) and not name.startswith(wrapper)
+            ]:
                 state[wrapper + name[len(outer) - 1 :]] = state.pop(name)

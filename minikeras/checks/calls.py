@@ -16,14 +16,37 @@ from minikeras.errors import did_you_mean
 P = ParamSpec("P")
 R = TypeVar("R")
 
-TRAINING = ("dl_train", "x", "X", "train_data", "train_loader", "train_dataloader", "train_dataloaders")
-VALIDATION = ("dl_val", "validation_data", "val_data", "val_loader", "val_dataloaders", "valid_data")
+TRAINING = (
+    "dl_train",
+    "x",
+    "X",
+    "train_data",
+    "train_loader",
+    "train_dataloader",
+    "train_dataloaders",
+)
+VALIDATION = (
+    "dl_val",
+    "validation_data",
+    "val_data",
+    "val_loader",
+    "val_dataloaders",
+    "valid_data",
+)
 EPOCHS = ("epochs", "nb_epoch", "max_epochs", "num_epochs", "n_epochs")
 LOSSES = ("loss_func", "loss", "loss_fn", "criterion")
 METRICS = ("metrics_dict", "metrics")
 DATA = ("dl_val", "dl", "x", "X", "test_loader", "dataloaders")
 
-WRITTEN = ("epochs", "dl_train", "dl_val", "dl", "loss_func", "optimizer", "metrics_dict")  # by the writers
+WRITTEN = (
+    "epochs",
+    "dl_train",
+    "dl_val",
+    "dl",
+    "loss_func",
+    "optimizer",
+    "metrics_dict",
+)  # by the writers
 
 STOP = "callbacks=[minikeras.EarlyStopping(monitor, patience=5)]"
 NOTES = {
@@ -71,7 +94,9 @@ def in_other_words(method: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def lesson(verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError) -> str:
+def lesson(
+    verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError
+) -> str:
     """What is wrong with a call, and the line to write in its place."""
     known = list(signature.parameters)[1:]
     unknown = [name for name in kwargs if name not in known]
@@ -271,7 +296,9 @@ def missing_name(name: str) -> Any:
     frame = inspect.currentframe()
     caller = frame.f_back if frame is not None else None
     if caller is not None and caller.f_code.co_name == "_handle_fromlist":
-        raise ImportError(f"cannot import name {name!r} from 'minikeras'. {NAMES[name]}", name="minikeras")
+        raise ImportError(
+            f"cannot import name {name!r} from 'minikeras'. {NAMES[name]}", name="minikeras"
+        )
     raise AttributeError(f"{message}. {NAMES[name]}")
 
 

@@ -40,13 +40,19 @@ def no_class(label: int, classes: int) -> str:
 
 def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
     """Raise an error that torch raised inside a loss in the user's words, where the cause is known."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == F.__file__]
+    frames = [
+        frame
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == F.__file__
+    ]
     inside = {frame.f_code.co_name for frame in frames}
     if "unsafe to autocast" in str(error):  # said on CUDA alone
         raise ValueError(half_probabilities(outputs)) from error
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
         return
-    if any(at.f_locals.get("input") is labels and at.f_locals.get("target") is outputs for at in frames):
+    if any(
+        at.f_locals.get("input") is labels and at.f_locals.get("target") is outputs for at in frames
+    ):
         error.add_note(
             "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's."
         )
@@ -57,13 +63,17 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
             f"squeeze() in forward takes the rows' dimension too. Write squeeze(-1), or name another dimension."
         ) from error
     # a loss of one's own may have given torch something else, of which nothing is known here
-    as_given = any(at.f_locals.get("input") is outputs and at.f_locals.get("target") is labels for at in frames)
+    as_given = any(
+        at.f_locals.get("input") is outputs and at.f_locals.get("target") is labels for at in frames
+    )
     if as_given and inside.intersection(CLASS_LOSSES):
         _explain_classes(error, outputs, labels, scores="cross_entropy" in inside)
     if as_given and inside.intersection(PROBABILITY_LOSSES) and "between 0 and 1" in str(error):
         wrong = _off_range(error, outputs, labels)
         raise ValueError(f"BCELoss takes probabilities from 0 to 1, and {wrong}") from error
-    by_dtype = ("type" in str(error) and inside) or ("bool tensor" in str(error) and labels.dtype == torch.bool)
+    by_dtype = ("type" in str(error) and inside) or (
+        "bool tensor" in str(error) and labels.dtype == torch.bool
+    )
     if by_dtype and labels.dtype != outputs.dtype:
         wanted = outputs.dtype
         if torch.is_autocast_enabled(outputs.device.type):
@@ -76,7 +86,12 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
 
 def explain_squeezed(error: Exception, outputs: Any, labels: Any) -> None:
     """Raise the error of a loss in the user's words if the outputs of one row have lost the dimension of the rows."""
-    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor) or not labels.ndim or labels.shape[0] != 1:
+    if (
+        not isinstance(outputs, Tensor)
+        or not isinstance(labels, Tensor)
+        or not labels.ndim
+        or labels.shape[0] != 1
+    ):
         return
     if outputs.ndim == 0 or (outputs.ndim == 1 and outputs.shape[0] > 1):
         raise ValueError(squeezed(outputs, labels)) from error
@@ -125,10 +140,16 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         remedy = f"Pass labels.{'squeeze(1).' * column}{_cast(torch.int64, 'labels')}."
         if labels.ndim == outputs.ndim and not column:
             remedy = "Give labels and predictions as many columns."
-        raise ValueError(f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}") from error
+        raise ValueError(
+            f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}"
+        ) from error
     if column:
-        raise ValueError(f"labels have shape {shape}; {expected}. Pass labels.squeeze(1).") from error
-    if "target dtype" in str(error) or "type Long but found" in str(error):  # the other is of older torch
+        raise ValueError(
+            f"labels have shape {shape}; {expected}. Pass labels.squeeze(1)."
+        ) from error
+    if "target dtype" in str(error) or "type Long but found" in str(
+        error
+    ):  # the other is of older torch
         raise ValueError(
             f"labels are {dtype_name(labels)}; {expected}. Pass labels.{_cast(torch.int64, 'labels')}."
         ) from error
@@ -137,7 +158,9 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def explain_forward(error: Exception, model: nn.Module, features: Any, world: World | None = None) -> None:
+def explain_forward(
+    error: Exception, model: nn.Module, features: Any, world: World | None = None
+) -> None:
     """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
     where = failing_layer(error, model)
     if where is None:
@@ -163,33 +186,52 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: Wo
 def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
     """A forward that was not entered, since it takes other arguments."""
     missing = re.match(r"(\S+)\(\) missing .* argument", str(error))
-    called = [m for m in model.modules() if missing and getattr(type(m).forward, "__qualname__", "") == missing[1]]
+    called = [
+        m
+        for m in model.modules()
+        if missing and getattr(type(m).forward, "__qualname__", "") == missing[1]
+    ]
     if called and isinstance(features, Mapping):
         raise ValueError(
             f"the features are a dict with the keys {', '.join(map(str, features))}, and forward takes "
             f"{', '.join(inspect.signature(called[0].forward).parameters)}. Name the keys like these."
         ) from error
     if missing:
-        error.add_note("Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels.")
+        error.add_note(
+            "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
+        )
 
 
-def _explain_layer(error: Exception, where: tuple[str, nn.Module, Any], features: Any, world: World | None) -> None:
+def _explain_layer(
+    error: Exception, where: tuple[str, nn.Module, Any], features: Any, world: World | None
+) -> None:
     """What a layer cannot take, and what to give it."""
     name, layer, given = where
     shape = tuple(given.shape)
     if "Expected more than 1 value per channel" in str(error):
-        whose, other = ("", "another") if world is None else (f", process {world.rank}'s part of the batch", "a bigger")
+        whose, other = (
+            ("", "another")
+            if world is None
+            else (f", process {world.rank}'s part of the batch", "a bigger")
+        )
         raise ValueError(
             f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
             f"{shape}{whose}. Leave the short last batch out with drop_last=True, or choose {other} batch_size."
         ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
-    theirs = type(layer).__module__.startswith("torch.")  # a forward of one's own has other values too
+    theirs = type(layer).__module__.startswith(
+        "torch."
+    )  # a forward of one's own has other values too
     from_features = theirs and any(
         getattr(leaf, "dtype", None) == given.dtype for leaf in leaves(features, inside=True)
     )
-    if by_dtype and from_features and wanted not in (None, given.dtype) and not isinstance(layer, EMBEDDINGS):
+    if (
+        by_dtype
+        and from_features
+        and wanted not in (None, given.dtype)
+        and not isinstance(layer, EMBEDDINGS)
+    ):
         raise ValueError(
             f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} values. "
             f"{_remedy_of_dtype(given.dtype, wanted)}"
@@ -258,7 +300,9 @@ def _remedy_of_convolution(layer: nn.Module, shape: tuple[int, ...]) -> str:
 def _cast(dtype: torch.dtype, what: str) -> str:
     """The call that gives tensors a dtype, and what does so for an array or a DataFrame."""
     cast = {torch.float32: "float()", torch.int64: "long()"}.get(dtype, f"to({dtype})")
-    if dtype == torch.get_default_dtype():  # in which floats of NumPy and pandas arrive, whatever theirs is
+    if (
+        dtype == torch.get_default_dtype()
+    ):  # in which floats of NumPy and pandas arrive, whatever theirs is
         in_numpy = "float64" if dtype == torch.float64 else "float32"
     elif not dtype.is_floating_point:
         in_numpy = dtype_name(dtype)

@@ -20,14 +20,29 @@ REMEDY = (
 )
 CHANNELS_FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm),
+    *(
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
+        nn.GroupNorm,
+    ),
 )
-MOVED = ("Transpose", "Permute", "Convolution", "BatchNorm", "GroupNorm")  # in the names of autograd's nodes
+MOVED = (
+    "Transpose",
+    "Permute",
+    "Convolution",
+    "BatchNorm",
+    "GroupNorm",
+)  # in the names of autograd's nodes
 LAST = ("Addmm", "MmBackward", "Bmm", "Linear", "Embedding", "LayerNorm")
 NODES = 30  # of the graph that are looked at, from the outputs back
 
 
-def explain_class_dimension(outputs: Tensor, labels: Tensor, function: str = "cross_entropy") -> str:
+def explain_class_dimension(
+    outputs: Tensor, labels: Tensor, function: str = "cross_entropy"
+) -> str:
     """What is wrong with scores whose classes are last, where the shapes tell; else ""."""
     if outputs.ndim < 3 or labels.shape != outputs.shape[:-1] or labels.is_floating_point():
         return ""
@@ -39,7 +54,9 @@ def explain_class_dimension(outputs: Tensor, labels: Tensor, function: str = "cr
     )
 
 
-def check_class_dimension(function: str, outputs: Tensor, labels: Tensor, model: nn.Module, warn: bool) -> None:
+def check_class_dimension(
+    function: str, outputs: Tensor, labels: Tensor, model: nn.Module, warn: bool
+) -> None:
     """Scores over steps, whose classes may be last.
 
     Raises:
@@ -87,7 +104,9 @@ def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
     if outputs.stride(1) < outputs.stride(-1):  # a view with its dimensions moved
         return False
     widths = widths_of(model)
-    if widths and outputs.shape[-1] not in widths:  # one long row of scores, cut into classes and places
+    if (
+        widths and outputs.shape[-1] not in widths
+    ):  # one long row of scores, cut into classes and places
         return False
     node: Any = outputs.grad_fn
     for _ in range(NODES):
@@ -99,7 +118,9 @@ def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
             return True
         before = [function for function, _ in node.next_functions if function is not None]
         node = before[0] if before else None
-    layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
+    layers = [
+        layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))
+    ]
     return bool(layers) and not isinstance(layers[-1], CHANNELS_FIRST)
 
 

@@ -30,7 +30,9 @@ from minikeras.results import check_number
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
 
 
-def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, *, scalar: bool = True) -> Any:
+def guarded(
+    function: Callable[..., Any], outputs: Any, labels: Any, name: str, *, scalar: bool = True
+) -> Any:
     """`function(outputs, labels)`, refused when it broadcasts them; a result that is not a number is said first."""
     guard = BroadcastGuard(outputs, labels)
     try:
@@ -39,10 +41,14 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
     except Exception as error:
         if guard.found:
             raise ValueError(f"{name}: {guard.found}") from None
-        hint = ". Let forward return the first part alone." * (isinstance(outputs, tuple) and "'tuple'" in str(error))
+        hint = ". Let forward return the first part alone." * (
+            isinstance(outputs, tuple) and "'tuple'" in str(error)
+        )
         if labels is None:
             hint += ". The batches are features alone: give (features, labels), for an autoencoder (X, X)."
-        error.add_note(f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}")
+        error.add_note(
+            f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}"
+        )
         raise
     if scalar:
         check_number(name, result, wait=True)
@@ -54,7 +60,9 @@ def guarded(function: Callable[..., Any], outputs: Any, labels: Any, name: str, 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool, model: nn.Module, fitting: bool) -> None:
+def check_loss_inputs(
+    loss_func: Any, outputs: Any, labels: Any, warn: bool, model: nn.Module, fitting: bool
+) -> None:
     """What torch accepts in silence, or answers from an accelerator too late.
 
     What the model's layers tell of the outputs is warned of once: in training, or in an evaluation without any.
@@ -62,10 +70,17 @@ def check_loss_inputs(loss_func: Any, outputs: Any, labels: Any, warn: bool, mod
     loss_func = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
     check_not_half(loss_func, outputs)
     check_one_tensor(loss_func, outputs, labels)
-    forward = getattr(type(loss_func), "forward", None)  # a subclass may do something else with labels
+    forward = getattr(
+        type(loss_func), "forward", None
+    )  # a subclass may do something else with labels
     takes_scores = forward is nn.CrossEntropyLoss.forward or loss_func is F.cross_entropy
     takes_classes = takes_scores or forward is nn.NLLLoss.forward or loss_func is F.nll_loss
-    if not (takes_classes and isinstance(outputs, Tensor) and isinstance(labels, Tensor) and outputs.ndim > 1):
+    if not (
+        takes_classes
+        and isinstance(outputs, Tensor)
+        and isinstance(labels, Tensor)
+        and outputs.ndim > 1
+    ):
         return
     function = "cross_entropy" if takes_scores else "nll_loss"
     check_class_dimension(function, outputs, labels, model, warn or not fitting)
@@ -172,11 +187,16 @@ def check_batch(
     `rows` is how many rows the batch has. `needs_labels` is False for a step or a loss computation of the user's own.
     """
     if features is None and needs_labels:
-        raise ValueError("the first part of a batch is None; expected (features, labels). Give the features there.")
+        raise ValueError(
+            "the first part of a batch is None; expected (features, labels). Give the features there."
+        )
     if labels is None and needs_labels:
         are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
         if isinstance(features, Mapping) and len(features) > 1:
-            key = ([key for key in features if key in ("labels", "label", "targets", "target")] or list(features))[-1]
+            key = (
+                [key for key in features if key in ("labels", "label", "targets", "target")]
+                or list(features)
+            )[-1]
             are = f"dicts of {', '.join(map(str, features))}, all of them features"
             remedy = f"(batch, batch.pop({key!r})) where they are made"
         raise ValueError(
@@ -187,7 +207,11 @@ def check_batch(
         return
     if isinstance(rows, UnknownRows):  # there is nothing to compare with: the weights are one a row
         rows = getattr(sample_weight, "numel", lambda: 0)()
-    if not isinstance(sample_weight, Tensor) or sample_weight.numel() != rows or len(sample_weight) != rows:
+    if (
+        not isinstance(sample_weight, Tensor)
+        or sample_weight.numel() != rows
+        or len(sample_weight) != rows
+    ):
         raise ValueError(
             f"the third part of a batch is a weight per row: expected shape ({rows},), got {described(sample_weight)}. "
             f"Put several inputs into a tuple of their own: ((a, b), labels)."
@@ -204,7 +228,9 @@ def check_batch(
 # --- before a fit -----------------------------------------------------------------------------------------------------
 
 
-def check_optimizers(model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: set[int]) -> None:
+def check_optimizers(
+    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: set[int]
+) -> None:
     """Something must be there to train, and the optimizers must hold it as it is now.
 
     `compiled` has the ids of the parameters that there were at compile.
@@ -214,10 +240,17 @@ def check_optimizers(model: nn.Module, loss_func: Any, optimizers: dict[str, Opt
     if not any(parameter.requires_grad for parameter in own.values()):
         why, remedy = f"{name} has no parameters", "Add a layer that has some"
         if own:
-            why, remedy = f"all {len(own)} parameters of {name} are frozen", "Set requires_grad=True on some"
+            why, remedy = (
+                f"all {len(own)} parameters of {name} are frozen",
+                "Set requires_grad=True on some",
+            )
         raise ValueError(f"there is nothing to train: {why}. {remedy}, then compile again.")
     again = f"Make a new optimizer from model.parameters() and call {name}.compile again."
-    held = {id(parameter): parameter for optimizer in optimizers.values() for parameter in _held(optimizer)}
+    held = {
+        id(parameter): parameter
+        for optimizer in optimizers.values()
+        for parameter in _held(optimizer)
+    }
     for key, optimizer in optimizers.items():
         which = f"optimizer {key!r}" if key else "the optimizer"
         ids = {id(parameter) for parameter in _held(optimizer)}
@@ -231,9 +264,15 @@ def check_optimizers(model: nn.Module, loss_func: Any, optimizers: dict[str, Opt
             what = f"it is {stale[0]} from earlier steps and the parameters are {stale[1]} now"
             raise ValueError(f"{which} holds stale state: {what}. {again}")
     replaced = any(key in compiled and key not in own for key in held)
-    untrained = sum(p.requires_grad and key not in held and key not in compiled for key, p in own.items())
+    untrained = sum(
+        p.requires_grad and key not in held and key not in compiled for key, p in own.items()
+    )
     if untrained:
-        what = "holds stale parameters: a layer was replaced" if replaced else "lacks parameters: a layer was added"
+        what = (
+            "holds stale parameters: a layer was replaced"
+            if replaced
+            else "lacks parameters: a layer was added"
+        )
         raise ValueError(
             f"the optimizer {what} after compile, and {untrained} new parameters would not be trained. {again}"
         )
@@ -281,7 +320,9 @@ def network(net: nn.Module) -> nn.Module:
 def check_callable(name: str, function: Any) -> None:
     """A loss or a metric must be a function or an instance, not a class, and a module must have been initialised."""
     if isinstance(function, type):
-        raise TypeError(f"{name} is the class {function.__name__}; expected an instance. Pass {function.__name__}().")
+        raise TypeError(
+            f"{name} is the class {function.__name__}; expected an instance. Pass {function.__name__}()."
+        )
     if isinstance(function, nn.Module):
         try:
             list(function.parameters())
@@ -342,5 +383,7 @@ def named_optimizers(optimizer: Any) -> dict[str, Optimizer]:
                 f"Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3)."
             )
     if not optimizers:
-        raise ValueError("optimizer is an empty dict; expected at least one. Leave it out for Adam(lr=1e-3).")
+        raise ValueError(
+            "optimizer is an empty dict; expected at least one. Leave it out for Adam(lr=1e-3)."
+        )
     return dict(optimizers)

@@ -28,7 +28,12 @@ def warn_of_raw_scores(name: str, metric: Any, outputs: Any) -> bool:
     takes a batch without such a score for probabilities.
     """
     kind = _decides_by_batch(metric)
-    if kind is None or not isinstance(outputs, Tensor) or not outputs.is_floating_point() or not outputs.numel():
+    if (
+        kind is None
+        or not isinstance(outputs, Tensor)
+        or not outputs.is_floating_point()
+        or not outputs.numel()
+    ):
         return False
     lowest, highest = outputs.min().item(), outputs.max().item()
     if not (lowest < 0 or highest > 1):

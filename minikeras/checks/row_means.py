@@ -43,7 +43,9 @@ class RowMeanCheck:
         world: the processes that train together. They look at the same time, and call as often.
     """
 
-    def __init__(self, looks: Counter[str], device: torch.device, world: World | None = None) -> None:
+    def __init__(
+        self, looks: Counter[str], device: torch.device, world: World | None = None
+    ) -> None:
         self.looks = looks
         self.world = world
         self.randomness = Randomness(device, [])
@@ -60,7 +62,9 @@ class RowMeanCheck:
         self.active = self.passes < PASSES
         self.passes += 1
 
-    def look(self, functions: Mapping[str, Any], outputs: Any, labels: Any, counts: bool = True) -> dict[str, int]:
+    def look(
+        self, functions: Mapping[str, Any], outputs: Any, labels: Any, counts: bool = True
+    ) -> dict[str, int]:
         """Look at the functions on a batch, before they are called on it; what was found, by name.
 
         `counts` is False for a filler batch.
@@ -113,7 +117,9 @@ class RowMeanCheck:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as of a half without positives
-                return [_kind_of(metric, outputs, labels, self.rows) for metric in functions.values()]
+                return [
+                    _kind_of(metric, outputs, labels, self.rows) for metric in functions.values()
+                ]
         finally:
             self.randomness.restore(before)
 
@@ -263,6 +269,12 @@ def _keys(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
 def _first(nest: Any, rows: int) -> Tensor | None:
     """The first tensor that has the rows."""
     for leaf in leaves(nest):
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows and leaf.numel() and not leaf.is_complex():
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.ndim
+            and len(leaf) == rows
+            and leaf.numel()
+            and not leaf.is_complex()
+        ):
             return leaf.detach()
     return None

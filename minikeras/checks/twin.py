@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 LARGE = 2**20  # elements; a table of as many is shared: what a metric counts in is smaller
-SHARED = (types.ModuleType, types.BuiltinFunctionType, type, Dataset, DataLoader, torch.device, torch.dtype)
+SHARED = (
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    type,
+    Dataset,
+    DataLoader,
+    torch.device,
+    torch.dtype,
+)
 SCALARS = (str, bytes, int, float, complex, bool, type(None), range, slice)
 
 
@@ -43,7 +51,9 @@ class _Copier:
             return types.MethodType(self.copied(value.__func__), self.copied(value.__self__))
         if isinstance(value, functools.partial):
             keywords = {key: self.copied(part) for key, part in value.keywords.items()}
-            return functools.partial(self.copied(value.func), *map(self.copied, value.args), **keywords)
+            return functools.partial(
+                self.copied(value.func), *map(self.copied, value.args), **keywords
+            )
         if isinstance(value, (*SCALARS, *SHARED)) or _is_large(value):
             return value
         if isinstance(value, nn.Module):
@@ -65,14 +75,19 @@ class _Copier:
         twin.__dict__.update({key: self.copied(value) for key, value in vars(function).items()})
         twin.__defaults__ = self._defaults(function.__defaults__)
         if function.__kwdefaults__:
-            twin.__kwdefaults__ = {key: self.copied(value) for key, value in function.__kwdefaults__.items()}
+            twin.__kwdefaults__ = {
+                key: self.copied(value) for key, value in function.__kwdefaults__.items()
+            }
         for cell, original in zip(cells, function.__closure__ or (), strict=True):
             try:
                 cell.cell_contents = self.copied(original.cell_contents)
             except ValueError:  # not yet assigned
                 continue
         for name, value in reached.items():
-            elsewhere = isinstance(value, types.FunctionType) and value.__globals__ is not function.__globals__
+            elsewhere = (
+                isinstance(value, types.FunctionType)
+                and value.__globals__ is not function.__globals__
+            )
             if not elsewhere:
                 names[name] = self.copied(value)
         return twin

@@ -19,7 +19,15 @@ rows.py         how many rows a batch has
 joining.py      the outputs of many batches as those of all rows
 """
 
-from minikeras.data.batch import call_as, call_with, choose_device, manner, placed, to_device, unpack
+from minikeras.data.batch import (
+    call_as,
+    call_with,
+    choose_device,
+    manner,
+    placed,
+    to_device,
+    unpack,
+)
 from minikeras.data.checksums import SAMPLE, checksum
 from minikeras.data.endless import check_ends, limited, long_pass
 from minikeras.data.epochs import set_epoch
@@ -27,7 +35,14 @@ from minikeras.data.joining import join
 from minikeras.data.nests import cloned, leaves, map_leaves, parts
 from minikeras.data.peek import first_rows
 from minikeras.data.position import Positioned, warn_of_hidden_draws
-from minikeras.data.rows import RowCounter, UnknownRows, count_rows, first_size, first_sizes, shapes_of
+from minikeras.data.rows import (
+    RowCounter,
+    UnknownRows,
+    count_rows,
+    first_size,
+    first_sizes,
+    shapes_of,
+)
 from minikeras.data.sharded import Idle, seeded, sharded, worked
 from minikeras.data.sources import ContinuedBatches, as_batches, empty, is_batched, length
 

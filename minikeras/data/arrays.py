@@ -58,7 +58,9 @@ class TensorRows:
 class FetchedRows:
     """Rows that are asked for by number: `fetch` gives the tensor of a batch from its row numbers, (batch,) int64."""
 
-    def __init__(self, fetch: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, fetch: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         self.fetch = fetch
         self.shape = shape
         self.dtype = dtype
@@ -113,13 +115,17 @@ def as_rows(array: Any, name: str) -> TensorRows | FetchedRows:
     if isinstance(array, Tensor):
         return _rows_of_tensor(array, name)
     if array is None:
-        raise TypeError(f"{name} holds None where an array of numbers is expected. Pass X, (X, y) or (X, y, weights).")
+        raise TypeError(
+            f"{name} holds None where an array of numbers is expected. Pass X, (X, y) or (X, y, weights)."
+        )
     if isinstance(array, (int, float)):
         raise TypeError(f"{name} holds {array!r}; expected an array of numbers.{LISTS}")
     if isinstance(array, (str, bytes, os.PathLike)):
         raise TypeError(f"{name} holds {_file_or_text(array)}")
     if isinstance(array, (set, frozenset)):
-        raise TypeError(f"{name} holds a {type(array).__name__}, which has no order; expected an array of numbers.")
+        raise TypeError(
+            f"{name} holds a {type(array).__name__}, which has no order; expected an array of numbers."
+        )
     if is_sparse_matrix(array):
         return _rows_of_sparse_matrix(array, name)
     if isinstance(array, (pd.Index, pd.api.extensions.ExtensionArray)):
@@ -135,7 +141,9 @@ def as_rows(array: Any, name: str) -> TensorRows | FetchedRows:
     if isinstance(array, Mapping):
         if isinstance(getattr(array, "batch_size", None), tuple):
             return _rows_of_tensors_by_name(array, name)
-        raise TypeError(f"{name} holds a {type(array).__name__}; expected arrays or a plain dict. Pass dict(features).")
+        raise TypeError(
+            f"{name} holds a {type(array).__name__}; expected arrays or a plain dict. Pass dict(features)."
+        )
     if np.ma.isMaskedArray(array):
         return _rows_of_array(_without_mask(array, name), name)
     return _rows_of_array(np.asarray(array), name)
@@ -145,26 +153,36 @@ def _rows_of_array(array: Array, name: str) -> TensorRows | FetchedRows:
     if array.dtype.kind == "O":
         array = _numbers_of_objects(array, name)
     if array.dtype.kind not in VIEWED:
-        raise TypeError(f"{name} holds {array.dtype} values; expected numbers. {_remedy_of_array(array)}")
+        raise TypeError(
+            f"{name} holds {array.dtype} values; expected numbers. {_remedy_of_array(array)}"
+        )
     if array.ndim == 0:
         raise ValueError(
             f"{name} holds the single number {array[()]!r}; expected an array with the rows first. "
             f"For one row pass an array of shape (1, ...), as array.reshape(1, 1) has."
         )
     if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
-        raise ValueError(f"{name} holds {array.max()}; expected whole numbers below 2**63, int64's. Pass floats.")
+        raise ValueError(
+            f"{name} holds {array.max()}; expected whole numbers below 2**63, int64's. Pass floats."
+        )
     dtype = _dtype_of_batch(array.dtype)
     in_file = _is_in_file(array)
     if not _can_be_viewed(array):
         if in_file:
             shape = tuple(array.shape)
-            return FetchedRows(lambda rows: as_tensor(np.asarray(array[rows.numpy()]), name), shape, dtype)
-        size = min(array.dtype.itemsize, 16 if array.dtype.kind == "c" else 8)  # torch has no longer numbers
+            return FetchedRows(
+                lambda rows: as_tensor(np.asarray(array[rows.numpy()]), name), shape, dtype
+            )
+        size = min(
+            array.dtype.itemsize, 16 if array.dtype.kind == "c" else 8
+        )  # torch has no longer numbers
         array = array.astype(f"={array.dtype.kind}{size}", order="C")
     tensor = view_of(array)
     if in_file or (tensor.is_contiguous() and dtype.itemsize > tensor.dtype.itemsize):
         return TensorRows(tensor, dtype)
-    if dtype.itemsize > tensor.dtype.itemsize:  # made wide batch by batch: the whole would be larger than the array
+    if (
+        dtype.itemsize > tensor.dtype.itemsize
+    ):  # made wide batch by batch: the whole would be larger than the array
         return TensorRows(tensor.contiguous(), dtype)
     return TensorRows(tensor.to(dtype).contiguous(), dtype)
 
@@ -183,13 +201,17 @@ def _dtype_of_batch(dtype: np.dtype[Any]) -> torch.dtype:
 def _can_be_viewed(array: Array) -> bool:
     """Whether torch can take the memory of an array as it is."""
     known = array.dtype.isnative and array.dtype.itemsize <= (16 if array.dtype.kind == "c" else 8)
-    return known and all(stride >= 0 and stride % array.dtype.itemsize == 0 for stride in array.strides)
+    return known and all(
+        stride >= 0 and stride % array.dtype.itemsize == 0 for stride in array.strides
+    )
 
 
 def view_of(array: Array) -> Tensor:
     """A tensor in the memory of an array, to be read only."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")  # nothing is written into it
+        warnings.filterwarnings(
+            "ignore", message="The given NumPy array is not writ"
+        )  # nothing is written into it
         return torch.from_numpy(array)
 
 
@@ -265,7 +287,9 @@ def _remedy_of_array(array: Array) -> str:
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_frame(frame: pd.DataFrame, name: str, is_series: bool = False) -> TensorRows | FetchedRows:
+def _rows_of_frame(
+    frame: pd.DataFrame, name: str, is_series: bool = False
+) -> TensorRows | FetchedRows:
     """A frame's values in row order, in a dtype that needs no more memory than the frame where there is one."""
     frame = _with_numbers_for_objects(frame)
     _check_numeric(frame, name, is_series)
@@ -293,9 +317,13 @@ def _rows_of_frame(frame: pd.DataFrame, name: str, is_series: bool = False) -> T
             kept = np.dtype(np.float16)
     size = frame.shape[0] * frame.shape[1] * kept.itemsize
     own_size = frame.shape[0] * sum(of_column.itemsize for of_column in dtypes)
-    if size > max(own_size, LARGE):  # many bools beside a float: slower, and the frame stays the only copy
+    if size > max(
+        own_size, LARGE
+    ):  # many bools beside a float: slower, and the frame stays the only copy
         return FetchedRows(
-            lambda rows: view_of(_in_row_order(frame.iloc[rows.numpy()], kept)).to(dtype), tuple(frame.shape), dtype
+            lambda rows: view_of(_in_row_order(frame.iloc[rows.numpy()], kept)).to(dtype),
+            tuple(frame.shape),
+            dtype,
         )
     values = _in_row_order(frame, kept)
     if kept == np.uint64:
@@ -339,7 +367,11 @@ def _with_numbers_for_objects(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     columns: list[Any] = []
     for position in range(frame.shape[1]):
-        column = pd.Series(changed[position], frame.index) if position in changed else frame.iloc[:, position]
+        column = (
+            pd.Series(changed[position], frame.index)
+            if position in changed
+            else frame.iloc[:, position]
+        )
         columns.append(column)
     numbered: pd.DataFrame = pd.concat(columns, axis=1)
     numbered.columns = frame.columns
@@ -366,7 +398,9 @@ def _check_numeric(frame: pd.DataFrame, name: str, is_series: bool) -> None:
 def _remedy_of_column(column: pd.Series[Any], is_series: bool) -> str:
     """How a column that is not of numbers becomes one that is."""
     if is_datetime64_any_dtype(column.dtype):
-        return "Pass a date as the time since the first: (column - column.min()).dt.total_seconds()."
+        return (
+            "Pass a date as the time since the first: (column - column.min()).dt.total_seconds()."
+        )
     if is_timedelta64_dtype(column.dtype):
         return "Pass a time span as column.dt.total_seconds()."
     if is_series:
@@ -386,11 +420,17 @@ def _check_none_missing(frame: pd.DataFrame, name: str, is_series: bool) -> None
             continue
         count = int(frame.iloc[:, position].isna().sum())
         if count:
-            missing.append(f"{count} of {len(frame)}" if is_series else f"{frame.columns[position]} ({count})")
+            missing.append(
+                f"{count} of {len(frame)}" if is_series else f"{frame.columns[position]} ({count})"
+            )
             if is_bool_dtype(dtype):  # which pandas does not fill with 0
                 filled = "astype('float64').fillna(0)"
     if missing:
-        where = f"{missing[0]} values are missing" if is_series else f"values are missing in {', '.join(missing)}"
+        where = (
+            f"{missing[0]} values are missing"
+            if is_series
+            else f"values are missing in {', '.join(missing)}"
+        )
         whose = "column" if is_series else "frame"
         raise ValueError(
             f"{name}: {where} (NA), and whole numbers and bools have none for it. Fill them, {whose}.{filled}, or "
@@ -435,7 +475,9 @@ def _rows_of_tensor(tensor: Tensor, name: str) -> TensorRows | FetchedRows:
             f"For one row pass a tensor of shape (1, ...), as tensor.reshape(1, 1) has."
         )
     if tensor.is_meta:
-        raise ValueError(f"{name} holds a tensor on the meta device, which has no values. Pass one with values.")
+        raise ValueError(
+            f"{name} holds a tensor on the meta device, which has no values. Pass one with values."
+        )
     if tensor.is_nested:
         if tensor.layout is not torch.jagged:
             raise ValueError(
@@ -446,7 +488,9 @@ def _rows_of_tensor(tensor: Tensor, name: str) -> TensorRows | FetchedRows:
         parts = tensor.unbind()
 
         def nested(rows: Tensor) -> Tensor:
-            batch: Tensor = torch.nested.as_nested_tensor([parts[row] for row in rows.tolist()], layout=torch.jagged)
+            batch: Tensor = torch.nested.as_nested_tensor(
+                [parts[row] for row in rows.tolist()], layout=torch.jagged
+            )
             return batch
 
         return FetchedRows(nested, (tensor.size(0),), tensor.dtype)
@@ -468,7 +512,9 @@ def _rows_of_sparse_matrix(matrix: Any, name: str) -> FetchedRows:
             f"{name} holds a sparse array of shape {matrix.shape}; expected (rows, columns). Pass array.toarray()."
         )
     if matrix.dtype.kind not in VIEWED:
-        raise TypeError(f"{name} holds {matrix.dtype} values; expected numbers. Pass matrix.astype('float32').")
+        raise TypeError(
+            f"{name} holds {matrix.dtype} values; expected numbers. Pass matrix.astype('float32')."
+        )
     by_row = matrix.tocsr()
 
     def dense(rows: Tensor) -> Tensor:
@@ -480,7 +526,9 @@ def _rows_of_sparse_matrix(matrix: Any, name: str) -> FetchedRows:
 def _rows_of_tensors_by_name(tensors: Any, name: str) -> FetchedRows:
     """Tensors that are indexed as one, such as a TensorDict."""
     if not len(tensors.batch_size):
-        raise ValueError(f"{name} holds a {type(tensors).__name__} without a batch_size; expected [rows]. Set it.")
+        raise ValueError(
+            f"{name} holds a {type(tensors).__name__} without a batch_size; expected [rows]. Set it."
+        )
     return FetchedRows(lambda rows: tensors[rows], (int(tensors.batch_size[0]),), torch.float32)
 
 
@@ -523,7 +571,9 @@ def check_no_path(data: Any, name: str) -> None:
     if isinstance(data, (str, bytes, os.PathLike)):
         text = _file_or_text(data)
         if "frame =" in text:
-            text += " Then pass its columns as (X, y): (frame.drop(columns='label'), frame[['label']])."
+            text += (
+                " Then pass its columns as (X, y): (frame.drop(columns='label'), frame[['label']])."
+            )
         raise TypeError(f"{name} is {text}")
     if isinstance(data, io.IOBase):
         raise TypeError(
@@ -532,13 +582,19 @@ def check_no_path(data: Any, name: str) -> None:
         )
     if isinstance(data, (set, frozenset)):
         kind = type(data).__name__
-        raise TypeError(f"{name} is a {kind}, which has no order. Pass arrays (X, y) or a list of batches.")
+        raise TypeError(
+            f"{name} is a {kind}, which has no order. Pass arrays (X, y) or a list of batches."
+        )
     if isinstance(data, type):
-        raise TypeError(f"{name} is the class {data.__name__}; expected an instance. Pass {data.__name__}(...).")
+        raise TypeError(
+            f"{name} is the class {data.__name__}; expected an instance. Pass {data.__name__}(...)."
+        )
     if type(data) is list and data and isinstance(data[0], (str, bytes, os.PathLike)):
         raise TypeError(
             f"{name} is a list of {type(data[0]).__name__}; expected a list of (features, labels) batches. "
             f"If they name files, write a torch.utils.data.Dataset whose __getitem__ reads one of them."
         )
     if hasattr(type(data), "collect") and hasattr(type(data), "columns") and not is_array(data):
-        raise TypeError(f"{name} is a {type(data).__name__}, which is not computed yet. Pass {name}.collect().")
+        raise TypeError(
+            f"{name} is a {type(data).__name__}, which is not computed yet. Pass {name}.collect()."
+        )

@@ -32,7 +32,11 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
 def placed(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """(features, labels, sample_weight) of a batch, on the device."""
     features, labels, weight = unpack(batch)
-    return to_device(features, device), to_device(labels, device), None if weight is None else to_device(weight, device)
+    return (
+        to_device(features, device),
+        to_device(labels, device),
+        None if weight is None else to_device(weight, device),
+    )
 
 
 def to_device(nest: Any, device: torch.device) -> Any:
@@ -41,7 +45,9 @@ def to_device(nest: Any, device: torch.device) -> Any:
         return nest.to(device)
 
     def moved(leaf: Any) -> Any:
-        leaf = as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc" else leaf
+        leaf = (
+            as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc" else leaf
+        )
         return leaf.to(device) if can_move(leaf) else leaf
 
     return map_leaves(moved, nest)
@@ -83,11 +89,16 @@ def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _arguments(function: Callable[..., Any], bound: bool, names: tuple[str, ...] | None) -> tuple[bool, bool]:
+def _arguments(
+    function: Callable[..., Any], bound: bool, names: tuple[str, ...] | None
+) -> tuple[bool, bool]:
     """Whether a function takes several arguments (of these names), and whether it names none itself."""
     signature = inspect.signature(function)
     kinds = [parameter.kind for parameter in signature.parameters.values()][int(bound) :]
-    named = sum(kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds)
+    named = sum(
+        kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for kind in kinds
+    )
     star = inspect.Parameter.VAR_POSITIONAL in kinds
     if names is None:
         return star or named > 1, star and not named
@@ -112,6 +123,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        there = ["cpu"] + [f"{best.type}:{i}" for i in range(torch.accelerator.device_count() if best else 0) if best]
-        raise ValueError(f"device {str(device)!r} is not there; expected one of {', '.join(there)}.") from error
+        there = ["cpu"] + [
+            f"{best.type}:{i}"
+            for i in range(torch.accelerator.device_count() if best else 0)
+            if best
+        ]
+        raise ValueError(
+            f"device {str(device)!r} is not there; expected one of {', '.join(there)}."
+        ) from error
     return chosen

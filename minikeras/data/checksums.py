@@ -46,7 +46,9 @@ def checksum(values: Iterable[Any]) -> int:
             shape = () if is_lazy(value) else tuple(value.shape)
             number = zlib.crc32(str((shape, value.dtype, sample_of(value))).encode(), number)
         elif isinstance(value, np.ndarray):
-            number = zlib.crc32(str((value.shape, value.dtype, array_sample(value))).encode(), number)
+            number = zlib.crc32(
+                str((value.shape, value.dtype, array_sample(value))).encode(), number
+            )
         elif isinstance(value, bytes):
             number = zlib.crc32(value, number)
         else:

@@ -38,12 +38,22 @@ from torch.utils.data import (
     default_collate,
 )
 
-BLOCK = 2**18  # bytes gathered at once: from 64 KiB on no faster, and small beside any data worth a thought
+BLOCK = (
+    2**18
+)  # bytes gathered at once: from 64 KiB on no faster, and small beside any data worth a thought
 ALIGNED = 64  # bytes; where torch's own memory begins
-DRAWN_AT_ONCE = (SequentialSampler, RandomSampler, WeightedRandomSampler, SubsetRandomSampler, DistributedSampler)
+DRAWN_AT_ONCE = (
+    SequentialSampler,
+    RandomSampler,
+    WeightedRandomSampler,
+    SubsetRandomSampler,
+    DistributedSampler,
+)
 # index_select has no kernel for these: rows are picked as numbers of the same size, whose bits stay
 PICKED_AS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-DRAWN_FOR: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()  # persistent workers, which keep their seed
+DRAWN_FOR: weakref.WeakSet[DataLoader[Any]] = (
+    weakref.WeakSet()
+)  # persistent workers, which keep their seed
 
 # --- what can be served -----------------------------------------------------------------------------------------------
 
@@ -64,16 +74,24 @@ def is_in_memory(loader: Any) -> bool:
         type(loader) is DataLoader
         and loader.batch_sampler is not None
         and loader.collate_fn is default_collate
-        and not (loader.worker_init_fn or loader.persistent_workers)  # whose seed is drawn once, unseen from outside
+        and not (
+            loader.worker_init_fn or loader.persistent_workers
+        )  # whose seed is drawn once, unseen from outside
         and getattr(loader, "in_order", True)
-        and (loader.prefetch_factor != 0 if loader.num_workers else loader.timeout == 0)  # the loader refuses these
+        and (
+            loader.prefetch_factor != 0 if loader.num_workers else loader.timeout == 0
+        )  # the loader refuses these
         and _plain_rows(loader.dataset, loader.num_workers)
     )
 
 
 def _plain_rows(dataset: Any, num_workers: int) -> bool:
     tensors = _tensors(dataset)
-    if not tensors or not all(map(_is_plain, tensors)) or len({len(tensor) for tensor in tensors}) > 1:
+    if (
+        not tensors
+        or not all(map(_is_plain, tensors))
+        or len({len(tensor) for tensor in tensors}) > 1
+    ):
         return False
     if num_workers and any(tensor.device.type != "cpu" for tensor in tensors):
         return False
@@ -121,7 +139,9 @@ def _rows(dataset: Any, converted: dict[int, tuple[Any, Tensor]]) -> Tensor:
     indices, key = dataset.indices, id(dataset.indices)
     if type(indices) is not list:
         rows = torch.arange(len(inner))[_as_rows(indices)]
-    elif key in converted and converted[key][0] == indices:  # comparing takes a fortieth of converting
+    elif (
+        key in converted and converted[key][0] == indices
+    ):  # comparing takes a fortieth of converting
         rows = converted[key][1]
     else:
         rows = torch.arange(len(inner))[_as_rows(indices)]
@@ -131,7 +151,9 @@ def _rows(dataset: Any, converted: dict[int, tuple[Any, Tensor]]) -> Tensor:
 
 def _as_rows(indices: Any) -> Tensor:
     """A Subset's indices, (rows,) int64; a TypeError where they may mean something else, as a mask or a Series does."""
-    if type(indices) not in (list, tuple, range, np.ndarray, Tensor) or getattr(indices, "is_cuda", False):
+    if type(indices) not in (list, tuple, range, np.ndarray, Tensor) or getattr(
+        indices, "is_cuda", False
+    ):
         raise TypeError
     array = np.asarray(indices)
     if array.dtype.kind != "i" or array.ndim != 1:
@@ -154,7 +176,9 @@ def draws_at_once(batch_sampler: Any) -> bool:
     """Whether nothing else can draw between this sampler's draws, so that an epoch's order may be drawn in one go."""
     if type(batch_sampler) is not BatchSampler or type(batch_sampler.sampler) not in DRAWN_AT_ONCE:
         return False
-    return getattr(batch_sampler.sampler, "generator", None) is None  # the user's own may be drawn from in mid-epoch
+    return (
+        getattr(batch_sampler.sampler, "generator", None) is None
+    )  # the user's own may be drawn from in mid-epoch
 
 
 def drawn(sampler: Any) -> Tensor:
@@ -206,7 +230,9 @@ def asked(loader: DataLoader[Any], iterate: Callable[[Any], Iterator[Any]] = ite
 
 
 def _each(rows: Iterator[Any]) -> Iterator[Any]:
-    while (batch := next(rows, None)) is not None:  # `for` would ask for an iterator once more, and that may draw
+    while (
+        batch := next(rows, None)
+    ) is not None:  # `for` would ask for an iterator once more, and that may draw
         yield batch
 
 
@@ -253,7 +279,9 @@ def gathered(
             # Two batches share a block but no byte of it. Not `split`: its pieces are views that autograd follows, and
             # `batch *= parameter` on one is an error. The price: a batch that is kept keeps its block, BLOCK bytes.
             blocks = [
-                torch.unsafe_split_with_sizes(_take(tensor, part.flatten(), device), sizes * len(part))[::2]
+                torch.unsafe_split_with_sizes(
+                    _take(tensor, part.flatten(), device), sizes * len(part)
+                )[::2]
                 for tensor in tensors
             ]
             yield from map(list, zip(*blocks, strict=True))
@@ -261,17 +289,23 @@ def gathered(
         yield [_take(tensor, rows, device) for tensor in tensors]
 
 
-def _spaced(tensors: list[Tensor], order: Tensor, batch_size: int) -> tuple[tuple[Tensor, ...], Tensor, list[int]]:
+def _spaced(
+    tensors: list[Tensor], order: Tensor, batch_size: int
+) -> tuple[tuple[Tensor, ...], Tensor, list[int]]:
     """The order as blocks of (batches, rows), the rest of it for batches alone, and a batch's rows and filler rows.
 
     Filler (row 0) lets each batch begin at a multiple of 64 bytes, as memory of its own would: matrix products of the
     same numbers differ in the last bit from one alignment to another.
     """
-    widths = [math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors]  # bytes a row
+    widths = [
+        math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors
+    ]  # bytes a row
     step = max(ALIGNED // math.gcd(ALIGNED, width) for width in widths)
     filler = -batch_size % step
     batches = BLOCK // max(1, (batch_size + filler) * sum(widths))
-    if batches < 2 or filler > batch_size:  # large batches gain nothing from a block, tiny ones would be mostly filler
+    if (
+        batches < 2 or filler > batch_size
+    ):  # large batches gain nothing from a block, tiny ones would be mostly filler
         return (), order, []
     full = len(order) // batch_size * batch_size
     table = torch.nn.functional.pad(order[:full].view(-1, batch_size), (0, filler))
@@ -281,7 +315,11 @@ def _spaced(tensors: list[Tensor], order: Tensor, batch_size: int) -> tuple[tupl
 def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -> Tensor:
     """Rows from start to stop on the device, contiguous and in memory of their own."""
     rows = tensor[start:stop] if device is None else tensor[start:stop].to(device)
-    return rows.clone(memory_format=torch.contiguous_format) if rows.device == tensor.device else rows.contiguous()
+    return (
+        rows.clone(memory_format=torch.contiguous_format)
+        if rows.device == tensor.device
+        else rows.contiguous()
+    )
 
 
 def _take(tensor: Tensor, rows: Tensor, device: torch.device | None) -> Tensor:
@@ -303,7 +341,11 @@ def resident(tensors: list[Tensor], rows: int, device: torch.device | None) -> l
 
     Copied anew each epoch, which takes no longer than moving its batches: the user may have changed them in between.
     """
-    if device is None or device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
+    if (
+        device is None
+        or device.type != "cuda"
+        or any(tensor.device.type != "cpu" for tensor in tensors)
+    ):
         return tensors
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     free, _ = torch.cuda.mem_get_info(device)
@@ -322,7 +364,9 @@ class InMemoryBatches:
     def __init__(self, loader: DataLoader[Any], device: torch.device | None = None) -> None:
         self.loader = loader
         self.device = device
-        self.converted: dict[int, tuple[Any, Tensor]] = {}  # Subsets' lists of indices, each with its tensor
+        self.converted: dict[
+            int, tuple[Any, Tensor]
+        ] = {}  # Subsets' lists of indices, each with its tensor
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -333,7 +377,9 @@ class InMemoryBatches:
         if draws_at_once(sampler):
             draw_seed(loader)
             # without workers, torch draws the order when the first batch is asked for
-            return self._named(self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None))
+            return self._named(
+                self._at_once(sampler, drawn(sampler.sampler) if loader.num_workers else None)
+            )
         return self._named(self._one_by_one(asked(loader)))
 
     def along(self, order: Iterator[Any]) -> Iterator[Any]:
@@ -342,17 +388,25 @@ class InMemoryBatches:
 
     def of(self, shares: list[Any]) -> Iterator[Any]:
         """The batches of these row numbers, one tensor or list for each."""
-        whole = all(isinstance(share, Tensor) and len(share) == len(shares[0]) for share in shares[:-1])
+        whole = all(
+            isinstance(share, Tensor) and len(share) == len(shares[0]) for share in shares[:-1]
+        )
         if not shares or not whole or not isinstance(shares[-1], Tensor):
             return self._named(self._one_by_one(iter(shares)))
         rows, tensors = _rows(self.loader.dataset, self.converted), _tensors(self.loader.dataset)
         orders = [torch.cat(order) for order in (shares[:-1], shares[-1:]) if order]
         size = max(len(shares[0]), 1)
-        return self._named(chain(*(gathered(tensors, rows[order], size, self.device) for order in orders)))
+        return self._named(
+            chain(*(gathered(tensors, rows[order], size, self.device) for order in orders))
+        )
 
     def _named(self, batches: Iterator[list[Tensor]]) -> Iterator[Any]:
         names = getattr(base_of(self.loader.dataset), "datasets", None)
-        return (dict(zip(names, batch, strict=True)) for batch in batches) if type(names) is dict else batches
+        return (
+            (dict(zip(names, batch, strict=True)) for batch in batches)
+            if type(names) is dict
+            else batches
+        )
 
     def _at_once(self, sampler: BatchSampler, order: Tensor | None) -> Iterator[list[Tensor]]:
         dataset, size = self.loader.dataset, sampler.batch_size
@@ -360,20 +414,28 @@ class InMemoryBatches:
         in_order = type(sampler.sampler) is SequentialSampler and type(dataset) is not Subset
         if in_order and rows <= len(_tensors(dataset)[0]):
             rows -= rows % size if sampler.drop_last else 0
-            yield from gathered([tensor[:rows] for tensor in _tensors(dataset)], None, size, self.device)
+            yield from gathered(
+                [tensor[:rows] for tensor in _tensors(dataset)], None, size, self.device
+            )
             return
         order = drawn(sampler.sampler) if order is None else order
         if sampler.drop_last:
             order = order[: len(order) // size * size]
-        yield from gathered(_tensors(dataset), _rows(dataset, self.converted)[order], size, self.device)
+        yield from gathered(
+            _tensors(dataset), _rows(dataset, self.converted)[order], size, self.device
+        )
 
     def _one_by_one(self, numbers: Iterator[Any]) -> Iterator[list[Tensor]]:
         rows = _rows(self.loader.dataset, self.converted)
         tensors = resident(_tensors(self.loader.dataset), len(rows), self.device)
         for asked_for in map(list, numbers):
             try:
-                picked = rows[torch.from_numpy(np.fromiter(map(index, asked_for or [None]), np.int64))]
-            except TypeError:  # no row numbers: slices, lists of rows; or none at all, which is the loader's error
+                picked = rows[
+                    torch.from_numpy(np.fromiter(map(index, asked_for or [None]), np.int64))
+                ]
+            except (
+                TypeError
+            ):  # no row numbers: slices, lists of rows; or none at all, which is the loader's error
                 batch = default_collate([self.loader.dataset[row] for row in asked_for])
                 yield list(batch.values()) if type(batch) is dict else batch
             else:

@@ -30,7 +30,9 @@ WAY_OUT = (
 )
 
 
-def join(pieces: list[Any], rows: list[int], probe: Probe = lambda: None, final: bool = True) -> Any:
+def join(
+    pieces: list[Any], rows: list[int], probe: Probe = lambda: None, final: bool = True
+) -> Any:
     """The outputs of all batches, of so many rows each, joined along the rows.
 
     Unless `final` more batches follow, which will settle what is doubtful.
@@ -80,7 +82,11 @@ class _Joining:
         if not self.same_rows:
             return True
         found = self.another(path) if self.final else None
-        if found is not None and is_plain_list(found[0]) and len(found[0]) in (found[1], len(pieces[0])):
+        if (
+            found is not None
+            and is_plain_list(found[0])
+            and len(found[0]) in (found[1], len(pieces[0]))
+        ):
             return len(found[0]) == found[1]
         if all(parts(item) is not None for piece in pieces for item in piece):
             return True  # such as a dict for each image
@@ -98,7 +104,9 @@ class _Joining:
                 self.refuse_different(first, piece)
         found = parts(first)
         assert found is not None
-        return found[1]([self.join([its[name] for its in named], [*path, name]) for name in named[0]])
+        return found[1](
+            [self.join([its[name] for its in named], [*path, name]) for name in named[0]]
+        )
 
     def refuse_different(self, first: Any, other: Any) -> NoReturn:
         raise ValueError(
@@ -153,7 +161,9 @@ class _Joining:
         """Tensors without dimensions, and a last row that was squeezed."""
         most = max(piece.ndim for piece in pieces)
         for piece, rows in zip(pieces, self.rows, strict=True):
-            if rows == 1 and (piece.ndim < most or (piece.ndim == 0 and not self.is_number_per_batch(path))):
+            if rows == 1 and (
+                piece.ndim < most or (piece.ndim == 0 and not self.is_number_per_batch(path))
+            ):
                 self.refuse_squeezed(tuple(piece.shape), path)
             if piece.ndim == 0:
                 raise ValueError(
@@ -164,7 +174,9 @@ class _Joining:
     def is_number_per_batch(self, path: list[Any]) -> bool:
         """Whether another number of rows gives one number as well."""
         found = self.another(path)
-        return found is not None and isinstance(found[0], (Tensor, np.ndarray)) and found[0].ndim == 0
+        return (
+            found is not None and isinstance(found[0], (Tensor, np.ndarray)) and found[0].ndim == 0
+        )
 
     def refuse_squeezed(self, shape: tuple[int, ...], path: list[Any]) -> NoReturn:
         raise ValueError(
@@ -191,7 +203,11 @@ class _Joining:
     def refuse_rows(self, pieces: list[Any], path: list[Any]) -> NoReturn:
         for piece, rows in zip(pieces, self.rows, strict=True):
             shape = tuple(piece.shape)
-            if rows in shape[1:] and shape[0] != rows and self.is_row_dimension(shape.index(rows, 1), path):
+            if (
+                rows in shape[1:]
+                and shape[0] != rows
+                and self.is_row_dimension(shape.index(rows, 1), path)
+            ):
                 dim = shape.index(rows, 1)
                 raise ValueError(
                     f"the model returned a tensor of shape {shape}{place(path)} for {rows} rows; predict joins "
@@ -212,7 +228,9 @@ class _Joining:
         seen: dict[tuple[Any, int], None] = {}
         for piece, rows in zip(pieces, self.rows, strict=True):
             seen[(tuple(piece.shape), rows)] = None
-        shown = " and ".join(f"shape {shape} for {rows} rows" for shape, rows in list(seen)[:1] + list(seen)[1:][-1:])
+        shown = " and ".join(
+            f"shape {shape} for {rows} rows" for shape, rows in list(seen)[:1] + list(seen)[1:][-1:]
+        )
         raise ValueError(
             f"the model returned {shown}{place(path)}; predict joins tensors that have the rows first, one for each "
             f"row of the batch or a fixed number. {WAY_OUT}. If the features do not have the rows first, give labels "
@@ -286,7 +304,11 @@ def is_same(first: Any, second: Any) -> bool:
 
 def is_plain_list(nest: Any) -> bool:
     """Whether it is a list or tuple without names for its parts."""
-    return isinstance(nest, (list, tuple)) and not hasattr(nest, "_fields") and not isinstance(nest, PackedSequence)
+    return (
+        isinstance(nest, (list, tuple))
+        and not hasattr(nest, "_fields")
+        and not isinstance(nest, PackedSequence)
+    )
 
 
 def place(path: list[Any]) -> str:

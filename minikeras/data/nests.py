@@ -59,12 +59,18 @@ def _like_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, An
     pairs = dict(zip(nest.keys(), values, strict=True))  # iterating a TensorDict gives its rows
     if type(nest) is dict or not isinstance(nest, MutableMapping):
         return pairs
-    if dataclasses.is_dataclass(nest) and any(value is None and nest[key] is not None for key, value in pairs.items()):
+    if dataclasses.is_dataclass(nest) and any(
+        value is None and nest[key] is not None for key, value in pairs.items()
+    ):
         return type(nest)(**pairs)  # a model's own output class, which has no key for what is None
     # A defaultdict or a model's own output class has more to it than its items. A copy of another kind may have the
     # very dict inside that this one has; of a deep one the values, known by their ids, are left as they are.
     own = isinstance(nest, (dict, UserDict))
-    twin = copy.copy(nest) if own else copy.deepcopy(nest, {id(value): value for value in nest.values()})
+    twin = (
+        copy.copy(nest)
+        if own
+        else copy.deepcopy(nest, {id(value): value for value in nest.values()})
+    )
     for key, value in pairs.items():
         twin[key] = value
     return twin

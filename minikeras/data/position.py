@@ -46,7 +46,12 @@ from minikeras.randomness import Randomness, same_state
 from minikeras.reachable import is_users, reachable
 
 PLAIN = (TensorDataset, StackDataset)  # their rows draw nothing
-KNOWN = ("torch", "numpy", "pandas", "minikeras")  # packages whose objects do not move on as they are read
+KNOWN = (
+    "torch",
+    "numpy",
+    "pandas",
+    "minikeras",
+)  # packages whose objects do not move on as they are read
 MOST_DRAWS = 1_000  # states of generators that are held of one iteration
 
 
@@ -80,7 +85,11 @@ class Positioned:
         self.draws: WatchedDraws | None = None  # of an iterable
         if may_draw_as_it_goes(batches):
             self.order = WatchedOrder(self.loader, randomness)
-        known = isinstance(batches, Sharded) or keeps_state(self.loader) or surely_the_same(batches, self.loader)
+        known = (
+            isinstance(batches, Sharded)
+            or keeps_state(self.loader)
+            or surely_the_same(batches, self.loader)
+        )
         self.is_stream = self.order is None and not known  # read again, and watched
 
     def __len__(self) -> int:
@@ -158,7 +167,9 @@ class Positioned:
         warn_of_another_epoch(position.get("steps"), length(self.batches), self.seen, self.name)
         self.randomness.restore(self.start)
         epochs = epochs_of(self.loader)
-        self.epochs = position.get("epochs", epochs)  # steps_per_epoch: it may have begun in an earlier epoch
+        self.epochs = position.get(
+            "epochs", epochs
+        )  # steps_per_epoch: it may have begun in an earlier epoch
         put_epochs_back(self.loader, self.epochs)
         if position["loader"] is not None:
             self.loader.load_state_dict(position["loader"])
@@ -169,7 +180,9 @@ class Positioned:
             self.order.read()
         elif self.is_stream:
             self.first = position.get("first")
-            self.draws = WatchedDraws(iter(self.batches), self.randomness, position.get("draws") or {})
+            self.draws = WatchedDraws(
+                iter(self.batches), self.randomness, position.get("draws") or {}
+            )
             iterator = self.draws
             self._pass(iterator, self.first)
         else:
@@ -240,14 +253,20 @@ def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: st
 
 def skips_by_number(batches: Iterable[Any], loader: Any) -> bool:
     """Whether passing over a batch of this loader needs nothing but its rows' numbers."""
-    return isinstance(batches, DataLoader) and batches.num_workers == 0 and surely_the_same(batches, loader)
+    return (
+        isinstance(batches, DataLoader)
+        and batches.num_workers == 0
+        and surely_the_same(batches, loader)
+    )
 
 
 def surely_the_same(batches: Iterable[Any], loader: Any) -> bool:
     """Whether reading again from the same random state gives the same batches."""
     if isinstance(batches, (InMemoryBatches, ArrayBatches)) or is_plain_list(batches):
         return True
-    return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset)
+    return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(
+        loader.dataset, IterableDataset
+    )
 
 
 def warn_of_hidden_draws(loader: Any, name: str) -> None:
@@ -267,7 +286,9 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
             f"load_state_dict, or use a Dataset with __getitem__.",
             stacklevel=2,
         )
-    positions = [path for path, value in reachable({name: loader}) if has_hidden_position(value, path)]
+    positions = [
+        path for path, value in reachable({name: loader}) if has_hidden_position(value, path)
+    ]
     if positions:
         warnings.warn(
             f"{', '.join(positions[:3])} has a position or a random state that a checkpoint cannot hold: a resumed run "
@@ -353,7 +374,9 @@ class WatchedOrder:
         self.fetch: _Fetch | None = None
         self.draws: WatchedDraws | None = None
 
-    def batches(self, batches: Any, seen: int = 0, draws: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    def batches(
+        self, batches: Any, seen: int = 0, draws: Mapping[str, Any] | None = None
+    ) -> Iterator[Any]:
         """An iterator over the loader's batches; of those that were `seen` no row is read, before `read`."""
         loader = self.loader
         if isinstance(batches, InMemoryBatches):
@@ -402,11 +425,15 @@ class WatchedDraws:
     Where it draws in its `number`-th step and no one else has drawn since its last draw, nothing is remembered.
     """
 
-    def __init__(self, iterator: Iterator[Any], randomness: Randomness, draws: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, iterator: Iterator[Any], randomness: Randomness, draws: Mapping[str, Any] | None
+    ) -> None:
         self.iterator = iterator
         self.randomness = randomness
         self.number = 0
-        self.replayed = {} if draws is None else {int(number): states for number, states in draws.items()}
+        self.replayed = (
+            {} if draws is None else {int(number): states for number, states in draws.items()}
+        )
         self.draws: dict[int, dict[str, Any]] = dict(self.replayed)
         self.left = randomness.draws()  # the generators' states as the last step left them
 
@@ -423,7 +450,11 @@ class WatchedDraws:
             return next(self.iterator)
         finally:
             drawn = self.randomness.moved(before)
-            others = {name: state for name, state in drawn.items() if not same_state(state, self.left[name])}
+            others = {
+                name: state
+                for name, state in drawn.items()
+                if not same_state(state, self.left[name])
+            }
             if others and number not in self.draws and len(self.draws) < MOST_DRAWS:
                 self.draws[number] = others
                 self._warn_of_too_many()
@@ -456,7 +487,11 @@ class _Fetch(Dataset[Any]):
         dataset: Any = self.loader.dataset
         if self.loader.batch_sampler is None:
             return self.loader.collate_fn(dataset[rows])
-        fetched = dataset.__getitems__(rows) if getattr(dataset, "__getitems__", None) else [dataset[r] for r in rows]
+        fetched = (
+            dataset.__getitems__(rows)
+            if getattr(dataset, "__getitems__", None)
+            else [dataset[r] for r in rows]
+        )
         return self.loader.collate_fn(fetched)
 
     def batches(self, sampler: Any = None) -> DataLoader[Any]:

@@ -65,14 +65,23 @@ class RowCounter:
 
     def __init__(self, takes_several: Callable[[Any], bool] = lambda features: False) -> None:
         self.takes_several = takes_several
-        self.ratio: float | None = None  # labels per row of the features, where that is a whole number
+        self.ratio: float | None = (
+            None  # labels per row of the features, where that is a whole number
+        )
         self.by_segments = False  # the features hold the number of each row, as a graph's nodes do
         self.by_item: bool | None = None  # whether the items of lists are the rows
-        self.guess: tuple[int, int] | None = None  # items and first size of a list that may be either
+        self.guess: tuple[int, int] | None = (
+            None  # items and first size of a list that may be either
+        )
 
     def count(self, features: Any, labels: Any = None) -> int | UnknownRows:
         """The rows of a batch."""
-        if isinstance(labels, Tensor) and isinstance(features, Tensor) and labels.ndim and features.ndim:
+        if (
+            isinstance(labels, Tensor)
+            and isinstance(features, Tensor)
+            and labels.ndim
+            and features.ndim
+        ):
             rows = labels.shape[0]
             if features.shape[0] == rows:
                 self.ratio = 1.0
@@ -99,14 +108,20 @@ class RowCounter:
 
     def are_arguments(self, features: Any) -> bool:
         """Whether a list of features has the arguments of forward, and not rows: images may be rows all the same."""
-        arrays = isinstance(features, (list, tuple)) and all(is_array(part) and part.ndim < 3 for part in features)
+        arrays = isinstance(features, (list, tuple)) and all(
+            is_array(part) and part.ndim < 3 for part in features
+        )
         return arrays and self.takes_several(features)
 
-    def _from_features(self, features: Any, labels: Any, given: Reading | None) -> int | UnknownRows:
+    def _from_features(
+        self, features: Any, labels: Any, given: Reading | None
+    ) -> int | UnknownRows:
         if given is None and features is None:
             return 1
         if given is None:
-            return UnknownRows(f"there is no tensor in features {described(features)}, labels {described(labels)}")
+            return UnknownRows(
+                f"there is no tensor in features {described(features)}, labels {described(labels)}"
+            )
         if given.single:
             return 1
         return self._among(given.all, given, given, features, labels)
@@ -116,7 +131,9 @@ class RowCounter:
     ) -> int | UnknownRows:
         """One of the numbers that are left: at most the items of a list, and the first size in it."""
         if not candidates:
-            return UnknownRows(f"first sizes differ in features {described(features)}, labels {described(labels)}")
+            return UnknownRows(
+                f"first sizes differ in features {described(features)}, labels {described(labels)}"
+            )
         is_list = wanted.is_list or given.is_list
         if len(candidates) == 1:
             (rows,) = candidates
@@ -136,7 +153,9 @@ class RowCounter:
     ) -> int | UnknownRows:
         """Items or first size of a list that may be either; other batches must not contradict the choice."""
         if self.by_item is None:
-            likely = wanted.by_item_likely or (given.by_item_likely and not self.takes_several(features))
+            likely = wanted.by_item_likely or (
+                given.by_item_likely and not self.takes_several(features)
+            )
             self.by_item = likely
         elif self.guess is not None and self.guess != (items, size):
             items_changed, size_changed = items != self.guess[0], size != self.guess[1]
@@ -161,13 +180,17 @@ class RowCounter:
             f"{described(features)}, labels {described(labels)}"
         )
 
-    def _apart(self, features: Any, labels: Any, wanted: Reading, given: Reading) -> int | UnknownRows:
+    def _apart(
+        self, features: Any, labels: Any, wanted: Reading, given: Reading
+    ) -> int | UnknownRows:
         """Labels and features with no number in common."""
         if not wanted.sizes:
             return self._list_apart(features, labels, wanted, given)
         rows = next(iter(wanted.sizes))
         shapes = shapes_of(features)
-        inside = any(rows in shape[:2] for shape in shapes)  # time first, or tokens and their offsets
+        inside = any(
+            rows in shape[:2] for shape in shapes
+        )  # time first, or tokens and their offsets
         if rows == 1 or inside or not given.sizes or rows in flattened(shapes):
             return rows
         (size,) = given.sizes
@@ -177,7 +200,9 @@ class RowCounter:
         self.by_segments = self.by_segments or (rows < size and holds_segments(features, rows))
         return rows if self.by_segments else self._disagreement(features, labels)
 
-    def _list_apart(self, features: Any, labels: Any, wanted: Reading, given: Reading) -> int | UnknownRows:
+    def _list_apart(
+        self, features: Any, labels: Any, wanted: Reading, given: Reading
+    ) -> int | UnknownRows:
         """Labels without a first size in common, and features that have another number.
 
         They are a label for each row, or the labels of all rows in one tensor, next to their
@@ -196,7 +221,9 @@ class RowCounter:
         return self._disagreement(features, labels)
 
     def _disagreement(self, features: Any, labels: Any) -> UnknownRows:
-        return UnknownRows(f"features {described(features)} and labels {described(labels)} do not agree on them")
+        return UnknownRows(
+            f"features {described(features)} and labels {described(labels)} do not agree on them"
+        )
 
 
 def count_rows(features: Any, labels: Any = None) -> int | UnknownRows:
@@ -279,19 +306,25 @@ def read(nest: Any) -> Reading | None:
         return Reading(sizes, is_list=any(child.is_list for child in sized))
     unequal = all(map(is_array, inner)) and len({tuple(part.shape) for part in inner}) > 1
     images = unequal and inner[0].ndim == 3
-    return Reading(sizes, {len(inner)}, is_list=True, by_item_likely=images or not is_array(inner[0]))
+    return Reading(
+        sizes, {len(inner)}, is_list=True, by_item_likely=images or not is_array(inner[0])
+    )
 
 
 def alike(items: list[Any]) -> bool:
     """Whether the items of a list may be rows: tensors of one dtype and number of dimensions, or containers."""
     if all(map(is_array, items)):
         return len({(leaf.dtype, leaf.ndim) for leaf in items}) == 1
-    return all(parts(item, inside=True) is not None and type(item) is type(items[0]) for item in items)
+    return all(
+        parts(item, inside=True) is not None and type(item) is type(items[0]) for item in items
+    )
 
 
 def first_sizes(nest: Any) -> set[int]:
     """The first size of each tensor in a nest."""
-    return {int(leaf.shape[0]) for leaf in leaves(nest, inside=True) if is_array(leaf) and leaf.ndim}
+    return {
+        int(leaf.shape[0]) for leaf in leaves(nest, inside=True) if is_array(leaf) and leaf.ndim
+    }
 
 
 def shapes_of(nest: Any) -> list[tuple[int, ...]]:
@@ -311,6 +344,8 @@ def holds_segments(features: Any, rows: int) -> bool:
     """Whether a tensor of integers among the features goes up to the last row: each unit's number of its row."""
     for leaf in leaves(features, inside=True):
         whole = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
-        if whole and leaf.ndim and leaf.numel() and int(leaf.max()) == rows - 1:  # waits, in the first batch alone
+        if (
+            whole and leaf.ndim and leaf.numel() and int(leaf.max()) == rows - 1
+        ):  # waits, in the first batch alone
             return True
     return False

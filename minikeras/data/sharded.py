@@ -44,7 +44,9 @@ def sharded(batches: Iterable[Any], world: World | None, name: str) -> Iterable[
     """This process's part of the batches; all of them where there is one process."""
     if world is None:
         return batches
-    if isinstance(batches, (ArrayBatches, InMemoryBatches)) and not by_user(getattr(batches, "loader", None)):
+    if isinstance(batches, (ArrayBatches, InMemoryBatches)) and not by_user(
+        getattr(batches, "loader", None)
+    ):
         return Sharded(batches, world)
     if type(batches) is list or by_number(batches):
         return Sharded(batches, world)
@@ -56,7 +58,11 @@ def by_number(batches: Any) -> bool:
     return (
         isinstance(batches, DataLoader)
         and type(batches).__iter__ is DataLoader.__iter__
-        and not (hasattr(batches, "state_dict") or isinstance(batches.dataset, IterableDataset) or by_user(batches))
+        and not (
+            hasattr(batches, "state_dict")
+            or isinstance(batches.dataset, IterableDataset)
+            or by_user(batches)
+        )
     )
 
 
@@ -94,7 +100,9 @@ class Sharded:
     @property
     def batch_size(self) -> int:
         """Rows of a step, of all processes together."""
-        sized = self.batches if self.sampler is None else self.sampler  # which is false where it has no batch
+        sized = (
+            self.batches if self.sampler is None else self.sampler
+        )  # which is false where it has no batch
         return int(sized.batch_size) * self.world.size
 
     @property
@@ -104,7 +112,11 @@ class Sharded:
     def __len__(self) -> int:
         if not self.by_rows:
             return math.ceil(len(self.loader) / self.world.size)
-        rows = self.batches.rows if isinstance(self.batches, ArrayBatches) else len(self.sampler.sampler)
+        rows = (
+            self.batches.rows
+            if isinstance(self.batches, ArrayBatches)
+            else len(self.sampler.sampler)
+        )
         return int(rows // self.batch_size if self.drop_last else math.ceil(rows / self.batch_size))
 
     def check_sizes(self) -> None:
@@ -114,7 +126,9 @@ class Sharded:
         most, least = self.world.agree(size, -size)
         if most != -least:
             found = f"from {-least:g} to {most:g} {'rows' if of_arrays else 'batches'}"
-            raise ValueError(f"the processes have {found}. Give all the same data: each takes its part of it.")
+            raise ValueError(
+                f"the processes have {found}. Give all the same data: each takes its part of it."
+            )
 
     def __iter__(self) -> Iterator[Any]:
         return self.after(0)
@@ -140,11 +154,15 @@ class Sharded:
         if not self.by_rows:
             chosen = self.chosen()
             groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-            return [group[min(rank, len(group) - 1)] for group in groups], bool(groups) and rank >= len(groups[-1])
+            return [group[min(rank, len(group) - 1)] for group in groups], bool(
+                groups
+            ) and rank >= len(groups[-1])
         rows = self.rows()
         if self.drop_last:
             rows = rows[: len(rows) // self.batch_size * self.batch_size]
-        steps = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        steps = [
+            rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)
+        ]
         parts = [part(step, rank, size) for step in steps]
         idle = bool(parts) and not len(parts[-1])
         return [*parts[:-1], steps[-1][:1]] if idle else parts, idle
@@ -193,7 +211,9 @@ def marked(batches: Iterator[Any], count: int, idle: bool) -> Iterator[Any]:
         yield Idle(batch) if idle and number == count else batch
 
 
-def with_sampler(loader: DataLoader[Any], sampler: Any, generator: torch.Generator | None) -> DataLoader[Any]:
+def with_sampler(
+    loader: DataLoader[Any], sampler: Any, generator: torch.Generator | None
+) -> DataLoader[Any]:
     """A loader like this one, with another (batch) sampler and generator."""
     kwargs: dict[str, Any] = {"batch_sampler": sampler}
     if loader.batch_sampler is None:

@@ -19,7 +19,12 @@ ONLY_ONCE = "which can be iterated only once. Pass a list of batches or an objec
 
 
 def as_batches(
-    data: Any, name: str, batch_size: int | None = None, shuffle: bool = False, device: Any = None, passes: int = 1
+    data: Any,
+    name: str,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+    device: Any = None,
+    passes: int = 1,
 ) -> Iterable[Any]:
     """An iterable of batches from anything `fit`, `evaluate` and `predict` accept.
 
@@ -38,10 +43,16 @@ def as_batches(
     """
     check_no_path(data, name)
     # a zip or a generator is used up by one; an iterator of the user's may start anew
-    if passes > 1 and isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
+    if (
+        passes > 1
+        and isinstance(data, Iterator)
+        and type(data).__module__ in ("builtins", "itertools")
+    ):
         arguments = {"dl_train": "steps_per_epoch", "dl_val": "validation_steps"}
         steps = f", or give {arguments[name]}" if name in arguments else ""
-        raise ValueError(f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs.")
+        raise ValueError(
+            f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs."
+        )
     size = 32 if batch_size is None else positive_int("batch_size", batch_size)
     if isinstance(data, Dataset):
         if length(data) == 0:
@@ -58,8 +69,13 @@ def as_batches(
             f"which makes its own batches. Leave batch_size out, or set it where {name} is made."
         )
     if not hasattr(data, "__iter__"):
-        indexed = hasattr(data, "__getitem__")  # Python would index it on and on: batches past the end never stop
-        remedy = " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows." * indexed
+        indexed = hasattr(
+            data, "__getitem__"
+        )  # Python would index it on and on: batches past the end never stop
+        remedy = (
+            " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows."
+            * indexed
+        )
         raise TypeError(
             f"{name} must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X, y), "
             f"got {type(data).__name__}.{remedy}"
@@ -76,7 +92,12 @@ class ArrayBatches:
     """Batches cut from arrays that are whole in memory, in a new random order at each iteration when shuffled."""
 
     def __init__(
-        self, data: Any, name: str, batch_size: int, shuffle: bool, device: torch.device | None = None
+        self,
+        data: Any,
+        name: str,
+        batch_size: int,
+        shuffle: bool,
+        device: torch.device | None = None,
     ) -> None:
         if isinstance(data, tuple) and not 1 <= len(data) <= 3:
             raise ValueError(
@@ -87,7 +108,9 @@ class ArrayBatches:
         self.shuffle = shuffle
         self.device = device
         if type(data) is tuple:
-            while len(data) > 1 and data[-1] is None:  # (X, y, None), as code with optional weights gives it
+            while (
+                len(data) > 1 and data[-1] is None
+            ):  # (X, y, None), as code with optional weights gives it
                 data = data[:-1]
         self.arrays = map_leaves(lambda leaf: as_rows(leaf, name), data)
         lengths = [len(rows) for rows in leaves(self.arrays)]
@@ -120,7 +143,9 @@ class ArrayBatches:
         else:
             batches = self._fetched(sources, tensors, order, batch_size)
         dtypes = [rows.dtype for rows in sources]
-        made_wide = any(isinstance(rows, TensorRows) and rows.dtype != rows.tensor.dtype for rows in sources)
+        made_wide = any(
+            isinstance(rows, TensorRows) and rows.dtype != rows.tensor.dtype for rows in sources
+        )
         plain = False
         if type(self.arrays) is tuple:  # (X, y), the usual case
             plain = all(isinstance(part, (TensorRows, FetchedRows)) for part in self.arrays)
@@ -159,13 +184,17 @@ def _of_unequal_lengths(name: str, arrays: Any, lengths: list[int]) -> ValueErro
     shown = " and ".join(sizes[:3])
     if len(sizes) > 3:
         shown += " and ..."
-    got = described(map_leaves(lambda rows: torch.empty(rows.shape, dtype=rows.dtype, device="meta"), arrays))
+    got = described(
+        map_leaves(lambda rows: torch.empty(rows.shape, dtype=rows.dtype, device="meta"), arrays)
+    )
     hint = ""
     if "[" in got:
         hint = LISTS
     elif type(arrays) is tuple and len(arrays) == 2 and 1 in lengths and _is_row(arrays):
         hint = " A column is shape (rows, 1): pass y.T."
-    return ValueError(f"{name} holds arrays of {shown} rows; expected as many rows in each. Got {got}.{hint}")
+    return ValueError(
+        f"{name} holds arrays of {shown} rows; expected as many rows in each. Got {got}.{hint}"
+    )
 
 
 def _is_row(arrays: tuple[Any, ...]) -> bool:
@@ -217,7 +246,10 @@ def length(batches: Any) -> int | None:
     """How many batches there are, or None where that is not known ahead."""
     try:
         return len(batches)
-    except (TypeError, NotImplementedError):  # a DataLoader over an IterableDataset has a len that raises
+    except (
+        TypeError,
+        NotImplementedError,
+    ):  # a DataLoader over an IterableDataset has a len that raises
         return None
 
 
@@ -229,7 +261,12 @@ def empty(batches: Any, name: str) -> ValueError:
     reason = "iterating it ended at once"
     if rows == 0 or getattr(batches, "rows", None) == 0:
         reason = "its dataset has no rows" if rows == 0 else "its arrays have no rows"
-    elif rows is not None and size is not None and rows < size * processes and getattr(batches, "drop_last", False):
+    elif (
+        rows is not None
+        and size is not None
+        and rows < size * processes
+        and getattr(batches, "drop_last", False)
+    ):
         each = f" on each of {processes} processes" * (processes > 1)
         reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set drop_last=False"
     elif isinstance(batches, Iterator):

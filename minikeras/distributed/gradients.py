@@ -30,9 +30,13 @@ class GradientSums:
     def __init__(self, world: World, parameters: Sequence[Tensor]) -> None:
         self.world = world
         self.buckets = buckets_of(parameters)
-        self.bucket_of = {p: number for number, bucket in enumerate(self.buckets[:-1]) for p in bucket}
+        self.bucket_of = {
+            p: number for number, bucket in enumerate(self.buckets[:-1]) for p in bucket
+        }
         self.missing = [len(bucket) for bucket in self.buckets]
-        self.sent: list[tuple[Tensor, Any, list[bool]]] = []  # what is added up, torch's handle, which are there
+        self.sent: list[
+            tuple[Tensor, Any, list[bool]]
+        ] = []  # what is added up, torch's handle, which are there
 
     def arrived(self, parameter: Tensor) -> None:
         """Backward has filled its gradient; buckets that are full now are sent.
@@ -61,7 +65,9 @@ class GradientSums:
             with self.world.answered():
                 work.wait()
             sizes = [as_real(parameter).numel() for parameter in bucket]
-            sums, present, totals = flat.split([sum(sizes), len(bucket), len(flat) - sum(sizes) - len(bucket)])
+            sums, present, totals = flat.split(
+                [sum(sizes), len(bucket), len(flat) - sum(sizes) - len(bucket)]
+            )
             # read from the device only where one is missing here
             there = mine if all(mine) else (present > 0).tolist()
             for parameter, total, some in zip(bucket, sums.split(sizes), there, strict=True):
@@ -93,9 +99,13 @@ def buckets_of(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
 def joined(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
     """The bucket's gradients and some numbers, (n,), in float32, or float64 where one is."""
     if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in bucket):
-        raise ValueError("gradients of several processes must be dense. Build the embedding with sparse=False.")
+        raise ValueError(
+            "gradients of several processes must be dense. Build the embedding with sparse=False."
+        )
     device = bucket[0].device if bucket else torch.device("cpu")
-    wide = torch.float64 if any(as_real(p).dtype == torch.float64 for p in bucket) else torch.float32
+    wide = (
+        torch.float64 if any(as_real(p).dtype == torch.float64 for p in bucket) else torch.float32
+    )
     parts = [as_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in bucket]
     parts += [torch.as_tensor(number, device=device) for number in numbers]
     return torch.cat([part.detach().to(wide).reshape(-1) for part in parts])

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_step: bool, device: torch.device) -> None:
+def shard(
+    model: nn.Module,
+    blocks: Any,
+    optimizers: Iterable[Optimizer],
+    own_step: bool,
+    device: torch.device,
+) -> None:
     """Put a model into parts, which must be alike in all processes before; one that is in parts stays as it is.
 
     Args:
@@ -34,17 +40,23 @@ def shard(model: nn.Module, blocks: Any, optimizers: Iterable[Optimizer], own_st
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if not hasattr(FSDPModule, "set_gradient_divide_factor"):
-        raise RuntimeError(f'distributed="fsdp" needs torch 2.8 or newer, and this is {torch.__version__}. Upgrade it.')
+        raise RuntimeError(
+            f'distributed="fsdp" needs torch 2.8 or newer, and this is {torch.__version__}. Upgrade it.'
+        )
     chosen = blocks_of(model, blocks)
     before = dict(model.named_parameters())
     if not any(map(is_part, model.parameters())):
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # by itself torch takes a GPU where there is one
+        mesh = init_device_mesh(
+            device.type, (dist.get_world_size(),)
+        )  # by itself torch takes a GPU where there is one
         for block in chosen:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         if not own_step or not all(map(is_part, model.parameters())):
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # sums and not means: all gradients here are sums until a step divides them
+        if isinstance(
+            module, FSDPModule
+        ):  # sums and not means: all gradients here are sums until a step divides them
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     after = dict(model.named_parameters())
@@ -56,19 +68,34 @@ def blocks_of(model: nn.Module, blocks: Any) -> list[nn.Module]:
     """The modules that are put together one at a time, inner ones first."""
     modules = [module for module in model.modules() if module is not model]
     if blocks is None:
-        children = {child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module}
+        children = {
+            child
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList)
+            for child in module
+        }
         found = [module for module in modules if module in children]
     else:
         classes = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
-        if not classes or not all(isinstance(one, type) and issubclass(one, nn.Module) for one in classes):
-            raise TypeError(f"fsdp_blocks must be a class of modules or several, got {blocks!r}. Pass (nn.Linear,).")
+        if not classes or not all(
+            isinstance(one, type) and issubclass(one, nn.Module) for one in classes
+        ):
+            raise TypeError(
+                f"fsdp_blocks must be a class of modules or several, got {blocks!r}. Pass (nn.Linear,)."
+            )
         found = [module for module in modules if isinstance(module, classes)]
         if not found:
             there = ", ".join(sorted({type(module).__name__ for module in modules}))
             names = ", ".join(one.__name__ for one in classes)
-            raise ValueError(f"fsdp_blocks: no part of {type(model).__name__} is a {names}. It has {there or 'none'}.")
+            raise ValueError(
+                f"fsdp_blocks: no part of {type(model).__name__} is a {names}. It has {there or 'none'}."
+            )
     containers = (nn.ModuleList, nn.ModuleDict)  # which are never called
-    return [one for one in reversed(found) if not isinstance(one, containers) and any(True for _ in one.parameters())]
+    return [
+        one
+        for one in reversed(found)
+        if not isinstance(one, containers) and any(True for _ in one.parameters())
+    ]
 
 
 def follow(optimizer: Optimizer, now: Mapping[Tensor, Tensor]) -> None:
@@ -77,7 +104,9 @@ def follow(optimizer: Optimizer, now: Mapping[Tensor, Tensor]) -> None:
         group["params"] = [now.get(parameter, parameter) for parameter in group["params"]]
     for parameter in [parameter for parameter in optimizer.state if parameter in now]:
         state = optimizer.state.pop(parameter)
-        optimizer.state[now[parameter]] = {name: as_part(value, now[parameter]) for name, value in state.items()}
+        optimizer.state[now[parameter]] = {
+            name: as_part(value, now[parameter]) for name, value in state.items()
+        }
 
 
 def is_part(tensor: Any) -> bool:
@@ -92,7 +121,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def as_part(value: Any, like: Any) -> Any:
     """This process's part of a whole tensor, where `like` is in parts; anything else as it is."""
-    if not is_part(like) or not isinstance(value, Tensor) or is_part(value) or value.shape != like.shape:
+    if (
+        not is_part(like)
+        or not isinstance(value, Tensor)
+        or is_part(value)
+        or value.shape != like.shape
+    ):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -118,7 +152,9 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         number: {name: as_part(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    own = optimizer.state_dict()["param_groups"]  # with what a scheduler has put into them meanwhile
+    own = optimizer.state_dict()[
+        "param_groups"
+    ]  # with what a scheduler has put into them meanwhile
     groups = [{**mine, **group} for mine, group in zip(own, state["param_groups"], strict=True)]
     optimizer.load_state_dict({**state, "state": parts, "param_groups": groups})
 
@@ -143,7 +179,9 @@ def settle(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if hasattr(module, "reset_iter_state"):
-            with contextlib.suppress(AttributeError, RuntimeError):  # it is not the outermost, or has not been called
+            with contextlib.suppress(
+                AttributeError, RuntimeError
+            ):  # it is not the outermost, or has not been called
                 module.reset_iter_state()
             module.reshard()
 

@@ -31,7 +31,9 @@ from torch.nn.parameter import is_lazy
 
 from minikeras.errors import one_of
 
-TIMEOUT = timedelta(minutes=2)  # after which a lost process is an error; of a group of the user's own, what it has
+TIMEOUT = timedelta(
+    minutes=2
+)  # after which a lost process is an error; of a group of the user's own, what it has
 
 
 def world_of(distributed: str | None) -> World | None:
@@ -87,9 +89,13 @@ class World:
         self.dist = dist
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # where no launcher says it: as many processes on each machine as it has GPUs
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % (torch.cuda.device_count() or 1)))
+        self.local_rank = int(
+            os.environ.get("LOCAL_RANK", self.rank % (torch.cuda.device_count() or 1))
+        )
         on_cpu = "cpu:" in dist.get_backend_config()
-        self.control = None if on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)  # None: the group of all
+        self.control = (
+            None if on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        )  # None: the group of all
         self.shared = False  # all have the weights of rank 0
         self.apart = False  # a fit is under way: the random states of ranks differ, for dropout
 
@@ -129,7 +135,9 @@ class World:
                     )
                 whole = tensor.detach().contiguous()
                 with self.answered():
-                    self.dist.broadcast(whole.reshape(-1).view(torch.uint8), 0)  # not every backend has every dtype
+                    self.dist.broadcast(
+                        whole.reshape(-1).view(torch.uint8), 0
+                    )  # not every backend has every dtype
                 tensor.detach().copy_(whole)
 
     def broadcast(self, value: Any) -> Any:
@@ -151,7 +159,11 @@ class World:
             longest = max(map(int, sizes))
             packed = torch.nn.functional.pad(packed, (0, longest - len(packed)))
             wanted = everywhere or self.rank == 0
-            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)] if wanted else None
+            parts = (
+                [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+                if wanted
+                else None
+            )
             if everywhere:
                 self.dist.all_gather(parts, packed, group=self.control)
             else:
@@ -179,7 +191,9 @@ class World:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(f"process 0 of {self.size}, which writes the files, has failed. Look for its own error.")
+            raise RuntimeError(
+                f"process 0 of {self.size}, which writes the files, has failed. Look for its own error."
+            )
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""

@@ -16,7 +16,12 @@ from minikeras.faults.loss import (
 )
 from minikeras.faults.signals import Interruptions
 from minikeras.faults.told import tell_of_reading, tell_of_step
-from minikeras.faults.weights import FiniteWeights, NonFiniteWeights, explain_gradient, explain_weights
+from minikeras.faults.weights import (
+    FiniteWeights,
+    NonFiniteWeights,
+    explain_gradient,
+    explain_weights,
+)
 
 __all__ = [
     "FiniteLoss",

@@ -21,7 +21,9 @@ from minikeras.data import leaves
 from minikeras.distributed import is_part
 
 READ_EVERY = 50  # steps, on a device
-CAUSE = "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean"
+CAUSE = (
+    "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean"
+)
 REMEDY = "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning rate."
 
 
@@ -33,8 +35,14 @@ class NonFiniteLoss(FloatingPointError):
         self.value = value
         self.ago = ago  # steps since the first such loss
         self.elsewhere = False  # it was in another process
-        self.batch: Any = (None, None, 0)  # features, labels and number of the batch at which it was found
-        self.culprit: Any = None  # features and labels of the batch whose loss it was, where that is another
+        self.batch: Any = (
+            None,
+            None,
+            0,
+        )  # features, labels and number of the batch at which it was found
+        self.culprit: Any = (
+            None  # features and labels of the batch whose loss it was, where that is another
+        )
 
 
 class NonFiniteGradient(NonFiniteLoss):
@@ -46,7 +54,9 @@ class NonFiniteGradient(NonFiniteLoss):
         overflown: each gradient is finite.
     """
 
-    def __init__(self, value: float, ago: int = 0, parameter: Any = None, overflown: bool = False) -> None:
+    def __init__(
+        self, value: float, ago: int = 0, parameter: Any = None, overflown: bool = False
+    ) -> None:
         super().__init__(value, ago)
         self.parameter = parameter
         self.overflown = overflown
@@ -73,13 +83,19 @@ class FiniteLoss:
         self.looked = 0  # losses, those included that no one has read
         self.reads_each = device.type == "cpu"
         self.bad = torch.zeros((), device=device) if bad is None else bad.zero_()
-        self.of_gradient = torch.zeros((), device=device) if of_gradient is None else of_gradient.zero_()
+        self.of_gradient = (
+            torch.zeros((), device=device) if of_gradient is None else of_gradient.zero_()
+        )
         self.found = torch.zeros((), device=device)  # 1 from the first bad loss on
         self.reading = Reading(self.bad)
         self.steps = 0
         self.optimizers = list(optimizers)
-        self.blocks = all(group.get("fused") for optimizer in self.optimizers for group in optimizer.param_groups)
-        self.skipped_elsewhere = False  # a graph or a scaler skips the steps from the first bad loss on
+        self.blocks = all(
+            group.get("fused") for optimizer in self.optimizers for group in optimizer.param_groups
+        )
+        self.skipped_elsewhere = (
+            False  # a graph or a scaler skips the steps from the first bad loss on
+        )
 
     def __enter__(self) -> FiniteLoss:
         if self.blocks and not self.reads_each:
@@ -102,7 +118,9 @@ class FiniteLoss:
         if self.reads_each:
             self._judge(loss.item())
             return
-        with torch.no_grad():  # in few operations: 0 times a number is 0, and NaN where that is not finite
+        with (
+            torch.no_grad()
+        ):  # in few operations: 0 times a number is 0, and NaN where that is not finite
             self.found.copy_(self.bad + loss * 0 != 0)
             self.bad += self.found
         if self.alone:
@@ -242,7 +260,11 @@ def explained(
         features, labels = error.culprit
     spoiled: list[str] = []
     if is_at_hand:
-        spoiled = [name for name, nest in (("features", features), ("labels", labels)) if has_non_finite(nest)]
+        spoiled = [
+            name
+            for name, nest in (("features", features), ("labels", labels))
+            if has_non_finite(nest)
+        ]
     buffer_names = {name for name, _ in model.named_buffers()}
     since, before = suspects
     weights = [name for name in (*before, *since) if name not in buffer_names]
@@ -253,7 +275,9 @@ def explained(
         f"{last_loss(error, watch)} at {shown_rates(rates)}.",
     ]
     if spoiled:
-        sentences.append(f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data.")
+        sentences.append(
+            f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."
+        )
     elif error.elsewhere:
         sentences.append("It was in the batch of another process: its message says more.")
     elif not is_at_hand:
@@ -313,4 +337,6 @@ def all_ignored(loss_func: Any, labels: Any) -> bool:
 def has_non_finite(nest: Any) -> bool:
     """Whether any tensor in a nest holds NaN or inf."""
     tensors = [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor) and not is_lazy(leaf)]
-    return any(not bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
+    return any(
+        not bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()
+    )

@@ -38,7 +38,9 @@ class Interruptions:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.received is not None and error[0] is None:  # it came after the last state was written
+        if (
+            self.received is not None and error[0] is None
+        ):  # it came after the last state was written
             self._act(self.received, None)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -50,7 +52,9 @@ class Interruptions:
         if self.received is not None:
             self._act(number, frame)
         self.received = number
-        if hasattr(signal, "SIGCHLD"):  # the workers may have got it as well: torch must not complain of them now
+        if hasattr(
+            signal, "SIGCHLD"
+        ):  # the workers may have got it as well: torch must not complain of them now
             self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def act(self, save: Callable[[], None]) -> None:

@@ -18,7 +18,9 @@ def tell_of_reading(error: Exception, loader: Any) -> None:
     """A worker that died, or the row that could not be read."""
     tell_of_worker(error)
     if "Batches of sparse tensors" in str(error):
-        error.add_note("Pass the tensors themselves, (X, y): their rows are fetched batch by batch.")
+        error.add_note(
+            "Pass the tensors themselves, (X, y): their rows are fetched batch by batch."
+        )
     if "batch must contain tensors" in str(error) and "scipy.sparse" in str(error):
         error.add_note("Pass the matrix itself, (X, y): its rows are fetched batch by batch.")
     row = row_being_read(error, getattr(loader, "dataset", None))
@@ -30,7 +32,9 @@ def tell_of_reading(error: Exception, loader: Any) -> None:
 
 def tell_of_worker(error: Exception) -> None:
     """torch says it where the main process happens to be, be it in the middle of a step."""
-    if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by signal" in str(error)):
+    if "DataLoader worker" in str(error) and (
+        "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+    ):
         error.add_note(
             "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer "
             'workers or smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
@@ -62,7 +66,9 @@ def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
         )
     wanted = re.search(r"Found dtype \w+ but expected (\w+)", str(error))
     if wanted and isinstance(labels, torch.Tensor):
-        cast = {"Double": "double()", "Half": "half()", "BFloat16": "bfloat16()"}.get(wanted[1], "float()")
+        cast = {"Double": "double()", "Half": "half()", "BFloat16": "bfloat16()"}.get(
+            wanted[1], "float()"
+        )
         error.add_note(
             f"The labels are {dtype_name(labels)}, and here the loss has a gradient in the predictions' dtype alone. "
             f"Pass labels.{cast}."
@@ -70,7 +76,11 @@ def tell_of_step(error: Exception, features: Any, labels: Any) -> None:
     if not is_out_of_memory(error):
         return
     rows = first_size((labels, features), unknown=1)
-    half = f"batch_size={rows // 2}, with accumulate=2 for the same gradient" if rows > 1 else "smaller inputs"
+    half = (
+        f"batch_size={rows // 2}, with accumulate=2 for the same gradient"
+        if rows > 1
+        else "smaller inputs"
+    )
     shapes = f"features {described(features)}, labels {described(labels)}"
     error.add_note(f'The batch was {shapes}. Try {half}; precision="bf16"; or a smaller model.')
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -31,9 +31,22 @@ from minikeras.faults.loss import (
 )
 
 ANOMALY = "torch.autograd.set_detect_anomaly(True) names the operation."
-LOOKED_AT = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+LOOKED_AT = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
 OF_THE_LOSS = "the loss's "  # in front of the names of its parameters and buffers
-KINDS = ("parameter", "gradient", "buffer", "state", "average")  # in the order in which a message looks for the cause
+KINDS = (
+    "parameter",
+    "gradient",
+    "buffer",
+    "state",
+    "average",
+)  # in the order in which a message looks for the cause
 
 
 class NonFiniteWeights(NonFiniteLoss):
@@ -41,7 +54,9 @@ class NonFiniteWeights(NonFiniteLoss):
 
     def __init__(self, found: list[tuple[str, str]]) -> None:
         super().__init__(float("nan"))
-        self.found = found  # kind and name of each tensor; empty where they are in another process alone
+        self.found = (
+            found  # kind and name of each tensor; empty where they are in another process alone
+        )
 
 
 class FiniteWeights:
@@ -69,7 +84,9 @@ class FiniteWeights:
         self.world = world
         self.finite_loss = finite_loss
         self.precision = precision
-        self.begun: dict[str, tuple[Any, Tensor | None]] = {}  # name -> shape and what was not finite then
+        self.begun: dict[
+            str, tuple[Any, Tensor | None]
+        ] = {}  # name -> shape and what was not finite then
         named = dict(self._weights())
         spoiled = set(self._find(named))
         for key, tensor in named.items():
@@ -173,7 +190,11 @@ class FiniteWeights:
 
     def _waiting_gradients(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Of batches that wait for a step under `accumulate`. In float16 infinite ones are skipped by the scaler."""
-        if self.precision is None or self.precision.accumulate == 1 or self.precision.scaler is not None:
+        if (
+            self.precision is None
+            or self.precision.accumulate == 1
+            or self.precision.scaler is not None
+        ):
             return
         for name, parameter in self._prefixed_parameters():
             if parameter.grad is not None:
@@ -205,7 +226,9 @@ class FiniteWeights:
         shape, mask = self.begun.get(name, (None, None))
         if shape == tensor.shape:
             return tensor if mask is None else torch.where(mask, torch.zeros_like(tensor), tensor)
-        if kind == "buffer":  # made since, as a mask for attention of another length: -inf has a meaning there
+        if (
+            kind == "buffer"
+        ):  # made since, as a mask for attention of another length: -inf has a meaning there
             return tensor.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0)
         return tensor
 
@@ -226,7 +249,11 @@ def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, st
 
 
 def explain_weights(
-    error: NonFiniteWeights, model: nn.Module, epoch: int, rates: Mapping[str, float], watch: FiniteLoss
+    error: NonFiniteWeights,
+    model: nn.Module,
+    epoch: int,
+    rates: Mapping[str, float],
+    watch: FiniteLoss,
 ) -> str:
     """What is not finite, where, the cause as far as it is known, and what to do."""
     batch = error.batch[2]
@@ -261,20 +288,30 @@ def explain_weights(
             "become finite again. Find that step, as with compile(clip_grad_norm=1.0)."
         )
     elif watch.looked:
-        sentences.append(f"Each loss was finite, so a gradient was not, or a step was too large: {CAUSE}. {REMEDY}")
+        sentences.append(
+            f"Each loss was finite, so a gradient was not, or a step was too large: {CAUSE}. {REMEDY}"
+        )
     else:
         sentences.append(
             "No loss was looked at: train_step calls loss.backward() by itself. Call self.backward(loss) there, which "
             f"finds a bad loss before it moves a weight. If it was finite, a gradient was not: {CAUSE}. {REMEDY}"
         )
     if kind in ("parameter", "gradient"):
-        sentences.append(f"compile(clip_grad_norm=1.0) finds such a gradient before its step, and {ANOMALY}")
-    sentences.append("Nothing of it was written to a file, and the model holds it: go back to a checkpoint.")
+        sentences.append(
+            f"compile(clip_grad_norm=1.0) finds such a gradient before its step, and {ANOMALY}"
+        )
+    sentences.append(
+        "Nothing of it was written to a file, and the model holds it: go back to a checkpoint."
+    )
     return " ".join(sentences)
 
 
 def explain_gradient(
-    error: NonFiniteGradient, model: nn.Module, epoch: int, rates: Mapping[str, float], watch: FiniteLoss
+    error: NonFiniteGradient,
+    model: nn.Module,
+    epoch: int,
+    rates: Mapping[str, float],
+    watch: FiniteLoss,
 ) -> str:
     """A norm of gradients that is not finite, found before the step."""
     began = f" (it began {error.ago} steps before)" if error.ago else ""
@@ -282,13 +319,21 @@ def explain_gradient(
         f"the norm of the gradient is {error.value} in epoch {epoch}, batch {error.batch[2]}{began}; expected a finite "
         f"number. The loss was finite. {last_loss(error, watch)} at {shown_rates(rates)}."
     ]
-    name = next((name for name, parameter in model.named_parameters() if parameter is error.parameter), None)
+    name = next(
+        (name for name, parameter in model.named_parameters() if parameter is error.parameter), None
+    )
     if error.overflown:
-        sentences.append("Each gradient is finite, and the sum of their squares is not: make the loss smaller.")
+        sentences.append(
+            "Each gradient is finite, and the sum of their squares is not: make the loss smaller."
+        )
     else:
         if name is not None:
-            sentences.append(f"The first gradient that is not is that of {name}. {layer_of(model, name)}")
-        sentences.append(f"Its gradient was not: {CAUSE}; large numbers overflow. {REMEDY} {ANOMALY}")
+            sentences.append(
+                f"The first gradient that is not is that of {name}. {layer_of(model, name)}"
+            )
+        sentences.append(
+            f"Its gradient was not: {CAUSE}; large numbers overflow. {REMEDY} {ANOMALY}"
+        )
     if watch.holds_back:
         sentences.append("The weights are those of before it.")
     else:
@@ -302,7 +347,9 @@ def layer_of(model: nn.Module, name: str) -> str:
     if name.startswith(OF_THE_LOSS):
         return "It is a parameter of the loss."
     kind = type(model.get_submodule(path)).__name__
-    return f"The first layer is {path} ({kind})." if path else f"It is a parameter of {kind} itself."
+    return (
+        f"The first layer is {path} ({kind})." if path else f"It is a parameter of {kind} itself."
+    )
 
 
 def listed(found: Iterable[tuple[str, str]]) -> str:

@@ -68,7 +68,9 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """huggingface_hub keeps the arguments here, before the constructor may change a list among them."""
-        model = super().__new__(cls, *map(_as_given, args), **{name: _as_given(it) for name, it in kwargs.items()})
+        model = super().__new__(
+            cls, *map(_as_given, args), **{name: _as_given(it) for name, it in kwargs.items()}
+        )
         model._lost = _not_kept(cls, args, kwargs)
         return model
 
@@ -126,7 +128,9 @@ class HubModel(minikeras.Model, PyTorchModelHubMixin, library_name="minikeras", 
         source = {name: arguments.pop(name) for name in names}
         folder = Path(model_id)
         if folder.is_dir() and not (folder / WEIGHTS).exists():
-            raise FileNotFoundError(f"there is no {WEIGHTS} in {folder}. Pass a folder that save_pretrained wrote.")
+            raise FileNotFoundError(
+                f"there is no {WEIGHTS} in {folder}. Pass a folder that save_pretrained wrote."
+            )
         path = folder / WEIGHTS if folder.is_dir() else hf_hub_download(model_id, WEIGHTS, **source)
         model = cls(**arguments)
         model.load(path)
@@ -139,7 +143,9 @@ def _as_given(value: Any) -> Any:
 
 def _not_kept(cls: type[HubModel], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
     """Arguments that JSON does not bring back, and without which the constructor would take a default."""
-    parameters = {one.name: one for one in list(inspect.signature(cls.__init__).parameters.values())[1:]}
+    parameters = {
+        one.name: one for one in list(inspect.signature(cls.__init__).parameters.values())[1:]
+    }
     given = dict(zip(parameters, args, strict=False)) | kwargs
     for place, (name, one) in enumerate(parameters.items()):
         if one.kind is one.VAR_POSITIONAL and len(args) > place:
@@ -148,7 +154,11 @@ def _not_kept(cls: type[HubModel], args: tuple[Any, ...], kwargs: dict[str, Any]
 
     def lost(name: str, value: Any) -> bool:
         default = defaults.get(name)
-        return not _comes_back(value, cls._coded) and default is not value and default is not inspect.Parameter.empty
+        return (
+            not _comes_back(value, cls._coded)
+            and default is not value
+            and default is not inspect.Parameter.empty
+        )
 
     return {name: described(value) for name, value in given.items() if lost(name, value)}
 

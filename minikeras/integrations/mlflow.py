@@ -78,12 +78,22 @@ class MLflow(Tracker):
         run = self.client.create_run(self._experiment_id(), run_name=self.run_name)
         self.run_id = run.info.run_id
         self.opened = True  # now already: what follows may fail
-        self._log(params=[self.package.entities.Param(name, str(value)) for name, value in self.params.items()])
-        self.client.log_text(self.run_id, str(self.model if self.summary is None else self.summary), "summary.txt")
+        self._log(
+            params=[
+                self.package.entities.Param(name, str(value)) for name, value in self.params.items()
+            ]
+        )
+        self.client.log_text(
+            self.run_id, str(self.model if self.summary is None else self.summary), "summary.txt"
+        )
 
     def _experiment_id(self) -> str:
         known = os.environ.get("MLFLOW_EXPERIMENT_ID")  # mlflow.set_experiment puts it there, too
-        if known and not self.experiment and self.tracking_uri in (None, self.package.get_tracking_uri()):
+        if (
+            known
+            and not self.experiment
+            and self.tracking_uri in (None, self.package.get_tracking_uri())
+        ):
             return known  # of the store that MLflow is set to; in another one it would be another experiment
         name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         found = self.client.get_experiment_by_name(name)
@@ -92,7 +102,9 @@ class MLflow(Tracker):
     def _last_step(self) -> int:
         """The last epoch in the run: one may have been logged, and not saved in the checkpoint any more."""
         names = self.client.get_run(self.run_id).data.metrics
-        points = [point for name in names for point in self.client.get_metric_history(self.run_id, name)]
+        points = [
+            point for name in names for point in self.client.get_metric_history(self.run_id, name)
+        ]
         return max((int(point.step) for point in points), default=0)
 
     def _log(self, **items: Any) -> None:
@@ -100,15 +112,24 @@ class MLflow(Tracker):
 
     def write(self, epoch: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)  # in ms
-        for name in sorted(values, key=lambda name: REFUSED.search(name) is not None):  # what may stay does
+        for name in sorted(
+            values, key=lambda name: REFUSED.search(name) is not None
+        ):  # what may stay does
             if name not in self.names:
                 self.names[name] = self._free(REFUSED.sub("_", name))
         named = {self.names[name]: value for name, value in values.items()}
-        self._log(metrics=[self.package.entities.Metric(name, value, now, epoch) for name, value in named.items()])
+        self._log(
+            metrics=[
+                self.package.entities.Metric(name, value, now, epoch)
+                for name, value in named.items()
+            ]
+        )
 
     def _free(self, name: str) -> str:
         numbered = (f"{name}_{number}" for number in itertools.count(2))
-        return next(free for free in itertools.chain([name], numbered) if free not in self.names.values())
+        return next(
+            free for free in itertools.chain([name], numbered) if free not in self.names.values()
+        )
 
     def close(self, error: BaseException | None) -> None:
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"

@@ -25,10 +25,14 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("minikeras.integrations.sklearn needs scikit-learn: pip install scikit-learn") from error
+    raise ModuleNotFoundError(
+        "minikeras.integrations.sklearn needs scikit-learn: pip install scikit-learn"
+    ) from error
 
 
-ALONE = threading.RLock()  # torch has one random state for all threads, so that estimators train one after the other
+ALONE = (
+    threading.RLock()
+)  # torch has one random state for all threads, so that estimators train one after the other
 
 
 def perceptron(n_features: int, n_outputs: int, hidden: int = 64) -> nn.Module:
@@ -87,7 +91,11 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     def _given(self) -> dict[str, Any]:
         """The factory's arguments that were set; other names with an underscore at an end are not arguments."""
         own, known = self._get_param_names(), arguments_of(self._factory())
-        asked = {name: value for name, value in vars(self).items() if name in known or name.strip("_") == name}
+        asked = {
+            name: value
+            for name, value in vars(self).items()
+            if name in known or name.strip("_") == name
+        }
         return {name: value for name, value in asked.items() if name not in own}
 
     def _network(self, n_outputs: int) -> nn.Module:
@@ -107,7 +115,9 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         check_takes(factory, given)
         network = factory(self.n_features_in_, n_outputs, **given)
         if not isinstance(network, nn.Module):
-            raise TypeError(f"model must give a torch.nn.Module, got {type(network).__name__}. Let it return one.")
+            raise TypeError(
+                f"model must give a torch.nn.Module, got {type(network).__name__}. Let it return one."
+            )
         return network
 
     def _train(self, X: np.ndarray, y: Tensor, sample_weight: Any, n_outputs: int) -> None:
@@ -122,7 +132,9 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
                 loss_func = self.default_loss(reduction="mean" if sample_weight is None else "none")
             optimizer = optimizer_maker(self.optimizer)(model.parameters(), lr=self.lr)
             model.compile(loss_func, optimizer, device=self.device)
-            self.history_ = model.fit(self.epochs, data, batch_size=self.batch_size, verbose=self.verbose)
+            self.history_ = model.fit(
+                self.epochs, data, batch_size=self.batch_size, verbose=self.verbose
+            )
         self.model_ = model
 
     def _outputs(self, X: Any, n_outputs: int) -> Tensor:
@@ -192,9 +204,13 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         check_classification_targets(y)
         classes, numbers = np.unique(y, return_inverse=True)
         if len(classes) == 1:
-            raise ValueError(f"y has one class, {y[0]!s}; expected two or more to tell apart. Add rows of another.")
+            raise ValueError(
+                f"y has one class, {y[0]!s}; expected two or more to tell apart. Add rows of another."
+            )
         self._train(X, torch.from_numpy(numbers).long(), sample_weight, len(classes))
-        self.classes_ = classes  # now only: a fit that fails leaves the model before it, and its labels
+        self.classes_ = (
+            classes  # now only: a fit that fails leaves the model before it, and its labels
+        )
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -248,7 +264,9 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
             TypeError, ValueError: as in `Classifier.fit`.
         """
         X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
-        numbers = np.ascontiguousarray(y.reshape(len(y), -1), dtype=np.float64)  # torch takes no y[::-1]
+        numbers = np.ascontiguousarray(
+            y.reshape(len(y), -1), dtype=np.float64
+        )  # torch takes no y[::-1]
         labels = torch.tensor(numbers, dtype=torch.get_default_dtype())
         self._train(X, labels, sample_weight, labels.shape[1])
         self._shape = y.shape[1:]
@@ -279,7 +297,9 @@ def defaults_of(factory: Any) -> dict[str, Any]:
 
 def arguments_of(factory: Any) -> dict[str, inspect.Parameter]:
     """A factory's arguments, after the two numbers it is called with."""
-    parameters = list(inspect.signature(factory).parameters.values())[2:] if callable(factory) else []
+    parameters = (
+        list(inspect.signature(factory).parameters.values())[2:] if callable(factory) else []
+    )
     any_more = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {one.name: one for one in parameters if one.kind not in any_more}
 
@@ -316,7 +336,9 @@ def optimizer_maker(optimizer: Any) -> Callable[..., Any]:
 
 def weights_of(sample_weight: Any, X: np.ndarray) -> Tensor:
     """A weight per row."""
-    weights = check_array(sample_weight, ensure_2d=False, dtype=np.float32, input_name="sample_weight")
+    weights = check_array(
+        sample_weight, ensure_2d=False, dtype=np.float32, input_name="sample_weight"
+    )
     if weights.ndim != 1:
         raise ValueError(
             f"sample_weight must be one number a row, of shape {(len(X),)}, got {weights.shape}. Pass "
@@ -324,7 +346,9 @@ def weights_of(sample_weight: Any, X: np.ndarray) -> Tensor:
         )
     check_consistent_length(X, weights)
     if not weights.any():
-        raise ValueError("sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight.")
+        raise ValueError(
+            "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight."
+        )
     return torch.from_numpy(weights)
 
 

@@ -33,7 +33,9 @@ def _tensors(graph: Any) -> tuple[Tensor, ...]:
     """The arguments of forward."""
     example = tuple(graph) if isinstance(graph, (tuple, list)) else (graph,)
     if not all(isinstance(part, Tensor) for part in example):
-        raise TypeError(f"graph must be a tensor or a tuple of them, got {described(graph)}. Pass features, X[:1].")
+        raise TypeError(
+            f"graph must be a tensor or a tuple of them, got {described(graph)}. Pass features, X[:1]."
+        )
     return example
 
 
@@ -45,7 +47,9 @@ def _shown_by_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
                 f"hparams has {described(value)} under {name!r}; expected a number, a string or a bool. Pass it as a "
                 f"string, str(...)."
             )
-    return {name: value.item() if hasattr(value, "item") else value for name, value in hparams.items()}
+    return {
+        name: value.item() if hasattr(value, "item") else value for name, value in hparams.items()
+    }
 
 
 class TensorBoard(Tracker):
@@ -108,14 +112,18 @@ class TensorBoard(Tracker):
         self.before = 0  # of them, those of the epochs before this one
 
     def open(self, epoch: int) -> None:
-        if self.run_id is None and epoch > 1 and (self.folder / BATCHES).exists():  # of another callback's fit
+        if (
+            self.run_id is None and epoch > 1 and (self.folder / BATCHES).exists()
+        ):  # of another callback's fit
             self.step = self.before = int((self.folder / BATCHES).read_text())
         self.run_id = str(self.folder)
         self.columns: list[str] = []  # of the first epoch here, for the table of hparams
         self._wait()
         self.writers = [self.package.SummaryWriter(self.folder, purge_step=epoch)]
         if self.every is not None:
-            self.writers.append(self.package.SummaryWriter(self.folder / "steps", purge_step=self.step + 1))
+            self.writers.append(
+                self.package.SummaryWriter(self.folder / "steps", purge_step=self.step + 1)
+            )
         self.opened = True  # now already: the graph may fail
         if self.graph is not None:
             self._draw()
@@ -136,7 +144,9 @@ class TensorBoard(Tracker):
         """The graph, without a trace on the model: its mode and the random state are as they were."""
         model, parameters = self.model, list(self.model.parameters())
         if any(hasattr(parameter, "full_tensor") for parameter in parameters):
-            raise ValueError("TensorBoard cannot draw the graph of parameters in parts. Leave graph out.")
+            raise ValueError(
+                "TensorBoard cannot draw the graph of parameters in parts. Leave graph out."
+            )
         device = parameters[0].device if parameters else torch.device("cpu")
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -164,7 +174,9 @@ class TensorBoard(Tracker):
 
     def on_fit_begin(self) -> None:
         super().on_fit_begin()
-        self.step = self.before  # an epoch that was broken off begins anew, unless a checkpoint says where it stands
+        self.step = (
+            self.before
+        )  # an epoch that was broken off begins anew, unless a checkpoint says where it stands
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         last, self.step = self.step, self.before + batch
@@ -179,7 +191,9 @@ class TensorBoard(Tracker):
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            whole: Tensor = (
+                parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            )
             if whole.is_floating_point():
                 yield name, whole.detach().float()[whole.isfinite()]
 

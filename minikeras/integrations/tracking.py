@@ -96,7 +96,11 @@ def rates(optimizer: Any) -> dict[str, float]:
     ({'lr': 0.5}, {'lr_g': 0.5, 'lr_d': 0.5})
     """
     named = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
-    found = [(f"lr_{name}" if name else "lr", one) for name, one in named.items() if isinstance(one, Optimizer)]
+    found = [
+        (f"lr_{name}" if name else "lr", one)
+        for name, one in named.items()
+        if isinstance(one, Optimizer)
+    ]
     first = {name: one.param_groups[0].get("lr") for name, one in found}
     return {name: float(rate) for name, rate in first.items() if rate is not None}
 
@@ -104,7 +108,9 @@ def rates(optimizer: Any) -> dict[str, float]:
 def as_dict(name: str, value: Any) -> dict[str, Any]:
     """What a run was made with, under its names."""
     if not isinstance(value, Mapping):
-        raise TypeError(f'{name} must be a dict of name -> value, got {described(value)}. Pass such as {{"lr": 0.1}}.')
+        raise TypeError(
+            f'{name} must be a dict of name -> value, got {described(value)}. Pass such as {{"lr": 0.1}}.'
+        )
     return dict(value)
 
 

@@ -43,7 +43,11 @@ class WandB(Tracker):
     """
 
     def __init__(
-        self, project: str, name: str | None = None, config: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        project: str,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.package = imported("wandb", "WandB", "wandb")
@@ -55,8 +59,15 @@ class WandB(Tracker):
 
     def open(self, epoch: int) -> None:
         known = {} if self.run_id is None else {"id": self.run_id, "resume": "allow"}
-        beside = None if self.package.run is None else "create_new"  # else init returns the user's run
-        arguments = {"project": self.project, "name": self.name, "config": self.config, "reinit": beside}
+        beside = (
+            None if self.package.run is None else "create_new"
+        )  # else init returns the user's run
+        arguments = {
+            "project": self.project,
+            "name": self.name,
+            "config": self.config,
+            "reinit": beside,
+        }
         arguments |= self.kwargs | known
         if known:  # W&B names a part's folder by the second, and would write over one of the same
             time.sleep(min(max(self.begun + 1 - time.time(), 0), 1))
@@ -74,7 +85,9 @@ class WandB(Tracker):
         return max((int(file.read_text()) for file in files), default=0)
 
     def write(self, epoch: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=epoch, commit=True)  # without commit the row waits for the next one
+        self.run.log(
+            values, step=epoch, commit=True
+        )  # without commit the row waits for the next one
 
     def close(self, error: BaseException | None) -> None:
         failed = 1 if isinstance(error, Exception) else INTERRUPTED

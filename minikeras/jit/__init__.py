@@ -37,7 +37,14 @@ if TYPE_CHECKING:
     from minikeras.run import Run
 
 PARTS = {
-    "train_step": ("train_step", "compute_outputs", "compute_loss", "compute_metrics", "backward", "optimizer_step"),
+    "train_step": (
+        "train_step",
+        "compute_outputs",
+        "compute_loss",
+        "compute_metrics",
+        "backward",
+        "optimizer_step",
+    ),
     "evaluate_step": ("evaluate_step", "compute_outputs", "compute_loss", "compute_metrics"),
 }
 
@@ -82,7 +89,9 @@ class Jit:
             buffers = list(model.buffers())
             self.forwards[how] = OrEager(forward, self.options, buffers, self.run.device)
             if any(map(is_lost_in_a_graph, buffers)):
-                self.forwards[how].give_up("a buffer is one number in float64, to which torch.compile loses changes")
+                self.forwards[how].give_up(
+                    "a buffer is one number in float64, to which torch.compile loses changes"
+                )
         return self.forwards[how](features)
 
     @contextlib.contextmanager
@@ -92,7 +101,9 @@ class Jit:
         try:
             with warnings.catch_warnings():
                 # said by Dynamo of outputs that reach a loss compiled by itself; nothing reads their .grad
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                warnings.filterwarnings(
+                    "ignore", "The .grad attribute of a Tensor that is not a leaf"
+                )
                 yield
         finally:
             self.say = lambda message: None

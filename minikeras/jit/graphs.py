@@ -22,7 +22,9 @@ from minikeras.randomness import device_states, set_device_states
 
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled
-Verify = Callable[[], Callable[[], None]]  # called before a graph's first step; what it gives, after it: may raise
+Verify = Callable[
+    [], Callable[[], None]
+]  # called before a graph's first step; what it gives, after it: may raise
 TOO_OFTEN = (
     "a Python value that is part of it, in the model, the loss, a metric or the data, has changed too often. "
     "Keep it in a tensor, and it stays one graph"
@@ -67,7 +69,9 @@ class Graphs:
         self.say = say
         self.state = state  # the tensors that the function changes
         self.shapes: list[Any] = []
-        self.compiled: dict[bool, Callable[..., Any]] = {}  # for other shapes or not -> the compiled function
+        self.compiled: dict[
+            bool, Callable[..., Any]
+        ] = {}  # for other shapes or not -> the compiled function
 
     def fits(self, batches: Sequence[Batch]) -> bool:
         """Whether the batches have the shapes that the function was called with first."""
@@ -79,7 +83,9 @@ class Graphs:
             return self._call(batches, other)
         torch.compiler.cudagraph_mark_step_begin()  # the graph may write over the results of the call before
         results = self._call(batches, other)
-        return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, results)  # ... not these
+        return map_leaves(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, results
+        )  # ... not these
 
     def _call(self, batches: Sequence[Any], other: bool) -> Any:
         if other in self.compiled:
@@ -89,9 +95,13 @@ class Graphs:
                 if not is_of_tracing(error):
                     raise
                 often = "RecompileLimit" in type(error).__name__
-                raise CompileError(TOO_OFTEN if often else f"{type(error).__name__}: {error}") from error
+                raise CompileError(
+                    TOO_OFTEN if often else f"{type(error).__name__}: {error}"
+                ) from error
         begun = time.perf_counter()
-        self.say(f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ...")
+        self.say(
+            f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ..."
+        )
         options = captured(self.options) if self.on_cuda and not other else self.options
         function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **options)
         with undone_on_error(self.state, self.device):
@@ -110,7 +120,11 @@ class ByParts:
     """A function compiled part by part: what does not trace runs in eager."""
 
     def __init__(
-        self, function: Callable[..., Any], options: Mapping[str, Any], state: list[Tensor], device: torch.device
+        self,
+        function: Callable[..., Any],
+        options: Mapping[str, Any],
+        state: list[Tensor],
+        device: torch.device,
     ) -> None:
         self.function = function
         self.state = state
@@ -177,8 +191,12 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own: Dynamo limits graphs per code object, which models share."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")  # the same from run to run
-    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    code = function.__code__.replace(
+        co_name=f"{function.__name__}_{next(_numbers)}"
+    )  # the same from run to run
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, None, function.__closure__
+    )
 
 
 @contextlib.contextmanager
@@ -187,7 +205,9 @@ def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]
     restore = way_back(state, device)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's of torch; the user's own came with the batch in eager
+            warnings.simplefilter(
+                "ignore"
+            )  # the compiler's of torch; the user's own came with the batch in eager
             yield
     except BaseException as error:
         restore()
@@ -198,7 +218,11 @@ def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]
 
 def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
     """What fills the tensors with the values of now, and puts Python's, NumPy's and torch's random states back."""
-    values, own, others = [one.detach().clone() for one in tensors], torch.get_rng_state(), device_states(device)
+    values, own, others = (
+        [one.detach().clone() for one in tensors],
+        torch.get_rng_state(),
+        device_states(device),
+    )
     of_python, of_numpy = random.getstate(), np.random.get_state()
 
     def restore() -> None:
@@ -222,5 +246,7 @@ def reason(error: CompileError) -> str:
     """Why something did not compile: the user's function it came from, and torch's first words."""
     text = str(error)
     functions = re.findall(r"^ *File .*, in (\w+)$", text, re.MULTILINE)
-    words = textwrap.shorten(" ".join(line for line in text.splitlines()[:3]), 200, placeholder=" ...")
+    words = textwrap.shorten(
+        " ".join(line for line in text.splitlines()[:3]), 200, placeholder=" ..."
+    )
     return f"in {functions[-1]}: {words}" if functions else words

@@ -55,7 +55,9 @@ def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
     if run.finite_loss is not None:
         ways_back.append(way_back_of_watch(run.finite_loss))
         tensors += [run.finite_loss.bad, run.finite_loss.of_gradient, run.finite_loss.found]
-    restore_tensors = way_back(list({id(tensor): tensor for tensor in tensors}.values()), run.device)
+    restore_tensors = way_back(
+        list({id(tensor): tensor for tensor in tensors}.values()), run.device
+    )
     counted = copy.deepcopy(totals.state_dict())
     yield
     for restore in ways_back:
@@ -81,8 +83,12 @@ def way_back_of_module(module: nn.Module) -> Restore:
     """Its attributes, what its own lists and dicts hold, its buffers among them, and its generators."""
     kind = type(module)
     attributes = dict(vars(module))
-    contents = {name: copy.copy(value) for name, value in attributes.items() if type(value) in CONTAINERS}
-    generators = [(value, state_of(value)) for value in attributes.values() if isinstance(value, KINDS)]
+    contents = {
+        name: copy.copy(value) for name, value in attributes.items() if type(value) in CONTAINERS
+    }
+    generators = [
+        (value, state_of(value)) for value in attributes.values() if isinstance(value, KINDS)
+    ]
 
     def restore() -> None:
         if type(module) is not kind:  # a lazy layer, which is another from its first batch on
@@ -121,7 +127,9 @@ def way_back_of_optimizer(optimizer: Optimizer) -> Restore:
     groups = [dict(group) for group in optimizer.param_groups]
     states: dict[Any, Any] = {}
     for parameter, state in optimizer.state.items():
-        states[parameter] = {key: kept(value) for key, value in state.items()} if isinstance(state, dict) else state
+        states[parameter] = (
+            {key: kept(value) for key, value in state.items()} if isinstance(state, dict) else state
+        )
     counts = {}
     for name, value in vars(optimizer).items():
         if isinstance(value, int | float) and not isinstance(value, bool):

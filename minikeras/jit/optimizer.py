@@ -22,14 +22,23 @@ class Double:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.state = optimizer.state
-        self.is_of_torch = type(optimizer).__module__.startswith("torch.optim")  # else its numbers stay as they are
+        self.is_of_torch = type(optimizer).__module__.startswith(
+            "torch.optim"
+        )  # else its numbers stay as they are
         self.twin: Optimizer = object.__new__(type(optimizer))
         self.twin.__dict__.update(optimizer.__dict__)
-        vars(self.twin).pop("found_inf", None)  # what holds back a fused step; the graph does that by itself
+        vars(self.twin).pop(
+            "found_inf", None
+        )  # what holds back a fused step; the graph does that by itself
         self.twin.param_groups = [dict(group) for group in optimizer.param_groups]
         self.twin.state = defaultdict(dict)
-        self.step = inspect.unwrap(type(optimizer).step)  # undecorated: hooks and profiling would break the graph
-        self.settings = [[(k, v) for k, v in g.items() if k not in ("params", "lr")] for g in optimizer.param_groups]
+        self.step = inspect.unwrap(
+            type(optimizer).step
+        )  # undecorated: hooks and profiling would break the graph
+        self.settings = [
+            [(k, v) for k, v in g.items() if k not in ("params", "lr")]
+            for g in optimizer.param_groups
+        ]
         self.rates = [group.get("lr") for group in optimizer.param_groups]
         self.handles: list[Any] = []
         self.taken = 0  # steps in the graph since the optimizer's own count was written
@@ -37,10 +46,16 @@ class Double:
             if group.get("fused"):
                 group["fused"] = None  # Dynamo refuses it, and the compiler fuses by itself
             if "capturable" in group and group["params"][0].is_cuda:
-                group["capturable"] = True  # a count of steps on the CPU would keep the step out of a CUDA graph
-            rate = group.get("lr")  # a float would be part of the code, compiled anew when it changes
+                group["capturable"] = (
+                    True  # a count of steps on the CPU would keep the step out of a CUDA graph
+                )
+            rate = group.get(
+                "lr"
+            )  # a float would be part of the code, compiled anew when it changes
             if not isinstance(rate, Tensor | None):
-                group["lr"] = torch.tensor(rate, dtype=torch.float64, device=group["params"][0].device)
+                group["lr"] = torch.tensor(
+                    rate, dtype=torch.float64, device=group["params"][0].device
+                )
         self.read()
 
     def counts(self, parameter: Tensor, key: str, value: Any) -> bool:
@@ -51,19 +66,28 @@ class Double:
     def current(self) -> bool:
         """Whether the optimizer has the groups and the state that the twin was made of, and has not loaded others."""
         own = self.optimizer
-        return own.state is self.state and len(own.state) == self.size and len(own.param_groups) == len(self.rates)
+        return (
+            own.state is self.state
+            and len(own.state) == self.size
+            and len(own.param_groups) == len(self.rates)
+        )
 
     def follow(self) -> bool:
         """Take over the learning rate; False when another setting has changed, which is part of the code."""
         for number, group in enumerate(self.optimizer.param_groups):
             rate = group.get("lr")
-            followed = rate is self.rates[number] and not isinstance(rate, Tensor)  # a tensor may be changed in place
+            followed = rate is self.rates[number] and not isinstance(
+                rate, Tensor
+            )  # a tensor may be changed in place
             if not followed and rate is not self.twin.param_groups[number].get("lr"):
                 if rate is None or self.rates[number] is None:
                     return False
                 self.rates[number] = rate
                 self.twin.param_groups[number]["lr"].fill_(rate)
-            if any(group[key] is not value and group[key] != value for key, value in self.settings[number]):
+            if any(
+                group[key] is not value and group[key] != value
+                for key, value in self.settings[number]
+            ):
                 return False
         return True
 
@@ -98,7 +122,9 @@ class Double:
                     before[id(state), key] = state, value
 
         def after() -> None:
-            assigned = sorted(key for (_, key), (state, value) in before.items() if state.get(key) is not value)
+            assigned = sorted(
+                key for (_, key), (state, value) in before.items() if state.get(key) is not value
+            )
             for (_, key), (state, value) in before.items():
                 state[key] = value
             if assigned:
@@ -133,14 +159,18 @@ class Double:
         self.handles = []
 
     def write_back(self) -> None:
-        if self.optimizer.state is not self.state:  # loaded meanwhile: the twin's steps are those of another run
+        if (
+            self.optimizer.state is not self.state
+        ):  # loaded meanwhile: the twin's steps are those of another run
             return
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
                 if self.counts(parameter, key, value):
                     twin = self.twin.state[parameter][key]
                     if key == "step" and parameter.grad is not None:
-                        twin.copy_(value + self.taken)  # the compiler loses some that nothing reads, as RMSprop's
+                        twin.copy_(
+                            value + self.taken
+                        )  # the compiler loses some that nothing reads, as RMSprop's
                     value.copy_(twin)
         self.taken = 0
 
@@ -152,7 +182,11 @@ def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
 
     An average over a parameter that is itself one number is neither.
     """
-    number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (torch.float32, torch.float64)
+    number = (
+        isinstance(value, Tensor)
+        and value.ndim == 0
+        and value.dtype in (torch.float32, torch.float64)
+    )
     return number and (parameter.ndim > 0 or key in ("step", "mu_product"))
 
 
@@ -176,8 +210,12 @@ def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
 
     def gradients(loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
-        found = torch.autograd.grad(loss, [parameters[number] for number in trained], allow_unused=True)
-        if [number for number, one in zip(trained, found, strict=True) if one is not None] != list(range(reached)):
+        found = torch.autograd.grad(
+            loss, [parameters[number] for number in trained], allow_unused=True
+        )
+        if [number for number, one in zip(trained, found, strict=True) if one is not None] != list(
+            range(reached)
+        ):
             raise RuntimeError("the loss reaches other parameters than in the batch before")
         return found[:reached]
 

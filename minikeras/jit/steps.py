@@ -14,7 +14,13 @@ from minikeras.data import UnknownRows, call_as, manner
 from minikeras.faults import NonFiniteLoss, count_bad, count_bad_gradient
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, Verify, reason
 from minikeras.jit.looking import put_back
-from minikeras.jit.optimizer import Double, gradients_in_graph, has_hooks, is_lost_in_a_graph, numbers
+from minikeras.jit.optimizer import (
+    Double,
+    gradients_in_graph,
+    has_hooks,
+    is_lost_in_a_graph,
+    numbers,
+)
 from minikeras.metrics import Totals, detached
 from minikeras.precision import clipped, in_float32, parameters_of
 from minikeras.results import Average, counted_total, mean_of, scalar_loss
@@ -44,10 +50,14 @@ class EvaluateStep:
         self.jit = jit
         self.way = "one graph"
         self.graphs: Graphs | None = None
-        self.others_in_eager = False  # batches of other shapes than the graph's, where no graph can be made for them
+        self.others_in_eager = (
+            False  # batches of other shapes than the graph's, where no graph can be made for them
+        )
         self.waiting: list[Batch] = []
 
-    def __call__(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> dict[str, Any] | None:
+    def __call__(
+        self, features: Any, labels: Any, sample_weight: Tensor | None = None
+    ) -> dict[str, Any] | None:
         """The results of this batch and of those that waited for it; None while it waits for others."""
         batch = (features, labels, sample_weight)
         if self.totals.unseen and self.name not in self.run.carried_on:
@@ -71,7 +81,9 @@ class EvaluateStep:
         if len(batches) == self.together and (self.graphs is None or self.graphs.fits(batches)):
             return self.take(batches, other=False)
         return (
-            combined([self.take([batch], other=True) for batch in batches], batches, self.run.count_rows)
+            combined(
+                [self.take([batch], other=True) for batch in batches], batches, self.run.count_rows
+            )
             if batches
             else None
         )
@@ -111,7 +123,9 @@ class EvaluateStep:
         if self.graphs is None:
             function = self.function(manner(self.model, batches[0][0]))
             options, say = self.jit.options, self.jit.say
-            self.graphs = Graphs(function, options, say, self.changed(), self.run.device, self.verify())
+            self.graphs = Graphs(
+                function, options, say, self.changed(), self.run.device, self.verify()
+            )
         if other and self.others_in_eager:
             return combined([self.first(batch) for batch in batches], batches, self.run.count_rows)
         try:
@@ -124,23 +138,32 @@ class EvaluateStep:
         self.count(batches, results["loss"])
         if outputs is None:
             return dict(results)
-        outside = [self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)]
+        outside = [
+            self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)
+        ]
         return {**results, **combined(outside, batches, self.run.count_rows)}
 
-    def around_the_graph(self, batches: list[Batch], other: bool, error: CompileError) -> dict[str, Any]:
+    def around_the_graph(
+        self, batches: list[Batch], other: bool, error: CompileError
+    ) -> dict[str, Any]:
         """The steps of batches that take another graph, which could not be made; the best way on from there."""
         graphs = self.graphs
         results = combined(
             [self.first(batch) for batch in batches], batches, self.run.count_rows
         )  # raises if the batch is at fault
-        if self.graphs is not graphs or graphs is None:  # the loss reaches other parameters: a new graph is due
+        if (
+            self.graphs is not graphs or graphs is None
+        ):  # the loss reaches other parameters: a new graph is due
             return results
         if other in graphs.compiled:
             self.descend(self.ways[len(IN_GRAPH)])
             self.warn(error)
         else:
             self.others_in_eager = True
-            warnings.warn(f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}", stacklevel=2)
+            warnings.warn(
+                f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}",
+                stacklevel=2,
+            )
         return results
 
     def verify(self) -> Verify | None:
@@ -173,9 +196,14 @@ class EvaluateStep:
         """One batch's step as plain torch."""
         forward_and_loss, functions = self.forward_and_loss(how), self.functions()
 
-        def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
+        def one(
+            features: Any, labels: Any, sample_weight: Tensor | None
+        ) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
-            return {"loss": loss, **{name: metric(outputs, labels) for name, metric in functions.items()}}, outputs
+            return {
+                "loss": loss,
+                **{name: metric(outputs, labels) for name, metric in functions.items()},
+            }, outputs
 
         return one
 
@@ -184,7 +212,9 @@ class EvaluateStep:
         model, loss_func, precision = self.model, self.run.loss_func, self.run.precision
         per_row = self.totals is self.run.val
 
-        def forward_and_loss(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
+        def forward_and_loss(
+            features: Any, labels: Any, sample_weight: Tensor | None
+        ) -> tuple[Any, Any]:
             outputs = call_as(how, model, features)
             return outputs, scalar_loss(loss_func(outputs, labels), sample_weight, per_row)
 
@@ -192,7 +222,9 @@ class EvaluateStep:
             return forward_and_loss
         autocast = precision.autocast
 
-        def under_autocast(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[Any, Any]:
+        def under_autocast(
+            features: Any, labels: Any, sample_weight: Tensor | None
+        ) -> tuple[Any, Any]:
             with autocast():
                 outputs, loss = forward_and_loss(features, labels, sample_weight)
             return in_float32(outputs), loss
@@ -248,9 +280,15 @@ class TrainStep(EvaluateStep):
         self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
         self.renewed = 0  # graphs of this fit that had to be given up for another
         self.parts: ByParts | None = None
-        self.bad = torch.zeros((), device=run.device)  # steps since the first loss that was not finite
-        self.of_gradient = torch.zeros((), device=run.device)  # 1 where it was the gradient of such a loss
-        self.holds = torch.zeros((), dtype=torch.bool, device=run.device)  # whether that holds back the steps
+        self.bad = torch.zeros(
+            (), device=run.device
+        )  # steps since the first loss that was not finite
+        self.of_gradient = torch.zeros(
+            (), device=run.device
+        )  # 1 where it was the gradient of such a loss
+        self.holds = torch.zeros(
+            (), dtype=torch.bool, device=run.device
+        )  # whether that holds back the steps
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH and not all(double.current() for double in self.doubles):
@@ -259,7 +297,9 @@ class TrainStep(EvaluateStep):
             self.descend("forward and loss")
             self.warn("a setting of the optimizer other than lr has changed")
         if self.way == "forward and loss":
-            return combined([self.by_parts(batch) for batch in batches], batches, self.run.count_rows)
+            return combined(
+                [self.by_parts(batch) for batch in batches], batches, self.run.count_rows
+            )
         return super().taken(batches, other)
 
     def count(self, batches: list[Batch], loss: Any) -> None:
@@ -286,12 +326,18 @@ class TrainStep(EvaluateStep):
             self.doubles, self.reached = [], []
 
     def one(self, how: str) -> Callable[..., tuple[dict[str, Any], Any]]:
-        forward_and_loss, functions, clip = self.forward_and_loss(how), self.functions(), self.clip()
+        forward_and_loss, functions, clip = (
+            self.forward_and_loss(how),
+            self.functions(),
+            self.clip(),
+        )
         parameters, steps = self.reached, [(double.step, double.twin) for double in self.doubles]
         gradients_of, others = gradients_in_graph(len(parameters)), self.others()
         kept = Kept([self.bad, self.of_gradient, self.holds, *self.states()])
 
-        def one(features: Any, labels: Any, sample_weight: Tensor | None) -> tuple[dict[str, Any], Any]:
+        def one(
+            features: Any, labels: Any, sample_weight: Tensor | None
+        ) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
             gradients = gradients_of(mean_of(loss), *parameters, *others)
             with torch.no_grad():
@@ -316,13 +362,25 @@ class TrainStep(EvaluateStep):
     def others(self) -> list[Tensor]:
         """The parameters of the optimizers that the loss does not reach, as it is now."""
         reached = {id(parameter) for parameter in self.reached}
-        return [p for double in self.doubles for p in parameters_of(double.optimizer) if id(p) not in reached]
+        return [
+            p
+            for double in self.doubles
+            for p in parameters_of(double.optimizer)
+            if id(p) not in reached
+        ]
 
     def clip(self) -> Callable[[Tensor, Tensor], None]:
         """Clips the gradients of each optimizer, where compile was asked for it; a norm that is not finite counts."""
         precision, reached = self.run.precision, {id(parameter) for parameter in self.reached}
-        norm, value = (None, None) if precision is None else (precision.clip_grad_norm, precision.clip_grad_value)
-        held = [[p for p in parameters_of(double.optimizer) if id(p) in reached] for double in self.doubles]
+        norm, value = (
+            (None, None)
+            if precision is None
+            else (precision.clip_grad_norm, precision.clip_grad_value)
+        )
+        held = [
+            [p for p in parameters_of(double.optimizer) if id(p) in reached]
+            for double in self.doubles
+        ]
 
         def clip(bad: Tensor, of_gradient: Tensor) -> None:
             def look(total: Tensor, parameters: list[Tensor]) -> None:
@@ -340,7 +398,9 @@ class TrainStep(EvaluateStep):
         reached: list[nn.Parameter] = []
 
         def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            reached.extend(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+            reached.extend(
+                p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            )
 
         optimizers = list(self.run.optimizers.values())
         before = [(optimizer, numbers(optimizer)) for optimizer in optimizers]
@@ -351,7 +411,9 @@ class TrainStep(EvaluateStep):
             for handle in handles:
                 handle.remove()
         self.holds.fill_(self.run.finite_loss is not None)
-        counts = sorted(key for one, old in before for (key, _), _ in numbers(one).items() - old.items())
+        counts = sorted(
+            key for one, old in before for (key, _), _ in numbers(one).items() - old.items()
+        )
         self.leave_numbers_to_eager()
         why = self.why_outside(counts)
         if self.way in IN_GRAPH and why:
@@ -397,13 +459,17 @@ class TrainStep(EvaluateStep):
 
     def begin(self, reached: list[nn.Parameter], optimizers: list[Optimizer]) -> None:
         """Set up for the graph, after an eager step whose loss reached these parameters."""
-        same = [id(parameter) for parameter in reached] == [id(parameter) for parameter in self.reached]
+        same = [id(parameter) for parameter in reached] == [
+            id(parameter) for parameter in self.reached
+        ]
         kept = [double.current() and double.read() for double in self.doubles]
         if not same or not all(kept):
             self.renewed += self.graphs is not None
             if self.renewed > RENEWALS:
                 self.descend("forward and loss")
-                self.warn("the parameters that the loss reaches, or the optimizer's state, are others again and again")
+                self.warn(
+                    "the parameters that the loss reaches, or the optimizer's state, are others again and again"
+                )
                 return
             self.graphs, self.reached = None, reached
             self.gradients = [torch.zeros_like(parameter) for parameter in reached]
@@ -426,7 +492,9 @@ class TrainStep(EvaluateStep):
         """Forward and loss compiled, backward and step in eager: hooks fire there."""
         if self.parts is None:
             function = self.forward_and_loss(manner(self.model, batch[0]))
-            self.parts = ByParts(function, self.jit.options, list(self.model.buffers()), self.run.device)
+            self.parts = ByParts(
+                function, self.jit.options, list(self.model.buffers()), self.run.device
+            )
         self.run.count_rows(*batch)
         outputs, loss = self.parts(*batch)
         self.model.backward(loss)
@@ -436,11 +504,23 @@ class TrainStep(EvaluateStep):
 
     def states(self) -> list[Tensor]:
         """The tensors in the optimizers' state."""
-        states = [value for double in self.doubles for state in double.twin.state.values() for value in state.values()]
+        states = [
+            value
+            for double in self.doubles
+            for state in double.twin.state.values()
+            for value in state.values()
+        ]
         return [value for value in states if isinstance(value, Tensor)]
 
     def changed(self) -> list[Tensor]:
-        return [*self.reached, *self.states(), *super().changed(), *self.gradients, self.bad, self.of_gradient]
+        return [
+            *self.reached,
+            *self.states(),
+            *super().changed(),
+            *self.gradients,
+            self.bad,
+            self.of_gradient,
+        ]
 
 
 def combined(

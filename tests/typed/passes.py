@@ -46,8 +46,20 @@ model = Net()
 assert_type(minikeras.Model(nn.Linear(2, 1)), minikeras.Model)
 optimizer = torch.optim.Adam(minikeras.weight_decay_groups(model, 1e-4))
 loss_func = minikeras.Regularized(minikeras.FocalLoss(2.0, from_logits=True), model, l1=1e-4)
-model.compile(loss_func, optimizer, {"accuracy": accuracy}, "cpu", precision="bf16", clip_grad_norm=1.0, accumulate=2)
-model.compile(lambda y_pred, y_true: (y_pred - y_true).abs().mean(), {"all": optimizer}, jit={"mode": "default"})
+model.compile(
+    loss_func,
+    optimizer,
+    {"accuracy": accuracy},
+    "cpu",
+    precision="bf16",
+    clip_grad_norm=1.0,
+    accumulate=2,
+)
+model.compile(
+    lambda y_pred, y_true: (y_pred - y_true).abs().mean(),
+    {"all": optimizer},
+    jit={"mode": "default"},
+)
 
 X, y = torch.zeros(8, 2), torch.zeros(8, 1)
 callbacks = [
@@ -62,8 +74,16 @@ callbacks = [
     minikeras.Timer(60),
 ]
 loader = DataLoader(TensorDataset(X, y), batch_size=4)
-assert_type(model.fit(3, loader, dl_val=loader, log_step_freq=10, callbacks=callbacks), pd.DataFrame)
-model.fit(3, (np.zeros((8, 2)), pd.Series(np.zeros(8))), batch_size=4, checkpoint=Path("run.pt"), on_nan="stop")
+assert_type(
+    model.fit(3, loader, dl_val=loader, log_step_freq=10, callbacks=callbacks), pd.DataFrame
+)
+model.fit(
+    3,
+    (np.zeros((8, 2)), pd.Series(np.zeros(8))),
+    batch_size=4,
+    checkpoint=Path("run.pt"),
+    on_nan="stop",
+)
 assert_type(model.evaluate((X, y), batch_size=4), dict[str, float])
 predicted: Tensor = model.predict(X, gather="main")
 model.save("weights.pt")
