@@ -1,27 +1,22 @@
 """minikeras: Keras's compile, fit, evaluate and predict for PyTorch modules."""
 
+import importlib
 import typing
 
-from minikeras.callbacks import (
-    EMA,
-    Callback,
-    CSVLogger,
-    EarlyStopping,
-    LambdaCallback,
-    LRScheduler,
-    ModelCheckpoint,
-    Timer,
-)
+from minikeras.callback import Callback, LambdaCallback
 from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
-from minikeras.layer_summary import summary
-from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
 from minikeras.model import Model
-from minikeras.on_all_rows import OnAllRows
-from minikeras.plotting import plot_history, plot_metric
 from minikeras.results import Average
 
-if not typing.TYPE_CHECKING:  # type checkers refuse a name that is not there by themselves
-    from minikeras.checks.calls import missing_name as __getattr__  # noqa: F401
+if typing.TYPE_CHECKING:
+    from minikeras.callbacks.averaging import EMA
+    from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
+    from minikeras.callbacks.rates import LRScheduler
+    from minikeras.callbacks.stopping import EarlyStopping, Timer
+    from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
+    from minikeras.on_all_rows import OnAllRows
+    from minikeras.report.layer_summary import summary
+    from minikeras.report.plotting import plot_history, plot_metric
 
 __version__ = "0.1.0"
 
@@ -49,3 +44,40 @@ __all__ = [
     "summary",
     "weight_decay_groups",
 ]
+
+# The other names, by the room they are in: each is imported when it is first asked for.
+_ROOMS = {
+    "EMA": "callbacks.averaging",
+    "CSVLogger": "callbacks.files",
+    "ModelCheckpoint": "callbacks.files",
+    "LRScheduler": "callbacks.rates",
+    "EarlyStopping": "callbacks.stopping",
+    "Timer": "callbacks.stopping",
+    "summary": "report.layer_summary",
+    "FocalLoss": "losses",
+    "Regularized": "losses",
+    "l1_penalty": "losses",
+    "l2_penalty": "losses",
+    "weight_decay_groups": "losses",
+    "OnAllRows": "on_all_rows",
+    "plot_history": "report.plotting",
+    "plot_metric": "report.plotting",
+}
+
+
+def _find(name: str) -> typing.Any:
+    if name in _ROOMS:
+        module = importlib.import_module(f"minikeras.{_ROOMS[name]}")
+        globals()[name] = getattr(module, name)
+        return globals()[name]
+    from minikeras import assemble
+
+    return assemble.explain_missing_name(name)
+
+
+if not typing.TYPE_CHECKING:  # type checkers refuse a name that is not there by themselves
+    __getattr__ = _find
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

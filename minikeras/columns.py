@@ -9,13 +9,13 @@ a 2-d tensor               `name_0_0`, `name_0_1`, ...
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from minikeras.checks.inputs import check_name
 from minikeras.errors import described, is_number
 from minikeras.results import Average, check_average
 
@@ -79,6 +79,17 @@ def _remedy(value: Any) -> str:
     return expected + "Return these, or compute it from model.predict(X) after the fit."
 
 
+def check_name(who: str, name: Any, taken: tuple[str, ...]) -> None:
+    """A column's name must be a string that history does not use itself."""
+    if not isinstance(name, str):
+        raise TypeError(f"{who} the name {name!r}; expected a string.")
+    if name in taken or name.startswith("val_"):
+        raise ValueError(
+            f"{who} the name {name!r}, which history uses itself ({', '.join(taken)} and val_...). "
+            f"Give it another name."
+        )
+
+
 def check_columns(columns: Mapping[str, Iterable[str]], others: Iterable[str]) -> None:
     """Refuse columns of objects that have a name of another column, or one that the history uses.
 
@@ -100,3 +111,50 @@ def check_columns(columns: Mapping[str, Iterable[str]], others: Iterable[str]) -
                     f"Give the metric another name in metrics_dict."
                 )
             owners[column] = name
+
+
+def column_order(names: Iterable[str]) -> list[str]:
+    """Names in the history's order: training's, then validation's, then learning rates.
+
+    >>> column_order(["loss", "lr", "val_loss", "accuracy"])
+    ['loss', 'accuracy', 'val_loss', 'lr']
+    """
+    return sorted(
+        names, key=lambda name: (is_rate(name), name.startswith("val_"))
+    )  # the order within each part stays
+
+
+def is_rate(name: str) -> bool:
+    """Whether a column is that of a learning rate: lr, or lr_<name> where there are several optimizers."""
+    return name == "lr" or name.startswith("lr_")
+
+
+def rate_name(optimizer: str) -> str:
+    """The column of an optimizer's learning rate: lr, or lr_<name> if there are several optimizers."""
+    return f"lr_{optimizer}" if optimizer else "lr"
+
+
+# words in a name that say what is better; a name with none of them, or with both kinds, says nothing
+MORE = """
+    acc accuracy auc auroc ap map precision recall sensitivity specificity f1 fbeta r2 iou miou jaccard dice kappa mcc
+    correlation pearson spearman similarity psnr ssim bleu rouge ndcg mrr hits
+"""
+LESS = """
+    loss error err mae mse rmse msle rmsle mape smape bce nll entropy crossentropy perplexity ppl wer cer divergence kld
+    hinge distance brier
+"""
+
+
+def mode_of(name: str) -> str | None:
+    """What is better by the words in a name, "min" or "max"; None where they do not say.
+
+    >>> mode_of("val_MSELoss"), mode_of("val_top5_acc"), mode_of("temperature")
+    ('min', 'max', None)
+    """
+    # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss
+    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name) + re.split(r"\W|_", name)
+    known = {form for word in words for form in (word.lower(), word.lower().rstrip("0123456789"))}
+    more, less = not known.isdisjoint(MORE.split()), not known.isdisjoint(LESS.split())
+    if more == less:
+        return None
+    return "max" if more else "min"

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from minikeras import checks
-from minikeras.atomic import write
-from minikeras.data import first_size, leaves, manner, map_leaves, parts, to_device
-from minikeras.distributed import is_part
+from minikeras.batch import manner, to_device
 from minikeras.errors import described
-from minikeras.paths import user_path
+from minikeras.nests import is_sharded, leaves, map_leaves, parts
+from minikeras.processes import OneProcess
+from minikeras.rows import first_size
+from minikeras.support.atomic import write
+from minikeras.support.paths import user_path
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -73,7 +74,7 @@ def export(model: Model, path: str | Path, example: Any) -> None:
         )
     if path.suffix == ".onnx":
         _needed()
-    if any(map(is_part, model.parameters())):
+    if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "export needs whole parameters, and this process holds one part of each. "
             "Write them with model.save, load them into a new model, and export that."
@@ -82,11 +83,8 @@ def export(model: Model, path: str | Path, example: Any) -> None:
         raise ValueError(
             "export needs weights, and the model has lazy layers without any yet. Fit it, or call it once on a batch."
         )
-    world = None if model._run is None else model._run.world
-    if world is None:
-        _write(model, path, example)
-    else:
-        world.by_main(lambda: _write(model, path, example))
+    world = OneProcess() if model._run is None else model._run.world
+    world.by_main(lambda: _write(model, path, example))
 
 
 def _write(model: Model, path: Path, example: Any) -> None:
@@ -111,7 +109,7 @@ def copied(model: Model) -> Model:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in kept})
 
 
-def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def outputs_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The outputs for the example; where it is wrong, torch's error in the user's words."""
     try:
         buffers = {
@@ -119,7 +117,7 @@ def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         }  # a forward may count in them
         return functional_call(model, buffers, args, kwargs)
     except Exception as error:
-        checks.causes.explain_forward(error, model, args[0] if args else kwargs)
+        model._explanations().explain_forward(error, model, args[0] if args else kwargs)
         raise
 
 

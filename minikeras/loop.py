@@ -1,24 +1,25 @@
-"""What happens to a fit, in calendar order.
+"""What happens in a fit, in calendar order.
 
 fit:
-    callbacks: on_fit_begin
-    checkpoint: the state of the run from its file, where there is one
-    for each epoch:
-        train mode; samplers that shuffle by the epoch get its number
-        callbacks: on_epoch_begin
-        one_pass over dl_train:
-            for each batch: to the device, model.train_step, add to the totals, callbacks: on_batch_end
-            under accumulate: the step of the batches that are left
+    hooks: around_fit; callbacks: on_fit_begin
+    hooks: resume                    the fit may stand in a later epoch now
+    for each epoch (run_epoch):
+        train mode
+        callbacks: on_epoch_begin; hooks: before_epoch, on_epoch_begin
+        run_pass over dl_train:
+            for each batch: to the device, model.train_step, add to the totals,
+                            callbacks: on_batch_end; hooks: on_batch_end
+            the stepper takes the steps that are left
+        hooks: on_train_end
         when validation is due:
-            callbacks: on_evaluate_begin
-            one_pass over dl_val:
+            hooks: on_validation_begin; callbacks: on_evaluate_begin
+            run_pass over dl_val:
                 for each batch: to the device, model.evaluate_step, add to the totals
             callbacks: on_evaluate_end
         one row of the history
-        callbacks: on_epoch_end
-        checkpoint: the state of the run to its file
-        no further epoch, and after a batch no further batch, where model.stop_training was set
-    callbacks: on_fit_end, however the fit ended
+        callbacks: on_epoch_end; hooks: on_epoch_end
+    no further batch and no further epoch once model.stop_training is set
+    callbacks: on_fit_end, however the fit ends
 
 Between batches nothing here waits for the device.
 """
@@ -26,307 +27,284 @@ Between batches nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from minikeras import checks
-from minikeras.callbacks import Callback, check_row, with_method
-from minikeras.checkpoint import Checkpoint, Position
-from minikeras.data import ContinuedBatches, RowCounter, empty, placed, set_epoch, worked
-from minikeras.distributed import World, settled
-from minikeras.faults import (
-    FiniteLoss,
-    FiniteWeights,
-    NonFiniteGradient,
-    NonFiniteLoss,
-    NonFiniteWeights,
-    explain_gradient,
-    explain_weights,
-    explained,
-    tell_of_reading,
-    tell_of_step,
-)
-from minikeras.losses import weights_found_once
-from minikeras.metrics import Totals
+from minikeras.batch import move_to_device
+from minikeras.callback import Callback, check_row, with_method
+from minikeras.engine import WAITING
+from minikeras.hooks import Fit, Hook, Position
 from minikeras.modes import gradients_recorded, modes_kept
-from minikeras.randomness import Randomness, reseed
-from minikeras.run import Run, learning_rates
+from minikeras.phase import NO_BATCH, FillerBatch, Phase
+from minikeras.run import Run
+from minikeras.sources import empty
 
 if TYPE_CHECKING:
     from minikeras.model import Model
 
-AfterBatch = Callable[[int], bool]  # of a batch's number; True ends the pass
-Step = Callable[..., Mapping[str, Any]]  # train_step or evaluate_step
+BatchEnd = Callable[[int], bool]  # of a batch's number; True ends the pass
 
 
-@dataclass
-class Plan:
-    """What one call of fit is to do."""
-
-    last: int  # epoch
-    train: Iterable[Any]
-    val: Iterable[Any] | None
-    validation_freq: int
-    callbacks: list[Callback]
-    say: Callable[[str], None]  # shows a line to the user
-    checkpoint: Checkpoint
-    on_nan: str  # "raise", "stop" or "ignore"
-
-
-def fit(model: Model, run: Run, plan: Plan) -> None:
-    """Train up to the last epoch; each whole epoch leaves its row in `run.epochs`, whatever happens later."""
-    run.train.unseen = run.val.unseen = True
+def fit(fit: Fit) -> None:
+    """Train up to the last epoch; each whole epoch leaves its row in `run.epochs`."""
+    model, run = fit.model, fit.run
     model.stop_training = False
-    world = run.world
-    listeners, checkpoint = with_method(plan.callbacks, "on_batch_end"), plan.checkpoint
-    jitted = run.jit.fitting(plan.say) if run.jit else contextlib.nullcontext()
-    precise = run.precision.fitting(model) if run.precision else contextlib.nullcontext()
-    with (
-        marked_as_fitting(run),
-        gradients_recorded(),
-        random_states_apart(world),
-        modes_kept(model),
-        no_gradients_left(model, run),
-        weights_found_once(model),
-        jitted,
-        precise,
-        checkpoint.interruptions,
-        watched_loss(run, plan),
-        watched_weights(model, run),
-        fit_callbacks(plan.callbacks, model),
-        settled(model),
-    ):
-        train_step = run.jit.step("train_step") if run.jit else run.under_autocast(model.train_step)
-        needs_labels = checks.inputs.needs_labels(model, run.loss_func, "train_step")
-
-        def before_first(features: Any, labels: Any) -> None:
-            if plan.val is not None:
-                checks.validation.look_ahead(model, run, plan.val, features, labels)
-
-        at = checkpoint.restore(plan.callbacks, plan.say)
-        if run.modes.described():
-            plan.say(f"in eval mode, as you left them: {run.modes.described()}")
-
-        def after_batch(number: int) -> bool:
-            return checkpoint.after_batch(at, number)
-
-        while at.epoch <= plan.last:
-            with (
-                checkpoint.noted(),
-                noted(f"epoch {at.epoch}"),
-                ended_by_bad_loss(model, run, plan, at.epoch),
-            ):
-                run.modes.enter()
-                for batches in (plan.train, plan.val):
-                    set_epoch(batches, at.epoch - 1)
-                checkpoint.epoch_begins()
-                call(plan.callbacks, "on_epoch_begin", at.epoch)
-                checkpoint.enter(at)
-                if at.logs is None:
-                    done = at.step
-                    at.logs = one_pass(
-                        run,
-                        run.train,
-                        train_step,
-                        plan.train,
-                        "dl_train",
-                        listeners,
-                        after_batch,
-                        done,
-                        needs_labels,
-                        before_first,
-                    )
-                    if world is not None:
-                        world.share(
-                            model.buffers()
-                        )  # each has counted its own rows: rank 0's go on
-                logs = dict(at.logs)
-                if plan.val is not None and at.epoch % plan.validation_freq == 0:
-                    run.modes.look()  # before validation puts the whole model into eval mode
-                    checkpoint.before_validation()
-                    logs |= validate(model, run, plan, after_batch)
-                run.epochs.append((logs, learning_rates(run)))
-                call(plan.callbacks, "on_epoch_end", at.epoch, logs)
-                at = Position(at.epoch + 1)
-                checkpoint.epoch_ended(at)
-            if model.stop_training and at.epoch <= plan.last:
-                plan.say(f"stopped after epoch {len(run.epochs)} of {plan.last}")
+    run.train.begin()
+    run.val.begin()
+    with contextlib.ExitStack() as contexts:
+        contexts.enter_context(marked_as_fitting(fit))
+        contexts.enter_context(gradients_recorded())
+        contexts.enter_context(modes_kept(model))
+        contexts.enter_context(no_gradients_left(model, run))
+        contexts.enter_context(parts_of_fit(fit))
+        for hook in fit.hooks:
+            contexts.enter_context(hook.around_fit(fit))
+        contexts.enter_context(fit_callbacks(fit))
+        for hook in fit.hooks:
+            hook.resume(fit)
+        in_eval = run.modes.described()
+        if in_eval:
+            fit.say(f"in eval mode, as you left them: {in_eval}")
+        while fit.at.epoch <= fit.last_epoch:
+            run_epoch(fit)
+            if model.stop_training and fit.at.epoch <= fit.last_epoch:
+                fit.say(f"stopped after epoch {len(run.epochs)} of {fit.last_epoch}")
                 break
 
 
-def validate(model: Model, run: Run, plan: Plan, after_batch: AfterBatch) -> dict[str, float]:
-    """A fit's evaluation of dl_val, between two moments of its callbacks; the second comes even after an error."""
-    assert plan.val is not None
-    with contextlib.ExitStack() as stack:
-        for callback in plan.callbacks:
-            stack.callback(call, [callback], "on_evaluate_end")
+def run_epoch(fit: Fit) -> None:
+    """Train and validate once; `fit.at` is where the next epoch begins, unless an error was held back."""
+    run, at = fit.run, fit.at
+    with contextlib.ExitStack() as contexts:
+        for hook in fit.hooks:
+            contexts.enter_context(hook.around_epoch(fit))
+        contexts.enter_context(noted(f"epoch {at.epoch}"))
+        run.modes.enter()
+        for hook in fit.hooks:
+            hook.before_epoch(fit)
+        call(fit.callbacks, "on_epoch_begin", at.epoch)
+        for hook in fit.hooks:
+            hook.on_epoch_begin(fit)
+        if at.logs is None:
+            tell = callbacks_after_batch(fit, run.train)
+            after_batch = hooks_after_batch(fit, is_training=True)
+            at.logs = run_pass(run, run.train, fit.train, at.step, tell, after_batch)
+            for hook in fit.hooks:
+                hook.on_train_end(fit)
+        logs = dict(at.logs)
+        if fit.val is not None and at.epoch % fit.validation_freq == 0:
+            run.modes.look()  # before validation puts the whole model into eval mode
+            for hook in fit.hooks:
+                hook.on_validation_begin(fit)
+            logs |= validate(fit)
+        run.epochs.append((logs, run.learning_rates()))
+        call(fit.callbacks, "on_epoch_end", at.epoch, logs)
+        fit.at = Position(at.epoch + 1)
+        for hook in fit.hooks:
+            hook.on_epoch_end(fit)
+
+
+def validate(fit: Fit) -> dict[str, float]:
+    """Evaluate dl_val between two moments of the callbacks; the second comes even after an error."""
+    assert fit.val is not None
+    with contextlib.ExitStack() as contexts:
+        for callback in fit.callbacks:
+            contexts.callback(call, [callback], "on_evaluate_end")
             call([callback], "on_evaluate_begin")
-        return evaluate(model, run, plan.val, after_batch)
+        after_batch = hooks_after_batch(fit, is_training=False)
+        return evaluate(fit.model, fit.run, fit.val, after_batch)
 
 
 def evaluate(
-    model: Model, run: Run, batches: Iterable[Any], after_batch: AfterBatch = lambda number: False
+    model: Model, run: Run, batches: Iterable[Any], after_batch: BatchEnd | None = None
 ) -> dict[str, float]:
-    """The means over all rows of the batches, under names with val_."""
+    """Return the means over all rows of the batches, under names with val_."""
     loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
     with modes_kept(model, loss), torch.no_grad():
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
-        evaluate_step = (
-            run.jit.step("evaluate_step") if run.jit else run.under_autocast(model.evaluate_step)
-        )
-        needs_labels = checks.inputs.needs_labels(model, run.loss_func, "evaluate_step")
-        means = one_pass(
-            run,
-            run.val,
-            evaluate_step,
-            batches,
-            "dl_val",
-            (),
-            after_batch,
-            needs_labels=needs_labels,
-        )
+        means = run_pass(run, run.val, batches, after_batch=after_batch)
     return {f"val_{name}": mean for name, mean in means.items()}
 
 
-def one_pass(
+def run_pass(
     run: Run,
-    totals: Totals,
-    step: Step,
+    phase: Phase,
     batches: Iterable[Any],
-    name: str,
-    listeners: Sequence[Callback] = (),
-    after_batch: AfterBatch = lambda number: False,
     done: int = 0,
-    needs_labels: bool = True,
-    before_first: Callable[[Any, Any], None] | None = None,
+    on_batch_end: Callable[[int], None] | None = None,
+    after_batch: BatchEnd | None = None,
 ) -> dict[str, float]:
-    """Every batch once through `step`, until `after_batch` says to stop; returns the means over the rows.
+    """Take every batch once through the phase's step; return the means over the rows.
 
-    Where so many batches are `done`, `batches` begin after them and the totals hold them already.
+    Args:
+        done: how many batches have been taken, which the totals hold already.
+        on_batch_end: called with a batch's number after each of its steps.
+        after_batch: the same, but not for batches that waited at the end; True ends the pass.
     """
-    before, run.totals = run.totals, totals  # a callback may evaluate in the middle of an epoch
-    counter_before, run.row_counter = run.row_counter, RowCounter(run.takes_several)
-    rows_before = run.rows
+    previous, run.phase = run.phase, phase  # a callback may evaluate in the middle of an epoch
+    phase.begin_pass()
     if not done:
-        totals.reset()
-    flush = getattr(step, "flush", None)  # of a compiled step
+        phase.totals.reset()
+    step = run.engine.step(phase)
     number = done
-    remaining = batches.after(done) if isinstance(batches, ContinuedBatches) else batches
-    features = labels = None
     try:
-        for number, batch in fetched(remaining, done, name):
-            batch, totals.idle = worked(batch)
-            features, labels, sample_weight = placed(batch, run.device)
-            rows = run.count_rows(features, labels, sample_weight)
-            if totals.unseen:
-                checks.inputs.check_batch(step, features, labels, sample_weight, rows, needs_labels)
-                if before_first is not None:
-                    before_first(features, labels)
-            results = (
-                step(features, labels)
-                if sample_weight is None
-                else step(features, labels, sample_weight)
-            )
-            if results is None and flush:  # it waits for others, to go through the graph together
+        for number, given in numbered(batches, done, phase):
+            is_filler = isinstance(given, FillerBatch)
+            if is_filler:
+                given = given.batch
+            features, labels, sample_weight = move_to_device(given, run.device)
+            batch = phase.take(number, features, labels, sample_weight, is_filler)
+            phase.checks.batch(step, batch)
+            if sample_weight is None:
+                results = step(features, labels)
+            else:
+                results = step(features, labels, sample_weight)
+            if results is WAITING:  # for other batches, to go through a graph together
                 continue
-            if totals.unseen or not isinstance(results, Mapping):
-                checks.inputs.check_results(results, step)
-            totals.add(results, rows)
-            totals.unseen = False
-            call(listeners, "on_batch_end", number, totals)
-            if after_batch(number):
+            phase.add(step, results)
+            if on_batch_end is not None:
+                on_batch_end(number)
+            if after_batch is not None and after_batch(number):
                 break
         if not number:
-            raise empty(batches, name)
-        if flush and (rest := flush()):
-            totals.add(rest, run.count_rows(features, labels))
-            call(listeners, "on_batch_end", number, totals)
-        if totals is run.train:
-            trained(run)
-        return totals.means()
+            raise empty(batches, phase.data)
+        rest = run.engine.flush(phase)
+        if rest is not None:
+            phase.add(step, rest)
+            if on_batch_end is not None:
+                on_batch_end(number)
+        if phase.is_training:
+            run.stepper.end_pass()
+        phase.batch = NO_BATCH
+        return phase.totals.means()
     except Exception as error:
-        tell_of_batch(error, features, labels, number, name)
-        features = labels = sample_weight = batch = results = (
-            None  # an error that is kept must not keep them
-        )
+        note_batch(error, phase, number)
+        # an error that is kept must not keep a batch
+        features = labels = sample_weight = given = batch = results = None  # type: ignore[assignment]
         raise
     finally:
-        run.totals, run.row_counter, run.rows = before, counter_before, rows_before
+        run.phase = previous
 
 
-def trained(run: Run) -> None:
-    """A pass of training has seen all its batches."""
-    if run.finite_loss is not None:
-        run.finite_loss.ended()
-    if run.precision is not None:
-        run.precision.finish()
-    if run.finite_loss is not None:
-        if run.precision is not None:
-            run.finite_loss.ended()  # the norm of the last step
-        if run.finite_weights is not None:
-            run.finite_weights.check()
-
-
-def tell_of_batch(error: Exception, features: Any, labels: Any, number: int, name: str) -> None:
-    """Adds to an error at which batch it came, where that has not been said as the batch was read."""
-    if isinstance(error, NonFiniteLoss):
-        error.batch = (features, labels, number)
-    elif not any(
-        note.startswith((name, checks.validation.NOTE)) for note in getattr(error, "__notes__", ())
-    ):
-        tell_of_step(error, features, labels)
-        error.add_note(f"{name}, batch {number}")
-
-
-def fetched(batches: Iterable[Any], done: int, name: str) -> Iterator[tuple[int, Any]]:
-    """The batches with their numbers; an error in reading one says which."""
+def numbered(batches: Iterable[Any], done: int, phase: Phase) -> Iterator[tuple[int, Any]]:
+    """Yield the batches with their numbers; an error in reading one says which."""
     number = done
     try:
-        for number, batch in enumerate(batches, start=done + 1):
+        remaining: Any = batches.after(done) if done else batches  # type: ignore[attr-defined]
+        for number, batch in enumerate(remaining, start=done + 1):
             yield number, batch
     except Exception as error:
-        tell_of_reading(error, getattr(batches, "loader", batches))
-        error.add_note(f"{name}, batch {number + 1}, as it was read")
+        phase.explanations.explain_reading(error, getattr(batches, "loader", batches))
+        error.add_note(f"{phase.data}, batch {number + 1}, as it was read")
         raise
 
 
-@contextlib.contextmanager
-def marked_as_fitting(run: Run) -> Iterator[None]:
-    """Set `run.fitting` meanwhile, so that a second fit or compile of the model can be refused."""
-    run.fitting = True
-    try:
-        yield
-    finally:
-        run.fitting = False
-
-
-@contextlib.contextmanager
-def random_states_apart(world: World | None) -> Iterator[None]:
-    """During a fit each process draws its own numbers, for dropout; after it they all go on as rank 0 does."""
-    if world is None:
-        yield
+def note_batch(error: Exception, phase: Phase, number: int) -> None:
+    """Add to an error at which batch it came, unless it says so itself."""
+    if getattr(error, "says_where", False):
         return
-    state = Randomness(torch.device("cpu"), [])
-    seed = int(world.broadcast(torch.get_rng_state().long().sum().item() + torch.initial_seed()))
-    if world.rank:
-        reseed((seed + world.rank) % 2**63)
-    world.apart = True
+    batch, phase.batch = phase.batch, NO_BATCH
+    if any(note.startswith(phase.data) for note in getattr(error, "__notes__", ())):
+        return
+    if batch.number == number:  # else it has not come as far as that
+        phase.explanations.explain_step(error, batch)
+    error.add_note(f"{phase.data}, batch {number}")
+
+
+# --- callbacks and hooks --------------------------------------------------------------------------
+
+
+def callbacks_after_batch(fit: Fit, phase: Phase) -> Callable[[int], None] | None:
+    """What tells the callbacks of a batch; None if none of them listens."""
+    listeners = with_method(fit.callbacks, "on_batch_end")
+    if not listeners:
+        return None
+
+    def on_batch_end(number: int) -> None:
+        call(listeners, "on_batch_end", number, phase.totals)
+
+    return on_batch_end
+
+
+def hooks_after_batch(fit: Fit, is_training: bool) -> BatchEnd:
+    """What tells the hooks of a batch, and whether to end a pass over the training data."""
+    model, at = fit.model, fit.at
+    listeners = []
+    for hook in fit.hooks:
+        if type(hook).on_batch_end is not Hook.on_batch_end:
+            listeners.append(hook)
+
+    def after_training(number: int) -> bool:
+        at.step = number
+        for hook in listeners:
+            hook.on_batch_end(fit, number)
+        return model.stop_training
+
+    def after_validating(number: int) -> bool:
+        for hook in listeners:
+            hook.on_batch_end(fit, number)
+        return False
+
+    return after_training if is_training else after_validating
+
+
+def call(callbacks: Iterable[Callback], moment: str, *args: Any) -> None:
+    """Call each callback's method for a moment; an error says whose it is."""
+    for callback in callbacks:
+        try:
+            getattr(callback, moment)(*args)
+            if moment == "on_epoch_end":
+                check_row(args[1])
+        except Exception as error:
+            error.add_note(f"{type(callback).__name__}.{moment}")
+            raise
+
+
+@contextlib.contextmanager
+def fit_callbacks(fit: Fit) -> Iterator[None]:
+    """Call on_fit_begin at the start, and on_fit_end however the fit ends, of those that began."""
+    with contextlib.ExitStack() as contexts:
+        for callback in fit.callbacks:
+            callback.model = fit.model
+            contexts.callback(call, [callback], "on_fit_end")
+            call([callback], "on_fit_begin")
+        contexts.callback(fit.model._publish_history)  # before the callbacks
+        yield
+
+
+# --- what surrounds a fit -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def marked_as_fitting(fit: Fit) -> Iterator[None]:
+    """Set `run.fit` meanwhile, so that a second fit or compile of the model can be refused."""
+    run = fit.run
+    run.fit = fit
     try:
         yield
     finally:
-        world.apart = False
-    state.restore(world.broadcast(state.states()))
+        run.fit = None
+        run.train.batch = run.val.batch = NO_BATCH
+
+
+@contextlib.contextmanager
+def parts_of_fit(fit: Fit) -> Iterator[None]:
+    """Give the stepper the parts of this fit, and those of compile back at the end."""
+    stepper = fit.run.stepper
+    stepper.begin(fit.parts)
+    try:
+        yield
+    finally:
+        stepper.end()
 
 
 @contextlib.contextmanager
 def no_gradients_left(model: nn.Module, run: Run) -> Iterator[None]:
-    """Gradients from before the fit do not enter its first step, and none of a broken step stay behind."""
+    """Keep gradients from before the fit out of its first step, and leave none of a broken step."""
 
     def clear() -> None:
         model.zero_grad()
@@ -341,97 +319,10 @@ def no_gradients_left(model: nn.Module, run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched_loss(run: Run, plan: Plan) -> Iterator[None]:
-    """`run.finite_loss` looks at each loss, unless on_nan="ignore"."""
-    if plan.on_nan == "ignore":
-        yield
-        return
-    counts = (run.jit.train.bad, True, run.jit.train.of_gradient) if run.jit else ()
-    with FiniteLoss(run.device, run.optimizers.values(), *counts) as run.finite_loss:
-        run.finite_loss.alone = run.world is None
-        if run.precision is not None:
-            run.precision.norm_watch = run.finite_loss
-            run.finite_loss.skipped_elsewhere = run.precision.scaler is not None
-        if run.precision is not None and run.world is not None:
-            run.precision.finite_loss = run.finite_loss
-        if run.precision is not None and not run.finite_loss.reads_each:
-            run.precision.found = run.finite_loss.found
-        try:
-            yield
-        finally:
-            run.finite_loss = None
-
-
-@contextlib.contextmanager
-def watched_weights(model: Model, run: Run) -> Iterator[None]:
-    """`run.finite_weights` looks at what a step leaves, and before anything is written to a file."""
-    run.finite_weights = FiniteWeights(
-        model, run.loss_func, run.optimizers, run.world, run.finite_loss, run.precision
-    )
-    try:
-        yield
-    finally:
-        run.finite_weights = None
-
-
-@contextlib.contextmanager
-def ended_by_bad_loss(model: Model, run: Run, plan: Plan, epoch: int) -> Iterator[None]:
-    """A loss that is not finite ends the fit: with an error, or with a warning and the history so far."""
-    try:
-        yield
-    except NonFiniteLoss as error:
-        message = explanation(error, model, run, epoch)
-        if plan.on_nan == "raise":
-            error.args = (message,)
-            error.batch = error.culprit = None
-            raise
-        warnings.warn(message, stacklevel=2)
-        model.stop_training = True
-
-
-def explanation(error: NonFiniteLoss, model: Model, run: Run, epoch: int) -> str:
-    """What is said of a loss, a gradient or weights that are not finite."""
-    assert run.finite_loss is not None
-    assert run.finite_weights is not None
-    if run.jit is not None and run.jit.train.is_in_graph():
-        run.finite_loss.skipped_elsewhere = True
-    rates = learning_rates(run)
-    if isinstance(error, NonFiniteWeights):
-        return explain_weights(error, model, epoch, rates, run.finite_loss)
-    if isinstance(error, NonFiniteGradient):
-        return explain_gradient(error, model, epoch, rates, run.finite_loss)
-    suspects = run.finite_weights.suspects()
-    return explained(error, model, run.loss_func, epoch, rates, run.finite_loss, suspects)
-
-
-@contextlib.contextmanager
-def fit_callbacks(callbacks: Iterable[Callback], model: Model) -> Iterator[None]:
-    """on_fit_begin at the start; on_fit_end at the end, however it comes, for those that began."""
-    with contextlib.ExitStack() as stack:
-        for callback in callbacks:
-            callback.model = model
-            stack.callback(call, [callback], "on_fit_end")
-            call([callback], "on_fit_begin")
-        yield
-
-
-def call(callbacks: Iterable[Callback], moment: str, *args: Any) -> None:
-    """That method of each callback; an error in one says whose it is."""
-    for callback in callbacks:
-        try:
-            getattr(callback, moment)(*args)
-            if moment == "on_epoch_end":
-                check_row(args[1])
-        except Exception as error:
-            error.add_note(f"{type(callback).__name__}.{moment}")
-            raise
-
-
-@contextlib.contextmanager
-def noted(where: str) -> Iterator[None]:
-    """Adds to any error where in the fit it happened."""
+def noted(note: str) -> Iterator[None]:
+    """Add a note to any error."""
     try:
         yield
     except Exception as error:
-        error.add_note(where)
+        error.add_note(note)
         raise

@@ -15,39 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikeras.distributed import is_part, sum_of_parts
 from minikeras.errors import described, one_of
+from minikeras.hooks import Fit, Hook
+from minikeras.nests import is_sharded
 from minikeras.results import Average, Loss, refuse_several
-
-
-def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
-    """The parameters of the model and of a loss that has some, each once."""
-    loss_parameters = loss_func.parameters() if isinstance(loss_func, nn.Module) else ()
-    return list(
-        {id(parameter): parameter for parameter in (*model.parameters(), *loss_parameters)}.values()
-    )
-
-
-def check_not_half(loss_func: Any, outputs: Any) -> None:
-    """Under autocast probabilities have lost what -log(1 - p) needs, unless the model made them in float32.
-
-    Raises:
-        ValueError: with the loss to take instead.
-    """
-    takes_them = isinstance(loss_func, nn.BCELoss) or loss_func is F.binary_cross_entropy
-    takes_them = takes_them or (isinstance(loss_func, FocalLoss) and not loss_func.from_logits)
-    half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
-    if takes_them and half and torch.is_autocast_enabled(outputs.device.type):
-        raise ValueError(half_probabilities(outputs))
-
-
-def half_probabilities(outputs: Any) -> str:
-    """What is wrong with a loss of probabilities under autocast, and what to take instead."""
-    return (
-        f"the loss takes probabilities, and the model's outputs are {described(outputs)} under autocast: those near 1 "
-        f"become 1, with a loss of 100 or none. Leave the sigmoid out of the model and take nn.BCEWithLogitsLoss() or "
-        f'FocalLoss(from_logits=True); or compile with precision="fp32".'
-    )
 
 
 class FocalLoss(nn.Module):
@@ -99,6 +70,11 @@ class FocalLoss(nn.Module):
         self.alpha: float = alpha
         self.from_logits: bool = from_logits
         self.reduction: str = reduction
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """Whether y_pred is probabilities, and not raw scores."""
+        return not self.from_logits
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         if y_pred.shape != y_true.shape:
@@ -156,25 +132,25 @@ def weights_and_biases(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     return weights, biases
 
 
-_found: list[
-    dict[nn.Module, list[nn.Parameter]]
-] = []  # while a fit runs: a model's weights, found once
+# while a fit runs: a model's weights, found once
+_found: list[dict[nn.Module, list[nn.Parameter]]] = []
 
 
-@contextlib.contextmanager
-def weights_found_once(model: nn.Module) -> Iterator[None]:
-    """Penalties inside look for a model's weights at their first call only; outside, at every call.
+class WeightsFoundOnce(Hook):
+    """During a fit, lets penalties look for a model's weights at their first call only."""
 
-    Where they are in parts they are found now: between forward and backward some are not in the model.
-    """
-    in_parts = any(map(is_part, model.parameters()))
-    _found.append(
-        {module: weights_and_biases(module)[0] for module in model.modules()} if in_parts else {}
-    )
-    try:
-        yield
-    finally:
-        _found.pop()
+    @contextlib.contextmanager
+    def around_fit(self, fit: Fit) -> Iterator[None]:
+        """Remember them; those in parts now: between forward and backward some are not in the model."""
+        found = {}
+        if any(map(is_sharded, fit.model.parameters())):
+            for module in fit.model.modules():
+                found[module] = weights_and_biases(module)[0]
+        _found.append(found)
+        try:
+            yield
+        finally:
+            _found.pop()
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
@@ -194,7 +170,7 @@ def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tens
     """l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements: 0-dim, on the device of the first weight."""
     if not weights or not (l1 or l2):
         return torch.zeros(())
-    if not torch.compiler.is_compiling() and any(map(is_part, weights)):
+    if not torch.compiler.is_compiling() and any(map(is_sharded, weights)):
         return _penalty_of_parts(weights, l1, l2)
     wide = [
         weight.float() if weight.dtype.itemsize < 4 else weight for weight in weights
@@ -209,8 +185,11 @@ def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tens
 
 def _penalty_of_parts(weights: Sequence[Any], l1: float, l2: float) -> Tensor:
     """Of weights whose parts are in several processes: each takes its own parts, and the sums are added up."""
-    parts = [weight for weight in weights if is_part(weight)]
-    others = [weight for weight in weights if not is_part(weight)]
+
+    from minikeras.distributed.shards import sum_of_parts  # only several processes have parts
+
+    parts = [weight for weight in weights if is_sharded(weight)]
+    others = [weight for weight in weights if not is_sharded(weight)]
     together = sum_of_parts(penalty([part.to_local() for part in parts], l1, l2), parts[0])
     return together + penalty(others, l1, l2) if others else together
 
@@ -280,6 +259,8 @@ class Regularized(nn.Module):
       (loss_func): FocalLoss(gamma=2.0, alpha=0.75, from_logits=False, reduction='mean')
     )
     """
+
+    wraps_loss = True  # for whoever asks about the loss inside
 
     def __init__(
         self, loss_func: Callable[..., Loss], model: nn.Module, l1: float = 0.0, l2: float = 0.0

@@ -4,42 +4,38 @@ compile     loss, optimizer, metrics and device, held in one object beside the m
 fit         loop.fit: epochs of train_step over batches, validation, history
 evaluate    loop.evaluate: evaluate_step over batches
 predict     prediction.predict: outputs of every row
-save, load  checkpoint.save_weights, load_weights
-export      export.export
-summary     layer_summary.summary
+save, load  the weights
+export      a program that runs without its code
+summary     a table of the layers
+
+What compile and fit are asked for is put together in assemble.py, and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras import checks, export, layer_summary, loop, prediction
-from minikeras.callbacks import (
-    Callback,
-    LambdaCallback,
-    check_callbacks,
-    check_monitors,
-    check_places,
-    rate_name,
-)
-from minikeras.checkpoint import Checkpoint, load_weights, save_weights, under_plain_names
-from minikeras.data import ContinuedBatches, UnknownRows, call_with, check_ends, length, limited
-from minikeras.errors import NotCompiledError, one_of, positive_int
+from minikeras import assemble, loop, prediction
+from minikeras.batch import call_with
+from minikeras.callback import Callback
+from minikeras.compiled_names import hide_compiled_names
+from minikeras.errors import NotCompiledError, one_of
 from minikeras.exported import is_exported, set_mode
-from minikeras.metrics import detached
-from minikeras.modes import TrainingModes
-from minikeras.notebook import model_html, progress
-from minikeras.paths import user_path
-from minikeras.progress import say_nothing, show
-from minikeras.results import Result, mean_of, scalar_loss, with_gradient
-from minikeras.run import Run, check_optimizers, made, names_logged, ready
+from minikeras.nests import detached
+from minikeras.phase import NoChecks
+from minikeras.results import Result, scalar_loss
+from minikeras.rows import UnknownRows
+from minikeras.run import Run, prepare
+
+if TYPE_CHECKING:
+    from minikeras.report.layer_summary import Summary
 
 
 class Model(nn.Module):
@@ -70,12 +66,12 @@ class Model(nn.Module):
     history: Any  # the DataFrame that fit returns, from compile on; as of the last fit that ended
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
 
-    @checks.calls.built_in_other_words
+    @assemble.explained_constructor
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
         if net is not None:
-            self.net: nn.Module = checks.inputs.network(net)
-        under_plain_names(self)
+            self.net: nn.Module = assemble.checked_network(net)
+        hide_compiled_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped network's outputs; a subclass writes its own, or this is a NotImplementedError."""
@@ -137,13 +133,11 @@ class Model(nn.Module):
         """The model called with `features`: whole, or unpacked where `forward` takes several, a dict by its names."""
         run = self._run
         try:
-            return (
-                run.jit.forward(features)
-                if run is not None and run.by_parts
-                else call_with(self, features)
-            )
+            if run is None:
+                return call_with(self, features)
+            return run.engine.forward(self, features)
         except Exception as error:
-            checks.causes.explain_forward(error, self, features, None if run is None else run.world)
+            self._explanations().explain_forward(error, self, features)
             raise
 
     def compute_loss(
@@ -155,33 +149,22 @@ class Model(nn.Module):
         over the rows of loss * weight, as in Keras; an evaluation without weights takes those of 1. What is no number
         (a tuple is none), and `outputs` and `labels` that would broadcast each other, are a ValueError.
         """
-        run = self._compiled("compute_loss")
-        if run.totals.unseen:
-            training, fitting = run.totals is run.train, not run.train.unseen
-            checks.inputs.check_loss_inputs(run.loss_func, outputs, labels, training, self, fitting)
+        phase = self._compiled("compute_loss").phase
         try:
-            loss_func = (
-                run.jit.loss_func if run.by_parts and not run.totals.unseen else run.loss_func
-            )
-            result = run.call("the loss", loss_func, outputs, labels, scalar=False)
+            result = phase.checks.loss(outputs, labels)
         except (RuntimeError, IndexError, ValueError) as error:
-            checks.causes.explain_squeezed(error, outputs, labels)
-            checks.causes.explain_loss(error, outputs, labels)  # plainer, where it can
+            phase.explanations.explain_loss(error, outputs, labels)
             raise
         if isinstance(outputs, Tensor) and outputs.ndim == 0:
-            checks.causes.warn_of_squeezed(outputs, labels)
-        per_row = run.totals is run.val
-        return scalar_loss(result, sample_weight, per_row, wait=run.totals.unseen)
+            phase.explanations.warn_of_squeezed(outputs, labels)
+        return scalar_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
-        run = self._compiled("compute_metrics")
-        if run.precision is not None:
-            metrics = run.precision.metrics(run.totals, detached(outputs), labels, run.call)
-        else:
-            metrics = run.totals.metrics(detached(outputs), labels, run.call)
-        if isinstance(run.rows, UnknownRows):
-            run.check_rows(*metrics.values())
+        phase = self._compiled("compute_metrics").phase
+        metrics: dict[str, Result] = phase.metrics(detached(outputs), labels)
+        if isinstance(phase.batch.rows, UnknownRows):
+            phase.need_rows(*metrics.values())
         return metrics
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
@@ -190,31 +173,35 @@ class Model(nn.Module):
         `optimizer` is its name. A ValueError where there is no gradient, or no optimizer of that name.
         """
         run = self._compiled("backward")
-        if isinstance(run.rows, UnknownRows):
-            run.check_rows(loss)  # before a weight moves
-        mean = with_gradient(mean_of(loss))
-        if run.finite_loss is not None and not run.totals.idle:
-            run.finite_loss.look(mean)
-        inputs = None if optimizer is None else run.inputs(optimizer)
-        if run.precision is None:
-            mean.backward(inputs=inputs)
-        else:
-            rows = 0 if run.totals.idle else run.rows
-            run.precision.backward(loss, mean, rows, run.named(optimizer), inputs)
+        phase = run.phase
+        if isinstance(phase.batch.rows, UnknownRows):
+            phase.need_rows(loss)  # before a weight moves
+        run.stepper.backward(loss, phase.batch, optimizer)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
         """Move the weights and clear their gradients: by every optimizer, or by the `optimizer` of that name alone."""
-        run = self._compiled("optimizer_step")
-        if run.precision is not None:
-            run.precision.step(run.named(optimizer))
-            return
-        for one in run.named(optimizer):
-            one.step()
-            one.zero_grad()
+        stepper = self._compiled("optimizer_step").stepper
+        stepper.close(stepper.due(optimizer))
+
+    @property
+    def optimizer_steps(self) -> Any:
+        """How many steps the optimizer has taken in the current or last fit, an int.
+
+        A dict of name -> steps if compile was given a dict of optimizers. Under `accumulate` it counts
+        steps and not batches; a step that loss scaling skips in float16 counts too.
+
+        >>> model = Model(nn.Linear(2, 1))
+        >>> model.compile(nn.MSELoss(), accumulate=2)
+        >>> _ = model.fit(3, (torch.zeros(8, 2), torch.zeros(8, 1)), batch_size=2, verbose=0)
+        >>> model.optimizer_steps
+        6
+        """
+        steps = self._compiled("optimizer_steps").stepper.named_steps()
+        return steps[""] if list(steps) == [""] else steps
 
     # --- the verbs ----------------------------------------------------------------------------------------------------
 
-    @checks.calls.in_other_words
+    @assemble.explained_call
     def compile(
         self,
         loss_func: Any,
@@ -274,19 +261,28 @@ class Model(nn.Module):
         self._check_not_fitting(
             "compile", "A learning rate may be changed inside one, in the optimizer's param_groups."
         )
-        big: Any = {
-            "clip_grad_norm": clip_grad_norm,
-            "clip_grad_value": clip_grad_value,
-            "accumulate": accumulate,
-        }
-        more = (jit, steps_per_execution, precision, distributed, sync_batchnorm, fsdp_blocks)
-        run = made(self, loss_func, optimizer, metrics_dict, device, *more, **big)
+        run = assemble.run_of(
+            self,
+            loss_func,
+            optimizer,
+            metrics_dict,
+            device,
+            jit=jit,
+            steps_per_execution=steps_per_execution,
+            precision=precision,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
+            accumulate=accumulate,
+            distributed=distributed,
+            sync_batchnorm=sync_batchnorm,
+            fsdp_blocks=fsdp_blocks,
+        )
         run.published = {} if self._run is None else self._run.published
         self._run = run
         self._publish("optimizer", run.optimizers.get("") if optimizer is None else optimizer)
-        self._publish("history", run.history())
+        self._publish_history()
 
-    @checks.calls.in_other_words
+    @assemble.explained_call
     def fit(
         self,
         epochs: int,
@@ -345,48 +341,27 @@ class Model(nn.Module):
         self._check_not_fitting(
             "fit", "evaluate, predict and a fit of another model may be called inside one."
         )
-        saved = Checkpoint(checkpoint, checkpoint_every)
-        one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
-        epochs = positive_int("epochs", epochs, hint=checks.calls.order_of_fit(epochs, dl_train))
-        validation_freq = positive_int("validation_freq", validation_freq)
-        if log_step_freq is not None:
-            positive_int("log_step_freq", log_step_freq)
-        if validation_steps is not None:
-            validation_steps = positive_int("validation_steps", validation_steps)
-        train, val = run.batches_of_fit(
-            dl_train, dl_val, batch_size, epochs, steps_per_epoch, validation_freq, validation_steps
+        fit = assemble.fit_of(
+            self,
+            run,
+            epochs,
+            dl_train,
+            dl_val,
+            log_step_freq=log_step_freq,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_freq=validation_freq,
+            callbacks=callbacks,
+            verbose=verbose,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            on_nan=on_nan,
         )
-        listed = check_callbacks(callbacks)
-        train = saved.watched(train, val, self, run, listed)
-        if steps_per_epoch is not None:
-            train = ContinuedBatches(
-                train, positive_int("steps_per_epoch", steps_per_epoch), "dl_train"
-            )
-        check_places(listed, saved.path)
-        rates = [rate_name(name) for name in run.optimizers]
-        check_monitors(listed, val is not None, names_logged(self, run, val is not None), rates)
-        check_optimizers(self, run)
-        ready(self, run)
-        run.modes = TrainingModes(self)
-        run.modes.look()
-        last = saved.open(self, run, epochs)
-        saved.check_length(length(train))
-        say = say_nothing
-        if show(verbose) and self.is_main_process:
-            table = progress(
-                verbose, last, length(train), log_step_freq, val is not None, run.best_val_loss()
-            )
-            say = table.say
-            listed.append(table)
-        listed.append(
-            LambdaCallback(on_fit_end=lambda: self._publish("history", run.history()))
-        )  # before the others
-        loop.fit(
-            self, run, loop.Plan(last, train, val, validation_freq, listed, say, saved, on_nan)
-        )
+        loop.fit(fit)
         return run.history()
 
-    @checks.calls.in_other_words
+    @assemble.explained_call
     def evaluate(
         self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None
     ) -> dict[str, float]:
@@ -402,15 +377,12 @@ class Model(nn.Module):
             TypeError, ValueError: no data, or data that the model or the loss cannot take.
         """
         run = self._compiled("evaluate")
-        if steps is not None:
-            steps = positive_int("steps", steps)
-        check_ends(dl_val, "dl_val", steps, "steps")
-        batches = limited(run.batches(dl_val, "dl_val", batch_size), steps, "dl_val", "steps")
-        ready(self, run)
-        run.val.unseen = True
+        batches = assemble.source_of_evaluation(run, dl_val, batch_size, steps)
+        prepare(self, run)
+        run.val.begin()
         return loop.evaluate(self, run, batches)
 
-    @checks.calls.in_other_words
+    @assemble.explained_call
     def predict(
         self,
         dl: Any,
@@ -434,9 +406,6 @@ class Model(nn.Module):
             TypeError, ValueError: no data, data that the model cannot take, or outputs without rows.
         """
         one_of("gather", gather, ("all", "main"))
-        if steps is not None:
-            steps = positive_int("steps", steps)
-        check_ends(dl, "dl", steps, "steps")
         return prediction.predict(self, dl, batch_size, gather == "all", steps)
 
     def save(self, path: str | Path) -> None:
@@ -456,14 +425,7 @@ class Model(nn.Module):
         >>> list(torch.load(path))
         ['net.weight', 'net.bias']
         """
-        run = self._run
-        if (
-            run is not None
-            and run.finite_weights is not None
-            and not run.finite_weights.allow(path)
-        ):
-            return
-        save_weights(self, user_path(path), None if run is None else run.world)
+        self._save(path, keep=True)
 
     def load(self, path: str | Path) -> None:
         """Take over weights from a file of `save`, torch.save(model.state_dict(), path) or `fit(checkpoint=path)`.
@@ -475,13 +437,15 @@ class Model(nn.Module):
             FileNotFoundError: there is no file.
             CheckpointError: it is damaged, foreign, or of another architecture; the model is as it was.
         """
-        load_weights(self, user_path(path))
+        assemble.load_weights(self, path)
 
     def export(self, path: str | Path, example: Any) -> None:
         """Write a program that runs without its code to `path`, for rows like `example`: `minikeras.export.export`."""
-        export.export(self, path, example)
+        from minikeras.export import export  # on first use, as the next one
 
-    @checks.calls.in_other_words
+        export(self, path, example)
+
+    @assemble.explained_call
     def summary(
         self,
         input_shape: Any = None,
@@ -489,18 +453,24 @@ class Model(nn.Module):
         *,
         input_data: Any = None,
         batch_size: int = -1,
-    ) -> layer_summary.Summary:
+    ) -> Summary:
         """Show layers, by `input_shape`, `input_dtype`, `input_data` and `batch_size` as `minikeras.summary` does."""
+        from minikeras.report import layer_summary
+
         return layer_summary.summary(
             self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size
         )
 
-    _repr_html_ = model_html  # what a notebook shows of a model
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows of a model."""
+        from minikeras.report import notebook
+
+        return notebook.model_html(self)
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process is the one that prints and writes files, rank 0 of several; from `compile` on."""
-        return self._run is None or self._run.world is None or self._run.world.rank == 0
+        """Whether this process prints and writes files, rank 0 of several; from `compile` on."""
+        return self._run is None or self._run.world.rank == 0
 
     # --- what holds them together -------------------------------------------------------------------------------------
 
@@ -513,11 +483,20 @@ class Model(nn.Module):
         return self._run
 
     def _check_not_fitting(self, verb: str, instead: str) -> None:
-        if self._run is not None and self._run.fitting:
+        if self._run is not None and self._run.fit is not None:
             raise RuntimeError(
                 f"{verb} was called inside a fit of the same model, in a callback or a step: expected a model that is "
                 f"not being trained. Call {verb} after fit has returned. {instead}"
             )
+
+    def _explanations(self) -> NoChecks:
+        """What says in the user's words why something failed."""
+        return assemble.checks_of(self) if self._run is None else self._run.phase.explanations
+
+    def _save(self, path: str | Path, keep: bool) -> None:
+        """Write the weights; with `keep` the file that was there becomes NAME.prev."""
+        if self._run is None or self._run.allows_writing(path):
+            assemble.save_weights(self, path, keep)
 
     def _publish(self, name: str, value: Any) -> None:
         """Set a plain attribute that torchkeras's users know, unless the subclass has one of its own by that name."""
@@ -525,6 +504,10 @@ class Model(nn.Module):
         if name in published or not hasattr(self, name):
             published[name] = value
             setattr(self, name, value)
+
+    def _publish_history(self) -> None:
+        """Bring `model.history` up to date."""
+        self._publish("history", self._compiled("history").history())
 
     def __getattr__(self, name: str) -> Any:
         """Say `compile` where `history` or `optimizer` is missing; nn.Module finds anything else."""
@@ -536,7 +519,7 @@ class Model(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            checks.calls.missing_method(type(self).__name__, name)
+            assemble.explain_missing_method(type(self).__name__, name)
             raise
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,20 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Put the random states of Python, NumPy and torch, on the CPU and on the device, back at the end."""
+    states = random.getstate(), np.random.get_state()
+    devices = [] if device.type in ("cpu", "meta") else [device.index or 0]
+    device_type = "cuda" if device.type in ("cpu", "meta") else device.type
+    try:
+        with torch.random.fork_rng(devices, device_type=device_type):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.data import leaves, map_leaves, parts
-from minikeras.distributed import World
 from minikeras.errors import described
+from minikeras.nests import leaves, map_leaves, parts
+from minikeras.processes import OneProcess
 
 
 class OnAllRows:
@@ -51,6 +51,8 @@ class OnAllRows:
     >>> [round(value, 1) for value in values]
     [57.3, 57.3, 57.3]
     """
+
+    needs_all_rows = True  # computed once, at the end of a pass
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         _check_function(function)
@@ -107,7 +109,7 @@ class OnAllRows:
 
 
 def compute_on_all_processes(
-    metric: OnAllRows, world: World, read: Callable[[Any], dict[str, float]]
+    metric: OnAllRows, world: OneProcess, read: Callable[[Any], dict[str, float]]
 ) -> dict[str, float]:
     """Give `read(answer)` of the answer of `metric` on the rows of all processes.
 

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from minikeras.data import (
-    Idle,
-    RowCounter,
-    UnknownRows,
-    as_batches,
-    empty,
-    first_sizes,
-    join,
-    leaves,
-    limited,
-    manner,
-    map_leaves,
-    parts,
-    shapes_of,
-    to_device,
-    unpack,
-    worked,
-)
-from minikeras.distributed import World, is_part
-from minikeras.modes import modes_kept
-from minikeras.precision import in_float32
-from minikeras.randomness import Randomness
-from minikeras.run import ready
+from minikeras import assemble
+from minikeras.batch import manner, to_device, unpack
+from minikeras.joining import join
+from minikeras.modes import modes_kept, random_states_kept
+from minikeras.nests import is_sharded, leaves, map_leaves
+from minikeras.phase import FillerBatch, unfilled
+from minikeras.processes import OneProcess
+from minikeras.rows import RowCounter, UnknownRows, first_sizes, shapes_of
+from minikeras.run import prepare
+from minikeras.sources import empty
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -59,22 +46,15 @@ def predict(
     run = model._run
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        batches = limited(as_batches(dl, "dl", batch_size, device=device), steps, "dl", "steps")
-        outputs = outputs_of(model, batches, device)
-        return joined(model, outputs, device)
-    ready(model, run)
-    before, run.by_parts = run.by_parts, run.jit is not None
-    try:
-        batches = limited(run.batches(dl, "dl", batch_size), steps, "dl", "steps")
-        outputs = outputs_of(model, batches, run.device)
-        if run.world is not None:
-            everyones = gathered(outputs, run.world, everywhere)
-            if everyones is None:
-                return None
-            outputs = everyones
+        batches = assemble.source_of_prediction(dl, batch_size, steps, device, OneProcess())
+        return joined(model, outputs_of(model, batches, device), device)
+    prepare(model, run)
+    with run.engine.predicting():
+        batches = assemble.source_of_prediction(dl, batch_size, steps, run.device, run.world)
+        outputs = run.world.join_outputs(outputs_of(model, batches, run.device), everywhere)
+        if outputs is None:
+            return None
         return joined(model, outputs, run.device)
-    finally:
-        run.by_parts = before
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -83,17 +63,14 @@ def predict(
 def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Outputs:
     """The model's outputs for each batch."""
     outputs = Outputs()
-    run = model._run
-    compute_outputs = (
-        model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
-    )
+    compute_outputs = decorated_forward(model)
     counter, alone = (
         RowCounter(lambda features: manner(model, features) == "unpacked") for _ in range(2)
     )
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
-            batch, idle = worked(batch)
+            batch, is_filler = unfilled(batch)
             features, labels, _ = unpack(batch)
             rows, rows_alone = counter.count(features, labels), alone.count(features)
             if is_second_size(rows, features, rows_alone):
@@ -103,7 +80,7 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Ou
             features = to_device(features, device)
             piece = on_cpu(model, compute_outputs(features))
             outputs.features = features
-            outputs.pieces.append(Idle(piece) if idle else piece)
+            outputs.pieces.append(FillerBatch(piece) if is_filler else piece)
             outputs.rows.setdefault("outputs", []).append(agreed_size(piece, sizes))
             if len(outputs.pieces) == 1:
                 try:
@@ -130,9 +107,8 @@ def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
 
 def on_cpu(model: Model, outputs: Any) -> Any:
     """The outputs for a batch in float32, on the CPU."""
-    run = model._run
-    if run is not None and run.precision is not None:
-        outputs = in_float32(outputs)
+    if model._run is not None:
+        outputs = model._run.stepper.outputs_for_user(outputs)
     return map_leaves(off_device, outputs)
 
 
@@ -183,7 +159,7 @@ def agreed_size(piece: Any, sizes: set[int]) -> int | None:
 def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = True) -> Any:
     """The outputs of all batches, by the first way to count the rows that they fit."""
     first_error: ValueError | None = None
-    pieces = [worked(piece)[0] for piece in outputs.pieces]
+    pieces = [unfilled(piece)[0] for piece in outputs.pieces]
     tried: list[list[int]] = []
     for name, counts in outputs.rows.items():
         if name == "outputs" and tried:
@@ -211,7 +187,7 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
     None if the features do not have the rows first, or the model cannot take as many; or if it has
     hooks, which would see a batch that is not the user's. Random states are as before.
     """
-    if features is None or not rows or any(map(is_part, model.parameters())) or has_hooks(model):
+    if features is None or not rows or any(map(is_sharded, model.parameters())) or has_hooks(model):
         return None
     fewer = 2 if rows > 2 else 2 * rows
     tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
@@ -226,25 +202,21 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
         return leaf[:2] if rows > 2 else torch.cat([leaf, leaf])
 
     run = model._run
-    by_parts = run is not None and run.by_parts
-    randomness = Randomness(device, [])
-    before = randomness.states()
+    probing = contextlib.nullcontext() if run is None else run.engine.probing()
     try:
-        with modes_kept(model), torch.no_grad():
+        with random_states_kept(device), modes_kept(model), torch.no_grad(), probing:
             model.eval()
-            if run is not None:
-                run.by_parts = False  # another size would be compiled anew
-            compute_outputs = (
-                model.compute_outputs if run is None else run.under_autocast(model.compute_outputs)
-            )
             changed_features = (features * 2)[:fewer] if by_item else map_leaves(changed, features)
-            return on_cpu(model, compute_outputs(changed_features)), fewer
+            return on_cpu(model, decorated_forward(model)(changed_features)), fewer
     except Exception:
         return None  # a model for batches of one size
-    finally:
-        if run is not None:
-            run.by_parts = by_parts
-        randomness.restore(before)
+
+
+def decorated_forward(model: Model) -> Callable[[Any], Any]:
+    """What computes outputs, in the precision that compile was asked for."""
+    if model._run is None:
+        return model.compute_outputs
+    return model._run.stepper.decorated("around_step", model.compute_outputs)
 
 
 def has_hooks(model: Model) -> bool:
@@ -257,64 +229,3 @@ def has_hooks(model: Model) -> bool:
             if hooks:
                 return True
     return False
-
-
-# --- several processes ----------------------------------------------------------------------------
-
-
-def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None:
-    """The outputs of all processes, by step and rank; None where they are not wanted."""
-    template, _ = worked(outputs.pieces[0])
-    own = [None if idle else plain(piece) for piece, idle in map(worked, outputs.pieces)]
-    why = None if outputs.unknown is None else outputs.unknown.why
-    found = world.gather([own, outputs.rows, why], everywhere)
-    if found is None:
-        return None
-    together = Outputs(features=outputs.features)
-    for _, _, why in found:
-        if together.unknown is None and why is not None:
-            together.unknown = UnknownRows(why)
-    for rank, step in by_step(found):
-        piece = found[rank][0][step]
-        if piece is None:
-            continue
-        together.pieces.append(rebuilt(piece, template))
-        for name, counts in found[rank][1].items():
-            together.rows.setdefault(name, []).append(counts[step])
-    return together
-
-
-def by_step(found: list[Any]) -> Iterator[tuple[int, int]]:
-    """The rank and the step of each piece, in the order of the rows."""
-    for step in range(len(found[0][0])):
-        for rank in range(len(found)):
-            yield rank, step
-
-
-def plain(nest: Any) -> Any:
-    """A nest as values that can be sent: ["parts", ...] of a container, ["leaf", value] of anything else."""
-    if isinstance(nest, PackedSequence):
-        return ["packed", list(nest)]
-    if isinstance(nest, np.ndarray):
-        return ["array", torch.from_numpy(nest)]
-    found = parts(nest)
-    if found is None:
-        return ["leaf", nest]
-    return ["parts", [plain(part) for part in found[0]]]
-
-
-def rebuilt(sent: Any, template: Any) -> Any:
-    """... and back, in containers like those of the template."""
-    kind, value = sent
-    if kind == "packed":
-        return PackedSequence(*value)
-    if kind == "array":
-        return value.numpy()
-    if kind == "leaf":
-        return value
-    found = parts(template)
-    if found is not None and len(found[0]) == len(value):
-        return found[1]([rebuilt(part, like) for part, like in zip(value, found[0], strict=True)])
-    like = found[0][0] if found is not None and found[0] else None
-    items = [rebuilt(part, like) for part in value]
-    return type(template)(items) if isinstance(template, (list, tuple)) else items

@@ -166,6 +166,11 @@ def weighted_loss(result: Any, sample_weight: Tensor) -> Tensor:
     return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
 
 
+def inner_loss(loss_func: Any) -> Any:
+    """Return the loss that `Regularized` wraps, or the loss itself."""
+    return loss_func.loss_func if getattr(type(loss_func), "wraps_loss", False) else loss_func
+
+
 def flat(number: Any) -> Any:
     """A tensor of one element without dimensions; another number as it is."""
     if isinstance(number, Tensor) and number.ndim:
@@ -204,3 +209,21 @@ def with_gradient(loss: Any) -> Tensor:
             f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
         )
     return loss
+
+
+# --- counts of bad losses, on a device or in a graph ----------------------------------------------
+
+
+def count_bad(bad: Tensor, loss: Tensor) -> None:
+    """Count one more step since the first loss that is not finite, if there was one or this is it."""
+    bad.copy_(torch.where((bad > 0) | ~loss.detach().isfinite(), bad + 1, bad))
+
+
+def count_bad_gradient(bad: Tensor, of_gradient: Tensor, norm: Tensor) -> None:
+    """Begin the count if the norm of a gradient is the first thing that is not finite.
+
+    The loss of the step has been counted before.
+    """
+    begins = (bad == 0) & ~norm.detach().isfinite()
+    of_gradient.copy_(torch.where(begins, 1.0, of_gradient))
+    bad.copy_(torch.where(begins, 1.0, bad))

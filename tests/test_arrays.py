@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
 import minikeras
-from minikeras.data import as_batches, leaves
-from minikeras.data.arrays import as_tensor
+from minikeras.arrays import as_tensor
+from minikeras.nests import leaves
+from minikeras.sources import as_batches
 
 ROWS = 20
 DENSE = np.random.default_rng(0).uniform(-1, 1, (ROWS, 3)).astype("float32")
@@ -302,7 +303,7 @@ def test_a_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
 HANDED_OVER = """
 import resource, sys
 import numpy as np, pandas as pd, torch, minikeras
-from minikeras.data import as_batches, leaves
+from minikeras.sources import as_batches
 rows, width = 40_000, 512
 kind, dtype = sys.argv[1:]
 array = np.ones((rows, width), dtype)
@@ -485,7 +486,7 @@ def test_text_in_two_columns_becomes_numbers_by_the_remedy():
 def test_a_frame_of_many_bools_beside_a_float_gives_the_same_batches_fetched_or_copied(monkeypatch):
     frame = pd.DataFrame({"a": DENSE[:, 0], "b": DENSE[:, 1] > 0, "c": DENSE[:, 2] > 0})
     expected = trained_on(frame)
-    monkeypatch.setattr("minikeras.data.arrays.LARGE", 0)
+    monkeypatch.setattr("minikeras.arrays.LARGE", 0)
     for theirs, plain in zip(trained_on(frame), expected, strict=True):
         np.testing.assert_array_equal(theirs, plain)
 

@@ -674,7 +674,9 @@ def test_a_scheduler_makes_up_for_the_batches_that_one_call_of_the_graph_took():
     schedule.on_fit_begin()
     model.optimizer.step()  # or torch warns that none came before the scheduler's
     rates = []
-    for batch in [4, 8, 10, None, 4, 8]:  # steps_per_execution=4, epochs of ten batches
+    # steps_per_execution=4, epochs of ten batches; None: the epoch ends
+    for batch, steps in [(4, 4), (8, 8), (10, 10), (None, 10), (4, 14), (8, 18)]:
+        model._run.stepper.steps_taken[model.optimizer] = steps
         if batch is None:
             schedule.on_epoch_end(1, {})
         else:

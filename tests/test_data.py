@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import minikeras
-from minikeras.data import count_rows, leaves, map_leaves, to_device
-from minikeras.data.arrays import as_tensor
+from minikeras.arrays import as_tensor
+from minikeras.batch import to_device
+from minikeras.nests import leaves, map_leaves
+from minikeras.rows import count_rows
 
 
 class Rows(Dataset):

@@ -23,8 +23,8 @@ from launch import assert_same, torchrun
 from torch import nn
 
 import minikeras
-from minikeras.distributed import World
-from minikeras.run import over_all_rows
+from minikeras.distributed.shards import sync_batchnorm
+from minikeras.distributed.world import World
 
 HERE = Path(__file__).parent
 SAME = [
@@ -349,7 +349,8 @@ def test_what_is_other_with_several_processes_is_told(by_two):
 
 def test_one_process_has_no_world():
     run = compiled(sync_batchnorm=True)._run
-    assert run.world is run.precision is None
+    assert run.world.size == 1
+    assert not run.stepper.parts
 
 
 def test_batchnorm_over_all_processes_keeps_weights_and_names():
@@ -358,7 +359,7 @@ def test_batchnorm_over_all_processes_keeps_weights_and_names():
         SimpleNamespace(size=2),
     )
     before = dict(model.named_parameters())
-    over_all_rows(model, world, torch.device("cuda"))
+    sync_batchnorm(model, world, torch.device("cuda"))
     assert isinstance(model.net[1], nn.SyncBatchNorm)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 

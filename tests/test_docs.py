@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from test_package import ORDER, ROOT, numbers_rounded
+from test_package import ROOT, numbers_rounded
 
 import minikeras
 
@@ -85,12 +85,6 @@ def test_the_reference_has_every_public_name():
 def test_each_example_is_in_the_list():
     listed = re.findall(r"^\| `(\w+\.py)` \|", (DOCS / "examples.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-
-
-def test_the_readme_lists_the_modules_in_the_order_of_their_imports():
-    level = {name: number for number, names in enumerate(ORDER) for name in names}
-    rooms = re.findall(r"^  (\w+)(?:\.py|/)  ", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert rooms == sorted(rooms, key=level.__getitem__)
 
 
 def test_the_figures_are_small():

@@ -515,7 +515,7 @@ def test_large_data_are_not_walked_through(tmp_path):
         def __getitem__(self, row):
             return X[row], Y[row]
 
-    found = list(minikeras.reachable.reachable({"data": Files()}))
+    found = list(minikeras.support.reachable.reachable({"data": Files()}))
     assert len(found) < 100
 
 

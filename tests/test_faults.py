@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.faults import FiniteLoss
+from minikeras.faults.loss import FiniteLoss
 
 # --- a loss that is not finite ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.faults import FiniteLoss
+from minikeras.faults.loss import FiniteLoss
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
 Y = X[:, :1]

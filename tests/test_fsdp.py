@@ -193,5 +193,5 @@ def test_fsdp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch)
 def test_one_process_under_torchrun_trains_alone_with_whole_parameters(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     model = compiled(distributed="fsdp")
-    assert model._run.world is None
+    assert model._run.world.size == 1
     assert not hasattr(model.fc1.weight, "full_tensor")

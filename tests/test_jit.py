@@ -66,7 +66,7 @@ def assert_same(model, twin, tolerance=1e-6):
 
 
 def way(model):
-    return model._run.jit.train.way
+    return model._run.engine.train.way
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_the_compiled_code_gives_the_numbers_of_eager():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
     torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
-    assert twin._run.jit.forwards["whole"].worked
+    assert twin._run.engine.forwards["whole"].worked
 
 
 def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
@@ -254,7 +254,7 @@ def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said
 def test_batches_of_many_sizes_take_two_graphs():
     model = compiled(Net(), jit=FAST)
     model.fit(1, batches(*range(20, 40)), verbose=0)
-    assert set(model._run.jit.train.graphs.compiled) == {True, False}
+    assert set(model._run.engine.train.graphs.compiled) == {True, False}
     assert way(model) == "one graph"
 
 
@@ -648,7 +648,7 @@ def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
     found = compiled(twin, jit=FAST).fit(2, batches(), batches(), verbose=0)
     assert len(steps) == 16
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert twin._run.jit.forwards["whole"].worked
+    assert twin._run.engine.forwards["whole"].worked
 
 
 def test_a_bad_batch_is_refused_in_the_users_words_also_when_it_comes_later():

@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
 
 from minikeras.errors import ForwardError
-from minikeras.layer_summary import summary
+from minikeras.report.layer_summary import summary
 
 
 class Net(nn.Module):

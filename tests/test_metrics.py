@@ -13,7 +13,8 @@ from torch import nn
 
 import minikeras
 from minikeras import Average
-from minikeras.metrics import Totals
+from minikeras.processes import OneProcess
+from minikeras.totals import Totals
 
 
 def hits(y_pred, y_true):
@@ -108,7 +109,7 @@ def test_a_metric_is_called_once_per_batch():
 
 
 def test_counts_are_exact_beyond_what_float32_can_hold():
-    totals = Totals({}, torch.device("cpu"))
+    totals = Totals({}, torch.device("cpu"), OneProcess())
     for _ in range(3):
         totals.add(
             {
@@ -281,7 +282,8 @@ def test_compute_is_called_once_at_the_end_of_each_pass():
     asked = []
     model = compiled(metrics_dict={"m": Gives(0.5, asked)})
     # deepcopy would copy the list as well
-    model._run.train.objects["m"].asked = model._run.val.objects["m"].asked = asked
+    for phase in (model._run.train, model._run.val):
+        phase.totals.objects["m"].asked = asked
     model.fit(2, points(40), points(20), batch_size=8, verbose=0)
     model.evaluate(points(12))
     assert asked == [40, 20, 40, 20, 12]

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from torch import nn
 
 import minikeras
-from minikeras import notebook
+from minikeras.report import notebook
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glob("*.ipynb"))
 NAN = float("nan")

@@ -11,7 +11,6 @@ from torch import nn
 import minikeras
 from minikeras import Model
 from minikeras.overrides import overrides
-from minikeras.run import has_own_step
 
 X, y = points(8)
 
@@ -64,7 +63,7 @@ OWN = {
 def test_a_step_of_the_users_is_told_from_the_default(make):
     model = make()
     assert overrides(model, "train_step")
-    assert has_own_step(model)
+    assert overrides(model, "train_step")
     assert not overrides(model, "evaluate_step", "backward")
 
 
@@ -119,5 +118,5 @@ def test_jit_leaves_a_decorated_step_in_eager():
     model = in_a_class(wrapped_step)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.compile(nn.MSELoss(), optimizer, device="cpu", jit={"backend": "eager"})
-    assert model._run.jit.overrides("train_step")
-    assert not model._run.jit.overrides("evaluate_step")
+    assert model._run.engine.overrides("train_step")
+    assert not model._run.engine.overrides("evaluate_step")

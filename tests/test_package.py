@@ -26,30 +26,8 @@ from minikeras.export import export
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minikeras"
 
+
 # a module may import those below it only; a folder is one room
-ORDER = [
-    ["__main__", "integrations"],
-    ["__init__"],
-    ["model", "plotting"],
-    ["prediction", "export"],
-    ["loop", "notebook", "jit"],
-    ["progress", "checkpoint"],
-    ["run"],
-    ["callbacks"],
-    ["precision"],
-    ["metrics", "layer_summary"],
-    ["columns", "on_all_rows"],
-    ["checks"],
-    ["broadcast", "losses", "faults"],
-    ["data"],
-    ["distributed", "randomness", "atomic"],
-    ["results"],
-    ["modes"],
-    ["exported"],
-    ["errors", "overrides", "paths", "reachable"],
-]
-
-
 def test_all_is_what_can_be_imported():
     public = {
         name
@@ -73,22 +51,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 def room_of(path):
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[0]
-
-
-def imports_of(tree):
-    """The rooms imported when the module runs; what is imported inside functions or for type checkers is left out."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minikeras"):
-            inner = node.module.split(".")[1:2]
-            yield from inner or [alias.name for alias in node.names]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_downward_only(path):
-    level = {name: number for number, names in enumerate(ORDER) for name in names}
-    room = room_of(path)
-    for imported in imports_of(ast.parse(path.read_text())):
-        assert imported == room or level[imported] > level[room], f"{path} imports {imported}"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 
 import minikeras
 from minikeras import FocalLoss, LambdaCallback, LRScheduler
-from minikeras.faults import FiniteLoss
+from minikeras.faults.loss import FiniteLoss
 
 ROWS = [7, 20, 1, 13, 4, 9, 16]
 
@@ -28,6 +28,16 @@ class Scores(Net):
         outputs = self.fc2(torch.relu(self.fc1(x)))
         self.__dict__.setdefault("seen", []).append(outputs.dtype)
         return outputs
+
+
+def precision_of(model):
+    """The part of the stepper that has the loss scale."""
+    (part,) = [part for part in model._run.stepper.parts if hasattr(part, "scaler")]
+    return part
+
+
+def scaler_of(model):
+    return precision_of(model).scaler
 
 
 def batches(rows=ROWS, double=False):
@@ -374,7 +384,7 @@ def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
         optimizer.zero_grad()
     compiled(model, jit=jit, **options).fit(2, data, verbose=0)
     assert_same(model, expected)
-    assert not jit or model._run.jit.train.way == "one graph"
+    assert not jit or model._run.engine.train.way == "one graph"
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -441,7 +451,7 @@ def test_fp16_is_torchs_own_loop_with_a_scaler():
         optimizer.zero_grad()
     compiled(model, nn.BCEWithLogitsLoss(), precision="fp16").fit(1, batches(), verbose=0)
     assert_same(model, expected, 0)
-    assert model._run.precision.scaler.state_dict() == scaler.state_dict()
+    assert scaler_of(model).state_dict() == scaler.state_dict()
 
 
 def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
@@ -451,7 +461,7 @@ def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
     data = [(X, y * 1e4)]  # a loss that is finite, with a scaled gradient that is not
     compiled(model, nn.MSELoss(), precision="fp16").fit(1, data, verbose=0)
     assert_same(model, before, 0)
-    assert model._run.precision.scaler.get_scale() == 2.0**15
+    assert scaler_of(model).get_scale() == 2.0**15
 
 
 def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_after_it(monkeypatch):
@@ -479,7 +489,7 @@ def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
         minikeras.Model(nn.Linear(2, 1)), nn.BCEWithLogitsLoss(), precision="fp16", accumulate=2
     )
     model.fit(1, points(4 * rows), batch_size=rows, verbose=0)
-    assert model._run.precision.scaler.get_scale() == 2**16 / rows
+    assert scaler_of(model).get_scale() == 2**16 / rows
 
 
 def test_layers_that_find_their_size_in_the_first_batch_can_be_accumulated():
@@ -540,13 +550,13 @@ def test_gradients_that_wait_in_a_window_follow_the_scale():
     twin = copy.deepcopy(model)
     for one, options in ((model, {"precision": "fp16"}), (twin, {})):
         pair_of(one, accumulate=2, **options)
-        one._run.loss_func = nn.MSELoss()
+        one._run.loss_func = one._run.train.loss_func = nn.MSELoss()
         if options:
-            one._run.precision.scaler = torch.amp.GradScaler(
+            precision_of(one).scaler = torch.amp.GradScaler(
                 "cpu", init_scale=64.0, growth_interval=1
             )
         one.fit(2, batches([8, 8, 8, 8, 8, 8]), verbose=0)
-    assert model._run.precision.scaler.get_scale() > 64
+    assert scaler_of(model).get_scale() > 64
     assert_same(model, twin, 5e-3)
 
 
@@ -588,11 +598,11 @@ def test_probabilities_made_in_float32_are_taken():
 
 
 def test_auto_is_float32_on_the_cpu():
-    assert compiled(precision="auto")._run.precision is None
+    assert not compiled(precision="auto")._run.stepper.parts
 
 
 def test_nothing_is_made_where_nothing_is_asked_for():
-    assert compiled()._run.precision is None
+    assert not compiled()._run.stepper.parts
 
 
 # --- steps that go past us --------------------------------------------------------------------------------------------
@@ -659,7 +669,7 @@ def test_bf16_is_in_the_one_graph(together):
         histories.append(one.fit(3, data, data, verbose=0))
     pd.testing.assert_frame_equal(*histories, rtol=1e-2)
     assert_same(model, twin, 5e-3)
-    assert twin._run.jit.train.way == "one graph"
+    assert twin._run.engine.train.way == "one graph"
     assert twin.predict(data).dtype == torch.float32
 
 

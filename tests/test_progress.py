@@ -16,7 +16,7 @@ import pytest
 from conftest import accuracy, compiled, points
 
 from minikeras import Callback
-from minikeras.progress import Progress
+from minikeras.report.progress import Progress
 
 SCRIPT = """
 import torch

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 @pytest.fixture(autouse=True)
 def _quick_disk(monkeypatch):
     """Waiting for the disk is what test_kill.py is for."""
-    monkeypatch.setattr("minikeras.atomic.flush", lambda path: None)
+    monkeypatch.setattr("minikeras.support.atomic.flush", lambda path: None)
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import minikeras
 from minikeras import Average
-from minikeras.data import RowCounter, UnknownRows, count_rows
+from minikeras.rows import RowCounter, UnknownRows, count_rows
 
 LR = 0.1
 

@@ -1,38 +1,9 @@
-"""What happens at each moment of a fit: the base class with its timetable, and the callbacks that come with it."""
+"""The callbacks that come with the library. The base class, with its timetable, is in callback.py.
 
-from minikeras.callbacks.averaging import EMA
-from minikeras.callbacks.base import (
-    Callback,
-    LambdaCallback,
-    check_callbacks,
-    check_row,
-    column_order,
-    is_rate,
-    with_method,
-)
-from minikeras.callbacks.files import CSVLogger, ModelCheckpoint, check_places, check_writable
-from minikeras.callbacks.monitor import mode_of
-from minikeras.callbacks.names import check_monitors
-from minikeras.callbacks.rates import LRScheduler, rate_name
-from minikeras.callbacks.stopping import EarlyStopping, Timer
-
-__all__ = [
-    "EMA",
-    "CSVLogger",
-    "Callback",
-    "EarlyStopping",
-    "LRScheduler",
-    "LambdaCallback",
-    "ModelCheckpoint",
-    "Timer",
-    "check_callbacks",
-    "check_monitors",
-    "check_places",
-    "check_row",
-    "check_writable",
-    "column_order",
-    "is_rate",
-    "mode_of",
-    "rate_name",
-    "with_method",
-]
+averaging.py   EMA
+files.py       ModelCheckpoint, CSVLogger
+rates.py       LRScheduler
+stopping.py    EarlyStopping, Timer
+monitor.py     what watches a value of the logs
+names.py       refuses a name that no epoch will log
+"""

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from minikeras.callbacks.base import Callback
-from minikeras.distributed import as_part
+from minikeras.callback import Callback
 from minikeras.errors import real
+from minikeras.support.sharded_tensors import as_part
 
 
 @dataclass
@@ -68,12 +68,12 @@ class EMA(Callback):
         self._start()
 
     def _start(self) -> None:
-        self.taken: int = 0  # steps of the optimizers that have been followed, under accumulate
+        self.taken: int = 0  # steps of the optimizers that have been followed
         self.averaged: list[Tensor] = []  # empty before the first step
 
     def on_fit_begin(self) -> None:
         self._start()
-        self._run.lent = Lent()
+        self._run.kept["lent"] = Lent()
 
     @property
     def _run(self) -> Any:
@@ -82,7 +82,7 @@ class EMA(Callback):
     @property
     def _lent(self) -> Lent:
         """What the EMAs of this fit share."""
-        return self._run.lent or Lent()
+        return self._run.kept.get("lent") or Lent()
 
     def _weights(self) -> dict[str, Tensor]:
         there = [(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
@@ -91,29 +91,34 @@ class EMA(Callback):
     def on_epoch_begin(self, epoch: int) -> None:
         """Give the model its own weights back as an `epoch` begins, whichever EMA has lent it others."""
         self._fill(self._lent.raw)
-        self._run.lent = Lent()
+        self._run.kept["lent"] = Lent()
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        self._follow(moved=True)
+        self._follow()
 
-    def _follow(self, moved: bool) -> None:
-        """Take the weights in, where a step has moved them; under `accumulate` that is looked up."""
-        precision = self._run.precision
-        if precision is not None and precision.accumulate > 1:
-            steps = sum(window.steps for window in precision.windows.values())
-            moved, self.taken = steps > self.taken, steps
+    def _steps(self) -> int:
+        """The steps that all optimizers have taken in this fit."""
+        steps = self.model.optimizer_steps
+        return sum(steps.values()) if isinstance(steps, dict) else steps
+
+    def _follow(self) -> None:
+        """Take the weights in, if a step has moved them."""
+        steps = self._steps()
+        if steps <= self.taken:
+            return
+        self.taken = steps
         # those of the training, also where another EMA has lent the model its own already
         weights = self._lent.raw or list(self._weights().values())
-        if moved and self.averaged:
+        if self.averaged:
             self.average(self.averaged, weights, 0)  # the count means nothing to it
-        elif moved:
+        else:
             self.averaged = [tensor.clone() for tensor in weights]
 
     def on_evaluate_begin(self) -> None:
-        self._follow(moved=False)  # but by the step that closed the epoch's last window
+        self._follow()  # by the step that closed the epoch's last window
         if self.evaluate and self.averaged and self._lent.owner is None:
             raw = [tensor.clone() for tensor in self._weights().values()]
-            self._run.lent = Lent(self, raw)
+            self._run.kept["lent"] = Lent(self, raw)
             self._fill(self.averaged)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -166,10 +171,11 @@ class EMA(Callback):
                 raise ValueError(
                     f"EMA: the state has {part} weights of another shape than the model's."
                 )
-        self.taken = state.get("taken", 0)
+        # another fit, which counts its steps from 0, may have written the state
+        self.taken = min(state.get("taken", 0), self._steps())
         self.averaged = self._loaded(state["averaged"])
         if state["raw"]:
-            self._run.lent = Lent(self, self._loaded(state["raw"]))
+            self._run.kept["lent"] = Lent(self, self._loaded(state["raw"]))
 
     def _loaded(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         loaded = []

@@ -7,16 +7,16 @@ import math
 import os
 import re
 import string
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minikeras.atomic import check_name, previous, write
-from minikeras.callbacks.base import Callback, column_order
+from minikeras.callback import Callback
 from minikeras.callbacks.monitor import Monitor, Watching, skipped, unknown
-from minikeras.paths import fix, follow_links, refuse_special, same_place, user_path
+from minikeras.columns import column_order
+from minikeras.support.atomic import check_writable, previous, write
+from minikeras.support.paths import fix, follow_links, refuse_special, same_place, user_path
 
 NUMBER = r"[-+0-9., %_einfa]*"  # what a number may look like in a name
 
@@ -95,11 +95,7 @@ class ModelCheckpoint(Watching):
         if getattr(self.model.save, "__module__", "") != "minikeras.model":  # the user's own
             self.model.save(path)
             return
-        from minikeras.checkpoint import save_weights  # as it is needed: that room imports this one
-
-        run = self.model._compiled("ModelCheckpoint")
-        if run.finite_weights is None or run.finite_weights.allow(path):
-            save_weights(self.model, path, run.world, keep=False)
+        self.model._save(path, keep=False)
 
     def watched(self) -> list[tuple[str, str, str]]:
         in_path = [(name, "names its files by", "a path without it") for name in self.names]
@@ -115,26 +111,6 @@ class ModelCheckpoint(Watching):
         monitor = None if self.monitor is None else self.monitor.state()
         if state.get("monitor", monitor) == monitor:  # the best of another value says nothing
             self.best = state["best"]
-
-
-def check_writable(path: Path, name: str) -> None:
-    """Make the folder of a file, and see that one can be written there, before anything trains.
-
-    Raises:
-        OSError: it cannot.
-    """
-    try:
-        place = follow_links(path)
-        refuse_special(place)
-        check_name(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place.parent).close()
-        if place.is_dir():
-            raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        raise type(error)(
-            f"{name} cannot write {path}: {error}. Give the path of a file that can be."
-        ) from error
 
 
 def _names_in(path: str) -> list[str]:

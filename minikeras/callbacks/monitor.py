@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from minikeras.callbacks.base import Callback
+from minikeras.callback import Callback
+from minikeras.columns import mode_of
 from minikeras.errors import did_you_mean, real
-
-# words in a name that say what is better; a name with none of them, or with both kinds, says nothing
-MORE = """
-    acc accuracy auc auroc ap map precision recall sensitivity specificity f1 fbeta r2 iou miou jaccard dice kappa mcc
-    correlation pearson spearman similarity psnr ssim bleu rouge ndcg mrr hits
-"""
-LESS = """
-    loss error err mae mse rmse msle rmsle mape smape bce nll entropy crossentropy perplexity ppl wer cer divergence kld
-    hinge distance brier
-"""
 
 
 class Watching(Callback):
@@ -85,21 +75,6 @@ class Monitor:
     def better(self, value: float, than: float) -> bool:
         """Whether a value is better than another by more than min_delta."""
         return self.sign * (value - than) > self.min_delta
-
-
-def mode_of(name: str) -> str | None:
-    """What is better by the words in a name, "min" or "max"; None where they do not say.
-
-    >>> mode_of("val_MSELoss"), mode_of("val_top5_acc"), mode_of("temperature")
-    ('min', 'max', None)
-    """
-    # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss
-    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name) + re.split(r"\W|_", name)
-    known = {form for word in words for form in (word.lower(), word.lower().rstrip("0123456789"))}
-    more, less = not known.isdisjoint(MORE.split()), not known.isdisjoint(LESS.split())
-    if more == less:
-        return None
-    return "max" if more else "min"
 
 
 def skipped(name: str, logs: Iterable[str]) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from minikeras.callback import Callback
 from minikeras.callbacks.averaging import EMA
-from minikeras.callbacks.base import Callback
 from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
 from minikeras.callbacks.monitor import Watching, unknown
 from minikeras.callbacks.rates import LRScheduler

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from minikeras.callbacks.monitor import Monitor, Watching
+from minikeras.columns import rate_name
 from minikeras.errors import did_you_mean
 
 # what a scheduler's state counts, and what it takes from its optimizer; all else are its settings
@@ -85,8 +86,7 @@ class LRScheduler(Watching):
 
     def _afresh(self) -> None:
         self.rate: Any = None  # that the last batch used, where the scheduler steps after each
-        self.batch: int = 0  # the last one of the epoch
-        self.taken: int = 0  # steps of the optimizer that have been followed, under accumulate
+        self.taken: int = 0  # steps of the optimizer that have been followed
 
     def on_fit_begin(self) -> None:
         self._afresh()
@@ -97,7 +97,8 @@ class LRScheduler(Watching):
                 f"LRScheduler has a {type(self.scheduler).__name__} of an optimizer that the model was not compiled "
                 f"with. Make it with model.optimizer, or compile the model with its optimizer."
             )
-        self.column: str = rate_name(names[0])
+        self.name: str = names[0]
+        self.column: str = rate_name(self.name)
         self._look()
 
     def _rate(self) -> Any:
@@ -109,18 +110,19 @@ class LRScheduler(Watching):
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         if self.step == "batch":
             self.rate = self._rate()
-            self._follow(batch)
+            self._follow()
 
-    def _follow(self, batch: int) -> None:
-        precision = self.model._compiled("LRScheduler").precision
-        if precision is not None and precision.accumulate > 1:
-            done, taken = self.taken, precision.windows[self.scheduler.optimizer].steps
-            self.taken = taken
-        else:
-            done, taken = self.batch, batch
-        for _ in range(done, taken):  # several under steps_per_execution
+    def _steps(self) -> int:
+        """The steps that the scheduler's optimizer has taken in this fit."""
+        steps: Any = self.model.optimizer_steps
+        return int(steps[self.name] if isinstance(steps, dict) else steps)
+
+    def _follow(self) -> None:
+        """Step once for each step of the optimizer: several under steps_per_execution."""
+        steps = self._steps()
+        for _ in range(self.taken, steps):
             self.scheduler.step()
-        self.batch = batch
+        self.taken = steps
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         rate = self.rate if self.step == "batch" else self._rate()
@@ -134,8 +136,12 @@ class LRScheduler(Watching):
         elif self.step == "epoch":
             self.scheduler.step()
         else:
-            self._follow(self.batch)  # the step that closed the epoch's last window
-        self.batch = 0
+            self._follow()  # the step that closed the epoch's last window
+
+    @property
+    def schedule_settings(self) -> dict[str, str]:
+        """What a resumed fit compares with the run before."""
+        return self.settings
 
     def watched(self) -> list[tuple[str, str, str]]:
         return [] if self.monitor is None else self.monitor.watched()
@@ -145,7 +151,6 @@ class LRScheduler(Watching):
         state = {
             "scheduler": scheduler,
             "rate": self.rate,
-            "batch": self.batch,
             "taken": self.taken,
         }
         if self.monitor is not None:
@@ -164,7 +169,11 @@ class LRScheduler(Watching):
             self._take_over(state["scheduler"], state.get("monitor", monitor) == monitor)
         else:
             self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
-        self.rate, self.batch, self.taken = state["rate"], state["batch"], state.get("taken", 0)
+        self.rate = state["rate"]
+        self.taken = state.get("taken", 0)
+        if hasattr(self, "model"):
+            # another fit, which counts its steps from 0, may have written the state
+            self.taken = min(self.taken, self._steps())
 
     def _take_over(self, written: dict[str, Any], same_monitor: bool) -> None:
         """Go on with the script's schedule where another one stood.
@@ -278,8 +287,3 @@ def _check(scheduler: Any, step: Any, monitor: str | None) -> None:
             f"monitor={monitor!r} is for ReduceLROnPlateau, and {type(scheduler).__name__} watches nothing. "
             f"Leave monitor out."
         )
-
-
-def rate_name(optimizer: str) -> str:
-    """The column of an optimizer's rate: lr, or lr_<name> where there are several optimizers."""
-    return f"lr_{optimizer}" if optimizer else "lr"

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from minikeras.callbacks.base import Callback
+from minikeras.callback import Callback
 from minikeras.callbacks.monitor import Monitor, Watching
-from minikeras.distributed import load_whole
 from minikeras.errors import real, whole_number
+from minikeras.support.sharded_tensors import load_whole
 
 
 class EarlyStopping(Watching):
@@ -47,6 +47,8 @@ class EarlyStopping(Watching):
     >>> len(model.fit(100, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[stop], verbose=0))
     3
     """
+
+    keeps_weights = True  # its state may hold those of the best epoch
 
     def __init__(
         self,

@@ -7,10 +7,9 @@ validate.py   whether each value of a run's state can be one
 plain.py      plain values: what can be read without running code
 matching.py   whether the state in a file fits this run
 weights.py    model.save, model.load
-state.py      fit(checkpoint=...): the state of a run, and whose fit it is
+state.py      fit(checkpoint=...): the state of a run, a hook of the fit
+fits.py       whose fit a file is
+position.py   how far an iteration of batches has come, and carried on from there
+checksums.py  whether batches that are read again are the same
+signals.py    SIGTERM and Ctrl-C: the batch is finished and the state written first
 """
-
-from minikeras.checkpoint.state import Checkpoint, Position
-from minikeras.checkpoint.weights import load_weights, save_weights, under_plain_names
-
-__all__ = ["Checkpoint", "Position", "load_weights", "save_weights", "under_plain_names"]

@@ -1,6 +1,6 @@
 """Plain values <-> a file that is whole or not there.
 
-dump     writes a value, for `minikeras.atomic.write`: to a temporary file next to it, flushed to the disk; the last one
+dump     writes a value, for `atomic.write`: to a temporary file next to it, flushed to the disk; the last one
          gets the name NAME.prev too, then the new one takes its place
 read     every byte against its checksum, then values only: nothing in a file can run, or take more memory than it has
 
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.atomic import REST, discard, flush, previous, temporaries, write
 from minikeras.checkpoint.archive import ArchiveError, check_entries, check_program, check_values
-from minikeras.data import leaves
 from minikeras.errors import CheckpointError
-from minikeras.paths import follow_links, refuse_special
+from minikeras.nests import leaves
+from minikeras.support.atomic import REST, discard, flush, previous, temporaries, write
+from minikeras.support.paths import follow_links, refuse_special
 
 __all__ = [
     "discard",

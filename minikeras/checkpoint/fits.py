@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import StackDataset, Subset, TensorDataset
 
-from minikeras.callbacks import Callback
+from minikeras.callback import Callback
+from minikeras.checkpoint.checksums import SAMPLE, checksum
 from minikeras.checkpoint.matching import settings
-from minikeras.data import SAMPLE, checksum
 from minikeras.errors import CheckpointError
-from minikeras.randomness import KINDS, state_of
-from minikeras.reachable import SCALARS, reachable
+from minikeras.support.randomness import KINDS, state_of
+from minikeras.support.reachable import SCALARS, reachable
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -78,8 +78,8 @@ def use(
     listed = checksum(values_in({"callbacks": callbacks}, without))
     now = Use(weakref.ref(run), last, start_of(model, run, loaders), listed)
     is_another = there and before is not None and not may_be_the_same(before, now)
-    if run.world is not None:  # each process has random states of its own: rank 0 says it for all
-        is_another = run.world.broadcast(is_another)
+    # each process has random states of its own: rank 0 says it for all
+    is_another = run.world.broadcast(is_another)
     if is_another:
         raise CheckpointError(
             f"{path} is the checkpoint of another fit of this process: of another model, or of another compile. Taking "

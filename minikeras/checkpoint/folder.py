@@ -21,18 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minikeras.atomic import REST, flush, is_folder_of_run
 from minikeras.checkpoint.file import dump, read, remedy
 from minikeras.checkpoint.plain import like
-from minikeras.distributed import World, is_part
 from minikeras.errors import CheckpointError
+from minikeras.nests import is_sharded
+from minikeras.processes import OneProcess
+from minikeras.support.atomic import REST, flush, is_folder_of_run
 
 PARTS = "a tensor in parts"  # the key of a dict that stands for one: its name, shape and dtype
 
 
 def reader(model: nn.Module) -> Callable[[Path], Any]:
     """Reads a file or a folder for that model: in parts where its own parameters are."""
-    meshes: Any = (parameter for parameter in model.parameters() if is_part(parameter))
+    meshes: Any = (parameter for parameter in model.parameters() if is_sharded(parameter))
     mesh = next((part.device_mesh for part in meshes), None)
     return lambda path: read_folder(path, mesh) if path.is_dir() else read(path)
 
@@ -42,7 +43,7 @@ def reader(model: nn.Module) -> Callable[[Path], Any]:
 
 def apart(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     """A nest with a plain dict in place of each tensor in parts; and those, by their place in the nest."""
-    if is_part(value):
+    if is_sharded(value):
         return {PARTS: [name, list(value.shape), value.dtype]}, {name: value.detach()}
     if type(value) not in (list, tuple) and not isinstance(value, dict):
         return value, {}
@@ -55,7 +56,7 @@ def apart(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     ), found
 
 
-def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[str, Any]:
+def save_parts(folder: Path, parts: Mapping[str, Tensor], world: OneProcess) -> dict[str, Any]:
     """Write the parts, each process its own, into a new folder; where they are, and checksums. To be called by all.
 
     Raises:

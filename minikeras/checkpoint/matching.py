@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from minikeras.callbacks import Callback, LRScheduler
+from minikeras.callback import Callback
 from minikeras.checkpoint.file import remedy_of_fit as remedy
 from minikeras.checkpoint.validate import check_contents, check_state
-from minikeras.checkpoint.weights import COMPILED, RUN, check_weights, frozen
+from minikeras.checkpoint.weights import RUN, check_weights, frozen
+from minikeras.compiled_names import COMPILED
 from minikeras.errors import CheckpointError, is_number
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
         check_buffers(run.loss_func, state.get("loss buffers", {}), path)
     begun = (state.get("begun") or {}).get("groups", {})
     for name, optimizer in run.optimizers.items():
-        own = run.begun["groups"][name]
+        own = run.kept["begun"]["groups"][name]
         check_optimizer(
             name, state["optimizers"], optimizer, model, run.loss_func, begun.get(name) == own, path
         )
@@ -82,7 +83,7 @@ def check_buffers(module: nn.Module, buffers: Mapping[str, Any], path: Path) -> 
 
 def check_metrics(state: Any, run: Run, path: Path) -> None:
     """Within an epoch, what has been counted must be counted on."""
-    own = run.train.names
+    own = run.train.totals.names
     counted = state["totals"].get("names", own)  # older files have none
     if state["position"]["step"] and set(counted) != set(own):
         raise CheckpointError(
@@ -92,7 +93,7 @@ def check_metrics(state: Any, run: Run, path: Path) -> None:
 
 
 def check_window(written: Any, run: Run, path: Path) -> None:
-    now = 1 if run.precision is None else run.precision.accumulate
+    now = settings_of_parts(run)["accumulate"]
     inside = written and any(window["batches"] for window in written["windows"].values())
     if inside and written["accumulate"] != now:
         raise CheckpointError(
@@ -103,7 +104,7 @@ def check_window(written: Any, run: Run, path: Path) -> None:
 
 def check_processes(state: Any, run: Run, path: Path) -> None:
     """Means can be passed on to another number of processes in the middle of an epoch, and other counts not."""
-    then, now = len(state.get("ranks", [None])), 1 if run.world is None else run.world.size
+    then, now = len(state.get("ranks", [None])), run.world.size
     train, windows = state["train"] or {}, (state.get("precision") or {}).get("windows", {})
     held = {
         "a half full window of accumulate": any(window["batches"] for window in windows.values()),
@@ -192,7 +193,7 @@ def sizes(optimizer_state: Any) -> list[int]:
 
 def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
     """What a script has set as its fit begins, as plain values: for the file, to find later what has changed."""
-    loss, precision = run.loss_func, run.precision
+    loss = run.loss_func
     named = getattr(loss, "__qualname__", type(loss).__qualname__)
     return {
         "optimizers": settings(run.optimizers),
@@ -200,16 +201,19 @@ def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
         "frozen": frozen(model),
         "loss frozen": frozen(loss) if isinstance(loss, nn.Module) else [],
         "in_eval": list(run.modes.look()),
-        "compile": {
-            "loss_func": named,
-            "precision": "float32"
-            if precision is None or precision.dtype is None
-            else str(precision.dtype)[6:],
-            "accumulate": 1 if precision is None else precision.accumulate,
-            "clip_grad_norm": None if precision is None else precision.clip_grad_norm,
-            "clip_grad_value": None if precision is None else precision.clip_grad_value,
-        },
+        "compile": {"loss_func": named, **settings_of_parts(run)},
     }
+
+
+def settings_of_parts(run: Run) -> dict[str, Any]:
+    """What compile was asked for between a loss and moved weights."""
+    nothing: dict[str, Any] = {
+        "precision": "float32",
+        "accumulate": 1,
+        "clip_grad_norm": None,
+        "clip_grad_value": None,
+    }
+    return nothing | run.stepper.settings()
 
 
 def settings(optimizers: Mapping[str, Optimizer]) -> dict[str, list[dict[str, float]]]:
@@ -281,15 +285,11 @@ def other_schedules(states: Mapping[str, Any], now: Mapping[str, Callback]) -> d
     """The callbacks whose scheduler the script has changed since, with what has changed."""
     changed = {}
     for name, callback in now.items():
-        written = (
-            states.get(name, {}).get("settings") if isinstance(callback, LRScheduler) else None
-        )
-        if (
-            isinstance(callback, LRScheduler)
-            and written is not None
-            and written != callback.settings
-        ):
-            own = callback.settings
+        own = getattr(callback, "schedule_settings", None)  # of an LRScheduler
+        if own is None:
+            continue
+        written = states.get(name, {}).get("settings")
+        if written is not None and written != own:
             keys = [key for key in {**written, **own} if written.get(key) != own.get(key)]
             if written["class"] != own["class"]:
                 keys = ["class"]

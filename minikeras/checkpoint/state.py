@@ -12,15 +12,14 @@ import copy
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.atomic import discard, previous, refuse_folders, temporary, write
-from minikeras.callbacks import EMA, Callback, check_writable
+from minikeras.callback import Callback
 from minikeras.checkpoint.file import dump, read_newest, remedy_of_fit
 from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
@@ -40,6 +39,8 @@ from minikeras.checkpoint.matching import (
     warn_of_other_settings,
 )
 from minikeras.checkpoint.plain import plain, restored
+from minikeras.checkpoint.position import Positioned, warn_of_hidden_draws
+from minikeras.checkpoint.signals import Interruptions
 from minikeras.checkpoint.validate import untouched
 from minikeras.checkpoint.weights import (
     RUN,
@@ -51,43 +52,39 @@ from minikeras.checkpoint.weights import (
     set_buffers,
     weights_of,
 )
-from minikeras.data import Positioned, seeded, warn_of_hidden_draws
-from minikeras.distributed import World, load_optimizer, load_whole
 from minikeras.errors import CheckpointError, positive_int
-from minikeras.faults import Interruptions
-from minikeras.paths import fix, follow_links, user_path
-from minikeras.randomness import Randomness
-from minikeras.reachable import PlainAttributes
+from minikeras.hooks import Fit, Hook, Position
+from minikeras.processes import OneProcess
+from minikeras.stepper import Stepper
+from minikeras.support.atomic import (
+    check_writable,
+    discard,
+    previous,
+    refuse_folders,
+    temporary,
+    write,
+)
+from minikeras.support.paths import fix, follow_links, user_path
+from minikeras.support.randomness import Randomness
+from minikeras.support.reachable import PlainAttributes
+from minikeras.support.sharded_tensors import load_optimizer, load_whole
 
 if TYPE_CHECKING:
     from minikeras.model import Model
     from minikeras.run import Run
 
 
-@dataclass
-class Position:
-    """Where a fit stands: in an epoch, after so many of its steps; `logs` are the training's once that is done."""
-
-    epoch: int
-    step: int = 0
-    logs: dict[str, float] | None = None
-
-
-class Checkpoint:
-    """One fit's file. Without a path nothing is read or written.
+class Checkpoint(Hook):
+    """One fit's file.
 
     Args:
         path: the file; its folder is made.
         every: steps between two writings within an epoch, None for none.
     """
 
-    def __init__(self, path: str | Path | None, every: int | None = None) -> None:
-        if path is None and every is not None:
-            raise ValueError(
-                f'checkpoint_every={every} needs a file. Pass checkpoint="run.pt" as well.'
-            )
-        self.path = None if path is None else path_of_run(path)
-        self.place = None if self.path is None else fix(self.path)  # a callback may chdir
+    def __init__(self, path: str | Path, every: int | None = None) -> None:
+        self.path = path_of_run(path)
+        self.place = fix(self.path)  # a callback may chdir
         self.every = None if every is None else positive_int("checkpoint_every", every)
         self.state: Any = None  # what is to be carried on from
         self.whole = True  # the newest file is; else it is not worth keeping as the one before
@@ -95,7 +92,7 @@ class Checkpoint:
         self.random: Any = None  # as it was before the validation under way
         self.saved_step = 0  # of the epoch under way
         self.again: Any = None  # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
-        self.interruptions = Interruptions(active=path is not None)
+        self.interruptions = Interruptions()
 
     # --- before a fit -------------------------------------------------------------------------------------------------
 
@@ -108,8 +105,6 @@ class Checkpoint:
         callbacks: list[Callback],
     ) -> Iterable[Any]:
         """The same training batches, knowing where they stand."""
-        if self.path is None:
-            return train
         pairs = [
             (getattr(batches, "loader", batches), name)
             for batches, name in ((train, "dl_train"), (val, "dl_val"))
@@ -138,23 +133,22 @@ class Checkpoint:
             OSError: none can be written there.
         """
         self.model, self.run = model, run
-        run.carried_on.clear()
-        self.interruptions.alone = run.world is None
-        before, run.under_way = run.under_way, None
+        self.interruptions.alone = run.world.size == 1
+        # of a fit that did not come to its end: its checkpoint's path, and its first epoch
+        before, run.kept["unfinished"] = run.kept.get("unfinished"), None
         self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
-        if self.path is None:
-            return self.last
-        plain(
-            self.run.train.state_dict(), "metrics"
-        )  # what cannot be held is said before anything moves
+        # what cannot be held is said before anything moves
+        plain(self.run.train.totals.state_dict(), "metrics")
         place = follow_links(self.path)
         refuse_folders(previous(place))
         found = read_newest(self.path, reader(model))
+        is_again = before is not None and before[0] == self.path
         if (
-            found is not None and before is not None and before[0] == self.path
+            found is not None and before is not None and is_again
         ):  # broken off, and called once more
             self.first, self.last = before[1], before[1] - 1 + epochs
-        run.begun = run.begun or beginning(model, run)
+        # optimizers' settings and what is frozen, as the first fit with a checkpoint began
+        run.kept["begun"] = run.kept.get("begun") or beginning(model, run)
         if found is not None:
             check_run(found[0], model, run, found[1])
         self.use = use(
@@ -165,17 +159,12 @@ class Checkpoint:
             self.whole = path == place
             self.state = self._mine(state, path)
             self._compare_beginnings(state.get("begun"))
-        if run.world is None:
-            self._check_writable()
-        else:
-            run.world.by_main(self._check_writable)
-        run.under_way = self.path, self.first
+        run.world.by_main(self._check_writable)
+        run.kept["unfinished"] = self.path, self.first
         return self.last
 
     def _check_writable(self) -> None:
-        if (
-            self.state is None and self.path is not None and not self.path.is_dir()
-        ):  # a folder was read
+        if self.state is None and not self.path.is_dir():  # a folder was read
             check_writable(self.path, "fit(checkpoint=...)")
 
     def check_length(self, batches: int | None) -> None:
@@ -193,10 +182,10 @@ class Checkpoint:
 
     def _compare_beginnings(self, begun: Any) -> None:
         """What the script froze when the run began, and has thawed since, is not to be frozen by the file."""
-        self.now = self.run.begun
+        self.now = self.run.kept["begun"]
         if begun is None:  # an older file has none
             return
-        self.run.begun = begun
+        self.run.kept["begun"] = begun
         if self.state is None:
             return
         for key in ("frozen", "loss frozen", "in_eval"):
@@ -219,9 +208,19 @@ class Checkpoint:
 
     # --- as it begins -------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def around_fit(self, fit: Fit) -> Iterator[None]:
+        """Hold signals back during a fit, until the state is written."""
+        with self.interruptions:
+            yield
+
+    def resume(self, fit: Fit) -> None:
+        """Take over the file's state, and set where the fit begins."""
+        fit.at = self.restore(fit.callbacks, fit.say)
+
     @untouched
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
-        """Take over the file's state, where there is one of this call; where the fit begins, said in a line.
+        """Take over the file's state if it is of this call; return where the fit begins, said in a line.
 
         All that can be refused is refused before the first weight is changed.
 
@@ -229,17 +228,14 @@ class Checkpoint:
             CheckpointError: data, callbacks or metrics cannot take over what the file has of them.
         """
         self.callbacks, self.say = callbacks, say
-        self.groups = {
-            name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()
-        }
-        if self.path is not None:  # what cannot be held is said before anything moves
-            plain({name: callback.state_dict() for name, callback in named(callbacks)}, "callbacks")
-            others = {
-                key: value
-                for key, value in self.model.state_dict().items()
-                if not isinstance(value, Tensor)
-            }
-            plain(others, "the state_dict")
+        self._note_groups()
+        # what cannot be held is said before anything moves
+        plain({name: callback.state_dict() for name, callback in named(callbacks)}, "callbacks")
+        others = {}
+        for key, value in self.model.state_dict().items():
+            if not isinstance(value, Tensor):
+                others[key] = value
+        plain(others, "the state_dict")
         if self.state is None:
             return Position(self.first)
         state, self.state = self.state, None
@@ -259,7 +255,7 @@ class Checkpoint:
             self._load_course(with_copy(state, "callbacks"))
             self.model.stop_training = state["stopped"]
         if finished:
-            self.run.under_way = None
+            self.run.kept["unfinished"] = None
             self.use.came_to = "its end"
             say(
                 f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train"
@@ -283,15 +279,15 @@ class Checkpoint:
                     self._try(
                         f"callback {name}", callback.load_state_dict, state["callbacks"][name]
                     )
-            if state["position"]["step"] and self.run.train.objects:
-                self._try("metrics", self.run.train.load_state_dict, state["totals"])
+            if state["position"]["step"] and self.run.train.totals.objects:
+                self._try("metrics", self.run.train.totals.load_state_dict, state["totals"])
         except CheckpointError:
             for callback, before in reversed(tried):
                 with contextlib.suppress(Exception):
                     callback.load_state_dict(before)
             raise
         finally:
-            self.run.train.reset()
+            self.run.train.totals.reset()
 
     def _try(self, what: str, take: Callable[[Any], Any], state: Any) -> None:
         try:
@@ -300,13 +296,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: {error}. The model is "
                 f"as it was. Give what was given when the file was written. "
-                f"{remedy_of_fit(self._path)}"
+                f"{remedy_of_fit(self.path)}"
             ) from error
-
-    @property
-    def _path(self) -> Path:
-        assert self.path is not None
-        return self.path
 
     def _warn(self, state: Any, finished: bool, later: bool) -> None:
         """Say what the script has changed since the run began, and which is taken."""
@@ -360,7 +351,9 @@ class Checkpoint:
             for logs, _ in self.run.epochs[self.first - 1 :]
             for name in logs
         )
-        self.run.carried_on.update(["train_step"] + ["evaluate_step"] * validated)
+        self.run.engine.expect_steps(
+            ["train_step", "evaluate_step"] if validated else ["train_step"]
+        )
         position = restored(self._of_rank(state)["train"])
         past_first_epoch = len(self.run.epochs) >= self.first
         begun = 2 if position is None else position.get("iterations", 2)  # older files do not tell
@@ -371,20 +364,20 @@ class Checkpoint:
             )  # steps_per_epoch: the first iteration may be under way still
             if getattr(loader, "persistent_workers", False) and past_first_epoch and not in_first:
                 # in the run before, the seed of its workers was drawn in an iteration that is over
-                seeded(loader, self.run.world)
+                self.run.world.draw_first_seed(loader)
         self.train.carry_on(position)
 
     def _of_rank(self, state: Any) -> Any:
         """The state with what this process had of its own, where there are as many processes as then."""
         world, ranks = self.run.world, state.get("ranks", [])
-        if world is not None and world.size > 1 and len(ranks) == world.size:
+        if world.size > 1 and len(ranks) == world.size:
             return state | ranks[world.rank]
         return state
 
     def _load_course(self, state: Any) -> None:
         world, ranks = self.run.world, state.get("ranks", [])
-        rank, size = (0, 1) if world is None else (world.rank, world.size)
-        same = size > 1 and len(ranks) == size
+        rank = world.rank
+        same = world.size > 1 and len(ranks) == world.size
         state = self._of_rank(state)
         set_buffers(self.model, state["own buffers"] if same else {}, self.run.device)
         if isinstance(self.run.loss_func, nn.Module):
@@ -393,13 +386,15 @@ class Checkpoint:
                 state.get("own loss buffers", {}) if same else {},
                 self.run.device,
             )
-        self.run.train.reset()
+        self.run.train.totals.reset()
         if state["position"]["step"]:
-            self.run.train.load_state_dict(
+            self.run.train.totals.load_state_dict(
                 restored(state["totals"]), counted=same or rank == 0
             )  # by it for all
-        if self.run.precision is not None and state.get("precision"):  # older files have none
-            self.run.precision.load_state_dict(restored(state["precision"]))
+        stepper = self.run.stepper
+        if stepper.compiled_parts and state.get("precision"):  # older files have none
+            stepper.load_state_dict(restored(state["precision"]))
+        stepper.load_steps(steps_in(state))
         for name, callback in named(self.callbacks):
             if name in state["callbacks"]:
                 callback.load_state_dict(restored(state["callbacks"][name]))
@@ -407,13 +402,22 @@ class Checkpoint:
         if same or rank == 0:
             self.randomness.restore(restored(state["random"]))
 
-    def enter(self, at: Position) -> None:
+    def before_epoch(self, fit: Fit) -> None:
+        """Note the optimizers' groups: on_epoch_begin may add some."""
+        self._note_groups()
+
+    def _note_groups(self) -> None:
+        self.groups = {
+            name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()
+        }
+
+    def on_epoch_begin(self, fit: Fit) -> None:
         """After on_epoch_begin of an epoch: one that is resumed in its middle has had it already.
 
         What it did to the model, the optimizers, the random states and callbacks with a state_dict is undone: the state
         of the file is put back. What it set up in callbacks without one stays.
         """
-        self.saved_step = at.step
+        self.saved_step = fit.at.step
         state, self.again = self.again, None
         if state is not None:
             epochs = self.run.epochs
@@ -422,43 +426,25 @@ class Checkpoint:
             self._load_course(state)
             self.groups = state.get("groups", self.groups)
 
-    def epoch_begins(self) -> None:
-        """Before on_epoch_begin, which may add groups to optimizers."""
-        self.groups = {
-            name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()
-        }
-
     # --- as it goes on ------------------------------------------------------------------------------------------------
 
-    def after_batch(self, at: Position, number: int) -> bool:
-        """Write where that is due or the process is asked to end; whether the pass over the data is to end."""
-        self.agree()
-        if at.logs is None:
-            at.step = number
-            if self.model.stop_training:
-                return True
-            if self.every is not None and number - self.saved_step >= self.every:
+    def on_batch_end(self, fit: Fit, number: int) -> None:
+        """Write if it is due, or if the process is asked to end."""
+        at = fit.at
+        if at.logs is None and not self.model.stop_training and self.every is not None:
+            if number - self.saved_step >= self.every:
                 self.save(at)
-        self.interruptions.act(lambda: self.left(at))
-        return False
+        if not (at.logs is None and self.model.stop_training):
+            self.interruptions.act(lambda: self.left(at))
 
-    def agree(self) -> None:
-        """What one of several processes is asked to do, all do after the same batch."""
-        if self.run.world is not None:
-            received = self.interruptions.received or 0
-            stops, signal = self.run.world.agree(self.model.stop_training, received)
-            self.model.stop_training = bool(stops)
-            self.interruptions.agreed = int(signal) or None
+    def on_validation_begin(self, fit: Fit) -> None:
+        """Note the random state: validation is not resumed in its middle, but begun again."""
+        self.random = self.randomness.states()
 
-    def before_validation(self) -> None:
-        """Validation is not carried on in its middle, but begun anew."""
-        if self.path is not None:
-            self.random = self.randomness.states()
-
-    def epoch_ended(self, at: Position) -> None:
-        """Write; `at` is where the next epoch begins. The fit's last state must be written, or it is an error."""
+    def on_epoch_end(self, fit: Fit) -> None:
+        """Write the state. The fit's last state must be written, or it is an error."""
+        at = fit.at
         self.random = None
-        self.agree()
         self.save(at, last=at.epoch > self.last or self.model.stop_training)
         self.interruptions.act(lambda: self.left(at, saved=True))
 
@@ -471,23 +457,11 @@ class Checkpoint:
         )
 
     def save(self, at: Position, last: bool = False) -> None:
-        if self.path is None:
+        if not self.run.allows_writing(self.path, with_state=True):
             return
-        averages = [
-            part
-            for callback in self.callbacks
-            if isinstance(callback, EMA)
-            for part in callback.tensors()
-        ]
-        if self.run.finite_weights is not None and not self.run.finite_weights.allow(
-            self.path, averages
-        ):
-            return
-        assert self.place is not None
         error = self._write(self.place, plain(self._state(at), "the state of the run"))
         failed = error is not None
-        if self.run.world is not None:  # all must know, since all try again
-            failed = bool(self.run.world.agree(failed)[0])
+        failed = bool(self.run.world.agree(failed)[0])  # all must know, since all try again
         if failed and last:
             problem: Any = (
                 "another process has failed, and its message says more" if error is None else error
@@ -500,19 +474,18 @@ class Checkpoint:
         if last:
             self.use.came_to = "its end"
         if not failed:
-            self.run.under_way = None if last else self.run.under_way
-            self.whole, self.written, self.saved_step = (
-                True,
-                f"epoch {at.epoch}, step {at.step}",
-                at.step,
-            )
+            if last:
+                self.run.kept["unfinished"] = None
+            self.whole = True
+            self.written = f"epoch {at.epoch}, step {at.step}"
+            self.saved_step = at.step
 
     def _write(self, path: Path, state: Any) -> OSError | None:
         """By rank 0, where there are several processes, and what is in parts by all; the error, if it failed."""
         state, parts = apart(state)
         folder = None
         try:
-            if parts and self.run.world is not None:
+            if parts:
                 folder = Path(self.run.world.broadcast(str(temporary(follow_links(path)))))
                 state["parts"] = save_parts(folder, parts, self.run.world)
             if self.model.is_main_process:
@@ -533,13 +506,12 @@ class Checkpoint:
         return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Adds to any error where the last state is."""
+    def around_epoch(self, fit: Fit) -> Iterator[None]:
+        """Add to any error where the last state is."""
         try:
             yield
         except Exception as error:
-            if self.path is not None:
-                self.use.came_to = "an error"
+            self.use.came_to = "an error"
             if self.written:
                 error.add_note(
                     f"The last state is in {self.path}: {self.written}. Call fit again to go on from there."
@@ -556,7 +528,7 @@ class Checkpoint:
             "stopped": model.stop_training,
             "position": asdict(at),
             "history": run.epochs,
-            "begun": run.begun,
+            "begun": run.kept["begun"],
             "data": self.data,
             "groups": self.groups,
             "attributes": self.attributes.states(),
@@ -584,21 +556,24 @@ class Checkpoint:
                 name: buffer for name, buffer in buffers_of(loss).items() if name not in of_loss
             }
             state |= {"loss": of_loss, "loss buffers": hidden, "loss frozen": frozen(loss)}
-        return state if run.world is None else state | self._of_ranks(run.world, mine)
+        if run.world.size > 1:
+            state |= self._of_ranks(run.world, mine)
+        return state
 
     def _of_process(self) -> dict[str, Any]:
         """What each process has of its own."""
-        precision, totals = self.run.precision, self.run.train
+        stepper = self.run.stepper
         return {
-            "precision": None if precision is None else precision.state_dict(),
-            "totals": totals.state_dict(),
+            "precision": layout_of(stepper),
+            "optimizer_steps": stepper.named_steps(),
+            "totals": self.run.train.totals.state_dict(),
             "random": self.random or self.randomness.states(),
             "train": self.train.position(),
         }
 
-    def _of_ranks(self, world: World, mine: dict[str, Any]) -> dict[str, Any]:
+    def _of_ranks(self, world: OneProcess, mine: dict[str, Any]) -> dict[str, Any]:
         """What each of several processes has of its own; and the totals of all of them together."""
-        together, totals = dict(mine["totals"]), self.run.train
+        together, totals = dict(mine["totals"]), self.run.train.totals
         if totals.sums:
             sums, counts = totals.summed()
             together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
@@ -609,6 +584,26 @@ class Checkpoint:
             plain(mine, "the state of a process")
         )  # parts are in the whole state under the same names
         return {"totals": together, "ranks": world.gather(rest)}
+
+
+def layout_of(stepper: Stepper) -> dict[str, Any] | None:
+    """What the parts of the stepper hold, as it lies in a file: each optimizer has a window."""
+    state = stepper.state_dict()
+    if state is None:
+        return None
+    windows = {}
+    for name, steps in stepper.named_steps().items():
+        window = state.get("windows", {}).get(name, {})
+        windows[name] = {"weight": 0, "current": None, "batches": 0, **window, "steps": steps}
+    return {"accumulate": 1, "scaler": None} | state | {"windows": windows}
+
+
+def steps_in(state: Any) -> dict[str, int]:
+    """The steps that each optimizer had taken; older files tell them of windows alone."""
+    if "optimizer_steps" in state:
+        return dict(state["optimizer_steps"])
+    windows = (state.get("precision") or {}).get("windows", {})
+    return {name: window["steps"] for name, window in windows.items()}
 
 
 def path_of_run(path: Any) -> Path:

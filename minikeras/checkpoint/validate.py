@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from minikeras.callbacks import Callback, EarlyStopping
+from minikeras.callback import Callback
 from minikeras.checkpoint.file import remedy_of_fit
 from minikeras.checkpoint.plain import restored
 from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
 from minikeras.errors import CheckpointError, described, is_number
-from minikeras.reachable import is_order, is_plain
+from minikeras.support.reachable import is_order, is_plain
 
 if TYPE_CHECKING:
     from minikeras.run import Run
@@ -651,7 +651,7 @@ def check_callbacks(
                 problem = _Unfit(f"callback {name}, {key}", given[key], "a number")
                 raise CheckpointError(f"{path} is damaged: {problem}. {remedy_of_fit(path)}")
         weights = given.get("weights")
-        if isinstance(callback, EarlyStopping) and (
+        if getattr(callback, "keeps_weights", False) and (
             weights is not None and (type(weights) is not dict or weights)
         ):
             check_weights(model, given["weights"], path, remedy_of_fit)
@@ -716,9 +716,9 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
             except Exception:
                 continue  # one that takes no state: it has its own way to begin
         run.epochs, model.stop_training = epochs, stop
-        run.under_way = None
-        run.train.reset()
-        run.carried_on.clear()
+        run.kept["unfinished"] = None
+        run.train.totals.reset()
+        run.engine.expect_steps([])
         randomness.restore(drawn)
 
     return put_back

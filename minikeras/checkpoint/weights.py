@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.atomic import write
 from minikeras.checkpoint.file import dump, read_newest, refuse_special_file, remedy, remedy_of_load
 from minikeras.checkpoint.folder import reader
 from minikeras.checkpoint.plain import plain
-from minikeras.distributed import World, is_part, load_whole, whole
+from minikeras.compiled_names import COMPILED
 from minikeras.errors import CheckpointError, dtype_name
+from minikeras.nests import is_sharded
+from minikeras.processes import OneProcess
+from minikeras.support.atomic import write
+from minikeras.support.sharded_tensors import load_whole, whole
 
 RUN = "minikeras"  # the key of the version number in a run's state
 OWN_WAYS = ("load_state_dict", "set_extra_state")  # of a module to take its weights
-COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
 
-def save_weights(model: nn.Module, path: Path, world: World | None, keep: bool = True) -> None:
+def save_weights(model: nn.Module, path: Path, world: OneProcess, keep: bool = True) -> None:
     """The model's state_dict in a file: whole, or not there; there for each process when it goes on.
 
     Args:
@@ -43,7 +45,7 @@ def save_weights(model: nn.Module, path: Path, world: World | None, keep: bool =
             keep=keep,
         )
 
-    save() if world is None else world.by_main(save)
+    world.by_main(save)
 
 
 def weights_of(module: nn.Module) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def under_own_names(model: nn.Module, state: Any) -> Any:
     if any(COMPILED in key for key in state) and not any(COMPILED in key for key in own):
         state = renamed(state, own)
     missing = [key for key in own if key not in state and isinstance(own[key], Tensor)]
-    if missing and not any(is_lazy(value) or is_part(value) for value in own.values()):
+    if missing and not any(is_lazy(value) or is_sharded(value) for value in own.values()):
         state = copy.copy(state)
         for key in missing:
             other = twin_of(key, own, state)
@@ -374,7 +376,7 @@ def misfit(own: Any, given: Any) -> str:
 
 def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a finite number becomes infinite in another dtype."""
-    if tensor.layout != torch.strided or is_part(tensor):
+    if tensor.layout != torch.strided or is_sharded(tensor):
         return False
     if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return False
@@ -458,26 +460,3 @@ def _checksum(state: dict[str, Tensor]) -> str:
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
-
-
-def under_plain_names(model: nn.Module) -> None:
-    """From now on `Model(torch.compile(net))` saves and loads under the names of `Model(net)`."""
-    model.register_state_dict_post_hook(_drop_compiled_names)
-    model.register_load_state_dict_pre_hook(_add_compiled_names)
-
-
-def _drop_compiled_names(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    for name in [name for name in state if name.startswith(prefix) and COMPILED in name]:
-        state[name.replace(COMPILED, "")] = state.pop(name)
-
-
-def _add_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for wrapper, _ in module.named_modules(prefix=prefix.rstrip(".")):
-        if f"{wrapper}.".endswith("." + COMPILED):
-            outer = wrapper[: -len(COMPILED)] + "."
-            for name in [
-                name for name in state if name.startswith(outer) and not name.startswith(wrapper)
-            ]:
-                state[wrapper + name[len(outer) - 1 :]] = state.pop(name)

@@ -6,15 +6,10 @@ names the argument and shows the call with its words of this library.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from minikeras.errors import did_you_mean
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 TRAINING = (
     "dl_train",
@@ -79,22 +74,7 @@ NOTES = {
 }
 
 
-def in_other_words(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method raise a TypeError that teaches where a call does not fit its signature."""
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(lesson(method.__name__, signature, args[1:], kwargs, error)) from None
-        return method(*args, **kwargs)
-
-    return call
-
-
-def lesson(
+def lesson_of_call(
     verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError
 ) -> str:
     """What is wrong with a call, and the line to write in its place."""
@@ -118,26 +98,17 @@ def lesson(
     return f"{message.rstrip()} Write model.{verb}({line.lstrip(', ')})."
 
 
-def built_in_other_words(method: Callable[P, None]) -> Callable[P, None]:
-    """Let `Model.__init__` refuse the loss and optimizer that torchkeras's `KerasModel` takes, and say `compile`."""
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def build(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            what = str(error)
-            if what.startswith(("multiple", "too many")):
-                what = f"got {what}"
-            line = compile_line((), dict(kwargs))
-            raise TypeError(
-                f"Model() {what}; expected a network alone, and compile takes the loss and the optimizer. "
-                f"Write model = minikeras.Model(net), then model.compile({line})."
-            ) from None
-        method(*args, **kwargs)
-
-    return build
+def lesson_of_constructor(
+    verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError
+) -> str:
+    """What is wrong with Model(...) of the loss and optimizer that torchkeras's `KerasModel` takes."""
+    what = str(error)
+    if what.startswith(("multiple", "too many")):
+        what = f"got {what}"
+    return (
+        f"Model() {what}; expected a network alone, and compile takes the loss and the optimizer. "
+        f"Write model = minikeras.Model(net), then model.compile({compile_line((), dict(kwargs))})."
+    )
 
 
 def order_of_fit(epochs: Any, data: Any) -> str:
@@ -293,8 +264,9 @@ def missing_name(name: str) -> Any:
     message = f"module 'minikeras' has no attribute {name!r}"
     if name not in NAMES:
         raise AttributeError(message)
-    frame = inspect.currentframe()
-    caller = frame.f_back if frame is not None else None
+    caller = inspect.currentframe()
+    while caller is not None and caller.f_globals.get("__name__", "").startswith("minikeras"):
+        caller = caller.f_back
     if caller is not None and caller.f_code.co_name == "_handle_fromlist":
         raise ImportError(
             f"cannot import name {name!r} from 'minikeras'. {NAMES[name]}", name="minikeras"

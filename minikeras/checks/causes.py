@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikeras.broadcast import CLASS_LOSSES
+from minikeras.checks.broadcast import CLASS_LOSSES
 from minikeras.checks.classes import explain_class_dimension
-from minikeras.data import leaves
-from minikeras.distributed import World
+from minikeras.checks.half import half_probabilities
 from minikeras.errors import described, dtype_name, failing_layer
-from minikeras.losses import half_probabilities
+from minikeras.nests import leaves
+from minikeras.processes import OneProcess
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
 TUPLE = ". It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
@@ -100,7 +100,7 @@ def explain_squeezed(error: Exception, outputs: Any, labels: Any) -> None:
 def warn_of_squeezed(outputs: Tensor, labels: Any) -> None:
     """Say it where the loss has taken such outputs: its number is right, and other uses of them would fail."""
     if isinstance(labels, Tensor) and labels.ndim and labels.shape[0] == 1:
-        warnings.warn(squeezed(outputs, labels), stacklevel=3)
+        warnings.warn(squeezed(outputs, labels), stacklevel=4)
 
 
 def squeezed(outputs: Tensor, labels: Tensor) -> str:
@@ -158,9 +158,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def explain_forward(
-    error: Exception, model: nn.Module, features: Any, world: World | None = None
-) -> None:
+def explain_forward(error: Exception, model: nn.Module, features: Any, world: OneProcess) -> None:
     """Name the layer in which forward failed and what reached it; raise known causes with their remedy."""
     where = failing_layer(error, model)
     if where is None:
@@ -203,17 +201,14 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
 
 
 def _explain_layer(
-    error: Exception, where: tuple[str, nn.Module, Any], features: Any, world: World | None
+    error: Exception, where: tuple[str, nn.Module, Any], features: Any, world: OneProcess
 ) -> None:
     """What a layer cannot take, and what to give it."""
     name, layer, given = where
     shape = tuple(given.shape)
     if "Expected more than 1 value per channel" in str(error):
-        whose, other = (
-            ("", "another")
-            if world is None
-            else (f", process {world.rank}'s part of the batch", "a bigger")
-        )
+        whose = world.describe_part()
+        other = "a bigger" if whose else "another"
         raise ValueError(
             f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
             f"{shape}{whose}. Leave the short last batch out with drop_last=True, or choose {other} batch_size."

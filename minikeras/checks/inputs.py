@@ -17,15 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.broadcast import BroadcastGuard
+from minikeras.checks.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
-from minikeras.data import UnknownRows, leaves
+from minikeras.checks.half import check_not_half
+from minikeras.columns import check_name
 from minikeras.errors import described, dtype_name
-from minikeras.losses import Regularized, check_not_half, parameters_of
+from minikeras.metric_objects import is_stateful
+from minikeras.nests import leaves
 from minikeras.overrides import overrides
-from minikeras.results import check_number
+from minikeras.results import check_number, inner_loss
+from minikeras.rows import UnknownRows
+from minikeras.run import parameters_of
 
 # --- losses and metrics, looked at ------------------------------------------------------------------------------------
 
@@ -67,7 +71,7 @@ def check_loss_inputs(
 
     What the model's layers tell of the outputs is warned of once: in training, or in an evaluation without any.
     """
-    loss_func = loss_func.loss_func if isinstance(loss_func, Regularized) else loss_func
+    loss_func = inner_loss(loss_func)
     check_not_half(loss_func, outputs)
     check_one_tensor(loss_func, outputs, labels)
     forward = getattr(
@@ -105,8 +109,7 @@ def check_loss_inputs(
 
 def is_of_torch(loss_func: Any) -> bool:
     """Tell whether a loss is one of torch's, which all compare with labels."""
-    if isinstance(loss_func, Regularized):
-        loss_func = loss_func.loss_func
+    loss_func = inner_loss(loss_func)
     forward = getattr(type(loss_func), "forward", None)
     of_torch = getattr(forward, "__module__", "") == "torch.nn.modules.loss"
     return of_torch or getattr(loss_func, "__module__", "") == F.__name__
@@ -148,17 +151,6 @@ def _sums_to_one(outputs: Tensor) -> bool:
 
 
 # --- metrics and weights ----------------------------------------------------------------------------------------------
-
-
-def check_name(who: str, name: Any, taken: tuple[str, ...]) -> None:
-    """A column's name must be a string that history does not use itself."""
-    if not isinstance(name, str):
-        raise TypeError(f"{who} the name {name!r}; expected a string.")
-    if name in taken or name.startswith("val_"):
-        raise ValueError(
-            f"{who} the name {name!r}, which history uses itself ({', '.join(taken)} and val_...). "
-            f"Give it another name."
-        )
 
 
 def check_results(results: Any, step: Callable[..., Any]) -> None:
@@ -354,11 +346,6 @@ def check_callable(name: str, function: Any) -> None:
         )
 
 
-def is_stateful(metric: Any) -> bool:
-    """Whether a metric is an object with update, compute and reset, as torchmetrics has them."""
-    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
-
-
 def check_metrics_dict(metrics_dict: Any) -> None:
     """Names of columns -> functions or objects; the names that history uses itself are taken."""
     if not isinstance(metrics_dict, Mapping):
@@ -371,12 +358,17 @@ def check_metrics_dict(metrics_dict: Any) -> None:
         check_callable(f"metric {name!r}", metric)
 
 
-def named_optimizers(optimizer: Any) -> dict[str, Optimizer]:
-    """A dict of optimizers from what compile was given; one alone goes by the name ''."""
+def check_optimizer_argument(optimizer: Any) -> None:
+    """Refuse what compile was given as optimizer if it is neither one nor a dict of them.
+
+    Raises:
+        TypeError: it is something else, such as a class.
+        ValueError: an empty dict.
+    """
     optimizers = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
-    for name, one in optimizers.items():
-        if not isinstance(one, Optimizer):
-            got = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
+    for name, given in optimizers.items():
+        if not isinstance(given, Optimizer):
+            got = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
             where = f"optimizer {name!r}" if name else "optimizer"
             raise TypeError(
                 f"{where} must be a torch.optim.Optimizer or a dict of them, got {got}. "
@@ -386,4 +378,3 @@ def named_optimizers(optimizer: Any) -> dict[str, Optimizer]:
         raise ValueError(
             "optimizer is an empty dict; expected at least one. Leave it out for Adam(lr=1e-3)."
         )
-    return dict(optimizers)

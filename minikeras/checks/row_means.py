@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from minikeras.checks.twin import twin_of
-from minikeras.data import UnknownRows, cloned, count_rows, join, leaves, map_leaves, parts
-from minikeras.distributed import World
 from minikeras.errors import is_number
-from minikeras.randomness import Randomness
+from minikeras.joining import join
+from minikeras.nests import cloned, leaves, map_leaves, parts
+from minikeras.processes import OneProcess
+from minikeras.rows import UnknownRows, count_rows
+from minikeras.support.randomness import Randomness
 
 LEAST = 4  # rows that are looked at: two halves of two
 BATCHES = 4  # of a pass that are looked at, at most: as many as it takes to have the rows
@@ -43,9 +45,7 @@ class RowMeanCheck:
         world: the processes that train together. They look at the same time, and call as often.
     """
 
-    def __init__(
-        self, looks: Counter[str], device: torch.device, world: World | None = None
-    ) -> None:
+    def __init__(self, looks: Counter[str], device: torch.device, world: OneProcess) -> None:
         self.looks = looks
         self.world = world
         self.randomness = Randomness(device, [])
@@ -74,17 +74,14 @@ class RowMeanCheck:
             self.active = False
             return {}
         batch, self.rows = self._batch(outputs, labels) if counts else ((outputs, labels), 0)
-        fewest = self.rows
-        if self.world is not None:
-            fewest = int(-self.world.agree(-self.rows)[0])
+        fewest = int(-self.world.agree(-self.rows)[0])
         self.batches += 1
         self.active = self.batches < BATCHES
         if fewest < LEAST:
             return {}
         self.small = []
         found = self._judge(pending, *batch)
-        if self.world is not None:
-            found = [int(kind) for kind in self.world.agree(*found)]
+        found = [int(kind) for kind in self.world.agree(*found)]
         return dict(zip(pending, found, strict=True))
 
     def tell(self, found: Mapping[str, int]) -> None:
@@ -94,7 +91,7 @@ class RowMeanCheck:
                 self.looks[name] += 1
             elif kind == OTHER:
                 self.looks[name] = ENOUGH
-                if self.world is None or self.world.rank == 0:
+                if self.world.rank == 0:
                     _warn_of_other(name, self.rows)
 
     def _batch(self, outputs: Any, labels: Any) -> tuple[Any, int]:

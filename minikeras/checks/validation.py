@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from minikeras.batch import move_to_device
 from minikeras.checks.inputs import check_batch, check_results, needs_labels
-from minikeras.data import RowCounter, first_rows, map_leaves, placed
+from minikeras.checks.peek import first_rows
 from minikeras.modes import modes_kept
+from minikeras.nests import map_leaves
 from minikeras.overrides import overrides
-from minikeras.randomness import Randomness
+from minikeras.phase import NO_BATCH
+from minikeras.support.randomness import Randomness
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -34,7 +37,7 @@ def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels
     Raises:
         ValueError, TypeError: what the evaluation of that batch raises.
     """
-    if run.world is not None or run.by_parts or overrides(model, *PARTS):
+    if run.world.size > 1 or run.engine.compiles_parts or overrides(model, *PARTS):
         return
     if any(map(is_lazy, model.parameters())):  # the evaluation would make them
         return
@@ -42,35 +45,39 @@ def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels
         batch = first_rows(val)
         if batch is None:
             return
-        its_features, its_labels, weight = placed(batch, run.device)
+        its_features, its_labels, weight = move_to_device(batch, run.device)
         if made_of((its_features, its_labels)) == made_of((features, labels)) and weight is None:
             return
         evaluate_once(model, run, its_features, its_labels, weight)
     except Exception as error:
         error.add_note(NOTE)
+        error.says_where = True  # type: ignore[attr-defined] # for the loop: it is no batch of dl_train
         raise
 
 
 def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: Any) -> None:
     """Take one batch through evaluate_step, and put back all that it changes."""
-    randomness = Randomness(run.device, [])
-    states, totals, rows = randomness.states(), run.totals, run.rows
     loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
-    run.totals = run.val
-    run.val.reset()
+    phase = run.val
+    randomness = Randomness(run.device, [])
+    states, previous = randomness.states(), run.phase
+    run.phase = phase
+    phase.totals.reset()
+    phase.begin_pass()
     try:
         with modes_kept(model, loss), torch.no_grad():
             model.eval()
             loss.eval()
-            step = run.under_autocast(model.evaluate_step)
-            run.rows = RowCounter(run.takes_several).count(features, labels)
+            step = run.stepper.decorated("around_step", model.evaluate_step)
+            batch = phase.take(1, features, labels, weight, is_filler=False)
             needed = needs_labels(model, run.loss_func, "evaluate_step")
-            check_batch(step, features, labels, weight, run.rows, needed)
+            check_batch(step, features, labels, weight, batch.rows, needed)
             results = step(features, labels) if weight is None else step(features, labels, weight)
             check_results(results, step)
     finally:
-        run.val.reset()
-        run.totals, run.rows = totals, rows
+        phase.totals.reset()
+        phase.batch = NO_BATCH
+        run.phase = previous
         randomness.restore(states)
 
 

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from minikeras.data.sources import length
+from minikeras.nests import cloned, map_leaves
+from minikeras.sources import length
 
 SURELY_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 LEAST = 1000  # batches of a pass of unknown length before it is called long
@@ -35,6 +36,13 @@ class FirstBatches:
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(self.batches, self.steps)
+
+    def first(self) -> Any:
+        """Return a copy of the first batch if that needs no reading; else None."""
+        if type(self.batches) is list:
+            return map_leaves(cloned, self.batches[0]) if self.batches else None
+        first = getattr(self.batches, "first", None)
+        return first() if callable(first) else None
 
 
 class Watched:

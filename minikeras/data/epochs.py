@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from minikeras.data.in_memory import base_of
-from minikeras.data.sources import ContinuedBatches
+from minikeras.hooks import Fit, Hook
+from minikeras.sources import ContinuedBatches
 
 
 def shuffled_by_epoch(batches: Iterable[Any] | None) -> list[Any]:
@@ -55,3 +56,12 @@ def put_epochs_back(loader: Any, epochs: Iterable[int | None]) -> None:
     for part, epoch in zip(shuffled_by_epoch(loader), epochs, strict=False):
         if epoch is not None:
             part.set_epoch(epoch)
+
+
+class SamplerEpochs(Hook):
+    """Gives samplers that shuffle by it the number of each epoch of a fit."""
+
+    def before_epoch(self, fit: Fit) -> None:
+        """Give them the number, from 0."""
+        for batches in (fit.train, fit.val):
+            set_epoch(batches, fit.at.epoch - 1)

@@ -38,6 +38,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from minikeras.sources import Fetch
+
 BLOCK = (
     2**18
 )  # bytes gathered at once: from 64 KiB on no faster, and small beside any data worth a thought
@@ -382,6 +384,15 @@ class InMemoryBatches:
             )
         return self._named(self._one_by_one(asked(loader)))
 
+    def first(self) -> Any:
+        """Return a copy of the first batch, None if the order is drawn."""
+        sampler: Any = self.loader.batch_sampler
+        if type(sampler) is not BatchSampler or type(sampler.sampler) is not SequentialSampler:
+            return None
+        dataset: Any = self.loader.dataset
+        rows = range(min(sampler.batch_size, len(dataset)))
+        return default_collate([dataset[row] for row in rows]) if rows else None
+
     def along(self, order: Iterator[Any]) -> Iterator[Any]:
         """The batches of these row numbers, asked for one by one."""
         return self._named(self._one_by_one(order))
@@ -440,3 +451,21 @@ class InMemoryBatches:
                 yield list(batch.values()) if type(batch) is dict else batch
             else:
                 yield [_take(tensor, picked, self.device) for tensor in tensors]
+
+
+class FastFetch(Fetch):
+    """Rows in memory as batches, whole tensors at a time."""
+
+    def loader(self, loader: Any, device: torch.device | None) -> Any:
+        """Return `InMemoryBatches` if it yields what the loader yields, else the loader."""
+        return InMemoryBatches(loader, device) if is_in_memory(loader) else loader
+
+    def rows(
+        self,
+        tensors: list[Tensor],
+        order: Tensor | None,
+        batch_size: int,
+        device: torch.device | None,
+    ) -> Iterator[list[Tensor]]:
+        """Yield the rows of tensors in batches."""
+        return gathered(tensors, order, batch_size, device)

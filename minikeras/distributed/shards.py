@@ -12,13 +12,17 @@ which each process has its part of the gradients' sum over all: nothing is left 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from minikeras.hooks import Fit, Hook
+from minikeras.nests import is_sharded
+from minikeras.stepper import Part, StepLoss, gradients_of, parameters_of
+from minikeras.support.sharded_tensors import as_part
 
 
 def shard(
@@ -45,13 +49,13 @@ def shard(
         )
     chosen = blocks_of(model, blocks)
     before = dict(model.named_parameters())
-    if not any(map(is_part, model.parameters())):
+    if not any(map(is_sharded, model.parameters())):
         mesh = init_device_mesh(
             device.type, (dist.get_world_size(),)
         )  # by itself torch takes a GPU where there is one
         for block in chosen:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        if not own_step or not all(map(is_part, model.parameters())):
+        if not own_step or not all(map(is_sharded, model.parameters())):
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(
@@ -109,69 +113,86 @@ def follow(optimizer: Optimizer, now: Mapping[Tensor, Tensor]) -> None:
         }
 
 
-def is_part(tensor: Any) -> bool:
-    """Whether a tensor is in parts. Asked without loading torch's DTensor, which one process has no use for."""
-    return hasattr(tensor, "full_tensor")
+class ShardedBackward(Part, Hook):
+    """Fills the gradients of parameters in parts, and puts a model into parts again after an error.
+
+    A custom train_step must call `self.backward`: gradients of parts call no hook as they are filled.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[Optimizer] = (
+            set()
+        )  # those that backward was called for since their last step
+
+    def on_loss(self, loss: StepLoss) -> None:
+        """Note whose gradients are filled."""
+        self.seen.update(loss.optimizers)
+
+    def backward(self, loss: StepLoss) -> bool:
+        """Do what loss.total.backward(inputs=...) would.
+
+        torch does not find parts among its inputs: the gradients of all other parameters are laid
+        aside meanwhile.
+        """
+        if loss.inputs is None or not any(map(is_sharded, loss.inputs)):
+            loss.total.backward(inputs=loss.inputs)
+            return True
+        wanted = set(loss.inputs)
+        aside = {}
+        for optimizer in self.stepper.optimizers.values():
+            for parameter in parameters_of(optimizer):
+                if parameter not in wanted:
+                    aside[parameter] = parameter.grad
+                    parameter.grad = None
+        loss.total.backward()
+        for parameter, gradient in aside.items():
+            parameter.grad = gradient
+        return True
+
+    def on_step(self, optimizers: list[Optimizer]) -> None:
+        """Refuse a step whose gradients were not filled by `self.backward`."""
+        for optimizer in optimizers:
+            if optimizer not in self.seen and any(map(is_sharded, gradients_of(optimizer))):
+                raise RuntimeError(
+                    f"loss.backward() passes {self.stepper.bypassed} by. Call self.backward(loss) in "
+                    f"train_step."
+                )
+
+    def on_waiting(self, optimizer: Optimizer) -> None:
+        """Note that the gradients of this window have been filled."""
+        self.seen.add(optimizer)
+
+    def on_stepped(self, optimizer: Optimizer) -> None:
+        """Begin a new window."""
+        self.seen.discard(optimizer)
+
+    def reset(self) -> None:
+        """Forget whose gradients were filled."""
+        self.seen.clear()
+
+    @contextlib.contextmanager
+    def around_epoch(self, fit: Fit) -> Iterator[None]:
+        """Put the model into parts again when an error ends the epoch."""
+        try:
+            yield
+        except BaseException:
+            settle(fit.model)
+            raise
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of all parts, on the CPU where it was in parts; to be called by all processes."""
-    return tensor.detach().full_tensor().cpu() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+def sync_batchnorm(model: nn.Module, world: Any, device: torch.device) -> None:
+    """Let BatchNorm take the rows of all processes together; the state_dict's keys stay.
 
-
-def as_part(value: Any, like: Any) -> Any:
-    """This process's part of a whole tensor, where `like` is in parts; anything else as it is."""
-    if (
-        not is_part(like)
-        or not isinstance(value, Tensor)
-        or is_part(value)
-        or value.shape != like.shape
-    ):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    there = value.detach().to(like.device)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """load_state_dict of whole tensors, each process taking its parts."""
-    own = model.state_dict()
-    if any(map(is_part, own.values())):
-        parts: Any = copy.copy(state)  # with torch's version numbers
-        for name, value in state.items():
-            parts[name] = as_part(value, own.get(name))
-        state = parts
-    model.load_state_dict(state)
-
-
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """load_state_dict of whole tensors, each process taking its parts."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parts = {
-        number: {name: as_part(value, parameters[number]) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    own = optimizer.state_dict()[
-        "param_groups"
-    ]  # with what a scheduler has put into them meanwhile
-    groups = [{**mine, **group} for mine, group in zip(own, state["param_groups"], strict=True)]
-    optimizer.load_state_dict({**state, "state": parts, "param_groups": groups})
-
-
-def backward(total: Tensor, inputs: Any, held: Iterable[Tensor]) -> None:
-    """total.backward(inputs=inputs). torch does not find parts among its inputs: the gradients of the rest of `held`
-    are laid aside meanwhile."""
-    if inputs is None or not any(map(is_part, inputs)):
-        total.backward(inputs=inputs)
-        return
-    wanted = set(inputs)
-    aside = {parameter: parameter.grad for parameter in held if parameter not in wanted}
-    for parameter in aside:
-        parameter.grad = None
-    total.backward()
-    for parameter, gradient in aside.items():
-        parameter.grad = gradient
+    Raises:
+        ValueError: on the CPU, for which torch has none.
+    """
+    if device.type == "cpu":
+        raise ValueError(
+            f"sync_batchnorm=True with {world.size} processes needs GPUs: torch has no SyncBatchNorm for "
+            f"the CPU. Leave it out, and choose a batch_size that is enough for the statistics of each "
+            f"process."
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def settle(model: nn.Module) -> None:
@@ -184,15 +205,6 @@ def settle(model: nn.Module) -> None:
             ):  # it is not the outermost, or has not been called
                 module.reset_iter_state()
             module.reshard()
-
-
-@contextlib.contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
-    """In parts again at the end, however that comes."""
-    try:
-        yield
-    finally:
-        settle(model)
 
 
 def sum_of_parts(number: Tensor, like: Any) -> Tensor:

@@ -21,26 +21,31 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.errors import one_of
+from minikeras.distributed import shards
+from minikeras.metric_objects import needs_all_rows, parts_that_sync
+from minikeras.nests import is_sharded
+from minikeras.processes import OneProcess
+from minikeras.run import parameters_of
 
 TIMEOUT = timedelta(
     minutes=2
 )  # after which a lost process is an error; of a group of the user's own, what it has
 
 
-def world_of(distributed: str | None) -> World | None:
-    """What compile(distributed=...) asks for; None for one process."""
-    if distributed is None:
-        return None
-    one_of("distributed", distributed, ("auto", "ddp", "fsdp"))
+def world_of(distributed: str) -> OneProcess:
+    """The processes that compile(distributed=...) asks for.
+
+    Raises:
+        ValueError: several are asked for, and this one was started alone.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
@@ -50,20 +55,11 @@ def world_of(distributed: str | None) -> World | None:
                 "script with torchrun --nproc-per-node=2 script.py, or leave distributed out."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return None
+            return OneProcess()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
         atexit.register(leave)
-    return World() if dist.get_world_size() > 1 else None
-
-
-def is_main() -> bool:
-    """Whether this process is alone, or the first of those in its group, or of those that a launcher has started."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
+    return World() if dist.get_world_size() > 1 else OneProcess()
 
 
 def leave() -> None:
@@ -80,7 +76,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class World:
+class World(OneProcess):
     """The processes that train together. Small things go through the CPU, so that no device is waited for."""
 
     def __init__(self) -> None:
@@ -96,8 +92,9 @@ class World:
         self.control = (
             None if on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)
         )  # None: the group of all
-        self.shared = False  # all have the weights of rank 0
-        self.apart = False  # a fit is under way: the random states of ranks differ, for dropout
+        self.has_shared = False  # all have the weights of rank 0
+        # a fit is running: the random states of ranks differ, for dropout
+        self.draws_apart = False
 
     def device(self, chosen: torch.device) -> torch.device:
         """This process's device of that kind."""
@@ -200,6 +197,97 @@ class World:
         with self.answered():
             self.dist.all_reduce(tensor)
         return tensor
+
+    def add_up_totals(
+        self, sums: list[Tensor], counts: Mapping[str, Any]
+    ) -> tuple[list[Tensor], Mapping[str, Any]]:
+        """Return the sums and counts of a pass over all processes; both may be empty."""
+        if not sums:
+            return sums, counts
+        zero = torch.zeros_like(sums[0])
+        together = self.add_up(torch.stack([*sums, *(zero + count for count in counts.values())]))
+        all_sums, all_counts = together.split(len(sums))
+        return list(all_sums), dict(zip(counts, all_counts, strict=True))
+
+    def share_weights(self, model: nn.Module, loss_func: Any) -> None:
+        """Give all processes the weights and buffers of rank 0, once; parts have come from it already."""
+        if self.has_shared:
+            return
+        tensors: list[Tensor] = list(parameters_of(model, loss_func))
+        tensors += model.buffers()
+        if isinstance(loss_func, nn.Module):
+            tensors += loss_func.buffers()
+        self.share([tensor for tensor in tensors if not is_sharded(tensor)])
+        self.has_shared = True
+
+    def settle(self, model: nn.Module) -> None:
+        """Put a model into parts again, after a forward or backward that an error has ended."""
+        shards.settle(model)
+
+    def part_of(self, batches: Iterable[Any], name: str) -> Iterable[Any]:
+        """Return this process's part of `batches`, which the user calls `name`."""
+        from minikeras.distributed.sharded import sharded
+
+        return sharded(batches, self, name)
+
+    def draw_first_seed(self, loader: Any) -> None:
+        """Draw what a loader draws for its persistent workers in its first iteration, which is over."""
+        from minikeras.distributed.sharded import draw_first_seed
+
+        draw_first_seed(loader)
+
+    def prepare_metric(self, metric: Any, name: str, syncs: Callable[[], bool]) -> None:
+        """Let a torchmetrics object speak with other processes when `syncs()` says so.
+
+        Raises:
+            TypeError: it is another object, whose counts cannot be put together.
+        """
+        if needs_all_rows(metric):
+            return
+        parts = parts_that_sync(metric)
+        if not parts:
+            raise TypeError(
+                f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several "
+                f"processes cannot be put together. Give a function that returns a mean or an "
+                f"Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object."
+            )
+        for part in parts:
+            part.distributed_available_fn = syncs
+            part.compute_with_cache = False  # what was read before was of this process alone
+
+    def compute_metric(
+        self, metric: Any, read: Callable[[Any], dict[str, float]]
+    ) -> dict[str, float]:
+        """Return the columns that `read` finds in a metric object's answer, over all processes."""
+        if not needs_all_rows(metric):
+            return read(metric.compute())
+        from minikeras.on_all_rows import compute_on_all_processes
+
+        return compute_on_all_processes(metric, self, read)
+
+    def have_updated(self, metrics: Iterable[Any], updated: bool) -> bool:
+        """Tell whether the metric objects have seen rows: torchmetrics needs that in each, or in none.
+
+        Raises:
+            ValueError: the metric objects of one process have seen none, and those of another have.
+        """
+        some, none = self.agree(updated, not updated)
+        if some and none and not all(map(needs_all_rows, metrics)):
+            raise ValueError(
+                f"there are fewer rows than processes, {self.size}, and the metric objects of one have "
+                f"seen none. Give more rows, or start fewer processes."
+            )
+        return bool(some)
+
+    def join_outputs(self, outputs: Any, everywhere: bool) -> Any:
+        """Return the outputs of all processes, in the order of the rows; None where not wanted."""
+        from minikeras.distributed.outputs import gathered
+
+        return gathered(outputs, self, everywhere)
+
+    def describe_part(self) -> str:
+        """Return the words that call a batch this process's part of it."""
+        return f", process {self.rank}'s part of the batch"
 
 
 def pack(value: Any) -> Tensor:

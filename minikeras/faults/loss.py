@@ -9,7 +9,7 @@ under jit       the graph holds back its own steps; see jit/steps.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from minikeras.data import leaves
-from minikeras.distributed import is_part
+from minikeras.nests import is_sharded, leaves
+from minikeras.results import count_bad_gradient
 
 READ_EVERY = 50  # steps, on a device
 CAUSE = (
@@ -29,6 +29,8 @@ REMEDY = "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data,
 
 class NonFiniteLoss(FloatingPointError):
     """The loss is NaN or infinite. What `fit` raises for it is a FloatingPointError."""
+
+    says_where = True  # the message names epoch and batch
 
     def __init__(self, value: float, ago: int = 0) -> None:
         super().__init__(f"the loss is {value}; expected a finite number.")
@@ -69,33 +71,45 @@ class FiniteLoss:
     the gradient that was bad, and not the loss, where `of_gradient` is 1.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        optimizers: Iterable[Optimizer],
-        bad: Tensor | None = None,
-        alone: bool = True,
-        of_gradient: Tensor | None = None,
-    ) -> None:
-        self.alone = alone  # else nothing is raised before all processes have heard of it
+    def __init__(self, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
+        self.alone = True  # else nothing is raised before all processes have heard of it
         self.value = 0.0  # the last loss that was read
         self.last = math.nan  # the last finite loss that was read
         self.looked = 0  # losses, those included that no one has read
         self.reads_each = device.type == "cpu"
-        self.bad = torch.zeros((), device=device) if bad is None else bad.zero_()
-        self.of_gradient = (
-            torch.zeros((), device=device) if of_gradient is None else of_gradient.zero_()
-        )
+        self.bad = torch.zeros((), device=device)
+        self.of_gradient = torch.zeros((), device=device)
         self.found = torch.zeros((), device=device)  # 1 from the first bad loss on
-        self.reading = Reading(self.bad)
+        self.reading = DelayedRead(self.bad)
         self.steps = 0
         self.optimizers = list(optimizers)
-        self.blocks = all(
-            group.get("fused") for optimizer in self.optimizers for group in optimizer.param_groups
-        )
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.blocks = all(group.get("fused") for group in groups)
         self.skipped_elsewhere = (
             False  # a graph or a scaler skips the steps from the first bad loss on
         )
+
+    def begin(self, counts: tuple[Tensor, Tensor] | None) -> None:
+        """Begin a fit; `counts` are those that a graph keeps, `bad` and `of_gradient`."""
+        if counts is not None:
+            self.bad, self.of_gradient = counts
+            self.bad.zero_()
+            self.of_gradient.zero_()
+            self.reading = DelayedRead(self.bad)
+
+    def way_back(self) -> Callable[[], None]:
+        """Return a function that puts back what has been read until now."""
+        names = ("value", "last", "looked", "steps")
+        numbers = {name: getattr(self, name) for name in names}
+        counts = [self.bad, self.of_gradient, self.found]
+        values = [count.clone() for count in counts]
+
+        def restore() -> None:
+            vars(self).update(numbers)
+            for count, value in zip(counts, values, strict=True):
+                count.copy_(value)
+
+        return restore
 
     def __enter__(self) -> FiniteLoss:
         if self.blocks and not self.reads_each:
@@ -116,7 +130,13 @@ class FiniteLoss:
         """Before a step moves a weight: raise NonFiniteLoss where the loss, 0-dim, is not finite."""
         self.looked += 1
         if self.reads_each:
-            self._judge(loss.item())
+            value = loss.item()
+            if math.isfinite(value):
+                self.last = value
+            elif self.alone:
+                raise NonFiniteLoss(value)
+            else:
+                self.value = value
             return
         with (
             torch.no_grad()
@@ -131,7 +151,7 @@ class FiniteLoss:
 
         It is the same in all processes, which have added up their gradients.
         """
-        if is_part(norm):
+        if is_sharded(norm):
             norm = norm.full_tensor()  # type: ignore[attr-defined]
         if self.reads_each:
             value = norm.item()
@@ -142,14 +162,6 @@ class FiniteLoss:
         with torch.no_grad():
             count_bad_gradient(self.bad, self.of_gradient, norm)
             self.found.copy_(self.bad > 0)
-
-    def _judge(self, value: float) -> None:
-        if math.isfinite(value):
-            self.last = value
-        elif self.alone:
-            raise NonFiniteLoss(value)
-        else:
-            self.value = value
 
     def own(self) -> Any:
         """1 where a loss of this process was not finite, else 0."""
@@ -194,32 +206,20 @@ class FiniteLoss:
             raise NonFiniteLoss(math.nan, ago=int(bad) - 1)
 
 
-def count_bad(bad: Tensor, loss: Tensor) -> None:
-    """For a graph: one more step since the first bad loss, where there was one or this is it."""
-    bad.copy_(torch.where((bad > 0) | ~loss.detach().isfinite(), bad + 1, bad))
-
-
-def count_bad_gradient(bad: Tensor, of_gradient: Tensor, norm: Tensor) -> None:
-    """After the loss of a step was counted: the count begins where the norm of its gradient is the first bad thing."""
-    begins = (bad == 0) & ~norm.detach().isfinite()
-    of_gradient.copy_(torch.where(begins, 1.0, of_gradient))
-    bad.copy_(torch.where(begins, 1.0, bad))
-
-
 def first_non_finite(parameters: Iterable[Tensor]) -> Tensor | None:
     """The first parameter whose gradient holds NaN or inf."""
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
             continue
-        if is_part(gradient):
+        if is_sharded(gradient):
             gradient = gradient.to_local()  # type: ignore[attr-defined]
         if not bool(gradient.isfinite().all()):
             return parameter
     return None
 
 
-class Reading:
+class DelayedRead:
     """A number on a device, read without waiting: copied when asked for, looked at when the copy has arrived."""
 
     def __init__(self, source: Tensor) -> None:

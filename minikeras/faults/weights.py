@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from minikeras.distributed import World, is_part
 from minikeras.faults.loss import (
     CAUSE,
     REMEDY,
@@ -29,6 +28,8 @@ from minikeras.faults.loss import (
     last_loss,
     shown_rates,
 )
+from minikeras.nests import is_sharded
+from minikeras.processes import OneProcess
 
 ANOMALY = "torch.autograd.set_detect_anomaly(True) names the operation."
 LOOKED_AT = (
@@ -64,9 +65,9 @@ class FiniteWeights:
 
     Args:
         model, loss_func, optimizers: what is trained.
-        world: the processes that train together, None for one.
+        world: the processes that train together.
         finite_loss: the watch over the losses; None for on_nan="ignore".
-        precision: what holds the gradients of batches that wait for a step; None where nothing does.
+        gradients_wait: gradients of several batches wait for a step, and must be finite.
     """
 
     def __init__(
@@ -74,16 +75,16 @@ class FiniteWeights:
         model: nn.Module,
         loss_func: Any,
         optimizers: Mapping[str, Optimizer],
-        world: World | None = None,
+        world: OneProcess,
         finite_loss: FiniteLoss | None = None,
-        precision: Any = None,
+        gradients_wait: bool = False,
     ) -> None:
         self.model = model
         self.loss_func = loss_func
         self.optimizers = optimizers
         self.world = world
         self.finite_loss = finite_loss
-        self.precision = precision
+        self.gradients_wait = gradients_wait
         self.begun: dict[
             str, tuple[Any, Tensor | None]
         ] = {}  # name -> shape and what was not finite then
@@ -122,7 +123,7 @@ class FiniteWeights:
                 warnings.warn(
                     f"{path} is not written: {listed(found) or 'weights of another process'} would be NaN or infinite "
                     f'in it. What was there before is there. Pass on_nan="raise" to end the fit where that comes.',
-                    stacklevel=3,
+                    stacklevel=7,
                 )
                 return False
             return True
@@ -142,7 +143,7 @@ class FiniteWeights:
 
     def _raise_if_bad_loss(self, finite_loss: FiniteLoss) -> None:
         """On a device the count is read now, before it is due."""
-        if self.world is None:
+        if self.world.size == 1:
             finite_loss.ended()
             return
         own = bool(finite_loss.own())  # of which the others have not heard
@@ -156,7 +157,7 @@ class FiniteWeights:
             raise NonFiniteWeights(found)
 
     def _anywhere(self, here: bool) -> bool:
-        return here if self.world is None else bool(self.world.agree(here)[0])
+        return bool(self.world.agree(here)[0])
 
     # --- what is looked at --------------------------------------------------------------------------------------------
 
@@ -189,12 +190,8 @@ class FiniteWeights:
                     yield from looked_at("state", title, value)
 
     def _waiting_gradients(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """Of batches that wait for a step under `accumulate`. In float16 infinite ones are skipped by the scaler."""
-        if (
-            self.precision is None
-            or self.precision.accumulate == 1
-            or self.precision.scaler is not None
-        ):
+        """Of batches that wait for a step. In float16 infinite ones are skipped by the scaler."""
+        if not self.gradients_wait:
             return
         for name, parameter in self._prefixed_parameters():
             if parameter.grad is not None:
@@ -237,7 +234,7 @@ def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, st
     """The tensor under its key, this process's part of it; nothing where it cannot be looked at."""
     if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:
         return
-    if is_part(tensor):
+    if is_sharded(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()

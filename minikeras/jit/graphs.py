@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minikeras.data import leaves, map_leaves
-from minikeras.randomness import device_states, set_device_states
+from minikeras.nests import leaves, map_leaves
+from minikeras.support.randomness import device_states, set_device_states
 
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled

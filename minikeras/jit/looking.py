@@ -11,21 +11,18 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.jit.graphs import way_back
-from minikeras.randomness import KINDS, set_state, state_of
+from minikeras.support.randomness import KINDS, set_state, state_of
 
 if TYPE_CHECKING:
-    from minikeras.faults import FiniteLoss
-    from minikeras.metrics import Totals
     from minikeras.model import Model
-    from minikeras.precision import Precision
     from minikeras.run import Run
+    from minikeras.totals import Totals
 
 Restore = Callable[[], None]
 CONTAINERS = (dict, OrderedDict, list, set)
@@ -50,11 +47,7 @@ def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
         gradients.append((parameter, parameter.grad))
         if parameter.grad is not None:
             tensors.append(parameter.grad)
-    if run.precision is not None:
-        ways_back.append(way_back_of_precision(run.precision))
-    if run.finite_loss is not None:
-        ways_back.append(way_back_of_watch(run.finite_loss))
-        tensors += [run.finite_loss.bad, run.finite_loss.of_gradient, run.finite_loss.found]
+    ways_back.append(run.stepper.way_back())
     restore_tensors = way_back(
         list({id(tensor): tensor for tensor in tensors}.values()), run.device
     )
@@ -163,30 +156,3 @@ def tensors_in_state(optimizer: Optimizer) -> list[Tensor]:
         values = state.values() if isinstance(state, dict) else (state,)
         found += [value for value in values if isinstance(value, Tensor)]
     return found
-
-
-def way_back_of_precision(precision: Precision) -> Restore:
-    """The windows, and the scale of float16."""
-    windows = {optimizer: replace(window) for optimizer, window in precision.windows.items()}
-    scale = None if precision.scaler is None else precision.scaler.state_dict()
-    sized = precision.sized
-
-    def restore() -> None:
-        precision.windows = windows
-        precision.sums = None
-        precision.sized = sized
-        if precision.scaler is not None:
-            precision.scaler.load_state_dict(scale or {})
-
-    return restore
-
-
-def way_back_of_watch(finite_loss: FiniteLoss) -> Restore:
-    """What it has read so far."""
-    names = ("value", "last", "looked", "steps")
-    numbers = {name: getattr(finite_loss, name) for name in names}
-
-    def restore() -> None:
-        vars(finite_loss).update(numbers)
-
-    return restore

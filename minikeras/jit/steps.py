@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.data import UnknownRows, call_as, manner
-from minikeras.faults import NonFiniteLoss, count_bad, count_bad_gradient
+from minikeras.batch import call_as, manner
+from minikeras.engine import WAITING
 from minikeras.jit.graphs import Batch, ByParts, CompileError, Graphs, Kept, Verify, reason
 from minikeras.jit.looking import put_back
 from minikeras.jit.optimizer import (
@@ -21,12 +21,21 @@ from minikeras.jit.optimizer import (
     is_lost_in_a_graph,
     numbers,
 )
-from minikeras.metrics import Totals, detached
-from minikeras.precision import clipped, in_float32, parameters_of
-from minikeras.results import Average, counted_total, mean_of, scalar_loss
+from minikeras.nests import detached
+from minikeras.phase import Phase
+from minikeras.results import (
+    Average,
+    count_bad,
+    count_bad_gradient,
+    counted_total,
+    mean_of,
+    scalar_loss,
+)
+from minikeras.rows import UnknownRows
+from minikeras.stepper import parameters_of
 
 if TYPE_CHECKING:
-    from minikeras.jit import Jit
+    from minikeras.jit.engine import Jit
     from minikeras.model import Model
     from minikeras.run import Run
 
@@ -42,11 +51,12 @@ class EvaluateStep:
     ways: tuple[str, ...] = (*IN_GRAPH, "eager")
     together = 1  # steps in one call of the graph
 
-    def __init__(self, model: Model, run: Run, totals: Totals, jit: Jit) -> None:
+    def __init__(self, model: Model, run: Run, phase: Phase, jit: Jit) -> None:
         self.__name__ = self.name  # as the method that it stands for
         self.model = model
         self.run = run
-        self.totals = totals
+        self.phase = phase
+        self.totals = phase.totals
         self.jit = jit
         self.way = "one graph"
         self.graphs: Graphs | None = None
@@ -55,22 +65,23 @@ class EvaluateStep:
         )
         self.waiting: list[Batch] = []
 
-    def __call__(
-        self, features: Any, labels: Any, sample_weight: Tensor | None = None
-    ) -> dict[str, Any] | None:
-        """The results of this batch and of those that waited for it; None while it waits for others."""
+    def __call__(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Any:
+        """The results of this batch and of those that waited for it; WAITING while it waits for others."""
         batch = (features, labels, sample_weight)
-        if self.totals.unseen and self.name not in self.run.carried_on:
+        was_expected = self.name in self.jit.expected
+        if self.phase.checks.is_first and not was_expected:
             self.waiting.clear()
             return self.first(batch)
-        if self.name in self.run.carried_on:  # in the run before, this batch went through the graph
-            self.run.carried_on.remove(self.name)
+        if was_expected:  # in the run before, this batch went through the graph
+            self.jit.expected.remove(self.name)
             with put_back(self.model, self.run, self.totals):
-                self.first(batch)
-            self.totals.unseen = False
+                results = self.first(batch)
+            self.phase.look_by(self.phase.checks.after_batch(self, results))
             self.ready()
         self.waiting.append(batch)
-        return self.flush() if len(self.waiting) == self.together else None
+        if len(self.waiting) < self.together:
+            return WAITING
+        return self.flush()
 
     def ready(self) -> None:
         """What the graph changes has been put back to where it was."""
@@ -82,7 +93,9 @@ class EvaluateStep:
             return self.take(batches, other=False)
         return (
             combined(
-                [self.take([batch], other=True) for batch in batches], batches, self.run.count_rows
+                [self.take([batch], other=True) for batch in batches],
+                batches,
+                self.phase.count_rows,
             )
             if batches
             else None
@@ -105,7 +118,7 @@ class EvaluateStep:
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH:
             return self.through_the_graph(batches, other)
-        return combined([self.eager(batch) for batch in batches], batches, self.run.count_rows)
+        return combined([self.eager(batch) for batch in batches], batches, self.phase.count_rows)
 
     def descend(self, to: str = "") -> None:
         """Go on in the next way down, or in the one named."""
@@ -127,21 +140,23 @@ class EvaluateStep:
                 function, options, say, self.changed(), self.run.device, self.verify()
             )
         if other and self.others_in_eager:
-            return combined([self.first(batch) for batch in batches], batches, self.run.count_rows)
+            return combined(
+                [self.first(batch) for batch in batches], batches, self.phase.count_rows
+            )
         try:
             results, outputs = self.graphs(*batches, other=other)
         except CompileError as error:
             if not self.graphs.compiled:
                 raise
             return self.around_the_graph(batches, other, error)
-        results = combined(results, batches, self.run.count_rows)
+        results = combined(results, batches, self.phase.count_rows)
         self.count(batches, results["loss"])
         if outputs is None:
             return dict(results)
         outside = [
             self.outside(output, batch[1]) for output, batch in zip(outputs, batches, strict=True)
         ]
-        return {**results, **combined(outside, batches, self.run.count_rows)}
+        return {**results, **combined(outside, batches, self.phase.count_rows)}
 
     def around_the_graph(
         self, batches: list[Batch], other: bool, error: CompileError
@@ -149,7 +164,7 @@ class EvaluateStep:
         """The steps of batches that take another graph, which could not be made; the best way on from there."""
         graphs = self.graphs
         results = combined(
-            [self.first(batch) for batch in batches], batches, self.run.count_rows
+            [self.first(batch) for batch in batches], batches, self.phase.count_rows
         )  # raises if the batch is at fault
         if (
             self.graphs is not graphs or graphs is None
@@ -175,7 +190,8 @@ class EvaluateStep:
 
     def outside(self, outputs: Any, labels: Any) -> dict[str, Any]:
         """Objects, and functions that leave torch."""
-        return self.totals.metrics(outputs, labels, functions=self.way == "metrics outside")
+        with_functions = self.way == "metrics outside"
+        return self.phase.checks.metrics(outputs, labels, with_functions)
 
     def function(self, how: str) -> Callable[..., Any]:
         """What is traced: the steps of some batches, giving their results and the outputs that are still wanted."""
@@ -209,8 +225,8 @@ class EvaluateStep:
 
     def forward_and_loss(self, how: str) -> Callable[..., tuple[Any, Any]]:
         """Outputs, in float32, and loss of a batch as plain torch."""
-        model, loss_func, precision = self.model, self.run.loss_func, self.run.precision
-        per_row = self.totals is self.run.val
+        model, loss_func, stepper = self.model, self.run.loss_func, self.run.stepper
+        per_row = not self.phase.is_training
 
         def forward_and_loss(
             features: Any, labels: Any, sample_weight: Tensor | None
@@ -218,18 +234,17 @@ class EvaluateStep:
             outputs = call_as(how, model, features)
             return outputs, scalar_loss(loss_func(outputs, labels), sample_weight, per_row)
 
-        if precision is None or precision.dtype is None:
+        decorated = stepper.decorated("around_step", forward_and_loss)
+        if decorated is forward_and_loss:
             return forward_and_loss
-        autocast = precision.autocast
 
-        def under_autocast(
+        def in_full_precision(
             features: Any, labels: Any, sample_weight: Tensor | None
         ) -> tuple[Any, Any]:
-            with autocast():
-                outputs, loss = forward_and_loss(features, labels, sample_weight)
-            return in_float32(outputs), loss
+            outputs, loss = decorated(features, labels, sample_weight)
+            return stepper.outputs_for_user(outputs), loss
 
-        return under_autocast
+        return in_full_precision
 
     def functions(self) -> dict[str, Any]:
         """The metrics that are in the graph."""
@@ -257,9 +272,14 @@ class EvaluateStep:
             )
 
     def eager(self, batch: Batch) -> dict[str, Any]:
-        self.run.count_rows(*batch)
-        step = self.run.under_autocast(getattr(self.model, self.name))
+        self.take_current(batch)
+        step = self.run.stepper.decorated("around_step", getattr(self.model, self.name))
         return dict(step(*batch[: 2 if batch[2] is None else 3]))
+
+    def take_current(self, batch: Batch) -> None:
+        """Make a batch that may have waited the current one."""
+        current = self.phase.batch
+        self.phase.take(current.number, *batch, current.is_filler)
 
     def changed(self) -> list[Tensor]:
         """The tensors that a step changes."""
@@ -272,8 +292,8 @@ class TrainStep(EvaluateStep):
     name = "train_step"
     ways = (*IN_GRAPH, "forward and loss", "eager")
 
-    def __init__(self, model: Model, run: Run, totals: Totals, jit: Jit, together: int) -> None:
-        super().__init__(model, run, totals, jit)
+    def __init__(self, model: Model, run: Run, phase: Phase, jit: Jit, together: int) -> None:
+        super().__init__(model, run, phase, jit)
         self.together = together
         self.doubles: list[Double] = []
         self.reached: list[nn.Parameter] = []  # by the loss, in an eager step
@@ -292,27 +312,28 @@ class TrainStep(EvaluateStep):
 
     def taken(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         if self.way in IN_GRAPH and not all(double.current() for double in self.doubles):
-            return combined([self.first(batch) for batch in batches], batches, self.run.count_rows)
+            return combined(
+                [self.first(batch) for batch in batches], batches, self.phase.count_rows
+            )
         if self.way in IN_GRAPH and not all(double.follow() for double in self.doubles):
             self.descend("forward and loss")
             self.warn("a setting of the optimizer other than lr has changed")
         if self.way == "forward and loss":
             return combined(
-                [self.by_parts(batch) for batch in batches], batches, self.run.count_rows
+                [self.by_parts(batch) for batch in batches], batches, self.phase.count_rows
             )
         return super().taken(batches, other)
 
     def count(self, batches: list[Batch], loss: Any) -> None:
         for double in self.doubles:
             double.taken += len(batches)
-        if self.run.finite_loss is None:
-            return
         try:
-            self.run.finite_loss.look_back(mean_of(loss), len(batches))
-        except NonFiniteLoss as error:
-            if error.ago < len(batches):
-                features, labels, _ = batches[-1 - error.ago]
-                error.culprit = features, labels
+            self.run.stepper.on_graph_steps(mean_of(loss), len(batches))
+        except Exception as error:
+            ago = getattr(error, "ago", None)  # of a loss that was bad in one of these steps
+            if ago is not None and ago < len(batches):
+                features, labels, _ = batches[-1 - ago]
+                error.culprit = features, labels  # type: ignore[attr-defined]
             raise
 
     def is_in_graph(self) -> bool:
@@ -371,30 +392,27 @@ class TrainStep(EvaluateStep):
 
     def clip(self) -> Callable[[Tensor, Tensor], None]:
         """Clips the gradients of each optimizer, where compile was asked for it; a norm that is not finite counts."""
-        precision, reached = self.run.precision, {id(parameter) for parameter in self.reached}
-        norm, value = (
-            (None, None)
-            if precision is None
-            else (precision.clip_grad_norm, precision.clip_grad_value)
-        )
-        held = [
-            [p for p in parameters_of(double.optimizer) if id(p) in reached]
-            for double in self.doubles
-        ]
+        reached = {id(parameter) for parameter in self.reached}
+        changes = self.run.stepper.moments("on_gradients_in_graph")
+        parameters_by_optimizer = []
+        for double in self.doubles:
+            own = [p for p in parameters_of(double.optimizer) if id(p) in reached]
+            parameters_by_optimizer.append(own)
 
         def clip(bad: Tensor, of_gradient: Tensor) -> None:
-            def look(total: Tensor, parameters: list[Tensor]) -> None:
+            def tell_norm(total: Tensor, parameters: list[Tensor]) -> None:
                 count_bad_gradient(bad, of_gradient, total)
 
-            for parameters in held:
-                clipped(parameters, norm, value, look)
+            for parameters in parameters_by_optimizer:
+                for change in changes:
+                    change(parameters, tell_norm)
 
         return clip
 
     def first(self, batch: Batch) -> dict[str, Any]:
         """The model's own step, with the graph's buffers out of its way; the graph goes on from there."""
         self.end()
-        self.renewed *= not self.totals.unseen
+        self.renewed *= not self.phase.checks.is_first
         reached: list[nn.Parameter] = []
 
         def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -410,7 +428,7 @@ class TrainStep(EvaluateStep):
         finally:
             for handle in handles:
                 handle.remove()
-        self.holds.fill_(self.run.finite_loss is not None)
+        self.holds.fill_(self.run.stepper.holds_graphs)
         counts = sorted(
             key for one, old in before for (key, _), _ in numbers(one).items() - old.items()
         )
@@ -427,7 +445,8 @@ class TrainStep(EvaluateStep):
 
     def why_outside(self, counts: list[str]) -> str:
         """Why backward and step cannot be in the graph, as far as the user must be told; `counts`: see `numbers`."""
-        if self.run.precision is not None and (outside := self.run.precision.outside_a_graph()):
+        outside = self.run.stepper.outside_graph
+        if outside:
             return f"{outside} needs backward and step outside it"
         if counts:
             return f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would be in the graph"
@@ -495,7 +514,7 @@ class TrainStep(EvaluateStep):
             self.parts = ByParts(
                 function, self.jit.options, list(self.model.buffers()), self.run.device
             )
-        self.run.count_rows(*batch)
+        self.take_current(batch)
         outputs, loss = self.parts(*batch)
         self.model.backward(loss)
         metrics = self.model.compute_metrics(outputs, batch[1])

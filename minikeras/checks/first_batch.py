@@ -1,0 +1,162 @@
+"""What is looked at in the first batches of a fit or an evaluation, and what is said of errors.
+
+Explanations   errors of torch in the user's words, at every batch
+FirstBatch     ... and the first batch: its parts, loss and metrics, results, the first of dl_val
+MetricLooks    ... and a few more: metrics that are no mean over rows
+NoChecks       all other batches: nothing is looked at
+
+Where does a new hint go? What torch refuses anyway: causes.py (a layer, the loss) or torch_errors.py
+(reading, memory). What trains in silence on the wrong: inputs.py, called from here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minikeras.checks import causes, inputs, torch_errors, validation
+from minikeras.checks.raw_scores import warn_of_raw_scores
+from minikeras.checks.row_means import RowMeanCheck
+from minikeras.phase import Batch, NoChecks, Phase
+from minikeras.processes import OneProcess
+from minikeras.results import Result
+
+if TYPE_CHECKING:
+    from minikeras.model import Model
+    from minikeras.run import Run
+
+
+class Explanations(NoChecks):
+    """Explains errors, and looks at nothing."""
+
+    def __init__(self, phase: Phase, world: OneProcess) -> None:
+        super().__init__(phase)
+        self.world = world
+
+    def explain_forward(self, error: Exception, model: Any, features: Any) -> None:
+        """Name the layer in which forward failed and what reached it, or raise a plainer error."""
+        causes.explain_forward(error, model, features, self.world)
+
+    def explain_loss(self, error: Exception, outputs: Any, labels: Any) -> None:
+        """Raise a plainer error than the loss did, if its cause is known."""
+        causes.explain_squeezed(error, outputs, labels)
+        causes.explain_loss(error, outputs, labels)
+
+    def warn_of_squeezed(self, outputs: Any, labels: Any) -> None:
+        """Warn of outputs that have lost the dimension of the batch."""
+        causes.warn_of_squeezed(outputs, labels)
+
+    def explain_step(self, error: Exception, batch: Batch) -> None:
+        """Add what torch's words hide: the shapes of a batch for which memory does not suffice."""
+        torch_errors.explain_step(error, batch.features, batch.labels)
+
+    def explain_reading(self, error: Exception, loader: Any) -> None:
+        """Name the row that could not be read, or say what a worker may have died of."""
+        torch_errors.explain_reading(error, loader)
+
+
+class FirstBatch(Explanations):
+    """Looks at the first batch of one phase, as often as a fit or an evaluation begins."""
+
+    is_first = True
+
+    def __init__(self, model: Model, run: Run, phase: Phase) -> None:
+        super().__init__(phase, run.world)
+        self.model = model
+        self.run = run
+        looks: Counter[str] = run.kept.setdefault(
+            "metric looks", Counter()
+        )  # train and val share it
+        self.row_means = RowMeanCheck(looks, run.device, run.world)
+        self.later = MetricLooks(self)
+
+    def begin_pass(self, current: NoChecks) -> NoChecks:
+        """Look at metrics in the first batches of the first passes."""
+        self.row_means.begin()
+        if current is self.phase.no_checks and self.row_means.active:
+            return self.later
+        return current
+
+    def after_batch(self, step: Callable[..., Any], results: Any) -> NoChecks:
+        """Check that a step has returned a number under each name; then look at metrics alone."""
+        inputs.check_results(results, step)
+        return self.later.after_batch(step, results)
+
+    def batch(self, step: Callable[..., Any], batch: Batch) -> None:
+        """Check the parts of a batch, and look ahead at the first of dl_val."""
+        phase = self.phase
+        name = "train_step" if phase.is_training else "evaluate_step"
+        needs_labels = inputs.needs_labels(self.model, self.run.loss_func, name)
+        inputs.check_batch(
+            step, batch.features, batch.labels, batch.sample_weight, batch.rows, needs_labels
+        )
+        fit = self.run.fit
+        if phase.is_training and fit is not None and fit.val is not None:
+            validation.look_ahead(self.model, self.run, fit.val, batch.features, batch.labels)
+
+    def loss(self, outputs: Any, labels: Any) -> Any:
+        """Call the loss, and refuse what it would answer in silence on the wrong."""
+        is_fitting = not self.run.train.checks.is_first
+        inputs.check_loss_inputs(
+            self.run.loss_func, outputs, labels, self.phase.is_training, self.model, is_fitting
+        )
+        return inputs.guarded(self.run.loss_func, outputs, labels, "the loss", scalar=False)
+
+    @torch.no_grad()
+    def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
+        """Call each metric, and refuse one that broadcasts outputs and labels or gives no number."""
+        totals = self.phase.totals
+        counts = not self.phase.batch.is_filler
+        functions = totals.functions if with_functions else {}
+        if counts:
+            self._look_at_scores(totals.objects, outputs)
+        found: dict[str, int] = {}
+        if functions and self.row_means.active:
+            found = self.row_means.look(functions, outputs, labels, counts)
+        if counts:
+            for name, metric in totals.objects.items():
+                inputs.guarded(metric.update, outputs, labels, f"metric {name!r}", scalar=False)
+            totals.mark_updated()
+        results = {}
+        for name, metric in functions.items():
+            results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
+        if found:
+            self.row_means.tell(found)
+        return results
+
+    def _look_at_scores(self, objects: dict[str, Any], outputs: Any) -> None:
+        if self.world.rank != 0:
+            return
+        looks = self.row_means.looks
+        for name, metric in objects.items():
+            if not looks[name] and warn_of_raw_scores(name, metric, outputs):
+                looks[name] += 1
+
+
+class MetricLooks(Explanations):
+    """Looks at the functions of metrics_dict in a few batches after the first."""
+
+    def __init__(self, first: FirstBatch) -> None:
+        super().__init__(first.phase, first.world)
+        self.first = first
+
+    def after_batch(self, step: Callable[..., Any], results: Any) -> NoChecks:
+        """Look on as long as something is not known."""
+        return self if self.first.row_means.active else self.phase.no_checks
+
+    def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
+        """Call each metric, and tell of one that is no mean over rows."""
+        row_means = self.first.row_means
+        functions = self.phase.totals.functions if with_functions else {}
+        found: dict[str, int] = {}
+        if functions and row_means.active:
+            counts = not self.phase.batch.is_filler
+            with torch.no_grad():
+                found = row_means.look(functions, outputs, labels, counts)
+        results = super().metrics(outputs, labels, with_functions)
+        if found:
+            row_means.tell(found)
+        return results

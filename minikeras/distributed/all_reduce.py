@@ -1,0 +1,93 @@
+"""Gradients added up over all processes, before an optimizer steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from minikeras.distributed.gradients import GradientSums
+from minikeras.distributed.world import World
+from minikeras.hooks import Fit, Hook
+from minikeras.nests import is_sharded
+from minikeras.overrides import overrides
+from minikeras.stepper import Part, Restore, StepLoss, trainable_parameters_of
+
+
+class AllReduce(Part, Hook):
+    """One message for the gradients of all optimizers that step, and for the numbers of other parts.
+
+    In a default step the first gradients are sent while backward still fills the others.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.outside_graph = f"training on {world.size} processes"
+        self.sums: GradientSums | None = None  # which backward feeds
+        self.sends_early = False  # during a fit whose steps call backward once
+        self.order: dict[Tensor, int] = {}  # of the parameters, by layer, during a fit
+
+    @contextlib.contextmanager
+    def around_fit(self, fit: Fit) -> Iterator[None]:
+        """Listen to the gradients as they are filled."""
+        self.order = {one: number for number, one in enumerate(fit.model.parameters())}
+        self.sends_early = not overrides(fit.model, "train_step", "backward", "optimizer_step")
+        handles = []
+        if self.sends_early:
+            for parameter in self._sums_of(self.stepper.optimizers.values()).bucket_of:
+                handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+        try:
+            yield
+        finally:
+            self.order = {}
+            self.sends_early = False
+            for handle in handles:
+                handle.remove()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self.sums is not None:
+            self.sums.arrived(parameter)
+
+    def _sums_of(self, optimizers: Iterable[Optimizer]) -> GradientSums:
+        """The gradients to add up, in the order of the layers; a loss's parameters come after them.
+
+        Those of parameters in parts have been added up in backward.
+        """
+        trained: dict[Tensor, None] = {}
+        for optimizer in optimizers:
+            for parameter in trainable_parameters_of(optimizer):
+                if not is_sharded(parameter):
+                    trained[parameter] = None
+        last = len(self.order)
+        return GradientSums(self.world, sorted(trained, key=lambda one: self.order.get(one, last)))
+
+    def on_loss(self, loss: StepLoss) -> None:
+        """Get ready to send, if this is the last backward before a step of all optimizers."""
+        if self.sends_early and self.stepper.all_due():
+            self.sums = self._sums_of(self.stepper.optimizers.values())
+
+    def before_steps(self, optimizers: list[Optimizer]) -> None:
+        """Send what is left; gradients become their sums, and other parts get theirs."""
+        sums = self.sums or self._sums_of(optimizers)
+        self.sums = None
+        counts = []
+        numbers = []
+        for part in self.stepper.parts:
+            own = part.numbers(optimizers)
+            counts.append(len(own))
+            numbers += own
+        totals = sums.finish(*numbers)
+        for part, count in zip(self.stepper.parts, counts, strict=True):
+            if count:
+                part.take_numbers(optimizers, totals[:count])
+                totals = totals[count:]
+
+    def reset(self) -> None:
+        """Forget what is on its way."""
+        self.sums = None
+
+    def way_back(self) -> Restore:
+        """Return a function that forgets what is on its way."""
+        return self.reset

@@ -1,0 +1,76 @@
+"""The predictions of all processes, joined in the order of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from minikeras.distributed.world import World
+from minikeras.nests import parts
+from minikeras.phase import unfilled
+from minikeras.prediction import Outputs
+from minikeras.rows import UnknownRows
+
+
+def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None:
+    """The outputs of all processes, by step and rank; None where they are not wanted."""
+    template, _ = unfilled(outputs.pieces[0])
+    own = [
+        None if is_filler else plain(piece) for piece, is_filler in map(unfilled, outputs.pieces)
+    ]
+    why = None if outputs.unknown is None else outputs.unknown.why
+    found = world.gather([own, outputs.rows, why], everywhere)
+    if found is None:
+        return None
+    together = Outputs(features=outputs.features)
+    for _, _, why in found:
+        if together.unknown is None and why is not None:
+            together.unknown = UnknownRows(why)
+    for rank, step in by_step(found):
+        piece = found[rank][0][step]
+        if piece is None:
+            continue
+        together.pieces.append(rebuilt(piece, template))
+        for name, counts in found[rank][1].items():
+            together.rows.setdefault(name, []).append(counts[step])
+    return together
+
+
+def by_step(found: list[Any]) -> Iterator[tuple[int, int]]:
+    """The rank and the step of each piece, in the order of the rows."""
+    for step in range(len(found[0][0])):
+        for rank in range(len(found)):
+            yield rank, step
+
+
+def plain(nest: Any) -> Any:
+    """A nest as values that can be sent: ["parts", ...] of a container, ["leaf", value] of anything else."""
+    if isinstance(nest, PackedSequence):
+        return ["packed", list(nest)]
+    if isinstance(nest, np.ndarray):
+        return ["array", torch.from_numpy(nest)]
+    found = parts(nest)
+    if found is None:
+        return ["leaf", nest]
+    return ["parts", [plain(part) for part in found[0]]]
+
+
+def rebuilt(sent: Any, template: Any) -> Any:
+    """... and back, in containers like those of the template."""
+    kind, value = sent
+    if kind == "packed":
+        return PackedSequence(*value)
+    if kind == "array":
+        return value.numpy()
+    if kind == "leaf":
+        return value
+    found = parts(template)
+    if found is not None and len(found[0]) == len(value):
+        return found[1]([rebuilt(part, like) for part, like in zip(value, found[0], strict=True)])
+    like = found[0][0] if found is not None and found[0] else None
+    items = [rebuilt(part, like) for part in value]
+    return type(template)(items) if isinstance(template, (list, tuple)) else items

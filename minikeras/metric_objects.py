@@ -1,0 +1,113 @@
+"""Metric objects: those with update, compute and reset, as torchmetrics has them.
+
+state_of, set_state   what an object has counted, for a checkpoint
+parts_that_sync       the parts of torchmetrics that speak with other processes
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def is_stateful(metric: Any) -> bool:
+    """Whether a metric is an object with update, compute and reset, as torchmetrics has them."""
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+
+
+def needs_all_rows(metric: Any) -> bool:
+    """Whether a metric is computed once, from all rows, as `OnAllRows` is."""
+    return bool(getattr(type(metric), "needs_all_rows", False))
+
+
+def source_of(metric: Any) -> str:
+    """What gives a metric object's answer, for messages."""
+    return "its function" if needs_all_rows(metric) else "compute()"
+
+
+def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A metric for each column of the history: a torchmetrics.MetricCollection is its members, under their own names.
+
+    Raises:
+        ValueError: two of them have the same name.
+    """
+    columns: dict[str, Any] = {}
+    for name, metric in metrics_dict.items():
+        members = (
+            dict(metric.items())
+            if isinstance(metric, nn.ModuleDict) and is_stateful(metric)
+            else {name: metric}
+        )
+        twice = sorted(columns.keys() & members.keys())
+        if twice:
+            raise ValueError(
+                f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a column for each of "
+                f'its members, under their own names. Give it a prefix: MetricCollection(..., prefix="{name}_").'
+            )
+        columns |= members
+    return columns
+
+
+def state_of(metric: Any, name: str) -> dict[str, Any]:
+    """What a metric object has counted: its own state_dict, or its attributes; those of a module's parts as well."""
+    if isinstance(metric, nn.Module):
+        return {path: attributes(module, name) for path, module in metric.named_modules()}
+    return metric.state_dict() if hasattr(metric, "state_dict") else attributes(metric, name)
+
+
+def set_state(metric: Any, state: Mapping[str, Any]) -> None:
+    """Give a metric object what `state_of` returned."""
+    if isinstance(metric, nn.Module):
+        for path, module in metric.named_modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            for key, value in state[path].items():
+                vars(module)[key] = value if key not in buffers else buffers[key].copy_(value)
+    elif hasattr(metric, "load_state_dict"):
+        metric.load_state_dict(state)
+    else:
+        vars(metric).update(copy.deepcopy(dict(state)))
+
+
+def attributes(holder: Any, name: str) -> dict[str, Any]:
+    """The attributes that may change from batch to batch: tensors, arrays, numbers, strings and containers of them.
+
+    Raises:
+        TypeError: one is of another kind, and not plainly a constant as functions and settings are.
+    """
+    kept = {key: value for key, value in vars(holder).items() if is_countable(value)}
+    for key, value in vars(holder).items():
+        constant = callable(value) or isinstance(
+            value, (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter)
+        )
+        if (
+            key not in kept
+            and not constant
+            and not (isinstance(holder, nn.Module) and key.startswith("_"))
+        ):
+            raise TypeError(
+                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. Give the metric "
+                f"state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
+            )
+    return kept | dict(holder.named_buffers(recurse=False) if isinstance(holder, nn.Module) else {})
+
+
+def is_countable(value: Any) -> bool:
+    if type(value) in (list, tuple, set):
+        return all(map(is_countable, value))
+    if type(value) is dict:
+        return all(map(is_countable, (*value, *value.values())))
+    return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(
+        value, (np.ndarray, np.generic)
+    )
+
+
+def parts_that_sync(metric: Any) -> list[Any]:
+    """Those parts of a metric that are torchmetrics objects."""
+    modules = metric.modules() if isinstance(metric, nn.Module) else ()
+    return [part for part in modules if hasattr(part, "distributed_available_fn")]

@@ -1,0 +1,157 @@
+"""Several batches make one step, by the mean over the rows of all of them.
+
+backward   adds the gradient of loss * rows, or of the total of an Average
+step       counts a batch in the window of its optimizer; a full window is divided by its rows, and closed
+pass end   windows that are partly filled are closed as they are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from minikeras.nests import widen
+from minikeras.results import Average, counted_total, inner_loss
+from minikeras.stepper import Part, Restore, StepLoss, gradients_of
+
+
+@dataclass
+class Window:
+    """What an optimizer's gradients have gathered since its last step."""
+
+    weight: Any = 0  # rows, or counts of Averages, so far: a number or a 0-d tensor
+    current: Any = None  # of them those of the current batch, from its first backward on
+    batches: int = 0
+
+    def add(self, weight: Any) -> None:
+        """Count a batch's weight once, however often backward is called for the batch."""
+        if self.current is None:
+            self.current = weight
+            self.weight = self.weight + weight
+        elif self.current is not weight and bool(self.current != weight):
+            raise ValueError(
+                f"backward was called for one batch with losses over {float(self.current):g} and "
+                f"{float(weight):g} units, which accumulate cannot divide apart. Give each loss an "
+                f"optimizer of its own, or make both means over the batch's rows."
+            )
+
+
+class Accumulate(Part):
+    """Keep gradients as sums over rows until a window of `batches` batches is closed.
+
+    Each optimizer has a window and counts its own calls of `optimizer_step`. With one batch it only
+    weighs by rows, which several processes need.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self.windows: dict[Optimizer, Window] = {}
+        if batches > 1:
+            self.delays = True
+            self.outside_graph = f"accumulate={batches}"
+
+    def _window(self, optimizer: Optimizer) -> Window:
+        return self.windows.setdefault(optimizer, Window())
+
+    def on_loss(self, loss: StepLoss) -> None:
+        """Turn the mean into a sum over rows, or take the total of an Average."""
+        rows: Any = 0 if loss.batch.is_filler else loss.batch.rows
+        if isinstance(loss.result, Average):
+            loss.total = widen(counted_total(loss.result))
+            loss.weight = loss.result.count
+        else:
+            loss.total = widen(loss.total) * rows
+            loss.weight = rows
+        if not rows:  # a batch that counts for nothing
+            loss.total = loss.total * 0
+            loss.weight = 0
+        for optimizer in loss.optimizers:
+            self._window(optimizer).add(loss.weight)
+
+    def is_due(self, optimizer: Optimizer) -> bool:
+        """Tell whether the current batch fills the optimizer's window."""
+        return self._window(optimizer).batches + 1 == self.batches
+
+    def on_waiting(self, optimizer: Optimizer) -> None:
+        """Count a batch in the optimizer's window."""
+        window = self._window(optimizer)
+        window.batches += 1
+        window.current = None
+
+    def on_gradients(self, optimizer: Optimizer) -> None:
+        """Divide the sums by the rows of the window; if nothing was counted they stay 0."""
+        weight = self._window(optimizer).weight
+        if isinstance(weight, Tensor):
+            weight = torch.where(weight == 0, 1, weight)
+        elif weight == 0:
+            weight = 1
+        for gradient in gradients_of(optimizer):
+            gradient.div_(weight)
+
+    def on_stepped(self, optimizer: Optimizer) -> None:
+        """Begin a new window."""
+        self.windows[optimizer] = Window()
+
+    def on_last_batch(self) -> None:
+        """Close the windows that are partly filled."""
+        self.stepper.close(
+            [optimizer for optimizer, window in self.windows.items() if window.batches]
+        )
+
+    def numbers(self, optimizers: list[Optimizer]) -> list[Any]:
+        """Return the weight of each window, to be added up over the processes."""
+        return [self._window(optimizer).weight for optimizer in optimizers]
+
+    def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
+        """Take the weights of all processes."""
+        for optimizer, weight in zip(optimizers, sums, strict=True):
+            self._window(optimizer).weight = weight
+
+    def reset(self) -> None:
+        """Forget the windows."""
+        self.windows = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return how many batches make a step."""
+        return {"accumulate": self.batches}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how full the windows are."""
+        windows = {}
+        for name, optimizer in self.stepper.optimizers.items():
+            windows[name] = asdict(self._window(optimizer))
+        return {"accumulate": self.batches, "windows": windows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the windows of a checkpoint."""
+        for name, optimizer in self.stepper.optimizers.items():
+            window = state["windows"][name]
+            self.windows[optimizer] = Window(window["weight"], window["current"], window["batches"])
+
+    def way_back(self) -> Restore:
+        """Return a function that puts the windows of now back."""
+        windows = {optimizer: replace(window) for optimizer, window in self.windows.items()}
+
+        def restore() -> None:
+            self.windows = windows
+
+        return restore
+
+
+def check_mean(loss_func: Any, what: str) -> None:
+    """Refuse a loss that is a sum over rows: batches are put together by their rows.
+
+    Raises:
+        ValueError: the loss, or the loss that `Regularized` wraps, has reduction="sum".
+    """
+    if getattr(inner_loss(loss_func), "reduction", None) == "sum":
+        raise ValueError(
+            f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such a '
+            f'sum has counted already. Build it with reduction="mean", or return '
+            f"minikeras.Average(total, count)."
+        )

@@ -1,0 +1,101 @@
+"""One process, alone: the null object in the place of several that train together.
+
+Whoever has to do something with other processes calls a method of `Run.world`. `OneProcess` answers
+for itself; `distributed.World` asks the others. So nobody asks whether there are any.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OneProcess:
+    """A process that trains alone.
+
+    Every method is right for one process; `World` overrides them all, and there each must be called
+    by all processes at the same place.
+    """
+
+    rank = 0
+    size = 1
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """Return this process's device of the chosen kind."""
+        return chosen
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Fill tensors with those of rank 0."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the plain value that rank 0 has."""
+        return value
+
+    def gather(self, value: Any, everywhere: bool = True) -> list[Any] | None:
+        """Return the plain values of all, by rank; None on ranks other than 0 unless `everywhere`."""
+        return [value]
+
+    def agree(self, *numbers: float) -> list[float]:
+        """Return the largest of each number, of all processes."""
+        return list(numbers)
+
+    def by_main(self, act: Callable[[], None]) -> None:
+        """Let rank 0 do something that is done when the others go on."""
+        act()
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        return tensor
+
+    def add_up_totals(
+        self, sums: list[Tensor], counts: Mapping[str, Any]
+    ) -> tuple[list[Tensor], Mapping[str, Any]]:
+        """Return the sums and counts of a pass over all processes."""
+        return sums, counts
+
+    def share_weights(self, model: nn.Module, loss_func: Any) -> None:
+        """Give all processes the weights and buffers of rank 0, once."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Put a model into a known state after a forward or backward that an error has ended."""
+
+    def part_of(self, batches: Iterable[Any], name: str) -> Iterable[Any]:
+        """Return this process's part of `batches`, which the user calls `name`."""
+        return batches
+
+    def draw_first_seed(self, loader: Any) -> None:
+        """Draw what a loader draws for its persistent workers in its first iteration, which is over."""
+        iter(loader)
+
+    def prepare_metric(self, metric: Any, name: str, syncs: Callable[[], bool]) -> None:
+        """Let a metric object speak with those of the other processes when `syncs()` says so."""
+
+    def compute_metric(
+        self, metric: Any, read: Callable[[Any], dict[str, float]]
+    ) -> dict[str, float]:
+        """Return the columns that `read` finds in a metric object's answer, over all processes."""
+        return read(metric.compute())
+
+    def have_updated(self, metrics: Iterable[Any], updated: bool) -> bool:
+        """Tell whether the metric objects have seen rows, in any process."""
+        return updated
+
+    def join_outputs(self, outputs: Any, everywhere: bool) -> Any:
+        """Return the outputs of all processes, in the order of the rows; None where not wanted."""
+        return outputs
+
+    def describe_part(self) -> str:
+        """Return the words that call a batch this process's part of it; empty for one process."""
+        return ""
+
+
+def is_main() -> bool:
+    """Whether this process is alone, or the first of those in its group, or of those that a launcher has started."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,257 @@
+"""Running totals of loss and metrics, added up on the device and read only when asked.
+
+each batch:
+    (phase.py)                     functions are called, update/compute/reset objects are updated
+    add(results, rows)             sum += value * rows, count += rows; an Average is added as it is
+when asked:
+    totals["loss"], means()        sum / count; this waits for the device
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minikeras.columns import check_columns, columns_of
+from minikeras.metric_objects import (
+    is_stateful,
+    needs_all_rows,
+    parts_that_sync,
+    set_state,
+    source_of,
+    state_of,
+)
+from minikeras.nests import detached, map_leaves
+from minikeras.processes import OneProcess
+from minikeras.results import Average, Result, check_average, check_number
+from minikeras.rows import UnknownRows
+
+
+class Totals(Mapping[str, float]):
+    """The running totals of one phase, training or validation; reads as a mapping of name -> mean so far."""
+
+    def __init__(
+        self, metrics_dict: Mapping[str, Any], device: torch.device, world: OneProcess
+    ) -> None:
+        self.device = device
+        self.world = world
+        self.names = ["loss", *metrics_dict]  # the order of columns; other names follow
+        self.functions: dict[str, Any] = {}
+        self.objects: dict[str, Any] = {}
+        for name, metric in metrics_dict.items():
+            if is_stateful(metric):
+                self.objects[name] = _on(device, copy.deepcopy(metric))
+            else:
+                self.functions[name] = metric
+        # torchmetrics objects speak with other processes by themselves: at the end of a pass alone
+        self.is_syncing = False
+        for name, metric in self.objects.items():
+            world.prepare_metric(metric, name, lambda: self.is_syncing)
+        self.columns: dict[str, list[str]] = {}  # of each object, as its last answer had them
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Any] = {}
+        self.updated = False
+        # answers of the objects that were asked since their last update
+        self.answers: dict[str, dict[str, float]] = {}
+        for metric in self.objects.values():
+            metric.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the totals stand."""
+        objects = {
+            name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()
+        }
+        own = {
+            "sums": self.sums,
+            "counts": self.counts,
+            "names": self.names,
+            "updated": self.updated,
+        }
+        return own | {"objects": objects}
+
+    def load_state_dict(self, state: Mapping[str, Any], counted: bool = True) -> None:
+        """Count on from what `state_dict` returned; unless `counted` from its names alone.
+
+        Another process has the rest then.
+        """
+        if not counted:
+            self._start(state["sums"])
+            return
+        self.sums, self.counts = (
+            map_leaves(self._placed, state["sums"]),
+            map_leaves(self._placed, state["counts"]),
+        )
+        self.updated = state["updated"]
+        self.answers.clear()
+        for name, metric in self.objects.items():
+            set_state(metric, map_leaves(self._placed, state["objects"][name]))
+
+    def _placed(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    def mark_updated(self) -> None:
+        """Note that the objects have taken in a batch."""
+        self.updated = True
+        if self.answers:
+            self.answers = {}
+
+    def add(
+        self, results: Mapping[str, Result], rows: int | UnknownRows, is_filler: bool = False
+    ) -> None:
+        """Add what a step returned for a batch of so many rows; a filler adds nothing."""
+        if results.keys() != self.sums.keys():
+            self._start(results)
+        if is_filler:
+            return
+        for name, value in results.items():
+            if isinstance(value, Tensor) and type(rows) is int:
+                value = value.detach()
+                self.sums[name].add_(value.reshape(()) if value.ndim else value, alpha=rows)
+                self.counts[name] += rows
+            elif isinstance(value, Average):
+                self._add_average(name, value)
+            elif isinstance(rows, UnknownRows):
+                rows.refuse()
+            else:
+                if not isinstance(value, float):
+                    check_number(f"{name!r}", value)
+                self.sums[name] += float(value) * rows
+                self.counts[name] += rows
+
+    def _add_average(self, name: str, average: Average) -> None:
+        check_average(f"{name!r}", average)
+        total, count = detached(average)
+        total = total.reshape(()) if isinstance(total, Tensor) else float(total)
+        if not isinstance(count, Tensor):
+            if count != 0:  # a total over nothing may be NaN
+                self.sums[name] += total
+                self.counts[name] += count
+            return
+        count = count.reshape(())
+        if not isinstance(self.counts[name], Tensor):
+            self.counts[name] = _zero(self.device) + self.counts[name]
+        nothing = count.to(self.device) == 0
+        self.sums[name] = torch.where(nothing, self.sums[name], self.sums[name] + total)
+        self.counts[name] += count
+
+    def _start(self, results: Mapping[str, Result]) -> None:
+        if self.sums:
+            raise ValueError(
+                f"a step returned {', '.join(results) or 'nothing'} and the one before it {', '.join(self.sums)}; "
+                f"expected the same names at each step, since the history has a column for each."
+            )
+        self.sums = {name: _zero(self.device) for name in results}
+        self.counts = dict.fromkeys(results, 0)
+
+    def means(self) -> dict[str, float]:
+        """Return every mean so far, of all processes, read from the device together."""
+        read: dict[str, float] = {}
+        if self.sums:
+            sums, counts = self.summed()
+            numbers = torch.stack(sums).tolist()  # waits for the device, once
+            for name, total in zip(self.sums, numbers, strict=True):
+                read[name] = _mean(total, counts[name])
+        if self.objects and self.world.have_updated(self.objects.values(), self.updated):
+            self.is_syncing = True
+            for name in self.objects:
+                self.answers[name] = self._computed(name)
+                self.columns[name] = list(self.answers[name])
+            self.is_syncing = False
+            check_columns(self.columns, read)
+            for columns in self.answers.values():
+                read |= columns
+        return {name: read[name] for name in self._ordered(read)}
+
+    def summed(self) -> tuple[list[Tensor], Mapping[str, Any]]:
+        """Return sums and counts of all processes."""
+        return self.world.add_up_totals(list(self.sums.values()), self.counts)
+
+    def _computed(self, name: str) -> dict[str, float]:
+        """What an object answers at the end of a pass, by column."""
+        metric = self.objects[name]
+
+        def read(answer: Any) -> dict[str, float]:
+            return columns_of(name, answer, source_of(metric))
+
+        try:
+            return self.world.compute_metric(metric, read)
+        except Exception as error:
+            error.add_note(f"metric {name!r}, computed at the end of a pass")
+            raise
+
+    def _so_far(self, name: str) -> dict[str, float]:
+        """What an object answers in the middle of a pass, by column; nothing where it cannot yet.
+
+        An object that is none of torchmetrics may change as it computes: a copy is asked.
+        """
+        if not self.updated:
+            return {}
+        if name not in self.answers:
+            metric = self.objects[name]
+            columns: dict[str, float] = {}
+            if not needs_all_rows(metric):
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of rows that are too few
+                        asked = metric if parts_that_sync(metric) else copy.deepcopy(metric)
+                        columns = columns_of(name, asked.compute())
+                except Exception:
+                    columns = {}
+            self.answers[name] = columns
+        return self.answers[name]
+
+    def __getitem__(self, name: str) -> float:
+        if name in self.sums:
+            return _mean(self.sums[name], self.counts[name])
+        for owner in self.objects if self.updated else ():
+            if name == owner or name.startswith(f"{owner}_"):
+                columns = self._so_far(owner)
+                if name in columns:
+                    return columns[name]
+                if name == owner or name in self.columns.get(owner, ()):
+                    return math.nan  # not known yet
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        known = list(self.sums)
+        for name in self.objects:
+            known += self._so_far(name)
+        return iter(self._ordered(known))
+
+    def _ordered(self, known: Collection[str]) -> list[str]:
+        """Names in the order of the columns; what else a step returns follows."""
+        ordered: list[str] = []
+        for name in self.names:
+            ordered += self.answers.get(name, {}) if name in self.objects else [name]
+        first = [name for name in ordered if name in known]
+        return first + [name for name in known if name not in first]
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _on(device: torch.device, metric: Any) -> Any:
+    return metric.to(device) if hasattr(metric, "to") else metric
+
+
+def _mean(total: Tensor | float, count: Tensor | float) -> float:
+    return (
+        float(total) / float(count) if count else math.nan
+    )  # nothing counted, as when every token is padding
+
+
+def _zero(device: torch.device) -> Tensor:
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):  # MPS has no float64
+        return torch.zeros((), dtype=torch.float32, device=device)
