@@ -1,4 +1,4 @@
-"""What happens at each moment of a fit: the base class with its timetable, and the callbacks that come with it."""
+"""Callbacks: the base class, whose methods are the timetable of a fit, and the built-in ones."""
 
 from minikeras.callbacks.averaging import EMA
 from minikeras.callbacks.base import (
