@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from minikeras.callbacks import is_rate, mode_of
 from minikeras.layer_summary import notebook_cell
-from minikeras.progress import Progress, shown, wants_bar
+from minikeras.progress import Progress, format_logs, wants_bar
 
 REFRESH = 0.3  # seconds between two redrawings
 SHARE = 0.02  # of the time may go into them
@@ -72,7 +72,7 @@ class LiveTable(Progress):
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         self.batch = batch
         if time.perf_counter() >= self.next_refresh:
-            self.logs = shown(logs)  # waits for the device
+            self.logs = format_logs(logs)  # waits for the device
             self.redraw()
 
     def on_evaluate_begin(self) -> None:
@@ -83,7 +83,7 @@ class LiveTable(Progress):
         self.validating = False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        self.arrange(logs)
+        self.add_columns(logs)
         self.rows[epoch] = dict(logs)
         self.batch, self.logs = 0, ""
         self.redraw_if_due()
@@ -114,7 +114,9 @@ class LiveTable(Progress):
             f"<div>{charts}</div><div>{LEGEND}</div>" if charts else "",
             epochs_table(self.columns, self.rows),
         ]
-        plain = [f"epoch {epoch}  {shown(logs)}" for epoch, logs in list(self.rows.items())[-ROWS:]]
+        plain = [
+            f"epoch {epoch}  {format_logs(logs)}" for epoch, logs in list(self.rows.items())[-ROWS:]
+        ]
         plain += self.lines
         return {
             "text/html": f'<div style="{STYLE}">{"".join(parts)}</div>',
