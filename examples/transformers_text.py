@@ -43,7 +43,9 @@ def encode(lines, vocabulary):
 
     Returns the numbers, (lines, words), and a mask of the words.
     """
-    numbers = [torch.tensor([vocabulary[word] for word in line.split()]) for line in lines]
+    numbers = []
+    for line in lines:
+        numbers.append(torch.tensor([vocabulary[word] for word in line.split()]))
     input_ids = pad_sequence(numbers, batch_first=True)
     return {"input_ids": input_ids, "attention_mask": (input_ids > 0).long()}
 

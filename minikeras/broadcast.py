@@ -158,7 +158,7 @@ class BroadcastGuard(TorchFunctionMode):
 
 
 def _extra_dim(more: torch.Size, fewer: torch.Size) -> int | None:
-    """The dimension that `more` has and `fewer` lacks; -1 for the last, None if there is none."""
+    """Return the dimension that `more` has and `fewer` lacks; -1 for the last, None if none."""
     dims = []
     for dim in range(len(more)):
         if more[:dim] + more[dim + 1 :] == fewer:
@@ -176,5 +176,5 @@ def _is_elementwise_loss(func: Any) -> bool:
 
 
 def _tensors(nest: Any) -> list[Tensor]:
-    """The tensors in a nest."""
+    """Return the tensors in a nest."""
     return [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor)]

@@ -33,7 +33,10 @@ class ForwardError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A file of weights or of a run's state is damaged, not minikeras's, or of another model."""
+    """A file of weights or of a run's state cannot be loaded.
+
+    It is damaged, was not written by minikeras, or belongs to another model or run.
+    """
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -113,11 +113,11 @@ def copy_model(model: Model) -> Model:
     Tensors that a forward has stored, such as attention weights, are copied without their graph,
     which deepcopy refuses.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
     copies: dict[int, Any] = {}  # for deepcopy: id -> the copy to use
-    for leaf in leaves(attributes):
-        if isinstance(leaf, Tensor) and not leaf.is_leaf:
-            copies[id(leaf)] = leaf.detach().clone()
+    for module in model.modules():
+        for leaf in leaves(list(vars(module).values())):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                copies[id(leaf)] = leaf.detach().clone()
     return copy.deepcopy(model, copies)
 
 

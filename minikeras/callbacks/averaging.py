@@ -86,7 +86,7 @@ class EMA(Callback):
 
     @property
     def _lent(self) -> Lent:
-        """What the EMAs of this fit share."""
+        """Return what the EMAs of this fit share."""
         return self._run.lent or Lent()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -147,8 +147,8 @@ class EMA(Callback):
         for weight, tensor in zip(self._weights().values(), tensors, strict=False):
             weight.copy_(tensor)
 
-    def _raw_of_own(self) -> list[Tensor]:
-        """The model's own weights while this EMA lends its average, else an empty list."""
+    def _raw_weights(self) -> list[Tensor]:
+        """Return the model's own weights while this EMA lends its average, else an empty list."""
         lent = self._lent
         return lent.raw if lent.owner is self else []
 
@@ -161,7 +161,7 @@ class EMA(Callback):
         found = []
         for name, tensor in zip(names, self.averaged, strict=False):
             found.append((f"the EMA of {name}", name, tensor))
-        for name, tensor in zip(names, self._raw_of_own(), strict=False):
+        for name, tensor in zip(names, self._raw_weights(), strict=False):
             found.append((f"{name} in training", name, tensor))
         return found
 
@@ -170,7 +170,7 @@ class EMA(Callback):
         return {
             "taken": self.steps_seen,
             "averaged": dict(zip(self._weights(), averaged, strict=False)),
-            "raw": dict(zip(self._weights(), self._raw_of_own(), strict=False)),
+            "raw": dict(zip(self._weights(), self._raw_weights(), strict=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -284,7 +284,7 @@ def _example_path(writer: ModelCheckpoint | CSVLogger) -> Path:
 def _may_write(writer: ModelCheckpoint | CSVLogger, path: Path) -> bool:
     """Tell whether a callback writes to that path, or may do so in some epoch.
 
-    In which epoch depends on the names in the braces of its own path.
+    A callback's own path may have names in braces, whose values differ from epoch to epoch.
     """
     if same_place(_example_path(writer), path):
         return True

@@ -29,7 +29,8 @@ class EarlyStopping(MonitoringCallback):
             towards patience, improved or not. Default none.
         restore_best_weights: load the weights of the best epoch when the fit ends, also after an
             error. They are kept on the CPU, without the parameters of the loss. Default False.
-        start_from_epoch: ignore this many epochs at the beginning of the fit; default 0.
+        start_from_epoch: ignore this many epochs at the beginning of the fit: they never set the
+            best value and use up no patience. Default 0.
 
     Attributes:
         best: the best value of this fit; infinite before there is one. `model.stop_training` tells
