@@ -1,4 +1,7 @@
-"""An autoencoder: the labels are the features; 8 numbers instead of 64 for each digit, beside as many by PCA."""
+"""An autoencoder: the labels are the features; each digit becomes 8 numbers instead of 64.
+
+The same is done with as many numbers by PCA, for comparison.
+"""
 
 import argparse
 
@@ -28,19 +31,20 @@ def main(epochs, size):
     model.compile(nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=0.002))
     model.fit(epochs, (X, X), dl_val=(X_val, X_val), batch_size=64)
 
-    codes = minikeras.Model(model.encoder).predict(
-        X_val
-    )  # (rows, size); any part of it predicts by itself
+    # any part of a model can predict by itself
+    codes = minikeras.Model(model.encoder).predict(X_val)  # (rows, size)
     pca = PCA(size).fit(X)
-    linear = nn.MSELoss()(torch.tensor(pca.inverse_transform(pca.transform(X_val))), X_val)
+    by_pca = torch.tensor(pca.inverse_transform(pca.transform(X_val)))
+    error_of_pca = nn.MSELoss()(by_pca, X_val)
     error = model.evaluate((X_val, X_val))["val_loss"]
     print(
-        f"{X_val.shape[1]} numbers as {codes.shape[1]}: mean squared error {error:.4f}, by PCA {linear:.4f}"
+        f"{X_val.shape[1]} numbers as {codes.shape[1]}: mean squared error {error:.4f}, "
+        f"by PCA {error_of_pca:.4f}"
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--size", type=int, default=8, help="numbers a digit becomes")
+    parser.add_argument("--size", type=int, default=8, help="numbers that a digit becomes")
     main(**vars(parser.parse_args()))

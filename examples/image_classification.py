@@ -1,4 +1,4 @@
-"""Image classification: a convolutional network with BatchNorm tells scikit-learn's 8 x 8 digits apart."""
+"""Image classification: a convolutional network with BatchNorm reads 8 x 8 digits."""
 
 import argparse
 
@@ -26,9 +26,8 @@ def block(inputs, outputs):
 def main(epochs):
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
-    images = (
-        images.reshape(-1, 1, 8, 8).astype("float32") / 16
-    )  # (rows, channels, height, width), 0 to 1
+    # (rows, channels, height, width), from 0 to 1
+    images = images.reshape(-1, 1, 8, 8).astype("float32") / 16
     X, X_val, y, y_val = train_test_split(
         images, labels, test_size=0.25, stratify=labels, random_state=0
     )
@@ -43,10 +42,10 @@ def main(epochs):
     best = minikeras.EarlyStopping("val_accuracy", patience=5, restore_best_weights=True)
     model.fit(epochs, (X, y), dl_val=(X_val, y_val), batch_size=64, callbacks=[schedule, best])
 
-    found = model.predict(X_val).argmax(1)  # raw scores: (rows, 10)
-    wrong = (found != torch.tensor(y_val)).nonzero().flatten().tolist()
-    taken = ", ".join(f"{y_val[row]} for {found[row]}" for row in wrong)
-    print(f"{len(wrong)} of {len(y_val)} validation rows wrong: {taken}")
+    predicted = model.predict(X_val).argmax(1)  # of raw scores: (rows, 10)
+    wrong = (predicted != torch.tensor(y_val)).nonzero().flatten().tolist()
+    mistakes = ", ".join(f"{y_val[row]} for {predicted[row]}" for row in wrong)
+    print(f"{len(wrong)} of {len(y_val)} validation rows wrong: {mistakes}")
 
 
 if __name__ == "__main__":

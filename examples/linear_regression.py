@@ -1,4 +1,4 @@
-"""Linear regression: fit recovers the w and b that the data was made with."""
+"""Linear regression: fit finds the w and b that the data was made with."""
 
 import argparse
 
@@ -20,9 +20,8 @@ def main(epochs):
     model.fit(epochs, (X[:300], Y[:300]), dl_val=(X[300:], Y[300:]), batch_size=20)
 
     (w1, w2), found_b = model.net.weight[0].tolist(), model.net.bias.item()
-    print(
-        f"true  w = [ 2.00, -3.00]  b = 10.00\nfound w = [{w1:5.2f}, {w2:5.2f}]  b = {found_b:5.2f}"
-    )
+    print("true  w = [ 2.00, -3.00]  b = 10.00")
+    print(f"found w = [{w1:5.2f}, {w2:5.2f}]  b = {found_b:5.2f}")
 
 
 if __name__ == "__main__":

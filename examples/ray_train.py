@@ -1,4 +1,7 @@
-"""The ring example on Ray Train: two workers on the CPU, whose process group compile sees; nothing else changes."""
+"""The ring example on Ray Train, with two workers on the CPU.
+
+compile finds the process group that Ray has created; nothing else changes.
+"""
 
 import argparse
 import os
@@ -10,7 +13,7 @@ from ray.train.torch import TorchTrainer
 from ring_focal import main as ring
 
 
-def train(config):  # in each worker, Ray has made the group
+def train(config):  # runs in each worker
     return ring(**config)
 
 
@@ -24,7 +27,7 @@ def main(epochs, batch_size, folder="ray_results"):
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(Path(folder).resolve())),
     )
-    dfhistory = trainer.fit().return_value  # that of rank 0
+    dfhistory = trainer.fit().return_value  # of rank 0
     ray.shutdown()
     return dfhistory
 

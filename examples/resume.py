@@ -1,4 +1,7 @@
-"""A run that can be stopped at any moment: press Ctrl-C, or kill it, then start it again; it goes on where it was."""
+"""A run that can be stopped at any moment: press Ctrl-C, or kill it, then start it again.
+
+Training resumes where it was stopped.
+"""
 
 import argparse
 import time
@@ -12,13 +15,11 @@ import minikeras
 
 
 class Digits(Dataset):
-    """scikit-learn's 8 x 8 digits, each shifted anew by up to a pixel whenever it is read."""
+    """scikit-learn's 8 x 8 digits, shifted by up to a pixel each time they are read."""
 
     def __init__(self, images, labels):
-        self.images, self.labels = (
-            torch.tensor(images, dtype=torch.float32) / 16,
-            torch.tensor(labels),
-        )
+        self.images = torch.tensor(images, dtype=torch.float32) / 16
+        self.labels = torch.tensor(labels)
 
     def __len__(self):
         return len(self.labels)
@@ -38,17 +39,14 @@ def main(epochs, file, pause):
     images = images.reshape(-1, 8, 8)
     dl_train = DataLoader(Digits(images[:1400], labels[:1400]), batch_size=64, shuffle=True)
     dl_valid = DataLoader(Digits(images[1400:], labels[1400:]), batch_size=64)
-    model = minikeras.Model(
-        nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)
-        )
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)
     )
-    model.compile(
-        nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()), {"accuracy": accuracy}
-    )
-    slow = minikeras.LambdaCallback(
-        on_batch_end=lambda batch, logs: time.sleep(pause)
-    )  # time to press Ctrl-C
+    model = minikeras.Model(net)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.compile(nn.CrossEntropyLoss(), optimizer, {"accuracy": accuracy})
+    # gives you time to press Ctrl-C
+    slow = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: time.sleep(pause))
     dfhistory = model.fit(
         epochs, dl_train, dl_valid, checkpoint=file, checkpoint_every=5, callbacks=[slow]
     )

@@ -1,4 +1,4 @@
-"""Several outputs: a dict of two heads, a loss of one's own over both, and metrics that look at one head each."""
+"""Several outputs: a dict of two outputs, a custom loss over both, and a metric for each."""
 
 import argparse
 
@@ -14,17 +14,18 @@ class WineModel(minikeras.Model):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(12, 32), nn.ReLU())
-        self.grape, self.alcohol = nn.Linear(32, 3), nn.Linear(32, 1)
+        self.grape = nn.Linear(32, 3)
+        self.alcohol = nn.Linear(32, 1)
 
     def forward(self, x):
         hidden = self.body(x)
         return {"grape": self.grape(hidden), "alcohol": self.alcohol(hidden)}
 
 
-def loss_func(y_pred, y_true):  # means over the rows; alcohol in standard deviations, squared
-    return F.cross_entropy(y_pred["grape"], y_true["grape"]) + F.mse_loss(
-        y_pred["alcohol"], y_true["alcohol"]
-    )
+def loss_func(y_pred, y_true):  # both terms are means over the rows
+    grape = F.cross_entropy(y_pred["grape"], y_true["grape"])
+    alcohol = F.mse_loss(y_pred["alcohol"], y_true["alcohol"])  # in standard deviations, squared
+    return grape + alcohol
 
 
 def grape_accuracy(y_pred, y_true):
@@ -41,17 +42,17 @@ def main(epochs):
     order = torch.randperm(len(wine.target))
     table = torch.tensor(wine.data, dtype=torch.float32)[order]
     table = (table - table[:128].mean(0)) / table[:128].std(0)
-    X, labels = table[:, 1:], {"grape": torch.tensor(wine.target)[order], "alcohol": table[:, :1]}
+    X = table[:, 1:]
+    grape = torch.tensor(wine.target)[order]
+    alcohol = table[:, :1]
+    train = X[:128], {"grape": grape[:128], "alcohol": alcohol[:128]}
+    val = X[128:], {"grape": grape[128:], "alcohol": alcohol[128:]}
 
     model = WineModel()
     metrics = {"grape_accuracy": grape_accuracy, "alcohol_mae": alcohol_mae}
     model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
-    train, val = (
-        (X[rows], {k: v[rows] for k, v in labels.items()})
-        for rows in [slice(128), slice(128, None)]
-    )
     model.fit(epochs, train, dl_val=val)
-    outputs = model.predict(X[-3:])  # the structure that forward returns
+    outputs = model.predict(X[-3:])  # in the structure that forward returns
     print({name: part.shape for name, part in outputs.items()})
 
 

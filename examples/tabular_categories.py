@@ -1,6 +1,7 @@
-"""A table with numbers and categories: a dict of inputs reaches forward by name; each category has an embedding.
+"""A table with numbers and categories: forward takes a dict of inputs by name.
 
-The table is scikit-learn's diabetes: how far the disease of 442 people has come a year later, from ten measurements.
+Each category has an embedding. The table is scikit-learn's diabetes: how far the disease of 442
+people has progressed after a year, from ten measurements.
 """
 
 import argparse
@@ -19,18 +20,18 @@ class TableModel(minikeras.Model):
         self.embeddings = nn.ModuleDict(
             {name: nn.Embedding(size, 4) for name, size in sizes.items()}
         )
+        inputs = numbers + 4 * len(sizes)
         self.net = nn.Sequential(
-            nn.Linear(numbers + 4 * len(sizes), 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1)
+            nn.Linear(inputs, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1)
         )
 
-    def forward(
-        self, numbers, **categories
-    ):  # numbers: (rows, columns); each category: (rows,) of whole numbers
+    def forward(self, numbers, **categories):
+        # numbers: (rows, columns); each category: (rows,) of whole numbers
         embedded = [embedding(categories[name]) for name, embedding in self.embeddings.items()]
         return self.net(torch.cat([numbers, *embedded], dim=1))
 
 
-def inputs(table, categories):
+def make_inputs(table, categories):
     numbers = table.drop(columns=[*categories, "target"])
     standard = (numbers - numbers.mean()) / numbers.std()
     codes = {name: table[name].cat.codes.to_numpy(dtype="int64") for name in categories}
@@ -42,27 +43,23 @@ def main(epochs):
     table = load_diabetes(as_frame=True, scaled=False).frame.sample(frac=1, random_state=0)
     table["sex"] = table["sex"].astype("category")
     table["age"] = pd.cut(table["age"], [0, 30, 40, 50, 60, 120])
-    table["bmi"] = pd.cut(
-        table["bmi"], [0, 18.5, 25, 30, 35, 100]
-    )  # the bounds of the World Health Organization
+    # the limits of the World Health Organization
+    table["bmi"] = pd.cut(table["bmi"], [0, 18.5, 25, 30, 35, 100])
     categories = ["sex", "age", "bmi"]
-    X = inputs(table, categories)
-    y = (table[["target"]] / 100).to_numpy(
-        dtype="float32"
-    )  # (rows, 1): near 1, as the network's first outputs are
+    sizes = {name: len(table[name].cat.categories) for name in categories}
+    X = make_inputs(table, categories)
+    # (rows, 1), divided by 100 so that they are near 1, as the network's first outputs are
+    y = (table[["target"]] / 100).to_numpy(dtype="float32")
+    train = {name: part[:342] for name, part in X.items()}, y[:342]
+    val = {name: part[342:] for name, part in X.items()}, y[342:]
 
-    model = TableModel(
-        X["numbers"].shape[1], {name: len(table[name].cat.categories) for name in categories}
-    )
-    model.compile(
-        nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=0.003), {"mae": nn.L1Loss()}
-    )
-    model.fit(epochs, ({name: part[:342] for name, part in X.items()}, y[:342]))
-    rest = ({name: part[342:] for name, part in X.items()}, y[342:])
-    mean = nn.L1Loss()(torch.full((100, 1), float(y[:342].mean())), torch.tensor(y[342:]))
-    print(
-        f"mean absolute error {model.evaluate(rest)['val_mae']:.3f}; of the mean as the answer {mean:.3f}"
-    )
+    model = TableModel(X["numbers"].shape[1], sizes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    model.compile(nn.MSELoss(), optimizer, {"mae": nn.L1Loss()})
+    model.fit(epochs, train)
+    error = model.evaluate(val)["val_mae"]
+    error_of_mean = abs(y[342:] - y[:342].mean()).mean()
+    print(f"mean absolute error {error:.3f}; of the mean as the answer {error_of_mean:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A tiny BERT from a config of transformers, nothing downloaded, learns to tell praise from complaint in 20 lines."""
+"""A tiny BERT from a config of transformers learns to tell praise from complaint in 20 lines.
+
+Nothing is downloaded.
+"""
 
 import argparse
 
@@ -9,19 +12,40 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import minikeras
 
-PRAISE = """a warm and funny film with a great cast, i loved every minute of it, a lovely script,
-the story is clever and the acting superb, a wonderful surprise from start to end, great music and a lovely plot,
-the best film of the year so far, i laughed a lot and cried a little, superb photography and a clever plot,
-the cast is wonderful and the script is great""".replace("\n", " ").split(", ")
-COMPLAINT = """a cold and boring film with a weak cast, i hated every minute of it, a lazy script,
-the story is silly and the acting awful, a terrible mess from start to end, dull music and a lazy plot,
-the worst film of the year so far, i yawned a lot and left a little early, awful photography and a silly plot,
-the cast is terrible and the script is dull""".replace("\n", " ").split(", ")
+PRAISE = [
+    "a warm and funny film with a great cast",
+    "i loved every minute of it",
+    "a lovely script",
+    "the story is clever and the acting superb",
+    "a wonderful surprise from start to end",
+    "great music and a lovely plot",
+    "the best film of the year so far",
+    "i laughed a lot and cried a little",
+    "superb photography and a clever plot",
+    "the cast is wonderful and the script is great",
+]
+COMPLAINT = [
+    "a cold and boring film with a weak cast",
+    "i hated every minute of it",
+    "a lazy script",
+    "the story is silly and the acting awful",
+    "a terrible mess from start to end",
+    "dull music and a lazy plot",
+    "the worst film of the year so far",
+    "i yawned a lot and left a little early",
+    "awful photography and a silly plot",
+    "the cast is terrible and the script is dull",
+]
 
 
 def encode(lines, vocabulary):
-    """Word numbers from 1, 0 where a line has ended; (lines, words), and a mask of the words."""
-    numbers = [torch.tensor([vocabulary[word] for word in line.split()]) for line in lines]
+    """Encode words as numbers from 1, with 0 after the end of a line.
+
+    Returns the numbers, (lines, words), and a mask of the words.
+    """
+    numbers = []
+    for line in lines:
+        numbers.append(torch.tensor([vocabulary[word] for word in line.split()]))
     input_ids = pad_sequence(numbers, batch_first=True)
     return {"input_ids": input_ids, "attention_mask": (input_ids > 0).long()}
 
@@ -36,21 +60,20 @@ def accuracy(y_pred, y_true):
 
 def main(epochs):
     torch.manual_seed(0)
-    lines, labels = PRAISE + COMPLAINT, torch.tensor([1] * len(PRAISE) + [0] * len(COMPLAINT))
-    vocabulary = {
-        word: number for number, word in enumerate(sorted(set(" ".join(lines).split())), start=1)
-    }
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-    }
-    config = BertConfig(vocab_size=len(vocabulary) + 1, **sizes)
-    model = minikeras.Model(BertForSequenceClassification(config))
-    model.compile(
-        loss_func, torch.optim.AdamW(model.parameters(), lr=0.002), {"accuracy": accuracy}
+    lines = PRAISE + COMPLAINT
+    labels = torch.tensor([1] * len(PRAISE) + [0] * len(COMPLAINT))
+    words = sorted(set(" ".join(lines).split()))
+    vocabulary = {word: number for number, word in enumerate(words, start=1)}
+    config = BertConfig(
+        vocab_size=len(vocabulary) + 1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
     )
+    model = minikeras.Model(BertForSequenceClassification(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
+    model.compile(loss_func, optimizer, {"accuracy": accuracy})
     model.fit(epochs, (encode(lines, vocabulary), labels), batch_size=5)
     unseen = encode(["a clever and wonderful plot", "a boring and awful mess"], vocabulary)
     print("praise:", model.predict([(unseen,)]).logits.softmax(1)[:, 1])

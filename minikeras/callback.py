@@ -1,10 +1,10 @@
-"""What a user may do at each moment of a fit. The methods of `Callback` are the timetable of the loop:
+"""The base class of callbacks. Its methods are the timetable of a fit:
 
 on_fit_begin
 for each epoch:
     on_epoch_begin
     for each batch: on_batch_end
-    where validation is due: on_evaluate_begin, the batches of dl_val, on_evaluate_end
+    if validation is due: on_evaluate_begin, the batches of dl_val, on_evaluate_end
     on_epoch_end
 on_fit_end              also after an error or Ctrl-C
 """
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base class: override the moments you need. `self.model` is the model from `on_fit_begin` on.
+    """Base class of callbacks: override the methods you need.
 
-    `self.model.history` is brought up to date before `on_fit_end`; until then, look at `logs`.
+    `self.model` is the model, from `on_fit_begin` on. `self.model.history` is updated just before
+    `on_fit_end`; until then, read `logs`.
 
-    Epochs and batches are numbered from 1; epochs go on counting over several fits, as the history's rows do.
-    `self.model.stop_training = True` ends the fit after the batch at hand; the epoch so far is validated and recorded.
-    An error in a method ends the fit, and says whose it is.
+    Epochs and batches are numbered from 1. Epochs keep counting over several fits, like the rows
+    of the history. `self.model.stop_training = True` ends the fit after the current batch; the
+    epoch so far is validated and recorded. An error in a method ends the fit, and the message
+    names the callback.
 
     >>> import minikeras, torch
     >>> class Gap(minikeras.Callback):
@@ -45,45 +47,66 @@ class Callback:
     model: Model
 
     def on_fit_begin(self) -> None:
-        """Once, before the first epoch."""
+        """Called once, before the first epoch."""
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Before the first batch of that `epoch`; the model is in train mode, but for what you put into eval mode."""
+        """Called before the first batch of `epoch`.
+
+        The model is in train mode, except for submodules that you have put into eval mode.
+        """
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        """After the step of that `batch`. `logs` are the epoch's running means, where there are several processes those
-        of this one; reading one waits for the device."""
+        """Called after the training step of `batch`.
+
+        `logs` holds the running means of the epoch; with several processes, those of this process.
+        Reading a value waits for the device.
+        """
 
     def on_evaluate_begin(self) -> None:
-        """Before a fit's validation."""
+        """Called before the validation of a fit."""
 
     def on_evaluate_end(self) -> None:
-        """After a fit's validation, also after an error in it; the last callback comes first."""
+        """Called after the validation of a fit, also after an error in it.
+
+        The callbacks are called in reverse order.
+        """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """After validation. `logs` are the row of that `epoch` in the history, `val_` names included; all callbacks
-        share it, and what one adds is a column."""
+        """Called after the validation of `epoch`.
+
+        `logs` is the epoch's row of the history, with the `val_` names. All callbacks share it;
+        a value that a callback adds becomes a column.
+        """
 
     def on_fit_end(self) -> None:
-        """Once, however the fit ended; the last callback comes first."""
+        """Called once, however the fit ended.
+
+        The callbacks are called in reverse order.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run must remember of this callback, for `fit(checkpoint=...)`: tensors, numbers, strings, lists and
-        dicts of them."""
+        """Return what `fit(checkpoint=...)` must save of this callback.
+
+        Allowed are tensors, numbers and strings, and lists and dicts of them.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the `state` that `state_dict` gave in an earlier process; called after `on_fit_begin`."""
+        """Restore a `state` that `state_dict` returned in an earlier process.
+
+        Called after `on_fit_begin`.
+        """
 
 
 class LambdaCallback(Callback):
-    """A callback from functions, each with the arguments of the method of `Callback` it stands for.
+    """A callback made of functions, each called with the arguments of the `Callback` method.
 
     Args:
-        on_fit_begin, on_evaluate_begin, on_evaluate_end, on_fit_end: of nothing.
-        on_epoch_begin: of the epoch's number.
-        on_batch_end: of the batch's number and the running means.
-        on_epoch_end: of the epoch's number and its row of the history, a dict that may be added to.
+        on_fit_begin, on_evaluate_begin, on_evaluate_end, on_fit_end: called without arguments.
+        on_epoch_begin: called with the epoch's number.
+        on_batch_end: called with the batch's number and the running means.
+        on_epoch_end: called with the epoch's number and its row of the history, a dict to which
+            values may be added.
 
     >>> from minikeras import LambdaCallback
     >>> shout = LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs["loss"]))
@@ -101,28 +124,26 @@ class LambdaCallback(Callback):
         on_epoch_end: Callable[[int, dict[str, float]], Any] | None = None,
         on_fit_end: Callable[[], Any] | None = None,
     ) -> None:
-        given = {
-            name: value
-            for name, value in locals().items()
-            if name.startswith("on_") and value is not None
-        }
-        for name, function in given.items():
-            setattr(self, name, function)
+        arguments = dict(locals())
+        for name, function in arguments.items():
+            if name.startswith("on_") and function is not None:
+                setattr(self, name, function)
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
-    """The callbacks as a list; a class or another object is refused."""
+    """Return the callbacks as a list; refuse a class or another object among them."""
     listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     for callback in listed:
         if not isinstance(callback, Callback):
-            got = f"the class {callback.__name__}" if isinstance(callback, type) else repr(callback)
-            got = (
-                f"a torch {type(callback).__name__}"
-                if isinstance(callback, TorchScheduler)
-                else got
-            )
+            if isinstance(callback, TorchScheduler):
+                got = f"a torch {type(callback).__name__}"
+            elif isinstance(callback, type):
+                got = f"the class {callback.__name__}"
+            else:
+                got = repr(callback)
             raise TypeError(
-                f"callbacks must be instances of minikeras.Callback, got {got}. Pass {_remedy(callback)}."
+                f"callbacks must be instances of minikeras.Callback, got {got}. "
+                f"Pass {_remedy(callback)}."
             )
         _warn_of_uncalled(callback)
     return listed
@@ -133,49 +154,48 @@ def _remedy(callback: Any) -> str:
         return "LRScheduler(scheduler)"
     if isinstance(callback, type):
         return f"{callback.__name__}()"
-    return (
-        "LambdaCallback(on_epoch_end=...) for a function"
-        if callable(callback)
-        else "a list of instances, or nothing"
-    )
+    if callable(callback):
+        return "LambdaCallback(on_epoch_end=...) for a function"
+    return "a list of instances, or nothing"
 
 
 def _warn_of_uncalled(callback: Callback) -> None:
-    """A method that looks like a moment and is none; those that another library's class has are its own."""
+    """Warn of methods named on_... that fit never calls.
+
+    Methods that come from a class of another library are that library's own.
+    """
     moments = [name for name in vars(Callback) if name.startswith("on_")]
-    others = {
-        name
-        for cls in type(callback).__mro__
-        if not issubclass(cls, Callback)
-        for name in vars(cls)
-    }
-    unknown = [
-        name
-        for name in dir(type(callback))
-        if name.startswith("on_") and name not in {*moments, *others}
-    ]
-    if unknown:
-        calls, names = (
-            ", ".join(f"{type(callback).__name__}.{name}" for name in unknown),
-            ", ".join(moments),
+    known = set(moments)
+    for cls in type(callback).__mro__:
+        if not issubclass(cls, Callback):
+            known.update(vars(cls))
+    uncalled = []
+    for name in dir(type(callback)):
+        if name.startswith("on_") and name not in known:
+            uncalled.append(f"{type(callback).__name__}.{name}")
+    if uncalled:
+        warnings.warn(
+            f"fit never calls {', '.join(uncalled)}. What it calls is {', '.join(moments)}.",
+            stacklevel=6,
         )
-        warnings.warn(f"fit never calls {calls}. What it calls is {names}.", stacklevel=6)
 
 
 def check_row(logs: dict[str, Any]) -> None:
-    """What a callback has added to an epoch's row of the history must be numbers; what is not is taken out again."""
-    for name in [name for name, value in logs.items() if not is_number(value)]:
-        value = logs.pop(name)
-        raise TypeError(
-            f"logs[{name!r}] is {value!r}, and a column of the history holds numbers. Log a number."
-        )
+    """Refuse a value in an epoch's row of the history that is not a number, and remove it."""
+    for name, value in logs.items():
+        if not is_number(value):
+            del logs[name]
+            raise TypeError(
+                f"logs[{name!r}] is {value!r}, and a column of the history holds numbers. "
+                f"Log a number."
+            )
 
 
 def with_method(callbacks: Iterable[Callback], name: str) -> list[Callback]:
-    """Those callbacks that do something at that moment: the rest costs nothing."""
+    """Return the callbacks that override the method `name`; the others need not be called."""
     empty = getattr(Callback, name)
-    return [
-        callback
-        for callback in callbacks
-        if getattr(getattr(callback, name), "__func__", None) is not empty
-    ]
+    found = []
+    for callback in callbacks:
+        if getattr(getattr(callback, name), "__func__", None) is not empty:
+            found.append(callback)
+    return found

@@ -1,4 +1,4 @@
-"""Columns of the history from what a metric object answers at the end of a pass.
+"""Columns of the history from what a metric object returns at the end of an epoch.
 
 a number, or an Average    one column, `name`
 a dict                     `name_key` for each key
@@ -19,32 +19,34 @@ from torch import Tensor
 from minikeras.errors import described, is_number
 from minikeras.results import Average, check_average
 
-MOST = 1000  # columns of one object: a table of more is of no use to anyone
+MOST = 1000  # columns of one metric object: a table with more is of no use
 
 
 def columns_of(name: str, value: Any, source: str = "compute()") -> dict[str, float]:
-    """Give each number in the answer of the metric `name` a column; `source` is what answered.
+    """Give each number in the result of the metric `name` a column.
+
+    `source` is what returned it, for the message.
 
     Raises:
-        ValueError: the answer holds something else, nothing, or too many numbers.
+        ValueError: the result holds something else, nothing, or too many numbers.
 
     >>> columns_of("f1", {"cat": 0.5, "dog": 0.75}), columns_of("f1", [0.5, 0.75])
     ({'f1_cat': 0.5, 'f1_dog': 0.75}, {'f1_0': 0.5, 'f1_1': 0.75})
     """
-    pairs: list[tuple[str, float]] = []
+    columns: dict[str, float] = {}
+    valid = True
     for column, number in _numbers(name, value):
-        if number is None or len(pairs) == MOST:
+        if number is None or column in columns or len(columns) == MOST:
+            valid = False
             break
-        pairs.append((column, number))
-    else:
-        columns = dict(pairs)
-        if pairs and len(columns) == len(pairs):
-            return columns
-    raise ValueError(f"metric {name!r}: {source} gave {described(value)}; {_remedy(value)}")
+        columns[column] = number
+    if not valid or not columns:
+        raise ValueError(f"metric {name!r}: {source} gave {described(value)}; {_remedy(value)}")
+    return columns
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
-    """Each number with its column; None stands for what is no number."""
+    """Yield each number with its column; None stands for something that is not a number."""
     if isinstance(value, Average):
         check_average(f"metric {name!r}", value, wait=True)
         yield name, float(value.total) / float(value.count) if value.count else math.nan
@@ -61,7 +63,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
 
 
 def _is_table(value: Any) -> bool:
-    """Whether a value is a list, or a tensor or array of real numbers with at least one dimension."""
+    """Tell whether a value is a list, or a tensor or array of real numbers, not 0-dimensional."""
     if isinstance(value, Tensor):
         return value.ndim > 0 and value.numel() <= MOST and not value.is_complex()
     if isinstance(value, np.ndarray):
@@ -70,7 +72,10 @@ def _is_table(value: Any) -> bool:
 
 
 def _remedy(value: Any) -> str:
-    expected = f"expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most {MOST}). "
+    expected = (
+        f"expected a number, or a dict, list or tensor of numbers, which becomes a column for each "
+        f"(at most {MOST}). "
+    )
     if isinstance(value, tuple):
         return expected + (
             'For a few numbers return a dict of name -> number, such as {"precision": p, '
@@ -91,11 +96,11 @@ def check_name(who: str, name: Any, taken: tuple[str, ...]) -> None:
 
 
 def check_columns(columns: Mapping[str, Iterable[str]], others: Iterable[str]) -> None:
-    """Refuse columns of objects that have a name of another column, or one that the history uses.
+    """Refuse columns of metric objects whose name another column has, or the history reserves.
 
     Args:
         columns: name of a metric object -> its columns.
-        others: the columns of the loss, of functions and of what a step returns.
+        others: the columns of the loss, of metric functions and of what a step returns.
 
     Raises:
         ValueError: a name is taken.
@@ -107,25 +112,24 @@ def check_columns(columns: Mapping[str, Iterable[str]], others: Iterable[str]) -
             if column in owners:
                 other = f"metric {owners[column]!r} gives" if owners[column] else "there is"
                 raise ValueError(
-                    f"metric {name!r} gives a column {column!r}, and {other} a column of this name. "
-                    f"Give the metric another name in metrics_dict."
+                    f"metric {name!r} gives a column {column!r}, and {other} a column of this "
+                    f"name. Give the metric another name in metrics_dict."
                 )
             owners[column] = name
 
 
 def column_order(names: Iterable[str]) -> list[str]:
-    """Names in the history's order: training's, then validation's, then learning rates.
+    """Sort names as the history does: training, then validation, then learning rates.
 
     >>> column_order(["loss", "lr", "val_loss", "accuracy"])
     ['loss', 'accuracy', 'val_loss', 'lr']
     """
-    return sorted(
-        names, key=lambda name: (is_rate(name), name.startswith("val_"))
-    )  # the order within each part stays
+    # sorting is stable: names of the same kind keep their order
+    return sorted(names, key=lambda name: (is_rate(name), name.startswith("val_")))
 
 
 def is_rate(name: str) -> bool:
-    """Whether a column is that of a learning rate: lr, or lr_<name> where there are several optimizers."""
+    """Tell whether a column is a learning rate: lr, or lr_<name> with several optimizers."""
     return name == "lr" or name.startswith("lr_")
 
 
@@ -134,27 +138,34 @@ def rate_name(optimizer: str) -> str:
     return f"lr_{optimizer}" if optimizer else "lr"
 
 
-# words in a name that say what is better; a name with none of them, or with both kinds, says nothing
-MORE = """
-    acc accuracy auc auroc ap map precision recall sensitivity specificity f1 fbeta r2 iou miou jaccard dice kappa mcc
-    correlation pearson spearman similarity psnr ssim bleu rouge ndcg mrr hits
+# words in a name that tell which direction is better;
+# a name with none of them, or with words of both kinds, does not tell
+MAXIMIZED = """
+    acc accuracy auc auroc ap map precision recall sensitivity specificity f1 fbeta r2 iou miou
+    jaccard dice kappa mcc correlation pearson spearman similarity psnr ssim bleu rouge ndcg mrr
+    hits
 """
-LESS = """
-    loss error err mae mse rmse msle rmsle mape smape bce nll entropy crossentropy perplexity ppl wer cer divergence kld
-    hinge distance brier
+MINIMIZED = """
+    loss error err mae mse rmse msle rmsle mape smape bce nll entropy crossentropy perplexity ppl
+    wer cer divergence kld hinge distance brier
 """
 
 
 def mode_of(name: str) -> str | None:
-    """What is better by the words in a name, "min" or "max"; None where they do not say.
+    """Infer from the words in a name which is better, "min" or "max"; None if they do not tell.
 
     >>> mode_of("val_MSELoss"), mode_of("val_top5_acc"), mode_of("temperature")
     ('min', 'max', None)
     """
     # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss
-    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name) + re.split(r"\W|_", name)
-    known = {form for word in words for form in (word.lower(), word.lower().rstrip("0123456789"))}
-    more, less = not known.isdisjoint(MORE.split()), not known.isdisjoint(LESS.split())
-    if more == less:
+    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name)
+    words += re.split(r"\W|_", name)
+    forms = set()
+    for word in words:
+        forms.add(word.lower())
+        forms.add(word.lower().rstrip("0123456789"))
+    maximized = not forms.isdisjoint(MAXIMIZED.split())
+    minimized = not forms.isdisjoint(MINIMIZED.split())
+    if maximized == minimized:
         return None
-    return "max" if more else "min"
+    return "max" if maximized else "min"

@@ -1,17 +1,18 @@
-"""The error classes of minikeras and the wording they share.
+"""The error classes of minikeras, and the wording that its error messages share.
 
     Exception
     ├── ValueError, TypeError    bad input, as everywhere in Python
     └── RuntimeError
-        ├── NotCompiledError     fit, evaluate or a step before compile
-        ├── ForwardError         a layer could not take what reached it
+        ├── NotCompiledError     fit, evaluate or a part of the step before compile
+        ├── ForwardError         a layer could not take its input
         └── CheckpointError      a file that cannot be loaded, or not into this model
 
-Every message says what was expected, what came and what to do.
+Every message says what was expected, what was received and what to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import operator
@@ -28,15 +29,18 @@ class NotCompiledError(RuntimeError):
 
 
 class ForwardError(RuntimeError):
-    """A layer could not take the tensor that reached it; raised by `summary`."""
+    """A layer could not take the tensor that it received; raised by `summary`."""
 
 
 class CheckpointError(RuntimeError):
-    """A file of weights or of a run's state is damaged, foreign, or of something else than what it is loaded into."""
+    """A file of weights or of a run's state cannot be loaded.
+
+    It is damaged, was not written by minikeras, or belongs to another model or run.
+    """
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' when `name` is close to one of the `known` names, else ''.
+    """Return ' Did you mean ...?' if `name` is close to one of the `known` names, else ''.
 
     >>> did_you_mean("val_los", ["loss", "val_loss"])
     " Did you mean 'val_loss'?"
@@ -46,19 +50,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def positive_int(name: str, value: object, hint: str = "") -> int:
-    """`value` as an int of 1 or more; a bool, a string or a fraction is refused, and of data with a `hint`."""
+    """Return `value` as an int of 1 or more; refuse a bool, a string or a fraction.
+
+    The `hint` is added to the message if `value` is data, such as a tensor.
+    """
     return whole_number(name, value, least=1, hint=hint)
 
 
 def whole_number(name: str, value: object, least: int, hint: str = "") -> int:
-    """`value` as an int of `least` or more; a bool, a string or a fraction is refused, and of data with a `hint`."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = least - 1
+    """Return `value` as an int of `least` or more; refuse a bool, a string or a fraction.
+
+    The `hint` is added to the message if `value` is data, such as a tensor.
+    """
+    number = least - 1  # refused
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)  # type: ignore[arg-type]
     if number < least:
-        plain = value is None or isinstance(value, (int, float, str))
-        shown = f"{value!r}." if plain else f"{described(value)}.{hint}"
+        if value is None or isinstance(value, (int, float, str)):
+            shown = f"{value!r}."
+        else:
+            shown = f"{described(value)}.{hint}"
         raise ValueError(f"{name} must be a whole number of {least} or more, got {shown}")
     return number
 
@@ -66,8 +78,13 @@ def whole_number(name: str, value: object, least: int, hint: str = "") -> int:
 def real(
     name: str, value: object, expected: str, holds: Callable[[float], bool] = lambda number: True
 ) -> float:
-    """`value` as a float of which something holds, `expected` in words; NaN, a bool and a string are refused."""
-    number = math.nan if isinstance(value, bool) or not is_number(value) else float(value)  # type: ignore[arg-type]
+    """Return `value` as a float for which `holds` is true; refuse NaN, a bool and a string.
+
+    `expected` says in words what must hold, for the message.
+    """
+    number = math.nan
+    if is_number(value) and not isinstance(value, bool):
+        number = float(value)  # type: ignore[arg-type]
     if math.isnan(number) or not holds(number):
         raise ValueError(f"{name} must be a number {expected}, got {value!r}.")
     return number
@@ -75,15 +92,17 @@ def real(
 
 def one_of(name: str, value: object, known: Iterable[str]) -> None:
     """Refuse a value that is not one of the known words."""
-    if value not in (words := list(known)):
+    words = list(known)
+    if value not in words:
+        choices = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
         hint = did_you_mean(str(value), words)
-        raise ValueError(
-            f"{name} must be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, got {value!r}.{hint}"
-        )
+        raise ValueError(f"{name} must be {choices}, got {value!r}.{hint}")
 
 
 def described(value: object) -> str:
-    """A value as an error message shows it: tensors and arrays by shape and dtype, containers by their parts.
+    """Describe a value for an error message.
+
+    Tensors and arrays are shown by shape and dtype, containers by their items.
 
     >>> import torch
     >>> described((torch.zeros(4, 2), [1, "a"]))
@@ -93,21 +112,24 @@ def described(value: object) -> str:
         shape = tuple(value.shape)
         return f"{type(value).__name__} {shape} {dtype_name(value.dtype)}"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {described(part)}" for key, part in value.items()) + "}"
-    if type(value) in (tuple, list):
-        left, right = "()" if isinstance(value, tuple) else "[]"
-        shown = [described(part) for part in value[:4]] + ["..."] * (len(value) > 4)  # type: ignore[index,arg-type]
-        return left + ", ".join(shown) + right
+        items = [f"{key!r}: {described(item)}" for key, item in value.items()]
+        return "{" + ", ".join(items) + "}"
+    if type(value) is tuple or type(value) is list:
+        shown = [described(item) for item in value[:4]]
+        if len(value) > 4:
+            shown.append("...")
+        text = ", ".join(shown)
+        return f"({text})" if isinstance(value, tuple) else f"[{text}]"
     return type(value).__name__
 
 
 def dtype_name(dtype: Any) -> str:
-    """float32, not torch.float32; of a tensor or of a dtype."""
+    """Return the name of a dtype, or of a tensor's dtype: float32, not torch.float32."""
     return str(dtype.dtype if isinstance(dtype, Tensor) else dtype).removeprefix("torch.")
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is one real number: of Python, of NumPy, or a tensor of one element."""
+    """Tell whether a value is one real number: of Python, of NumPy, or a tensor of one element."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     if isinstance(value, np.ndarray):
@@ -116,17 +138,22 @@ def is_number(value: object) -> bool:
 
 
 def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Module, Any] | None:
-    """The innermost layer of `model` in whose forward `error` was raised: (name, layer, its first argument)."""
+    """Find the innermost layer of `model` in whose forward `error` was raised.
+
+    Returns its name, the layer and its first argument.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
-        given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
-        if (
-            code.co_name == "forward"
-            and len(given) > 1
-            and isinstance(given[0], nn.Module)
-            and id(given[0]) in names
-        ):
-            found = (names[id(given[0])], given[0], given[1])
+        if code.co_name != "forward":
+            continue
+        arguments = []
+        for name in code.co_varnames[: code.co_argcount]:
+            arguments.append(frame.f_locals.get(name))
+        if len(arguments) < 2:
+            continue
+        layer = arguments[0]
+        if isinstance(layer, nn.Module) and id(layer) in names:
+            found = (names[id(layer)], layer, arguments[1])
     return found

@@ -1,4 +1,4 @@
-"""Programs of torch.export as models: they predict and evaluate, and have no train mode."""
+"""Models that are programs of torch.export: they predict and evaluate, but cannot be trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import fx, nn
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    """Put each submodule into train or eval mode, but for an exported program, which refuses: it has one mode."""
+    """Put each submodule into train or eval mode, except exported programs, which have one mode."""
     if is_exported(module):
         return
     if not any(is_exported(part) for part in module.modules()):
@@ -18,7 +18,7 @@ def set_mode(module: nn.Module, training: bool) -> None:
 
 
 def is_exported(module: nn.Module) -> bool:
-    """Whether a module is a program of torch.export, whose `train` and `eval` are errors."""
+    """Tell whether a module is a program of torch.export, whose `train` and `eval` raise errors."""
     if not (isinstance(module, fx.GraphModule) and "train" in vars(module)):
         return False
     try:
@@ -29,17 +29,18 @@ def is_exported(module: nn.Module) -> bool:
 
 
 def check_not_exported(model: nn.Module) -> None:
-    """An exported program has no train mode.
+    """Refuse to train an exported program, which has no train mode.
 
     Raises:
-        ValueError: a part of the model that is to be trained is one.
+        ValueError: a part of the model with trainable parameters is an exported program.
     """
     for name, module in model.named_modules():
-        if is_exported(module) and any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
+        if not is_exported(module):
+            continue
+        if any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError(
-                f"{name or 'the model'} is a program of torch.export, which has no train mode (dropout and BatchNorm "
-                f"are as it was exported). Fit the model that it was exported from; or freeze it, "
-                f"{name or 'model'}.requires_grad_(False), and train what comes after it."
+                f"{name or 'the model'} is a program of torch.export, which has no train mode "
+                f"(dropout and BatchNorm are as it was exported). Fit the model that it was "
+                f"exported from; or freeze it, {name or 'model'}.requires_grad_(False), and train "
+                f"what comes after it."
             )

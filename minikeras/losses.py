@@ -1,8 +1,9 @@
-"""What is added to torch.nn's losses: focal loss, L1 and L2 penalties, weight decay that spares the biases.
+"""Losses that torch.nn lacks: focal loss, L1 and L2 penalties, weight decay without the biases.
 
-    objective = loss_func(y_pred, y_true) + l1 * sum |w| + 0.5 * l2 * sum w^2      w: the weights, not the biases
+    objective = loss_func(y_pred, y_true) + l1 * sum |w| + 0.5 * l2 * sum w^2
 
-Losses and metrics are called with (y_pred, y_true), unlike TensorFlow's, which take y_true first.
+where w are the weights, not the biases. Losses and metrics are called with (y_pred, y_true), unlike
+TensorFlow's, which take y_true first.
 """
 
 from __future__ import annotations
@@ -22,26 +23,31 @@ from minikeras.results import Average, Loss, refuse_several
 
 
 class FocalLoss(nn.Module):
-    """Binary cross entropy in which easy elements, those already predicted well, count for little.
+    """Binary cross entropy that gives little weight to elements already predicted well.
 
-    -a_t * (1 - p_t)^gamma * log(p_t), where p_t is the probability given to the true class, and a_t is `alpha`
-    for positives and 1 - `alpha` for negatives: Lin et al. 2017, "Focal Loss for Dense Object Detection",
-    equations 4 (without a_t) and 5. With gamma=0 and alpha=0.5 it is half the binary cross entropy.
+    The loss is -a_t * (1 - p_t)^gamma * log(p_t), where p_t is the probability of the true class,
+    and a_t is `alpha` for positives and 1 - `alpha` for negatives: Lin et al. 2017, "Focal Loss for
+    Dense Object Detection", equations 4 (without a_t) and 5. With gamma=0 and alpha=0.5 it is half
+    the binary cross entropy.
 
     Args:
-        gamma: how fast easy elements fade, 0 or more, default 2; 0 leaves all of them in.
-        alpha: weight of the positives, 0 to 1. The default, 0.75, suits rare positives; the paper's detectors use 0.25.
-        from_logits: y_pred is raw scores, not probabilities, the default. Exact at scores of any size, and the only
-            form that mixed precision on a GPU takes.
-        reduction: "mean", the default, or "sum" over all elements, or "none": one value per element, for a weight per
-            row.
+        gamma: how fast the weight of easy elements decreases, 0 or more, default 2; with 0 it does
+            not decrease.
+        alpha: weight of the positives, from 0 to 1. The default, 0.75, suits rare positives; the
+            paper's detectors use 0.25.
+        from_logits: y_pred is raw scores instead of probabilities; default False. Raw scores are
+            exact at any size, and mixed precision on a GPU requires them.
+        reduction: "mean", the default, or "sum" over all elements; or "none": one value per
+            element, for a weight per row.
 
-    Called with (y_pred, y_true), unlike TensorFlow's: probabilities of any shape, and labels of that same shape
-    and any dtype, 0 or 1 or between (smoothed). Gives float32, or float64 where y_pred is float64.
+    Called with (y_pred, y_true), unlike TensorFlow's losses: probabilities of any shape, and labels
+    of the same shape and any dtype, 0 or 1 or between (smoothed). Returns float32, or float64 if
+    y_pred is float64.
 
     Raises:
         ValueError: an argument out of range, or y_pred and y_true of different shapes.
-        RuntimeError: probabilities below 0 or above 1, from torch; in `fit` and `evaluate` a ValueError.
+        RuntimeError: probabilities below 0 or above 1, from torch; in `fit` and `evaluate` a
+            ValueError.
 
     >>> y_pred, y_true = torch.tensor([[0.9], [0.1]]), torch.tensor([[1.0], [0.0]])
     >>> nn.BCELoss()(y_pred, y_true), FocalLoss()(y_pred, y_true)
@@ -79,12 +85,12 @@ class FocalLoss(nn.Module):
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         if y_pred.shape != y_true.shape:
             raise ValueError(
-                f"FocalLoss compares element by element: expected y_true of y_pred's shape {tuple(y_pred.shape)}, "
-                f"got {tuple(y_true.shape)}. Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
+                f"FocalLoss compares element by element: expected y_true of y_pred's shape "
+                f"{tuple(y_pred.shape)}, got {tuple(y_true.shape)}. Pass "
+                f"y_true.reshape(y_pred.shape), or one-hot labels for several classes."
             )
-        y_pred = y_pred.to(
-            torch.promote_types(y_pred.dtype, torch.float32)
-        )  # bfloat16 would keep two or three digits
+        # bfloat16 would keep only two or three digits
+        y_pred = y_pred.to(torch.promote_types(y_pred.dtype, torch.float32))
         y_true = y_true.to(y_pred.dtype)
         terms = _terms_of_logits if self.from_logits else _terms_of_probabilities
         cross_entropy, fading = terms(y_pred, y_true, self.gamma)
@@ -99,45 +105,49 @@ class FocalLoss(nn.Module):
 
 
 def _terms_of_logits(logits: Tensor, y_true: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """-log(p_t) and (1 - p_t)^gamma, each of the logits' shape."""
-    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
-    # Not BCEWithLogits: float32 rounds it to 0 for a negative with a score below about -15.
+    """Compute -log(p_t) and (1 - p_t)^gamma, each of the logits' shape."""
+    log_p = F.logsigmoid(logits)
+    log_not_p = F.logsigmoid(-logits)
+    # not BCEWithLogits: float32 rounds it to 0 for a negative with a score below about -15
     cross_entropy = -(y_true * log_p + (1 - y_true) * log_not_p)
-    # The power as exp of a log: 1 - p_t underflows to 0, where a power below 1 has an infinite slope.
+    # the power as exp of a log: 1 - p_t underflows to 0, where a power below 1 has an infinite
+    # slope
     log_miss = torch.logaddexp((1 - y_true).log() + log_p, y_true.log() + log_not_p)
     return cross_entropy, (gamma * log_miss).exp()
 
 
 def _terms_of_probabilities(p: Tensor, y_true: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """-log(p_t), cut at 100 as BCELoss cuts it, and (1 - p_t)^gamma, each of the shape of `p`."""
+    """Compute -log(p_t), limited to 100 as in BCELoss, and (1 - p_t)^gamma, of the shape of `p`."""
     miss = y_true * (1 - p) + (1 - y_true) * p
     if 0 < gamma < 1:
-        miss = miss.clamp(
-            min=torch.finfo(p.dtype).tiny
-        )  # at 0 the slope is infinite, and infinity * 0 is NaN
+        # at 0 the slope is infinite, and infinity * 0 is NaN
+        miss = miss.clamp(min=torch.finfo(p.dtype).tiny)
     return F.binary_cross_entropy(p, y_true, reduction="none"), miss**gamma
 
 
 def weights_and_biases(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters, each once. The last part of a name decides: `lstm.bias_ih_l0` is a bias,
-    `unbiased.weight` is not; nor is the scale of a BatchNorm, its `weight`.
+    """Return the weights and the biases of a model, each parameter once.
+
+    The last part of a name decides: `lstm.bias_ih_l0` is a bias, `unbiased.weight` is not. The
+    scale of a BatchNorm, its `weight`, is no bias either.
     """
     weights: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # a tied parameter comes once, under its first name
-        (biases if "bias" in name.rpartition(".")[2] else weights).append(parameter)
+    # named_parameters yields a tied parameter once, under its first name
+    for name, parameter in model.named_parameters():
+        if "bias" in name.rpartition(".")[2]:
+            biases.append(parameter)
+        else:
+            weights.append(parameter)
     return weights, biases
 
 
-# while a fit runs: a model's weights, found once
+# during a fit: the weights of each model, collected once; several dicts if fits are nested
 _found: list[dict[nn.Module, list[nn.Parameter]]] = []
 
 
 class WeightsFoundOnce(Hook):
-    """During a fit, lets penalties look for a model's weights at their first call only."""
+    """During a fit, let penalties look for a model's weights at their first call only."""
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
@@ -154,44 +164,60 @@ class WeightsFoundOnce(Hook):
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable weights of a model, biases left out."""
-    if (
-        torch.compiler.is_compiling() or not _found
-    ):  # in this order: a graph must not depend on `_found`
+    """Return the trainable weights of a model, without biases."""
+    # is_compiling comes first: a graph must not depend on `_found`
+    if torch.compiler.is_compiling() or not _found:
         weights = weights_and_biases(model)[0]
     elif model in _found[-1]:
         weights = _found[-1][model]
     else:
-        weights = _found[-1][model] = weights_and_biases(model)[0]
+        weights = weights_and_biases(model)[0]
+        _found[-1][model] = weights
     return [weight for weight in weights if weight.requires_grad]
 
 
 def penalty(weights: Sequence[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tensor:
-    """l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements: 0-dim, on the device of the first weight."""
+    """Compute l1 * sum |w| + 0.5 * l2 * sum w^2 over all elements.
+
+    The result is 0-dimensional, on the device of the first weight.
+    """
     if not weights or not (l1 or l2):
         return torch.zeros(())
     if not torch.compiler.is_compiling() and any(map(is_sharded, weights)):
-        return _penalty_of_parts(weights, l1, l2)
-    wide = [
-        weight.float() if weight.dtype.itemsize < 4 else weight for weight in weights
-    ]  # float16 ends at 65504
-    parts = []  # each strength is multiplied in once: on small models these few ops cost as much as the network
+        return _penalty_of_sharded(weights, l1, l2)
+    wide = []
+    for weight in weights:
+        # float16 ends at 65504
+        wide.append(weight.float() if weight.dtype.itemsize < 4 else weight)
+    # each strength is multiplied once: on small models these few operations cost as much as the
+    # network
+    terms = []
     if l1:
-        parts.append(l1 * _total([torch.linalg.vector_norm(weight, 1) for weight in wide]))
+        terms.append(l1 * _total([torch.linalg.vector_norm(weight, 1) for weight in wide]))
     if l2:
-        parts.append((0.5 * l2) * _total([weight.square().sum() for weight in wide]))
-    return _total(parts)
+        terms.append((0.5 * l2) * _total([weight.square().sum() for weight in wide]))
+    return _total(terms)
 
 
-def _penalty_of_parts(weights: Sequence[Any], l1: float, l2: float) -> Tensor:
-    """Of weights whose parts are in several processes: each takes its own parts, and the sums are added up."""
+def _penalty_of_sharded(weights: Sequence[Any], l1: float, l2: float) -> Tensor:
+    """Compute the penalty of weights that are sharded over several processes.
 
+    Each process takes its own shards, and the results are added up.
+    """
     from minikeras.distributed.shards import sum_of_parts  # only several processes have parts
 
-    parts = [weight for weight in weights if is_sharded(weight)]
-    others = [weight for weight in weights if not is_sharded(weight)]
-    together = sum_of_parts(penalty([part.to_local() for part in parts], l1, l2), parts[0])
-    return together + penalty(others, l1, l2) if others else together
+    sharded = []
+    others = []
+    for weight in weights:
+        if is_sharded(weight):
+            sharded.append(weight)
+        else:
+            others.append(weight)
+    local = [weight.to_local() for weight in sharded]
+    total = sum_of_parts(penalty(local, l1, l2), sharded[0])
+    if others:
+        total = total + penalty(others, l1, l2)
+    return total
 
 
 def _total(terms: list[Tensor]) -> Tensor:
@@ -202,15 +228,17 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 
 def l1_penalty(model: nn.Module, beta: float) -> Tensor:
-    """beta * sum |w| over the trainable weights, biases left out: drives weights to 0 (Tibshirani 1996, "Regression
-    Shrinkage and Selection via the Lasso").
+    """Compute beta * sum |w| over the trainable weights, without biases.
+
+    It drives weights to 0: Tibshirani 1996, "Regression Shrinkage and Selection via the Lasso".
 
     Args:
         model: any module; each of its parameters counts once.
         beta: strength, 0 or more, in units of the loss per unit of weight.
 
     Returns:
-        0-dim, with a gradient, on the model's device; a plain 0 where there are no weights or `beta` is 0.
+        0-dimensional, with a gradient, on the model's device; a plain 0 if there are no weights or
+        `beta` is 0.
 
     Raises:
         ValueError: a negative `beta`.
@@ -224,9 +252,10 @@ def l1_penalty(model: nn.Module, beta: float) -> Tensor:
 
 
 def l2_penalty(model: nn.Module, alpha: float) -> Tensor:
-    """0.5 * alpha * sum w^2: keeps weights small (ridge: Hoerl and Kennard 1970). Its gradient is alpha * w.
+    """Compute 0.5 * alpha * sum w^2 over the trainable weights, without biases.
 
-    `model`, the strength `alpha`, what is returned and raised are as in `l1_penalty`, which has an example of both.
+    It keeps weights small (ridge: Hoerl and Kennard 1970). Its gradient is alpha * w. For `model`,
+    the strength `alpha`, the result and errors see `l1_penalty`, which has an example of both.
 
     >>> model = nn.Linear(2, 1)
     >>> l2_penalty(model, 0.1).backward()
@@ -237,21 +266,23 @@ def l2_penalty(model: nn.Module, alpha: float) -> Tensor:
 
 
 class Regularized(nn.Module):
-    """A loss plus `l1_penalty` and `l2_penalty` of a model, to hand to `compile`.
+    """Add `l1_penalty` and `l2_penalty` of a model to a loss; pass the result to `compile`.
 
     Args:
-        loss_func: function or module called with (y_pred, y_true), unlike TensorFlow's; stays at `.loss_func`.
-        model: the one whose weights are penalized. It is no submodule: `parameters()`, `state_dict()` and `.to()`
-            do not reach it. A deepcopy holds a copy of the model too, so copy the two together.
+        loss_func: function or module called with (y_pred, y_true), unlike TensorFlow's losses; you
+            can access it as `.loss_func`.
+        model: the model whose weights are penalized. It is not a submodule: `parameters()`,
+            `state_dict()` and `.to()` do not reach it. A deepcopy contains a copy of the model too,
+            so copy the two together.
         l1, l2: strengths, 0 or more, default 0.
 
-    The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"), so that weights of
-    the rows weigh it too. An `Average(total, count)` becomes Average(total + penalty * count, count), so that its mean,
-    too, carries the penalty once.
+    The penalty is added to a scalar loss, and to each value of a loss per row (reduction="none"),
+    so that sample weights apply to it too. An `Average(total, count)` becomes
+    Average(total + penalty * count, count), so that its mean includes the penalty once as well.
 
     Raises:
-        TypeError: a class where a loss is meant, or a model that is no module.
-        ValueError: a negative strength; or, when called, a loss that gives a tuple, a list or a dict.
+        TypeError: a class instead of a loss, or a model that is not a module.
+        ValueError: a negative strength; or, when called, a loss that returns a tuple, list or dict.
 
     >>> Regularized(FocalLoss(), nn.Linear(2, 1), l2=0.001)
     Regularized(
@@ -271,17 +302,19 @@ class Regularized(nn.Module):
             raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be a torch.nn.Module, got {described(model)}. Pass the one that is trained."
+                f"model must be a torch.nn.Module, got {described(model)}. "
+                f"Pass the one that is trained."
             )
         self.loss_func = loss_func
-        self._held = (model,)  # nn.Module does not look into tuples
+        self._model_in_tuple = (model,)  # not a submodule: nn.Module does not look into tuples
         self.l1: float = _strength("l1", l1)
         self.l2: float = _strength("l2", l2)
 
     def forward(self, y_pred: Any, y_true: Any) -> Loss:
         loss = self.loss_func(y_pred, y_true)
-        loss = loss if isinstance(loss, Tensor) else getattr(loss, "loss", loss)
-        added = penalty(weights_of(self._held[0]), self.l1, self.l2)
+        if not isinstance(loss, Tensor):
+            loss = getattr(loss, "loss", loss)
+        added = penalty(weights_of(self._model_in_tuple[0]), self.l1, self.l2)
         if isinstance(loss, Average):
             return Average(loss.total + added * loss.count, loss.count)
         refuse_several("the loss", loss)
@@ -292,35 +325,38 @@ class Regularized(nn.Module):
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weights with `weight_decay`, biases with 0, neither of them empty.
+    """Return parameter groups for an optimizer: weights with `weight_decay`, biases with 0.
 
-    For SGD and Adam the same as `l2_penalty(model, weight_decay)`, at less cost. AdamW's decay is another one, lr *
-    weight_decay * w beside the step: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
+    An empty group is left out. For SGD and Adam this equals `l2_penalty(model, weight_decay)`, at
+    lower cost. AdamW's decay is different, lr * weight_decay * w next to the step: Loshchilov and
+    Hutter 2019, "Decoupled Weight Decay Regularization".
 
     Args:
-        model: any module; only what is trainable is taken, each parameter once.
-        weight_decay: 0 or more, what an optimizer has under this name.
+        model: any module; only its trainable parameters are taken, each once.
+        weight_decay: 0 or more, as the argument of this name of an optimizer.
 
     Raises:
         ValueError: a negative `weight_decay`.
 
-    >>> optimizer = torch.optim.SGD(weight_decay_groups(nn.Linear(3, 2), 1e-5), lr=0.01, momentum=0.9)
+    >>> groups = weight_decay_groups(nn.Linear(3, 2), 1e-5)
+    >>> optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(1, 1e-05), (1, 0.0)]
     """
     decays = (_strength("weight_decay", weight_decay), 0.0)
-    groups = zip(weights_and_biases(model), decays, strict=True)
-    trained = [
-        ([one for one in parameters if one.requires_grad], decay) for parameters, decay in groups
-    ]
-    return [
-        {"params": parameters, "weight_decay": decay} for parameters, decay in trained if parameters
-    ]
+    groups = []
+    for parameters, decay in zip(weights_and_biases(model), decays, strict=True):
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        if trainable:
+            groups.append({"params": trainable, "weight_decay": decay})
+    return groups
 
 
 def _strength(name: str, value: float) -> float:
+    """Return a strength; refuse a negative one and NaN."""
     if not value >= 0:  # NaN is refused as well
         raise ValueError(
-            f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none."
+            f"{name} must be 0 or more, got {value}. Less would reward large weights; "
+            f"pass 0 for none."
         )
     return value

@@ -17,45 +17,50 @@ from minikeras.support.sharded_tensors import as_part
 
 @dataclass
 class Lent:
-    """What a model holds in place of its own weights, until the next epoch begins."""
+    """Averaged weights that a model holds instead of its own until the next epoch begins."""
 
-    owner: EMA | None = None  # whose average it is; one of several EMAs lends
+    owner: EMA | None = None  # the EMA that lends its average; with several, only one does
     raw: list[Tensor] = field(default_factory=list)  # the model's own weights
-    filled_by: EMA | None = (
-        None  # at the fit's end, another EMA that has put its average in their place
-    )
+    # at the end of the fit: another EMA that has replaced them with its average
+    filled_by: EMA | None = None
 
 
 class EMA(Callback):
-    """Keeps an exponential moving average of the model's parameters, which the model holds after the fit.
+    """Keep an exponential moving average of the parameters; the model holds it after the fit.
 
-    After the first step the average is the weights; after each later one, average = decay * average +
-    (1 - decay) * weights, as in Tarvainen and Valpola 2017, "Mean teachers are better role models". Buffers, such as
-    the running statistics of BatchNorm, are not averaged: they are always those of the training. A step is a batch,
-    under `accumulate` one that moved the weights; under `steps_per_execution=n` the average takes the weights in once
-    every n steps.
+    After the first step the average equals the weights. After each later step it is
+    average = decay * average + (1 - decay) * weights, as in Tarvainen and Valpola 2017, "Mean
+    teachers are better role models". Buffers, such as the running statistics of BatchNorm, are not
+    averaged: they are always those of the training. A step is a batch; with `accumulate`, a batch
+    that updated the weights. With `steps_per_execution=n` the average is updated once every
+    n steps.
 
     Args:
-        decay: how much of the average stays at each step, from 0 to 1; default 0.999, about the last 1000 steps.
-        evaluate: from validation (from the epoch's end where none is due) until the next epoch begins, the model
-            holds the averaged weights, so that validation, and ModelCheckpoint and EarlyStopping after this callback in
-            the list, see those; default False.
+        decay: the share of the average that remains at each step, from 0 to 1; default 0.999,
+            about the last 1000 steps.
+        evaluate: the model holds the averaged weights from validation (without validation, from
+            the end of the epoch) until the next epoch begins. Validation uses them, and so do
+            ModelCheckpoint and EarlyStopping if they come after this callback in the list.
+            Default False.
 
     Raises:
-        ValueError: `decay` is no number from 0 to 1.
+        ValueError: `decay` is not a number from 0 to 1.
 
-    Several of them follow the same weights. Of those with evaluate=True the first in the list lends its average.
+    Several EMAs average the same weights. Of those with evaluate=True, the first in the list lends
+    its average to the model.
 
-    Each fit starts afresh. When a fit ends the first callback in the list has the last word: put EMA before
-    EarlyStopping(restore_best_weights=True) to end with the averaged weights, or after it to end with the best ones.
-    A normal end with evaluate=True keeps the best ones either way.
+    Each fit starts a new average. At the end of a fit the first callback in the list acts last: put
+    EMA before EarlyStopping(restore_best_weights=True) to end with the averaged weights, or after
+    it to end with the best weights. With evaluate=True a fit that ends normally keeps the best
+    weights in either order.
 
     >>> import minikeras, torch
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
     >>> ema = minikeras.EMA(decay=0.99, evaluate=True)
-    >>> dfhistory = model.fit(2, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[ema], verbose=0)
+    >>> data = torch.zeros(8, 1), torch.ones(8, 1)
+    >>> dfhistory = model.fit(2, data, callbacks=[ema], verbose=0)
     >>> torch.equal(model.net.bias, ema.averaged[-1])
     True
     """
@@ -63,16 +68,16 @@ class EMA(Callback):
     def __init__(self, decay: float = 0.999, evaluate: bool = False) -> None:
         self.decay: float = real("decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1)
         self.evaluate = evaluate
-        # alone: torch's AveragedModel waits for the GPU at each update
-        self.average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)
-        self._start()
+        # not torch's AveragedModel: it waits for the GPU at each update
+        self.update_average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)
+        self._reset()
 
-    def _start(self) -> None:
-        self.taken: int = 0  # steps of the optimizers that have been followed
+    def _reset(self) -> None:
+        self.steps_seen: int = 0  # steps of the optimizers already averaged
         self.averaged: list[Tensor] = []  # empty before the first step
 
     def on_fit_begin(self) -> None:
-        self._start()
+        self._reset()
         self._run.kept["lent"] = Lent()
 
     @property
@@ -81,45 +86,50 @@ class EMA(Callback):
 
     @property
     def _lent(self) -> Lent:
-        """What the EMAs of this fit share."""
+        """Return what the EMAs of this fit share."""
         return self._run.kept.get("lent") or Lent()
 
     def _weights(self) -> dict[str, Tensor]:
-        there = [(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
-        return {name: p.detach() for name, p in there if p.is_floating_point() or p.is_complex()}
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            if is_lazy(parameter):
+                continue
+            if parameter.is_floating_point() or parameter.is_complex():
+                weights[name] = parameter.detach()
+        return weights
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Give the model its own weights back as an `epoch` begins, whichever EMA has lent it others."""
-        self._fill(self._lent.raw)
+        """Give the model its own weights back before `epoch`, whichever EMA lent its average."""
+        self._set_weights(self._lent.raw)
         self._run.kept["lent"] = Lent()
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        self._follow()
+        self._update()
 
-    def _steps(self) -> int:
-        """The steps that all optimizers have taken in this fit."""
+    def _steps_taken(self) -> int:
+        """Return the steps that all optimizers have taken in this fit."""
         steps = self.model.optimizer_steps
         return sum(steps.values()) if isinstance(steps, dict) else steps
 
-    def _follow(self) -> None:
-        """Take the weights in, if a step has moved them."""
-        steps = self._steps()
-        if steps <= self.taken:
+    def _update(self) -> None:
+        """Update the average if a step has changed the weights."""
+        steps = self._steps_taken()
+        if steps <= self.steps_seen:
             return
-        self.taken = steps
-        # those of the training, also where another EMA has lent the model its own already
+        self.steps_seen = steps
+        # the training's weights, even if another EMA has already lent its average to the model
         weights = self._lent.raw or list(self._weights().values())
         if self.averaged:
-            self.average(self.averaged, weights, 0)  # the count means nothing to it
+            self.update_average(self.averaged, weights, 0)  # torch ignores the count
         else:
             self.averaged = [tensor.clone() for tensor in weights]
 
     def on_evaluate_begin(self) -> None:
-        self._follow()  # by the step that closed the epoch's last window
+        self._update()  # the step that closed the last window of the epoch comes after its batch
         if self.evaluate and self.averaged and self._lent.owner is None:
             raw = [tensor.clone() for tensor in self._weights().values()]
             self._run.kept["lent"] = Lent(self, raw)
-            self._fill(self.averaged)
+            self._set_weights(self.averaged)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.on_evaluate_begin()
@@ -128,58 +138,63 @@ class EMA(Callback):
         lent = self._lent
         lends = self.evaluate and lent.owner is not None
         if self.averaged and not (lends and lent.filled_by in (None, lent.owner)):
-            self._fill(self.averaged)
+            self._set_weights(self.averaged)
             lent.filled_by = self
         lent.raw = []
 
-    def _fill(self, tensors: list[Tensor]) -> None:
-        for weight, tensor in zip(
-            self._weights().values(), tensors, strict=False
-        ):  # none, or one for each
+    def _set_weights(self, tensors: list[Tensor]) -> None:
+        """Copy tensors into the model's weights; there are none, or one for each weight."""
+        for weight, tensor in zip(self._weights().values(), tensors, strict=False):
             weight.copy_(tensor)
 
+    def _raw_weights(self) -> list[Tensor]:
+        """Return the model's own weights while this EMA lends its average, else an empty list."""
+        lent = self._lent
+        return lent.raw if lent.owner is self else []
+
     def tensors(self) -> list[tuple[str, str, Tensor]]:
-        """What a state holds: a title, the name of the parameter, and its average or its own value while it is lent."""
+        """Return the tensors of the state: a title, the parameter's name, and the tensor.
+
+        They are each parameter's average, and its own value while the average is lent.
+        """
         names = list(self._weights())
-        raw = self._lent.raw if self._lent.owner is self else []
-        found = [
-            (f"the EMA of {name}", name, tensor)
-            for name, tensor in zip(names, self.averaged, strict=False)
-        ]
-        found += [
-            (f"{name} in training", name, tensor) for name, tensor in zip(names, raw, strict=False)
-        ]
+        found = []
+        for name, tensor in zip(names, self.averaged, strict=False):
+            found.append((f"the EMA of {name}", name, tensor))
+        for name, tensor in zip(names, self._raw_weights(), strict=False):
+            found.append((f"{name} in training", name, tensor))
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        averaged = [tensor.clone() for tensor in self.averaged]  # they go on changing
-        lent = self._lent
-        raw = lent.raw if lent.owner is self else []
+        averaged = [tensor.clone() for tensor in self.averaged]  # the originals keep changing
         return {
-            "taken": self.taken,
+            "taken": self.steps_seen,
             "averaged": dict(zip(self._weights(), averaged, strict=False)),
-            "raw": dict(zip(self._weights(), raw, strict=False)),
+            "raw": dict(zip(self._weights(), self._raw_weights(), strict=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        weights = self._weights().items()
         for part in ("averaged", "raw"):
-            given = state[part]
-            if given and any(
-                name not in given or given[name].shape != weight.shape for name, weight in weights
-            ):
+            self._check_shapes(part, state[part])
+        # a state may be of another fit, and each counts its steps from 0
+        self.steps_seen = min(state.get("taken", 0), self._steps_taken())
+        self.averaged = self._to_device(state["averaged"])
+        if state["raw"]:
+            self._run.kept["lent"] = Lent(self, self._to_device(state["raw"]))
+
+    def _check_shapes(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        if not tensors:
+            return
+        for name, weight in self._weights().items():
+            if name not in tensors or tensors[name].shape != weight.shape:
                 raise ValueError(
                     f"EMA: the state has {part} weights of another shape than the model's."
                 )
-        # another fit, which counts its steps from 0, may have written the state
-        self.taken = min(state.get("taken", 0), self._steps())
-        self.averaged = self._loaded(state["averaged"])
-        if state["raw"]:
-            self._run.kept["lent"] = Lent(self, self._loaded(state["raw"]))
 
-    def _loaded(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        loaded = []
+    def _to_device(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Copy loaded tensors to the devices of the weights, sharded as the weights are."""
+        copies = []
         if tensors:
             for name, weight in self._weights().items():
-                loaded.append(as_part(tensors[name].to(weight.device, copy=True), weight))
-        return loaded
+                copies.append(as_part(tensors[name].to(weight.device, copy=True), weight))
+        return copies

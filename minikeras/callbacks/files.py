@@ -13,40 +13,42 @@ from pathlib import Path
 from typing import Any
 
 from minikeras.callback import Callback
-from minikeras.callbacks.monitor import Monitor, Watching, skipped, unknown
+from minikeras.callbacks.monitor import Monitor, MonitoringCallback, is_skipped, unknown_name
 from minikeras.columns import column_order
 from minikeras.support.atomic import check_writable, previous, write
 from minikeras.support.paths import fix, follow_links, refuse_special, same_place, user_path
 
-NUMBER = r"[-+0-9., %_einfa]*"  # what a number may look like in a name
+NUMBER = r"[-+0-9., %_einfa]*"  # what a formatted number may look like in a file name
 
 
-class ModelCheckpoint(Watching):
-    """Saves the model's weights at the end of each epoch, or of those alone that are the best so far.
+class ModelCheckpoint(MonitoringCallback):
+    """Save the model's weights at the end of every epoch, or only of the best epochs.
 
     Args:
-        path: where to, as `Model.save` takes it; {epoch} and logged names in braces are filled in, with a format where
-            wanted: "weights/{epoch:02d}-{val_loss:.3f}.pt". A value of validation is nan in an epoch without one.
-            Folders are made.
-        monitor: with save_best_only, the name that tells the best epoch, default "val_loss"; one with val_ is looked at
-            in the epochs with a validation. It is not looked at otherwise.
-        save_best_only: save an epoch only when its value is better than any before; default False.
-        mode: "min" or "max" for what is better; "auto", the default, goes by the name.
+        path: the file, as for `Model.save`. {epoch} and logged names in braces are replaced by
+            their values, with an optional format: "weights/{epoch:02d}-{val_loss:.3f}.pt". In an
+            epoch without validation a val_ value is nan. Folders are created.
+        monitor: with save_best_only, the name whose value decides, default "val_loss". A val_ name
+            is read only in epochs with validation. Without save_best_only it is not used.
+        save_best_only: save an epoch only if its value is better than all before; default False.
+        mode: "min" or "max"; "auto", the default, infers the direction from the name.
 
-    Each fit starts afresh. Epochs are numbered from 1, over several fits. NaN is never better.
+    Each fit starts without a best value. Epochs are numbered from 1, over several fits. NaN is
+    never better.
 
     Raises:
-        ValueError: a bad argument; at the fit's beginning, a name with val_ without dl_val; at an epoch's end, one that
-            is not logged.
-        OSError: at the fit's beginning or an epoch's end, a file cannot be written.
+        ValueError: a bad argument; when the fit begins, a name with val_ without dl_val; at the end
+            of an epoch, a name that is not logged.
+        OSError: a file cannot be written; raised when the fit begins or at the end of an epoch.
 
     >>> import minikeras, tempfile, torch
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss())
+    >>> data = torch.zeros(8, 1), torch.ones(8, 1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save = minikeras.ModelCheckpoint(folder + "/weights/{epoch:02d}.pt")
-    ...     dfhistory = model.fit(2, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[save], verbose=0)
+    ...     dfhistory = model.fit(2, data, callbacks=[save], verbose=0)
     ...     print(sorted(file.name for file in Path(folder, "weights").iterdir()))
     ['01.pt', '02.pt']
     """
@@ -61,11 +63,11 @@ class ModelCheckpoint(Watching):
     ) -> None:
         user_path(path)
         self.path: str = str(path)
-        self.folder: Path = Path()  # a fit's current one as it begins: a callback may chdir
+        self.folder: Path = Path()  # the current one when a fit begins: a callback may chdir
         self.names: list[str] = _names_in(self.path)
-        self.monitor: Monitor | None = (
-            Monitor("ModelCheckpoint", monitor, mode) if save_best_only else None
-        )
+        self.monitor: Monitor | None = None
+        if save_best_only:
+            self.monitor = Monitor("ModelCheckpoint", monitor, mode)
         self.best: float = 0.0
 
     def on_fit_begin(self) -> None:
@@ -83,75 +85,82 @@ class ModelCheckpoint(Watching):
             self.best = value
         known = {**logs, "epoch": epoch}
         for name in self.names:
-            if self.validates and skipped(name, logs):
+            if self.validates and is_skipped(name, logs):
                 known[name] = math.nan
             elif name not in known:
-                raise unknown(
+                raise unknown_name(
                     f"the path {self.path!r} of ModelCheckpoint has {name!r}", name, known
                 )
         self._save(self.folder / user_path(self.path.format_map(known)))
 
     def _save(self, path: Path) -> None:
-        if getattr(self.model.save, "__module__", "") != "minikeras.model":  # the user's own
+        if getattr(self.model.save, "__module__", "") != "minikeras.model":  # a custom save
             self.model.save(path)
             return
         self.model._save(path, keep=False)
 
-    def watched(self) -> list[tuple[str, str, str]]:
-        in_path = [(name, "names its files by", "a path without it") for name in self.names]
-        return in_path + ([] if self.monitor is None else self.monitor.watched())
+    def watched_names(self) -> list[tuple[str, str, str]]:
+        watched = [(name, "names its files by", "a path without it") for name in self.names]
+        if self.monitor is not None:
+            watched += self.monitor.watched_names()
+        return watched
+
+    def _monitor_state(self) -> list[Any] | None:
+        return None if self.monitor is None else self.monitor.state()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "monitor": None if self.monitor is None else self.monitor.state(),
-        }
+        return {"best": self.best, "monitor": self._monitor_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        monitor = None if self.monitor is None else self.monitor.state()
-        if state.get("monitor", monitor) == monitor:  # the best of another value says nothing
+        # the best of another value cannot be compared
+        if state.get("monitor", self._monitor_state()) == self._monitor_state():
             self.best = state["best"]
 
 
 def _names_in(path: str) -> list[str]:
-    """The names in a path's braces; a path that cannot be filled in is refused."""
+    """Return the names in the braces of a path; refuse a path that cannot be filled in."""
+    names = []
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(path) if name is not None]
-        _filled_in(path)
+        for _, name, _, _ in string.Formatter().parse(path):
+            if name is not None:
+                names.append(name)
+        _fill_with_examples(path)
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(
-            f"path {path!r} cannot be filled in: {error}. Write names in braces, {{epoch:02d}} or {{val_loss:.3f}}, "
-            f"and a brace that stands for itself twice."
+            f"path {path!r} cannot be filled in: {error}. Write names in braces, {{epoch:02d}} or "
+            f"{{val_loss:.3f}}, and a brace that stands for itself twice."
         ) from None
     return names
 
 
-def _filled_in(path: str) -> str:
-    """An example of a path's names: formats are for an int and for floats."""
+def _fill_with_examples(path: str) -> str:
+    """Replace the names in a path by example values: an int for epoch, floats for the others."""
     return path.format_map(defaultdict(lambda: 0.5, epoch=1))
 
 
 class CSVLogger(Callback):
-    """Writes each epoch's row of the history to a CSV file, and flushes it.
+    """Write each epoch's row of the history to a CSV file at the end of the epoch.
 
-    List this callback after those that add to the logs, such as LRScheduler. A value that an epoch has not got, as
-    where validation was skipped, is an empty field. Columns that turn up later widen the file.
+    List this callback after those that add to the logs, such as LRScheduler. A value that an epoch
+    does not have, such as a skipped validation, is an empty field. New columns widen the file.
 
     Args:
-        path: the file; its folders are made.
-        append: go on in a file that is there, under its header; else it is written over at the fit's first row. A fit
-            that is carried on goes on in its file either way, without the rows after the last save. Default False.
+        path: the file. Its folders are created.
+        append: if the file exists, keep its rows and columns and add to them; otherwise the fit's
+            first row replaces the file. A fit resumed from a checkpoint continues its own file in
+            both cases, without the rows after the last save. Default False.
 
     Raises:
-        OSError: at the fit's beginning or an epoch's end, the file cannot be written.
+        OSError: the file cannot be written; raised when the fit begins or at the end of an epoch.
 
     >>> import minikeras, tempfile, torch
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss(), metrics_dict={"two": lambda y_pred, y_true: 2.0})
+    >>> data = torch.zeros(8, 1), torch.ones(8, 1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     log = minikeras.CSVLogger(folder + "/log.csv")
-    ...     dfhistory = model.fit(3, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[log], verbose=0)
+    ...     dfhistory = model.fit(3, data, callbacks=[log], verbose=0)
     ...     print(Path(folder, "log.csv").read_text().splitlines()[0])
     epoch,loss,two
     """
@@ -164,8 +173,8 @@ class CSVLogger(Callback):
     def on_fit_begin(self) -> None:
         self.place = fix(self.path)
         refuse_special(follow_links(self.place))
-        self.columns: list[str] = []  # of the file, from this fit's first row on
-        self.rows: int = len(self._read()[1]) if self.append else 0  # of the file, that are to stay
+        self.columns: list[str] = []  # of the file, once this fit has written a row
+        self.rows: int = len(self._read()[1]) if self.append else 0  # of the file, to be kept
         if self.model.is_main_process:
             check_writable(self.path, "CSVLogger")
 
@@ -173,15 +182,18 @@ class CSVLogger(Callback):
         if not self.model.is_main_process:
             return
         if not self.columns or not logs.keys() <= set(self.columns):
-            self._make_room(list(logs))
+            self._rewrite(list(logs))
         with self.place.open("a", newline="", encoding="utf-8") as file:
             self._writer(file).writerow({**logs, "epoch": epoch})
         self.rows += 1
 
-    def _make_room(self, names: list[str]) -> None:
-        """The file anew, with the rows that are to stay and a column for each name."""
-        header, rows = self._read() if self.rows or self.append else ([], [])
-        self.columns = header if self.rows or self.append else []
+    def _rewrite(self, names: list[str]) -> None:
+        """Write the file again, with the rows to be kept and a column for each name."""
+        header: list[str] = []
+        rows: list[dict[str, str]] = []
+        if self.rows or self.append:
+            header, rows = self._read()
+        self.columns = header
         if not {"epoch", *names} <= set(self.columns):
             names = list(dict.fromkeys([*self.columns, *names]))
             self.columns = ["epoch", *column_order(name for name in names if name != "epoch")]
@@ -191,9 +203,10 @@ class CSVLogger(Callback):
                 self._writer(file).writeheader()
                 self._writer(file).writerows(rows[: self.rows])
 
-        write(self.place, dump, keep=False)  # at once: a crash leaves the one or the other
+        write(self.place, dump, keep=False)  # atomic: a crash leaves the old file or the new one
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Return the columns and the rows of the file."""
         if not self.place.exists():
             return [], []
         with self.place.open(newline="", encoding="utf-8") as file:
@@ -214,18 +227,16 @@ class CSVLogger(Callback):
 
 
 def check_places(callbacks: Iterable[Callback], checkpoint: Path | None) -> None:
-    """Refuse two things of one fit that would write one file.
+    """Refuse a fit in which two callbacks, or one and the checkpoint, would write the same file.
 
     Raises:
-        ValueError: there are such; the message names both.
+        ValueError: two would; the message names both.
     """
     taken: list[tuple[Path, str]] = []
     if checkpoint is not None:
         place = follow_links(checkpoint)
-        taken += [
-            (place, f'checkpoint="{checkpoint}"'),
-            (previous(place), f'checkpoint="{checkpoint}" and its .prev'),
-        ]
+        taken.append((place, f'checkpoint="{checkpoint}"'))
+        taken.append((previous(place), f'checkpoint="{checkpoint}" and its .prev'))
     for writer in callbacks:
         if not isinstance(writer, (ModelCheckpoint, CSVLogger)):
             continue
@@ -235,19 +246,22 @@ def check_places(callbacks: Iterable[Callback], checkpoint: Path | None) -> None
                 raise ValueError(
                     f"{other} and {name} would write one file. Give each a path of its own."
                 )
-        taken.append((_example_of(writer), name))
+        taken.append((_example_path(writer), name))
 
 
-def _example_of(writer: ModelCheckpoint | CSVLogger) -> Path:
-    """A path that a callback writes to."""
+def _example_path(writer: ModelCheckpoint | CSVLogger) -> Path:
+    """Return a path that a callback writes to."""
     if isinstance(writer, CSVLogger) or not writer.names:
         return user_path(writer.path)
-    return user_path(_filled_in(writer.path))
+    return user_path(_fill_with_examples(writer.path))
 
 
 def _may_write(writer: ModelCheckpoint | CSVLogger, path: Path) -> bool:
-    """Whether a callback writes to that path, or may in some epoch where its path has names in braces."""
-    if same_place(_example_of(writer), path):
+    """Tell whether a callback writes to that path, or may do so in some epoch.
+
+    A callback's own path may have names in braces, whose values differ from epoch to epoch.
+    """
+    if same_place(_example_path(writer), path):
         return True
     if isinstance(writer, CSVLogger) or not writer.names:
         return False

@@ -1,4 +1,4 @@
-"""One name in the logs that a callback watches, and when it is better."""
+"""One name in the logs that a callback monitors, and which of its values is better."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from minikeras.columns import mode_of
 from minikeras.errors import did_you_mean, real
 
 
-class Watching(Callback):
-    """A callback that reads names in the logs of an epoch, known ahead."""
+class MonitoringCallback(Callback):
+    """Base class of callbacks that read values from the logs under names known before the fit."""
 
     validates: bool = True  # whether the fit has dl_val
 
-    def watched(self) -> list[tuple[str, str, str]]:
-        """Triples: a name, what the callback does with it, and how to do without."""
+    def watched_names(self) -> list[tuple[str, str, str]]:
+        """Return triples: a name, what the callback does with it, and how to do without it."""
         raise NotImplementedError
 
 
 class Monitor:
-    """Reads one name from the logs; NaN is never better, and better is only what is so by more than `min_delta`.
+    """Read one name from the logs and compare its values.
+
+    A value is better only if it is better by more than `min_delta`. NaN is never better.
 
     Args:
         owner: the class of the callback, for messages.
         name: the name as logged, such as "val_loss".
-        mode: "min" or "max" for what is better; "auto" goes by the words in the name.
+        mode: "min" or "max"; "auto" infers the direction from the words in the name.
         min_delta: how much better a value must be, in units of the value; 0 or more.
 
     >>> accuracy = Monitor("EarlyStopping", "val_accuracy", min_delta=0.01)
@@ -44,46 +46,48 @@ class Monitor:
         if mode not in ("auto", "min", "max"):
             hint = did_you_mean(mode, ["auto", "min", "max"]) if isinstance(mode, str) else ""
             raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}.{hint}')
-        self.sign: int = {"min": -1, "max": 1}[self._mode_of_name() if mode == "auto" else mode]
+        if mode == "auto":
+            mode = self._infer_mode()
+        self.sign: int = -1 if mode == "min" else 1
         self.worst: float = -self.sign * math.inf
 
-    def _mode_of_name(self) -> str:
+    def _infer_mode(self) -> str:
         mode = mode_of(self.name)
         if mode is None:
             raise ValueError(
-                f"{self.owner} cannot tell from the name {self.name!r} whether more or less is better. "
-                f'Pass mode="max" or mode="min".'
+                f"{self.owner} cannot tell from the name {self.name!r} whether more or less "
+                f'is better. Pass mode="max" or mode="min".'
             )
         return mode
 
     def read(self, logs: Mapping[str, float], validates: bool = True) -> float | None:
-        """The value in an epoch's logs; None where it is of validation and none was due."""
-        if validates and skipped(self.name, logs):
+        """Return the value in an epoch's logs; None if its validation was skipped."""
+        if validates and is_skipped(self.name, logs):
             return None
         if self.name not in logs:
-            raise unknown(f"{self.owner} monitors {self.name!r}", self.name, logs)
+            raise unknown_name(f"{self.owner} monitors {self.name!r}", self.name, logs)
         return float(logs[self.name])
 
-    def watched(self) -> list[tuple[str, str, str]]:
-        """What `Watching` asks for."""
+    def watched_names(self) -> list[tuple[str, str, str]]:
+        """Return the triple that `MonitoringCallback.watched_names` asks for."""
         return [(self.name, "monitors", f"monitor={self.name.removeprefix('val_')!r}")]
 
     def state(self) -> list[Any]:
-        """What tells it from the monitor of another value, as plain values."""
+        """Return plain values that differ from those of a monitor of another value."""
         return [self.name, self.sign]
 
     def better(self, value: float, than: float) -> bool:
-        """Whether a value is better than another by more than min_delta."""
+        """Tell whether a value is better than another by more than min_delta."""
         return self.sign * (value - than) > self.min_delta
 
 
-def skipped(name: str, logs: Iterable[str]) -> bool:
-    """Whether a name is of validation, and these logs are of an epoch where none was due."""
+def is_skipped(name: str, logs: Iterable[str]) -> bool:
+    """Tell whether a name has val_ and these logs are of an epoch without validation."""
     return name.startswith("val_") and not any(logged.startswith("val_") for logged in logs)
 
 
-def unknown(what: str, name: str, logs: Iterable[str]) -> ValueError:
-    """The error for a name that is not in the logs."""
+def unknown_name(what: str, name: str, logs: Iterable[str]) -> ValueError:
+    """Return the error for a name that is not in the logs."""
     known = list(logs)
     logged = ", ".join(map(repr, known))
     return ValueError(

@@ -11,40 +11,44 @@ from typing import Any
 from torch import Tensor
 
 from minikeras.callback import Callback
-from minikeras.callbacks.monitor import Monitor, Watching
+from minikeras.callbacks.monitor import Monitor, MonitoringCallback
 from minikeras.errors import real, whole_number
 from minikeras.support.sharded_tensors import load_whole
 
 
-class EarlyStopping(Watching):
-    """Stops the fit when a logged value has not become better for `patience` epochs.
+class EarlyStopping(MonitoringCallback):
+    """Stop training when a monitored value has not improved for `patience` epochs.
 
     Args:
-        monitor: the name as logged, default "val_loss"; one with val_ is looked at in the epochs with a validation.
-        min_delta: a value is better only when better by more than this, in units of the value; default 0.
-        patience: epochs without a better value after which to stop; 0, the default, behaves as 1.
-        mode: "min" or "max" for what is better; "auto", the default, goes by the name.
-        baseline: a value to beat: until one is better than it, the epochs count towards patience, better or not.
-            Default none.
-        restore_best_weights: give the model the weights of the best epoch when the fit ends, also after an error.
-            They are held on the CPU. Parameters of the loss are not among them. Default False.
-        start_from_epoch: epochs of this fit before the first one that counts; default 0.
+        monitor: the name as logged, default "val_loss". A val_ name is read only in epochs with
+            validation.
+        min_delta: an improvement must be larger than this, in units of the value; default 0.
+        patience: epochs without improvement after which to stop; 0, the default, behaves as 1.
+        mode: "min" or "max"; "auto", the default, infers the direction from the name.
+        baseline: a value to beat: until the monitored value is better than it, every epoch counts
+            towards patience, improved or not. Default none.
+        restore_best_weights: load the weights of the best epoch when the fit ends, also after an
+            error. They are kept on the CPU, without the parameters of the loss. Default False.
+        start_from_epoch: ignore this many epochs at the beginning of the fit: they never set the
+            best value and use up no patience. Default 0.
 
     Attributes:
-        best: the best value of this fit; an infinity before there is one. `model.stop_training` tells if it stopped.
+        best: the best value of this fit; infinite before there is one. `model.stop_training` tells
+            whether the fit was stopped.
 
-    Each fit starts afresh. NaN is never better. Epochs without a validation do not count.
+    Each fit starts again. NaN is never better. Epochs without validation do not count.
 
     Raises:
-        ValueError: a bad argument; at the fit's beginning, a name with val_ without dl_val; at an epoch's end, one that
-            is not logged.
+        ValueError: a bad argument; when the fit begins, a name with val_ without dl_val; at the end
+            of an epoch, a name that is not logged.
 
     >>> import minikeras, torch
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
-    >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.0))  # it learns nothing
+    >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.0))  # learns nothing
     >>> stop = minikeras.EarlyStopping("loss", patience=2)
-    >>> len(model.fit(100, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[stop], verbose=0))
+    >>> data = torch.zeros(8, 1), torch.ones(8, 1)
+    >>> len(model.fit(100, data, callbacks=[stop], verbose=0))
     3
     """
 
@@ -63,9 +67,9 @@ class EarlyStopping(Watching):
     ) -> None:
         self.monitor: Monitor = Monitor("EarlyStopping", monitor, mode, min_delta)
         self.patience: int = max(whole_number("patience", patience, least=0), 1)
-        self.baseline: float | None = (
-            baseline if baseline is None else real("baseline", baseline, "or None")
-        )
+        self.baseline: float | None = None
+        if baseline is not None:
+            self.baseline = real("baseline", baseline, "or None")
         self.restore_best_weights = restore_best_weights
         self.start_from_epoch: int = whole_number("start_from_epoch", start_from_epoch, least=0)
         self.on_fit_begin()
@@ -73,7 +77,7 @@ class EarlyStopping(Watching):
     def on_fit_begin(self) -> None:
         self.best: float = self.monitor.worst
         self.epochs: int = 0  # of this fit
-        self.wait: int = 0  # epochs since the last that was better
+        self.wait: int = 0  # epochs since the last improvement
         self.weights: dict[str, Any] = {}  # of the best epoch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -85,7 +89,7 @@ class EarlyStopping(Watching):
         if self.monitor.better(value, self.best):
             self.best = value
             if self.restore_best_weights:
-                self.weights = _on_cpu(self.model.state_dict())
+                self.weights = _copy_to_cpu(self.model.state_dict())
             if self.baseline is None or self.monitor.better(value, self.baseline):
                 self.wait = 0
         if self.wait >= self.patience:
@@ -95,8 +99,8 @@ class EarlyStopping(Watching):
         if self.weights:
             load_whole(self.model, self.weights)
 
-    def watched(self) -> list[tuple[str, str, str]]:
-        return self.monitor.watched()
+    def watched_names(self) -> list[tuple[str, str, str]]:
+        return self.monitor.watched_names()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -109,40 +113,45 @@ class EarlyStopping(Watching):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs = state["epochs"]
-        if (
-            state.get("monitor", self.monitor.state()) == self.monitor.state()
-        ):  # the best of another says nothing
-            self.best, self.wait, self.weights = state["best"], state["wait"], state["weights"]
+        own = self.monitor.state()
+        # the best of another value cannot be compared
+        if state.get("monitor", own) == own:
+            self.best = state["best"]
+            self.wait = state["wait"]
+            self.weights = state["weights"]
 
 
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a module's state on the CPU."""
-    state = copy.copy(state)  # with the version numbers that torch keeps beside the items
+def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """Copy a module's state to the CPU."""
+    state = copy.copy(state)  # keeps the version numbers that torch stores next to the items
     for name, value in state.items():
-        state[name] = (
-            value.detach().to("cpu", copy=True)
-            if isinstance(value, Tensor)
-            else copy.deepcopy(value)
-        )
+        if isinstance(value, Tensor):
+            state[name] = value.detach().to("cpu", copy=True)
+        else:
+            state[name] = copy.deepcopy(value)
     return state
 
 
 class Timer(Callback):
-    """Stops the fit after the batch in which its time is over; the epoch so far is validated and recorded.
+    """Stop training after the batch in which the time is up.
+
+    The epoch so far is validated and recorded.
 
     Args:
-        max_seconds: seconds from the fit's beginning, more than 0; or a datetime.timedelta.
+        max_seconds: seconds from the beginning of the fit, more than 0; or a datetime.timedelta.
 
-    Each fit starts afresh; a fit that is carried on counts the time that it had spent when it was saved.
+    Each fit starts again from 0. A fit resumed from a checkpoint adds the time spent before the
+    save.
 
     Raises:
-        ValueError: no time above 0.
+        ValueError: the time is not above 0.
 
     >>> import minikeras, torch
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss())
-    >>> dfhistory = model.fit(10**9, (torch.zeros(8, 1), torch.ones(8, 1)), callbacks=[minikeras.Timer(0.1)], verbose=0)
+    >>> data = torch.zeros(8, 1), torch.ones(8, 1)
+    >>> dfhistory = model.fit(10**9, data, callbacks=[minikeras.Timer(0.1)], verbose=0)
     >>> 0 < len(dfhistory) < 10**9
     True
     """
@@ -159,13 +168,12 @@ class Timer(Callback):
         self.begin: float = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds since the fit's beginning."""
+        """Return the seconds since the beginning of the fit."""
         return time.monotonic() - self.begin
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        if (
-            self.seconds() >= self.max_seconds and self.model.is_main_process
-        ):  # one clock, of several processes
+        # with several processes only the clock of rank 0 counts
+        if self.seconds() >= self.max_seconds and self.model.is_main_process:
             self.model.stop_training = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""Other libraries, each in a file of its own, by public names and the wording of errors.py; the core imports none.
+"""Other libraries, each in a file of its own.
+
+The files use the public names of minikeras and the wording of errors.py. The core imports none of
+them.
 
 sklearn.py        Classifier and Regressor: a model as a scikit-learn estimator
 huggingface.py    HubModel: save_pretrained, from_pretrained, push_to_hub
 tensorboard.py, mlflow.py, wandb.py
-                  TensorBoard, MLflow, WandB: callbacks that log a fit to a run; tracking.py is what they share
+                  TensorBoard, MLflow, WandB: callbacks that log a fit to a run; tracking.py is
+                  what they share
 """

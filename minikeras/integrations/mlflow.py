@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from minikeras.integrations.tracking import Tracker, as_dict, imported
+from minikeras.integrations.tracking import Tracker, as_dict, import_optional
 
-REFUSED = re.compile(r"[^\w/.: -]")  # in the name of a metric
+REFUSED = re.compile(r"[^\w/.: -]")  # characters that MLflow refuses in the name of a metric
 
 
 class MLflow(Tracker):
-    """Logs each epoch's row of the history, and the learning rates, to a run of MLflow.
+    """Log each epoch's row of the history, and the learning rates, to a run of MLflow.
 
-    The metrics' names are the history's columns ("loss", "val_loss", "lr"), with _ for a character that MLflow refuses,
-    such as the @ of "acc@1", and _2, _3 at the end where another has that name; their steps are the epochs. List this
-    callback after those that add to the logs, such as LRScheduler. The run ends as FINISHED, as FAILED after an error,
-    or as KILLED after Ctrl-C or SIGTERM; a fit that is carried on goes on in it. Several processes are one run, of
-    rank 0.
+    The metrics' names are the history's columns ("loss", "val_loss", "lr"), and their steps are the
+    epochs. A character that MLflow refuses, such as the @ of "acc@1", becomes _; if the name is
+    taken, _2, _3, ... is added. List this callback after those that add to the logs, such as
+    LRScheduler.
+
+    The run ends as FINISHED, after an error as FAILED, and after Ctrl-C or SIGTERM as KILLED. A
+    resumed fit continues its run. Several processes log one run, from rank 0.
 
     Args:
-        experiment: its name; it is made where there is none. Default that of `mlflow.set_experiment`, or of
-            MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or else MLflow's own.
-        run_name: default one that MLflow makes up.
-        tracking_uri: a server, or a file: "sqlite:///mlflow.db". Default MLflow's own, or MLFLOW_TRACKING_URI.
-        params: name -> what the run was made with.
-        summary: what `model.summary(...)` returned, for the artifact "summary.txt"; default the model as torch prints
-            it.
+        experiment: its name; it is created if needed. Default that of `mlflow.set_experiment`, or
+            of MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or else MLflow's own.
+        run_name: by default MLflow makes one up.
+        tracking_uri: a server, or a file: "sqlite:///mlflow.db". Default MLflow's own, or
+            MLFLOW_TRACKING_URI.
+        params: name -> value, the settings of the run.
+        summary: what `model.summary(...)` returned, for the artifact "summary.txt"; default the
+            model as torch prints it.
 
     Raises:
         ModuleNotFoundError: the package is missing: pip install mlflow-skinny alembic sqlalchemy.
-        TypeError: `params` is no dict. What MLflow itself raises comes at the first epoch.
+        TypeError: `params` is not a dict. Errors of MLflow itself are raised at the first epoch.
 
-    The extra is what writes; `pip install mlflow` adds `mlflow ui`, to look at it::
+    The extra installs what is needed to write; to look at the runs with `mlflow ui`, also
+    `pip install mlflow`::
 
         from minikeras.integrations.mlflow import MLflow
 
@@ -54,86 +57,85 @@ class MLflow(Tracker):
         summary: Any = None,
     ) -> None:
         super().__init__()
-        self.anew()
-        self.package = imported("mlflow", "MLflow", "mlflow-skinny alembic sqlalchemy")
+        self.start_new_run()
+        self.package = import_optional("mlflow", "MLflow", "mlflow-skinny alembic sqlalchemy")
         self.experiment = experiment
         self.run_name = run_name
         self.tracking_uri = tracking_uri
         self.params = {} if params is None else as_dict("params", params)
         self.summary = summary
 
-    def anew(self) -> None:
-        super().anew()
-        self.names: dict[str, str] = {}  # of the columns, for MLflow
+    def start_new_run(self) -> None:
+        super().start_new_run()
+        self.names: dict[str, str] = {}  # column -> name of the metric
 
     def open(self, epoch: int) -> None:
         self.client = self.package.MlflowClient(tracking_uri=self.tracking_uri)
         if self.run_id is None:
-            self._create()
+            self._create_run()
         else:
             self.client.update_run(self.run_id, status="RUNNING")
-            self.logged = self._last_step()
+            self.logged_before = self._last_step()
 
-    def _create(self) -> None:
+    def _create_run(self) -> None:
         run = self.client.create_run(self._experiment_id(), run_name=self.run_name)
         self.run_id = run.info.run_id
-        self.opened = True  # now already: what follows may fail
-        self._log(
-            params=[
-                self.package.entities.Param(name, str(value)) for name, value in self.params.items()
-            ]
-        )
-        self.client.log_text(
-            self.run_id, str(self.model if self.summary is None else self.summary), "summary.txt"
-        )
+        self.is_open = True  # set here already, since what follows may fail
+        params = []
+        for name, value in self.params.items():
+            params.append(self.package.entities.Param(name, str(value)))
+        self.client.log_batch(self.run_id, params=params)
+        summary = self.model if self.summary is None else self.summary
+        self.client.log_text(self.run_id, str(summary), "summary.txt")
 
     def _experiment_id(self) -> str:
-        known = os.environ.get("MLFLOW_EXPERIMENT_ID")  # mlflow.set_experiment puts it there, too
-        if (
-            known
-            and not self.experiment
-            and self.tracking_uri in (None, self.package.get_tracking_uri())
-        ):
-            return known  # of the store that MLflow is set to; in another one it would be another experiment
+        known = os.environ.get("MLFLOW_EXPERIMENT_ID")  # also set by mlflow.set_experiment
+        if known and not self.experiment:
+            # the id belongs to the store that MLflow is set to; in another store it would be
+            # another experiment
+            if self.tracking_uri in (None, self.package.get_tracking_uri()):
+                return known
         name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
-        found = self.client.get_experiment_by_name(name)
-        return str(self.client.create_experiment(name) if found is None else found.experiment_id)
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(self.client.create_experiment(name))
+        return str(experiment.experiment_id)
 
     def _last_step(self) -> int:
-        """The last epoch in the run: one may have been logged, and not saved in the checkpoint any more."""
-        names = self.client.get_run(self.run_id).data.metrics
-        points = [
-            point for name in names for point in self.client.get_metric_history(self.run_id, name)
-        ]
-        return max((int(point.step) for point in points), default=0)
-
-    def _log(self, **items: Any) -> None:
-        self.client.log_batch(self.run_id, **items)
+        """Return the last epoch in the run; the checkpoint may have been saved before it."""
+        last = 0
+        for name in self.client.get_run(self.run_id).data.metrics:
+            for point in self.client.get_metric_history(self.run_id, name):
+                last = max(last, int(point.step))
+        return last
 
     def write(self, epoch: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)  # in ms
-        for name in sorted(
-            values, key=lambda name: REFUSED.search(name) is not None
-        ):  # what may stay does
+        # names that MLflow takes come first, so that they stay as they are
+        for name in sorted(values, key=lambda name: REFUSED.search(name) is not None):
             if name not in self.names:
-                self.names[name] = self._free(REFUSED.sub("_", name))
-        named = {self.names[name]: value for name, value in values.items()}
-        self._log(
-            metrics=[
-                self.package.entities.Metric(name, value, now, epoch)
-                for name, value in named.items()
-            ]
-        )
+                self.names[name] = self._free_name(REFUSED.sub("_", name))
+        metrics = []
+        for name, value in values.items():
+            metrics.append(self.package.entities.Metric(self.names[name], value, now, epoch))
+        self.client.log_batch(self.run_id, metrics=metrics)
 
-    def _free(self, name: str) -> str:
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        return next(
-            free for free in itertools.chain([name], numbered) if free not in self.names.values()
-        )
+    def _free_name(self, name: str) -> str:
+        free = name
+        number = 1
+        while free in self.names.values():
+            number += 1
+            free = f"{name}_{number}"
+        return free
 
     def close(self, error: BaseException | None) -> None:
-        failed = "FAILED" if isinstance(error, Exception) else "KILLED"
-        self.client.set_terminated(self.run_id, "FINISHED" if error is None else failed)
+        if error is None:
+            status = "FINISHED"
+        elif isinstance(error, Exception):
+            status = "FAILED"
+        else:
+            status = "KILLED"
+        self.client.set_terminated(self.run_id, status)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"names": dict(self.names)}

@@ -1,4 +1,4 @@
-"""Weights & Biases: a fit as a run, online or in files alone."""
+"""Weights & Biases: a fit as a run, online or only in files."""
 
 from __future__ import annotations
 
@@ -7,39 +7,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minikeras.integrations.tracking import Tracker, as_dict, imported
+from minikeras.integrations.tracking import Tracker, as_dict, import_optional
 
 INTERRUPTED = 255  # the exit code that W&B gives a run that Ctrl-C ended
-CLOSED = "minikeras_epoch.txt"  # a file beside W&B's own, with the last epoch in it
+CLOSED = "minikeras_epoch.txt"  # a file next to W&B's own, which contains the last epoch
 
 
 class WandB(Tracker):
-    """Logs each epoch's row of the history, and the learning rates, to a run of Weights & Biases.
+    """Log each epoch's row of the history, and the learning rates, to a run of Weights & Biases.
 
-    The names are the history's columns ("loss", "val_loss", "lr"), the steps are the epochs. List this callback after
-    those that add to the logs, such as LRScheduler. An error ends the run as failed. Several processes are one run, of
-    rank 0. A fit that is carried on goes on in the run of the same id: offline, in a folder beside the one before it;
-    `wandb sync` puts them together. A run that you have begun yourself with `wandb.init`, and not finished, is left as
-    it is: the fit's is another beside it.
+    The names are the history's columns ("loss", "val_loss", "lr"), the steps are the epochs. List
+    this callback after those that add to the logs, such as LRScheduler. An error ends the run as
+    failed. Several processes log one run, from rank 0.
 
-    Offline, W&B holds the last rows in memory: a process that is killed outright (SIGKILL) leaves a file without them.
-    After an error, Ctrl-C and SIGTERM they are in it.
+    A resumed fit continues the run of the same id; offline, in a new folder next to the previous
+    one, and `wandb sync` joins them. A run that you have started with `wandb.init` and not finished
+    is left as it is: the fit's run is another one next to it.
+
+    Offline, W&B keeps the last rows in memory: if a process is killed at once (SIGKILL), its file
+    lacks them. After an error, Ctrl-C or SIGTERM the file is complete.
 
     Args:
         project: its name.
-        name: of the run; default one that W&B makes up.
-        config: name -> what the run was made with.
-        **kwargs: for `wandb.init`: mode="offline" (or WANDB_MODE in the environment), dir, entity, tags, ...
+        name: of the run; by default W&B makes one up.
+        config: name -> value, the settings of the run.
+        **kwargs: for `wandb.init`: mode="offline" (or WANDB_MODE in the environment), dir, entity,
+            tags, ...
 
     Raises:
         ModuleNotFoundError: the package is missing: pip install wandb.
-        TypeError: `config` is no dict. What W&B itself raises comes at the first epoch.
+        TypeError: `config` is not a dict. Errors of W&B itself are raised at the first epoch.
 
     ::
 
         from minikeras.integrations.wandb import WandB
 
-        model.fit(30, dl_train, dl_valid, callbacks=[WandB("ring", config={"lr": 0.01}, mode="offline")])
+        run = WandB("ring", config={"lr": 0.01}, mode="offline")
+        model.fit(30, dl_train, dl_valid, callbacks=[run])
     """
 
     def __init__(
@@ -50,54 +54,61 @@ class WandB(Tracker):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.package = imported("wandb", "WandB", "wandb")
+        self.package = import_optional("wandb", "WandB", "wandb")
         self.project = project
         self.name = name
         self.config = None if config is None else as_dict("config", config)
         self.kwargs = kwargs
-        self.begun = 0.0  # the time when the last part of the run was, in seconds
+        self.start_time = 0.0  # when the last part of the run was started, in seconds
 
     def open(self, epoch: int) -> None:
-        known = {} if self.run_id is None else {"id": self.run_id, "resume": "allow"}
-        beside = (
-            None if self.package.run is None else "create_new"
-        )  # else init returns the user's run
         arguments = {
             "project": self.project,
             "name": self.name,
             "config": self.config,
-            "reinit": beside,
+            # otherwise init would return the user's run
+            "reinit": None if self.package.run is None else "create_new",
         }
-        arguments |= self.kwargs | known
-        if known:  # W&B names a part's folder by the second, and would write over one of the same
-            time.sleep(min(max(self.begun + 1 - time.time(), 0), 1))
-        self.begun = time.time()
+        arguments |= self.kwargs
+        continues = self.run_id is not None
+        if continues:
+            arguments |= {"id": self.run_id, "resume": "allow"}
+            # W&B names the folder of a part by the second, and would overwrite one of the same
+            time.sleep(min(max(self.start_time + 1 - time.time(), 0), 1))
+        self.start_time = time.time()
         self.run = self.package.init(**arguments)
         self.run_id = self.run.id
-        self.logged = self._last_epoch() if known else 0
+        self.logged_before = self._last_epoch() if continues else 0
 
     def _folder(self) -> Path:
-        return Path(self.run.dir).parent  # of the part of the run that is logged now
+        return Path(self.run.dir).parent  # of the current part of the run
 
     def _last_epoch(self) -> int:
-        """The last one in the parts that were closed: it may be one that is not in the checkpoint any more."""
+        """Return the last epoch in the parts that were closed.
+
+        The checkpoint may have been saved before it.
+        """
         files = self._folder().parent.glob(f"*-{self.run_id}/{CLOSED}")
         return max((int(file.read_text()) for file in files), default=0)
 
     def write(self, epoch: int, values: dict[str, float]) -> None:
-        self.run.log(
-            values, step=epoch, commit=True
-        )  # without commit the row waits for the next one
+        # without commit the row would wait for the next one
+        self.run.log(values, step=epoch, commit=True)
 
     def close(self, error: BaseException | None) -> None:
-        failed = 1 if isinstance(error, Exception) else INTERRUPTED
-        self.run.finish(exit_code=0 if error is None else failed)
+        if error is None:
+            exit_code = 0
+        elif isinstance(error, Exception):
+            exit_code = 1
+        else:
+            exit_code = INTERRUPTED
+        self.run.finish(exit_code=exit_code)
         if self._folder().is_dir():  # not with mode="disabled"
-            (self._folder() / CLOSED).write_text(str(self.epoch))
+            (self._folder() / CLOSED).write_text(str(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"begun": self.begun}
+        return super().state_dict() | {"begun": self.start_time}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.begun = state["begun"]
+        self.start_time = state["begun"]

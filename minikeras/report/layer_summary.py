@@ -1,9 +1,12 @@
 """A model's layers, output shapes and parameter counts, as a table.
 
-    copy the model without its hooks, every tensor on the meta device     no memory, nothing of the user's is touched
-    forward on such copies, with 2 rows and with 4                        a size that differs is the batch's
-        where that fails: once more on real copies, whose error is the one to show
-    one row per layer, each parameter counted where it comes first        so that the rows add up to the total
+    copy the model without its hooks, with every tensor on the meta device
+        (needs no memory, and the user's model is not touched)
+    run forward on such copies, with 2 rows and with 4
+        (a size that differs depends on the batch)
+        if that fails: run it once more on real copies; an error there is the one to show
+    make one row per layer; a parameter is counted at its first occurrence
+        (so that the rows add up to the total)
 
 The table is printed, or displayed in a notebook, and returned.
 """
@@ -38,14 +41,16 @@ from minikeras.processes import is_main
 from minikeras.rows import first_size
 
 MB = 1024**2  # bytes
-ROWS, MORE_ROWS = 2, 4  # both even: some models pair the rows of a batch
+ROWS = 2  # of a batch in the first run
+MORE_ROWS = 4  # in the second; both are even, since some models pair the rows of a batch
 META = torch.device("meta")
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# attributes of a module that contain hooks
 HOOK_TABLES = {
-    name for name, held in vars(nn.Module()).items() if "hook" in name and isinstance(held, dict)
+    name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict)
 }
-INDENT = "\ue000\ue000"  # stands for blanks until tabulate, which strips those, is done
-Features = Callable[[torch.device, int], Any]  # device, number of rows -> what forward takes
+INDENT = "\ue000\ue000"  # stands for blanks, which tabulate would strip
+Features = Callable[[torch.device, int], Any]  # device, number of rows -> arguments of forward
 
 
 @dataclass(frozen=True)
@@ -55,39 +60,42 @@ class LayerRow:
     layer: str  # dotted, as in model.named_modules(); "" is the model itself
     type: str
     depth: int  # 0 for the model itself
-    output_shape: (
-        Any  # [-1, 4] for a tensor, a tuple or dict of those, None where the layer gave none
-    )
-    params: int  # elements held by the layer itself, neither by those inside it nor by a row above
+    # [-1, 4] for a tensor, a tuple or dict of such lists, None if the layer returned nothing
+    output_shape: Any
+    # elements of the layer's own parameters, neither of layers inside it nor of a row above
+    params: int
     trainable_params: int
     note: str  # "frozen", "tied to fc1.weight", "called 2 times", ...
 
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """The rows and the totals; `str()` is the whole text, `repr()` one line, as the table was shown already."""
+    """The rows and the totals of a model.
+
+    `str()` is the whole text; `repr()` is one line, since the table has already been shown.
+    """
 
     model: str  # its class
     rows: list[LayerRow]
     total_params: int
     trainable_params: int
     params_bytes: int
-    batch: int  # rows that the next three are for
-    input_bytes: int | None  # None where the model could not be run
+    batch: int  # number of rows that the next three fields are for
+    input_bytes: int | None  # None if the model could not be run
     output_bytes: int | None  # of all layers, each tensor once
-    multiply_adds: (
-        int | None
-    )  # in matrix products, convolutions and attention; None where they cannot be counted
-    note: str  # what was done otherwise and why, in one line, or ""
-    cell: int | None = field(default=None, compare=False)  # of the notebook, where it was displayed
+    # in matrix products, convolutions and attention; None if they cannot be counted
+    multiply_adds: int | None
+    note: str  # what was done differently and why, in one line, or ""
+    # the number of the notebook's cell in which it was displayed
+    cell: int | None = field(default=None, compare=False)
 
     @property
     def non_trainable_params(self) -> int:
-        """Elements of the frozen parameters."""
+        """The number of elements of the frozen parameters."""
         return self.total_params - self.trainable_params
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per layer, with the fields of `LayerRow` as columns."""
+        """Return a DataFrame with one row per layer and the fields of `LayerRow` as columns."""
         return pd.DataFrame([vars(row) for row in self.rows])
 
     def __str__(self) -> str:
@@ -98,48 +106,45 @@ class Summary:
         return f"<Summary of {self.model}: {len(self.rows)} rows, {self.total_params:,} params>"
 
     def _repr_html_(self) -> str | None:
-        stands_there = (
-            self.cell is not None and self.cell == notebook_cell()
-        )  # as displayed already
-        return (
-            None
-            if stands_there
-            else f"{_table(self.rows, 'html')}\n<pre>{html.escape(self.totals())}</pre>"
-        )
+        if self.cell is not None and self.cell == notebook_cell():
+            return None  # already displayed in this cell
+        return f"{_table(self.rows, 'html')}\n<pre>{html.escape(self.totals())}</pre>"
 
     def totals(self) -> str:
-        """The lines under the table."""
-        of = f"{self.batch} row{'s' * (self.batch != 1)}"
+        """Return the lines below the table."""
+        rows = "1 row" if self.batch == 1 else f"{self.batch} rows"
         lines = [
             f"Total params: {self.total_params:,}",
             f"Trainable params: {self.trainable_params:,}",
+            f"Non-trainable params: {self.non_trainable_params:,}",
+            f"Params size (MB): {self.params_bytes / MB:,.6f}",
         ]
-        lines += [f"Non-trainable params: {self.non_trainable_params:,}"]
-        lines += [f"Params size (MB): {self.params_bytes / MB:,.6f}"]
-        sizes = {"Input size (MB)": self.input_bytes, "Outputs size (MB)": self.output_bytes}
-        lines += [
-            f"{name}, {of}: {size / MB:,.6f}" for name, size in sizes.items() if size is not None
-        ]
+        if self.input_bytes is not None:
+            lines.append(f"Input size (MB), {rows}: {self.input_bytes / MB:,.6f}")
+        if self.output_bytes is not None:
+            lines.append(f"Outputs size (MB), {rows}: {self.output_bytes / MB:,.6f}")
         if self.multiply_adds is not None:
-            lines += [f"Multiply-adds, {of}: {self.multiply_adds:,}"]
-        return "\n".join([*lines, self.note] if self.note else lines)
+            lines.append(f"Multiply-adds, {rows}: {self.multiply_adds:,}")
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
 
 
 def _table(rows: list[LayerRow], style: str = "simple") -> str:
-    headers, sides = (
-        ["layer (type)", "output shape", "params", "note"],
-        ["left", "left", "right", "left"],
-    )
+    headers = ["layer (type)", "output shape", "params", "note"]
+    sides = ["left", "left", "right", "left"]
+    columns = 4 if any(row.note for row in rows) else 3
     cells = []
     for row in rows:
         name = row.layer.rpartition(".")[2]
         label = f"{name} ({row.type})" if name else row.type
-        label = INDENT * row.depth + (label if len(label) <= 30 else label[:27] + "...")
+        if len(label) > 30:
+            label = label[:27] + "..."
         shape = "" if row.output_shape is None else textwrap.fill(str(row.output_shape), 30)
-        cells.append([label, shape, f"{row.params:,}", row.note])
-    n = 4 if any(row.note for row in rows) else 3
+        line = [INDENT * row.depth + label, shape, f"{row.params:,}", row.note]
+        cells.append(line[:columns])
     text = tabulate(
-        [line[:n] for line in cells], headers[:n], style, disable_numparse=True, colalign=sides[:n]
+        cells, headers[:columns], style, disable_numparse=True, colalign=sides[:columns]
     )
     return text.replace(INDENT[0], "&nbsp;" if style == "html" else " ")
 
@@ -152,22 +157,31 @@ def summary(
     input_data: Any = None,
     batch_size: int = -1,
 ) -> Summary:
-    """Show a model's layers, output shapes and parameters, and return them. The model is left exactly as it was.
+    """Show and return a model's layers, output shapes and parameters.
+
+    The model is not changed in any way.
 
     Args:
         model: any module. Copies of it are run, in eval mode.
-        input_shape: of one row, without the batch: (3, 32, 32); several as a list, or as a dict by argument name.
-        input_dtype: default torch.float32; torch.LongTensor will do, as will a list or dict of them like `input_shape`.
-        input_data: instead of `input_shape`, a real batch of what forward takes. The batch is then shown as first size.
-        batch_size: rows of a batch, for the shapes and sizes shown; -1, the default, shows -1, and sizes are for 1 row.
+        input_shape: shape of one row, without the batch: (3, 32, 32); for several inputs a list of
+            shapes, or a dict by argument name.
+        input_dtype: default torch.float32; also torch.LongTensor, or a list or dict of dtypes like
+            that of `input_shape`.
+        input_data: instead of `input_shape`, a real batch as forward takes it. The shapes shown
+            then have its number of rows.
+        batch_size: the number of rows for the shapes and sizes shown; with -1, the default, shapes
+            show -1 and sizes are for 1 row.
 
     Returns:
-        The rows and totals. Total params are the distinct elements of `model.parameters()`; the rows add up to them, as
-        a tied or reused parameter is counted where it comes first. A MB is 1024**2 bytes.
+        The rows and totals. Total params are the distinct elements of `model.parameters()`. The
+        rows add up to them, since a tied or reused parameter is counted at its first occurrence. A
+        MB is 1024**2 bytes.
 
     Raises:
-        ForwardError: a layer could not take what reached it; it names the layer, the shape and the rows so far.
-        ValueError: no input is given, or two; a shape or dtype is not one; a lazy layer has no parameters yet.
+        ForwardError: a layer could not take its input; the message names the layer, the shape and
+            the rows so far.
+        ValueError: no input is given, or two; an invalid shape or dtype; a lazy layer without
+            parameters yet.
         TypeError: `model` is not a module.
 
     >>> _ = summary(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()), input_shape=(2,))
@@ -187,28 +201,38 @@ def summary(
     """
     _check(model, input_shape, input_dtype, input_data)
     size = positive_int("batch_size", batch_size) if batch_size != -1 else 1
-    features: Features = partial(_made, input_shape, input_dtype)
-    row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
     if input_data is not None:
         row_counts = [max(first_size(input_data, unknown=1), 1)]
-        features = lambda device, _: to_device(copy.deepcopy(input_data), device)  # noqa: E731 - forward may write into it
-    runs, note = _forward(model, features, row_counts)
-    run, parameters = runs[0] if runs else None, list(model.parameters())
-    share = size / row_counts[0]  # of the run's rows, those the sizes are for
+
+        def features(device: torch.device, rows: int) -> Any:
+            return to_device(copy.deepcopy(input_data), device)  # forward may write into it
+
+    else:
+        row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
+        features = partial(_make_inputs, input_shape, input_dtype)
+    runs, note = _run_copies(model, features, row_counts)
+    parameters = list(model.parameters())
     result = Summary(
         model=_type_name(model),
-        rows=_rows(model, runs, batch_size),
+        rows=_layer_rows(model, runs, batch_size),
         total_params=sum(parameter.numel() for parameter in parameters),
-        trainable_params=sum(
-            parameter.numel() for parameter in parameters if parameter.requires_grad
-        ),
+        trainable_params=_count(parameters, trainable_only=True),
         params_bytes=sum(parameter.nbytes for parameter in parameters),
         batch=size,
-        input_bytes=round(_bytes(run.features) * share) if run else None,
-        output_bytes=round(_bytes(run.outputs) * share) if run else None,
-        multiply_adds=round(run.flops // 2 * share) if run and run.flops is not None else None,
+        input_bytes=None,
+        output_bytes=None,
+        multiply_adds=None,
         note=note,
     )
+    if runs:
+        run = runs[0]
+        scale = size / row_counts[0]  # sizes are shown for `size` rows
+        result = replace(
+            result,
+            input_bytes=round(_bytes(run.features) * scale),
+            output_bytes=round(_bytes(run.outputs) * scale),
+            multiply_adds=None if run.flops is None else round(run.flops // 2 * scale),
+        )
     _show(result)
     return replace(result, cell=notebook_cell())
 
@@ -216,98 +240,116 @@ def summary(
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {described(model)}. Pass an instance, nn.Linear(2, 1)."
+            f"model must be a torch.nn.Module, got {described(model)}. "
+            f"Pass an instance, nn.Linear(2, 1)."
         )
     if hasattr(input_shape, "shape"):
         raise ValueError(
-            f"input_shape is a {type(input_shape).__name__} of shape {tuple(input_shape.shape)}; expected the shape of "
-            f"one row, such as {tuple(input_shape.shape[1:])}. Pass a batch by its name: "
-            f"summary(net, input_data=batch)."
+            f"input_shape is a {type(input_shape).__name__} of shape {tuple(input_shape.shape)}; "
+            f"expected the shape of one row, such as {tuple(input_shape.shape[1:])}. Pass a batch "
+            f"by its name: summary(net, input_data=batch)."
         )
     if (input_shape is None) == (input_data is None):
         raise ValueError(
-            f"summary takes either input_shape or input_data, got {'neither' if input_data is None else 'both'}. Pass "
-            "input_shape=(2,), the shape of one row, or input_data=features, a batch of what forward takes."
+            f"summary takes either input_shape or input_data, got "
+            f"{'neither' if input_data is None else 'both'}. Pass input_shape=(2,), the shape of "
+            f"one row, or input_data=features, a batch of what forward takes."
         )
     try:
-        _made(input_shape or (), input_dtype, META, 1)
+        _make_inputs(input_shape or (), input_dtype, META, 1)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
         raise ValueError(
-            f"got input_shape={input_shape!r}, input_dtype={input_dtype!r}. Pass as input_shape the shape of one row "
-            "without the batch, such as (3, 32, 32), or a list or dict of such shapes; as input_dtype a dtype such as "
-            "torch.float32, or a list or dict of dtypes like input_shape."
+            f"got input_shape={input_shape!r}, input_dtype={input_dtype!r}. Pass as input_shape "
+            f"the shape of one row without the batch, such as (3, 32, 32), or a list or dict of "
+            f"such shapes; as input_dtype a dtype such as torch.float32, or a list or dict of "
+            f"dtypes like input_shape."
         ) from None
-    if lazy := [
-        name or "model"
-        for name, it in model.named_modules()
-        if any(map(is_lazy, it.parameters(False)))
-    ]:
+    lazy = []
+    for name, module in model.named_modules():
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            lazy.append(name or "model")
+    if lazy:
         raise ValueError(
-            f"lazy layers have no parameters to count yet: {lazy}. Run a batch first: model(features)."
+            f"lazy layers have no parameters to count yet: {lazy}. Run a batch first: "
+            f"model(features)."
         )
 
 
 def _show(result: Summary) -> None:
-    """Display it in a notebook, print it elsewhere; of several processes on rank 0 alone."""
+    """Display the summary in a notebook, otherwise print it; with several processes on rank 0."""
     if notebook_cell() is not None:
-        rich = result._repr_html_()
-        sys.modules["IPython"].display.display(
-            {"text/html": rich, "text/plain": str(result)}, raw=True
-        )
+        formats = {"text/html": result._repr_html_(), "text/plain": str(result)}
+        sys.modules["IPython"].display.display(formats, raw=True)
     elif is_main():
         print(result)
 
 
 def notebook_cell() -> int | None:
-    """The number of the notebook's cell that runs; None in a script or a terminal, where IPython has no kernel."""
+    """Return the number of the notebook's running cell.
+
+    None in a script, and in a terminal, where IPython has no kernel.
+    """
     shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell.execution_count if hasattr(shell, "kernel") else None
 
 
-def _made(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:
-    """Random floats, or zeros of other dtypes (an id of 0 is always there): a tensor, or a tuple or dict of those."""
+def _make_inputs(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:
+    """Make a tensor of random floats, or a tuple or dict of such tensors.
+
+    Other dtypes are filled with zeros, since 0 is always a valid index.
+    """
     if isinstance(shape, Mapping):
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shape, dtype)
-        return {key: _made(part, dtypes[key], device, rows) for key, part in shape.items()}
+        return {key: _make_inputs(part, dtypes[key], device, rows) for key, part in shape.items()}
     if not all(isinstance(size, (int, np.integer)) for size in shape):
-        each = dtype if isinstance(dtype, (tuple, list)) else [dtype] * len(shape)
-        return tuple(_made(part, its, device, rows) for part, its in zip(shape, each, strict=True))
+        dtype_of_each = dtype if isinstance(dtype, (tuple, list)) else [dtype] * len(shape)
+        inputs = []
+        for part, dtype_of_part in zip(shape, dtype_of_each, strict=True):
+            inputs.append(_make_inputs(part, dtype_of_part, device, rows))
+        return tuple(inputs)
     dtype = getattr(dtype, "dtype", dtype)  # torch.FloatTensor has one
-    draw = torch.rand if dtype.is_floating_point or dtype.is_complex else torch.zeros
-    return draw(rows, *shape, device=device).to(dtype)
+    fill = torch.rand if dtype.is_floating_point or dtype.is_complex else torch.zeros
+    return fill(rows, *shape, device=device).to(dtype)
 
 
 @dataclass
 class _Run:
-    """One forward of a copy, filled in by hooks."""
+    """One forward of a copy of the model, recorded by hooks."""
 
     model: nn.Module  # the copy
     features: Any
     rows: int
-    given: dict[str, str] = field(default_factory=dict)  # layer -> its last arguments, described
+    inputs: dict[str, str] = field(default_factory=dict)  # layer -> its last input, described
     calls: Counter[str] = field(default_factory=Counter)
-    first: dict[str, Any] = field(default_factory=dict)  # layer -> the output of its first call
+    first_output: dict[str, Any] = field(default_factory=dict)  # layer -> of its first call
     outputs: list[Any] = field(default_factory=list)  # of all calls
     flops: int | None = None
 
-    def entered(
+    def record_input(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         arguments = (*args, *kwargs.values())
-        self.given[name] = described(
-            arguments[0] if len(arguments) == 1 else arguments
-        ).removeprefix("Tensor ")
+        self.inputs[name] = _describe(arguments[0] if len(arguments) == 1 else arguments)
 
-    def left(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if any(_kept(leaf) is not leaf for leaf in leaves(output)):
-            output = map_leaves(_kept, output)
+    def record_output(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        if any(_outliving(leaf) is not leaf for leaf in leaves(output)):
+            output = map_leaves(_outliving, output)
         self.calls[name] += 1
-        self.first.setdefault(name, output)
+        self.first_output.setdefault(name, output)
         self.outputs.append(output)
 
 
-def _kept(leaf: Any) -> Any:
-    """An output that can be looked at after forward; under torch.vmap, which has values there alone, one like it."""
+def _describe(value: Any) -> str:
+    return described(value).removeprefix("Tensor ")
+
+
+def _outliving(leaf: Any) -> Any:
+    """Return an output that can be read after forward.
+
+    Under torch.vmap a tensor can be read only inside, so one like it is returned.
+    """
     if type(leaf) is not Tensor:
         return leaf
     try:
@@ -317,101 +359,122 @@ def _kept(leaf: Any) -> Any:
     return leaf
 
 
-def _forward(model: nn.Module, features: Features, row_counts: list[int]) -> tuple[list[_Run], str]:
-    """A run for each number of rows, on meta or else on the model's device, and a note where not on meta."""
-    device = next(
-        (tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu")
-    )
-    kind = (
-        "cuda" if device.type in ("cpu", "meta") else device.type
-    )  # whose random state is kept, with the CPU's
+def _run_copies(
+    model: nn.Module, features: Features, row_counts: list[int]
+) -> tuple[list[_Run], str]:
+    """Run copies of the model, one for each number of rows.
+
+    They run on the meta device, or if that fails on the model's device. Returns the runs and a note
+    if they did not run on meta.
+    """
+    device = _device_of(model)
+    # the random state of this kind of device is restored afterwards, as is the CPU's
+    kind = "cuda" if device.type in ("cpu", "meta") else device.type
     devices = range(torch.accelerator.device_count()) if kind == device.type else range(0)
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    scripted = any(
-        isinstance(layer, torch.jit.ScriptModule) for layer in model.modules()
-    )  # its copies are real
-    failed: BaseException | None = None
-    for place, counted in ((META, True), (device, True), (device, False))[scripted:]:
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    attempts = [(META, True), (device, True), (device, False)]  # device, with flops counted
+    if any(isinstance(layer, torch.jit.ScriptModule) for layer in model.modules()):
+        attempts = attempts[1:]  # TorchScript modules cannot be copied to meta
+    failure: BaseException | None = None
+    for run_device, counts_flops in attempts:
         try:
+            runs = []
             with torch.random.fork_rng(devices, device_type=kind):
-                runs = [_run(model, features, rows, place, counted) for rows in row_counts]
-            return (
-                runs,
-                f"Note: run on a real copy, since the meta one failed: {_one_line(failed)}"
-                if failed
-                else "",
-            )
+                for rows in row_counts:
+                    runs.append(_run_copy(model, features, rows, run_device, counts_flops))
         except ForwardError as error:
-            if not counted:
+            if not counts_flops:
                 raise
-            failed = failed or error.__cause__
+            failure = failure or error.__cause__
         except Exception as error:  # while copying
-            failed = error
+            failure = error
+        else:
+            note = ""
+            if failure:
+                note = f"Note: run on a real copy, since the meta one failed: {_one_line(failure)}"
+            return runs, note
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
-    return [], f"Note: no output shapes, since the model cannot be copied: {_one_line(failed)}"
+    return [], f"Note: no output shapes, since the model cannot be copied: {_one_line(failure)}"
 
 
-def _run(
-    model: nn.Module, features: Features, rows: int, device: torch.device, counted: bool
+def _device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _run_copy(
+    model: nn.Module, features: Features, rows: int, device: torch.device, counts_flops: bool
 ) -> _Run:
     from torch.utils.flop_counter import FlopCounterMode
 
-    run = _Run(_copied(model, device == META), features(device, rows), rows)
+    run = _Run(_copy_without_hooks(model, device == META), features(device, rows), rows)
     for name, layer in run.model.named_modules():
         if not isinstance(layer, torch.jit.ScriptModule):  # takes no hooks
-            layer.register_forward_pre_hook(partial(run.entered, name), with_kwargs=True)
-            layer.register_forward_hook(partial(run.left, name))
-    counter = FlopCounterMode(display=False) if counted else None
-    # the counter and gradients do not go together; without it, a forward may call torch.autograd.grad
+            layer.register_forward_pre_hook(partial(run.record_input, name), with_kwargs=True)
+            layer.register_forward_hook(partial(run.record_output, name))
+    counter = FlopCounterMode(display=False) if counts_flops else None
     with (
-        torch.set_grad_enabled(not counted),
+        # the counter does not work with gradients; without it, a forward may call
+        # torch.autograd.grad
+        torch.set_grad_enabled(not counts_flops),
         META if device == META else nullcontext(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # they come when the model itself is run
+        warnings.simplefilter("ignore")  # the model itself will show them when it is run
         try:
             with counter or nullcontext():
                 output = call_with(run.model.eval(), run.features)
         except Exception as error:
-            raise _explained(model, run, error) from error
-    run.flops = counter.get_total_flops() if counter else None
-    if "" not in run.given:  # a TorchScript model
-        run.left("", run.model, (), output)
+            raise _explain(model, run, error) from error
+    if counter is not None:
+        run.flops = counter.get_total_flops()
+    if "" not in run.inputs:  # a TorchScript model
+        run.record_output("", run.model, (), output)
     return run
 
 
-def _copied(model: nn.Module, on_meta: bool) -> nn.Module:
-    """A deep copy without the user's hooks."""
-    memo: dict[int, Any] = {}  # id -> what deepcopy takes for the copy already made
-    for name, held in (
-        (name, held) for module in model.modules() for name, held in vars(module).items()
-    ):
-        if name in HOOK_TABLES:
-            memo[id(held)] = OrderedDict()
-            continue
-        for leaf in leaves(held):
-            if isinstance(leaf, Tensor) and id(leaf) not in memo and (on_meta or not leaf.is_leaf):
-                twin = torch.empty_like(leaf, device=META) if on_meta else leaf.detach().clone()
-                memo[id(leaf)] = (
-                    nn.Parameter(twin, leaf.requires_grad)
-                    if isinstance(leaf, nn.Parameter)
-                    else twin
-                )
-    return copy.deepcopy(model, memo)
+def _copy_without_hooks(model: nn.Module, on_meta: bool) -> nn.Module:
+    """Deep-copy the model without the user's hooks."""
+    copies: dict[int, Any] = {}  # for deepcopy: id -> the copy to use
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in HOOK_TABLES:
+                copies[id(value)] = OrderedDict()
+                continue
+            for leaf in leaves(value):
+                if not isinstance(leaf, Tensor) or id(leaf) in copies:
+                    continue
+                if on_meta:
+                    copies[id(leaf)] = _copy_to_meta(leaf)
+                elif not leaf.is_leaf:  # deepcopy refuses a tensor with a graph
+                    copies[id(leaf)] = leaf.detach().clone()
+    return copy.deepcopy(model, copies)
 
 
-def _explained(model: nn.Module, run: _Run, error: Exception) -> ForwardError:
-    """An error with its layer, what reached that, and the rows so far."""
-    name, layer, first = failing_layer(error, run.model) or ("", run.model, run.features)
-    shown = _type_name(layer) if list(layer.children()) else repr(layer)
-    given = run.given.get(name, described(first).removeprefix("Tensor "))
+def _copy_to_meta(tensor: Tensor) -> Tensor:
+    twin = torch.empty_like(tensor, device=META)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, tensor.requires_grad)
+    return twin
+
+
+def _explain(model: nn.Module, run: _Run, error: Exception) -> ForwardError:
+    """Return the error with its layer, the input of that layer, and the rows so far."""
+    name, layer, first_argument = failing_layer(error, run.model) or ("", run.model, run.features)
+    title = _type_name(layer) if list(layer.children()) else repr(layer)
+    if name:
+        title = f"{name}: {title}"
+    received = run.inputs.get(name, _describe(first_argument))
     words = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
-    table = _table([row for row in _rows(model, [run], run.rows) if row.layer in run.given])
+    rows = [row for row in _layer_rows(model, [run], run.rows) if row.layer in run.inputs]
     return ForwardError(
-        f"{name}{': ' * bool(name)}{shown} was given {given}: {words}\n"
-        f"The input, with {run.rows} rows, was {described(run.features)}. The layers up to there:\n\n{table}"
+        f"{title} was given {received}: {words}\n"
+        f"The input, with {run.rows} rows, was {described(run.features)}. "
+        f"The layers up to there:\n\n{_table(rows)}"
     )
 
 
@@ -419,100 +482,121 @@ def _one_line(error: BaseException | None) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder=" ...")
 
 
-def _rows(model: nn.Module, runs: list[_Run], batch_size: int) -> list[LayerRow]:
-    """One row per layer, in the order of `named_modules`; one met again has a row more, those inside it have not."""
+def _layer_rows(model: nn.Module, runs: list[_Run], batch_size: int) -> list[LayerRow]:
+    """Return one row per layer, in the order of `named_modules`.
+
+    A layer that occurs again has a row for each occurrence; the layers inside it do not.
+    """
     rows: list[LayerRow] = []
-    layers: dict[int, str] = {}  # id of a layer -> the name it came under first
-    owners: dict[int, str] = {}  # id of a parameter -> likewise
-    again: set[str] = set()
+    layers: dict[int, str] = {}  # id of a layer -> its first name
+    owners: dict[int, str] = {}  # id of a parameter -> its first name
+    repeated: set[str] = set()
     for name, layer in model.named_modules(remove_duplicate=False):
-        if layers.setdefault(id(layer), name) != name:
-            again.add(name)
-        if name.rpartition(".")[0] in again:
+        first_name = layers.setdefault(id(layer), name)
+        if first_name != name:
+            repeated.add(name)
+        if name.rpartition(".")[0] in repeated:
             continue
-        held = {
-            f"{name}.{key}": it
-            for key, it in layer.named_parameters(recurse=False, remove_duplicate=False)
-        }
-        new = [it for key, it in held.items() if owners.setdefault(id(it), key) == key]
-        tied = [owners[id(it)].lstrip(".") for key, it in held.items() if owners[id(it)] != key]
-        notes = (
-            f"same as {layers[id(layer)]}"
-            if name in again
-            else ", ".join(_notes(name, layer, new, tied, runs))
-        )
-        first = [run.first.get(layers[id(layer)]) for run in runs] or [None]
-        shape = _shape(first[0], first[-1], runs[0].rows if runs else 0, batch_size)
-        params, trainable = (
-            sum(map(torch.numel, new)),
-            sum(it.numel() for it in new if it.requires_grad),
-        )
+        new: list[nn.Parameter] = []  # not counted in a row above
+        tied: list[str] = []  # the first names of the others
+        for key, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
+            full_name = f"{name}.{key}"
+            owner = owners.setdefault(id(parameter), full_name)
+            if owner == full_name:
+                new.append(parameter)
+            else:
+                tied.append(owner.lstrip("."))
+        if name in repeated:
+            note = f"same as {first_name}"
+        else:
+            note = ", ".join(_notes(name, layer, new, tied, runs))
+        shape = None
+        if runs:
+            first = runs[0].first_output.get(first_name)
+            last = runs[-1].first_output.get(first_name)
+            shape = _shape(first, last, runs[0].rows, batch_size)
         rows.append(
             LayerRow(
-                name,
-                _type_name(layer),
-                name.count(".") + bool(name),
-                shape,
-                params,
-                trainable,
-                notes,
+                layer=name,
+                type=_type_name(layer),
+                depth=name.count(".") + 1 if name else 0,
+                output_shape=shape,
+                params=_count(new),
+                trainable_params=_count(new, trainable_only=True),
+                note=note,
             )
         )
     return rows
 
 
+def _count(parameters: list[nn.Parameter], trainable_only: bool = False) -> int:
+    """Return the number of elements of parameters."""
+    total = 0
+    for parameter in parameters:
+        if parameter.requires_grad or not trainable_only:
+            total += parameter.numel()
+    return total
+
+
 def _notes(
     name: str, layer: nn.Module, new: list[nn.Parameter], tied: list[str], runs: list[_Run]
 ) -> Iterator[str]:
-    if frozen := sum(not parameter.requires_grad for parameter in new):
+    frozen = sum(not parameter.requires_grad for parameter in new)
+    if frozen:
         yield "frozen" if frozen == len(new) else "partly frozen"
-    yield from (f"tied to {other}" for other in tied)
+    for owner in tied:
+        yield f"tied to {owner}"
     if runs and runs[0].calls[name] > 1:
         yield f"called {runs[0].calls[name]} times"
     if isinstance(layer, torch.jit.ScriptModule):
         yield "TorchScript"
-    elif runs and name not in runs[0].given and not isinstance(layer, NEVER_CALLED):
+    elif runs and name not in runs[0].inputs and not isinstance(layer, NEVER_CALLED):
         yield "not called"
 
 
 def _shape(output: Any, other: Any, rows: int, shown: int) -> Any:
-    """An output's shapes in its own structure; `shown` for sizes not as in the `other` run, or a first size of `rows`.
+    """Return the shapes in an output, in its own structure.
+
+    A size that differs from the `other` run, or with one run a first size of `rows`, becomes
+    `shown`.
 
     >>> lstm, two, four = nn.LSTM(3, 5, num_layers=2), torch.zeros(9, 2, 3), torch.zeros(9, 4, 3)
     >>> _shape(lstm(two), lstm(four), 2, -1)
     ([9, -1, 5], ([2, -1, 5], [2, -1, 5]))
     """
     if isinstance(output, (Tensor, PackedSequence)) and type(other) is type(output):
-        sizes, changed = (
-            list(nest.data.shape) for nest in (output, other)
-        )  # a packed sequence's: all its steps
+        sizes = list(output.data.shape)  # the data of a packed sequence has all its steps
         if other is output:
             return [shown, *sizes[1:]] if sizes[:1] == [rows] else sizes
-        return [size if size == twin else shown for size, twin in zip(sizes, changed, strict=False)]
-    found, twins = parts(output), parts(other)
-    if found is None or twins is None:
+        other_sizes = other.data.shape
+        shape = []
+        for size, other_size in zip(sizes, other_sizes, strict=False):
+            shape.append(size if size == other_size else shown)
+        return shape
+    found = parts(output)
+    other_found = parts(other)
+    if found is None or other_found is None:
         return None if output is None else type(output).__name__
-    inner = [
-        _shape(part, twin, rows, shown) for part, twin in zip(found[0], twins[0], strict=False)
-    ]
-    fields = getattr(output, "__dataclass_fields__", getattr(output, "_fields", ()))
-    names = output if isinstance(output, Mapping) else fields
-    return dict(zip(names, inner, strict=False)) if names else tuple(inner)
+    shapes = []
+    for part, other_part in zip(found[0], other_found[0], strict=False):
+        shapes.append(_shape(part, other_part, rows, shown))
+    if isinstance(output, Mapping):
+        names: Any = output
+    else:
+        names = getattr(output, "__dataclass_fields__", getattr(output, "_fields", ()))
+    return dict(zip(names, shapes, strict=False)) if names else tuple(shapes)
 
 
 def _bytes(nest: Any) -> int:
-    return sum(
-        {
-            id(it): it.data.nbytes
-            for it in leaves(nest)
-            if isinstance(it, (Tensor, PackedSequence))
-        }.values()
-    )
+    """Return the bytes of the tensors in a nest, each tensor once."""
+    sizes = {}
+    for leaf in leaves(nest):
+        if isinstance(leaf, (Tensor, PackedSequence)):
+            sizes[id(leaf)] = leaf.data.nbytes
+    return sum(sizes.values())
 
 
 def _type_name(layer: nn.Module) -> str:
-    return (
-        str(layer.original_name)
-        if isinstance(layer, torch.jit.ScriptModule)
-        else type(layer).__name__
-    )
+    if isinstance(layer, torch.jit.ScriptModule):
+        return str(layer.original_name)
+    return type(layer).__name__

@@ -1,10 +1,10 @@
-"""What a person sees in a notebook: a fit as one output that redraws itself in place, a model as a table.
+"""What a notebook shows: a fit as one output that is redrawn in place, a model as a table.
 
-on_fit_begin         one display
-while it trains      redrawn by the clock: a bar, a chart for loss and the first metrics, the table of the epochs
-on_fit_end           redrawn a last time
+on_fit_begin         create the output
+during training      redraw it by time: a bar, charts of the loss and first metrics, the epochs
+on_fit_end           redraw it a last time
 
-IPython is there where there is a notebook; the charts are SVG, written here.
+IPython is used only inside a notebook, which has it. The charts are SVG, written here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import html
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,75 +21,88 @@ from torch.nn.parameter import is_lazy
 
 from minikeras.columns import is_rate, mode_of
 from minikeras.report.layer_summary import notebook_cell
-from minikeras.report.progress import Progress, shown, wants_bar
+from minikeras.report.progress import Progress, format_logs, wants_bar
 
-REFRESH = 0.3  # seconds between two redrawings
-SHARE = 0.02  # of the time may go into them
-ROWS = 30  # of a table; more epochs or layers are left out of it
-POINTS = 150  # of a line in a chart; the best epoch has a dot of its own
+REFRESH = 0.3  # seconds between two redraws
+SHARE = 0.02  # of the time, at most, is spent on them
+ROWS = 30  # of a table; further epochs or layers are not shown
+POINTS = 150  # of a line in a chart; the best epoch has its own ring
 CHARTS = 3
-WIDTH, HEIGHT, LEFT, EDGE = 280, 130, 60, 18  # pixels of a chart; the last two are left for numbers
-BLUE, ORANGE = "#0072B2", "#D55E00"  # training and validation, as in plotting.py
-LEGEND = f'<span style="color: {BLUE}">training</span>, <span style="color: {ORANGE}">validation dashed</span>, best ringed'
+WIDTH = 280  # of a chart, in pixels
+HEIGHT = 130
+LEFT = 60  # space for the numbers on the left
+EDGE = 18  # space for the numbers above and below
+BLUE = "#0072B2"  # training, as in plotting.py
+ORANGE = "#D55E00"  # validation
+LEGEND = (
+    f'<span style="color: {BLUE}">training</span>, '
+    f'<span style="color: {ORANGE}">validation dashed</span>, best ringed'
+)
 STYLE = "font-family: sans-serif; font-size: 13px"
 Rows = Mapping[int, Mapping[str, float]]  # epoch -> its row of the history
+Point = tuple[int, float]  # epoch and value
 
 
 def progress(verbose: str | int, *args: Any) -> Progress:
-    """What shows a fit here; `args` are those of `Progress` without `bar`."""
+    """Return what shows a fit here; `args` are those of `Progress` without `bar`."""
     bar = wants_bar(verbose)
     kind = LiveTable if bar and notebook_cell() is not None else Progress
     return kind(bar, *args)
 
 
 class LiveTable(Progress):
-    """The bar, the charts and the table of one fit in a notebook. Takes what `Progress` takes.
+    """The bar, the charts and the table of one fit in a notebook; arguments as for `Progress`.
 
-    However short epochs and steps are, it is redrawn a few times a second at most, and for at most 2 % of the time.
+    However short epochs and steps are, it is redrawn at most a few times a second, and for at most
+    2 % of the time.
     """
 
     def on_fit_begin(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
-        self.batch, self.logs = 0, ""
+        self.batch = 0
+        self.running_means = ""
         self.lines: list[str] = []
-        self.validating = self.ended = False
+        self.is_validating = False
+        self.has_ended = False
         self.started = time.perf_counter()
-        self.display = sys.modules["IPython"].display.display(
-            self.shown(), raw=True, display_id=True
-        )
+        display = sys.modules["IPython"].display.display
+        self.display = display(self.formats(), raw=True, display_id=True)
 
     def say(self, line: str) -> None:
         """Show a line, such as where a fit resumes, inside the one output of the fit."""
         self.lines.append(line)
-        if self.ended:
+        if self.has_ended:
             self.redraw()
         else:
             self.redraw_if_due()
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self.epoch, self.batch, self.logs = epoch, 0, ""
+        self.epoch = epoch
+        self.batch = 0
+        self.running_means = ""
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
         self.batch = batch
         if time.perf_counter() >= self.next_refresh:
-            self.logs = shown(logs)  # waits for the device
+            self.running_means = format_logs(logs)  # waits for the device
             self.redraw()
 
     def on_evaluate_begin(self) -> None:
-        self.validating = True
+        self.is_validating = True
         self.redraw_if_due()
 
     def on_evaluate_end(self) -> None:
-        self.validating = False
+        self.is_validating = False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        self.arrange(logs)
+        self.add_columns(logs)
         self.rows[epoch] = dict(logs)
-        self.batch, self.logs = 0, ""
+        self.batch = 0
+        self.running_means = ""
         self.redraw_if_due()
 
     def on_fit_end(self) -> None:
-        self.ended = True
+        self.has_ended = True
         self.redraw()
 
     def redraw_if_due(self) -> None:
@@ -98,23 +111,25 @@ class LiveTable(Progress):
             self.redraw()
 
     def redraw(self) -> None:
-        """Put what is known now in the place of what was displayed."""
+        """Replace the displayed output by the current one."""
         now = time.perf_counter()
-        self.display.update(self.shown(), raw=True)
+        self.display.update(self.formats(), raw=True)
         spent = time.perf_counter() - now
         self.next_refresh = now + max(REFRESH, spent / SHARE)
 
-    def shown(self) -> dict[str, str]:
-        """The output, for a page and for where there is none."""
+    def formats(self) -> dict[str, str]:
+        """Return the output as HTML and as plain text."""
         names = [name for name in self.columns if not name.startswith("val_") and not is_rate(name)]
         charts = "".join(chart(name, self.rows) for name in names[:CHARTS])
-        parts = [
-            self.bar_html(),
-            *(f"<div>{html.escape(line)}</div>" for line in self.lines),
-            f"<div>{charts}</div><div>{LEGEND}</div>" if charts else "",
-            epochs_table(self.columns, self.rows),
-        ]
-        plain = [f"epoch {epoch}  {shown(logs)}" for epoch, logs in list(self.rows.items())[-ROWS:]]
+        parts = [self.bar_html()]
+        for line in self.lines:
+            parts.append(f"<div>{html.escape(line)}</div>")
+        if charts:
+            parts.append(f"<div>{charts}</div><div>{LEGEND}</div>")
+        parts.append(epochs_table(self.columns, self.rows))
+        plain = []
+        for epoch, logs in list(self.rows.items())[-ROWS:]:
+            plain.append(f"epoch {epoch}  {format_logs(logs)}")
         plain += self.lines
         return {
             "text/html": f'<div style="{STYLE}">{"".join(parts)}</div>',
@@ -122,24 +137,30 @@ class LiveTable(Progress):
         }
 
     def bar_html(self) -> str:
-        """The epoch at hand with its bar and running means; in the end what became of the fit."""
+        """Return the current epoch with its bar and running means.
+
+        At the end of the fit, return how it ended.
+        """
         if self.epoch is None:
-            return "" if self.ended else "<div>starting</div>"
+            return "" if self.has_ended else "<div>starting</div>"
         steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
-        if self.ended:
+        if self.has_ended:
             took = clock(time.perf_counter() - self.started)
-            if self.epoch not in self.rows:
-                return f"<div>ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {took}</div>"
-            return f"<div>{len(self.rows)} epochs in {took}</div>"
-        bar = (
-            f'<progress max="{self.steps}" value="{self.batch}"></progress> ' if self.steps else ""
-        )
-        tail = "validating" if self.validating else html.escape(self.logs)
+            if self.epoch in self.rows:
+                return f"<div>{len(self.rows)} epochs in {took}</div>"
+            return (
+                f"<div>ended in epoch {self.epoch} of {self.epochs}, at step {steps}, "
+                f"after {took}</div>"
+            )
+        bar = ""
+        if self.steps:
+            bar = f'<progress max="{self.steps}" value="{self.batch}"></progress> '
+        tail = "validating" if self.is_validating else html.escape(self.running_means)
         return f"<div>epoch {self.epoch}/{self.epochs} {bar}{steps} &nbsp;{tail}</div>"
 
 
 def clock(seconds: float) -> str:
-    """A time as a person says it.
+    """Format a time for people.
 
     >>> clock(3.21), clock(75), clock(7384)
     ('3.2 s', '1 min 15 s', '2 h 3 min')
@@ -147,141 +168,174 @@ def clock(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
-    return (
-        f"{minutes} min {int(seconds) % 60} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {int(seconds) % 60} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def epochs_table(columns: Sequence[str], rows: Rows) -> str:
-    """The last rows of the history; the epoch with the lowest val_loss is marked, and among them in any case."""
+    """Return the last rows of the history as HTML.
+
+    The epoch with the lowest val_loss is bold, and always among the rows.
+    """
     if not rows:
         return ""
-    losses = {
-        epoch: logs["val_loss"]
-        for epoch, logs in rows.items()
-        if not math.isnan(logs.get("val_loss", math.nan))
-    }
+    losses = {}
+    for epoch, logs in rows.items():
+        if not math.isnan(logs.get("val_loss", math.nan)):
+            losses[epoch] = logs["val_loss"]
     best = min(losses, key=losses.__getitem__, default=None)
-    kept = sorted(rows)[-ROWS:]
-    kept = [best, *kept[1:]] if best is not None and best not in kept else kept
+    shown = sorted(rows)[-ROWS:]
+    if best is not None and best not in shown:
+        shown[0] = best
     lines = []
-    for epoch in kept:
-        cells = [
-            str(epoch),
-            *(f"{rows[epoch][name]:#.4g}" if name in rows[epoch] else "" for name in columns),
-        ]
-        lines.append(
-            [f"<b>{cell}</b>" if cell else "" for cell in cells] if epoch == best else cells
-        )
+    for epoch in shown:
+        cells = [str(epoch)]
+        for name in columns:
+            cells.append(f"{rows[epoch][name]:#.4g}" if name in rows[epoch] else "")
+        if epoch == best:
+            cells = [f"<b>{cell}</b>" if cell else "" for cell in cells]
+        lines.append(cells)
     table = table_html(["epoch", *columns], lines)
-    rest = len(rows) - len(kept)
-    note = f"<div>{rest} earlier epochs are not shown; the history has them.</div>" if rest else ""
-    return note + table + ("<div>bold: the lowest val_loss</div>" if best is not None else "")
+    hidden = len(rows) - len(shown)
+    if hidden:
+        table = f"<div>{hidden} earlier epochs are not shown; the history has them.</div>{table}"
+    if best is not None:
+        table += "<div>bold: the lowest val_loss</div>"
+    return table
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], side: str = "right") -> str:
-    """A table of cells that are HTML already; the head is escaped."""
+    """Return a table as HTML; the cells are HTML already, the head is escaped."""
     style = f'style="text-align: {side}; padding: 1px 8px; white-space: pre"'
-    above = "".join(f"<th {style}>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td {style}>{cell}</td>' for cell in row)}</tr>" for row in rows
+    header = "".join(f"<th {style}>{html.escape(name)}</th>" for name in head)
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td {style}>{cell}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
+    return (
+        f'<table style="border-collapse: collapse"><thead><tr>{header}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
     )
-    return f'<table style="border-collapse: collapse"><thead><tr>{above}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def chart(name: str, rows: Rows) -> str:
-    """A metric over the epochs as SVG: training solid, validation dashed, a dot for the best epoch."""
-    lines = {column: _line(column, rows) for column in (name, f"val_{name}")}
-    points = [point for line in lines.values() for point in line]
+    """Draw a metric over the epochs as SVG.
+
+    Training is solid, validation dashed, and a ring marks the best epoch.
+    """
+    training = _points(name, rows)
+    validation = _points(f"val_{name}", rows)
+    points = training + validation
     if not points:
         return ""
-    (first, last), (low, high) = ((min(it), max(it)) for it in zip(*points, strict=True))
+    epochs = [epoch for epoch, _ in points]
+    values = [value for _, value in points]
+    first = min(epochs)
+    last = max(epochs)
+    low = min(values)
+    high = max(values)
 
-    def place(epoch: float, value: float) -> str:
-        x = LEFT + (WIDTH - LEFT - 6) * ((epoch - first) / (last - first) if last > first else 0.5)
-        y = EDGE + (HEIGHT - 2 * EDGE) * ((high - value) / (high - low) if high > low else 0.5)
-        return f"{x:.1f},{y:.1f}"
+    def place(epoch: float, value: float) -> tuple[str, str]:
+        across = (epoch - first) / (last - first) if last > first else 0.5
+        down = (high - value) / (high - low) if high > low else 0.5
+        x = LEFT + (WIDTH - LEFT - 6) * across
+        y = EDGE + (HEIGHT - 2 * EDGE) * down
+        return f"{x:.1f}", f"{y:.1f}"
 
-    drawn = [
-        _svg_line(lines[name], BLUE, "", place),
-        _svg_line(lines[f"val_{name}"], ORANGE, "5 3", place),
-    ]
-    text = [(LEFT, EDGE - 6, "start", name), (LEFT - 4, EDGE + 4, "end", f"{high:.3g}")]
-    if high > low:
-        text += [(LEFT - 4, HEIGHT - EDGE + 4, "end", f"{low:.3g}")]
-    text += [(LEFT, HEIGHT - 2, "start", str(first)), (WIDTH - 6, HEIGHT - 2, "end", str(last))][
-        : 1 + (last > first)
-    ]
-    words = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{to}">{html.escape(it)}</text>'
-        for x, y, to, it in text
-    )
+    drawn = _svg_line(training, BLUE, "", place) + _svg_line(validation, ORANGE, "5 3", place)
     mode = mode_of(name)
-    if mode is not None:  # validation is watched where there is one
-        watched = lines[f"val_{name}"] or lines[name]
-        best = (min if mode == "min" else max)(watched, key=lambda point: point[1])
-        x, y = place(*best).split(",")
-        drawn.append(
-            f'<circle cx="{x}" cy="{y}" r="4.5" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+    if mode is not None:
+        watched = validation or training
+        choose = min if mode == "min" else max
+        x, y = place(*choose(watched, key=lambda point: point[1]))
+        drawn += (
+            f'<circle cx="{x}" cy="{y}" r="4.5" fill="none" stroke="currentColor" '
+            f'stroke-width="1.5"/>'
         )
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="11" fill="currentColor"'
-    return f'<svg {size} role="img" aria-label="{html.escape(name)}">{"".join(drawn)}{words}</svg>'
+    drawn += _svg_text(LEFT, EDGE - 6, "start", name)
+    drawn += _svg_text(LEFT - 4, EDGE + 4, "end", f"{high:.3g}")
+    if high > low:
+        drawn += _svg_text(LEFT - 4, HEIGHT - EDGE + 4, "end", f"{low:.3g}")
+    drawn += _svg_text(LEFT, HEIGHT - 2, "start", str(first))
+    if last > first:
+        drawn += _svg_text(WIDTH - 6, HEIGHT - 2, "end", str(last))
+    return (
+        f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="11" '
+        f'fill="currentColor" role="img" aria-label="{html.escape(name)}">{drawn}</svg>'
+    )
 
 
-def _line(column: str, rows: Rows) -> list[tuple[int, float]]:
-    return [
-        (epoch, logs[column])
-        for epoch, logs in rows.items()
-        if math.isfinite(logs.get(column, math.nan))
-    ]
+def _points(column: str, rows: Rows) -> list[Point]:
+    """Return the epochs and finite values of a column."""
+    points = []
+    for epoch, logs in rows.items():
+        if math.isfinite(logs.get(column, math.nan)):
+            points.append((epoch, logs[column]))
+    return points
 
 
-def _svg_line(line: list[tuple[int, float]], color: str, dashes: str, place: Any) -> str:
-    if len(line) == 1:  # a line of one point is not seen
-        x, y = place(*line[0]).split(",")
-        return f'<circle cx="{x}" cy="{y}" r="2.5" fill="{color}"/>'
+def _svg_text(x: int, y: int, anchor: str, text: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def _svg_line(
+    line: list[Point], color: str, dashes: str, place: Callable[[float, float], tuple[str, str]]
+) -> str:
     if not line:
         return ""
-    kept = [*line[: -1 : max(1, len(line) // POINTS)], line[-1]]
-    points = " ".join(place(*point) for point in kept)
+    if len(line) == 1:  # a line of one point would be invisible
+        x, y = place(*line[0])
+        return f'<circle cx="{x}" cy="{y}" r="2.5" fill="{color}"/>'
+    thinned = [*line[: -1 : max(1, len(line) // POINTS)], line[-1]]
+    points = " ".join(",".join(place(*point)) for point in thinned)
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"{dashed}/>'
 
 
 def model_html(model: nn.Module) -> str:
-    """A model's layers with their parameters, as deep as fits into a short table; each parameter is counted once.
+    """Return a model's layers and parameters as HTML, down to a depth that fits a short table.
+
+    Each parameter is counted once.
 
     >>> model_html(nn.Linear(2, 1)).count("<tr>")
     2
     """
-    named = list(model.named_modules())
-    depths = [name.count(".") + 1 for name, _ in named]
-    deepest = max(
-        (depth for depth in set(depths) if sum(it <= depth for it in depths) <= ROWS), default=1
-    )
-    kept = [(name, layer) for name, layer in named if not name or name.count(".") < deepest]
-    rows = [_layer_cells(name, layer) for name, layer in kept[:ROWS]]
-    rest = len(named) - len(rows)
-    note = (
-        f"<div>{rest} more layers inside; model.summary(input_shape) has them.</div>"
-        if rest
-        else ""
-    )
-    return f'<div style="{STYLE}">{table_html(["layer (type)", "params", ""], rows, "left")}{note}</div>'
+    layers = list(model.named_modules())
+    depths = [name.count(".") + 1 for name, _ in layers]
+    deepest = 1
+    for depth in sorted(set(depths)):
+        layers_up_to_depth = sum(other <= depth for other in depths)
+        if layers_up_to_depth <= ROWS:
+            deepest = depth
+    rows: list[list[str]] = []
+    for name, layer in layers:
+        if len(rows) < ROWS and (not name or name.count(".") < deepest):
+            rows.append(_layer_cells(name, layer))
+    table = table_html(["layer (type)", "params", ""], rows, "left")
+    hidden = len(layers) - len(rows)
+    if hidden:
+        table += f"<div>{hidden} more layers inside; model.summary(input_shape) has them.</div>"
+    return f'<div style="{STYLE}">{table}</div>'
 
 
 def _layer_cells(name: str, layer: nn.Module) -> list[str]:
-    """A layer with all that is inside it."""
+    """Return the cells of a layer, with the parameters of all layers inside it."""
     parameters = list(layer.parameters())
-    label = f"{name.rpartition('.')[2]} ({type(layer).__name__})" if name else type(layer).__name__
+    label = type(layer).__name__
+    if name:
+        indent = "&nbsp;&nbsp;" * (name.count(".") + 1)
+        label = indent + html.escape(f"{name.rpartition('.')[2]} ({label})")
+    else:
+        label = html.escape(label)
     if any(map(is_lazy, parameters)):
-        return [_indented(name, label), "?", "lazy"]
+        return [label, "?", "lazy"]
+    count = sum(parameter.numel() for parameter in parameters)
     frozen = sum(not parameter.requires_grad for parameter in parameters)
-    note = "" if not frozen else "frozen" if frozen == len(parameters) else "partly frozen"
-    return [_indented(name, label), f"{sum(parameter.numel() for parameter in parameters):,}", note]
-
-
-def _indented(name: str, label: str) -> str:
-    return "&nbsp;&nbsp;" * (name.count(".") + bool(name)) + html.escape(label)
+    if not frozen:
+        note = ""
+    elif frozen == len(parameters):
+        note = "frozen"
+    else:
+        note = "partly frozen"
+    return [label, f"{count:,}", note]

@@ -1,6 +1,7 @@
 """The history as a figure: a panel for each metric, training and validation together.
 
-matplotlib is imported by the call. Nothing is shown or written: plt.show(), plt.savefig(...) or a notebook's cell does.
+matplotlib is imported only by the call. Nothing is shown or saved: call plt.show() or
+plt.savefig(...); a notebook shows the figure by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from minikeras.errors import did_you_mean
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# of Okabe and Ito's palette, which colour-blind people tell apart; dashes and markers do it in grey print
+# colors of Okabe and Ito's palette, which colour-blind people can tell apart;
+# in grey print the dashes and markers tell the lines apart
 TRAINING: dict[str, Any] = {
     "color": "#0072B2",
     "linestyle": "-",
@@ -45,29 +47,31 @@ BEST: dict[str, Any] = {
     "fillstyle": "none",
     "zorder": 3,
 }
-MARKERS = 30  # epochs up to which each has a marker
-PANEL = 4.4, 3.2  # inches
+MARKERS = 30  # lines of more epochs have no markers
+PANEL = (4.4, 3.2)  # width and height of a panel in inches
 WIDEST = 3  # panels in a row
 
 
 def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = None) -> list[Axes]:
-    """Draw a history: one panel per metric, with its validation, and one for the learning rate where it changed.
+    """Plot a history: a panel per metric, with validation, and one for a changing learning rate.
 
-    A ring marks the best epoch, of validation where there is one, if the name says what is better (as EarlyStopping
-    reads it). A line runs through epochs without a value, as where validation was skipped.
+    A ring marks the best epoch, of validation if there is any, if the name tells which direction is
+    better (inferred as by EarlyStopping). A line has no gaps: it connects the epochs with a value,
+    also across epochs without validation.
 
     Args:
-        dfhistory: what `fit` returned, whose row k is epoch k + 1; or a CSVLogger's file as pandas reads it, whose
-            column `epoch` (or index of that name) has the numbers.
-        metrics: a column or several, in this order; default all. "loss" brings "val_loss" with it.
+        dfhistory: what `fit` returned, whose row k is epoch k + 1; or the file of a CSVLogger as
+            pandas reads it, with the numbers in a column `epoch` (or an index of that name).
+        metrics: one column or several, in this order; default all. "loss" includes "val_loss".
 
     Returns:
-        The panels, matplotlib's Axes, in one new figure: `axes[0].figure`. Nothing is shown or saved.
+        The panels, matplotlib's Axes, in one new figure: `axes[0].figure`. Nothing is shown or
+        saved.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError, ValueError: no history, one without an epoch or with values that are no numbers, or a name that is
-            not one of its columns.
+        TypeError, ValueError: not a history, a history without epochs or with values that are not
+            numbers, or a name that is not one of its columns.
 
     >>> import minikeras
     >>> dfhistory = pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4], "lr": [0.1, 0.01]})
@@ -75,34 +79,43 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
     >>> [axis.get_title() for axis in axes]
     ['loss', 'lr']
     """
-    frame = _checked(dfhistory)
-    names = _names(frame, metrics)
+    frame = _check_history(dfhistory)
+    names = _panel_names(frame, metrics)
     _check_numbers(frame, names)
-    plt = _pyplot()
+    plt = _import_pyplot()
     columns = 2 if len(names) == 4 else min(len(names), WIDEST)
-    rows = -(-len(names) // columns)
-    figsize = PANEL[0] * columns, PANEL[1] * rows
-    _, grid = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
+    rows = -(-len(names) // columns)  # rounded up
+    width, height = PANEL
+    _, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        layout="constrained",
+        squeeze=False,
+    )
     axes: list[Axes] = list(grid.flat)
     for axis, name in zip(axes, names, strict=False):
-        _panel(axis, frame, name)
+        _draw_panel(axis, frame, name)
     for axis in axes[len(names) :]:
         axis.remove()
     return axes[: len(names)]
 
 
 def plot_metric(dfhistory: pd.DataFrame, metric: str) -> Axes:
-    """Draw one column of `dfhistory`, `metric`, with its validation, and return the panel; see `plot_history`.
+    """Plot one column of `dfhistory`, `metric`, with its validation, and return the panel.
+
+    See `plot_history`.
 
     >>> import minikeras
-    >>> axis = minikeras.plot_metric(pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4]}), "loss")
+    >>> dfhistory = pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4]})
+    >>> axis = minikeras.plot_metric(dfhistory, "loss")
     >>> [line.get_label() for line in axis.get_lines()]
     ['training', 'validation', 'best: 0.4 in epoch 2']
     """
     return plot_history(dfhistory, [metric])[0]
 
 
-def _pyplot() -> Any:
+def _import_pyplot() -> Any:
     try:
         import matplotlib.pyplot
     except ModuleNotFoundError as error:
@@ -110,8 +123,8 @@ def _pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def _checked(dfhistory: Any) -> pd.DataFrame:
-    """The history with its epochs, which count from 1, as index."""
+def _check_history(dfhistory: Any) -> pd.DataFrame:
+    """Return the history with its epochs, numbered from 1, as index."""
     if not isinstance(dfhistory, pd.DataFrame):
         raise TypeError(
             f"dfhistory must be the DataFrame that fit returned, got {type(dfhistory).__name__}. "
@@ -121,9 +134,8 @@ def _checked(dfhistory: Any) -> pd.DataFrame:
         raise ValueError(
             "dfhistory has no epoch to draw. Pass what fit returned, after one epoch or more."
         )
-    frame = (dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory).rename(
-        columns=str
-    )
+    frame = dfhistory.set_index("epoch") if "epoch" in dfhistory else dfhistory
+    frame = frame.rename(columns=str)
     if frame.columns.empty:
         raise ValueError(
             "dfhistory has no column but epoch. Pass what fit returned, with loss and metrics."
@@ -133,18 +145,19 @@ def _checked(dfhistory: Any) -> pd.DataFrame:
     return frame
 
 
-def _names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str]:
-    """A name for each panel; validation without a training column has one of its own."""
+def _panel_names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str]:
+    """Return a name for each panel; a validation column without a training column has its own."""
     columns = [str(name) for name in frame]
     if metrics is None:
-        return [
-            name
-            for name in columns
-            if name.removeprefix("val_") not in columns or not name.startswith("val_")
-        ]
+        names = []
+        for name in columns:
+            if not name.startswith("val_") or name.removeprefix("val_") not in columns:
+                names.append(name)
+        return names
     if not isinstance(metrics, Iterable):
         raise TypeError(
-            f'metrics must be a column\'s name or several, got {metrics!r}. Pass "loss" or ["loss", "lr"].'
+            f"metrics must be a column's name or several, got {metrics!r}. "
+            f'Pass "loss" or ["loss", "lr"].'
         )
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     if not names:
@@ -156,55 +169,61 @@ def _names(frame: pd.DataFrame, metrics: str | Iterable[str] | None) -> list[str
             known = ", ".join(map(repr, columns))
             hint = did_you_mean(str(name), columns)
             raise ValueError(
-                f"metrics has {name!r}, which is no column of the history. Its columns are {known}.{hint}"
+                f"metrics has {name!r}, which is no column of the history. "
+                f"Its columns are {known}.{hint}"
             )
     return names
 
 
 def _check_numbers(frame: pd.DataFrame, names: list[str]) -> None:
-    """What is drawn must be numbers, and over numbers."""
+    """Refuse an index or columns to be drawn that are not numbers."""
     if not is_numeric_dtype(frame.index):
         raise ValueError(
-            f"dfhistory's index must be numbers, from 0 as in a history, got {frame.index[0]!r}. Pass what fit "
-            f"returned."
+            f"dfhistory's index must be numbers, from 0 as in a history, got {frame.index[0]!r}. "
+            f"Pass what fit returned."
         )
-    drawn = [column for name in names for column in (name, f"val_{name}") if column in frame]
-    for column in drawn:
-        if not is_numeric_dtype(frame[column]):
-            raise ValueError(
-                f"dfhistory has {frame[column].iloc[0]!r} in the column {column!r}; expected numbers. Name the columns "
-                f"to draw in metrics, or drop this one."
-            )
+    for name in names:
+        for column in (name, f"val_{name}"):
+            if column in frame and not is_numeric_dtype(frame[column]):
+                raise ValueError(
+                    f"dfhistory has {frame[column].iloc[0]!r} in the column {column!r}; expected "
+                    f"numbers. Name the columns to draw in metrics, or drop this one."
+                )
 
 
-def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
+def _style_of(name: str) -> dict[str, Any]:
+    if name.startswith("val_"):
+        return VALIDATION
+    return RATE if is_rate(name) else TRAINING
+
+
+def _draw_panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    styles = {name: VALIDATION if name.startswith("val_") else RATE if is_rate(name) else TRAINING}
+    columns = [name]
     if f"val_{name}" in frame:
-        styles[f"val_{name}"] = VALIDATION
-    for column, style in styles.items():
+        columns.append(f"val_{name}")
+    for column in columns:
         values = _finite(frame[column])
-        axis.plot(
-            values.index,
-            values,
-            **style | {"marker": style["marker"] if len(values) <= MARKERS else ""},
-            ms=3.5,
-        )
-    if not is_rate(name):
-        _mark_best(axis, _finite(frame[list(styles)[-1]]), name)
+        style = dict(_style_of(column))
+        if len(values) > MARKERS:
+            style["marker"] = ""
+        axis.plot(values.index, values, **style, ms=3.5)
+    if is_rate(name):
+        values = _finite(frame[name])
+        # a learning rate of 0 cannot be drawn on a log scale
+        if 0 < values.min() * 100 <= values.max():
+            axis.set_yscale("log")
+    else:
+        _mark_best(axis, _finite(frame[columns[-1]]), name)
         axis.legend(frameon=False, fontsize="small")
-    elif (
-        0 < _finite(frame[name]).min() * 100 <= _finite(frame[name]).max()
-    ):  # a rate of 0 has no place on a log scale
-        axis.set_yscale("log")
     axis.set_title(name, parse_math=False)  # a $ in it is a $
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-    first, last = frame.index.min(), frame.index.max()
-    axis.set_xlim(
-        first - 0.5, last + max(0.5, (last - first) / 50)
-    )  # there is no epoch 0 to have a tick
+    first = frame.index.min()
+    last = frame.index.max()
+    # there is no epoch 0 that could have a tick
+    axis.set_xlim(first - 0.5, last + max(0.5, (last - first) / 50))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -214,7 +233,8 @@ def _mark_best(axis: Axes, values: pd.Series[float], name: str) -> None:
     if mode is None or values.empty:
         return
     place = int(values.argmin() if mode == "min" else values.argmax())  # the first of equals
-    epoch, best = values.index[place], values.iloc[place]
+    epoch = values.index[place]
+    best = values.iloc[place]
     axis.plot([epoch], [best], **BEST, label=f"best: {best:.4g} in epoch {epoch}")
 
 

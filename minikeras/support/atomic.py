@@ -233,10 +233,10 @@ def flush(path: Path) -> None:
 
 
 def check_writable(path: Path, name: str) -> None:
-    """Make the folder of a file, and see that one can be written there, before anything trains.
+    """Make the folder of a file, and check before the training that the file can be written.
 
     Raises:
-        OSError: it cannot.
+        OSError: it cannot be written.
     """
     try:
         place = follow_links(path)
