@@ -73,7 +73,8 @@ def main() -> None:
         save = median(b - a for a, b in zip(without, within, strict=True)) / epochs
         epoch = median(without) / epochs
         print(
-            f"| {name} | {size:.2f} MB | {save * 1e3:.1f} ms | {epoch * 1e3:.0f} ms | {save / epoch:.1%} |"
+            f"| {name} | {size:.2f} MB | {save * 1e3:.1f} ms | {epoch * 1e3:.0f} ms | "
+            f"{save / epoch:.1%} |"
         )
 
 

@@ -120,7 +120,8 @@ def epochs_figure(epochs: int) -> None:
     for name, seconds in {"one fit": times.seconds, "fit(1) again and again": fits}.items():
         costs = medians(seconds, epochs // 20)
         print(
-            f"{name}: {costs[0] / steps * 1e6:.0f} us a step at first, {costs[-1] / steps * 1e6:.0f} in the end"
+            f"{name}: {costs[0] / steps * 1e6:.0f} us a step at first, "
+            f"{costs[-1] / steps * 1e6:.0f} in the end"
         )
         at = [(i + 0.5) * epochs / len(costs) for i in range(len(costs))]
         axis.plot(at, [cost / steps * 1e6 for cost in costs], marker="o", label=name)

@@ -124,8 +124,8 @@ def table(work: str, results: dict[str, list[Result]]) -> str:
     peak = median(one["peak_mb"] for one in tuned)
     naive = results.get("naive", [])
     lines = [
-        "| variant | ratio to tuned: median (lowest - highest) | of CPU time | us a step | peak MB | over tuned "
-        "| warming up, s | same work |",
+        "| variant | ratio to tuned: median (lowest - highest) | of CPU time | us a step | peak "
+        "MB | over tuned | warming up, s | same work |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, ones in results.items():
@@ -209,8 +209,9 @@ def circumstances(device: str, repeats: int) -> str:
             "torchkeras " + older.name.removeprefix("torchkeras-").removesuffix(".dist-info")
         )
     return (
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, {gpu(device)}"
-        f"{platform.system()}, Python {platform.python_version()}, {', '.join(found)}; {repeats} rounds."
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, "
+        f"{gpu(device)}{platform.system()}, Python {platform.python_version()}, "
+        f"{', '.join(found)}; {repeats} rounds."
     )
 
 

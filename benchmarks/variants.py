@@ -51,7 +51,7 @@ def steps_of(optimizer: torch.optim.Optimizer) -> int:
     return int(next(iter(optimizer.state.values()))["step"])
 
 
-# --- loops without a library ------------------------------------------------------------------------------------------
+# --- loops without a library ---
 
 
 def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
@@ -159,7 +159,7 @@ def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, 
     return net, steps_of(optimizer)
 
 
-# --- minikeras --------------------------------------------------------------------------------------------------------
+# --- minikeras ---
 
 
 def minikeras(
@@ -198,7 +198,7 @@ def minikeras(
     return model, steps_of(optimizer)
 
 
-# --- rivals -----------------------------------------------------------------------------------------------------------
+# --- rivals ---
 
 
 def torchkeras2(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
@@ -468,7 +468,7 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
     return net, steps_of(optimizer)
 
 
-# --- predict: a million rows to a million outputs ---------------------------------------------------------------------
+# --- predict: a million rows to a million outputs ---
 
 
 def predict_tuned(work: Work) -> Any:
@@ -536,7 +536,7 @@ def predict_poutyne(work: Work) -> Any:
     return lambda X: torch.from_numpy(model.predict(X, batch_size=work.batch_size, verbose=False))
 
 
-# --- the list, and one run --------------------------------------------------------------------------------------------
+# --- the list, and one run ---
 
 VARIANTS: dict[str, Any] = {
     "tuned": (tuned, {}),

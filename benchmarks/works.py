@@ -52,7 +52,7 @@ class Work:
         )
 
 
-# --- ring: rare positives, 61 parameters ------------------------------------------------------------------------------
+# --- ring: rare positives, 61 parameters ---
 
 
 def ring_net(base: type) -> type:
@@ -139,7 +139,7 @@ def ring(workers: int = 2) -> Work:
     )
 
 
-# --- mlp and conv: ten classes ----------------------------------------------------------------------------------------
+# --- mlp and conv: ten classes ---
 
 
 def mlp_net(base: type) -> type:
@@ -205,7 +205,7 @@ def conv() -> Work:
     return Work(X, y, conv_net, cross_entropy, class_accuracy, 1e-3, 64, 0, 1, 5, tolerance=0.06)
 
 
-# --- predict ----------------------------------------------------------------------------------------------------------
+# --- predict ---
 
 
 def predict_net(base: type) -> type:

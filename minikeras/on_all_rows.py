@@ -147,8 +147,8 @@ def _check_function(function: Any) -> None:
         )
     if callable(getattr(function, "update", None)) and callable(getattr(function, "compute", None)):
         raise TypeError(
-            f"OnAllRows takes a function, got a {type(function).__name__}, an object with update and "
-            f"compute, which sees all rows by itself. Put it into metrics_dict as it is."
+            f"OnAllRows takes a function, got a {type(function).__name__}, an object with update "
+            "and compute, which sees all rows by itself. Put it into metrics_dict as it is."
         )
     try:
         names = list(inspect.signature(function).parameters)
@@ -157,12 +157,13 @@ def _check_function(function: Any) -> None:
     if names[:1] == ["y_true"]:
         name = getattr(function, "__name__", "function")
         raise TypeError(
-            f"{name} takes y_true first, as functions of scikit-learn do, and minikeras calls a metric "
-            f"with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: {name}(y_true, y_pred))."
+            f"{name} takes y_true first, as functions of scikit-learn do, and minikeras calls a "
+            f"metric with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: {name}(y_true, "
+            "y_pred))."
         )
 
 
-# --- batches ------------------------------------------------------------------------------------
+# --- batches ---
 
 
 def _plain_nest(nest: Any) -> Any:
@@ -189,8 +190,8 @@ def _check_like(batch: Any, first: Any) -> None:
     """Refuse, when it comes, a batch whose rows cannot be joined to those of the first."""
     if _row_shapes(batch) != _row_shapes(first):
         raise ValueError(
-            f"OnAllRows joins the rows of all batches, and this batch is {described(batch)}, but the "
-            f"first was {described(first)}. Pad the rows of outputs and labels to one shape."
+            f"OnAllRows joins the rows of all batches, and this batch is {described(batch)}, but "
+            f"the first was {described(first)}. Pad the rows of outputs and labels to one shape."
         )
 
 

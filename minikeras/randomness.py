@@ -93,15 +93,16 @@ class Randomness:
             )
             here = ", ".join(self.generators) or "none"
             raise CheckpointError(
-                f"the checkpoint was written with other random generators or counting samplers in the loaders: "
-                f"generators {there} and {len(states['epochs'])} samplers with set_epoch, and here are {here} and "
-                f"{len(self.samplers)}. Make the loaders as they were made then."
+                "the checkpoint was written with other random generators or counting samplers in "
+                f"the loaders: generators {there} and {len(states['epochs'])} samplers with "
+                f"set_epoch, and here are {here} and {len(self.samplers)}. Make the loaders as "
+                "they were made then."
             )
         for name, generator in self.generators.items():
             if name in generators and kind_of(generators[name]) != kind_of(state_of(generator)):
                 raise CheckpointError(
-                    f"the checkpoint was written with another kind of random generator at {name}. Make it as it was "
-                    f"made then."
+                    f"the checkpoint was written with another kind of random generator at {name}. "
+                    "Make it as it was made then."
                 )
 
     def others(self, states: Mapping[str, Any]) -> list[str]:
@@ -121,8 +122,8 @@ class Randomness:
         names = {id(generator): name for name, generator in self.generators.items()}
         if len(old) != len(generators):
             raise CheckpointError(
-                f"the checkpoint was written with {len(generators)} random generators in the loaders, and here are "
-                f"{len(old)}. Make the loaders as they were made then."
+                f"the checkpoint was written with {len(generators)} random generators in the "
+                f"loaders, and here are {len(old)}. Make the loaders as they were made then."
             )
         states = dict(
             zip((names.get(id(generator), "") for generator in old), generators, strict=True)

@@ -51,7 +51,7 @@ class ArchiveError(Exception):
     """What is wrong with a file, as the end of a sentence about it."""
 
 
-# --- the zip file -----------------------------------------------------------------------------------------------------
+# --- the zip file ---
 
 
 def check_entries(archive: zipfile.ZipFile, size: int) -> None:
@@ -80,7 +80,7 @@ def check_entries(archive: zipfile.ZipFile, size: int) -> None:
         raise ArchiveError(f"is damaged in {part}")
 
 
-# --- the pickle -------------------------------------------------------------------------------------------------------
+# --- the pickle ---
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _check_build(target: Any) -> None:
         )
 
 
-# --- the values -------------------------------------------------------------------------------------------------------
+# --- the values ---
 
 
 def check_values(value: Any, size: int) -> None:

@@ -37,7 +37,7 @@ def reader(model: nn.Module) -> Callable[[Path], Any]:
     return lambda path: read_folder(path, mesh) if path.is_dir() else read(path)
 
 
-# --- written ----------------------------------------------------------------------------------------------------------
+# --- written ---
 
 
 def apart(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -125,7 +125,7 @@ def dump_rest(state: dict[str, Any]) -> Callable[[Path], None]:
     return save
 
 
-# --- read -------------------------------------------------------------------------------------------------------------
+# --- read ---
 
 
 def read_folder(folder: Path, mesh: Any = None) -> Any:

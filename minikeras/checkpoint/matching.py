@@ -37,7 +37,8 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
         raise CheckpointError(f"{path} is not the state of a run of minikeras. {remedy(path)}")
     if version > VERSION:
         raise CheckpointError(
-            f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
+            f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update "
+            "minikeras."
         )
     check_state(state, path)
     check_weights(model, state["model"], path, remedy)
@@ -58,8 +59,8 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     gone = [name for name in state["optimizers"] if name not in run.optimizers]
     if gone:
         raise CheckpointError(
-            f"{path} was written with an optimizer {gone[0]!r}, which compile was not given here. Compile as it was "
-            f"compiled then. {remedy(path)}"
+            f"{path} was written with an optimizer {gone[0]!r}, which compile was not given here. "
+            f"Compile as it was compiled then. {remedy(path)}"
         )
     check_contents(state, model, run, path)
 
@@ -75,8 +76,8 @@ def check_buffers(module: nn.Module, buffers: Mapping[str, Any], path: Path) -> 
         owner = name.rpartition(".")[0]
         if owner not in layers:
             raise CheckpointError(
-                f"{path} holds the buffer {name}, and {type(module).__name__} has no layer {owner}. Build the model as "
-                f"it was when the file was written. {remedy(path)}"
+                f"{path} holds the buffer {name}, and {type(module).__name__} has no layer "
+                f"{owner}. Build the model as it was when the file was written. {remedy(path)}"
             )
 
 
@@ -86,8 +87,8 @@ def check_metrics(state: Any, run: Run, path: Path) -> None:
     counted = state["totals"].get("names", own)  # older files have none
     if state["position"]["step"] and set(counted) != set(own):
         raise CheckpointError(
-            f"{path} was written within an epoch that counts {', '.join(counted)}, and here it would be "
-            f"{', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
+            f"{path} was written within an epoch that counts {', '.join(counted)}, and here it "
+            f"would be {', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
         )
 
 
@@ -96,8 +97,9 @@ def check_window(written: Any, run: Run, path: Path) -> None:
     inside = written and any(window["batches"] for window in written["windows"].values())
     if inside and written["accumulate"] != now:
         raise CheckpointError(
-            f"{path} was written between two steps of accumulate={written['accumulate']}, and the model was "
-            f"compiled with accumulate={now}. Compile as it was compiled then. {remedy(path)}"
+            f"{path} was written between two steps of accumulate={written['accumulate']}, and the "
+            f"model was compiled with accumulate={now}. Compile as it was compiled then. "
+            f"{remedy(path)}"
         )
 
 
@@ -118,9 +120,9 @@ def check_processes(state: Any, run: Run, path: Path) -> None:
         and state["position"]["logs"] is None
     ):
         raise CheckpointError(
-            f"{path} was written by {then} process{'es' * (then > 1)} in the middle of an epoch, with {what}, and "
-            f"this is a run of {now}. Start as many as then; from an epoch's end on any number will do. "
-            f"{remedy(path)}"
+            f"{path} was written by {then} process{'es' * (then > 1)} in the middle of an epoch, "
+            f"with {what}, and this is a run of {now}. Start as many as then; from an epoch's end "
+            f"on any number will do. {remedy(path)}"
         )
 
 
@@ -157,9 +159,9 @@ def check_optimizer(
         if same_class and sizes(written["state"]) == [len(group) for group in own]:
             other = " with other parameters or in another order"
         raise CheckpointError(
-            f"{path} was written with another optimizer{f' {name!r}' * bool(name)}: {was} instead of "
-            f"{type(optimizer).__name__} {[len(group) for group in own]} (parameters in each group){other}. Compile "
-            f"as it was compiled then. {remedy(path)}"
+            f"{path} was written with another optimizer{f' {name!r}' * bool(name)}: {was} instead "
+            f"of {type(optimizer).__name__} {[len(group) for group in own]} (parameters in each "
+            f"group){other}. Compile as it was compiled then. {remedy(path)}"
         )
 
 
@@ -249,8 +251,9 @@ def warn_of_other_settings(
     other = other_settings(begun, now, RATES if scheduled else ())
     if other:
         warnings.warn(
-            f"{path} was begun with other settings of the optimizer than this script's, {other}. The file's go on. Set "
-            f"them in on_epoch_begin of a callback to change them in the run.",
+            f"{path} was begun with other settings of the optimizer than this script's, {other}. "
+            "The file's go on. Set them in on_epoch_begin of a callback to change them in the "
+            "run.",
             stacklevel=5,
         )
 
@@ -272,7 +275,8 @@ def warn_of_another_script(begun: Mapping[str, Any], now: Mapping[str, Any], pat
             told.append(f"{', '.join(froze[:3])} trained, and frozen here")
     if told:
         warnings.warn(
-            f"{path} was begun by another script: with {'; '.join(told)}. What this script says is taken from here on.",
+            f"{path} was begun by another script: with {'; '.join(told)}. What this script says "
+            "is taken from here on.",
             stacklevel=5,
         )
 
@@ -304,8 +308,9 @@ def other_schedules(states: Mapping[str, Any], now: Mapping[str, Callback]) -> d
 def warn_of_other_schedules(changed: Mapping[str, str], path: Any) -> None:
     for name, differing in changed.items():
         warnings.warn(
-            f"{path} was written with another schedule than this script's {name}: {differing}. The script's is taken: "
-            f"from here on its learning rates are those of a run that had it from its beginning.",
+            f"{path} was written with another schedule than this script's {name}: {differing}. "
+            "The script's is taken: from here on its learning rates are those of a run that had "
+            "it from its beginning.",
             stacklevel=5,
         )
 
@@ -320,8 +325,9 @@ def warn_of_other_monitors(
         was, own = states[name]["monitor"], callback.state_dict().get("monitor")
         if was != own:
             warnings.warn(
-                f"{path} was written with {article(name)} that watched {watched(was)}, and this script's watches "
-                f"{watched(own)}. The script's is taken, and its best value is looked for anew from here on.",
+                f"{path} was written with {article(name)} that watched {watched(was)}, and this "
+                f"script's watches {watched(own)}. The script's is taken, and its best value is "
+                "looked for anew from here on.",
                 stacklevel=5,
             )
 
@@ -366,8 +372,8 @@ def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callbac
     if added or not set(keep) >= set(held):
         warnings.warn(
             f"the checkpoint has the state of {', '.join(held)}, and those that keep one are "
-            f"{', '.join(keep) or 'none'} here. It goes to the callback of its class and number. Give the same ones in "
-            f"the same order.",
+            f"{', '.join(keep) or 'none'} here. It goes to the callback of its class and number. "
+            "Give the same ones in the same order.",
             stacklevel=4,
         )
 
@@ -376,8 +382,9 @@ def warn_of_other_generators(names: list[str], path: Any) -> None:
     """Warn of generators that the run had and this script has not, or the reverse."""
     if names:
         warnings.warn(
-            f"{path} was written with other random generators in the model, the loss or the callbacks than this "
-            f"script's: {', '.join(names[:3])}. Each that is in both goes on; the others begin anew.",
+            f"{path} was written with other random generators in the model, the loss or the "
+            f"callbacks than this script's: {', '.join(names[:3])}. Each that is in both goes on; "
+            "the others begin anew.",
             stacklevel=5,
         )
 
@@ -389,15 +396,16 @@ def warn_of_other_data(state: Any, now: int | None, finished: bool, path: Any) -
         return
     if finished:
         warnings.warn(
-            f"{path} holds a finished run, and dl_train has other data here: nothing is trained on them. Give another "
-            f"file to train on these data, or more epochs to go on with them.",
+            f"{path} holds a finished run, and dl_train has other data here: nothing is trained "
+            "on them. Give another file to train on these data, or more epochs to go on with "
+            "them.",
             stacklevel=5,
         )
     elif state["position"]["step"]:
         warnings.warn(
-            f"{path} was written in the middle of an epoch, and dl_train has other data here: the batches that are "
-            f"left out are others than those that were trained on. Give the same data as before; from an epoch's end "
-            f"on any will do.",
+            f"{path} was written in the middle of an epoch, and dl_train has other data here: the "
+            "batches that are left out are others than those that were trained on. Give the same "
+            "data as before; from an epoch's end on any will do.",
             stacklevel=5,
         )
 

@@ -55,8 +55,9 @@ def plain(value: Any, where: str) -> Any:
         if isinstance(value, kind):
             return plain(kind(value), where)
     raise TypeError(
-        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, numbers, strings, "
-        f"lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, "
+        "numbers, strings, lists and dicts. Turn it into these in state_dict, and back in "
+        "load_state_dict."
     )
 
 

@@ -110,7 +110,8 @@ def _refused(path: Path) -> Iterator[None]:
         yield
     except _Unfit as error:
         raise CheckpointError(
-            f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
+            f"{path} is damaged, or has been changed since it was written: {error}. "
+            f"{remedy_of_fit(path)}"
         ) from None
     except (
         ValueError,
@@ -122,11 +123,12 @@ def _refused(path: Path) -> Iterator[None]:
     ) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} is damaged, or has been changed since it was written: {first}. {remedy_of_fit(path)}"
+            f"{path} is damaged, or has been changed since it was written: {first}. "
+            f"{remedy_of_fit(path)}"
         ) from error
 
 
-# --- types and ranges -------------------------------------------------------------------------------------------------
+# --- types and ranges ---
 
 
 def _get(state: Mapping[str, Any], key: str, where: str = "") -> Any:
@@ -179,7 +181,7 @@ def _numbers(value: Any, where: str) -> None:
             raise _Unfit(f"{where} {name}", number, "a number that a float can be")
 
 
-# --- the parts of a state ---------------------------------------------------------------------------------------------
+# --- the parts of a state ---
 
 
 def _check_layout(state: Mapping[str, Any]) -> None:
@@ -525,7 +527,7 @@ def _check_shapes(
                 raise _Unfit(place, value, "a tensor of real numbers")
 
 
-# --- random states ----------------------------------------------------------------------------------------------------
+# --- random states ---
 
 
 def check_random(states: Any, where: str) -> None:
@@ -629,7 +631,7 @@ def _arrays(state: Any) -> Any:
     return np.array(state, np.uint64) if isinstance(state, (list, tuple)) else state
 
 
-# --- callbacks --------------------------------------------------------------------------------------------------------
+# --- callbacks ---
 
 
 def check_callbacks(
@@ -657,7 +659,7 @@ def check_callbacks(
             check_weights(model, given["weights"], path, remedy_of_fit)
 
 
-# --- all or nothing ---------------------------------------------------------------------------------------------------
+# --- all or nothing ---
 
 
 def untouched(restore: F) -> F:
@@ -679,8 +681,8 @@ def untouched(restore: F) -> F:
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
-                f"{self.path} could not be taken over: {type(error).__name__}: {first} The model is as it was. "
-                f"{remedy_of_fit(self.path)}"
+                f"{self.path} could not be taken over: {type(error).__name__}: {first} The model "
+                f"is as it was. {remedy_of_fit(self.path)}"
             ) from error
 
     return cast("F", all_or_nothing)

@@ -178,8 +178,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:  # of a hook or a method of the model's own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it was. "
-            f"{remedy_of_load(path)}"
+            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it "
+            f"was. {remedy_of_load(path)}"
         ) from error
 
 
@@ -317,8 +317,10 @@ def check_weights(
     ]
     if told:
         raise CheckpointError(
-            f"{path} holds the weights of another architecture than {type(model).__name__}: {'; '.join(told)}. "
-            f"{under_other_names(own, state) or 'Build the model as it was when the file was written.'} {remedy(path)}"
+            f"{path} holds the weights of another architecture than {type(model).__name__}: "
+            f"{'; '.join(told)}. "
+            f"{under_other_names(own, state) or 'Build the model as it was when the file was written.'} "
+            f"{remedy(path)}"
         )
     for key, value in own.items():
         problem = misfit(value, state[key])
@@ -399,7 +401,7 @@ def under_other_names(own: dict[str, Any], state: dict[str, Any]) -> str:
     return ""
 
 
-# --- safetensors, which has no checksum of its own: one goes into its metadata ----------------------------------------
+# --- safetensors, which has no checksum of its own: one goes into its metadata ---
 
 
 def _safetensors() -> Any:
@@ -417,7 +419,8 @@ def _dump_safetensors(state: dict[str, Any]) -> Any:
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise TypeError(
-            f"a .safetensors file holds tensors alone, and the model's state has {others[0]}. Save to .pt."
+            f"a .safetensors file holds tensors alone, and the model's state has {others[0]}. Save "
+            "to .pt."
         )
     whole = {
         key: value.cpu().contiguous().clone() for key, value in state.items()
@@ -457,7 +460,7 @@ def _checksum(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ---
 
 
 def under_plain_names(model: nn.Module) -> None:

@@ -51,12 +51,27 @@ WRITTEN = (
 STOP = "callbacks=[minikeras.EarlyStopping(monitor, patience=5)]"
 NOTES = {
     "fit": {
-        "validation_split": "Split the rows before: fit(epochs, (X[n:], y[n:]), dl_val=(X[:n], y[:n])).",
-        "class_weight": "The loss takes it: nn.CrossEntropyLoss(weight=...); or pass a weight per row, (X, y, weight).",
-        "sample_weight": 'It is the third part of the data: (X, y, sample_weight), with a loss of reduction="none".',
-        "shuffle": "Arrays and Datasets are shuffled; a DataLoader(TensorDataset(X, y), batch_size=32) is not.",
-        "initial_epoch": "`epochs` says how many to train now; their numbers continue from the history.",
-        "ckpt_path": 'checkpoint="run.pt" resumes a fit; minikeras.ModelCheckpoint(path) saves the weights.',
+        "validation_split": (
+            "Split the rows before: fit(epochs, (X[n:], y[n:]), dl_val=(X[:n], y[:n]))."
+        ),
+        "class_weight": (
+            "The loss takes it: nn.CrossEntropyLoss(weight=...); or pass a weight per row, (X, y, "
+            "weight)."
+        ),
+        "sample_weight": (
+            "It is the third part of the data: (X, y, sample_weight), with a loss of "
+            'reduction="none".'
+        ),
+        "shuffle": (
+            "Arrays and Datasets are shuffled; a DataLoader(TensorDataset(X, y), batch_size=32) "
+            "is not."
+        ),
+        "initial_epoch": (
+            "`epochs` says how many to train now; their numbers continue from the history."
+        ),
+        "ckpt_path": (
+            'checkpoint="run.pt" resumes a fit; minikeras.ModelCheckpoint(path) saves the weights.'
+        ),
         "patience": f"Pass {STOP}.",
         "monitor": f"Pass {STOP}.",
         "mode": f"Pass {STOP}.",
@@ -132,8 +147,8 @@ def built_in_other_words(method: Callable[P, None]) -> Callable[P, None]:
                 what = f"got {what}"
             line = compile_line((), dict(kwargs))
             raise TypeError(
-                f"Model() {what}; expected a network alone, and compile takes the loss and the optimizer. "
-                f"Write model = minikeras.Model(net), then model.compile({line})."
+                f"Model() {what}; expected a network alone, and compile takes the loss and the "
+                f"optimizer. Write model = minikeras.Model(net), then model.compile({line})."
             ) from None
         method(*args, **kwargs)
 
@@ -270,8 +285,8 @@ def shown(value: Any) -> str:
 
 
 MODEL = (
-    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, optimizer, "
-    "metrics_dict) and model.fit(epochs, dl_train, dl_val)."
+    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, "
+    "optimizer, metrics_dict) and model.fit(epochs, dl_train, dl_val)."
 )
 NAMES = {
     "KerasModel": MODEL,
@@ -279,8 +294,12 @@ NAMES = {
     "Sequential": MODEL,
     "Trainer": MODEL,
     "LightningModule": MODEL,
-    "ReduceLROnPlateau": "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).",
-    "LearningRateScheduler": "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler.",
+    "ReduceLROnPlateau": (
+        "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))."
+    ),
+    "LearningRateScheduler": (
+        "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler."
+    ),
 }
 
 
@@ -303,12 +322,18 @@ def missing_name(name: str) -> Any:
 
 
 METHODS = {
-    "predict_proba": "predict gives the outputs: torch.softmax(model.predict(X), 1) for scores of classes.",
-    "predict_classes": "predict gives the outputs: model.predict(X).argmax(1) for scores of classes.",
+    "predict_proba": (
+        "predict gives the outputs: torch.softmax(model.predict(X), 1) for scores of classes."
+    ),
+    "predict_classes": (
+        "predict gives the outputs: model.predict(X).argmax(1) for scores of classes."
+    ),
     "predict_on_batch": "Write model.predict(X).",
     "train_on_batch": "Write model.fit(1, [(X, y)], verbose=0), a list of one batch.",
     "test_on_batch": "Write model.evaluate([(X, y)]), a list of one batch.",
-    "fit_generator": "fit takes any iterable of batches: model.fit(epochs, dl_train, steps_per_epoch=...).",
+    "fit_generator": (
+        "fit takes any iterable of batches: model.fit(epochs, dl_train, steps_per_epoch=...)."
+    ),
     "save_weights": "Write model.save(path).",
     "load_weights": "Write model.load(path).",
     "load_ckpt": "Write model.load(path).",

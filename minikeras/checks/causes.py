@@ -24,7 +24,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their para
 TUPLE = ". It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
 PROBABILITY_LOSSES = ("binary_cross_entropy",)  # take probabilities
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses ---
 
 
 def no_class(label: int, classes: int) -> str:
@@ -33,8 +33,8 @@ def no_class(label: int, classes: int) -> str:
     if label < 0:
         remedy = f"Number the classes from 0; or build the loss with ignore_index={label} to leave such labels out."
     return (
-        f"label {label} is outside the classes: the model has {classes} outputs, so labels go from 0 to "
-        f"{classes - 1}. {remedy}"
+        f"label {label} is outside the classes: the model has {classes} outputs, so labels go from "
+        f"0 to {classes - 1}. {remedy}"
     )
 
 
@@ -54,13 +54,15 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
         at.f_locals.get("input") is labels and at.f_locals.get("target") is outputs for at in frames
     ):
         error.add_note(
-            "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike Keras's."
+            "The labels came in for the predictions: a loss is called with (y_pred, y_true), "
+            "unlike Keras's."
         )
         return
     if labels.shape == (1, *outputs.shape) and labels.ndim and outputs.numel() == labels.numel():
         raise ValueError(
-            f"predictions have shape {tuple(outputs.shape)} for a batch of one row with labels {tuple(labels.shape)}: "
-            f"squeeze() in forward takes the rows' dimension too. Write squeeze(-1), or name another dimension."
+            f"predictions have shape {tuple(outputs.shape)} for a batch of one row with labels "
+            f"{tuple(labels.shape)}: squeeze() in forward takes the rows' dimension too. Write "
+            "squeeze(-1), or name another dimension."
         ) from error
     # a loss of one's own may have given torch something else, of which nothing is known here
     as_given = any(
@@ -79,8 +81,8 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
         if torch.is_autocast_enabled(outputs.device.type):
             wanted = torch.float32  # autocast casts them itself
         raise ValueError(
-            f"labels are {dtype_name(labels)} and predictions {dtype_name(outputs)}; the loss takes both in one dtype. "
-            f"Pass labels.{_cast(wanted, 'labels')}."
+            f"labels are {dtype_name(labels)} and predictions {dtype_name(outputs)}; the loss "
+            f"takes both in one dtype. Pass labels.{_cast(wanted, 'labels')}."
         ) from error
 
 
@@ -105,8 +107,9 @@ def warn_of_squeezed(outputs: Tensor, labels: Any) -> None:
 
 def squeezed(outputs: Tensor, labels: Tensor) -> str:
     return (
-        f"predictions {tuple(outputs.shape)} for labels {tuple(labels.shape)}: in a batch of one row the predictions "
-        f"have lost the dimension of the rows, as squeeze() does. Name the dimension in forward: squeeze(-1)."
+        f"predictions {tuple(outputs.shape)} for labels {tuple(labels.shape)}: in a batch of one "
+        "row the predictions have lost the dimension of the rows, as squeeze() does. Name the "
+        "dimension in forward: squeeze(-1)."
     )
 
 
@@ -116,8 +119,9 @@ def _off_range(error: Exception, outputs: Tensor, labels: Tensor) -> str:
     missing = int(values.isnan().sum())
     if missing:
         return (
-            f"{missing} of {values.numel()} {which} {'are' if missing > 1 else 'is'} NaN. "
-            f"Look for NaN in the {'labels' if which == 'labels' else 'features'}, or lower the learning rate."
+            f"{missing} of {values.numel()} {which} {'are' if missing > 1 else 'is'} NaN. Look for "
+            f"NaN in the {'labels' if which == 'labels' else 'features'}, or lower the learning "
+            "rate."
         )
     remedy = "End the model with a sigmoid, or use BCEWithLogitsLoss on raw scores."
     if which == "labels":
@@ -151,11 +155,12 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         error
     ):  # the other is of older torch
         raise ValueError(
-            f"labels are {dtype_name(labels)}; {expected}. Pass labels.{_cast(torch.int64, 'labels')}."
+            f"labels are {dtype_name(labels)}; {expected}. Pass "
+            f"labels.{_cast(torch.int64, 'labels')}."
         ) from error
 
 
-# --- forward ----------------------------------------------------------------------------------------------------------
+# --- forward ---
 
 
 def explain_forward(
@@ -193,12 +198,14 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
     ]
     if called and isinstance(features, Mapping):
         raise ValueError(
-            f"the features are a dict with the keys {', '.join(map(str, features))}, and forward takes "
-            f"{', '.join(inspect.signature(called[0].forward).parameters)}. Name the keys like these."
+            f"the features are a dict with the keys {', '.join(map(str, features))}, and forward "
+            f"takes {', '.join(inspect.signature(called[0].forward).parameters)}. Name the keys "
+            "like these."
         ) from error
     if missing:
         error.add_note(
-            "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
+            "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
+            "labels."
         )
 
 
@@ -215,8 +222,9 @@ def _explain_layer(
             else (f", process {world.rank}'s part of the batch", "a bigger")
         )
         raise ValueError(
-            f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no variance: it was given "
-            f"{shape}{whose}. Leave the short last batch out with drop_last=True, or choose {other} batch_size."
+            f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no "
+            f"variance: it was given {shape}{whose}. Leave the short last batch out with "
+            f"drop_last=True, or choose {other} batch_size."
         ) from error
     wanted = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
     by_dtype = isinstance(error, RuntimeError) and re.search(r"dtype|type \(|same type", str(error))
@@ -233,22 +241,22 @@ def _explain_layer(
         and not isinstance(layer, EMBEDDINGS)
     ):
         raise ValueError(
-            f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} values. "
-            f"{_remedy_of_dtype(given.dtype, wanted)}"
+            f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} "
+            f"values. {_remedy_of_dtype(given.dtype, wanted)}"
         ) from error
     if any(not isinstance(size, int) for size in shape):  # of a nested tensor
         return
     given_is_features = any(leaf is given for leaf in leaves(features))
     if isinstance(layer, nn.Linear) and shape and shape[-1] != layer.in_features:
         raise ValueError(
-            f"layer {name} takes rows of {layer.in_features} values (in_features) and was given {shape}. "
-            f"{_remedy_of_linear(layer, shape, given_is_features)}"
+            f"layer {name} takes rows of {layer.in_features} values (in_features) and was given "
+            f"{shape}. {_remedy_of_linear(layer, shape, given_is_features)}"
         ) from error
     remedy = _remedy_of_convolution(layer, shape)
     if remedy:
         raise ValueError(
-            f"layer {name} ({type(layer).__name__}) takes {layer.in_channels} channels in dimension 1, and was given "
-            f"{shape}. {remedy}"
+            f"layer {name} ({type(layer).__name__}) takes {layer.in_channels} channels in "
+            f"dimension 1, and was given {shape}. {remedy}"
         ) from error
 
 
@@ -308,7 +316,8 @@ def _cast(dtype: torch.dtype, what: str) -> str:
         in_numpy = dtype_name(dtype)
     else:
         return (
-            f"{cast}; from NumPy and pandas floats arrive as {dtype_name(torch.get_default_dtype())}, so pass "
-            f"torch.tensor(numpy.asarray({what}), dtype={dtype})"
+            f"{cast}; from NumPy and pandas floats arrive as "
+            f"{dtype_name(torch.get_default_dtype())}, so pass torch.tensor(numpy.asarray({what}), "
+            f"dtype={dtype})"
         )
     return f"{cast}, or in NumPy and pandas .astype('{in_numpy}')"

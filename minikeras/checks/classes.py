@@ -49,8 +49,9 @@ def explain_class_dimension(
     if labels.shape == (outputs.shape[0], *outputs.shape[2:]):
         return ""
     return (
-        f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: the classes are last, "
-        f"and the loss takes them in dimension 1. {REMEDY.format(function, 'y_true')}"
+        f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: the "
+        "classes are last, and the loss takes them in dimension 1. "
+        f"{REMEDY.format(function, 'y_true')}"
     )
 
 
@@ -71,8 +72,8 @@ def check_class_dimension(
     if labels.shape == outputs.shape and labels.is_floating_point():
         if adds_up_to_one(labels, -1) and not adds_up_to_one(labels, 1):
             raise ValueError(
-                f"{shown}: the labels add up to 1 over the last dimension, and the loss takes the classes in "
-                f"dimension 1. {REMEDY.format(function, 'y_true.movedim(-1, 1)')}"
+                f"{shown}: the labels add up to 1 over the last dimension, and the loss takes the "
+                f"classes in dimension 1. {REMEDY.format(function, 'y_true.movedim(-1, 1)')}"
             )
         return
     either = labels.shape == outputs.shape[:-1] and not labels.is_floating_point()
@@ -80,15 +81,15 @@ def check_class_dimension(
         scores = outputs.detach().float().exp()
         if adds_up_to_one(scores, -1) and not adds_up_to_one(scores, 1):
             raise ValueError(
-                f"{shown}: the predictions are log-probabilities over the last dimension, and the loss takes the "
-                f"classes in dimension 1. {REMEDY.format(function, 'y_true')}"
+                f"{shown}: the predictions are log-probabilities over the last dimension, and the "
+                f"loss takes the classes in dimension 1. {REMEDY.format(function, 'y_true')}"
             )
         return
     if either and warn and gives_classes_last(outputs, model):
         warnings.warn(
-            f"{shown}, so that either of the last two dimensions may hold the classes. The loss takes dimension 1, and "
-            f"the model's last layer gives its values in the last one. If the classes are last: "
-            f"{REMEDY.format(function, 'y_true')}",
+            f"{shown}, so that either of the last two dimensions may hold the classes. The loss "
+            "takes dimension 1, and the model's last layer gives its values in the last one. If "
+            f"the classes are last: {REMEDY.format(function, 'y_true')}",
             stacklevel=3,
         )
 

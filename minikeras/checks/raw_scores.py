@@ -43,11 +43,12 @@ def warn_of_raw_scores(name: str, metric: Any, outputs: Any) -> bool:
         layer = "softmax"
     activated = "y_pred.sigmoid()" if layer == "sigmoid" else "y_pred.softmax(1)"
     warnings.warn(
-        f"metric {name!r}: the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. {kind} applies a {layer} to "
-        f"a batch only if a score in it is below 0 or above 1, and takes any other batch for probabilities, so "
-        f"the value may depend on batch_size. Give it probabilities in each batch: a subclass whose update(self, "
-        f"y_pred, y_true) calls super().update({activated}, y_true), or a model that ends in a {layer}; or pass "
-        f"minikeras.OnAllRows(function).",
+        f"metric {name!r}: the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. {kind} "
+        f"applies a {layer} to a batch only if a score in it is below 0 or above 1, and takes any "
+        "other batch for probabilities, so the value may depend on batch_size. Give it "
+        "probabilities in each batch: a subclass whose update(self, y_pred, y_true) calls "
+        f"super().update({activated}, y_true), or a model that ends in a {layer}; or pass "
+        "minikeras.OnAllRows(function).",
         stacklevel=2,
     )
     return True

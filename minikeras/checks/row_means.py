@@ -126,11 +126,12 @@ class RowMeanCheck:
 
 def _warn_of_other(name: str, rows: int) -> None:
     warnings.warn(
-        f"metric {name!r} is no mean over rows: on a batch of {rows} rows its value is not the mean of its "
-        f"values on two halves of them, so the value of an epoch, the mean over the batches, depends on "
-        f"batch_size. For the value on all rows pass minikeras.OnAllRows(function), whose function gets "
-        f"NumPy arrays, or a torchmetrics object. If the value is a total divided by a count, such as a "
-        f"mean over tokens or a recall, return minikeras.Average(total, count).",
+        f"metric {name!r} is no mean over rows: on a batch of {rows} rows its value is not the "
+        "mean of its values on two halves of them, so the value of an epoch, the mean over the "
+        "batches, depends on batch_size. For the value on all rows pass "
+        "minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics "
+        "object. If the value is a total divided by a count, such as a mean over tokens or a "
+        "recall, return minikeras.Average(total, count).",
         stacklevel=2,
     )
 
@@ -198,7 +199,7 @@ def _rounding(*values: float) -> float:
     return 0.0
 
 
-# --- rows of a batch ----------------------------------------------------------------------------
+# --- rows of a batch ---
 
 
 def _rows_of(nest: Any, index: Tensor, rows: int) -> Any:

@@ -82,7 +82,7 @@ def is_sparse_matrix(data: Any) -> bool:
     return type(data).__module__.startswith("scipy.sparse") and hasattr(data, "tocsr")
 
 
-# --- a whole array ----------------------------------------------------------------------------------------------------
+# --- a whole array ---
 
 
 def as_tensor(array: Any, name: str = "data") -> Tensor:
@@ -116,7 +116,8 @@ def as_rows(array: Any, name: str) -> TensorRows | FetchedRows:
         return _rows_of_tensor(array, name)
     if array is None:
         raise TypeError(
-            f"{name} holds None where an array of numbers is expected. Pass X, (X, y) or (X, y, weights)."
+            f"{name} holds None where an array of numbers is expected. Pass X, (X, y) or (X, y, "
+            "weights)."
         )
     if isinstance(array, (int, float)):
         raise TypeError(f"{name} holds {array!r}; expected an array of numbers.{LISTS}")
@@ -124,7 +125,8 @@ def as_rows(array: Any, name: str) -> TensorRows | FetchedRows:
         raise TypeError(f"{name} holds {_file_or_text(array)}")
     if isinstance(array, (set, frozenset)):
         raise TypeError(
-            f"{name} holds a {type(array).__name__}, which has no order; expected an array of numbers."
+            f"{name} holds a {type(array).__name__}, which has no order; expected an array of "
+            "numbers."
         )
     if is_sparse_matrix(array):
         return _rows_of_sparse_matrix(array, name)
@@ -142,7 +144,8 @@ def as_rows(array: Any, name: str) -> TensorRows | FetchedRows:
         if isinstance(getattr(array, "batch_size", None), tuple):
             return _rows_of_tensors_by_name(array, name)
         raise TypeError(
-            f"{name} holds a {type(array).__name__}; expected arrays or a plain dict. Pass dict(features)."
+            f"{name} holds a {type(array).__name__}; expected arrays or a plain dict. Pass "
+            "dict(features)."
         )
     if np.ma.isMaskedArray(array):
         return _rows_of_array(_without_mask(array, name), name)
@@ -228,8 +231,9 @@ def _without_mask(array: Any, name: str) -> Array:
     hidden = int(np.count_nonzero(np.ma.getmaskarray(array)))
     if hidden:
         raise ValueError(
-            f"{name} holds a masked array with {hidden} of {array.size} values masked; expected an array without a "
-            f"mask. Pass array.filled(0), or another number in place of 0, or leave those rows out."
+            f"{name} holds a masked array with {hidden} of {array.size} values masked; expected an "
+            "array without a mask. Pass array.filled(0), or another number in place of 0, or "
+            "leave those rows out."
         )
     return np.ma.getdata(array)
 
@@ -247,15 +251,17 @@ def _numbers_of_objects(array: Array, name: str) -> Array:
             return array.astype(np.int64)
         except OverflowError:
             raise ValueError(
-                f"{name} holds whole numbers that int64 cannot hold; expected -2**63 to 2**63 - 1. Pass floats."
+                f"{name} holds whole numbers that int64 cannot hold; expected -2**63 to 2**63 - 1. "
+                "Pass floats."
             ) from None
     if all(issubclass(kind, (numbers.Real, decimal.Decimal, np.bool_)) for kind in kinds):
         return array.astype(np.float64)
     missing = int(pd.isna(array).sum()) if array.ndim else 0
     if missing and kinds <= {type(None), type(pd.NA), float, int, bool}:
         raise ValueError(
-            f"{name} holds {missing} missing values (None or NA) among {array.size}; expected numbers. Fill them, for "
-            f"instance with pandas.DataFrame(array).fillna(0).astype('float32'), or leave their rows out."
+            f"{name} holds {missing} missing values (None or NA) among {array.size}; expected "
+            "numbers. Fill them, for instance with "
+            "pandas.DataFrame(array).fillna(0).astype('float32'), or leave their rows out."
         )
     shown = ", ".join(sorted(kind.__name__ for kind in kinds))
     remedy = _remedy_of_array(array)
@@ -284,7 +290,7 @@ def _remedy_of_array(array: Array) -> str:
     return "Encode them as numbers first."
 
 
-# --- frames -----------------------------------------------------------------------------------------------------------
+# --- frames ---
 
 
 def _rows_of_frame(
@@ -306,7 +312,8 @@ def _rows_of_frame(
             column = frame.iloc[:, position]
             if of_column == np.uint64 and len(column) and column.max() >= 2**63:
                 raise ValueError(
-                    f"{name} holds {column.max()}; expected whole numbers below 2**63, int64's. Pass floats."
+                    f"{name} holds {column.max()}; expected whole numbers below 2**63, int64's. "
+                    "Pass floats."
                 )
     elif any(of_column.kind == "c" for of_column in dtypes):
         kept, dtype = np.dtype(np.complex128), torch.complex128
@@ -433,8 +440,8 @@ def _check_none_missing(frame: pd.DataFrame, name: str, is_series: bool) -> None
         )
         whose = "column" if is_series else "frame"
         raise ValueError(
-            f"{name}: {where} (NA), and whole numbers and bools have none for it. Fill them, {whose}.{filled}, or "
-            f"leave their rows out; {whose}.astype('float64') makes them NaN."
+            f"{name}: {where} (NA), and whole numbers and bools have none for it. Fill them, "
+            f"{whose}.{filled}, or leave their rows out; {whose}.astype('float64') makes them NaN."
         )
 
 
@@ -458,14 +465,14 @@ def _pandas_frame(frame: Any, name: str) -> pd.DataFrame:
         integral = str(getattr(values, "dtype", "")).lower().startswith(("int", "uint", "bool"))
         if callable(nulls) and integral and nulls():
             raise ValueError(
-                f"{name}: values are missing in {column} ({nulls()}), and whole numbers and bools have none for it. "
-                f"Fill them, frame.fill_null(0), or leave their rows out."
+                f"{name}: values are missing in {column} ({nulls()}), and whole numbers and bools "
+                "have none for it. Fill them, frame.fill_null(0), or leave their rows out."
             )
         columns[str(column)] = as_array
     return pd.DataFrame(columns, copy=False)
 
 
-# --- rows that are fetched --------------------------------------------------------------------------------------------
+# --- rows that are fetched ---
 
 
 def _rows_of_tensor(tensor: Tensor, name: str) -> TensorRows | FetchedRows:
@@ -481,9 +488,10 @@ def _rows_of_tensor(tensor: Tensor, name: str) -> TensorRows | FetchedRows:
     if tensor.is_nested:
         if tensor.layout is not torch.jagged:
             raise ValueError(
-                f"{name} holds a nested tensor of the strided layout, which has no shape; expected one of the jagged "
-                f"layout, or a tensor of equal rows. Build it with torch.nested.nested_tensor(rows, "
-                f"layout=torch.jagged), or pass torch.nested.to_padded_tensor(tensor, 0.0)."
+                f"{name} holds a nested tensor of the strided layout, which has no shape; expected "
+                "one of the jagged layout, or a tensor of equal rows. Build it with "
+                "torch.nested.nested_tensor(rows, layout=torch.jagged), or pass "
+                "torch.nested.to_padded_tensor(tensor, 0.0)."
             )
         parts = tensor.unbind()
 
@@ -509,7 +517,8 @@ def _rows_of_sparse_matrix(matrix: Any, name: str) -> FetchedRows:
     """A batch of a sparse matrix is dense: every layer takes it, and it is small."""
     if matrix.ndim != 2:
         raise ValueError(
-            f"{name} holds a sparse array of shape {matrix.shape}; expected (rows, columns). Pass array.toarray()."
+            f"{name} holds a sparse array of shape {matrix.shape}; expected (rows, columns). Pass "
+            "array.toarray()."
         )
     if matrix.dtype.kind not in VIEWED:
         raise TypeError(
@@ -527,12 +536,13 @@ def _rows_of_tensors_by_name(tensors: Any, name: str) -> FetchedRows:
     """Tensors that are indexed as one, such as a TensorDict."""
     if not len(tensors.batch_size):
         raise ValueError(
-            f"{name} holds a {type(tensors).__name__} without a batch_size; expected [rows]. Set it."
+            f"{name} holds a {type(tensors).__name__} without a batch_size; expected [rows]. Set "
+            "it."
         )
     return FetchedRows(lambda rows: tensors[rows], (int(tensors.batch_size[0]),), torch.float32)
 
 
-# --- what is no data --------------------------------------------------------------------------------------------------
+# --- what is no data ---
 
 READERS: Mapping[str, str] = {
     ".csv": "frame = pandas.read_csv({})",
@@ -554,8 +564,8 @@ def _file_or_text(value: Any) -> str:
     if reader is None:
         shown = repr(path if len(path) <= 60 else path[:57] + "...")
         return (
-            f"the text {shown}; expected an array of numbers. Read the file that it names first; if texts are the "
-            f"labels, pass pandas.factorize(numpy.array(labels))[0]."
+            f"the text {shown}; expected an array of numbers. Read the file that it names first; "
+            "if texts are the labels, pass pandas.factorize(numpy.array(labels))[0]."
         )
     return f"the path {shown}; expected data. Read it first: {reader.format(shown)}."
 
@@ -577,8 +587,8 @@ def check_no_path(data: Any, name: str) -> None:
         raise TypeError(f"{name} is {text}")
     if isinstance(data, io.IOBase):
         raise TypeError(
-            f"{name} is an open file; expected data. Read it first: frame = pandas.read_csv(file). Then pass its "
-            f"columns as (X, y)."
+            f"{name} is an open file; expected data. Read it first: frame = pandas.read_csv(file). "
+            "Then pass its columns as (X, y)."
         )
     if isinstance(data, (set, frozenset)):
         kind = type(data).__name__
@@ -591,8 +601,9 @@ def check_no_path(data: Any, name: str) -> None:
         )
     if type(data) is list and data and isinstance(data[0], (str, bytes, os.PathLike)):
         raise TypeError(
-            f"{name} is a list of {type(data[0]).__name__}; expected a list of (features, labels) batches. "
-            f"If they name files, write a torch.utils.data.Dataset whose __getitem__ reads one of them."
+            f"{name} is a list of {type(data[0]).__name__}; expected a list of (features, labels) "
+            "batches. If they name files, write a torch.utils.data.Dataset whose __getitem__ "
+            "reads one of them."
         )
     if hasattr(type(data), "collect") and hasattr(type(data), "columns") and not is_array(data):
         raise TypeError(

@@ -23,7 +23,8 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     if not 1 <= len(batch) <= 3:
         raise ValueError(
             f"a batch has {len(batch)} parts: {described(batch)}; expected (features, labels) or "
-            f"(features, labels, sample_weight). Put several inputs into a tuple of their own: ((a, b), labels)."
+            "(features, labels, sample_weight). Put several inputs into a tuple of their own: "
+            "((a, b), labels)."
         )
     features, labels, sample_weight = (*batch, None, None)[:3]
     return features, labels, sample_weight

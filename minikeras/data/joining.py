@@ -25,8 +25,8 @@ from minikeras.errors import described, is_number
 
 Probe = Callable[[], tuple[Any, int] | None]  # outputs for another number of rows, and that number
 WAY_OUT = (
-    "Leave it out of what forward returns in eval mode (`if self.training`), give it a row for each row "
-    "of the batch with .expand, or predict batch by batch"
+    "Leave it out of what forward returns in eval mode (`if self.training`), give it a row for "
+    "each row of the batch with .expand, or predict batch by batch"
 )
 
 
@@ -60,8 +60,9 @@ class _Joining:
         if any(piece is None for piece in pieces):
             other = next(piece for piece in pieces if piece is not None)
             raise ValueError(
-                f"a part of the outputs{place(path)} is None in one batch and {described(other)} in another, and "
-                f"cannot be joined. Return the same parts for each batch, or predict batch by batch."
+                f"a part of the outputs{place(path)} is None in one batch and {described(other)} "
+                "in another, and cannot be joined. Return the same parts for each batch, or "
+                "predict batch by batch."
             )
         if all(isinstance(piece, (Tensor, np.ndarray)) for piece in pieces):
             return self.tensors(pieces, path)
@@ -73,7 +74,7 @@ class _Joining:
             return type(pieces[0])([item for piece in pieces for item in piece])
         return self.containers(pieces, path)
 
-    # --- containers -----------------------------------------------------------------------------------
+    # --- containers ---
 
     def is_by_row(self, pieces: list[Any], path: list[Any]) -> bool:
         """Whether these lists have an item for each row, and not always the same parts."""
@@ -111,7 +112,8 @@ class _Joining:
     def refuse_different(self, first: Any, other: Any) -> NoReturn:
         raise ValueError(
             f"the outputs of the batches are made in different ways, {described(first)} and "
-            f"{described(other)}, and cannot be joined. Return the same from each, or predict batch by batch."
+            f"{described(other)}, and cannot be joined. Return the same from each, or predict "
+            "batch by batch."
         )
 
     def others(self, pieces: list[Any], path: list[Any]) -> Any:
@@ -124,16 +126,17 @@ class _Joining:
             return first
         if is_number(first) or isinstance(first, str):
             raise ValueError(
-                f"the model returned {described(first)}{place(path)} for a batch of {self.rows[0]} rows; predict "
-                f"joins tensors that have the rows first, and this has none. {WAY_OUT}."
+                f"the model returned {described(first)}{place(path)} for a batch of {self.rows[0]} "
+                "rows; predict joins tensors that have the rows first, and this has none. "
+                f"{WAY_OUT}."
             )
         raise ValueError(
-            f"the model returned {described(first)}{place(path)}, which predict cannot join: it joins tensors that "
-            f"have the rows first, in tuples, lists, dicts and dataclasses. Return such tensors, or predict batch "
-            f"by batch."
+            f"the model returned {described(first)}{place(path)}, which predict cannot join: it "
+            "joins tensors that have the rows first, in tuples, lists, dicts and dataclasses. "
+            "Return such tensors, or predict batch by batch."
         )
 
-    # --- tensors --------------------------------------------------------------------------------------
+    # --- tensors ---
 
     def tensors(self, pieces: list[Any], path: list[Any]) -> Any:
         self.check_dimensions(pieces, path)
@@ -144,8 +147,9 @@ class _Joining:
         shapes = sorted({tuple(piece.shape[1:]) for piece in pieces})
         if len(shapes) > 1:
             raise ValueError(
-                f"the outputs of the batches have rows of different shapes, {shapes[0]} and {shapes[-1]}, and cannot "
-                f"be joined. Pad them to one shape in forward, or predict batch by batch."
+                f"the outputs of the batches have rows of different shapes, {shapes[0]} and "
+                f"{shapes[-1]}, and cannot be joined. Pad them to one shape in forward, or predict "
+                "batch by batch."
             )
         if self.is_doubtful(pieces, multiple):
             found = self.another(path)
@@ -167,8 +171,8 @@ class _Joining:
                 self.refuse_squeezed(tuple(piece.shape), path)
             if piece.ndim == 0:
                 raise ValueError(
-                    f"the model returned one number{place(path)}, a 0-d tensor, for {rows} rows; predict joins "
-                    f"tensors that have the rows first, and this has none. {WAY_OUT}."
+                    f"the model returned one number{place(path)}, a 0-d tensor, for {rows} rows; "
+                    f"predict joins tensors that have the rows first, and this has none. {WAY_OUT}."
                 )
 
     def is_number_per_batch(self, path: list[Any]) -> bool:
@@ -180,8 +184,9 @@ class _Joining:
 
     def refuse_squeezed(self, shape: tuple[int, ...], path: list[Any]) -> NoReturn:
         raise ValueError(
-            f"the model returned shape {shape}{place(path)} for a batch of one row, which has lost the dimension of "
-            f"its rows, as squeeze() does. Name the dimension in forward: squeeze(-1)."
+            f"the model returned shape {shape}{place(path)} for a batch of one row, which has lost "
+            "the dimension of its rows, as squeeze() does. Name the dimension in forward: "
+            "squeeze(-1)."
         )
 
     def multiple(self, pieces: list[Any]) -> int | None:
@@ -210,9 +215,9 @@ class _Joining:
             ):
                 dim = shape.index(rows, 1)
                 raise ValueError(
-                    f"the model returned a tensor of shape {shape}{place(path)} for {rows} rows; predict joins "
-                    f"batches along the first dimension, and the rows are in dimension {dim}. Return it with "
-                    f".transpose(0, {dim})."
+                    f"the model returned a tensor of shape {shape}{place(path)} for {rows} rows; "
+                    "predict joins batches along the first dimension, and the rows are in "
+                    f"dimension {dim}. Return it with .transpose(0, {dim})."
                 )
         self.refuse_size(pieces, path)
 
@@ -232,9 +237,10 @@ class _Joining:
             f"shape {shape} for {rows} rows" for shape, rows in list(seen)[:1] + list(seen)[1:][-1:]
         )
         raise ValueError(
-            f"the model returned {shown}{place(path)}; predict joins tensors that have the rows first, one for each "
-            f"row of the batch or a fixed number. {WAY_OUT}. If the features do not have the rows first, give labels "
-            f"that have, or a batch of your own with an int `batch_size`."
+            f"the model returned {shown}{place(path)}; predict joins tensors that have the rows "
+            f"first, one for each row of the batch or a fixed number. {WAY_OUT}. If the features "
+            "do not have the rows first, give labels that have, or a batch of your own with an "
+            "int `batch_size`."
         )
 
     def is_doubtful(self, pieces: list[Any], multiple: int) -> bool:
@@ -259,9 +265,9 @@ class _Joining:
             self.refuse_squeezed(here, path)
         if there[:1] != (multiple * rows,) or there[1:] != here[1:]:
             raise ValueError(
-                f"the model returned shape {here} for {self.rows[0]} rows and shape {there} for {rows} "
-                f"rows{place(path)}; predict joins tensors that have the rows first, one for each row of the batch "
-                f"or a fixed number. {WAY_OUT}."
+                f"the model returned shape {here} for {self.rows[0]} rows and shape {there} for "
+                f"{rows} rows{place(path)}; predict joins tensors that have the rows first, one "
+                f"for each row of the batch or a fixed number. {WAY_OUT}."
             )
 
     def another(self, path: list[Any]) -> tuple[Any, int] | None:
@@ -285,8 +291,9 @@ class _Joining:
             found = int(piece.batch_sizes[0])
             if found != rows:
                 raise ValueError(
-                    f"the model returned a PackedSequence of {found} rows{place(path)} for {rows} rows of the batch. "
-                    f"Return one sequence for each row, or predict batch by batch."
+                    f"the model returned a PackedSequence of {found} rows{place(path)} for {rows} "
+                    "rows of the batch. Return one sequence for each row, or predict batch by "
+                    "batch."
                 )
         if len(pieces) == 1:
             only: PackedSequence = pieces[0]

@@ -34,10 +34,10 @@ class UnknownRows:
     def refuse(self) -> NoReturn:
         """Raise the error: somebody needs the number."""
         raise ValueError(
-            f"the rows of a batch, over which the means are taken, cannot be told: {self.why}. Give labels whose "
-            f"first size is the number of rows; or set an int `batch_size` on the batch, as an attribute of an "
-            f"object or a dict subclass of your own; or return minikeras.Average(total, count) from the loss and "
-            f"the metrics."
+            f"the rows of a batch, over which the means are taken, cannot be told: {self.why}. "
+            "Give labels whose first size is the number of rows; or set an int `batch_size` on "
+            "the batch, as an attribute of an object or a dict subclass of your own; or return "
+            "minikeras.Average(total, count) from the loss and the metrics."
         )
 
 
@@ -176,8 +176,8 @@ class RowCounter:
         if self.by_item:
             was, now = now, was
         return UnknownRows(
-            f"so far the rows of a list were taken to be the {was}, and this batch has the {now} for it, with features "
-            f"{described(features)}, labels {described(labels)}"
+            f"so far the rows of a list were taken to be the {was}, and this batch has the {now} "
+            f"for it, with features {described(features)}, labels {described(labels)}"
         )
 
     def _apart(
