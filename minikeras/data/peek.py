@@ -1,4 +1,4 @@
-"""The first batch of data that is in memory, without reading or drawing anything."""
+"""The first batch of data that is in memory, without reading a file or drawing random numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minikeras.data.sources import ArrayBatches
 
 
 def first_rows(batches: Iterable[Any]) -> Any:
-    """A copy of the first batch of a list, of arrays or of a loader over tensors; else None.
+    """Copy the first batch of a list, of arrays or of a loader over tensors; else return None.
 
     >>> first_rows([(1, 2), (3, 4)]), first_rows(iter([(1, 2)]))
     ((1, 2), None)
@@ -23,9 +23,11 @@ def first_rows(batches: Iterable[Any]) -> Any:
     if isinstance(batches, FirstBatches):
         batches = batches.batches
     if type(batches) is list:
-        if batches and batches[0] is None:
+        if not batches:
+            return None
+        if batches[0] is None:
             raise TypeError("the first batch is None; expected (features, labels).")
-        return map_leaves(cloned, batches[0]) if batches else None
+        return map_leaves(cloned, batches[0])
     if isinstance(batches, ArrayBatches) and not batches.shuffle:
         size = min(batches.batch_size, batches.rows)
         if size == 0:
@@ -36,6 +38,8 @@ def first_rows(batches: Iterable[Any]) -> Any:
         sampler: Any = batches.loader.batch_sampler
         if type(sampler) is BatchSampler and type(sampler.sampler) is SequentialSampler:
             dataset: Any = batches.loader.dataset
-            rows = range(min(sampler.batch_size, len(dataset)))
-            return default_collate([dataset[row] for row in rows]) if rows else None
+            size = min(sampler.batch_size, len(dataset))
+            if size == 0:
+                return None
+            return default_collate([dataset[row] for row in range(size)])
     return None
