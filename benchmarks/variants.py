@@ -11,7 +11,7 @@
 
 Each function below is one variant: build, `with warm:` train a little, `with timed:` train, and
 return the trained network and the number of optimizer steps. Logs, checkpoints and progress bars
-are off where there is a switch. Each run has a process of its own.
+are off where there is a switch. Each run has its own process.
 """
 
 from __future__ import annotations

@@ -224,7 +224,10 @@ def _join(pieces: list[Any]) -> Any:
         joined = torch.cat(pieces) if first.ndim else torch.stack(pieces)
         return joined.numpy()
     if isinstance(first, Mapping):
-        return {key: _join([piece[key] for piece in pieces]) for key in first}
+        joined_parts = {}
+        for key in first:
+            joined_parts[key] = _join([piece[key] for piece in pieces])
+        return joined_parts
     if isinstance(first, tuple):
         return tuple(_join(list(same)) for same in zip(*pieces, strict=True))
     if isinstance(first, list):

@@ -283,7 +283,9 @@ def _check_call(function: Any, arguments: Any) -> Result:
 
 def _check_view(name: str, given: tuple[Any, ...]) -> None:
     """Check that a tensor lies within its storage; otherwise torch would enlarge the storage."""
-    storage, offset, shape = given[0], given[1], given[2]
+    storage = given[0]
+    offset = given[1]
+    shape = given[2]
     if len(given) > 3 and isinstance(given[3], Items):
         stride = given[3]
     else:

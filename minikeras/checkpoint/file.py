@@ -49,7 +49,7 @@ class _Sink:
     """A file that never raises: it keeps the first error for later and writes nothing after it.
 
     torch's writer cannot handle an error of the file: it hides it behind its own, or ends the
-    process.
+    process (https://github.com/pytorch/pytorch/issues/156955).
     """
 
     def __init__(self, file: Any) -> None:

@@ -93,7 +93,8 @@ def save_parts(folder: Path, parts: Mapping[str, Tensor], world: World) -> dict[
             folder.mkdir(parents=True)
         except OSError as error:
             problem = str(error)
-    if problem := world.broadcast(problem):
+    problem = world.broadcast(problem)
+    if problem:
         raise OSError(problem)
     try:
         metadata = save(dict(parts), storage_writer=FileSystemWriter(folder))  # flushes each file

@@ -131,7 +131,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: the device is not available; the message lists the available ones.
     """
-    # On a CUDA build of torch, current_accelerator() alone returns "cuda" even without a GPU.
+    # On a CUDA build of torch, current_accelerator() alone returns "cuda" even without a GPU:
+    # https://github.com/pytorch/pytorch/pull/146098
     accelerator = None
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()

@@ -13,6 +13,7 @@ the whole batch, `probe` runs the model once more, on two rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, NoReturn
 
 import numpy as np
@@ -81,10 +82,7 @@ class _Joining:
         if any(parts(piece) is None for piece in pieces):
             return self.join_others(pieces, path)
         if all(is_plain_list(piece) for piece in pieces) and self.has_items_by_row(pieces, path):
-            items = []
-            for piece in pieces:
-                items.extend(piece)
-            return type(pieces[0])(items)
+            return type(pieces[0])(chain.from_iterable(pieces))
         return self.join_containers(pieces, path)
 
     # --- containers ---
@@ -100,7 +98,7 @@ class _Joining:
             outputs, rows = probed
             if is_plain_list(outputs) and len(outputs) in (rows, len(pieces[0])):
                 return len(outputs) == rows
-        if all(parts(item) is not None for piece in pieces for item in piece):
+        if all(parts(item) is not None for item in chain.from_iterable(pieces)):
             return True  # such as a dict for each image
         try:
             self.join_containers(pieces, path)

@@ -108,4 +108,7 @@ def leaves(nest: Any, inside: bool = False) -> list[Any]:
     container = parts(nest, inside)
     if container is None:
         return [nest]
-    return [leaf for part in container[0] for leaf in leaves(part, inside)]
+    found = []
+    for part in container[0]:
+        found += leaves(part, inside)
+    return found
