@@ -1,7 +1,10 @@
-"""Two figures that must be flat: `python benchmarks/figures.py` writes rows.png and epochs.png beside this file.
+"""Draw two figures that must be flat: `python benchmarks/figures.py` writes rows.png, epochs.png.
 
 rows      microseconds a step of one epoch over 1e3 to 1e7 rows, from a DataLoader and from (X, y)
-epochs    microseconds a step against the epochs already run: in one fit, and in as many fits of one epoch each
+epochs    microseconds a step against the epochs already run: in one fit, and in as many fits of one
+          epoch each
+
+The files are written next to this one.
 """
 
 from __future__ import annotations
@@ -51,15 +54,19 @@ def fit_seconds(data: object, batch_size: int | None) -> float:
 
 
 def epoch_by_hand(X: torch.Tensor, y: torch.Tensor) -> float:
-    """The tuned loop: rows permuted once, slices, the total stays a tensor."""
-    model, loss_func = make_model().net, nn.MSELoss()
+    """Time the tuned loop: rows permuted once, batches are slices, the total stays a tensor."""
+    model = make_model().net
+    loss_func = nn.MSELoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def epoch(X: torch.Tensor, y: torch.Tensor) -> None:
-        order, total = torch.randperm(len(X)), torch.zeros(())
-        X, y = X[order], y[order]
+        order = torch.randperm(len(X))
+        total = torch.zeros(())
+        X = X[order]
+        y = y[order]
         for start in range(0, len(X), BATCH):
-            features, labels = X[start : start + BATCH], y[start : start + BATCH]
+            features = X[start : start + BATCH]
+            labels = y[start : start + BATCH]
             loss = loss_func(model(features), labels)
             loss.backward()
             optimizer.step()
@@ -85,10 +92,10 @@ def rows_figure(largest: int) -> None:
         costs = []
         for rows in counts:
             X, y = make_data(rows)
-            # small sets several times: the least is the cost, the rest is noise
-            costs.append(
-                min(epoch(X, y) for _ in range(10 if rows < 10**6 else 2)) / (rows / BATCH) * 1e6
-            )
+            # Small sets run several times: the minimum is the cost, the rest is noise.
+            repeats = 10 if rows < 10**6 else 2
+            seconds = min(epoch(X, y) for _ in range(repeats))
+            costs.append(seconds / (rows / BATCH) * 1e6)
             print(f"{name}, {rows} rows: {costs[-1]:.0f} us a step", flush=True)
         axis.plot(counts, costs, marker="o", label=name)
     axis.set(xscale="log", ylim=0, xlabel="rows", ylabel=f"us a step of {BATCH} rows")
@@ -108,10 +115,12 @@ class EpochTimes(minikeras.Callback):
 
 
 def epochs_figure(epochs: int) -> None:
-    steps, data = 10, make_data(10 * BATCH)
+    steps = 10
+    data = make_data(steps * BATCH)
     times = EpochTimes()
     make_model().fit(epochs, data, batch_size=BATCH, callbacks=[times], verbose=0)
-    model, fits = make_model(), []
+    model = make_model()
+    fits = []
     for _ in range(epochs):
         start = time.perf_counter()
         model.fit(1, data, batch_size=BATCH, verbose=0)
@@ -120,18 +129,23 @@ def epochs_figure(epochs: int) -> None:
     for name, seconds in {"one fit": times.seconds, "fit(1) again and again": fits}.items():
         costs = medians(seconds, epochs // 20)
         print(
-            f"{name}: {costs[0] / steps * 1e6:.0f} us a step at first, {costs[-1] / steps * 1e6:.0f} in the end"
+            f"{name}: {costs[0] / steps * 1e6:.0f} us a step at first, "
+            f"{costs[-1] / steps * 1e6:.0f} in the end"
         )
-        at = [(i + 0.5) * epochs / len(costs) for i in range(len(costs))]
-        axis.plot(at, [cost / steps * 1e6 for cost in costs], marker="o", label=name)
+        middles = [(i + 0.5) * epochs / len(costs) for i in range(len(costs))]
+        axis.plot(middles, [cost / steps * 1e6 for cost in costs], marker="o", label=name)
     axis.set(ylim=0, xlabel="epochs already run", ylabel="us a step")
     axis.legend()
     axis.figure.savefig(HERE / "epochs.png", dpi=120, bbox_inches="tight")
 
 
 def medians(values: list[float], size: int) -> list[float]:
-    """The median of each stretch of `size` values."""
-    return [sorted(values[i : i + size])[size // 2] for i in range(0, len(values) - size + 1, size)]
+    """Return the median of each group of `size` values."""
+    result = []
+    for start in range(0, len(values) - size + 1, size):
+        group = sorted(values[start : start + size])
+        result.append(group[size // 2])
+    return result
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""Time minikeras against hand-written loops and other libraries: `python benchmarks/run.py`, see README.md.
+"""Time minikeras against hand-written loops and other libraries: `python benchmarks/run.py`.
+
+See README.md.
 
 for each work:
     for each round:
@@ -43,8 +45,17 @@ WORKS = {
 }
 SAME_BATCHES = 1e-3  # relative: rounding leads to 1e-4 on ring, another order of the rows to 1e-2
 PACKAGES = [
-    "torch", "numpy", "pandas", "torchkeras", "keras", "lightning", "pytorch-ignite", "skorch", "poutyne", "accelerate",
-]  # fmt: skip
+    "torch",
+    "numpy",
+    "pandas",
+    "torchkeras",
+    "keras",
+    "lightning",
+    "pytorch-ignite",
+    "skorch",
+    "poutyne",
+    "accelerate",
+]
 IMPORTS = {"torch, pandas": "import torch, pandas", "minikeras": "import minikeras"}
 TIMED_IMPORT = """
 import time, resource
@@ -58,7 +69,7 @@ Result = dict[str, Any]
 
 
 def variant_names(work: str, device: str) -> list[str]:
-    """What variants.py has for a work, asked in a process of its own, since it imports torch."""
+    """List the variants of a work, asked in a separate process, since variants.py imports torch."""
     code = f"import variants; print(variants.names({work!r}, {device!r}))"
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, env=ENV, capture_output=True, text=True, check=True
@@ -67,7 +78,7 @@ def variant_names(work: str, device: str) -> list[str]:
 
 
 def run_once(work: str, variant: str, seed: int, device: str, quick: bool) -> Result:
-    """One process. Its output goes to a file, so that bars are drawn and nobody has to read them."""
+    """Run one variant in a process, with its output in files: bars are drawn, but not displayed."""
     command = [
         sys.executable,
         str(HERE / "variants.py"),
@@ -78,7 +89,8 @@ def run_once(work: str, variant: str, seed: int, device: str, quick: bool) -> Re
         "--device",
         device,
     ]
-    command += ["--quick"] * quick
+    if quick:
+        command.append("--quick")
     with (
         tempfile.TemporaryFile("w+", errors="replace") as out,
         tempfile.TemporaryFile("w+", errors="replace") as err,
@@ -97,7 +109,7 @@ def run_once(work: str, variant: str, seed: int, device: str, quick: bool) -> Re
 def run_work(
     work: str, wanted: list[str] | None, repeats: int, device: str, quick: bool
 ) -> dict[str, list[Result]]:
-    """variant -> its results, one a round; a variant that is missing has one result that says why."""
+    """Return variant -> its results, one a round; a missing variant has one that says why."""
     known = variant_names(work, device)
     names = [name for name in known if not wanted or name in wanted or name == "tuned"]
     if wanted and len(names) == 1 and wanted != ["tuned"]:
@@ -109,10 +121,9 @@ def run_work(
                 continue
             result = run_once(work, name, seed=turn, device=device, quick=quick)
             results[name].append(result)
-            spent = (
-                result.get("missing")
-                or f"{result['seconds'] / result['steps'] * 1e6:.1f} us a step"
-            )
+            spent = result.get("missing")
+            if not spent:
+                spent = f"{result['seconds'] / result['steps'] * 1e6:.1f} us a step"
             print(f"{work} {turn + 1}/{repeats} {name}: {spent}", file=sys.stderr, flush=True)
     return results
 
@@ -121,34 +132,35 @@ def table(work: str, results: dict[str, list[Result]]) -> str:
     tuned = results["tuned"]
     if "missing" in tuned[-1]:
         return f"The tuned loop did not run: {tuned[-1]['missing']}"
-    peak = median(one["peak_mb"] for one in tuned)
+    tuned_peak = median(result["peak_mb"] for result in tuned)
     naive = results.get("naive", [])
     lines = [
-        "| variant | ratio to tuned: median (lowest - highest) | of CPU time | us a step | peak MB | over tuned "
-        "| warming up, s | same work |",
+        "| variant | ratio to tuned: median (lowest - highest) | of CPU time | us a step | peak "
+        "MB | over tuned | warming up, s | same work |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, ones in results.items():
-        if "missing" in ones[-1]:
-            lines.append(f"| {name} | {ones[-1]['missing'].replace('|', '/')} | | | | | | |")
+    for name, rounds in results.items():
+        if "missing" in rounds[-1]:
+            lines.append(f"| {name} | {rounds[-1]['missing'].replace('|', '/')} | | | | | | |")
             continue
+        peak = median(result["peak_mb"] for result in rounds)
         cells = [
             name,
-            spread(ratios("seconds", ones, tuned)),
-            f"{median(ratios('cpu_seconds', ones, tuned)):.2f}",
-            f"{median(one['seconds'] / one['steps'] for one in ones) * 1e6:.1f}",
-            f"{(mb := median(one['peak_mb'] for one in ones)):.0f}",
-            f"{mb - peak:+.0f}",
-            span([one["compile_seconds"] for one in ones]),
-            same_work(ones, tuned, naive),
+            spread(ratios("seconds", rounds, tuned)),
+            f"{median(ratios('cpu_seconds', rounds, tuned)):.2f}",
+            f"{median(result['seconds'] / result['steps'] for result in rounds) * 1e6:.1f}",
+            f"{peak:.0f}",
+            f"{peak - tuned_peak:+.0f}",
+            span([result["compile_seconds"] for result in rounds]),
+            same_work(rounds, tuned, naive),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ratios(key: str, ones: list[Result], tuned: list[Result]) -> list[float]:
-    """Each round's, since a machine's pace changes between rounds."""
-    return [one[key] / base[key] for one, base in zip(ones, tuned, strict=True)]
+def ratios(key: str, rounds: list[Result], tuned: list[Result]) -> list[float]:
+    """Return the ratio of each round, since a machine's speed changes between rounds."""
+    return [result[key] / base[key] for result, base in zip(rounds, tuned, strict=True)]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -156,27 +168,26 @@ def spread(values: Sequence[float]) -> str:
 
 
 def span(seconds: list[float]) -> str:
-    low, high = f"{min(seconds):.1f}", f"{max(seconds):.1f}"
+    low = f"{min(seconds):.1f}"
+    high = f"{max(seconds):.1f}"
     return low if low == high else f"{low} - {high}"
 
 
-def same_work(ones: list[Result], tuned: list[Result], naive: list[Result]) -> str:
-    """Whether optimizer steps and final loss are what they must be, in each round."""
-    for one in ones:
-        if one["steps_taken"] != one["steps_expected"]:
-            return f"NO: {one['steps_taken']} steps of {one['steps_expected']}"
-    if naive and "missing" not in naive[-1] and all(map(equals_naive, ones, naive)):
+def same_work(rounds: list[Result], tuned: list[Result], naive: list[Result]) -> str:
+    """Say whether the optimizer steps and the final loss are what they must be, in each round."""
+    for result in rounds:
+        if result["steps_taken"] != result["steps_expected"]:
+            return f"NO: {result['steps_taken']} steps of {result['steps_expected']}"
+    if naive and "missing" not in naive[-1] and all(map(equals_naive, rounds, naive)):
         return "yes, the naive loop's batches"
-    worst = max(
-        abs(one["final_loss"] / base["final_loss"] - 1)
-        for one, base in zip(ones, tuned, strict=True)
-    )
-    return f"{'yes' if worst <= ones[0]['tolerance'] else 'NO'}, loss within {worst:.1%}"
+    worst = max(abs(ratio - 1) for ratio in ratios("final_loss", rounds, tuned))
+    answer = "yes" if worst <= rounds[0]["tolerance"] else "NO"
+    return f"{answer}, loss within {worst:.1%}"
 
 
-def equals_naive(one: Result, naive: Result) -> bool:
-    within = min(SAME_BATCHES, one["tolerance"]) * abs(naive["final_loss"])
-    return bool(abs(one["final_loss"] - naive["final_loss"]) <= within)
+def equals_naive(result: Result, naive: Result) -> bool:
+    allowed = min(SAME_BATCHES, result["tolerance"]) * abs(naive["final_loss"])
+    return bool(abs(result["final_loss"] - naive["final_loss"]) <= allowed)
 
 
 def import_table(repeats: int) -> str:
@@ -187,8 +198,9 @@ def import_table(repeats: int) -> str:
             out = subprocess.run(
                 command, env=ENV, capture_output=True, text=True, check=True
             ).stdout
-            if turn:  # the first one fills the disk's cache
-                results[name].append((float(out.split()[0]), float(out.split()[1])))
+            if turn:  # the first round only fills the disk's cache
+                seconds, peak = out.split()
+                results[name].append((float(seconds), float(peak)))
     lines = ["| import | seconds: median (lowest - highest) | peak MB |", "|---|---|---|"]
     for name, pairs in results.items():
         seconds, peaks = zip(*pairs, strict=True)
@@ -209,8 +221,9 @@ def circumstances(device: str, repeats: int) -> str:
             "torchkeras " + older.name.removeprefix("torchkeras-").removesuffix(".dist-info")
         )
     return (
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, {gpu(device)}"
-        f"{platform.system()}, Python {platform.python_version()}, {', '.join(found)}; {repeats} rounds."
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores of which one is used, "
+        f"{gpu(device)}{platform.system()}, Python {platform.python_version()}, "
+        f"{', '.join(found)}; {repeats} rounds."
     )
 
 
@@ -263,9 +276,8 @@ def main() -> None:
         else:
             results = run_work(work, args.variants, repeats, args.device, args.quick)
             parts += [f"### {work}: {WORKS[work]}", table(work, results)]
-        args.out.write_text(
-            "\n\n".join(parts) + "\n"
-        )  # after each work: a run that is cut short leaves what it has
+        # After each work, so that an interrupted run leaves what it has.
+        args.out.write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 
 

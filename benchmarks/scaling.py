@@ -1,7 +1,8 @@
-"""Rows a second of one process and of two: `python benchmarks/scaling.py` prints their ratio.
+"""Compare rows a second of one process and of two: `python benchmarks/scaling.py` prints the ratio.
 
-A compute-bound network (784-1024-1024-10, 256 rows a process and step, one thread each) on the CPU; runs of one and of
-two processes take turns. Twice the rows a second would be 2.00; what is missing is the sum over the gradients.
+A compute-bound network (784-1024-1024-10, 256 rows a process and step, one thread each) on the CPU;
+runs of one and of two processes take turns. Twice the rows a second would be 2.00; what is missing
+is the sum over the gradients.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import sys
 import time
 from statistics import median
 
-ROUNDS, ROWS, EPOCHS = 5, 10240, 3
+ROUNDS = 5
+ROWS = 10240
+EPOCHS = 3
 
 
 def train() -> None:
-    """In each process: prints the rows a second of all, after a first epoch."""
+    """Train in each process; print the rows a second of all together, after a first epoch."""
     import torch
     from torch import nn
 
@@ -24,7 +27,8 @@ def train() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    X, y = torch.randn(ROWS, 784), torch.randint(10, (ROWS,))
+    X = torch.randn(ROWS, 784)
+    y = torch.randint(10, (ROWS,))
     layers = [
         nn.Linear(784, 1024),
         nn.ReLU(),
@@ -51,8 +55,21 @@ def rows_a_second(processes: int) -> float:
         __file__,
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return float(
-        subprocess.run([*command], env=env, capture_output=True, text=True, check=True).stdout
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return float(finished.stdout)
+
+
+def main() -> None:
+    by_one = []
+    by_two = []
+    ratios = []
+    for _ in range(ROUNDS):
+        by_one.append(rows_a_second(1))
+        by_two.append(rows_a_second(2))
+        ratios.append(by_two[-1] / by_one[-1])
+    print(
+        f"1 process {median(by_one):.0f} rows a second, 2 processes {median(by_two):.0f}: "
+        f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) times as many"
     )
 
 
@@ -60,9 +77,4 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         train()
     else:
-        ones, twos = zip(
-            *[(rows_a_second(1), rows_a_second(2)) for _ in range(ROUNDS)], strict=True
-        )
-        ratios = sorted(two / one for one, two in zip(ones, twos, strict=True))
-        print(f"1 process {median(ones):.0f} rows a second, 2 processes {median(twos):.0f}: "
-              f"{median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f}) times as many")  # fmt: skip
+        main()

@@ -1,7 +1,7 @@
-"""One variant of one work, in a process of its own: `python benchmarks/variants.py WORK VARIANT` prints a line of JSON.
+"""Run one variant of one work: `python benchmarks/variants.py WORK VARIANT` prints a line of JSON.
 
     seconds          on the clock: `work.epochs` epochs, after `work.warm` epochs of warming up
-    cpu_seconds      of them, this process's on a core; its DataLoader's workers are others
+    cpu_seconds      of them, this process's on a core; its DataLoader's workers are not included
     steps            optimizer steps in these seconds (batches, for predict)
     steps_taken      optimizer steps of the whole run as the optimizer itself counted them
     final_loss       over all rows after training (for predict: the mean output)
@@ -9,8 +9,9 @@
     peak_mb          of this process
     compile_seconds  what warming up took beyond what as many epochs take later
 
-Each function below is one variant: build, `with warm:` train a little, `with timed:` train, and return the trained
-network and the number of optimizer steps. Logs, checkpoints and progress bars are off where there is a switch.
+Each function below is one variant: build, `with warm:` train a little, `with timed:` train, and
+return the trained network and the number of optimizer steps. Logs, checkpoints and progress bars
+are off where there is a switch. Each run has its own process.
 """
 
 from __future__ import annotations
@@ -32,32 +33,37 @@ from works import RingLoss, RingLossAsPrinted, Work, make_work
 
 
 class Stopwatch:
-    """The seconds spent inside `with`, on the wall's clock and on this process's own."""
+    """Measure the seconds inside `with`: wall-clock time and CPU time of this process."""
 
-    seconds = cpu_seconds = 0.0
+    seconds = 0.0
+    cpu_seconds = 0.0
 
     def __enter__(self) -> None:
-        self.started = time.perf_counter(), time.process_time()
+        self.started = time.perf_counter()
+        self.cpu_started = time.process_time()
 
     def __exit__(self, *error: object) -> None:
-        if torch.cuda.is_initialized():  # nothing is started for it inside the time
+        if torch.cuda.is_initialized():  # the check itself starts nothing on the GPU
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.started[0]
-        self.cpu_seconds = time.process_time() - self.started[1]
+        self.seconds = time.perf_counter() - self.started
+        self.cpu_seconds = time.process_time() - self.cpu_started
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> int:
-    """Adam counts its steps itself; a hook that counts would change what is measured."""
-    return int(next(iter(optimizer.state.values()))["step"])
+    """Read the step count of Adam itself: a hook that counts would change what is measured."""
+    state = next(iter(optimizer.state.values()))
+    return int(state["step"])
 
 
-# --- loops without a library ------------------------------------------------------------------------------------------
+# --- loops without a library ---
 
 
 def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    """The loop of most tutorials: DataLoader, `.item()` at each step."""
-    net, loader = work.make_net(), work.loader()
-    loss_func, optimizer = work.make_loss(net), Adam(net.parameters(), lr=work.lr)
+    """Train by the loop of most tutorials: DataLoader, `.item()` at each step."""
+    net = work.make_net()
+    loader = work.loader()
+    loss_func = work.make_loss(net)
+    optimizer = Adam(net.parameters(), lr=work.lr)
     history = []
 
     def train(epochs):
@@ -83,10 +89,16 @@ def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
 
 
 def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    """The best eager loop by hand: rows permuted once an epoch, batches are slices, totals stay tensors."""
-    net, rows = work.make_net(), len(work.X)
-    all_X, all_y = work.X.to(work.device), work.y.to(work.device)
-    loss_func, optimizer = work.make_loss(net), Adam(net.parameters(), lr=work.lr)
+    """Train by the best eager loop by hand.
+
+    Rows are permuted once an epoch, batches are slices, totals stay tensors.
+    """
+    net = work.make_net()
+    rows = len(work.X)
+    all_X = work.X.to(work.device)
+    all_y = work.y.to(work.device)
+    loss_func = work.make_loss(net)
+    optimizer = Adam(net.parameters(), lr=work.lr)
     history = []
 
     def train(epochs):
@@ -96,10 +108,8 @@ def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
             X, y = all_X[order], all_y[order]
             total, correct = torch.zeros(2, device=work.device)
             for start in range(0, rows, work.batch_size):
-                features, labels = (
-                    X[start : start + work.batch_size],
-                    y[start : start + work.batch_size],
-                )
+                features = X[start : start + work.batch_size]
+                labels = y[start : start + work.batch_size]
                 outputs = net(features)
                 loss = loss_func(outputs, labels)
                 loss.backward()
@@ -118,10 +128,13 @@ def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
 
 
 def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    """The tuned loop with torch.compile round forward, loss and metric, and round the optimizer's step."""
-    net, rows = work.make_net(), len(work.X)
-    all_X, all_y = work.X.to(work.device), work.y.to(work.device)
-    loss_func, optimizer = work.make_loss(net), Adam(net.parameters(), lr=work.lr)
+    """Train by the tuned loop, with torch.compile of forward, loss and metric, and of the step."""
+    net = work.make_net()
+    rows = len(work.X)
+    all_X = work.X.to(work.device)
+    all_y = work.y.to(work.device)
+    loss_func = work.make_loss(net)
+    optimizer = Adam(net.parameters(), lr=work.lr)
     history = []
 
     @torch.compile
@@ -140,10 +153,8 @@ def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, 
             X, y = all_X[order], all_y[order]
             total, correct = torch.zeros(2, device=work.device)
             for start in range(0, rows, work.batch_size):
-                features, labels = (
-                    X[start : start + work.batch_size],
-                    y[start : start + work.batch_size],
-                )
+                features = X[start : start + work.batch_size]
+                labels = y[start : start + work.batch_size]
                 loss, accuracy = forward(features, labels)
                 loss.backward()
                 step()
@@ -159,7 +170,7 @@ def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, 
     return net, steps_of(optimizer)
 
 
-# --- minikeras --------------------------------------------------------------------------------------------------------
+# --- minikeras ---
 
 
 def minikeras(
@@ -170,10 +181,10 @@ def minikeras(
     verbose: int = 1,
     **switches: Any,
 ) -> tuple[nn.Module, int]:
-    """A user's script: subclass, compile, fit with the user's own loader; bar and metric on.
+    """Train by a user's script: subclass, compile, fit with a DataLoader; bar and metric on.
 
-    loss: "own" is minikeras.Regularized(minikeras.FocalLoss()) on ring, "same" what all others have, "printed" the
-    one that walks over the parameters at each step.
+    loss: "own" is minikeras.Regularized(minikeras.FocalLoss()) on ring, "same" what all others
+    have, "printed" the one that walks over the parameters at each step.
     """
     import minikeras
 
@@ -198,13 +209,12 @@ def minikeras(
     return model, steps_of(optimizer)
 
 
-# --- rivals -----------------------------------------------------------------------------------------------------------
+# --- rivals ---
 
 
 def torchkeras2(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    sys.path.insert(
-        0, str(Path(__file__).parent / "torchkeras2")
-    )  # two versions of one package: see requirements.txt
+    # Two versions of one package are needed: see requirements.txt.
+    sys.path.insert(0, str(Path(__file__).parent / "torchkeras2"))
     import torchkeras
 
     if not torchkeras.__version__.startswith("2."):
@@ -221,8 +231,10 @@ def torchkeras2(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Modul
 
 
 def torchkeras4(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    """Its bar, its checkpoints and its gradient clipping have no switch. A second fit would start with an idle epoch,
-    so the clock hangs on a callback."""
+    """Train with torchkeras 4, timed by a callback: a second fit would start with an idle epoch.
+
+    Its bar, its checkpoints and its gradient clipping have no switch.
+    """
     import torchkeras
 
     if not torchkeras.__version__.startswith("4."):
@@ -234,11 +246,13 @@ def torchkeras4(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Modul
             self.reset()
 
         def reset(self):
-            self.correct, self.count = torch.tensor(0.0), 0
+            self.correct = torch.tensor(0.0)
+            self.count = 0
 
         def forward(self, preds, targets):
             accuracy = work.metric(preds, targets)
-            self.correct, self.count = self.correct + accuracy * len(preds), self.count + len(preds)
+            self.correct = self.correct + accuracy * len(preds)
+            self.count = self.count + len(preds)
             return accuracy
 
         def compute(self):
@@ -273,7 +287,10 @@ def torchkeras4(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Modul
 
 
 def keras(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    """On the torch backend, with Keras's own layers and losses, the weights copied from the network all others have."""
+    """Train with Keras on its torch backend, with Keras's own layers and losses.
+
+    The first weights are copied from the network that all others have.
+    """
     os.environ["KERAS_BACKEND"] = "torch"
     from keras import Sequential, layers, losses, optimizers, regularizers
 
@@ -290,9 +307,8 @@ def keras(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
         loss = losses.SparseCategoricalCrossentropy(from_logits=True)
     model.build((None, *work.X.shape[1:]))
     model.set_weights([swap(p.detach()).numpy() for p in net.parameters()])
-    optimizer = optimizers.Adam(
-        learning_rate=work.lr, epsilon=1e-8
-    )  # torch's default; Keras has 1e-7
+    # The epsilon is torch's default; Keras's is 1e-7.
+    optimizer = optimizers.Adam(learning_rate=work.lr, epsilon=1e-8)
     model.compile(optimizer, loss, metrics=["accuracy"])
     loader = work.loader()
     with warm:
@@ -308,14 +324,19 @@ def keras(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
 def keras_layers(layers: Any, ndim: int) -> list[Any]:
     if ndim == 2:
         return [layers.Dense(256, "relu"), layers.Dense(128, "relu"), layers.Dense(10)]
-    first = {"padding": "same", "activation": "relu", "data_format": "channels_first"}
-    pool = [layers.MaxPooling2D(2, data_format="channels_first") for _ in range(2)]
-    return [layers.Conv2D(8, 3, **first), pool[0], layers.Conv2D(16, 3, **first), pool[1],
-            layers.Flatten(data_format="channels_last"), layers.Dense(10)]  # fmt: skip
+    convolution = {"padding": "same", "activation": "relu", "data_format": "channels_first"}
+    return [
+        layers.Conv2D(8, 3, **convolution),
+        layers.MaxPooling2D(2, data_format="channels_first"),
+        layers.Conv2D(16, 3, **convolution),
+        layers.MaxPooling2D(2, data_format="channels_first"),
+        layers.Flatten(data_format="channels_last"),
+        layers.Dense(10),
+    ]
 
 
 def swap(weight: torch.Tensor, back: bool = False) -> torch.Tensor:
-    """torch's (out, in, height, width) to Keras's (height, width, in, out), or back."""
+    """Permute torch's (out, in, height, width) to Keras's (height, width, in, out), or back."""
     if weight.ndim == 4:
         return weight.permute(3, 2, 0, 1) if back else weight.permute(2, 3, 1, 0)
     return weight.T if weight.ndim == 2 else weight
@@ -324,7 +345,7 @@ def swap(weight: torch.Tensor, back: bool = False) -> torch.Tensor:
 def lightning(
     work: Work, warm: Stopwatch, timed: Stopwatch, bar: bool = False
 ) -> tuple[nn.Module, int]:
-    """A fit of Lightning has a long preamble, so the clock hangs on a callback and leaves it out."""
+    """Train with Lightning, timed by a callback, which leaves out the long start of a fit."""
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import TQDMProgressBar
 
@@ -355,6 +376,9 @@ def lightning(
             if trainer.current_epoch == work.warm + work.epochs - 1:
                 timed.__exit__()
 
+    callbacks = [Clock()]
+    if bar:
+        callbacks.append(TQDMProgressBar())
     module = Lit()
     trainer = Trainer(
         max_epochs=work.warm + work.epochs,
@@ -363,7 +387,7 @@ def lightning(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=bar,
-        callbacks=[Clock(), *([TQDMProgressBar()] if bar else [])],
+        callbacks=callbacks,
     )
     trainer.fit(module, work.loader())
     return module.net, steps_of(trainer.optimizers[0])
@@ -436,7 +460,7 @@ def poutyne(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, i
 
 
 def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
-    """The loop of its documentation; totals stay tensors."""
+    """Train by the loop of Accelerate's documentation; totals stay tensors."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=work.device == "cpu")
@@ -468,7 +492,7 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
     return net, steps_of(optimizer)
 
 
-# --- predict: a million rows to a million outputs ---------------------------------------------------------------------
+# --- predict: a million rows to a million outputs ---
 
 
 def predict_tuned(work: Work) -> Any:
@@ -536,7 +560,7 @@ def predict_poutyne(work: Work) -> Any:
     return lambda X: torch.from_numpy(model.predict(X, batch_size=work.batch_size, verbose=False))
 
 
-# --- the list, and one run --------------------------------------------------------------------------------------------
+# --- the list, and one run ---
 
 VARIANTS: dict[str, Any] = {
     "tuned": (tuned, {}),
@@ -568,29 +592,25 @@ PREDICT: dict[str, Any] = {
     "poutyne": predict_poutyne,
 }
 ON_A_GPU = (
-    *(
-        "tuned",
-        "naive",
-        "compiled",
-        "minikeras",
-        "minikeras-quiet",
-        "minikeras-same-loss",
-        "minikeras-printed-loss",
-    ),
-    *(
-        "minikeras-jit",
-        "minikeras-jit-4",
-        "minikeras-loader",
-        "lightning",
-        "lightning-bar",
-        "accelerate",
-    ),
+    "tuned",
+    "naive",
+    "compiled",
+    "minikeras",
+    "minikeras-quiet",
+    "minikeras-same-loss",
+    "minikeras-printed-loss",
+    "minikeras-jit",
+    "minikeras-jit-4",
+    "minikeras-loader",
+    "lightning",
+    "lightning-bar",
+    "accelerate",
 )
 RING_ONLY = ("minikeras-same-loss", "minikeras-printed-loss")
 
 
 def names(work: str, device: str) -> list[str]:
-    """The variants of a work, in the order of its table."""
+    """List the variants of a work, in the order of its table."""
     known = PREDICT if work == "predict" else VARIANTS
     known = [name for name in known if work.startswith("ring") or name not in RING_ONLY]
     return [name for name in known if device == "cpu" or name in ON_A_GPU]
@@ -599,13 +619,16 @@ def names(work: str, device: str) -> list[str]:
 @torch.no_grad()
 def loss_over_all_rows(work: Work, net: nn.Module) -> float:
     net.eval()
-    net.to(work.device)  # some libraries take it back to the CPU
-    return float(work.make_loss(net)(net(work.X.to(work.device)), work.y.to(work.device)))
+    net.to(work.device)  # some libraries move it back to the CPU
+    outputs = net(work.X.to(work.device))
+    loss_func = work.make_loss(net)
+    return float(loss_func(outputs, work.y.to(work.device)))
 
 
 def measure_training(work: Work, variant: str) -> dict[str, Any]:
     function, switches = VARIANTS[variant]
-    warm, timed = Stopwatch(), Stopwatch()
+    warm = Stopwatch()
+    timed = Stopwatch()
     net, steps_taken = function(work, warm, timed, **switches)
     return {
         "seconds": timed.seconds,
@@ -621,7 +644,8 @@ def measure_training(work: Work, variant: str) -> dict[str, Any]:
 
 
 def measure_predict(work: Work, variant: str) -> dict[str, Any]:
-    predict, timed = PREDICT[variant](work), Stopwatch()
+    predict = PREDICT[variant](work)
+    timed = Stopwatch()
     predict(work.X[: 20 * work.batch_size])
     with timed:
         for _ in range(work.epochs):
@@ -642,9 +666,8 @@ def measure_predict(work: Work, variant: str) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The works that are timed: data, network, loss and metric of each, the same for every variant.
 
-Everything is fixed by a seed: the data by DATA_SEED, the first weights by NET_SEED. Only the order of the rows changes
-from round to round.
+Everything is fixed by a seed: the data by DATA_SEED, the first weights by NET_SEED. Only the order
+of the rows changes from round to round.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-DATA_SEED, NET_SEED = 0, 1
+DATA_SEED = 0
+NET_SEED = 1
 
 
 @dataclass
 class Work:
-    """What is to be done. `make_net(base)` gives a network of that base class: nn.Module, or a library's own Model."""
+    """A work to be timed.
+
+    `make_net(base)` creates a network of a base class: nn.Module, or a library's own Model.
+    """
 
     X: Tensor  # (rows, ...)
     y: Tensor  # (rows, 1) of 0. and 1., or (rows,) of classes; empty for predict
@@ -37,7 +41,7 @@ class Work:
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch; the last may be short."""
+        """The number of batches in an epoch; the last may be short."""
         return -(-len(self.X) // self.batch_size)
 
     def make_net(self, base: type = nn.Module) -> Any:
@@ -52,14 +56,16 @@ class Work:
         )
 
 
-# --- ring: rare positives, 61 parameters ------------------------------------------------------------------------------
+# --- ring: rare positives, 61 parameters ---
 
 
 def ring_net(base: type) -> type:
     class DNNModel(base):
         def __init__(self):
             super().__init__()
-            self.fc1, self.fc2, self.fc3 = nn.Linear(2, 4), nn.Linear(4, 8), nn.Linear(8, 1)
+            self.fc1 = nn.Linear(2, 4)
+            self.fc2 = nn.Linear(4, 8)
+            self.fc3 = nn.Linear(8, 1)
 
         def forward(self, x):
             return torch.sigmoid(self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x))))))
@@ -75,11 +81,11 @@ def focal(y_pred: Tensor, y_true: Tensor, gamma: float = 2.0, alpha: float = 0.7
 
 
 class RingLoss(nn.Module):
-    """Focal loss and penalties 0.001 each over a ready list of weights: the fastest plain way to write it."""
+    """Focal loss and penalties 0.001 each over a ready list of weights: the fastest plain way."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        # a tuple, and so no part of parameters()
+        # A tuple is no part of parameters().
         self.weights = tuple(p for name, p in net.named_parameters() if "bias" not in name)
 
     def forward(self, y_pred, y_true):
@@ -90,7 +96,7 @@ class RingLoss(nn.Module):
 
 
 class RingLossAsPrinted(nn.Module):
-    """The same sum as tutorials print it: each penalty asks the network for its parameters at each step."""
+    """The same sum as in tutorials: each penalty walks over all parameters at each step."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -130,27 +136,25 @@ def ring(workers: int = 2) -> Work:
         ring_net,
         RingLoss,
         binary_accuracy,
-        0.01,
-        100,
-        workers,
-        5,
-        100,
+        lr=0.01,
+        batch_size=100,
+        workers=workers,
+        warm=5,
+        epochs=100,
         tolerance=0.08,
     )
 
 
-# --- mlp and conv: ten classes ----------------------------------------------------------------------------------------
+# --- mlp and conv: ten classes ---
 
 
 def mlp_net(base: type) -> type:
     class MLP(base):
         def __init__(self):
             super().__init__()
-            self.fc1, self.fc2, self.fc3 = (
-                nn.Linear(784, 256),
-                nn.Linear(256, 128),
-                nn.Linear(128, 10),
-            )
+            self.fc1 = nn.Linear(784, 256)
+            self.fc2 = nn.Linear(256, 128)
+            self.fc3 = nn.Linear(128, 10)
 
         def forward(self, x):
             return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
@@ -162,7 +166,8 @@ def conv_net(base: type) -> type:
     class ConvNet(base):
         def __init__(self):
             super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+            self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+            self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
             self.fc = nn.Linear(16 * 7 * 7, 10)
 
         def forward(self, x):
@@ -182,37 +187,61 @@ def class_accuracy(y_pred: Tensor, y_true: Tensor) -> Tensor:
 
 
 def templates(rows: int) -> tuple[Tensor, Tensor]:
-    """(rows, 1, 28, 28) noise with a faint template of one of ten classes in it, and the classes (rows,).
+    """Draw noise (rows, 1, 28, 28) with a faint template of one of ten classes, and the classes.
 
-    Three labels in ten are drawn anew, so that the loss comes down to a plateau and not to zero, where the order of
-    the rows alone would change it by half.
+    Three labels in ten are drawn again, so that the loss falls to a plateau and not to zero, where
+    the order of the rows alone would change it by half.
     """
     y = torch.randint(10, (rows,))
     blocks = F.interpolate(torch.randn(10, 1, 7, 7), size=28)
     X = torch.randn(rows, 1, 28, 28) + 0.15 * blocks[y]
-    return X, torch.where(torch.rand(rows) < 0.3, torch.randint(10, (rows,)), y)
+    is_redrawn = torch.rand(rows) < 0.3
+    return X, torch.where(is_redrawn, torch.randint(10, (rows,)), y)
 
 
 def mlp() -> Work:
     X, y = templates(20_000)
     return Work(
-        X.flatten(1), y, mlp_net, cross_entropy, class_accuracy, 1e-3, 128, 0, 1, 3, tolerance=0.14
+        X.flatten(1),
+        y,
+        mlp_net,
+        cross_entropy,
+        class_accuracy,
+        lr=1e-3,
+        batch_size=128,
+        workers=0,
+        warm=1,
+        epochs=3,
+        tolerance=0.14,
     )
 
 
 def conv() -> Work:
     X, y = templates(4_000)
-    return Work(X, y, conv_net, cross_entropy, class_accuracy, 1e-3, 64, 0, 1, 5, tolerance=0.06)
+    return Work(
+        X,
+        y,
+        conv_net,
+        cross_entropy,
+        class_accuracy,
+        lr=1e-3,
+        batch_size=64,
+        workers=0,
+        warm=1,
+        epochs=5,
+        tolerance=0.06,
+    )
 
 
-# --- predict ----------------------------------------------------------------------------------------------------------
+# --- predict ---
 
 
 def predict_net(base: type) -> type:
     class Scores(base):
         def __init__(self):
             super().__init__()
-            self.fc1, self.fc2 = nn.Linear(20, 64), nn.Linear(64, 1)
+            self.fc1 = nn.Linear(20, 64)
+            self.fc2 = nn.Linear(64, 1)
 
         def forward(self, x):
             return self.fc2(torch.relu(self.fc1(x)))
@@ -228,11 +257,11 @@ def predict() -> Work:
         predict_net,
         cross_entropy,
         class_accuracy,
-        0.0,
-        1000,
-        0,
-        1,
-        2,
+        lr=0.0,
+        batch_size=1000,
+        workers=0,
+        warm=1,
+        epochs=2,
         tolerance=1e-5,
     )
 

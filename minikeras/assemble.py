@@ -691,12 +691,12 @@ def checked_network(net: nn.Module) -> nn.Module:
 
 def explained_call(method: Callable[P, R]) -> Callable[P, R]:
     """Let a method raise a TypeError that teaches, if a call does not fit its signature."""
-    return _explained(method, "lesson_of_call")
+    return _explained(method, "explain_call")
 
 
 def explained_constructor(method: Callable[P, R]) -> Callable[P, R]:
     """Let `Model.__init__` refuse what `compile` takes, and say so."""
-    return _explained(method, "lesson_of_constructor")
+    return _explained(method, "explain_constructor")
 
 
 def _explained(method: Callable[P, R], lesson: str) -> Callable[P, R]:

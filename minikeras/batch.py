@@ -1,4 +1,4 @@
-"""From a batch to what the step takes, on its device."""
+"""Take a batch apart, move it to the device, and call a module with its features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAIRS = (tuple, list)
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
-    """(features, labels, sample_weight) of a batch; what it does not have is None."""
+    """Split a batch into (features, labels, sample_weight); missing parts are None."""
     if type(batch) in PAIRS and len(batch) == 2:  # most are
         return batch[0], batch[1], None
     if not isinstance(batch, (tuple, list)) or can_move(batch):
@@ -27,14 +27,15 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     if not 1 <= len(batch) <= 3:
         raise ValueError(
             f"a batch has {len(batch)} parts: {described(batch)}; expected (features, labels) or "
-            f"(features, labels, sample_weight). Put several inputs into a tuple of their own: ((a, b), labels)."
+            "(features, labels, sample_weight). Put several inputs into a tuple of their own: "
+            "((a, b), labels)."
         )
     features, labels, sample_weight = (*batch, None, None)[:3]
     return features, labels, sample_weight
 
 
 def move_to_device(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
-    """(features, labels, sample_weight) of a batch, on the device."""
+    """Split a batch into (features, labels, sample_weight) and move them to the device."""
     features, labels, weight = unpack(batch)
     return (
         to_device(features, device),
@@ -44,23 +45,23 @@ def move_to_device(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
 
 
 def to_device(nest: Any, device: torch.device) -> Any:
-    """A nest with everything that can move on the device; NumPy arrays in it become tensors."""
+    """Move everything in a nest that has `to` to the device; NumPy arrays become tensors."""
     if type(nest) is Tensor:
         return nest.to(device)
 
-    def moved(leaf: Any) -> Any:
-        leaf = (
-            as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc" else leaf
-        )
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
+            leaf = as_tensor(leaf)
         return leaf.to(device) if can_move(leaf) else leaf
 
-    return map_leaves(moved, nest)
+    return map_leaves(move, nest)
 
 
 def call_with(module: nn.Module, features: Any) -> Any:
-    """`module` called with a batch's features.
+    """Call `module` with a batch's features.
 
-    Whole when its forward takes one argument; unpacked when it takes several, by name when they are a mapping.
+    They are passed whole if its forward takes one argument, unpacked if it takes several, and by
+    name if it takes several and they are a mapping.
     """
     how = manner(module, features)
     if how == "whole":
@@ -69,73 +70,90 @@ def call_with(module: nn.Module, features: Any) -> Any:
 
 
 def manner(module: nn.Module, features: Any) -> str:
-    """How a module is to be called with features such as these: "whole", "unpacked" or "by name"."""
+    """Tell how to call a module with such features: "whole", "unpacked" or "by name"."""
     if isinstance(features, Mapping):
-        return "by name" if _takes(module, tuple(features.keys())) else "whole"
-    if isinstance(features, (tuple, list)) and not can_move(features) and _takes(module, None):
+        return "by name" if _takes_several(module, tuple(features.keys())) else "whole"
+    if (
+        isinstance(features, (tuple, list))
+        and not can_move(features)
+        and _takes_several(module, None)
+    ):
         return "unpacked"
     return "whole"
 
 
 def call_as(how: str, module: nn.Module, features: Any) -> Any:
-    """`module` called with features whole, unpacked or by name."""
+    """Call `module` with features whole, unpacked or by name, as `manner` tells."""
     if how == "whole":
         return module(features)
-    return module(**features) if how == "by name" else module(*features)
+    if how == "by name":
+        return module(**features)
+    return module(*features)
 
 
-def _takes(module: nn.Module, names: tuple[str, ...] | None) -> bool:
-    """Whether forward takes several arguments, those of these `names` where given.
+def _takes_several(module: nn.Module, names: tuple[str, ...] | None) -> bool:
+    """Tell whether forward takes several arguments; with `names`, arguments of these names.
 
-    A wrapper's forward(*args, **kwargs) is judged by what it wraps.
+    A wrapper's forward(*args, **kwargs) is judged by the module that it wraps.
     """
     function = getattr(module.forward, "__func__", module.forward)
-    several, passes_on = _arguments(function, function is not module.forward, names)
+    several, passes_on = _inspect(function, function is not module.forward, names)
     inner = list(module.children())
-    return _takes(inner[0], names) if passes_on and len(inner) == 1 else several
+    if passes_on and len(inner) == 1:
+        return _takes_several(inner[0], names)
+    return several
 
 
 @lru_cache(maxsize=256)
-def _arguments(
-    function: Callable[..., Any], bound: bool, names: tuple[str, ...] | None
+def _inspect(
+    function: Callable[..., Any], is_bound: bool, names: tuple[str, ...] | None
 ) -> tuple[bool, bool]:
-    """Whether a function takes several arguments (of these names), and whether it names none itself."""
+    """Tell whether a function takes several arguments, and whether it has no named ones.
+
+    With `names`, whether it takes arguments of these names.
+    """
     signature = inspect.signature(function)
-    kinds = [parameter.kind for parameter in signature.parameters.values()][int(bound) :]
-    named = sum(
-        kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        for kind in kinds
-    )
-    star = inspect.Parameter.VAR_POSITIONAL in kinds
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if is_bound:
+        kinds = kinds[1:]
+    named = 0
+    for kind in kinds:
+        if kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            named += 1
+    has_star = inspect.Parameter.VAR_POSITIONAL in kinds
+    passes_on = has_star and not named
     if names is None:
-        return star or named > 1, star and not named
+        return has_star or named > 1, passes_on
+    arguments = [None] if is_bound else []  # None stands for self
     try:
-        signature.bind(*[None] * bound, **dict.fromkeys(names))
+        signature.bind(*arguments, **dict.fromkeys(names))
     except TypeError:
-        return False, star and not named
-    return named != 1 or len(kinds) > 1, star and not named
+        return False, passes_on
+    return named != 1 or len(kinds) > 1, passes_on
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best there is: the accelerator (CUDA, XPU, MPS, ...) where one works, else the CPU.
+    """Return the requested device; without one, the accelerator (CUDA, XPU, MPS, ...) or the CPU.
 
     Raises:
-        ValueError: the device is not there; the message names the ones that are.
+        ValueError: the device is not available; the message lists the available ones.
     """
-    # current_accelerator() alone answers "cuda" on a CUDA build of torch even where there is no GPU
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # On a CUDA build of torch, current_accelerator() alone returns "cuda" even without a GPU:
+    # https://github.com/pytorch/pytorch/pull/146098
+    accelerator = None
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
     if device is None:
-        return best or torch.device("cpu")
+        return accelerator or torch.device("cpu")
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        there = ["cpu"] + [
-            f"{best.type}:{i}"
-            for i in range(torch.accelerator.device_count() if best else 0)
-            if best
-        ]
+        available = ["cpu"]
+        if accelerator:
+            for index in range(torch.accelerator.device_count()):
+                available.append(f"{accelerator.type}:{index}")
         raise ValueError(
-            f"device {str(device)!r} is not there; expected one of {', '.join(there)}."
+            f"device {str(device)!r} is not there; expected one of {', '.join(available)}."
         ) from error
     return chosen

@@ -10,7 +10,7 @@ COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wra
 
 
 def hide_compiled_names(model: nn.Module) -> None:
-    """Save and load the state_dict of `Model(torch.compile(net))` under the names of `Model(net)`."""
+    """Let `Model(torch.compile(net))` save and load under the names of `Model(net)`."""
     model.register_state_dict_post_hook(_drop_compiled_names)
     model.register_load_state_dict_pre_hook(_add_compiled_names)
 
@@ -18,15 +18,18 @@ def hide_compiled_names(model: nn.Module) -> None:
 def _drop_compiled_names(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
-    for name in [name for name in state if name.startswith(prefix) and COMPILED in name]:
-        state[name.replace(COMPILED, "")] = state.pop(name)
+    """Remove torch.compile's names from a state_dict that is being saved."""
+    for name in list(state):
+        if name.startswith(prefix) and COMPILED in name:
+            state[name.replace(COMPILED, "")] = state.pop(name)
 
 
 def _add_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Add torch.compile's names to a state_dict that is being loaded."""
     for wrapper, _ in module.named_modules(prefix=prefix.rstrip(".")):
-        if f"{wrapper}.".endswith("." + COMPILED):
-            outer = wrapper[: -len(COMPILED)] + "."
-            for name in [
-                name for name in state if name.startswith(outer) and not name.startswith(wrapper)
-            ]:
+        if not f"{wrapper}.".endswith("." + COMPILED):
+            continue
+        outer = wrapper[: -len(COMPILED)] + "."
+        for name in list(state):
+            if name.startswith(outer) and not name.startswith(wrapper):
                 state[wrapper + name[len(outer) - 1 :]] = state.pop(name)

@@ -1,4 +1,7 @@
-"""Nests: what a batch may be made of, a tensor, or tuples, named tuples, lists, mappings and dataclasses of nests."""
+"""Nests: what a batch may be made of.
+
+A nest is a leaf, such as a tensor, or a tuple, named tuple, list, mapping or dataclass of nests.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """A container's parts, and the function that builds the like of it from other parts; None for a leaf.
+    """Return a container's parts, and the function that rebuilds it from other parts.
 
-    What moves as one is a leaf, unless one looks `inside`.
+    Return None for a leaf. A container with a method `to` is a leaf too, unless `inside` is True.
     """
     if isinstance(nest, (Tensor, PackedSequence)) or (not inside and can_move(nest)):
         return None
     if isinstance(nest, Mapping):
-        return list(nest.values()), lambda values: _like_mapping(nest, values)
+        return list(nest.values()), lambda values: _rebuild_mapping(nest, values)
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
         return list(nest), lambda values: type(nest)(*values)
     if isinstance(nest, (tuple, list)):
@@ -35,13 +38,13 @@ def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[An
     return None
 
 
-PLAIN = (tuple, list, dict)  # have no method `to`: most batches are made of them
+PLAIN = (tuple, list, dict)  # have no method `to`; most batches are made of them
 
 
 def can_move(value: Any) -> bool:
-    """Whether a value has a method `to`, as tensors and a tokenizer's batches have.
+    """Tell whether a value has a method `to`, as tensors and a tokenizer's batches have.
 
-    It is looked for in the type: a dict with attributes for its keys answers to any name.
+    The type is asked first: a dict with attributes for its keys may answer to any name.
     """
     kind = type(value)
     if kind in PLAIN:
@@ -56,53 +59,60 @@ def can_move(value: Any) -> bool:
         return False
 
 
-def _like_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, Any]:
+def _rebuild_mapping(nest: Mapping[Any, Any], values: list[Any]) -> Mapping[Any, Any]:
+    """Build a mapping of the same type with other values."""
     pairs = dict(zip(nest.keys(), values, strict=True))  # iterating a TensorDict gives its rows
     if type(nest) is dict or not isinstance(nest, MutableMapping):
         return pairs
-    if dataclasses.is_dataclass(nest) and any(
-        value is None and nest[key] is not None for key, value in pairs.items()
-    ):
-        return type(nest)(**pairs)  # a model's own output class, which has no key for what is None
-    # A defaultdict or a model's own output class has more to it than its items. A copy of another kind may have the
-    # very dict inside that this one has; of a deep one the values, known by their ids, are left as they are.
-    own = isinstance(nest, (dict, UserDict))
-    twin = (
-        copy.copy(nest)
-        if own
-        else copy.deepcopy(nest, {id(value): value for value in nest.values()})
-    )
+    if dataclasses.is_dataclass(nest):
+        # An output class of transformers has no key for what is None.
+        for key, value in pairs.items():
+            if value is None and nest[key] is not None:
+                return type(nest)(**pairs)
+    # A defaultdict or a model's output class has more to it than its items, so it is copied.
+    twin: MutableMapping[Any, Any]
+    if isinstance(nest, (dict, UserDict)):
+        twin = copy.copy(nest)
+    else:
+        # A shallow copy might share its inner dict with the original. A deep copy that already
+        # knows the values by their ids leaves them as they are.
+        twin = copy.deepcopy(nest, {id(value): value for value in nest.values()})
     for key, value in pairs.items():
         twin[key] = value
     return twin
 
 
 def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
-    """The same nest with `function` applied to everything in it that is not a container.
+    """Apply `function` to every leaf of a nest and return a nest of the results.
 
     >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2), "b": [3]})
     {'a': (2, 3), 'b': [4]}
     """
-    found = parts(nest)
-    if found is None:
+    container = parts(nest)
+    if container is None:
         return function(nest)
-    inner, build = found
+    inner, build = container
     return build([map_leaves(function, part) for part in inner])
 
 
 def cloned(leaf: Any) -> Any:
-    """A tensor in memory of its own, since a layer or a metric may work in place; anything else as it is."""
+    """Clone a tensor, since a layer or a metric may work in place; return anything else."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def leaves(nest: Any, inside: bool = False) -> list[Any]:
-    """Everything in a nest that is not a container, in order; `inside` containers that move as one as well.
+    """List the leaves of a nest in order; with `inside`, also those of containers that have `to`.
 
     >>> leaves({"a": (1, 2), "b": [3]})
     [1, 2, 3]
     """
-    found = parts(nest, inside)
-    return [nest] if found is None else [leaf for part in found[0] for leaf in leaves(part, inside)]
+    container = parts(nest, inside)
+    if container is None:
+        return [nest]
+    found = []
+    for part in container[0]:
+        found += leaves(part, inside)
+    return found
 
 
 def widen(leaf: Any) -> Any:

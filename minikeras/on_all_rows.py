@@ -1,7 +1,8 @@
-"""`OnAllRows`: a function that is called once, on the outputs and labels of all rows of a pass.
+"""`OnAllRows`: a metric whose function is called once, on the outputs and labels of a whole pass.
 
 each batch            update: outputs and labels are copied to the CPU
-the end of the pass   compute: the batches are joined, turned into NumPy arrays, and given to the function
+the end of the pass   compute: the batches are joined, converted to NumPy arrays, and passed to the
+                      function
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from minikeras.processes import OneProcess
 class OnAllRows:
     """A metric of `metrics_dict` that is computed once, from all rows, at the end of each pass.
 
-    For a value that is no mean over rows: R2, RMSE, F1, the area under a curve, and any other score
-    of scikit-learn. The value does not depend on the batch size.
+    Use it for a value that is not a mean over rows: R2, RMSE, F1, the area under a curve, or any
+    other score of scikit-learn. The value does not depend on the batch size.
 
-    The outputs and labels of all batches stay in CPU memory until the pass ends (with several
-    processes, those of all processes are then brought to the first, which calls the function), and
-    `fit(checkpoint=...)` writes them within an epoch. On an accelerator the copy of each batch waits
-    for the device.
+    The outputs and labels of all batches stay in CPU memory until the pass ends. With several
+    processes, those of all processes are then sent to process 0, which calls the function.
+    `fit(checkpoint=...)` saves them within an epoch. On an accelerator, the copy of each batch
+    waits for the device.
 
     Args:
-        function: takes `(y_pred, y_true)`, in this order, the outputs and labels of all rows as
-            NumPy arrays (float32 if they were of half precision) in the structure that the model
-            and the data have. It gives a number; a dict, list or array of numbers is a column for
-            each.
+        function: takes `(y_pred, y_true)`, in this order: the outputs and labels of all rows, as
+            NumPy arrays (float32 if they had half precision) in the same structure as those of the
+            model and the data. It returns a number; or a dict, list or array of numbers, which
+            become one column each.
 
     Raises:
-        TypeError: `function` is something else, or takes the labels first as those of scikit-learn.
+        TypeError: `function` is no function, or takes the labels first like those of scikit-learn.
 
     >>> import minikeras, torch
     >>> from torch import nn
@@ -57,34 +58,35 @@ class OnAllRows:
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         _check_function(function)
         self.function = function
-        self._template: Any = None  # of (outputs, labels), as they came in last
+        self._template: Any = None  # the structure of (outputs, labels) in the last batch
         self.reset()
 
     def reset(self) -> None:
         """Forget all rows."""
-        self._batches: list[Any] = []  # (outputs, labels) of each batch in plain containers
+        self._batches: list[Any] = []  # (outputs, labels) of each batch, in plain containers
 
     def update(self, y_pred: Any, y_true: Any) -> None:
         """Keep a batch: copy the outputs `y_pred` and the labels `y_true` to the CPU."""
         batch = (y_pred, y_true)
-        kept = _plain_nest(batch)
+        plain_batch = _to_plain(batch)
         if self._batches:
-            _check_like(kept, self._batches[0])
+            _check_like(plain_batch, self._batches[0])
         self._template = map_leaves(lambda leaf: None, batch)
-        self._batches.append(kept)
+        self._batches.append(plain_batch)
 
     def compute(self) -> Any:
-        """Give the function's answer on all rows."""
+        """Return the function's value on all rows."""
         return self._call(self._batches)
 
     def _call(self, batches: list[Any]) -> Any:
+        """Call the function on the rows of these batches."""
         if not batches:
             raise ValueError("OnAllRows has seen no rows. Call update before compute.")
-        joined = _joined(batches)
-        if self._template is None:  # resumed after an epoch's last batch
-            y_pred, y_true = _named(joined)
+        joined = _join(batches)
+        if self._template is None:  # resumed after the last batch of an epoch
+            y_pred, y_true = _add_attributes(joined)
         else:
-            y_pred, y_true = _rebuilt(self._template, joined)
+            y_pred, y_true = _rebuild(self._template, joined)
         try:
             return self.function(y_pred, y_true)
         except Exception as error:
@@ -93,15 +95,15 @@ class OnAllRows:
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the rows kept so far, for a checkpoint."""
+        """Return the rows collected so far, for a checkpoint."""
         return {"batches": list(self._batches)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the rows in a `state` of `state_dict`."""
-        self._batches = [_plain_nest(batch) for batch in state["batches"]]
+        """Continue with the rows in a `state` of `state_dict`."""
+        self._batches = [_to_plain(batch) for batch in state["batches"]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnAllRows:
-        """Copy the rows and share the function, which may hold a model or a table."""
+        """Copy the rows and share the function, which may contain a model or a table."""
         other = OnAllRows(self.function)
         other.load_state_dict(self.state_dict())
         other._template = self._template
@@ -111,10 +113,10 @@ class OnAllRows:
 def compute_on_all_processes(
     metric: OnAllRows, world: OneProcess, read: Callable[[Any], dict[str, float]]
 ) -> dict[str, float]:
-    """Give `read(answer)` of the answer of `metric` on the rows of all processes.
+    """Compute `metric` on the rows of all processes, and return its value as `read` converts it.
 
-    All processes of `world` call it at the same place. The rows are in the order of the steps
-    and, within a step, of the processes: for data that is not shuffled the order of one process.
+    All processes of `world` call it at the same point. Rows are ordered by step and, within a step,
+    by process: for data that is not shuffled, as on one process.
     """
     gathered = world.gather(metric._batches, everywhere=False)
     columns: dict[str, float] | None = None
@@ -122,8 +124,11 @@ def compute_on_all_processes(
     failure: Exception | None = None
     if gathered is not None:
         try:
-            steps = zip_longest(*gathered)  # the last step may have no rows for some
-            batches = [batch for step in steps for batch in step if batch is not None]
+            batches = []
+            for step in zip_longest(*gathered):
+                for batch in step:
+                    if batch is not None:  # some processes may have no rows in the last step
+                        batches.append(batch)
             columns = read(metric._call(batches))
         except Exception as error:
             failure = error
@@ -139,6 +144,7 @@ def compute_on_all_processes(
 
 
 def _check_function(function: Any) -> None:
+    """Check that this is a function that takes the outputs first."""
     if isinstance(function, type) or not callable(function):
         got = repr(function)
         if isinstance(function, type):
@@ -149,8 +155,8 @@ def _check_function(function: Any) -> None:
         )
     if callable(getattr(function, "update", None)) and callable(getattr(function, "compute", None)):
         raise TypeError(
-            f"OnAllRows takes a function, got a {type(function).__name__}, an object with update and "
-            f"compute, which sees all rows by itself. Put it into metrics_dict as it is."
+            f"OnAllRows takes a function, got a {type(function).__name__}, an object with update "
+            "and compute, which sees all rows by itself. Put it into metrics_dict as it is."
         )
     try:
         names = list(inspect.signature(function).parameters)
@@ -159,24 +165,26 @@ def _check_function(function: Any) -> None:
     if names[:1] == ["y_true"]:
         name = getattr(function, "__name__", "function")
         raise TypeError(
-            f"{name} takes y_true first, as functions of scikit-learn do, and minikeras calls a metric "
-            f"with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: {name}(y_true, y_pred))."
+            f"{name} takes y_true first, as functions of scikit-learn do, and minikeras calls a "
+            f"metric with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: {name}(y_true, "
+            "y_pred))."
         )
 
 
-# --- batches ------------------------------------------------------------------------------------
+# --- batches ---
 
 
-def _plain_nest(nest: Any) -> Any:
-    """A nest in dicts, lists and tuples, which a file can hold; its tensors in CPU memory of their own."""
+def _to_plain(nest: Any) -> Any:
+    """Copy a nest into dicts, lists and tuples, which a file can hold, and tensors to the CPU."""
     if isinstance(nest, Tensor):
-        # NumPy has no bfloat16
-        dtype = torch.float32 if nest.dtype in (torch.bfloat16, torch.float16) else nest.dtype
+        dtype = nest.dtype
+        if dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16
+            dtype = torch.float32
         return nest.detach().to("cpu", dtype, copy=True)
-    found = parts(nest, inside=True)
-    if found is None:
+    container = parts(nest, inside=True)
+    if container is None:
         return nest
-    inner = [_plain_nest(part) for part in found[0]]
+    inner = [_to_plain(part) for part in container[0]]
     if isinstance(nest, Mapping):
         return dict(zip(nest, inner, strict=True))
     if hasattr(nest, "_fields"):
@@ -188,54 +196,66 @@ def _plain_nest(nest: Any) -> Any:
 
 
 def _check_like(batch: Any, first: Any) -> None:
-    """Refuse, when it comes, a batch whose rows cannot be joined to those of the first."""
-    if _row_shapes(batch) != _row_shapes(first):
+    """Refuse a batch whose rows cannot be joined to those of the first batch."""
+    if _get_row_shapes(batch) != _get_row_shapes(first):
         raise ValueError(
-            f"OnAllRows joins the rows of all batches, and this batch is {described(batch)}, but the "
-            f"first was {described(first)}. Pad the rows of outputs and labels to one shape."
+            f"OnAllRows joins the rows of all batches, and this batch is {described(batch)}, but "
+            f"the first was {described(first)}. Pad the rows of outputs and labels to one shape."
         )
 
 
-def _row_shapes(nest: Any) -> Any:
+def _get_row_shapes(nest: Any) -> Any:
+    """Return the shape of a row of each tensor, in the structure of the nest."""
     if isinstance(nest, Tensor):
         return tuple(nest.shape[1:])
     if isinstance(nest, Mapping):
-        return {key: _row_shapes(part) for key, part in nest.items()}
+        return {key: _get_row_shapes(part) for key, part in nest.items()}
     if isinstance(nest, tuple):
-        return [_row_shapes(part) for part in nest]
-    return None  # a list may hold the rows themselves
+        return [_get_row_shapes(part) for part in nest]
+    return None  # the items of a list may be the rows themselves
 
 
 class _Rows(list[Any]):
     """A list with an item for each row."""
 
 
-def _joined(pieces: list[Any]) -> Any:
-    """The same part of each batch as one, with arrays in place of tensors."""
+def _join(pieces: list[Any]) -> Any:
+    """Join the same part of each batch along the rows, with arrays in place of tensors."""
     first = pieces[0]
     if isinstance(first, Tensor):
-        return (torch.cat(pieces) if first.ndim else torch.stack(pieces)).numpy()
+        joined = torch.cat(pieces) if first.ndim else torch.stack(pieces)
+        return joined.numpy()
     if isinstance(first, Mapping):
-        return {key: _joined([piece[key] for piece in pieces]) for key in first}
+        joined_parts = {}
+        for key in first:
+            joined_parts[key] = _join([piece[key] for piece in pieces])
+        return joined_parts
     if isinstance(first, tuple):
-        return tuple(_joined(list(same)) for same in zip(*pieces, strict=True))
+        return tuple(_join(list(same)) for same in zip(*pieces, strict=True))
     if isinstance(first, list):
-        if _is_row_list(pieces):
-            return _Rows(map_leaves(_array, item) for piece in pieces for item in piece)
-        return [_joined(list(same)) for same in zip(*pieces, strict=True)]
+        if _has_items_by_row(pieces):
+            rows = _Rows()
+            for piece in pieces:
+                for item in piece:
+                    rows.append(map_leaves(_to_array, item))
+            return rows
+        return [_join(list(same)) for same in zip(*pieces, strict=True)]
     return None if first is None else pieces
 
 
-def _is_row_list(pieces: list[Any]) -> bool:
-    """Whether lists have an item for each row, and not a column of all rows as each item."""
+def _has_items_by_row(pieces: list[Any]) -> bool:
+    """Tell whether lists have an item for each row, and not a column of all rows as each item."""
     if len({len(piece) for piece in pieces}) > 1:
         return True
     for piece in pieces:
-        tensors = [leaf for item in piece for leaf in leaves(item) if isinstance(leaf, Tensor)]
-        columns = [tensor for tensor in tensors if tensor.ndim]
-        if not columns or any(isinstance(item, Mapping) for item in piece):
+        if any(isinstance(item, Mapping) for item in piece):
             return True
-        if len({len(column) for column in columns}) > 1:
+        lengths = []
+        for item in piece:
+            for leaf in leaves(item):
+                if isinstance(leaf, Tensor) and leaf.ndim:
+                    lengths.append(len(leaf))
+        if len(set(lengths)) != 1:
             return True
     for same in zip(*pieces, strict=True):
         if len({item.shape[1:] for item in same if isinstance(item, Tensor)}) > 1:
@@ -243,21 +263,22 @@ def _is_row_list(pieces: list[Any]) -> bool:
     return False
 
 
-def _array(leaf: Any) -> Any:
+def _to_array(leaf: Any) -> Any:
+    """Convert a tensor to a NumPy array; return anything else as it is."""
     return leaf.numpy() if isinstance(leaf, Tensor) else leaf
 
 
-def _rebuilt(template: Any, joined: Any) -> Any:
-    """What was joined in the containers that the batches had."""
-    found = parts(template, inside=True)
-    if found is None or isinstance(joined, _Rows):
+def _rebuild(template: Any, joined: Any) -> Any:
+    """Put what was joined into the containers that the batches had."""
+    container = parts(template, inside=True)
+    if container is None or isinstance(joined, _Rows):
         return joined
-    inner, build = found
+    inner, build = container
     values = list(joined.values()) if isinstance(joined, Mapping) else joined
-    return build([_rebuilt(part, value) for part, value in zip(inner, values, strict=True)])
+    return build([_rebuild(part, value) for part, value in zip(inner, values, strict=True)])
 
 
-class _Named(dict[Any, Any]):
+class _AttributeDict(dict[Any, Any]):
     """A dict whose items are attributes too, in place of a class that a file cannot hold."""
 
     def __getattr__(self, name: str) -> Any:
@@ -267,9 +288,10 @@ class _Named(dict[Any, Any]):
             raise AttributeError(name) from None
 
 
-def _named(nest: Any) -> Any:
+def _add_attributes(nest: Any) -> Any:
+    """Let the items of dicts in a nest be read as attributes."""
     if isinstance(nest, Mapping):
-        return _Named((key, _named(part)) for key, part in nest.items())
+        return _AttributeDict({key: _add_attributes(part) for key, part in nest.items()})
     if type(nest) in (tuple, list):
-        return type(nest)(map(_named, nest))
+        return type(nest)(_add_attributes(part) for part in nest)
     return nest

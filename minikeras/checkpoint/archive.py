@@ -1,9 +1,9 @@
-"""Look at a file of torch.save before anything in it is made: what it asks for must be in it.
+"""Validate a file of torch.save before it is loaded: it may ask only for what it contains.
 
 check_entries   the zip file: no compressed entry, no byte in two entries, every checksum
-check_program   the pickle, read as text and never run: no call that takes memory, each storage within its bytes, each
-                tensor within its storage, no nest that a short file unfolds into a long one
-check_values    what torch.load then made: no circle, no deep nest, no tensor without data
+check_program   the pickle, parsed and never run: no call that takes memory, each storage within its
+                bytes, each tensor within its storage, no small file that unfolds into a huge nest
+check_values    what torch.load returned: no cycle, no deep nest, no tensor without data
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FOLDER = 0x10  # the bit of a zip entry's attributes
+FOLDER = 0x10  # the bit of a zip entry's attributes that marks a folder
 DEEPEST = 100  # levels of a nest
-MOST_PLACES = 100_000  # of a nest, more in a larger file
-MOST_BYTES = (
-    2**26
-)  # that tensors may take beyond the file's own size: views that repeat their elements
+MOST_PLACES = 100_000  # values in a nest, plus one for each byte of the file
+# bytes that copies of all tensors may take beyond the file's size: views may repeat their elements
+MOST_BYTES = 2**26
 LONGEST_NUMBER = 128  # bytes of a whole number
+# bytes of an element, by the name of the storage's class
 ITEM_SIZES = {
     "Double": 8,
     "Float": 4,
@@ -48,81 +48,81 @@ ITEM_SIZES = {
 
 
 class ArchiveError(Exception):
-    """What is wrong with a file, as the end of a sentence about it."""
+    """What is wrong with a file: the end of a sentence that starts with its path."""
 
 
-# --- the zip file -----------------------------------------------------------------------------------------------------
+# --- the zip file ---
 
 
 def check_entries(archive: zipfile.ZipFile, size: int) -> None:
-    """Check that a zip file of so many bytes holds what it lists, byte by byte.
+    """Check that a zip file of `size` bytes contains what it lists, with every checksum.
 
     Raises:
         ArchiveError: it does not.
     """
     entries = archive.infolist()
-    names = [entry.filename for entry in entries]
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise ArchiveError(
                 f"is damaged in {entry.filename}: it is compressed, which torch.save does not do"
             )
-        if (
-            entry.external_attr & FOLDER
-        ):  # torch.load takes what memory holds for a folder's content
+        # torch.load would return uninitialized memory as the content of a folder.
+        if entry.external_attr & FOLDER:
             raise ArchiveError(f"is damaged in {entry.filename}")
-    if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) > 1:
+    names = {entry.filename for entry in entries}
+    folders = {name.partition("/")[0] for name in names}
+    if len(names) < len(entries) or len(folders) > 1:
         raise ArchiveError("is damaged: its entries have not one name each in one folder")
     if sum(entry.file_size for entry in entries) > size:
         raise ArchiveError("is damaged: its entries have more bytes than the file")
-    part = archive.testzip()  # torch.load takes a flipped bit in a tensor for a number
-    if part is not None:
-        raise ArchiveError(f"is damaged in {part}")
+    damaged = archive.testzip()  # torch.load does not notice a flipped bit in a tensor
+    if damaged is not None:
+        raise ArchiveError(f"is damaged in {damaged}")
 
 
-# --- the pickle -------------------------------------------------------------------------------------------------------
+# --- the pickle ---
 
 
 @dataclass(frozen=True)
 class Name:
-    """A global of the pickle: module and name."""
+    """A global that the pickle names: module and name."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes of one entry, as the pickle claims them."""
+    """A storage that the pickle asks for: the bytes of one entry."""
 
     numel: int
     item_size: int
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a call gives, by the name of what is called."""
+class Result:
+    """What a call returns: all that is known is the name of what is called."""
 
-    by: str
+    function: str
 
 
 @dataclass(frozen=True)
 class Items:
-    """A tuple, with the number of places in it and below it; it may be a key of a dict, which is hashed."""
+    """A tuple, with the number of values in it and below it. As the key of a dict it is hashed."""
 
     items: tuple[Any, ...]
     places: int
     depth: int
 
 
-OTHER = Made("a container")
-MARK = object()
+CONTAINER = Result("a container")  # any list, dict or set
+MARK = object()  # the pickle's mark on the stack
 
 
 def check_program(archive: zipfile.ZipFile) -> None:
     """Check the pickle of a file of torch.save without running it.
 
     Raises:
-        ArchiveError: it asks for more than the file holds, or for what no state needs.
+        ArchiveError: it asks for more than the file contains, or for what no state needs.
     """
     entries = {entry.filename: entry.file_size for entry in archive.infolist()}
     root = next(iter(entries), "").partition("/")[0]
@@ -131,20 +131,21 @@ def check_program(archive: zipfile.ZipFile) -> None:
     memo: dict[int, Any] = {}
     try:
         for opcode, argument, _ in pickletools.genops(io.BytesIO(program)):
-            _take(opcode.name, argument, stack, memo, entries, root, len(program))
+            _follow(opcode.name, argument, stack, memo, entries, root, len(program))
     except (IndexError, KeyError, ValueError, TypeError, OverflowError) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise ArchiveError(f"is damaged in {root}/data.pkl: {first}") from error
 
 
+# names of the pickle's instructions
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
-GIVEN = ("BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1")
+LITERALS = ("BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1")
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-TAKEN = {"APPEND": 1, "SETITEM": 2}
+POPPED = {"APPEND": 1, "SETITEM": 2}
 
 
-def _take(
+def _follow(
     name: str,
     argument: Any,
     stack: list[Any],
@@ -153,12 +154,15 @@ def _take(
     root: str,
     size: int,
 ) -> None:
-    """Follow one instruction; those that torch.load does not know are left to its own error."""
+    """Follow one instruction on the stack, without calling anything.
+
+    For an instruction that torch.load does not know, torch.load raises the error.
+    """
     if name in CONSTANTS:
         stack.append(CONSTANTS[name])
     elif name in EMPTY:
-        stack.append(OTHER)
-    elif name in GIVEN:
+        stack.append(CONTAINER)
+    elif name in LITERALS:
         if name == "LONG1" and argument.bit_length() > 8 * LONGEST_NUMBER:
             raise ArchiveError(f"holds a whole number of more than {LONGEST_NUMBER} bytes")
         stack.append(argument)
@@ -167,14 +171,14 @@ def _take(
     elif name == "MARK":
         stack.append(MARK)
     elif name == "EMPTY_TUPLE":
-        stack.append(_tuple((), size))
+        stack.append(_build_tuple((), size))
     elif name in TUPLES:
         items = _pop(stack, TUPLES[name])
-        stack.append(_tuple(items, size))
+        stack.append(_build_tuple(items, size))
     elif name == "TUPLE":
-        stack.append(_tuple(_pop_to_mark(stack), size))
-    elif name in TAKEN:
-        _pop(stack, TAKEN[name])
+        stack.append(_build_tuple(_pop_to_mark(stack), size))
+    elif name in POPPED:
+        _pop(stack, POPPED[name])
     elif name in ("APPENDS", "SETITEMS"):
         _pop_to_mark(stack)
     elif name in ("BINPUT", "LONG_BINPUT"):
@@ -182,16 +186,17 @@ def _take(
     elif name in ("BINGET", "LONG_BINGET"):
         stack.append(memo[argument])
     elif name == "BINPERSID":
-        stack.append(_storage(stack.pop(), entries, root))
+        stack.append(_check_storage(stack.pop(), entries, root))
     elif name in ("REDUCE", "NEWOBJ"):
-        called, arguments = _pop(stack, 2)
-        stack.append(_called(called, arguments))
+        function, arguments = _pop(stack, 2)
+        stack.append(_check_call(function, arguments))
     elif name == "BUILD":
         stack.pop()
         _check_build(stack[-1])
 
 
 def _pop(stack: list[Any], count: int) -> tuple[Any, ...]:
+    """Remove and return the last values of the stack."""
     if count > len(stack) or any(item is MARK for item in stack[-count:]):
         raise ValueError("an instruction without its values")
     items = tuple(stack[-count:])
@@ -200,15 +205,20 @@ def _pop(stack: list[Any], count: int) -> tuple[Any, ...]:
 
 
 def _pop_to_mark(stack: list[Any]) -> tuple[Any, ...]:
+    """Remove and return the values after the last mark, and remove the mark."""
     items = []
     while (item := stack.pop()) is not MARK:
         items.append(item)
     return tuple(reversed(items))
 
 
-def _tuple(items: tuple[Any, ...], size: int) -> Items:
-    """A tuple; a hash looks at each place in it again, and at each level in one of C's frames."""
-    places = depth = 1
+def _build_tuple(items: tuple[Any, ...], size: int) -> Items:
+    """Build a tuple and check its size and depth.
+
+    Hashing a tuple visits each value in it again, and takes a C stack frame for each level.
+    """
+    places = 1
+    depth = 1
     for item in items:
         if isinstance(item, Items):
             places += item.places
@@ -220,12 +230,14 @@ def _tuple(items: tuple[Any, ...], size: int) -> Items:
     return Items(items, places, depth)
 
 
-def _storage(identity: Any, entries: dict[str, int], root: str) -> Storage:
-    """The storage that the pickle asks for: it must be in the file."""
+def _check_storage(identity: Any, entries: dict[str, int], root: str) -> Storage:
+    """Check that a storage that the pickle asks for is in the file, and return it."""
     if not isinstance(identity, Items) or len(identity.items) < 5:
         raise ValueError("a storage without a name")
     _, kind, key, _, numel = identity.items[:5]
-    name = kind.text.rpartition(".")[2].removesuffix("Storage") if isinstance(kind, Name) else ""
+    name = ""
+    if isinstance(kind, Name):
+        name = kind.text.rpartition(".")[2].removesuffix("Storage")
     if name not in ITEM_SIZES or type(key) is not str or type(numel) is not int:
         raise ValueError("a storage of no kind that is known")
     entry = f"{root}/data/{key}"
@@ -238,122 +250,132 @@ def _storage(identity: Any, entries: dict[str, int], root: str) -> Storage:
     return Storage(numel, ITEM_SIZES[name])
 
 
-def _called(called: Any, arguments: Any) -> Made:
-    """A call, judged by its name; which names are known at all is torch's affair."""
-    if not isinstance(called, Name) or not isinstance(arguments, Items):
+def _check_call(function: Any, arguments: Any) -> Result:
+    """Check a call by the name of its function.
+
+    torch.load itself refuses names that it does not know.
+    """
+    if not isinstance(function, Name) or not isinstance(arguments, Items):
         raise ValueError("a call of something without a name")
-    module, _, name = called.text.rpartition(".")
+    module, _, name = function.text.rpartition(".")
     given = arguments.items
-    of_torch = module.partition(".")[0] == "torch"
-    makes_memory = of_torch and (name == "Tensor" or name.endswith(("Tensor", "Storage")))
-    if makes_memory or name in ("bytearray", "xrange", "range") or name.endswith("nested_tensor"):
+    is_torch = module.partition(".")[0] == "torch"
+    allocates = name in ("bytearray", "xrange", "range") or name.endswith("nested_tensor")
+    if is_torch and name.endswith(("Tensor", "Storage")):
+        allocates = True
+    if allocates:
         raise ArchiveError(
-            f"calls {called.text}, which no state of a model needs, and was not read"
+            f"calls {function.text}, which no state of a model needs, and was not read"
         )
     if module == "_codecs" and (len(given) != 2 or given[1] not in ("latin1", "latin-1")):
-        raise ArchiveError(f"calls {called.text} otherwise than for bytes, and was not read")
-    if name.endswith("from_type_v2") and not (
-        isinstance(given[0], Name) and "rebuild" in given[0].text
-    ):
-        # a tensor with attributes: what makes it is an argument, and called by torch
-        raise ArchiveError(
-            f"calls something else than a tensor through {called.text}, and was not read"
-        )
+        raise ArchiveError(f"calls {function.text} otherwise than for bytes, and was not read")
+    if name.endswith("from_type_v2"):
+        # It rebuilds a tensor with attributes by calling its first argument.
+        rebuild = given[0]
+        if not isinstance(rebuild, Name) or "rebuild" not in rebuild.text:
+            raise ArchiveError(
+                f"calls something else than a tensor through {function.text}, and was not read"
+            )
     if given and isinstance(given[0], Storage):
         _check_view(name, given)
-    return Made(called.text)
+    return Result(function.text)
 
 
 def _check_view(name: str, given: tuple[Any, ...]) -> None:
-    """A tensor must lie within its storage: torch makes the storage larger where it does not."""
-    storage, offset, shape = given[0], given[1], given[2]
-    stride = (
-        given[3]
-        if len(given) > 3 and isinstance(given[3], Items)
-        else _tuple((0,) * len(shape.items), 0)
-    )
-    numbers = (offset, *shape.items, *stride.items)
-    if len(shape.items) != len(stride.items) or not all(
-        type(number) is int and number >= 0 for number in numbers
-    ):
+    """Check that a tensor lies within its storage; otherwise torch would enlarge the storage."""
+    storage = given[0]
+    offset = given[1]
+    shape = given[2]
+    if len(given) > 3 and isinstance(given[3], Items):
+        stride = given[3]
+    else:
+        stride = _build_tuple((0,) * len(shape.items), 0)
+    if len(shape.items) != len(stride.items):
         raise ValueError("a tensor of no shape")
+    for number in (offset, *shape.items, *stride.items):
+        if type(number) is not int or number < 0:
+            raise ValueError("a tensor of no shape")
     numel = math.prod(shape.items)
-    elements = storage.numel * storage.item_size // _item_size(given[6:], storage.item_size)
-    last = offset + sum(
-        (size - 1) * step for size, step in zip(shape.items, stride.items, strict=True)
-    )
-    if numel and last >= elements:
-        raise ArchiveError(
-            f"is damaged: a tensor {shape.items} in it is larger than its {elements} elements"
-        )
-    if name.endswith("qtensor") and numel > elements:
+    elements = storage.numel * storage.item_size // _find_item_size(given[6:], storage.item_size)
+    last = offset
+    for size, step in zip(shape.items, stride.items, strict=True):
+        last += (size - 1) * step
+    is_outside = numel and last >= elements
+    if is_outside or (name.endswith("qtensor") and numel > elements):
         raise ArchiveError(
             f"is damaged: a tensor {shape.items} in it is larger than its {elements} elements"
         )
 
 
-def _item_size(more: tuple[Any, ...], otherwise: int) -> int:
-    """Of the dtype among further arguments, where the storage has none."""
-    for argument in more:
-        dtype = (
-            getattr(torch, argument.text.rpartition(".")[2], None)
-            if isinstance(argument, Name)
-            else None
-        )
+def _find_item_size(arguments: tuple[Any, ...], default: int) -> int:
+    """Return the bytes of an element of the first dtype among these arguments, or the default."""
+    for argument in arguments:
+        if not isinstance(argument, Name):
+            continue
+        dtype = getattr(torch, argument.text.rpartition(".")[2], None)
         if isinstance(dtype, torch.dtype):
             return dtype.itemsize
-    return otherwise
+    return default
 
 
 def _check_build(target: Any) -> None:
-    """A state that is set on something made: a tensor's would replace its storage."""
-    if not isinstance(target, Made) or target.by.startswith("torch"):
+    """Check that no tensor gets a state: it would replace the tensor's storage."""
+    if not isinstance(target, Result) or target.function.startswith("torch"):
         raise ArchiveError(
             "sets the state of a tensor, which torch.save does not do, and was not read"
         )
 
 
-# --- the values -------------------------------------------------------------------------------------------------------
+# --- the values ---
 
 
 def check_values(value: Any, size: int) -> None:
-    """Check what torch.load made of a file of so many bytes.
+    """Check what torch.load returned for a file of `size` bytes.
 
     Raises:
-        ArchiveError: it contains itself, unfolds into more than the file could hold, or has a tensor without data.
+        ArchiveError: a container contains itself, a nest is larger than such a file could hold, or
+            a tensor has no data.
     """
-    measured: dict[int, tuple[int, int, int]] = {}  # by identity: places, depth and bytes
-    begun: set[int] = set()
+    measured: dict[int, tuple[int, int, int]] = {}  # by id: places, depth and bytes
+    opened: set[int] = set()  # ids of containers whose parts are on the stack
     stack = [value]
     while stack:
         current = stack[-1]
-        number = id(current)
-        if number in measured:
+        key = id(current)
+        if key in measured:
             stack.pop()
             continue
-        inner = _inner(current)
-        if not inner:
-            measured[number] = (1, 1, _check_tensor(current) if isinstance(current, Tensor) else 0)
+        parts = _list_parts(current)
+        if not parts:
+            tensor_bytes = _check_tensor(current) if isinstance(current, Tensor) else 0
+            measured[key] = (1, 1, tensor_bytes)
             stack.pop()
-        elif number not in begun:
-            begun.add(number)
-            for part in inner:
-                if id(part) in begun and id(part) not in measured:
+        elif key not in opened:
+            opened.add(key)
+            for part in parts:
+                if id(part) in measured:
+                    continue
+                if id(part) in opened:
                     raise ArchiveError("holds a container that contains itself")
-                if id(part) not in measured:
-                    stack.append(part)
+                stack.append(part)
         else:
-            parts = [measured[id(part)] for part in inner]
-            places = 1 + sum(part[0] for part in parts)
-            depth = 1 + max(part[1] for part in parts)
-            bytes_ = sum(part[2] for part in parts)
-            if depth > DEEPEST or places > MOST_PLACES + size or bytes_ > MOST_BYTES + 8 * size:
+            places = 1
+            depth = 1
+            tensor_bytes = 0
+            for part in parts:
+                part_places, part_depth, part_bytes = measured[id(part)]
+                places += part_places
+                depth = max(depth, part_depth + 1)
+                tensor_bytes += part_bytes
+            too_large = places > MOST_PLACES + size or tensor_bytes > MOST_BYTES + 8 * size
+            if depth > DEEPEST or too_large:
                 raise ArchiveError("holds a nest that unfolds into more than the file could hold")
-            measured[number] = (places, depth, bytes_)
+            measured[key] = (places, depth, tensor_bytes)
             stack.pop()
 
 
-def _inner(value: Any) -> list[Any]:
+def _list_parts(value: Any) -> list[Any]:
+    """List what is in a container; anything else has no parts."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set)):
@@ -362,7 +384,7 @@ def _inner(value: Any) -> list[Any]:
 
 
 def _check_tensor(tensor: Tensor) -> int:
-    """How many bytes a tensor takes when it is copied."""
+    """Check that a tensor has data, and return how many bytes a copy of it takes."""
     if tensor.device.type != "cpu":
         raise ArchiveError(f"holds a tensor {tuple(tensor.shape)} without data")
     return tensor.numel() * tensor.element_size()

@@ -1,7 +1,7 @@
-"""Checksums of nested values, by a sample of the elements of each tensor.
+"""Checksums of nested values, from a sample of the elements of each tensor.
 
 checksum        of numbers, strings, tensors and arrays
-batch_checksum  of what such values a batch holds
+batch_checksum  of such values in a batch
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAMPLE = 64  # elements of a tensor that are compared
 
 
 def batch_checksum(batch: Any) -> int:
-    """CRC-32 of the numbers, strings, tensors and arrays of a batch.
+    """Compute the CRC-32 of the numbers, strings, tensors and arrays of a batch.
 
     >>> first, second = (torch.tensor([1, 2]), 0), (torch.tensor([1, 3]), 0)
     >>> batch_checksum(first) == batch_checksum((torch.tensor([1, 2]), 0))
@@ -30,12 +30,15 @@ def batch_checksum(batch: Any) -> int:
     >>> batch_checksum(first) == batch_checksum(second)
     False
     """
-    found = [value for _, value in reachable({"": batch})]
-    return checksum(value for value in found if isinstance(value, (*SCALARS, Tensor, np.ndarray)))
+    values = []
+    for _, value in reachable({"": batch}):
+        if isinstance(value, (*SCALARS, Tensor, np.ndarray)):
+            values.append(value)
+    return checksum(values)
 
 
 def checksum(values: Iterable[Any]) -> int:
-    """CRC-32 of nested values; of a tensor its shape and a sample of its elements."""
+    """Compute the CRC-32 of nested values; of a tensor, its shape and a sample of its elements."""
     number = 0
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -44,11 +47,11 @@ def checksum(values: Iterable[Any]) -> int:
             number = zlib.crc32(str(checksum(value.items())).encode(), number)
         elif isinstance(value, Tensor):
             shape = () if is_lazy(value) else tuple(value.shape)
-            number = zlib.crc32(str((shape, value.dtype, sample_of(value))).encode(), number)
+            text = str((shape, value.dtype, _sample_tensor(value)))
+            number = zlib.crc32(text.encode(), number)
         elif isinstance(value, np.ndarray):
-            number = zlib.crc32(
-                str((value.shape, value.dtype, array_sample(value))).encode(), number
-            )
+            text = str((value.shape, value.dtype, _sample_array(value)))
+            number = zlib.crc32(text.encode(), number)
         elif isinstance(value, bytes):
             number = zlib.crc32(value, number)
         else:
@@ -56,8 +59,8 @@ def checksum(values: Iterable[Any]) -> int:
     return number
 
 
-def sample_of(tensor: Tensor) -> list[Any]:
-    """Some elements of a tensor, evenly spread."""
+def _sample_tensor(tensor: Tensor) -> list[Any]:
+    """Return some elements of a tensor, evenly spread."""
     if (
         is_lazy(tensor)
         or is_sharded(tensor)
@@ -72,7 +75,10 @@ def sample_of(tensor: Tensor) -> list[Any]:
     return chosen
 
 
-def array_sample(array: np.ndarray[Any, Any]) -> list[Any]:
+def _sample_array(array: np.ndarray[Any, Any]) -> list[Any]:
+    """Return some elements of an array, evenly spread; the first ones if it is not contiguous."""
+    if not array.size:
+        return []
     flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()[:SAMPLE]
-    chosen: list[Any] = flat[:: max(1, flat.size // SAMPLE)].tolist() if flat.size else []
+    chosen: list[Any] = flat[:: max(1, flat.size // SAMPLE)].tolist()
     return chosen

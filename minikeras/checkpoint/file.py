@@ -1,11 +1,12 @@
-"""Plain values <-> a file that is whole or not there.
+"""Write a value to a file atomically; read it back with every byte verified.
 
-dump     writes a value, for `atomic.write`: to a temporary file next to it, flushed to the disk; the last one
-         gets the name NAME.prev too, then the new one takes its place
-read     every byte against its checksum, then values only: nothing in a file can run, or take more memory than it has
+dump     writes a value, for `atomic.write`: that writes a temporary file next to NAME,
+         flushes it to the disk, keeps the last file as NAME.prev and renames the new one to NAME
+read     checks every byte against its checksum, then loads values only: nothing in a file can run,
+         or take more memory than the file has bytes
 
-Whenever the process dies, NAME is a whole state; where it is gone, the user has removed it. A folder cannot have two
-names, so between two renamings there may be NAME.prev alone.
+Whenever the process dies, NAME is a complete state; if NAME is missing, the user has removed it.
+A folder cannot have two names, so between two renames there may be only NAME.prev.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ __all__ = [
     "write",
 ]
 
-ZIP = b"PK\x03\x04"  # how what torch.save writes begins
+ZIP = b"PK\x03\x04"  # the first bytes of a file that torch.save writes
 
 
 class _Sink:
-    """A file that never raises: what goes wrong is kept for later, and nothing more is written.
+    """A file that never raises: it keeps the first error for later and writes nothing after it.
 
-    torch's writer cannot take an error from below: it hides it behind one of its own, or ends the process.
+    torch's writer cannot handle an error of the file: it hides it behind its own, or ends the
+    process (https://github.com/pytorch/pytorch/issues/156955).
     """
 
     def __init__(self, file: Any) -> None:
@@ -56,6 +58,7 @@ class _Sink:
         self.stopped = False
 
     def write(self, data: Any) -> int:
+        """Write data, unless there was an error before."""
         size = memoryview(data).nbytes
         if self.error is None and not self.stopped and not self.file.closed:
             try:
@@ -65,22 +68,23 @@ class _Sink:
         return size
 
     def flush(self) -> None:
-        """At the end, by `dump`."""
+        """Do nothing: the file is flushed once, after the whole value."""
 
     def stop(self) -> None:
+        """Write nothing from now on."""
         self.stopped = True
 
 
 def dump(value: Any) -> Callable[[Path], None]:
-    """Writes a plain value with torch.save."""
+    """Return a function that writes a plain value to a path with torch.save."""
 
     def save(path: Path) -> None:
         for device in {leaf.device for leaf in leaves(value) if isinstance(leaf, Tensor)}:
-            if device.type not in ("cpu", "meta"):  # another thread has another stream
+            if device.type not in ("cpu", "meta"):  # the thread that saves has another stream
                 torch.get_device_module(device).synchronize()
         with open(path, "wb") as file:
-            sink = _Sink(file)
-            run_uninterrupted(lambda: torch.save(value, sink), sink.stop)  # type: ignore[arg-type] # it takes any
+            sink: Any = _Sink(file)
+            run_uninterrupted(lambda: torch.save(value, sink), sink.stop)
             if sink.error is not None:
                 raise sink.error
 
@@ -88,9 +92,10 @@ def dump(value: Any) -> Callable[[Path], None]:
 
 
 def run_uninterrupted(work: Callable[[], None], stop: Callable[[], None]) -> None:
-    """Run what no signal may interrupt: in a thread, since Python's signal handlers run in the main one.
+    """Run work that no signal may interrupt, in another thread.
 
-    What a handler raises meanwhile, as Ctrl-C does, is raised here once the work has ended; `stop` tells it to hurry.
+    Python runs signal handlers in the main thread. What a handler raises, as Ctrl-C does, is raised
+    here once the work has ended; `stop` is called to make it end soon.
     """
     if threading.current_thread() is not threading.main_thread():
         work()
@@ -113,7 +118,7 @@ def run_uninterrupted(work: Callable[[], None], stop: Callable[[], None]) -> Non
     except BaseException:
         stop()
         while thread.is_alive() and not done.is_set():
-            with contextlib.suppress(BaseException):  # another Ctrl-C: the first one is on its way
+            with contextlib.suppress(BaseException):  # a second Ctrl-C: the first is raised below
                 done.wait(1.0)
         raise
     if failures:
@@ -121,12 +126,12 @@ def run_uninterrupted(work: Callable[[], None], stop: Callable[[], None]) -> Non
 
 
 def read(path: str | Path) -> Any:
-    """The plain value in a file, its tensors on the CPU.
+    """Read the plain value in a file, with its tensors on the CPU.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no file.
         PermissionError: it may not be read.
-        CheckpointError: it is damaged, or holds something else than plain values.
+        CheckpointError: it is damaged, or contains something else than plain values.
     """
     path = Path(path)
     refuse_special_file(path)
@@ -136,9 +141,8 @@ def read(path: str | Path) -> Any:
             check_entries(archive, size)
             check_program(archive)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", category=UserWarning, module=r"torch\."
-            )  # of what is refused below
+            # These are about values that `check_values` refuses.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
             value = torch.load(path, map_location="cpu", weights_only=True)
         check_values(value, size)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -146,8 +150,8 @@ def read(path: str | Path) -> Any:
     except ArchiveError as error:
         raise CheckpointError(f"{path} {error}. {remedy(path)}") from None
     except Exception as error:
-        why = reason(path, error)
-        raise CheckpointError(f"{path} {why}. {remedy(path)}") from error
+        reason = find_reason(path, error)
+        raise CheckpointError(f"{path} {reason}. {remedy(path)}") from error
     return value
 
 
@@ -165,8 +169,8 @@ def refuse_special_file(path: Path) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def reason(path: Path, error: Exception) -> str:
-    """Why a file could not be read."""
+def find_reason(path: Path, error: Exception) -> str:
+    """Say why a file could not be read."""
     if path.is_dir():
         return "is a folder, and not a file"
     try:
@@ -185,7 +189,7 @@ def reason(path: Path, error: Exception) -> str:
 
 
 def remedy(path: Path) -> str:
-    """What to do about a file that cannot be used."""
+    """Say what to do about a file that cannot be used."""
     path = follow_links(path)
     if previous(path).exists():
         return f"The one written before it is {previous(path)}."
@@ -195,7 +199,7 @@ def remedy(path: Path) -> str:
 
 
 def remedy_of_load(path: Path) -> str:
-    """What to do about weights that do not fit the model."""
+    """Say what to do about weights that do not fit the model."""
     before = previous(follow_links(path))
     if before.exists():
         return f"If it is the wrong file, give another one: the one written before it is {before}."
@@ -203,34 +207,35 @@ def remedy_of_load(path: Path) -> str:
 
 
 def remedy_of_fit(path: Path) -> str:
-    """What to do about the state of a run that does not fit this script."""
+    """Say what to do about the state of a run that does not fit this script."""
     path = follow_links(path)
     newest = path
     if path.name.endswith(".prev"):
         newest = path.with_name(path.name.removesuffix(".prev"))
-    files = [file for file in (newest, previous(newest)) if file.exists()]
-    return f"To start anew, delete {' and '.join(map(str, files)) or path}, or give another path."
+    files = [str(file) for file in (newest, previous(newest)) if file.exists()]
+    if not files:
+        files = [str(path)]
+    return f"To start anew, delete {' and '.join(files)}, or give another path."
 
 
 def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:
-    """What `read` gives of the newest whole file at `path`, and which file that was; None where there is none.
+    """Read the newest complete file at `path`, and return its value and its path.
 
-    Warns where the newest is damaged and the one before it is used.
+    Return None if there is no file. Warn if the newest file is damaged, and read the one before it.
 
     Raises:
-        CheckpointError: there are files, and none is whole.
+        CheckpointError: there are files, and none is complete.
     """
     path = follow_links(path)
     before = previous(path)
     try:
         return read(path), path
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # where a folder came or went, between two renamings
-        folders = any((folder / REST).is_file() for folder in temporaries(path))
-        midway = before.is_dir() or (before.exists() and folders)
-        return (read(before), before) if midway else None
+    except (FileNotFoundError, NotADirectoryError):
+        # The process may have died between the two renames of a folder.
+        has_new_folder = any((folder / REST).is_file() for folder in temporaries(path))
+        if before.is_dir() or (before.exists() and has_new_folder):
+            return read(before), before
+        return None
     except CheckpointError as error:
         if not before.exists():
             raise

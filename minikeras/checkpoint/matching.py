@@ -1,4 +1,4 @@
-"""Whether the state in a file fits this run, and what is other than it was."""
+"""Check that the state in a file fits this run, and warn of what has changed since."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from minikeras.errors import CheckpointError, is_number
 if TYPE_CHECKING:
     from minikeras.run import Run
 
-RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-VERSION = 1  # of the file's layout; files of older versions keep loading
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # settings that a schedule decides
+VERSION = 1  # version of the file's layout; files of older versions keep loading
 
 
 def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
-    """What is in the file must fit this model, its loss, optimizers and metrics.
-
-    Nothing is changed.
+    """Check that a file's state fits this model, its loss, optimizers and metrics; change nothing.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it does not fit.
     """
     version = state.get(RUN) if isinstance(state, dict) else None
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is not the state of a run of minikeras. {remedy(path)}")
     if version > VERSION:
         raise CheckpointError(
-            f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update minikeras."
+            f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update "
+            "minikeras."
         )
     check_state(state, path)
     check_weights(model, state["model"], path, remedy)
@@ -50,158 +49,189 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     check_buffers(model, state["buffers"], path)
     if isinstance(run.loss_func, nn.Module):
         check_buffers(run.loss_func, state.get("loss buffers", {}), path)
-    begun = (state.get("begun") or {}).get("groups", {})
+    begun_groups = (state.get("begun") or {}).get("groups", {})
     for name, optimizer in run.optimizers.items():
-        own = run.kept["begun"]["groups"][name]
-        check_optimizer(
-            name, state["optimizers"], optimizer, model, run.loss_func, begun.get(name) == own, path
-        )
-    gone = [name for name in state["optimizers"] if name not in run.optimizers]
-    if gone:
-        raise CheckpointError(
-            f"{path} was written with an optimizer {gone[0]!r}, which compile was not given here. Compile as it was "
-            f"compiled then. {remedy(path)}"
-        )
+        own_groups = group_names(optimizer, model, run.loss_func)
+        same_beginning = begun_groups.get(name) == run.kept["begun"]["groups"][name]
+        written = state["optimizers"].get(name)
+        check_optimizer(name, written, optimizer, own_groups, same_beginning, path)
+    for name in state["optimizers"]:
+        if name not in run.optimizers:
+            raise CheckpointError(
+                f"{path} was written with an optimizer {name!r}, which compile was not given here. "
+                f"Compile as it was compiled then. {remedy(path)}"
+            )
     check_contents(state, model, run, path)
 
 
 def check_buffers(module: nn.Module, buffers: Mapping[str, Any], path: Path) -> None:
-    """Buffers outside the state_dict need the layer that they were in.
+    """Check that the layers of buffers outside the state_dict exist.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: a layer does not exist.
     """
     layers = {name for name, _ in module.named_modules()}
     for name in buffers:
         owner = name.rpartition(".")[0]
         if owner not in layers:
             raise CheckpointError(
-                f"{path} holds the buffer {name}, and {type(module).__name__} has no layer {owner}. Build the model as "
-                f"it was when the file was written. {remedy(path)}"
+                f"{path} holds the buffer {name}, and {type(module).__name__} has no layer "
+                f"{owner}. Build the model as it was when the file was written. {remedy(path)}"
             )
 
 
 def check_metrics(state: Any, run: Run, path: Path) -> None:
-    """Within an epoch, what has been counted must be counted on."""
+    """Check that a file written within an epoch has totals of the same metrics."""
     own = run.train.totals.names
-    counted = state["totals"].get("names", own)  # older files have none
+    counted = state["totals"].get("names", own)  # older files have no names
     if state["position"]["step"] and set(counted) != set(own):
         raise CheckpointError(
-            f"{path} was written within an epoch that counts {', '.join(counted)}, and here it would be "
-            f"{', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
+            f"{path} was written within an epoch that counts {', '.join(counted)}, and here it "
+            f"would be {', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
         )
 
 
 def check_window(written: Any, run: Run, path: Path) -> None:
+    """Check that a file written within a window of accumulate has the same `accumulate`."""
+    if not written:
+        return
     now = settings_of_parts(run)["accumulate"]
-    inside = written and any(window["batches"] for window in written["windows"].values())
-    if inside and written["accumulate"] != now:
+    if has_open_window(written) and written["accumulate"] != now:
         raise CheckpointError(
-            f"{path} was written between two steps of accumulate={written['accumulate']}, and the model was "
-            f"compiled with accumulate={now}. Compile as it was compiled then. {remedy(path)}"
-        )
-
-
-def check_processes(state: Any, run: Run, path: Path) -> None:
-    """Means can be passed on to another number of processes in the middle of an epoch, and other counts not."""
-    then, now = len(state.get("ranks", [None])), run.world.size
-    train, windows = state["train"] or {}, (state.get("precision") or {}).get("windows", {})
-    held = {
-        "a half full window of accumulate": any(window["batches"] for window in windows.values()),
-        "metric objects": bool(state["totals"]["objects"]) and state["totals"]["updated"],
-        "a loader that keeps its own state": train.get("loader") is not None,
-    }
-    what = next((name for name, there in held.items() if there), None)
-    if (
-        then != now
-        and what is not None
-        and state["position"]["step"]
-        and state["position"]["logs"] is None
-    ):
-        raise CheckpointError(
-            f"{path} was written by {then} process{'es' * (then > 1)} in the middle of an epoch, with {what}, and "
-            f"this is a run of {now}. Start as many as then; from an epoch's end on any number will do. "
+            f"{path} was written between two steps of accumulate={written['accumulate']}, and the "
+            f"model was compiled with accumulate={now}. Compile as it was compiled then. "
             f"{remedy(path)}"
         )
 
 
+def has_open_window(precision: Mapping[str, Any]) -> bool:
+    """Tell whether a file was written within a window of accumulate."""
+    return any(window["batches"] for window in precision.get("windows", {}).values())
+
+
+def check_processes(state: Any, run: Run, path: Path) -> None:
+    """Check that the number of processes is the same if the file has what depends on it.
+
+    In the middle of an epoch, means can be divided among another number of processes, but other
+    state cannot.
+    """
+    then = len(state.get("ranks", [None]))
+    now = run.world.size
+    position = state["position"]
+    if then == now or not position["step"] or position["logs"] is not None:
+        return
+    totals = state["totals"]
+    if has_open_window(state.get("precision") or {}):
+        what = "a half full window of accumulate"
+    elif totals["objects"] and totals["updated"]:
+        what = "metric objects"
+    elif (state["train"] or {}).get("loader") is not None:
+        what = "a loader that keeps its own state"
+    else:
+        return
+    processes = "processes" if then > 1 else "process"
+    raise CheckpointError(
+        f"{path} was written by {then} {processes} in the middle of an epoch, with {what}, and "
+        f"this is a run of {now}. Start as many as then; from an epoch's end on any number will "
+        f"do. {remedy(path)}"
+    )
+
+
 def check_optimizer(
     name: str,
-    optimizers: Mapping[str, Any],
+    written: Any,
     optimizer: Optimizer,
-    model: nn.Module,
-    loss_func: Any,
+    own: list[list[str]],
     same_beginning: bool,
     path: Path,
 ) -> None:
-    """The file's optimizer of that name must be of the same class, with the same parameters in each group.
+    """Check that the file's optimizer has the same class, and the same parameters in each group.
 
     Groups that callbacks have added since the run began may be missing on either side.
 
+    Args:
+        name: the optimizer's name.
+        written: the file's optimizer of that name, or None.
+        optimizer: the optimizer of this run.
+        own: the names of its parameters, by group.
+        same_beginning: whether the file's run began with the same groups as this one.
+
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it is another optimizer.
     """
-    written: Any = optimizers.get(name)
-    own = group_names(optimizer, model, loss_func)
-    fits = written is not None and written["class"] == type(optimizer).__name__
-    if fits:
-        names = written.get("names")
-        if names is None:
-            fits = sizes(written["state"]) == [len(group) for group in own]
-        else:
-            both = min(len(own), len(names)) if same_beginning else max(len(own), len(names))
-            fits = own[:both] == names[:both]
-    if not fits:
-        was = "none" if written is None else f"{written['class']} {sizes(written['state'])}"
-        other = ""
-        same_class = written is not None and written["class"] == type(optimizer).__name__
-        if same_class and sizes(written["state"]) == [len(group) for group in own]:
-            other = " with other parameters or in another order"
-        raise CheckpointError(
-            f"{path} was written with another optimizer{f' {name!r}' * bool(name)}: {was} instead of "
-            f"{type(optimizer).__name__} {[len(group) for group in own]} (parameters in each group){other}. Compile "
-            f"as it was compiled then. {remedy(path)}"
-        )
+    own_class = type(optimizer).__name__
+    own_sizes = [len(group) for group in own]
+    other = ""
+    if written is None:
+        was = "none"
+    else:
+        sizes = group_sizes(written["state"])
+        was = f"{written['class']} {sizes}"
+        if written["class"] == own_class:
+            names = written.get("names")
+            if names is None:
+                fits = sizes == own_sizes
+            else:
+                compared = max(len(own), len(names))
+                if same_beginning:
+                    compared = min(len(own), len(names))
+                fits = own[:compared] == names[:compared]
+            if fits:
+                return
+            if sizes == own_sizes:
+                other = " with other parameters or in another order"
+    shown_name = f" {name!r}" if name else ""
+    raise CheckpointError(
+        f"{path} was written with another optimizer{shown_name}: {was} instead of {own_class} "
+        f"{own_sizes} (parameters in each group){other}. Compile as it was compiled then. "
+        f"{remedy(path)}"
+    )
 
 
 def group_names(optimizer: Optimizer, model: nn.Module, loss_func: Any) -> list[list[str]]:
-    """The names of the parameters of each group; "" for one that neither the model nor the loss has."""
-    names = {
-        id(parameter): name for name, parameter in parameters_by_name(model, loss_func).items()
-    }
-    return [
-        [names.get(id(parameter), "") for parameter in group["params"]]
-        for group in optimizer.param_groups
-    ]
+    """Name the parameters of each group; "" for those of neither the model nor the loss."""
+    names = {}
+    for name, parameter in parameters_by_name(model, loss_func).items():
+        names[id(parameter)] = name
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append([names.get(id(parameter), "") for parameter in group["params"]])
+    return groups
 
 
 def parameters_by_name(model: nn.Module, loss_func: Any) -> dict[str, Any]:
-    """The parameters of the model, and of the loss where it has some."""
-    found = {}
+    """Collect the parameters of the model and of the loss by name."""
+    parameters = {}
     if isinstance(loss_func, nn.Module):
         for name, parameter in loss_func.named_parameters():
-            found[f"loss_func.{name}"] = parameter
+            parameters[f"loss_func.{name}"] = parameter
     for name, parameter in model.named_parameters():
-        found[name.replace(COMPILED, "")] = parameter
-    return found
+        parameters[name.replace(COMPILED, "")] = parameter
+    return parameters
 
 
-def sizes(optimizer_state: Any) -> list[int]:
-    """How many parameters each group of an optimizer has."""
+def group_sizes(optimizer_state: Any) -> list[int]:
+    """Count the parameters in each group of an optimizer's state."""
     return [len(group["params"]) for group in optimizer_state["param_groups"]]
 
 
 def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
-    """What a script has set as its fit begins, as plain values: for the file, to find later what has changed."""
-    loss = run.loss_func
-    named = getattr(loss, "__qualname__", type(loss).__qualname__)
+    """Collect what a script has set as its fit begins, as plain values.
+
+    It goes into the file, to find later what has changed.
+    """
+    loss_func = run.loss_func
+    groups = {}
+    for name, optimizer in run.optimizers.items():
+        groups[name] = group_names(optimizer, model, loss_func)
+    loss_name = getattr(loss_func, "__qualname__", type(loss_func).__qualname__)
     return {
         "optimizers": settings(run.optimizers),
-        "groups": {name: group_names(one, model, loss) for name, one in run.optimizers.items()},
+        "groups": groups,
         "frozen": frozen(model),
-        "loss frozen": frozen(loss) if isinstance(loss, nn.Module) else [],
+        "loss frozen": frozen(loss_func) if isinstance(loss_func, nn.Module) else [],
         "in_eval": list(run.modes.look()),
-        "compile": {"loss_func": named, **settings_of_parts(run)},
+        "compile": {"loss_func": loss_name, **settings_of_parts(run)},
     }
 
 
@@ -217,95 +247,99 @@ def settings_of_parts(run: Run) -> dict[str, Any]:
 
 
 def settings(optimizers: Mapping[str, Optimizer]) -> dict[str, list[dict[str, float]]]:
-    """The settings of each optimizer's groups that are numbers, as plain values."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for name, one in optimizers.items():
-        found[name] = [numbers_of(group) for group in one.param_groups]
-    return found
+    """Collect the numbers among the settings of each optimizer's groups, as plain values."""
+    numbers: dict[str, list[dict[str, float]]] = {}
+    for name, optimizer in optimizers.items():
+        numbers[name] = [find_numbers(group) for group in optimizer.param_groups]
+    return numbers
 
 
-def numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among a group's settings; of a tuple, such as betas, each by itself."""
-    found = {}
+def find_numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """Collect the numbers among a group's settings; those in a tuple, such as betas, one by one."""
+    numbers = {}
     for key, value in group.items():
         if key == "params":
             continue
         if is_number(value):
-            found[key] = float(value)
+            numbers[key] = float(value)
         elif isinstance(value, (tuple, list)):
-            for number, part in enumerate(value):
+            for index, part in enumerate(value):
                 if is_number(part):
-                    found[f"{key}[{number}]"] = float(part)
-    return found
+                    numbers[f"{key}[{index}]"] = float(part)
+    return numbers
 
 
 def warn_of_other_settings(
     begun: Mapping[str, Any], now: Mapping[str, Any], path: Any, scheduled: bool
 ) -> None:
-    """Warn that the script's optimizer settings are not those that the run began with, and will not be taken.
+    """Warn that the script's optimizer settings differ from those of the run, and are not used.
 
     Args:
-        begun: the settings then.
+        begun: the settings with which the run began.
         now: the settings of this script.
-        path: of the file.
-        scheduled: whether the script's own schedule is taken, which decides the learning rate.
+        path: the file's path.
+        scheduled: whether the script's own schedule is used, which decides the learning rate.
     """
-    other = other_settings(begun, now, RATES if scheduled else ())
-    if other:
+    differences = other_settings(begun, now, RATES if scheduled else ())
+    if differences:
         warnings.warn(
-            f"{path} was begun with other settings of the optimizer than this script's, {other}. The file's go on. Set "
-            f"them in on_epoch_begin of a callback to change them in the run.",
+            f"{path} was begun with other settings of the optimizer than this script's, "
+            f"{differences}. The file's go on. Set them in on_epoch_begin of a callback to change "
+            "them in the run.",
             stacklevel=5,
         )
 
 
 def warn_of_another_script(begun: Mapping[str, Any], now: Mapping[str, Any], path: Any) -> None:
-    """Warn that the loss, the precision or what is trained has been changed since the run began, and is taken."""
-    told = []
+    """Warn that the loss, the precision or the frozen layers have changed, and are used as now."""
+    differences = []
     for key, value in now["compile"].items():
         was = begun.get("compile", {}).get(key, value)
         if was != value:
-            told.append(f"{key} {was} and not {value}")
+            differences.append(f"{key} {was} and not {value}")
     for key in ("frozen", "loss frozen"):
-        was, names = begun.get(key, now[key]), now[key]
+        names = now[key]
+        was = begun.get(key, names)
         thawed = [name for name in was if name not in names]
         froze = [name for name in names if name not in was]
         if thawed:
-            told.append(f"{', '.join(thawed[:3])} frozen, and trained here")
+            differences.append(f"{', '.join(thawed[:3])} frozen, and trained here")
         if froze:
-            told.append(f"{', '.join(froze[:3])} trained, and frozen here")
-    if told:
+            differences.append(f"{', '.join(froze[:3])} trained, and frozen here")
+    if differences:
         warnings.warn(
-            f"{path} was begun by another script: with {'; '.join(told)}. What this script says is taken from here on.",
+            f"{path} was begun by another script: with {'; '.join(differences)}. What this script "
+            "says is taken from here on.",
             stacklevel=5,
         )
 
 
 def other_schedules(states: Mapping[str, Any], now: Mapping[str, Callback]) -> dict[str, str]:
-    """The callbacks whose scheduler the script has changed since, with what has changed."""
+    """Find the callbacks whose scheduler has changed since, and say what has changed."""
     changed = {}
     for name, callback in now.items():
         own = getattr(callback, "schedule_settings", None)  # of an LRScheduler
-        if own is None:
-            continue
         written = states.get(name, {}).get("settings")
-        if written is not None and written != own:
+        if own is None or written is None or written == own:
+            continue
+        if written["class"] != own["class"]:
+            keys = ["class"]
+        else:
             keys = [key for key in {**written, **own} if written.get(key) != own.get(key)]
-            if written["class"] != own["class"]:
-                keys = ["class"]
-            differing = [
-                f"{key} {written.get(key, 'none')} and not {own.get(key, 'none')}"
-                for key in keys[:4]
-            ]
-            changed[name] = ", ".join(differing)
+        differences = []
+        for key in keys[:4]:
+            differences.append(f"{key} {written.get(key, 'none')} and not {own.get(key, 'none')}")
+        changed[name] = ", ".join(differences)
     return changed
 
 
 def warn_of_other_schedules(changed: Mapping[str, str], path: Any) -> None:
+    """Warn of callbacks whose scheduler has changed since the file was written."""
     for name, differing in changed.items():
         warnings.warn(
-            f"{path} was written with another schedule than this script's {name}: {differing}. The script's is taken: "
-            f"from here on its learning rates are those of a run that had it from its beginning.",
+            f"{path} was written with another schedule than this script's {name}: {differing}. "
+            "The script's is taken: from here on its learning rates are those of a run that had "
+            "it from its beginning.",
             stacklevel=5,
         )
 
@@ -313,99 +347,103 @@ def warn_of_other_schedules(changed: Mapping[str, str], path: Any) -> None:
 def warn_of_other_monitors(
     states: Mapping[str, Any], now: Mapping[str, Callback], path: Any
 ) -> None:
-    """Warn where a callback watches another value than it did, and begins anew to look for the best one."""
+    """Warn of callbacks that monitor another value than before, and so forget their best value."""
     for name, callback in now.items():
         if "monitor" not in states.get(name, {}):
             continue
-        was, own = states[name]["monitor"], callback.state_dict().get("monitor")
+        was = states[name]["monitor"]
+        own = callback.state_dict().get("monitor")
         if was != own:
             warnings.warn(
-                f"{path} was written with {article(name)} that watched {watched(was)}, and this script's watches "
-                f"{watched(own)}. The script's is taken, and its best value is looked for anew from here on.",
+                f"{path} was written with {add_article(name)} that watched {show_monitor(was)}, "
+                f"and this script's watches {show_monitor(own)}. The script's is taken, and its "
+                "best value is looked for anew from here on.",
                 stacklevel=5,
             )
 
 
-def watched(monitor: Any) -> str:
-    """A monitor's name and mode, in words."""
-    return (
-        "nothing" if monitor is None else f"{monitor[0]!r} ({'max' if monitor[1] > 0 else 'min'})"
-    )
+def show_monitor(monitor: Any) -> str:
+    """Show the name and mode of a monitored value."""
+    if monitor is None:
+        return "nothing"
+    mode = "max" if monitor[1] > 0 else "min"
+    return f"{monitor[0]!r} ({mode})"
 
 
 def other_settings(
     then: Mapping[str, Any], now: Mapping[str, Any], without: tuple[str, ...] = ()
 ) -> str:
-    """What differs between two of those, in words.
+    """Say what differs between two results of `settings`.
 
     >>> other_settings({"": [{"lr": 0.1, "momentum": 0.0}]}, {"": [{"lr": 0.2, "momentum": 0.0}]})
     'lr 0.1 and not 0.2'
     """
-    told = []
+    differences = []
     for name in then:
         for old, new in zip(then[name], now.get(name, []), strict=False):
             for key in old:
-                if (
-                    key in new
-                    and key not in without
-                    and not math.isclose(old[key], new[key], rel_tol=1e-6)
-                ):
-                    told.append(f"{key} {old[key]:g} and not {new[key]:g}")
-    return ", ".join(dict.fromkeys(told))
+                if key not in new or key in without:
+                    continue
+                if not math.isclose(old[key], new[key], rel_tol=1e-6):
+                    differences.append(f"{key} {old[key]:g} and not {new[key]:g}")
+    return ", ".join(dict.fromkeys(differences))
 
 
 def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callback]) -> None:
-    """Where a state has no callback to go to, or there may be another of its class that it belongs to."""
-    held = [name for name, state in states.items() if state]
-    keep = [
-        name
-        for name, callback in now.items()
-        if type(callback).state_dict is not Callback.state_dict
-    ]
-    added = [name for name in keep if name not in states and name.partition(" ")[0] in held]
-    if added or not set(keep) >= set(held):
+    """Warn if a callback's state has no callback to go to, or might belong to a new one."""
+    written = [name for name, state in states.items() if state]
+    stateful = []
+    for name, callback in now.items():
+        if type(callback).state_dict is not Callback.state_dict:
+            stateful.append(name)
+    added = [name for name in stateful if name not in states and name.partition(" ")[0] in written]
+    if added or not set(stateful) >= set(written):
         warnings.warn(
-            f"the checkpoint has the state of {', '.join(held)}, and those that keep one are "
-            f"{', '.join(keep) or 'none'} here. It goes to the callback of its class and number. Give the same ones in "
-            f"the same order.",
+            f"the checkpoint has the state of {', '.join(written)}, and those that keep one are "
+            f"{', '.join(stateful) or 'none'} here. It goes to the callback of its class and "
+            "number. Give the same ones in the same order.",
             stacklevel=4,
         )
 
 
 def warn_of_other_generators(names: list[str], path: Any) -> None:
-    """Warn of generators that the run had and this script has not, or the reverse."""
+    """Warn of random generators that only the run or only this script has."""
     if names:
         warnings.warn(
-            f"{path} was written with other random generators in the model, the loss or the callbacks than this "
-            f"script's: {', '.join(names[:3])}. Each that is in both goes on; the others begin anew.",
+            f"{path} was written with other random generators in the model, the loss or the "
+            f"callbacks than this script's: {', '.join(names[:3])}. Each that is in both goes on; "
+            "the others begin anew.",
             stacklevel=5,
         )
 
 
 def warn_of_other_data(state: Any, now: int | None, finished: bool, path: Any) -> None:
-    """Warn where the data are others within an epoch, or where a finished run is not trained on them."""
+    """Warn of other data within an epoch, or of other data that a finished run does not use."""
     then = state.get("data")
     if then is None or now is None or then == now:
         return
     if finished:
         warnings.warn(
-            f"{path} holds a finished run, and dl_train has other data here: nothing is trained on them. Give another "
-            f"file to train on these data, or more epochs to go on with them.",
+            f"{path} holds a finished run, and dl_train has other data here: nothing is trained "
+            "on them. Give another file to train on these data, or more epochs to go on with "
+            "them.",
             stacklevel=5,
         )
     elif state["position"]["step"]:
         warnings.warn(
-            f"{path} was written in the middle of an epoch, and dl_train has other data here: the batches that are "
-            f"left out are others than those that were trained on. Give the same data as before; from an epoch's end "
-            f"on any will do.",
+            f"{path} was written in the middle of an epoch, and dl_train has other data here: the "
+            "batches that are left out are others than those that were trained on. Give the same "
+            "data as before; from an epoch's end on any will do.",
             stacklevel=5,
         )
 
 
-def article(name: str) -> str:
-    """A name with a or an before it.
+def add_article(name: str) -> str:
+    """Put "a" or "an" before a name.
 
-    >>> article("EarlyStopping"), article("ModelCheckpoint")
+    >>> add_article("EarlyStopping"), add_article("ModelCheckpoint")
     ('an EarlyStopping', 'a ModelCheckpoint')
     """
-    return f"{'an' if name[0] in 'AEIOUL' else 'a'} {name}"  # an LRScheduler
+    if name[0] in "AEIOUL":  # L as in LRScheduler
+        return f"an {name}"
+    return f"a {name}"

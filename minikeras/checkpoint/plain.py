@@ -1,4 +1,4 @@
-"""Plain values: tensors, numbers, strings and containers of them, which a file can hold without holding code."""
+"""Plain values: tensors, numbers, strings and containers of them. A file of them holds no code."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ ARRAY = "a NumPy array"  # the key of a dict that stands for one
 
 
 def plain(value: Any, where: str) -> Any:
-    """A value made of plain ones, NumPy's among them turned into torch's; `where` is what an error calls it.
+    """Convert a value to plain values; NumPy's arrays and numbers become torch's and Python's.
+
+    Args:
+        where: what an error calls the value.
 
     Raises:
-        TypeError: something else is in it.
+        TypeError: it contains something that is not plain.
 
     >>> plain({"best": np.float64(0.5)}, "the state")
     {'best': 0.5}
@@ -44,35 +47,42 @@ def plain(value: Any, where: str) -> Any:
     if type(value) in AS_THEY_ARE:
         return value
     if type(value) in (list, tuple, set):
-        return type(value)(plain(part, f"{where}[{number}]") for number, part in enumerate(value))
+        items = []
+        for number, part in enumerate(value):
+            items.append(plain(part, f"{where}[{number}]"))
+        return type(value)(items)
     if type(value) in (dict, OrderedDict, Counter):
-        return like(
-            value,
-            ((plain(key, where), plain(part, f"{where}[{key!r}]")) for key, part in value.items()),
-        )
+        pairs = []
+        for key, part in value.items():
+            pairs.append((plain(key, where), plain(part, f"{where}[{key!r}]")))
+        return like(value, pairs)
+    # subclasses, such as a member of an enum, a named tuple or a defaultdict
     kinds: tuple[Any, ...] = (bool, int, float, str, dict, list, tuple)
-    for kind in kinds:  # an enum's member, a named tuple, a defaultdict
+    for kind in kinds:
         if isinstance(value, kind):
             return plain(kind(value), where)
     raise TypeError(
-        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, numbers, strings, "
-        f"lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, "
+        "numbers, strings, lists and dicts. Turn it into these in state_dict, and back in "
+        "load_state_dict."
     )
 
 
 def restored(value: Any) -> Any:
-    """A plain value with NumPy's arrays as they were."""
+    """Convert plain values back: NumPy's arrays become what they were."""
     if type(value) is dict and value.keys() == {ARRAY}:
         return value[ARRAY].numpy()
     if type(value) in (list, tuple, set):
         return type(value)(restored(part) for part in value)
     if type(value) in (dict, OrderedDict):
-        return like(value, ((key, restored(part)) for key, part in value.items()))
+        return like(value, [(key, restored(part)) for key, part in value.items()])
     return value
 
 
 def like(value: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    """A dict of that one's class with other items; it keeps the version numbers that a state_dict has beside its own.
+    """Build a dict of the same class as `value` with other items.
+
+    A state_dict keeps the version numbers that torch stores next to its items.
 
     >>> like(Counter("aab"), [("a", 1)])
     Counter({'a': 1})

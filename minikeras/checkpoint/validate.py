@@ -1,9 +1,10 @@
-"""The values of a run's state, each looked at before any is used: a file may have been changed since it was written.
+"""Validate the values of a run's state before any is used: the file may have been changed.
 
-check_state       all that a file must have, by type and range; what it has besides is left alone
+check_state       what every file must have, by type and range; anything else in it is ignored
 check_contents    what must fit the model and the optimizers, by shape and name
-check_random      random states that NumPy, torch and Python can take: NumPy's own check lets a position crash Python
-untouched         put a model, its optimizers, callbacks and random states back where taking a state over fails
+check_random      random states that NumPy, torch and Python accept; NumPy itself accepts positions
+                  that crash Python
+untouched         restore a model, its optimizers, callbacks and random states if loading fails
 """
 
 from __future__ import annotations
@@ -34,28 +35,31 @@ if TYPE_CHECKING:
     from minikeras.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
-LARGEST = 2**53  # of a count
-WORDS = 624  # of a Mersenne Twister's state
-BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")  # NumPy's
-OF_OWN_SHAPES = (
-    "LBFGS",
-    "Adafactor",
-    "Muon",
-    "SparseAdam",
-)  # torch's whose state has not its parameter's shape alone
+LARGEST = 2**53  # largest count
+WORDS = 624  # words in the state of a Mersenne Twister
+BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")  # those of NumPy
+# torch's optimizers whose state has tensors of other shapes than their parameter
+OF_OWN_SHAPES = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
 
 
 class _Unfit(Exception):
-    """A value that no run has written: where it is, what it is, what it should be; '' if it is missing."""
+    """A value that no run has written.
+
+    Args:
+        where: its place in the state.
+        value: the value.
+        expected: what it should be; "" if it is missing.
+    """
 
     def __init__(self, where: str, value: Any, expected: str) -> None:
-        super().__init__(
-            f"{where} is {shown(value)} and not {expected}" if expected else f"{where} is missing"
-        )
+        message = f"{where} is missing"
+        if expected:
+            message = f"{where} is {show(value)} and not {expected}"
+        super().__init__(message)
 
 
-def shown(value: Any) -> str:
-    """A value in a message, however long it is."""
+def show(value: Any) -> str:
+    """Show a value in a message, shortened if it is long."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return f"a number of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -64,53 +68,57 @@ def shown(value: Any) -> str:
 
 
 def check_state(state: Any, path: Path) -> None:
-    """Check the values of a run's state by themselves.
+    """Check the values of a run's state by type and range.
 
     Raises:
-        CheckpointError: one is of another type or out of its range; the message names it.
+        CheckpointError: a value has another type or is out of range; the message names it.
     """
-    with _refused(path):
+    with _refuse(path):
         _check_layout(state)
         _check_optimizers(_get(state, "optimizers"))
         _check_groups(state.get("groups", {}), state["optimizers"])
-        for number, rank in enumerate(_list(state.get("ranks", []), "ranks")):
-            _check_of_process(rank, f"ranks {number}: ")
+        for number, rank in enumerate(_check_list(state.get("ranks", []), "ranks")):
+            _check_process(rank, f"ranks {number}: ")
 
 
 def check_contents(state: Any, model: nn.Module, run: Run, path: Path) -> None:
-    """Check the values of a run's state beside those of the model and the optimizers, which it is known to be of.
+    """Check the values of a run's state against its model and optimizers.
+
+    The state has the same layers, and optimizers of the same classes.
 
     Raises:
-        CheckpointError: one does not fit them; the message names it.
+        CheckpointError: a value does not fit; the message names it.
     """
-    with _refused(path):
+    with _refuse(path):
         _check_buffers(state["buffers"], model)
         _check_frozen(state.get("frozen"), model, run)
         _check_loss(state, run.loss_func)
-        _check_attributes(
-            state.get("attributes", {}), "attributes", {"model": model, "loss_func": run.loss_func}
-        )
+        roots = {"model": model, "loss_func": run.loss_func}
+        _check_attributes(state.get("attributes", {}), "attributes", roots)
         for name, optimizer in run.optimizers.items():
             written = state["optimizers"][name]["state"]
-            where = place_of(name)
-            numbers = [number for group in written["param_groups"] for number in group["params"]]
+            where = name_optimizer(name)
+            numbers: list[int] = []
+            for group in written["param_groups"]:
+                numbers.extend(group["params"])
             _check_settings(written["param_groups"], optimizer, where)
             _check_shapes(written["state"], numbers, optimizer, where)
 
 
-def place_of(name: str) -> str:
-    """Say which optimizer a message is about: the one of that name."""
+def name_optimizer(name: str) -> str:
+    """Say which optimizer a message is about."""
     return f"optimizer {name!r}" if name else "the optimizer"
 
 
 @contextlib.contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """Make what is found a CheckpointError."""
+def _refuse(path: Path) -> Iterator[None]:
+    """Raise what is found as a CheckpointError."""
     try:
         yield
     except _Unfit as error:
         raise CheckpointError(
-            f"{path} is damaged, or has been changed since it was written: {error}. {remedy_of_fit(path)}"
+            f"{path} is damaged, or has been changed since it was written: {error}. "
+            f"{remedy_of_fit(path)}"
         ) from None
     except (
         ValueError,
@@ -122,199 +130,212 @@ def _refused(path: Path) -> Iterator[None]:
     ) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} is damaged, or has been changed since it was written: {first}. {remedy_of_fit(path)}"
+            f"{path} is damaged, or has been changed since it was written: {first}. "
+            f"{remedy_of_fit(path)}"
         ) from error
 
 
-# --- types and ranges -------------------------------------------------------------------------------------------------
+# --- types and ranges ---
 
 
 def _get(state: Mapping[str, Any], key: str, where: str = "") -> Any:
+    """Return a value that must not be missing."""
     if key not in state:
         raise _Unfit(where + key, None, "")
     return state[key]
 
 
 def _is_count(value: Any, least: int = 0) -> bool:
+    """Tell whether a value is a whole number from `least` to LARGEST."""
     return type(value) is int and least <= value <= LARGEST
 
 
-def _count(value: Any, where: str, least: int = 0) -> int:
+def _check_count(value: Any, where: str, least: int = 0) -> int:
+    """Check that a value is a whole number from `least` to LARGEST, and return it."""
     if not _is_count(value, least):
         raise _Unfit(where, value, f"a whole number of {least} or more")
     return int(value)
 
 
-def _dict(value: Any, where: str) -> dict[Any, Any]:
+def _check_dict(value: Any, where: str) -> dict[Any, Any]:
+    """Check that a value is a dict, and return it."""
     if not isinstance(value, dict):
         raise _Unfit(where, value, "a dict")
     return value
 
 
-def _named(value: Any, where: str) -> dict[str, Any]:
-    for key in _dict(value, where):
+def _check_named(value: Any, where: str) -> dict[str, Any]:
+    """Check that a value is a dict with strings as keys, and return a copy."""
+    for key in _check_dict(value, where):
         if not isinstance(key, str):
             raise _Unfit(f"a key of {where}", key, "a string")
     return dict(value)
 
 
-def _list(value: Any, where: str) -> list[Any]:
+def _check_list(value: Any, where: str) -> list[Any]:
+    """Check that a value is a list or a tuple, and return it as a list."""
     if not isinstance(value, (list, tuple)):
         raise _Unfit(where, value, "a list")
     return list(value)
 
 
-def _strings(value: Any, where: str) -> list[str]:
-    for item in _list(value, where):
+def _check_strings(value: Any, where: str) -> list[str]:
+    """Check that a value is a list of strings, and return it."""
+    for item in _check_list(value, where):
         if not isinstance(item, str):
             raise _Unfit(f"an item of {where}", item, "a string")
     return list(value)
 
 
-def _numbers(value: Any, where: str) -> None:
-    for name, number in _named(value, where).items():
+def _check_numbers(value: Any, where: str) -> None:
+    """Check that a value is a dict of numbers by name."""
+    for name, number in _check_named(value, where).items():
         if not is_number(number):
             raise _Unfit(f"{where} {name}", number, "a number")
         if isinstance(number, int) and abs(number) > LARGEST**2:
             raise _Unfit(f"{where} {name}", number, "a number that a float can be")
 
 
-# --- the parts of a state ---------------------------------------------------------------------------------------------
+# --- the parts of a state ---
 
 
 def _check_layout(state: Mapping[str, Any]) -> None:
-    first = _count(_get(state, "first"), "first", 1)
-    last = _count(_get(state, "last"), "last", 1)
+    """Check all of a state but its optimizers and the states of other processes."""
+    first = _check_count(_get(state, "first"), "first", 1)
+    last = _check_count(_get(state, "last"), "last", 1)
     if type(_get(state, "stopped")) is not bool:
         raise _Unfit("stopped", state["stopped"], "True or False")
-    history = _list(_get(state, "history"), "history")
+    history = _check_list(_get(state, "history"), "history")
     for number, row in enumerate(history):
         if not isinstance(row, (list, tuple)) or len(row) != 2:
             raise _Unfit(f"row {number} of history", row, "a pair of dicts")
-        _numbers(row[0], f"row {number} of history,")
-        _numbers(row[1], f"row {number} of history, rate")
-    position = _named(_get(state, "position"), "position")
+        _check_numbers(row[0], f"row {number} of history,")
+        _check_numbers(row[1], f"row {number} of history, rate")
+    position = _check_named(_get(state, "position"), "position")
     if not {"epoch", "step", "logs"} == position.keys():
         raise _Unfit("position", position, "epoch, step and logs")
-    epoch = _count(position["epoch"], "position epoch", 1)
-    _count(position["step"], "position step")
+    epoch = _check_count(position["epoch"], "position epoch", 1)
+    _check_count(position["step"], "position step")
     if position["logs"] is not None:
-        _numbers(position["logs"], "position logs")
+        _check_numbers(position["logs"], "position logs")
     if epoch != len(history) + 1 or not first <= epoch <= last + 1:
         expected = (
             f"that after the {len(history)} epochs of history, of a fit of epochs {first} to {last}"
         )
         raise _Unfit("position epoch", epoch, expected)
-    _named(_get(state, "model"), "model")
-    _named(_get(state, "buffers"), "buffers")
-    _named(state.get("loss buffers", {}), "loss buffers")
-    _named(_get(state, "loss"), "loss")
-    for key, buffers in (
-        ("buffers", _get(state, "buffers")),
-        ("loss buffers", state.get("loss buffers", {})),
-    ):
-        for name, buffer in _named(buffers, key).items():
+    _check_named(_get(state, "model"), "model")
+    _check_named(_get(state, "buffers"), "buffers")
+    _check_named(state.get("loss buffers", {}), "loss buffers")
+    _check_named(_get(state, "loss"), "loss")
+    for key in ("buffers", "loss buffers"):
+        for name, buffer in state.get(key, {}).items():
             if not isinstance(buffer, Tensor):
                 raise _Unfit(f"buffer {name}", buffer, "a tensor")
     if state.get("frozen") is not None:
-        _strings(state["frozen"], "frozen")
-    for name, own in _named(_get(state, "callbacks"), "callbacks").items():
-        _named(own, f"callback {name}")
+        _check_strings(state["frozen"], "frozen")
+    for name, own in _check_named(_get(state, "callbacks"), "callbacks").items():
+        _check_named(own, f"callback {name}")
     _check_begun(state.get("begun"))
     if state.get("data") is not None:
-        _count(state["data"], "data")
+        _check_count(state["data"], "data")
     if state.get("in_eval") is not None:
-        _strings(state["in_eval"], "in_eval")
-    _check_of_process(state)
-    missing = state["totals"]["sums"].keys() - (position["logs"] or {}).keys()
-    if position["logs"] is not None and missing:
-        raise _Unfit(f"position logs {min(missing)}", None, "")
+        _check_strings(state["in_eval"], "in_eval")
+    _check_process(state)
+    if position["logs"] is not None:
+        missing = state["totals"]["sums"].keys() - position["logs"].keys()
+        if missing:
+            raise _Unfit(f"position logs {min(missing)}", None, "")
 
 
 def _check_begun(begun: Any) -> None:
-    if begun is None:  # of older files
+    """Check what a script had set as the run began."""
+    if begun is None:  # older files do not have it
         return
-    _named(begun, "begun")
-    for name, groups in _named(_get(begun, "optimizers", "begun "), "begun optimizers").items():
-        for group in _list(groups, f"begun optimizers {name!r}"):
-            _numbers(group, f"begun optimizers {name!r},")
-    for name, groups in _named(begun.get("groups", {}), "begun groups").items():
-        for group in _list(groups, f"begun groups {name!r}"):
-            _strings(group, f"begun groups {name!r}")
-    _strings(_get(begun, "frozen", "begun "), "begun frozen")
+    _check_named(begun, "begun")
+    for name, groups in _check_named(
+        _get(begun, "optimizers", "begun "), "begun optimizers"
+    ).items():
+        for group in _check_list(groups, f"begun optimizers {name!r}"):
+            _check_numbers(group, f"begun optimizers {name!r},")
+    for name, groups in _check_named(begun.get("groups", {}), "begun groups").items():
+        for group in _check_list(groups, f"begun groups {name!r}"):
+            _check_strings(group, f"begun groups {name!r}")
+    _check_strings(_get(begun, "frozen", "begun "), "begun frozen")
     for key in ("loss frozen", "in_eval"):
-        _strings(begun.get(key, []), f"begun {key}")
-    for name, setting in _named(begun.get("compile", {}), "begun compile").items():
+        _check_strings(begun.get(key, []), f"begun {key}")
+    for name, setting in _check_named(begun.get("compile", {}), "begun compile").items():
         if setting is not None and not isinstance(setting, (str, bool, int, float)):
             raise _Unfit(f"begun compile {name}", setting, "a number or a string")
 
 
-def _check_of_process(state: Mapping[str, Any], where: str = "") -> None:
-    """What each of several processes has of its own."""
-    _dict(state, where or "the state")
+def _check_process(state: Mapping[str, Any], where: str = "") -> None:
+    """Check the state that each process has of its own."""
+    _check_dict(state, where or "the state")
     _check_totals(_get(state, "totals", where), f"{where}totals")
     check_random(_get(state, "random", where), f"{where}random")
     train = _get(state, "train", where)
     if train is not None:
-        _named(train, f"{where}train")
-        seen = _count(_get(train, "seen", f"{where}train "), f"{where}train seen")
+        _check_named(train, f"{where}train")
+        seen = _check_count(_get(train, "seen", f"{where}train "), f"{where}train seen")
         if train.get("steps") is not None:
-            steps = _count(train["steps"], f"{where}train steps")
+            steps = _check_count(train["steps"], f"{where}train steps")
             if seen > steps:
                 raise _Unfit(f"{where}train seen", seen, f"one of {steps} batches")
         _get(train, "loader", f"{where}train ")
         check_random(_get(train, "start", f"{where}train "), f"{where}train start")
-        for epoch in _list(train.get("epochs", []), f"{where}train epochs"):
+        for epoch in _check_list(train.get("epochs", []), f"{where}train epochs"):
             if epoch is not None:
-                _count(epoch, f"{where}train epochs")
+                _check_count(epoch, f"{where}train epochs")
         if train.get("draws") is not None:
             _check_draws(train["draws"], f"{where}train draws")
     _check_precision(state.get("precision"), f"{where}precision")
 
 
 def _check_totals(totals: Any, where: str) -> None:
-    _named(totals, where)
-    sums = _named(_get(totals, "sums", f"{where} "), f"{where} sums")
-    counts = _named(_get(totals, "counts", f"{where} "), f"{where} counts")
+    """Check the totals of an epoch's means."""
+    _check_named(totals, where)
+    sums = _check_named(_get(totals, "sums", f"{where} "), f"{where} sums")
+    counts = _check_named(_get(totals, "counts", f"{where} "), f"{where} counts")
     if sums.keys() != counts.keys():
         raise _Unfit(f"{where} sums", list(sums), f"of the names of counts, {list(counts)}"[:200])
     for name in sums:
-        for value, what in ((sums[name], "sums"), (counts[name], "counts")):
+        for what, value in (("sums", sums[name]), ("counts", counts[name])):
             if not is_number(value) or (isinstance(value, Tensor) and value.ndim):
                 raise _Unfit(f"{where} {what} {name}", value, "a number")
         if not isinstance(sums[name], Tensor) or not sums[name].is_floating_point():
             raise _Unfit(f"{where} sums {name}", sums[name], "a 0-d tensor of floats")
-        if not float(counts[name]) >= 0 or math.isinf(float(counts[name])):
-            raise _Unfit(f"{where} counts {name}", float(counts[name]), "a count of 0 or more")
-        if float(counts[name]) == 0 and float(sums[name]) != 0:
+        count = float(counts[name])
+        if not count >= 0 or math.isinf(count):
+            raise _Unfit(f"{where} counts {name}", count, "a count of 0 or more")
+        if count == 0 and float(sums[name]) != 0:
             raise _Unfit(f"{where} sums {name}", float(sums[name]), "0, as it is of a count of 0")
     if type(_get(totals, "updated", f"{where} ")) is not bool:
         raise _Unfit(f"{where} updated", totals["updated"], "True or False")
-    _named(_get(totals, "objects", f"{where} "), f"{where} objects")
-    _strings(totals.get("names", []), f"{where} names")
+    _check_named(_get(totals, "objects", f"{where} "), f"{where} objects")
+    _check_strings(totals.get("names", []), f"{where} names")
 
 
 def _check_precision(precision: Any, where: str) -> None:
+    """Check the state of accumulate: its windows and the gradients in them."""
     if precision is None:
         return
-    _named(precision, where)
-    _count(_get(precision, "accumulate", f"{where} "), f"{where} accumulate", 1)
-    for name, window in _named(_get(precision, "windows", f"{where} "), f"{where} windows").items():
-        _named(window, f"{where} windows {name!r}")
-        _count(
-            _get(window, "batches", f"{where} windows {name!r} "),
-            f"{where} windows {name!r} batches",
-        )
-    for name, gradients in _named(
-        _get(precision, "gradients", f"{where} "), f"{where} gradients"
-    ).items():
-        for gradient in _list(gradients, f"{where} gradients {name!r}"):
+    _check_named(precision, where)
+    _check_count(_get(precision, "accumulate", f"{where} "), f"{where} accumulate", 1)
+    windows = _check_named(_get(precision, "windows", f"{where} "), f"{where} windows")
+    for name, window in windows.items():
+        place = f"{where} windows {name!r}"
+        _check_named(window, place)
+        _check_count(_get(window, "batches", f"{place} "), f"{place} batches")
+    gradients = _check_named(_get(precision, "gradients", f"{where} "), f"{where} gradients")
+    for name, gradients_of_window in gradients.items():
+        place = f"{where} gradients {name!r}"
+        for gradient in _check_list(gradients_of_window, place):
             if gradient is not None and not isinstance(gradient, (Tensor, dict)):
-                raise _Unfit(f"{where} gradients {name!r}", gradient, "a tensor")
+                raise _Unfit(place, gradient, "a tensor")
 
 
 def _check_loss(state: Mapping[str, Any], loss_func: Any) -> None:
-    """The loss's own buffers and frozen parameters; `check_buffers` looks for the layers."""
+    """Check the buffers and frozen parameters of the loss; `check_buffers` checks the layers."""
     for name, buffer in state.get("loss buffers", {}).items():
         if not isinstance(buffer, Tensor):
             raise _Unfit(f"buffer {name} of the loss", buffer, "a tensor")
@@ -323,27 +344,32 @@ def _check_loss(state: Mapping[str, Any], loss_func: Any) -> None:
     known: set[str] = set()
     if isinstance(loss_func, nn.Module):
         known = {plain_name(name) for name, _ in loss_func.named_parameters()}
-    for name in _strings(state["loss frozen"], "loss frozen"):
+    for name in _check_strings(state["loss frozen"], "loss frozen"):
         if plain_name(name) not in known:
             raise _Unfit("loss frozen", name, "a parameter of the loss")
 
 
 def _check_attributes(states: Any, where: str, roots: Mapping[str, Any]) -> None:
-    """Plain values, under names that hide no method: they become attributes of the model's layers and of data."""
-    for holder, own in _named(states, where).items():
-        methods = _methods_of(holder, roots)
-        for name, value in _named(own, f"{where} {holder}").items():
+    """Check values that become attributes of layers and of data.
+
+    They must be plain, and their names must not be those of methods.
+    """
+    for owner, own in _check_named(states, where).items():
+        methods = _find_methods(owner, roots)
+        for name, value in _check_named(own, f"{where} {owner}").items():
             if not name.isidentifier() or name in methods or name == "training":
-                raise _Unfit(f"a key of {where} {holder}", name, "the name of an attribute")
+                raise _Unfit(f"a key of {where} {owner}", name, "the name of an attribute")
             if not is_plain(restored(value), floats=True) and not is_order(value):
-                raise _Unfit(
-                    f"{where} {holder}.{name}", value, "a number, a string, or a short list of them"
-                )
+                expected = "a number, a string, or a short list of them"
+                raise _Unfit(f"{where} {owner}.{name}", value, expected)
 
 
-def _methods_of(holder: str, roots: Mapping[str, Any]) -> set[str]:
-    """The names of methods of an object that is named by its path, as `model.net`; of others those of object."""
-    root, _, path = holder.partition(".")
+def _find_methods(owner: str, roots: Mapping[str, Any]) -> set[str]:
+    """Name the methods of the object at a path such as `model.net`.
+
+    If the object is not known, the methods that every object has.
+    """
+    root, _, path = owner.partition(".")
     value = roots.get(root)
     if isinstance(value, nn.Module) and path:
         value = dict(value.named_modules()).get(path)
@@ -351,29 +377,29 @@ def _methods_of(holder: str, roots: Mapping[str, Any]) -> set[str]:
 
 
 def _check_groups(groups: Any, optimizers: Mapping[str, Any]) -> None:
-    """How many groups each optimizer had as the epoch began."""
-    for name, count in _named(groups, "groups").items():
-        _count(count, f"groups {name!r}", 1)
+    """Check how many groups each optimizer had as the epoch began."""
+    for name, count in _check_named(groups, "groups").items():
+        _check_count(count, f"groups {name!r}", 1)
         if name not in optimizers:
             raise _Unfit("a key of groups", name, "the name of an optimizer")
 
 
 def _check_draws(draws: Any, where: str) -> None:
-    """The states of generators by the number of the sampler's step."""
-    for number, states in _named(draws, where).items():
+    """Check the states of generators by the number of the sampler's step."""
+    for number, states in _check_named(draws, where).items():
         if not number.isdecimal():
             raise _Unfit(f"a key of {where}", number, "a number")
-        for name, state in _named(states, f"{where} {number}").items():
+        for name, state in _check_named(states, f"{where} {number}").items():
             place = f"{where} {number}, {name}"
             if name == "the global numpy":
-                _check_numpy(_numpy_dict(state, place), place)
+                _check_numpy(_convert_numpy_tuple(state, place), place)
             else:
                 _check_generator(state, place)
 
 
-def _numpy_dict(state: Any, where: str) -> Any:
-    """NumPy's tuple as its dict."""
-    parts = _list(restored(state), where)
+def _convert_numpy_tuple(state: Any, where: str) -> Any:
+    """Convert a state of NumPy's random from a tuple to a dict."""
+    parts = _check_list(restored(state), where)
     if len(parts) != 5 or not isinstance(parts[1], np.ndarray):
         raise _Unfit(where, state, "a state of NumPy's random")
     inner = {"key": parts[1].tolist(), "pos": parts[2]}
@@ -381,6 +407,7 @@ def _numpy_dict(state: Any, where: str) -> Any:
 
 
 def _check_buffers(buffers: Any, model: nn.Module) -> None:
+    """Check that the model can hold these buffers."""
     own = buffers_of(model)
     modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
     modules[""] = model
@@ -391,20 +418,19 @@ def _check_buffers(buffers: Any, model: nn.Module) -> None:
         if current is None:
             owner, dot, last = plain_name(name).rpartition(".")
             module = modules.get(owner + dot)
-            if (
-                module is None
-                or getattr(module, last, None) is not None
-                or hasattr(nn.Module, last)
-            ):
+            is_free = module is not None and getattr(module, last, None) is None
+            if not is_free or hasattr(nn.Module, last):
                 raise _Unfit(f"buffer {name}", buffer, "one of the model's")
             continue
-        if is_lazy(current):
+        if is_lazy(current) or current.shape != buffer.shape:
             continue
-        if current.shape == buffer.shape and (problem := misfit(current, buffer)):
+        problem = misfit(current, buffer)
+        if problem:
             raise _Unfit(f"buffer {name}", buffer, f"one that the model can take: it is {problem}")
 
 
 def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
+    """Check that frozen parameters are the model's, and that something is left to train."""
     if names is None:
         return
     known = {plain_name(name) for name, _ in model.named_parameters()}
@@ -412,54 +438,58 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
         if plain_name(name) not in known:
             raise _Unfit("frozen", name, "a parameter of the model")
     trained = known - {plain_name(name) for name in names}
-    loss_is_trained = isinstance(run.loss_func, nn.Module) and any(
-        True for _ in run.loss_func.parameters()
-    )
-    if known and not trained and not loss_is_trained:
+    loss_has_parameters = False
+    if isinstance(run.loss_func, nn.Module):
+        loss_has_parameters = bool(list(run.loss_func.parameters()))
+    if known and not trained and not loss_has_parameters:
         raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
 
 
 def _check_optimizers(written: Any) -> None:
-    for name, entry in _named(written, "optimizers").items():
-        where = place_of(name)
-        _named(entry, where)
+    """Check the optimizers' classes, groups and states by type."""
+    for name, entry in _check_named(written, "optimizers").items():
+        where = name_optimizer(name)
+        _check_named(entry, where)
         if not isinstance(_get(entry, "class", f"{where}, "), str):
             raise _Unfit(f"{where}, class", entry["class"], "a string")
-        state = _named(_get(entry, "state", f"{where}, "), f"{where}, state")
-        groups = _list(_get(state, "param_groups", f"{where}, "), f"{where}, param_groups")
+        state = _check_named(_get(entry, "state", f"{where}, "), f"{where}, state")
+        groups = _check_list(_get(state, "param_groups", f"{where}, "), f"{where}, param_groups")
         numbers: list[int] = []
         for group in groups:
-            params = _list(_get(_named(group, where), "params", f"{where}, "), f"{where}, params")
-            numbers += [_count(number, f"{where}, a number in params") for number in params]
+            params = _check_list(
+                _get(_check_named(group, where), "params", f"{where}, "), f"{where}, params"
+            )
+            for number in params:
+                numbers.append(_check_count(number, f"{where}, a number in params"))
         if entry.get("names") is not None:
-            named = [
-                _strings(group, f"{where}, names")
-                for group in _list(entry["names"], f"{where}, names")
-            ]
-            if [len(group) for group in named] != [len(group["params"]) for group in groups]:
+            sizes = [len(group["params"]) for group in groups]
+            named_sizes = []
+            for group in _check_list(entry["names"], f"{where}, names"):
+                named_sizes.append(len(_check_strings(group, f"{where}, names")))
+            if named_sizes != sizes:
                 raise _Unfit(f"{where}, names", entry["names"], "a name for each parameter")
         if len(set(numbers)) < len(numbers):
             raise _Unfit(f"{where}, params", numbers[:5], "numbers that are there once each")
-        values = _dict(_get(state, "state", f"{where}, "), f"{where}, state")
+        values = _check_dict(_get(state, "state", f"{where}, "), f"{where}, state")
         for number, own in values.items():
             if number not in numbers:
                 raise _Unfit(f"{where}, a key of state", number, "the number of a parameter")
-            _named(own, f"{where}, state of parameter {number}")
+            _check_named(own, f"{where}, state of parameter {number}")
 
 
 def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None:
-    """Those that the script's optimizer has too: numbers where it has numbers."""
+    """Check the settings that the script's optimizer has too: they must be numbers if its are."""
     for group, own in zip(groups, optimizer.param_groups, strict=False):
         for key, value in group.items():
             if key == "params" or key not in own:
                 continue
-            if isinstance(own[key], (tuple, list)) and not isinstance(value, (tuple, list)):
-                raise _Unfit(f"{where}, {key}", value, "a tuple of numbers")
             pairs = [(own[key], value)]
             if isinstance(own[key], (tuple, list)):
-                pairs = list(zip(own[key], value, strict=False))
+                if not isinstance(value, (tuple, list)):
+                    raise _Unfit(f"{where}, {key}", value, "a tuple of numbers")
                 if len(value) != len(own[key]):
                     raise _Unfit(f"{where}, {key}", value, f"{len(own[key])} numbers")
+                pairs = list(zip(own[key], value, strict=True))
             for current, number in pairs:
                 _check_setting(current, number, f"{where}, {key}")
                 if key == "betas" and not 0 <= float(number) < 1:
@@ -467,6 +497,7 @@ def _check_settings(groups: list[Any], optimizer: Optimizer, where: str) -> None
 
 
 def _check_setting(current: Any, value: Any, where: str) -> None:
+    """Check a setting of an optimizer against the script's."""
     if isinstance(current, bool) and type(value) is not bool:
         raise _Unfit(where, value, "True or False")
     if current is None and not (value is None or isinstance(value, bool) or is_number(value)):
@@ -484,8 +515,10 @@ def _check_setting(current: Any, value: Any, where: str) -> None:
 def _check_shapes(
     values: Mapping[int, Any], numbers: list[int], optimizer: Optimizer, where: str
 ) -> None:
-    """Of torch's optimizers whose tensors have their parameter's shape."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Check the states of torch's optimizers whose tensors have the shape of their parameter."""
+    parameters: list[Any] = []
+    for group in optimizer.param_groups:
+        parameters.extend(group["params"])
     kind = type(optimizer)
     is_known = kind.__module__.startswith("torch.optim") and kind.__name__ not in OF_OWN_SHAPES
     if not is_known or len(parameters) != len(numbers):
@@ -493,9 +526,8 @@ def _check_shapes(
     filled = [own for own in values.values() if own]
     for own in filled:
         if own.keys() != filled[0].keys():
-            raise _Unfit(
-                f"{where}, state of a parameter", list(own), f"of the names {list(filled[0])}"[:200]
-            )
+            expected = f"of the names {list(filled[0])}"[:200]
+            raise _Unfit(f"{where}, state of a parameter", list(own), expected)
     for number, own in values.items():
         for key, value in own.items():
             place = f"{where}, {key} of parameter {number}"
@@ -513,52 +545,44 @@ def _check_shapes(
                 raise _Unfit(place, value, "a tensor or a number")
             if not isinstance(value, Tensor) or is_lazy(parameter):
                 continue
-            if (
-                value.layout != torch.strided
-                or value.is_quantized
-                or value.numel() not in (1, parameter.numel())
-            ):
-                raise _Unfit(place, value, f"a tensor {tuple(parameter.shape)}")
-            if value.numel() > 1 and value.shape != parameter.shape:
+            fits = value.shape == parameter.shape
+            if value.numel() <= 1:
+                fits = value.numel() in (1, parameter.numel())
+            if value.layout != torch.strided or value.is_quantized or not fits:
                 raise _Unfit(place, value, f"a tensor {tuple(parameter.shape)}")
             if value.is_complex() and not parameter.is_complex():
                 raise _Unfit(place, value, "a tensor of real numbers")
 
 
-# --- random states ----------------------------------------------------------------------------------------------------
+# --- random states ---
 
 
 def check_random(states: Any, where: str) -> None:
-    """Check the random states of a run by trying them on generators that nothing draws from."""
-    _named(states, where)
+    """Check the random states of a run by setting them on generators that nothing else uses."""
+    _check_named(states, where)
     _check_python(_get(states, "python", f"{where} "), f"{where} python")
     numpy_state = _get(states, "numpy", f"{where} ")
     _check_numpy(numpy_state, f"{where} numpy")
+    kind = numpy_state["bit_generator"]
     used = np.random.get_state(legacy=False)["bit_generator"]
-    if numpy_state["bit_generator"] != used:
-        raise _Unfit(
-            f"{where} numpy bit_generator",
-            numpy_state["bit_generator"],
-            f"{used}, as NumPy's own has",
-        )
-    _check_torch(
-        _get(states, "torch", f"{where} "), f"{where} torch", size=torch.get_rng_state().numel()
-    )
-    for state in _list(_get(states, "device", f"{where} "), f"{where} device"):
+    if kind != used:
+        raise _Unfit(f"{where} numpy bit_generator", kind, f"{used}, as NumPy's own has")
+    size = torch.get_rng_state().numel()
+    _check_torch(_get(states, "torch", f"{where} "), f"{where} torch", size)
+    for state in _check_list(_get(states, "device", f"{where} "), f"{where} device"):
         _check_torch(state, f"{where} device")
     generators = _get(states, "generators", f"{where} ")
-    for state in (
-        generators.values()
-        if isinstance(generators, dict)
-        else _list(generators, f"{where} generators")
-    ):
+    if isinstance(generators, dict):
+        generators = list(generators.values())
+    for state in _check_list(generators, f"{where} generators"):
         _check_generator(state, f"{where} generators")
-    for epoch in _list(_get(states, "epochs", f"{where} "), f"{where} epochs"):
-        _count(epoch, f"{where} epochs")
+    for epoch in _check_list(_get(states, "epochs", f"{where} "), f"{where} epochs"):
+        _check_count(epoch, f"{where} epochs")
     _check_attributes(states.get("attributes", {}), f"{where} attributes", {})
 
 
 def _check_generator(state: Any, where: str) -> None:
+    """Check the state of a generator of torch, NumPy or Python."""
     if isinstance(state, Tensor):
         _check_torch(state, where)
     elif isinstance(state, dict):
@@ -568,6 +592,7 @@ def _check_generator(state: Any, where: str) -> None:
 
 
 def _check_python(state: Any, where: str) -> None:
+    """Check a state of Python's random."""
     try:
         random.Random().setstate(state)
     except Exception:
@@ -575,12 +600,10 @@ def _check_python(state: Any, where: str) -> None:
 
 
 def _check_torch(state: Any, where: str, size: int | None = None) -> None:
-    if (
-        not isinstance(state, Tensor)
-        or state.dtype != torch.uint8
-        or state.ndim != 1
-        or state.layout != torch.strided
-    ):
+    """Check a state of torch's random, with so many bytes if `size` is given."""
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+        raise _Unfit(where, state, "a tensor of bytes")
+    if state.ndim != 1 or state.layout != torch.strided:
         raise _Unfit(where, state, "a tensor of bytes")
     own = torch.get_rng_state().numel()
     if size is not None and state.numel() != size:
@@ -593,75 +616,79 @@ def _check_torch(state: Any, where: str, size: int | None = None) -> None:
 
 
 def _check_numpy(state: Any, where: str) -> None:
-    """NumPy takes a position that is out of its array, and reads there."""
-    _named(state, where)
+    """Check a state of NumPy's random.
+
+    NumPy accepts a position outside its array, and reads memory there.
+    """
+    _check_named(state, where)
     kind = _get(state, "bit_generator", f"{where} ")
     if kind not in BIT_GENERATORS:
         if isinstance(kind, str) and not hasattr(np.random, kind):
-            return  # of another package: its own check has to do
+            return  # of another package, which has its own check
         raise _Unfit(f"{where} bit_generator", kind, "one of NumPy's")
     for key in ("has_gauss", "has_uint32", "gauss", "uinteger"):
         if key in state and not isinstance(state[key], (int, float)):
             raise _Unfit(f"{where} {key}", state[key], "a number")
-    inner = _named(_get(state, "state", f"{where} "), f"{where} state")
+    inner = _check_named(_get(state, "state", f"{where} "), f"{where} state")
     if kind == "MT19937":
-        words = _list(_get(inner, "key", f"{where} "), f"{where} key")
+        words = _check_list(_get(inner, "key", f"{where} "), f"{where} key")
         if len(words) != WORDS or not all(_is_count(word) and word < 2**32 for word in words):
             raise _Unfit(f"{where} key", f"{len(words)} words", f"{WORDS} words of 32 bits")
         if not _is_count(_get(inner, "pos", f"{where} ")) or inner["pos"] > WORDS:
             raise _Unfit(f"{where} pos", inner["pos"], f"a position of 0 to {WORDS}")
     if kind == "Philox":
-        buffer = _list(_get(state, "buffer", f"{where} "), f"{where} buffer")
+        buffer = _check_list(_get(state, "buffer", f"{where} "), f"{where} buffer")
         position = _get(state, "buffer_pos", f"{where} ")
         if len(buffer) != 4 or not _is_count(position) or position > 4:
             raise _Unfit(f"{where} buffer_pos", position, "a position of 0 to 4")
     try:
-        trial = getattr(np.random, kind)()
-        trial.state = _arrays(state)
+        generator = getattr(np.random, kind)()
+        generator.state = _convert_lists(state)
     except Exception:
         raise _Unfit(where, state, "a state of NumPy's random") from None
 
 
-def _arrays(state: Any) -> Any:
-    """As NumPy takes it: arrays for lists."""
+def _convert_lists(state: Any) -> Any:
+    """Convert the lists in a state to the arrays that NumPy expects."""
     if isinstance(state, dict):
-        return {key: _arrays(value) for key, value in state.items()}
-    return np.array(state, np.uint64) if isinstance(state, (list, tuple)) else state
+        return {key: _convert_lists(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return np.array(state, np.uint64)
+    return state
 
 
-# --- callbacks --------------------------------------------------------------------------------------------------------
+# --- callbacks ---
 
 
 def check_callbacks(
     states: Mapping[str, Any], callbacks: list[Callback], model: nn.Module, path: Path
 ) -> None:
-    """Check the states of the callbacks that come with minikeras: numbers where they have numbers, weights that fit.
+    """Check the states of minikeras's own callbacks: numbers must be numbers, weights must fit.
 
     Raises:
-        CheckpointError: one is something else.
+        CheckpointError: a value does not.
     """
-    from minikeras.checkpoint.state import named  # as it is needed: that module imports this one
+    from minikeras.checkpoint.state import named  # imported here, since that module imports this
 
     for name, callback in named(callbacks):
         if not type(callback).__module__.startswith("minikeras.callbacks") or name not in states:
             continue
-        given = states[name]
+        written = states[name]
         for key, value in callback.state_dict().items():
-            if key in given and is_number(value) and not is_number(given[key]):
-                problem = _Unfit(f"callback {name}, {key}", given[key], "a number")
+            if key in written and is_number(value) and not is_number(written[key]):
+                problem = _Unfit(f"callback {name}, {key}", written[key], "a number")
                 raise CheckpointError(f"{path} is damaged: {problem}. {remedy_of_fit(path)}")
-        weights = given.get("weights")
-        if getattr(callback, "keeps_weights", False) and (
-            weights is not None and (type(weights) is not dict or weights)
-        ):
-            check_weights(model, given["weights"], path, remedy_of_fit)
+        weights = written.get("weights")
+        has_weights = weights is not None and (type(weights) is not dict or weights)
+        if getattr(callback, "keeps_weights", False) and has_weights:
+            check_weights(model, weights, path, remedy_of_fit)
 
 
-# --- all or nothing ---------------------------------------------------------------------------------------------------
+# --- all or nothing ---
 
 
 def untouched(restore: F) -> F:
-    """Decorate a method that takes a state over: where it fails, all is as it was before."""
+    """Decorate a method that loads a state so that a failure leaves everything as it was."""
 
     @functools.wraps(restore)
     def all_or_nothing(self: Any, callbacks: list[Callback], say: Any) -> Any:
@@ -673,22 +700,23 @@ def untouched(restore: F) -> F:
             return restore(self, callbacks, say)
         except Exception as error:
             put_back()
-            if isinstance(
-                error, (CheckpointError, Warning)
-            ):  # a user may turn warnings into errors
+            # Users may turn warnings into errors.
+            if isinstance(error, (CheckpointError, Warning)):
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
-                f"{self.path} could not be taken over: {type(error).__name__}: {first} The model is as it was. "
-                f"{remedy_of_fit(self.path)}"
+                f"{self.path} could not be taken over: {type(error).__name__}: {first} The model "
+                f"is as it was. {remedy_of_fit(self.path)}"
             ) from error
 
     return cast("F", all_or_nothing)
 
 
 def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
-    """What puts back all that taking a state over changes."""
-    model, run, randomness = checkpoint.model, checkpoint.run, checkpoint.randomness
+    """Return a function that restores all that loading a state may change."""
+    model = checkpoint.model
+    run = checkpoint.run
+    randomness = checkpoint.randomness
     modules = [model]
     if isinstance(run.loss_func, nn.Module):
         modules.append(run.loss_func)
@@ -697,28 +725,31 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
         for tensor in (*module.parameters(), *module.buffers()):
             if not is_lazy(tensor):
                 tensors.append((tensor, tensor.detach().clone(), tensor.requires_grad))
-    optimizers = [
-        (optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in run.optimizers.values()
-    ]
+    optimizers = []
+    for optimizer in run.optimizers.values():
+        optimizers.append((optimizer, copy.deepcopy(optimizer.state_dict())))
     states = [(callback, copy.deepcopy(callback.state_dict())) for callback in callbacks]
-    epochs, stop, drawn = run.epochs, model.stop_training, randomness.states()
+    epochs = run.epochs
+    stop_training = model.stop_training
+    random_states = randomness.states()
 
     def put_back() -> None:
-        for tensor, before, trained in tensors:
+        for tensor, before, requires_grad in tensors:
             tensor.detach().copy_(before)
             if tensor.is_leaf:
-                tensor.requires_grad_(trained)
+                tensor.requires_grad_(requires_grad)
         for optimizer, before in optimizers:
             optimizer.load_state_dict(before)
         for callback, before in states:
             try:
                 callback.load_state_dict(before)
             except Exception:
-                continue  # one that takes no state: it has its own way to begin
-        run.epochs, model.stop_training = epochs, stop
+                continue  # it accepts no state, and starts in its own way
+        run.epochs = epochs
+        model.stop_training = stop_training
         run.kept["unfinished"] = None
         run.train.totals.reset()
         run.engine.expect_steps([])
-        randomness.restore(drawn)
+        randomness.restore(random_states)
 
     return put_back

@@ -1,4 +1,4 @@
-"""Weights alone in a file: .pt as torch's users know it, or .safetensors."""
+"""Save weights to a file, .pt as with torch.save or .safetensors, and load them."""
 
 from __future__ import annotations
 
@@ -24,40 +24,38 @@ from minikeras.support.atomic import write
 from minikeras.support.sharded_tensors import load_whole, whole
 
 RUN = "minikeras"  # the key of the version number in a run's state
-OWN_WAYS = ("load_state_dict", "set_extra_state")  # of a module to take its weights
+LOADERS = ("load_state_dict", "set_extra_state")  # methods by which a module loads its weights
 
 
 def save_weights(model: nn.Module, path: Path, world: OneProcess, keep: bool = True) -> None:
-    """The model's state_dict in a file: whole, or not there; there for each process when it goes on.
+    """Save the model's state_dict atomically.
+
+    With several processes all of them call it, and none returns before the file is complete.
 
     Args:
-        keep: the file that was there becomes NAME.prev.
+        keep: whether an existing file becomes NAME.prev.
     """
-
     state = weights_of(model)
     for key, value in state.items():
-        state[key] = whole(value)  # by all processes
+        state[key] = whole(value)  # all processes gather it
 
     def save() -> None:
-        write(
-            path,
-            _dump_safetensors(state) if path.suffix == ".safetensors" else dump(state),
-            keep=keep,
-        )
+        save_state = _dump_safetensors if path.suffix == ".safetensors" else dump
+        write(path, save_state(state), keep=keep)
 
     world.by_main(save)
 
 
 def weights_of(module: nn.Module) -> dict[str, Any]:
-    """A module's state_dict, of plain values."""
+    """Return a module's state_dict with plain values."""
     state: dict[str, Any] = module.state_dict()
-    for key, value in state.items():  # in place: torch keeps version numbers beside the items
+    for key, value in state.items():  # in place: torch keeps version numbers next to the items
         state[key] = plain(value, f"{key} in the state_dict of {type(module).__name__}")
     return state
 
 
 def plain_name(name: str) -> str:
-    """A name without what torch.compile puts into it.
+    """Remove what torch.compile puts into a name.
 
     >>> plain_name("net._orig_mod.weight")
     'net.weight'
@@ -66,12 +64,15 @@ def plain_name(name: str) -> str:
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """All buffers by their plain names, those that are not in a state_dict too."""
+    """Collect all buffers by their plain names, including those that are not in a state_dict."""
     return {plain_name(name): buffer for name, buffer in model.named_buffers()}
 
 
 def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
-    """Fill buffers, those that are not in a state_dict too; one of another size, or of none, is replaced."""
+    """Fill buffers, including those that are not in a state_dict.
+
+    A buffer that is None or has another shape is replaced.
+    """
     modules = {plain_name(f"{name}."): module for name, module in model.named_modules()}
     modules[""] = model
     for name, value in buffers.items():
@@ -84,28 +85,28 @@ def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.d
             own.copy_(value)
         elif own is not None:
             setattr(module, last, value.to(device))
-        elif getattr(module, last, None) is None:  # made by the first batch
-            with contextlib.suppress(KeyError):  # None, and no buffer
+        elif getattr(module, last, None) is None:  # set by the first batch
+            with contextlib.suppress(KeyError):  # an attribute that is None and no buffer
                 module.register_buffer(last, value.to(device), persistent=False)
 
 
 def late_buffers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a state_dict has of buffers that the model has registered as None until its first batch, by name."""
+    """Collect the values of a state_dict for late buffers: None until the model's first batch."""
     own = model.state_dict()
     modules = {plain_name(name): module for name, module in model.named_modules()}
-    found = {}
+    late = {}
     for name, value in state.items():
         if name in own or not isinstance(value, Tensor):
             continue
         owner, _, last = plain_name(name).rpartition(".")
         module = modules.get(owner)
         if module is not None and is_empty_buffer(module, last):
-            found[name] = value
-    return found
+            late[name] = value
+    return late
 
 
 def is_empty_buffer(module: nn.Module, name: str) -> bool:
-    """Whether a module has registered a buffer of that name as None.
+    """Tell whether a module has registered a buffer of this name as None.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> layer.register_buffer("mean", None)
@@ -117,9 +118,9 @@ def is_empty_buffer(module: nn.Module, name: str) -> bool:
     if name in vars(module):  # a plain attribute, such as a bias that another architecture has
         return False
     try:
-        setattr(module, name, torch.empty(0))  # named_buffers leaves out those that are None
+        setattr(module, name, torch.empty(0))  # named_buffers leaves out buffers that are None
         return name in dict(module.named_buffers(recurse=False))
-    except TypeError:  # a parameter that there is not
+    except TypeError:  # a parameter that is None
         return False
     finally:
         setattr(module, name, None)
@@ -128,7 +129,7 @@ def is_empty_buffer(module: nn.Module, name: str) -> bool:
 def fill_late_buffers(
     model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device
 ) -> None:
-    """Give the model those buffers, as its first batch would."""
+    """Set late buffers of the model, as its first batch would."""
     modules = {plain_name(name): module for name, module in model.named_modules()}
     for name, value in buffers.items():
         owner, _, last = plain_name(name).rpartition(".")
@@ -136,23 +137,23 @@ def fill_late_buffers(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer of a model is; the CPU if it has none."""
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def frozen(model: nn.Module) -> list[str]:
-    """The parameters that are not trained."""
-    return [
-        plain_name(name)
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-    ]
+    """Name the parameters that are not trained."""
+    names = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            names.append(plain_name(name))
+    return names
 
 
 def freeze(model: nn.Module, names: list[str] | None) -> None:
-    """Those and no others; None leaves them as they are."""
+    """Freeze these parameters and train all others; None changes nothing."""
     if names is not None:
         plain_names = {plain_name(name) for name in names}
         for name, parameter in model.named_parameters():
@@ -160,16 +161,16 @@ def freeze(model: nn.Module, names: list[str] | None) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Weights from a file into the model; nothing is changed where they do not fit."""
-    found = read_newest(path, _read_safetensors if path.suffix == ".safetensors" else reader(model))
-    if found is None:
+    """Load weights from a file into the model; if they do not fit, change nothing."""
+    read_state = _read_safetensors if path.suffix == ".safetensors" else reader(model)
+    value_and_path = read_newest(path, read_state)
+    if value_and_path is None:
         raise FileNotFoundError(
             f"there is no file {path}. Pass the path of a file that model.save wrote."
         )
-    value, read_from = found
-    state = (
-        value["model"] if isinstance(value, dict) and RUN in value and "model" in value else value
-    )
+    state, read_from = value_and_path
+    if isinstance(state, dict) and RUN in state and "model" in state:  # the state of a run
+        state = state["model"]
     state = under_own_names(model, state)
     check_weights(model, state, read_from)
     try:
@@ -177,36 +178,37 @@ def load_weights(model: nn.Module, path: Path) -> None:
         with all_or_nothing(model, late):
             fill_late_buffers(model, late, device_of(model))
             load_whole(model, state)
-    except Exception as error:  # of a hook or a method of the model's own
+    except Exception as error:  # raised by a hook or a method of the model
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it was. "
-            f"{remedy_of_load(path)}"
+            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it "
+            f"was. {remedy_of_load(path)}"
         ) from error
 
 
 def under_own_names(model: nn.Module, state: Any) -> Any:
-    """A state_dict without the names of torch.compile's wrappers, and with both names of tied weights.
+    """Rename a state_dict's keys to those of the model.
 
-    Some files have one name alone of weights that are tied; the model's own ties say which the other is.
+    Names of torch.compile's wrappers are removed. Some files have only one name of tied weights:
+    the other name is added, as the model ties them.
     """
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         return state
     own = model.state_dict()
     if any(COMPILED in key for key in state) and not any(COMPILED in key for key in own):
-        state = renamed(state, own)
+        state = remove_compiled_names(state, own)
     missing = [key for key in own if key not in state and isinstance(own[key], Tensor)]
     if missing and not any(is_lazy(value) or is_sharded(value) for value in own.values()):
         state = copy.copy(state)
         for key in missing:
-            other = twin_of(key, own, state)
+            other = find_tied_name(key, own, state)
             if other is not None:
                 state[key] = state[other]
     return state
 
 
-def renamed(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict with plain names; that of a compiled network has those of the Model that wraps it."""
+def remove_compiled_names(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a state_dict plain names; those of a compiled network become those of its Model."""
     plain_names = {key: plain_name(key) for key in state}
     if len(set(plain_names.values())) < len(plain_names):
         return state
@@ -216,52 +218,53 @@ def renamed(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
             if set(wrapped.values()) == set(own):
                 plain_names = wrapped
                 break
-    new = copy.copy(state)  # with the version numbers that torch keeps beside the items
-    new.clear()
+    renamed = copy.copy(state)  # with the version numbers that torch keeps next to the items
+    renamed.clear()
     for key, value in state.items():
-        new[plain_names[key]] = value
-    return new
+        renamed[plain_names[key]] = value
+    return renamed
 
 
-def twin_of(key: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
-    """Another name in `state` of the tensor that the model has under `key`."""
+def find_tied_name(key: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
+    """Find another name in `state` of the tensor that the model has under `key`."""
     tensor = own[key]
+    if not tensor.numel():
+        return None
     for other, value in own.items():
-        same = isinstance(value, Tensor) and other in state and is_same_tensor(tensor, value)
-        if same and tensor.numel():
+        if other in state and isinstance(value, Tensor) and is_same_tensor(tensor, value):
             return other
     return None
 
 
 def is_same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one: the same elements in memory."""
+    """Tell whether two tensors are one: the same elements in memory."""
     if first.layout != torch.strided or second.layout != torch.strided:
         return first is second
-    alike = (first.shape, first.stride(), first.dtype) == (
-        second.shape,
-        second.stride(),
-        second.dtype,
-    )
-    return alike and first.device == second.device and first.data_ptr() == second.data_ptr()
+    if first.shape != second.shape or first.stride() != second.stride():
+        return False
+    if first.dtype != second.dtype or first.device != second.device:
+        return False
+    return first.data_ptr() == second.data_ptr()
 
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module, late: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put the tensors of a module back after an error, copied only where one can come; `late` ones are None again."""
+    """Restore the tensors of a model after an error; `late` buffers become None again.
+
+    The tensors are copied only if loading can fail halfway.
+    """
     before: dict[str, Tensor] = {}
-    if loads_by_itself(model):
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        before = {name: tensor.detach().clone() for name, tensor in tensors if not is_lazy(tensor)}
+    if has_custom_loading(model):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not is_lazy(tensor):
+                before[name] = tensor.detach().clone()
     try:
         yield
     except BaseException:
+        modules = {plain_name(name): module for name, module in model.named_modules()}
         for name in late:
             owner, _, last = plain_name(name).rpartition(".")
-            setattr(
-                {plain_name(key): module for key, module in model.named_modules()}[owner],
-                last,
-                None,
-            )
+            setattr(modules[owner], last, None)
         now = dict([*model.named_parameters(), *model.named_buffers()])
         for name, tensor in before.items():
             if name in now and now[name].shape == tensor.shape:
@@ -269,19 +272,22 @@ def all_or_nothing(model: nn.Module, late: Mapping[str, Tensor]) -> Iterator[Non
         raise
 
 
-def loads_by_itself(model: nn.Module) -> bool:
-    """Whether a part of the model takes its weights by code that is not torch's: that may fail halfway."""
+def has_custom_loading(model: nn.Module) -> bool:
+    """Tell whether a part of the model loads its weights by code other than torch's.
+
+    Such code may fail halfway.
+    """
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__module__.partition(".")[0] in ("torch", "minikeras", "builtins"):
                 continue
-            if any("load_from_state" in name or name in OWN_WAYS for name in vars(kind)):
+            if any("load_from_state" in name or name in LOADERS for name in vars(kind)):
                 return True
+        own_hooks = 0
+        if hasattr(type(module), "compute_outputs"):
+            own_hooks = 1  # a Model has the hook of `under_plain_names`
         for name, hooks in vars(module).items():
-            ours = (
-                1 if hasattr(type(module), "compute_outputs") else 0
-            )  # a Model has that of `under_plain_names`
-            if "load_state_dict" in name and len(hooks) > ours:
+            if "load_state_dict" in name and len(hooks) > own_hooks:
                 return True
     return False
 
@@ -289,38 +295,42 @@ def loads_by_itself(model: nn.Module) -> bool:
 def check_weights(
     model: nn.Module, state: Any, path: Path, remedy: Callable[[Path], str] = remedy_of_load
 ) -> None:
-    """A state_dict must have the model's keys and shapes, and tensors that its own can take.
+    """Check that a state_dict has the model's keys and shapes, and values that fit its dtypes.
 
     Raises:
-        CheckpointError: it has others; the message names them.
+        CheckpointError: it does not; the message names the keys.
     """
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}"
         )
     own = model.state_dict()
-    shapes = {
-        key: tuple(value.shape)
-        for key, value in own.items()
-        if isinstance(value, Tensor) and not is_lazy(value)
-    }
-    given = {key: shape_of(value) for key, value in state.items() if isinstance(value, Tensor)}
-    differing = [key for key in shapes if given.get(key, shapes[key]) != shapes[key]]
     late = late_buffers(model, state)
-    problems = {
+    other_shapes = []
+    for key, value in own.items():
+        given = state.get(key)
+        if isinstance(value, Tensor) and not is_lazy(value) and isinstance(given, Tensor):
+            shape = tuple(value.shape)
+            given_shape = shape_of(given)
+            if given_shape != shape:
+                other_shapes.append(f"{key} {given_shape} instead of {shape}")
+    differences = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own and key not in late],
-        "of another shape": [f"{key} {given[key]} instead of {shapes[key]}" for key in differing],
+        "of another shape": other_shapes,
     }
-    told = [
-        f"{what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if told:
+    problems = []
+    for what, keys in differences.items():
+        if keys:
+            more = ", ..." if len(keys) > 5 else ""
+            problems.append(f"{what}: {', '.join(keys[:5])}{more}")
+    if problems:
+        hint = explain_names(own, state)
+        if not hint:
+            hint = "Build the model as it was when the file was written."
         raise CheckpointError(
-            f"{path} holds the weights of another architecture than {type(model).__name__}: {'; '.join(told)}. "
-            f"{under_other_names(own, state) or 'Build the model as it was when the file was written.'} {remedy(path)}"
+            f"{path} holds the weights of another architecture than {type(model).__name__}: "
+            f"{'; '.join(problems)}. {hint} {remedy(path)}"
         )
     for key, value in own.items():
         problem = misfit(value, state[key])
@@ -329,28 +339,24 @@ def check_weights(
 
 
 def shape_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a tensor's shape; a nested tensor has none."""
     return ("nested",) if tensor.is_nested else tuple(tensor.shape)
 
 
 def misfit(own: Any, given: Any) -> str:
-    """Why a value of a file cannot be put into the model's own, in words; '' if it can.
+    """Say why the model's value cannot hold a value of a file; "" if it can.
 
     >>> misfit(torch.zeros(1), torch.ones(1, dtype=torch.int8))
     'int8 and the model has float32: convert it with .to(torch.float32)'
     """
+    if own is None and isinstance(given, Tensor):
+        return "a tensor, and the model has none there"
     if not isinstance(own, Tensor):
-        return (
-            ""
-            if not isinstance(given, Tensor) or own is not None
-            else "a tensor, and the model has none there"
-        )
+        return ""
     if not isinstance(given, Tensor):
         return f"a {type(given).__name__} and not a tensor"
-    if (
-        given.layout != own.layout
-        or given.is_quantized != own.is_quantized
-        or given.is_nested != own.is_nested
-    ):
+    same_layout = given.layout == own.layout and given.is_nested == own.is_nested
+    if not same_layout or given.is_quantized != own.is_quantized:
         kind = "quantized" if given.is_quantized else str(given.layout).removeprefix("torch.")
         return f"a tensor of another layout, {kind}"
     if given.is_meta and not own.is_meta:
@@ -358,24 +364,22 @@ def misfit(own: Any, given: Any) -> str:
     if given.dtype == own.dtype or own.is_quantized:
         return ""
     remedy = f"convert it with .to({own.dtype})"
-    told = f"{dtype_name(given)} and the model has {dtype_name(own)}: {remedy}"
+    other_dtype = f"{dtype_name(given)} and the model has {dtype_name(own)}: {remedy}"
     if own.is_complex():
-        return "" if given.is_complex() or given.is_floating_point() else told
+        return "" if given.is_complex() or given.is_floating_point() else other_dtype
     if own.is_floating_point():
         if not given.is_floating_point():
-            return told
-        return (
-            "beyond the range of the model's " + dtype_name(own)
-            if overflows(given, own.dtype)
-            else ""
-        )
+            return other_dtype
+        if overflows(given, own.dtype):
+            return f"beyond the range of the model's {dtype_name(own)}"
+        return ""
     if given.is_complex() or not torch.equal(given.to(own.dtype).to(given.dtype), given):
-        return told
+        return other_dtype
     return ""
 
 
 def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a finite number becomes infinite in another dtype."""
+    """Tell whether a finite number becomes infinite in another dtype."""
     if tensor.layout != torch.strided or is_sharded(tensor):
         return False
     if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
@@ -383,28 +387,38 @@ def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
     return bool((tensor.isfinite() & ~tensor.to(dtype).isfinite()).any())
 
 
-def under_other_names(own: dict[str, Any], state: dict[str, Any]) -> str:
-    """Where a part of the model, or what the file holds under one name, would have the right names: what to call.
+def explain_names(own: dict[str, Any], state: dict[str, Any]) -> str:
+    """Say what to call if the names fit a part of the model, or a part of the file fits; else "".
 
-    >>> under_other_names({"net.weight": 0}, {"weight": 0})
+    >>> explain_names({"net.weight": 0}, {"weight": 0})
     'They have the names of model.net: model.net.load_state_dict(...) takes them.'
     """
     for part in {key.partition(".")[0] for key in own}:
         if {f"{part}.{key}" for key in state} == set(own):
-            return f"They have the names of model.{part}: model.{part}.load_state_dict(...) takes them."
+            return (
+                f"They have the names of model.{part}: model.{part}.load_state_dict(...) takes "
+                "them."
+            )
     for first in {key.partition(".")[0] for key in state}:
         if {f"{first}.{key}" for key in own} == set(state):
-            return f'Each name has "{first}." in front, which the model\'s have not: save them without it.'
+            return (
+                f'Each name has "{first}." in front, which the model\'s have not: save them '
+                "without it."
+            )
     for key, value in state.items():
         if isinstance(value, dict) and set(value) == set(own):
-            return f'They are under "{key}" in it: model.load_state_dict(torch.load(...)["{key}"]) takes them.'
+            return (
+                f'They are under "{key}" in it: model.load_state_dict(torch.load(...)["{key}"]) '
+                "takes them."
+            )
     return ""
 
 
-# --- safetensors, which has no checksum of its own: one goes into its metadata ----------------------------------------
+# --- safetensors, which has no checksum: one goes into its metadata ---
 
 
-def _safetensors() -> Any:
+def _import_safetensors() -> Any:
+    """Import safetensors, or say how to install it."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
@@ -414,29 +428,34 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _dump_safetensors(state: dict[str, Any]) -> Any:
-    package = _safetensors()
-    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise TypeError(
-            f"a .safetensors file holds tensors alone, and the model's state has {others[0]}. Save to .pt."
-        )
-    whole = {
-        key: value.cpu().contiguous().clone() for key, value in state.items()
-    }  # it refuses tied ones
+def _dump_safetensors(state: dict[str, Any]) -> Callable[[Path], None]:
+    """Return a function that writes a state_dict to a .safetensors file."""
+    package = _import_safetensors()
+    tensors = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"a .safetensors file holds tensors alone, and the model's state has {key}. Save "
+                "to .pt."
+            )
+        # safetensors refuses tied tensors, so each is copied.
+        tensors[key] = value.cpu().contiguous().clone()
 
     def save(path: Path) -> None:
-        package.torch.save_file(whole, path, metadata={"format": "pt", "sha256": _checksum(whole)})
+        metadata = {"format": "pt", "sha256": _checksum(tensors)}
+        package.torch.save_file(tensors, path, metadata=metadata)
 
     return save
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    package = _safetensors()
+    """Read a .safetensors file and check it against its checksum, if it has one."""
+    package = _import_safetensors()
     refuse_special_file(path)
     try:
         with package.safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+            keys = file.keys()
+            state = {key: file.get_tensor(key) for key in keys}
             checksum = (file.metadata() or {}).get("sha256")
     except (FileNotFoundError, PermissionError):
         raise
@@ -452,11 +471,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _checksum(state: dict[str, Tensor]) -> str:
+    """Compute the SHA-256 of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(f"{key} {state[key].dtype} {tuple(state[key].shape)}".encode())
         digest.update(state[key].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-# --- names ------------------------------------------------------------------------------------------------------------

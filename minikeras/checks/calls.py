@@ -1,7 +1,7 @@
-"""Calls in the words of Keras, torchkeras 3 and 4, skorch and Lightning: the line to write here.
+"""Explain calls written for Keras, torchkeras 3 and 4, skorch or Lightning.
 
-The signatures of the methods stay plain: a call that does not fit one raises a TypeError that
-names the argument and shows the call with its words of this library.
+The methods of Model have plain signatures. A call that does not fit one raises a TypeError that
+names the argument and shows the call as it is written in minikeras.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from minikeras.errors import did_you_mean
 
+# names of arguments, here and in other libraries
 TRAINING = (
     "dl_train",
     "x",
@@ -33,25 +34,33 @@ LOSSES = ("loss_func", "loss", "loss_fn", "criterion")
 METRICS = ("metrics_dict", "metrics")
 DATA = ("dl_val", "dl", "x", "X", "test_loader", "dataloaders")
 
-WRITTEN = (
-    "epochs",
-    "dl_train",
-    "dl_val",
-    "dl",
-    "loss_func",
-    "optimizer",
-    "metrics_dict",
-)  # by the writers
+# arguments that the functions in WRITERS write
+WRITTEN = ("epochs", "dl_train", "dl_val", "dl", "loss_func", "optimizer", "metrics_dict")
 
 STOP = "callbacks=[minikeras.EarlyStopping(monitor, patience=5)]"
 NOTES = {
     "fit": {
-        "validation_split": "Split the rows before: fit(epochs, (X[n:], y[n:]), dl_val=(X[:n], y[:n])).",
-        "class_weight": "The loss takes it: nn.CrossEntropyLoss(weight=...); or pass a weight per row, (X, y, weight).",
-        "sample_weight": 'It is the third part of the data: (X, y, sample_weight), with a loss of reduction="none".',
-        "shuffle": "Arrays and Datasets are shuffled; a DataLoader(TensorDataset(X, y), batch_size=32) is not.",
-        "initial_epoch": "`epochs` says how many to train now; their numbers continue from the history.",
-        "ckpt_path": 'checkpoint="run.pt" resumes a fit; minikeras.ModelCheckpoint(path) saves the weights.',
+        "validation_split": (
+            "Split the rows before: fit(epochs, (X[n:], y[n:]), dl_val=(X[:n], y[:n]))."
+        ),
+        "class_weight": (
+            "The loss takes it: nn.CrossEntropyLoss(weight=...); or pass a weight per row, (X, y, "
+            "weight)."
+        ),
+        "sample_weight": (
+            "It is the third part of the data: (X, y, sample_weight), with a loss of "
+            'reduction="none".'
+        ),
+        "shuffle": (
+            "Arrays and Datasets are shuffled; a DataLoader(TensorDataset(X, y), batch_size=32) "
+            "is not."
+        ),
+        "initial_epoch": (
+            "`epochs` says how many to train now; their numbers continue from the history."
+        ),
+        "ckpt_path": (
+            'checkpoint="run.pt" resumes a fit; minikeras.ModelCheckpoint(path) saves the weights.'
+        ),
         "patience": f"Pass {STOP}.",
         "monitor": f"Pass {STOP}.",
         "mode": f"Pass {STOP}.",
@@ -74,78 +83,91 @@ NOTES = {
 }
 
 
-def lesson_of_call(
+def explain_call(
     verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError
 ) -> str:
-    """What is wrong with a call, and the line to write in its place."""
+    """Say what is wrong with a call, and which line to write instead."""
     known = list(signature.parameters)[1:]
-    unknown = [name for name in kwargs if name not in known]
     line = WRITERS[verb](args, dict(kwargs))
-    rest = {name: value for name, value in kwargs.items() if name in known}
-    for name, value in rest.items():
-        if f"{name}=" not in line and name not in WRITTEN:
-            line += f", {name}={shown(value)}"
-    what = str(error)
-    if what.startswith(("multiple", "too many")):
-        what = f"got {what}"
-    message = f"{verb}() {what}."
+    unknown = []
+    for name, value in kwargs.items():
+        if name not in known:
+            unknown.append(name)
+        elif f"{name}=" not in line and name not in WRITTEN:
+            line += f", {name}={show(value)}"
+    message = f"{verb}() {_show_error(error)}."
     for name in unknown:
         if name in NOTES[verb]:
-            if NOTES[verb][name] not in message:  # several words may stand for one thing
+            if NOTES[verb][name] not in message:  # several names may have the same note
                 message += f" {NOTES[verb][name]}"
         elif name not in (*TRAINING, *VALIDATION, *EPOCHS, *LOSSES, *METRICS, *DATA, "y"):
             message += did_you_mean(name, known)
     return f"{message.rstrip()} Write model.{verb}({line.lstrip(', ')})."
 
 
-def lesson_of_constructor(
+def _show_error(error: TypeError) -> str:
+    """Show an error of `Signature.bind` so that it continues a sentence that names the method."""
+    text = str(error)
+    if text.startswith(("multiple", "too many")):
+        return f"got {text}"
+    return text
+
+
+def explain_constructor(
     verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError
 ) -> str:
-    """What is wrong with Model(...) of the loss and optimizer that torchkeras's `KerasModel` takes."""
-    what = str(error)
-    if what.startswith(("multiple", "too many")):
-        what = f"got {what}"
+    """Say that `compile` takes the loss and the optimizer, which torchkeras's `KerasModel` takes."""
+    line = write_compile((), dict(kwargs))
     return (
-        f"Model() {what}; expected a network alone, and compile takes the loss and the optimizer. "
-        f"Write model = minikeras.Model(net), then model.compile({compile_line((), dict(kwargs))})."
+        f"Model() {_show_error(error)}; expected a network alone, and compile takes the loss and the "
+        f"optimizer. Write model = minikeras.Model(net), then model.compile({line})."
     )
 
 
 def order_of_fit(epochs: Any, data: Any) -> str:
-    """The call to write where the data came first: fit(X, y, 2), fit(loader, loader, 2)."""
+    """Show the call to write if the data came first: fit(X, y, 2), fit(loader, loader, 2)."""
     if is_array(epochs) or isinstance(epochs, tuple):
         return " Epochs come first: fit(5, (X, y))."
-    if type(data) is int or is_array(data) or isinstance(data, tuple):
-        return f" Epochs come first: fit({data if type(data) is int else 5}, dl_train)."
+    if type(data) is int:
+        return f" Epochs come first: fit({data}, dl_train)."
+    if is_array(data) or isinstance(data, tuple):
+        return " Epochs come first: fit(5, dl_train)."
     return " Epochs come first: fit(5, dl_train, dl_val)."
 
 
-def fit_line(args: Any, kwargs: dict[str, Any]) -> str:
-    """The arguments of a fit that names epochs first."""
-    epochs, rest = first_of(kwargs, EPOCHS, 5), list(args)
+def write_fit(args: Any, kwargs: dict[str, Any]) -> str:
+    """Write the arguments of fit, epochs first."""
+    epochs = first_of(kwargs, EPOCHS, 5)
+    rest = list(args)
     if rest and type(rest[0]) is int:
         epochs = rest.pop(0)
-    has_labels = "y" in kwargs or (len(rest) > 1 and is_array(rest[0]))
-    data = "(X, y)" if has_labels or any(is_array(value) for value in rest[:1]) else "dl_train"
-    if (rest and isinstance(rest[0], tuple)) or isinstance(first_of(kwargs, TRAINING), tuple):
+    data = "dl_train"
+    if "y" in kwargs or isinstance(first_of(kwargs, TRAINING), tuple):
         data = "(X, y)"
-    line = f"{shown(epochs)}, {data}"
+    if rest and (is_array(rest[0]) or isinstance(rest[0], tuple)):
+        data = "(X, y)"
+    line = f"{show(epochs)}, {data}"
     validation = first_of(kwargs, VALIDATION)
-    if validation is not None:
-        pair = isinstance(validation, tuple)
-        line += ", dl_val=(X_val, y_val)" if pair else ", dl_val=dl_val"
+    if isinstance(validation, tuple):
+        line += ", dl_val=(X_val, y_val)"
+    elif validation is not None:
+        line += ", dl_val=dl_val"
     return line
 
 
-def compile_line(args: Any, kwargs: dict[str, Any]) -> str:
-    """The arguments of a compile that takes objects and no names of them."""
+def write_compile(args: Any, kwargs: dict[str, Any]) -> str:
+    """Write the arguments of compile, with objects for the names that Keras takes."""
+    loss = write_loss(first_of(kwargs, LOSSES))
+    optimizer = write_optimizer(kwargs.get("optimizer"))
+    line = f"{loss}, {optimizer}"
     metrics = first_of(kwargs, METRICS)
-    line = f"{loss_line(first_of(kwargs, LOSSES))}, {optimizer_line(kwargs.pop('optimizer', None))}"
     if metrics:
         names = metrics if isinstance(metrics, list | tuple | dict) else [metrics]
         name = next(iter(names))
-        shown_name = name if isinstance(name, str) else "name"
-        line += f', metrics_dict={{"{shown_name}": {METRIC_LINES.get(shown_name, "function")}}}'
+        if not isinstance(name, str):
+            name = "name"
+        function = METRIC_LINES.get(name, "function")
+        line += f', metrics_dict={{"{name}": {function}}}'
     return line
 
 
@@ -169,8 +191,8 @@ METRIC_LINES = {
 }
 
 
-def loss_line(loss: Any) -> str:
-    """A loss as it is written here."""
+def write_loss(loss: Any) -> str:
+    """Write a loss as an argument of compile."""
     if isinstance(loss, str):
         return LOSS_LINES.get(loss.lower(), "nn.MSELoss()")
     if loss is None:
@@ -182,8 +204,8 @@ def loss_line(loss: Any) -> str:
     return f"{prefix}{kind.__name__}()"
 
 
-def optimizer_line(optimizer: Any) -> str:
-    """An optimizer as it is written here."""
+def write_optimizer(optimizer: Any) -> str:
+    """Write an optimizer as an argument of compile."""
     names = {"sgd": "SGD", "rmsprop": "RMSprop", "adamw": "AdamW"}
     name = "Adam"
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
@@ -194,36 +216,37 @@ def optimizer_line(optimizer: Any) -> str:
     return f"torch.optim.{name}(model.parameters(), lr=1e-3)"
 
 
-def evaluate_line(args: Any, kwargs: dict[str, Any]) -> str:
-    """The arguments of an evaluation."""
-    pair = "y" in kwargs or len(args) > 1 or isinstance(first_of(kwargs, DATA), tuple)
-    return "(X, y)" if pair else "dl_val"
+def write_evaluate(args: Any, kwargs: dict[str, Any]) -> str:
+    """Write the arguments of evaluate."""
+    if "y" in kwargs or len(args) > 1 or isinstance(first_of(kwargs, DATA), tuple):
+        return "(X, y)"
+    return "dl_val"
 
 
-def predict_line(args: Any, kwargs: dict[str, Any]) -> str:
-    """The arguments of a prediction."""
+def write_predict(args: Any, kwargs: dict[str, Any]) -> str:
+    """Write the arguments of predict."""
     line = "X"
     if len(args) > 1 and type(args[1]) is int:
         line += f", batch_size={args[1]}"
     return line
 
 
-def summary_line(args: Any, kwargs: dict[str, Any]) -> str:
-    """The arguments of a summary."""
+def write_summary(args: Any, kwargs: dict[str, Any]) -> str:
+    """Write the arguments of summary."""
     return "input_data=X"
 
 
 WRITERS = {
-    "fit": fit_line,
-    "compile": compile_line,
-    "evaluate": evaluate_line,
-    "predict": predict_line,
-    "summary": summary_line,
+    "fit": write_fit,
+    "compile": write_compile,
+    "evaluate": write_evaluate,
+    "predict": write_predict,
+    "summary": write_summary,
 }
 
 
 def first_of(kwargs: dict[str, Any], names: tuple[str, ...], default: Any = None) -> Any:
-    """The argument that came under the first of these names."""
+    """Return the first of these arguments that was passed."""
     for name in names:
         if name in kwargs:
             return kwargs[name]
@@ -231,18 +254,20 @@ def first_of(kwargs: dict[str, Any], names: tuple[str, ...], default: Any = None
 
 
 def is_array(value: Any) -> bool:
-    """Tell whether a value has rows of its own, as tensors, arrays and tables have."""
+    """Tell whether a value is a tensor, an array or a table."""
     return hasattr(value, "shape")
 
 
-def shown(value: Any) -> str:
-    """A plain value as it is written, anything else as dots."""
-    return repr(value) if isinstance(value, int | float | str | bool) or value is None else "..."
+def show(value: Any) -> str:
+    """Show a number, string, bool or None as it is written, anything else as dots."""
+    if value is None or isinstance(value, int | float | str | bool):
+        return repr(value)
+    return "..."
 
 
 MODEL = (
-    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, optimizer, "
-    "metrics_dict) and model.fit(epochs, dl_train, dl_val)."
+    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, "
+    "optimizer, metrics_dict) and model.fit(epochs, dl_train, dl_val)."
 )
 NAMES = {
     "KerasModel": MODEL,
@@ -250,16 +275,20 @@ NAMES = {
     "Sequential": MODEL,
     "Trainer": MODEL,
     "LightningModule": MODEL,
-    "ReduceLROnPlateau": "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).",
-    "LearningRateScheduler": "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler.",
+    "ReduceLROnPlateau": (
+        "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))."
+    ),
+    "LearningRateScheduler": (
+        "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler."
+    ),
 }
 
 
 def missing_name(name: str) -> Any:
-    """The error for a name that minikeras has not, with those of torchkeras and Keras explained.
+    """Raise the error for a name that minikeras does not have; explain those of other libraries.
 
-    `from minikeras import KerasModel` would replace an AttributeError's text by its own; what Python
-    asks for that import is answered by an ImportError, whose text it leaves.
+    Python replaces the text of an AttributeError in `from minikeras import KerasModel`. It leaves
+    the text of an ImportError, so that is raised when Python looks up a name for such an import.
     """
     message = f"module 'minikeras' has no attribute {name!r}"
     if name not in NAMES:
@@ -275,12 +304,18 @@ def missing_name(name: str) -> Any:
 
 
 METHODS = {
-    "predict_proba": "predict gives the outputs: torch.softmax(model.predict(X), 1) for scores of classes.",
-    "predict_classes": "predict gives the outputs: model.predict(X).argmax(1) for scores of classes.",
+    "predict_proba": (
+        "predict gives the outputs: torch.softmax(model.predict(X), 1) for scores of classes."
+    ),
+    "predict_classes": (
+        "predict gives the outputs: model.predict(X).argmax(1) for scores of classes."
+    ),
     "predict_on_batch": "Write model.predict(X).",
     "train_on_batch": "Write model.fit(1, [(X, y)], verbose=0), a list of one batch.",
     "test_on_batch": "Write model.evaluate([(X, y)]), a list of one batch.",
-    "fit_generator": "fit takes any iterable of batches: model.fit(epochs, dl_train, steps_per_epoch=...).",
+    "fit_generator": (
+        "fit takes any iterable of batches: model.fit(epochs, dl_train, steps_per_epoch=...)."
+    ),
     "save_weights": "Write model.save(path).",
     "load_weights": "Write model.load(path).",
     "load_ckpt": "Write model.load(path).",
@@ -290,6 +325,6 @@ METHODS = {
 
 
 def missing_method(owner: str, name: str) -> None:
-    """Raise the error for a method that Keras or torchkeras has and Model has not."""
+    """Raise the error for a method that Keras or torchkeras has and Model does not have."""
     if name in METHODS:
         raise AttributeError(f"{owner!r} object has no attribute {name!r}. {METHODS[name]}")

@@ -1,10 +1,13 @@
-"""Which dimension holds the classes: torch's losses over classes take (rows, classes, ...), and layers give them last.
+"""Check which dimension of the outputs holds the classes.
+
+torch's losses over classes take (rows, classes, ...), and most layers put the classes last.
 
 scores (rows, steps, classes) with labels (rows, steps):
     steps != classes     torch raises, and the error says which dimension is wrong
-    steps == classes     torch takes the steps for classes in silence: warned of, where the model gives the classes last
-class probabilities (rows, steps, classes) for labels:
-    those that add up to 1 along the last dimension alone are refused
+    steps == classes     torch silently takes the steps for classes: a warning, if the model puts
+                         the classes last
+class probabilities (rows, steps, classes) as labels:
+    an error if they add up to 1 along the last dimension only
 """
 
 from __future__ import annotations
@@ -19,48 +22,50 @@ REMEDY = (
     "lambda y_pred, y_true: nn.functional.{}(y_pred.movedim(-1, 1), {})."
 )
 CHANNELS_FIRST = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-        nn.InstanceNorm1d,
-        nn.InstanceNorm2d,
-        nn.GroupNorm,
-    ),
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.GroupNorm,
 )
-MOVED = (
-    "Transpose",
-    "Permute",
-    "Convolution",
-    "BatchNorm",
-    "GroupNorm",
-)  # in the names of autograd's nodes
+# words in the names of autograd nodes that move dimensions or give the classes in dimension 1
+MOVED = ("Transpose", "Permute", "Convolution", "BatchNorm", "GroupNorm")
+# words in the names of autograd nodes that give the classes in the last dimension
 LAST = ("Addmm", "MmBackward", "Bmm", "Linear", "Embedding", "LayerNorm")
-NODES = 30  # of the graph that are looked at, from the outputs back
+NODES = 30  # autograd nodes that are looked at, from the outputs backward
 
 
 def explain_class_dimension(
     outputs: Tensor, labels: Tensor, function: str = "cross_entropy"
 ) -> str:
-    """What is wrong with scores whose classes are last, where the shapes tell; else ""."""
+    """Say that the classes of the scores are last, if the shapes show it; else return ""."""
     if outputs.ndim < 3 or labels.shape != outputs.shape[:-1] or labels.is_floating_point():
         return ""
     if labels.shape == (outputs.shape[0], *outputs.shape[2:]):
         return ""
     return (
-        f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: the classes are last, "
-        f"and the loss takes them in dimension 1. {REMEDY.format(function, 'y_true')}"
+        f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: the "
+        "classes are last, and the loss takes them in dimension 1. "
+        f"{REMEDY.format(function, 'y_true')}"
     )
 
 
 def check_class_dimension(
     function: str, outputs: Tensor, labels: Tensor, model: nn.Module, warn: bool
 ) -> None:
-    """Scores over steps, whose classes may be last.
+    """Check that scores over steps do not have their classes last.
+
+    Warn if the shapes leave it open, `warn` is True and the model puts the classes last.
 
     Raises:
-        ValueError: the shapes or the values tell that they are.
+        ValueError: the shapes or the values show that the classes are last.
     """
     if outputs.ndim < 3:
         return
@@ -71,42 +76,46 @@ def check_class_dimension(
     if labels.shape == outputs.shape and labels.is_floating_point():
         if adds_up_to_one(labels, -1) and not adds_up_to_one(labels, 1):
             raise ValueError(
-                f"{shown}: the labels add up to 1 over the last dimension, and the loss takes the classes in "
-                f"dimension 1. {REMEDY.format(function, 'y_true.movedim(-1, 1)')}"
+                f"{shown}: the labels add up to 1 over the last dimension, and the loss takes the "
+                f"classes in dimension 1. {REMEDY.format(function, 'y_true.movedim(-1, 1)')}"
             )
         return
-    either = labels.shape == outputs.shape[:-1] and not labels.is_floating_point()
-    if either and function == "nll_loss":
+    if labels.shape != outputs.shape[:-1] or labels.is_floating_point():
+        return
+    # From here on, either of the last two dimensions may hold the classes.
+    if function == "nll_loss":
         scores = outputs.detach().float().exp()
         if adds_up_to_one(scores, -1) and not adds_up_to_one(scores, 1):
             raise ValueError(
-                f"{shown}: the predictions are log-probabilities over the last dimension, and the loss takes the "
-                f"classes in dimension 1. {REMEDY.format(function, 'y_true')}"
+                f"{shown}: the predictions are log-probabilities over the last dimension, and the "
+                f"loss takes the classes in dimension 1. {REMEDY.format(function, 'y_true')}"
             )
         return
-    if either and warn and gives_classes_last(outputs, model):
+    if warn and gives_classes_last(outputs, model):
         warnings.warn(
-            f"{shown}, so that either of the last two dimensions may hold the classes. The loss takes dimension 1, and "
-            f"the model's last layer gives its values in the last one. If the classes are last: "
-            f"{REMEDY.format(function, 'y_true')}",
+            f"{shown}, so that either of the last two dimensions may hold the classes. The loss "
+            "takes dimension 1, and the model's last layer gives its values in the last one. If "
+            f"the classes are last: {REMEDY.format(function, 'y_true')}",
             stacklevel=3,
         )
 
 
 def adds_up_to_one(values: Tensor, dim: int) -> bool:
-    """Whether these are probabilities over a dimension."""
+    """Tell whether values are probabilities over a dimension."""
     values = values.detach().float()
     return bool((values >= 0).all()) and bool(((values.sum(dim) - 1).abs() < 1e-3).all())
 
 
 def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
-    """Whether the values of one place come from a layer such as nn.Linear, and no dimensions were moved after it."""
+    """Tell whether the outputs come from a layer such as nn.Linear, with no dimension moved after.
+
+    Such a layer gives the values of one step in the last dimension.
+    """
     if outputs.stride(1) < outputs.stride(-1):  # a view with its dimensions moved
         return False
-    widths = widths_of(model)
-    if (
-        widths and outputs.shape[-1] not in widths
-    ):  # one long row of scores, cut into classes and places
+    widths = find_widths(model)
+    # A last size that no layer has: one long row of scores was cut into classes and steps.
+    if widths and outputs.shape[-1] not in widths:
         return False
     node: Any = outputs.grad_fn
     for _ in range(NODES):
@@ -116,16 +125,17 @@ def gives_classes_last(outputs: Tensor, model: nn.Module) -> bool:
             return False
         if any(word in node.name() for word in LAST):
             return True
-        before = [function for function, _ in node.next_functions if function is not None]
-        node = before[0] if before else None
-    layers = [
-        layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))
-    ]
-    return bool(layers) and not isinstance(layers[-1], CHANNELS_FIRST)
+        earlier = [function for function, _ in node.next_functions if function is not None]
+        node = earlier[0] if earlier else None
+    last_layer = None
+    for layer in model.modules():
+        if list(layer.parameters(recurse=False)):
+            last_layer = layer
+    return last_layer is not None and not isinstance(last_layer, CHANNELS_FIRST)
 
 
-def widths_of(model: nn.Module) -> set[int]:
-    """How many values the layers give that give them in the last dimension."""
+def find_widths(model: nn.Module) -> set[int]:
+    """Collect how many values each layer gives, of layers that give them in the last dimension."""
     widths: set[int] = set()
     for layer in model.modules():
         for name in ("out_features", "embedding_dim", "hidden_size", "embed_dim"):

@@ -1,8 +1,10 @@
-"""Finds functions of metrics_dict that are no means over rows, in the first batches, and warns of each once.
+"""Warn once of each function in metrics_dict that is not a mean over rows.
 
 in the first batches of a pass, for each function that is not yet known:
-    its value on the whole batch
-    for a few orders of the rows: its values on the two halves, whose mean is the first value if it is a mean over rows
+    compute its value on the whole batch
+    for a few orders of the rows:
+        compute its values on the two halves: their mean is the value on the whole batch if the
+        function is a mean over rows
 """
 
 from __future__ import annotations
@@ -24,25 +26,29 @@ from minikeras.processes import OneProcess
 from minikeras.rows import UnknownRows, count_rows
 from minikeras.support.randomness import Randomness
 
-LEAST = 4  # rows that are looked at: two halves of two
-BATCHES = 4  # of a pass that are looked at, at most: as many as it takes to have the rows
-PASSES = 5  # that are looked at, where earlier ones gave no answer
-RELATIVE = 1e-3  # by which a mean may differ, as sums do that are taken in another order
-DIGITS = (1, 2, 3, 4)  # to which a metric may round its answer
-UNKNOWN, MEAN, OTHER = 0, 1, 2  # what has been found of a function
-ENOUGH = 2  # batches that show a mean: in a small one another function may look like it
+LEAST = 4  # fewest rows that are looked at: two halves of two
+BATCHES = 4  # most batches of a pass that are looked at, to collect enough rows
+PASSES = 5  # most passes that are looked at, if earlier ones gave no answer
+RELATIVE = 1e-3  # relative difference of means that may come from the order of a sum
+DIGITS = (1, 2, 3, 4)  # decimal digits to which a metric may round its value
+# what is known of a function
+UNKNOWN = 0
+MEAN = 1
+OTHER = 2
+ENOUGH = 2  # batches that must show a mean: in a small one another function may look like a mean
 
 
 class RowMeanCheck:
-    """Finds functions that are no means over rows, and warns of each once.
+    """Find functions that are not means over rows, and warn of each once.
 
-    A mean over the rows of a batch is also the mean of the means of its halves, whichever rows
-    each half has. Each function is called on the halves of a few orders of the batch's rows: sorted
-    by error, by label and by output, so that the halves differ.
+    A mean over the rows of a batch is also the mean over its two halves, whichever rows are in each
+    half. Each function is called on the halves of a few orders of the batch's rows: sorted by
+    error, by label and by output, so that the halves differ.
 
     Args:
         looks: name -> batches that have shown a mean; training and validation share it.
-        world: the processes that train together. They look at the same time, and call as often.
+        world: the processes that train together. They look at the same batches and call each
+            function as often.
     """
 
     def __init__(self, looks: Counter[str], device: torch.device, world: OneProcess) -> None:
@@ -50,10 +56,10 @@ class RowMeanCheck:
         self.world = world
         self.randomness = Randomness(device, [])
         self.passes = 0
-        self.batches = 0  # of this pass
+        self.batches = 0  # looked at in this pass
         self.rows = 0  # of the batch that was looked at
         self.small: list[Any] = []  # batches of too few rows, to be joined
-        self.active = False
+        self.active = False  # whether the next batch of this pass is looked at
 
     def begin(self) -> None:
         """Begin a pass."""
@@ -65,27 +71,34 @@ class RowMeanCheck:
     def look(
         self, functions: Mapping[str, Any], outputs: Any, labels: Any, counts: bool = True
     ) -> dict[str, int]:
-        """Look at the functions on a batch, before they are called on it; what was found, by name.
+        """Judge the functions by a batch, before they are called on it.
 
-        `counts` is False for a filler batch.
+        Args:
+            counts: False for a filler batch.
+
+        Returns:
+            name -> UNKNOWN, MEAN or OTHER, for each function that was judged.
         """
         pending = {name: metric for name, metric in functions.items() if self.looks[name] < ENOUGH}
         if not pending:
             self.active = False
             return {}
-        batch, self.rows = self._batch(outputs, labels) if counts else ((outputs, labels), 0)
+        batch: Any = (outputs, labels)
+        self.rows = 0
+        if counts:
+            batch, self.rows = self._collect(outputs, labels)
         fewest = int(-self.world.agree(-self.rows)[0])
         self.batches += 1
         self.active = self.batches < BATCHES
         if fewest < LEAST:
             return {}
         self.small = []
-        found = self._judge(pending, *batch)
-        found = [int(kind) for kind in self.world.agree(*found)]
-        return dict(zip(pending, found, strict=True))
+        kinds = self._judge(pending, *batch)
+        kinds = [int(kind) for kind in self.world.agree(*kinds)]
+        return dict(zip(pending, kinds, strict=True))
 
     def tell(self, found: Mapping[str, int]) -> None:
-        """Warn of what was found, once the functions have been called and are not at fault."""
+        """Warn of functions that are not means, once they have been called without an error."""
         for name, kind in found.items():
             if kind == MEAN:
                 self.looks[name] += 1
@@ -94,8 +107,11 @@ class RowMeanCheck:
                 if self.world.rank == 0:
                     _warn_of_other(name, self.rows)
 
-    def _batch(self, outputs: Any, labels: Any) -> tuple[Any, int]:
-        """The batch and its rows, 0 if they cannot be told; a small one joined to the small ones before it."""
+    def _collect(self, outputs: Any, labels: Any) -> tuple[Any, int]:
+        """Return the batch and its rows, 0 if they are unknown.
+
+        A small batch is joined to the small ones before it.
+        """
         batch = (outputs, labels)
         try:
             rows = count_rows(outputs, labels)
@@ -106,147 +122,164 @@ class RowMeanCheck:
             self.small.append((map_leaves(cloned, batch), rows))
             pieces, sizes = zip(*self.small, strict=True)
             return join(list(pieces), list(sizes)), sum(sizes)
-        except Exception:  # not to be joined, as sequences of different lengths
+        except Exception:  # they cannot be joined, such as sequences of different lengths
             return batch, 0
 
     def _judge(self, functions: Mapping[str, Any], outputs: Any, labels: Any) -> list[int]:
+        """Judge each function, with random states as they were before."""
         before = self.randomness.states()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as of a half without positives
-                return [
-                    _kind_of(metric, outputs, labels, self.rows) for metric in functions.values()
-                ]
+                kinds = []
+                for metric in functions.values():
+                    kinds.append(_judge_function(metric, outputs, labels, self.rows))
+                return kinds
         finally:
             self.randomness.restore(before)
 
 
 def _warn_of_other(name: str, rows: int) -> None:
+    """Warn of a function that is not a mean over rows."""
     warnings.warn(
-        f"metric {name!r} is no mean over rows: on a batch of {rows} rows its value is not the mean of its "
-        f"values on two halves of them, so the value of an epoch, the mean over the batches, depends on "
-        f"batch_size. For the value on all rows pass minikeras.OnAllRows(function), whose function gets "
-        f"NumPy arrays, or a torchmetrics object. If the value is a total divided by a count, such as a "
-        f"mean over tokens or a recall, return minikeras.Average(total, count).",
+        f"metric {name!r} is no mean over rows: on a batch of {rows} rows its value is not the "
+        "mean of its values on two halves of them, so the value of an epoch, the mean over the "
+        "batches, depends on batch_size. For the value on all rows pass "
+        "minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics "
+        "object. If the value is a total divided by a count, such as a mean over tokens or a "
+        "recall, return minikeras.Average(total, count).",
         stacklevel=2,
     )
 
 
-def _kind_of(metric: Any, outputs: Any, labels: Any, rows: int) -> int:
-    """Whether a function is a mean over rows, or another, or cannot be told from this batch."""
+def _judge_function(metric: Any, outputs: Any, labels: Any, rows: int) -> int:
+    """Tell whether a function is a mean over rows, is not, or cannot be judged by this batch."""
     try:
         function = twin_of(metric)
-        whole = _value(function, outputs, labels)
+        whole = _compute(function, outputs, labels)
     except Exception:
         return UNKNOWN
     if isinstance(whole, tuple):  # an Average is exact
         return MEAN
     if whole is None or not math.isfinite(whole):
         return UNKNOWN
-    tolerance = _tolerance(outputs, labels)
+    tolerance = _find_tolerance(outputs, labels)
     kind = UNKNOWN
-    for order in _orders(outputs, labels, rows):
+    for order in _sort_rows(outputs, labels, rows):
         middle = rows // 2
         try:
-            first = _value(function, *_rows_of((outputs, labels), order[:middle], rows))
-            second = _value(function, *_rows_of((outputs, labels), order[middle:], rows))
+            first = _compute(function, *_select_rows((outputs, labels), order[:middle], rows))
+            second = _compute(function, *_select_rows((outputs, labels), order[middle:], rows))
         except Exception:  # such as of a score that needs both classes
             continue
         if not isinstance(first, float) or not isinstance(second, float):
             continue
         mean = (first * middle + second * (rows - middle)) / rows
         scale = max(abs(whole), abs(first), abs(second))
-        near = max(tolerance, _rounding(whole, first, second)) + max(RELATIVE, tolerance) * scale
-        if not abs(mean - whole) <= near:  # or one is NaN
+        absolute = max(tolerance, _find_rounding(whole, first, second))
+        allowed = absolute + max(RELATIVE, tolerance) * scale
+        if not abs(mean - whole) <= allowed:  # also if one of them is NaN
             try:
-                again = _value(function, outputs, labels)
+                again = _compute(function, outputs, labels)
             except Exception:
                 return UNKNOWN
-            alike = isinstance(again, float) and abs(again - whole) <= near
-            return OTHER if alike else UNKNOWN
-        if max(abs(first - whole), abs(second - whole)) > near:
+            is_repeatable = isinstance(again, float) and abs(again - whole) <= allowed
+            return OTHER if is_repeatable else UNKNOWN
+        if max(abs(first - whole), abs(second - whole)) > allowed:
             kind = MEAN
     return kind
 
 
-def _value(function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
-    """A function's answer on copies, as it may edit in place: a float, a tuple or None."""
+def _compute(function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
+    """Call a function on copies, since it may work in place; return a float, a tuple or None."""
     outputs, labels = map_leaves(cloned, (outputs, labels))
     with torch.no_grad():
-        answer = function(outputs, labels)
-    if isinstance(answer, tuple):
-        return answer
-    return float(answer) if is_number(answer) else None
+        value = function(outputs, labels)
+    if isinstance(value, tuple):
+        return value
+    return float(value) if is_number(value) else None
 
 
-def _tolerance(outputs: Any, labels: Any) -> float:
-    """What rounding may do, by the narrowest dtype in the batch."""
-    dtypes = {leaf.dtype for leaf in leaves((outputs, labels)) if isinstance(leaf, Tensor)}
-    return max((10 * torch.finfo(one).eps for one in dtypes if one.is_floating_point), default=1e-6)
+def _find_tolerance(outputs: Any, labels: Any) -> float:
+    """Return the error that rounding may cause, from the narrowest dtype in the batch."""
+    errors = []
+    for leaf in leaves((outputs, labels)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            errors.append(10 * torch.finfo(leaf.dtype).eps)
+    return max(errors, default=1e-6)
 
 
-def _rounding(*values: float) -> float:
-    """What rounding has done to values that are all rounded; 0 where they are not."""
+def _find_rounding(*values: float) -> float:
+    """Return the unit to which all these values are rounded; 0 if they are not rounded."""
     for digits in DIGITS:
         if digits == 1 and max(map(abs, values)) <= 1:
-            continue  # a share of few rows may look so; a percentage does not
+            continue  # a fraction of few rows may look rounded; a percentage does not
         if all(math.isclose(round(value, digits), value, rel_tol=1e-7) for value in values):
             return float(10**-digits)
     return 0.0
 
 
-# --- rows of a batch ----------------------------------------------------------------------------
+# --- rows of a batch ---
 
 
-def _rows_of(nest: Any, index: Tensor, rows: int) -> Any:
-    """Some rows of outputs and labels.
+def _select_rows(pair: tuple[Any, Any], index: Tensor, rows: int) -> tuple[Any, ...]:
+    """Select some rows of outputs and labels.
 
     Raises:
-        ValueError: there is no row in the outputs, or in the labels where there are labels.
+        ValueError: the outputs have no rows, or labels are given and have none.
     """
-    parts_of_both = []
-    for part in nest:
-        taken: list[bool] = []
-        parts_of_both.append(_taken(part, index, rows, taken))
-        if part is not None and not any(taken):
+    selected = []
+    for nest in pair:
+        part, has_rows = _select(nest, index, rows)
+        selected.append(part)
+        if nest is not None and not has_rows:
             raise ValueError("the rows are not known")
-    return tuple(parts_of_both)
+    return tuple(selected)
 
 
-def _taken(nest: Any, index: Tensor, rows: int, taken: list[bool]) -> Any:
+def _select(nest: Any, index: Tensor, rows: int) -> tuple[Any, bool]:
+    """Select some rows of a nest; the second value tells whether anything in it has the rows."""
     if isinstance(nest, Tensor):
         if nest.ndim == 0 or len(nest) != rows:
-            return nest
-        taken.append(True)
-        return nest.index_select(0, index.to(nest.device))
+            return nest, False
+        return nest.index_select(0, index.to(nest.device)), True
     if isinstance(nest, list) and len(nest) == rows and not _has_columns(nest, rows):
-        taken.append(True)
-        return [nest[row] for row in index.tolist()]
-    found = parts(nest)
-    if found is None:
-        return nest
-    inner, build = found
-    return build([_taken(part, index, rows, taken) for part in inner])
+        return [nest[row] for row in index.tolist()], True
+    container = parts(nest)
+    if container is None:
+        return nest, False
+    inner, build = container
+    selected = []
+    any_has_rows = False
+    for part in inner:
+        selected_part, has_rows = _select(part, index, rows)
+        selected.append(selected_part)
+        any_has_rows = any_has_rows or has_rows
+    return build(selected), any_has_rows
 
 
 def _has_columns(nest: list[Any], rows: int) -> bool:
-    """Whether the items of a list are tensors of all rows, and not an item for each row."""
-    return all(isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) for leaf in leaves(nest))
+    """Tell whether the items of a list are tensors of all rows, and not an item for each row."""
+    for leaf in leaves(nest):
+        if not isinstance(leaf, Tensor) or leaf.shape[:1] != (rows,):
+            return False
+    return True
 
 
-def _orders(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
-    """Orders of the rows, for whose halves a function that is no mean over rows differs."""
+def _sort_rows(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
+    """Yield orders of the rows whose halves tell a mean over rows from other functions."""
     seen: list[Tensor] = []
-    for key in _keys(outputs, labels, rows):
+    for key in _sort_keys(outputs, labels, rows):
         order = key.argsort(stable=True).cpu()
         if not any(torch.equal(order, other) for other in seen):
             seen.append(order)
             yield order
 
 
-def _keys(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
-    """Numbers to sort the rows by: how wrong a row is, its label, its output."""
-    prediction, label = _first(outputs, rows), _first(labels, rows)
+def _sort_keys(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
+    """Yield numbers to sort the rows by: the error of a row, its label, its output."""
+    prediction = _find_first(outputs, rows)
+    label = _find_first(labels, rows)
     if prediction is not None and label is not None:
         if prediction.numel() == label.numel():
             difference = prediction.reshape(rows, -1).float() - label.reshape(rows, -1).float()
@@ -257,21 +290,17 @@ def _keys(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
     if label is not None:
         yield label.reshape(rows, -1).float().mean(1)
     if prediction is not None:
-        several = prediction.ndim > 1 and prediction.shape[1] > 1
-        key = prediction.argmax(1) if several else prediction
+        has_classes = prediction.ndim > 1 and prediction.shape[1] > 1
+        key = prediction.argmax(1) if has_classes else prediction
         yield key.reshape(rows, -1).float().mean(1)
     yield torch.arange(rows)
 
 
-def _first(nest: Any, rows: int) -> Tensor | None:
-    """The first tensor that has the rows."""
+def _find_first(nest: Any, rows: int) -> Tensor | None:
+    """Return the first tensor that has the rows, if it is not complex."""
     for leaf in leaves(nest):
-        if (
-            isinstance(leaf, Tensor)
-            and leaf.ndim
-            and len(leaf) == rows
-            and leaf.numel()
-            and not leaf.is_complex()
-        ):
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.is_complex():
+            continue
+        if len(leaf) == rows and leaf.numel():
             return leaf.detach()
     return None

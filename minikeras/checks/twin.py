@@ -1,4 +1,4 @@
-"""A twin of a metric, to be called on trial: what the metric itself keeps stays as it is."""
+"""Copy a metric so that a trial call of the copy leaves the metric's own state unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-LARGE = 2**20  # elements; a table of as many is shared: what a metric counts in is smaller
+LARGE = 2**20  # elements; a larger table is shared, since what a metric counts in is smaller
+# types whose values are shared and not copied
 SHARED = (
     types.ModuleType,
     types.BuiltinFunctionType,
@@ -27,77 +28,80 @@ SCALARS = (str, bytes, int, float, complex, bool, type(None), range, slice)
 
 
 def twin_of(metric: Any) -> Any:
-    """A metric that does the same, and leaves what the first one keeps as it is.
+    """Copy a metric with all that it keeps.
 
-    What a function reaches by itself, as attributes, closure, defaults and globals, is copied: it may count its
-    calls, or collect what it is given.
+    What a function can reach is copied too, its attributes, closure, defaults and globals: it may
+    count its calls, or collect what it is given.
 
     Raises:
-        Exception: something of it cannot be copied.
+        Exception: something in it cannot be copied.
     """
-    return _Copier().copied(metric)
+    return _Copier().copy(metric)
 
 
 class _Copier:
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}
-        self.globals: dict[int, dict[str, Any]] = {}
-        self.functions: dict[int, Any] = {}
+    """Copies what a metric keeps, and everything only once."""
 
-    def copied(self, value: Any) -> Any:
+    def __init__(self) -> None:
+        self.memo: dict[int, Any] = {}  # the memo of copy.deepcopy
+        self.globals: dict[int, dict[str, Any]] = {}  # id of a module's globals -> their copy
+        self.functions: dict[int, Any] = {}  # id of a function -> its copy
+
+    def copy(self, value: Any) -> Any:
+        """Copy a value; share modules, classes, data sets, large tables and parameters."""
         if isinstance(value, types.FunctionType):
-            return self.function(value)
+            return self.copy_function(value)
         if isinstance(value, types.MethodType):
-            return types.MethodType(self.copied(value.__func__), self.copied(value.__self__))
+            return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if isinstance(value, functools.partial):
-            keywords = {key: self.copied(part) for key, part in value.keywords.items()}
-            return functools.partial(
-                self.copied(value.func), *map(self.copied, value.args), **keywords
-            )
+            function = self.copy(value.func)
+            args = [self.copy(argument) for argument in value.args]
+            return functools.partial(function, *args, **self.copy_values(value.keywords))
         if isinstance(value, (*SCALARS, *SHARED)) or _is_large(value):
             return value
         if isinstance(value, nn.Module):
-            self.memo |= {id(parameter): parameter for parameter in value.parameters()}
+            for parameter in value.parameters():
+                self.memo[id(parameter)] = parameter
         return copy.deepcopy(value, self.memo)
 
-    def function(self, function: types.FunctionType) -> Any:
-        """A function with copies in its closure, defaults and globals."""
+    def copy_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Copy the values of a dict."""
+        return {key: self.copy(value) for key, value in values.items()}
+
+    def copy_function(self, function: types.FunctionType) -> Any:
+        """Copy a function with its closure, defaults and globals."""
         if id(function) in self.functions:
             return self.functions[id(function)]
         reached = {}
         for name in _names_in(function.__code__):
             if name in function.__globals__:
                 reached[name] = function.__globals__[name]
-        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        originals = function.__closure__ or ()
+        cells = tuple(types.CellType() for _ in originals)
         names = self.globals.setdefault(id(function.__globals__), dict(function.__globals__))
         twin = types.FunctionType(function.__code__, names, function.__name__, None, cells or None)
+        # Known before its parts are copied: one of them may lead back to the function.
         self.functions[id(function)] = twin
-        twin.__dict__.update({key: self.copied(value) for key, value in vars(function).items()})
-        twin.__defaults__ = self._defaults(function.__defaults__)
+        twin.__dict__.update(self.copy_values(vars(function)))
+        if function.__defaults__ is not None:
+            twin.__defaults__ = tuple(self.copy(value) for value in function.__defaults__)
         if function.__kwdefaults__:
-            twin.__kwdefaults__ = {
-                key: self.copied(value) for key, value in function.__kwdefaults__.items()
-            }
-        for cell, original in zip(cells, function.__closure__ or (), strict=True):
+            twin.__kwdefaults__ = self.copy_values(function.__kwdefaults__)
+        for cell, original in zip(cells, originals, strict=True):
             try:
-                cell.cell_contents = self.copied(original.cell_contents)
+                cell.cell_contents = self.copy(original.cell_contents)
             except ValueError:  # not yet assigned
                 continue
         for name, value in reached.items():
-            elsewhere = (
-                isinstance(value, types.FunctionType)
-                and value.__globals__ is not function.__globals__
-            )
-            if not elsewhere:
-                names[name] = self.copied(value)
+            is_function = isinstance(value, types.FunctionType)
+            if is_function and value.__globals__ is not function.__globals__:
+                continue  # a function of another module
+            names[name] = self.copy(value)
         return twin
-
-    def _defaults(self, defaults: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        return None if defaults is None else tuple(map(self.copied, defaults))
 
 
 def _names_in(code: types.CodeType) -> set[str]:
-    """The names that a function's code may look up, those of functions inside it too."""
+    """Collect the names that a function's code, and functions inside it, may look up."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -106,6 +110,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def _is_large(value: Any) -> bool:
+    """Tell whether a value is a table too large to be what a metric counts in."""
     if isinstance(value, Tensor):
         return value.numel() > LARGE
     if isinstance(value, (np.ndarray, pd.DataFrame, pd.Series)):

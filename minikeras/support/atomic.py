@@ -1,9 +1,9 @@
-"""Write a file so that it is whole or not there, whoever else writes it and whenever the process dies.
+"""Write a file atomically: it is complete or missing, whoever else writes it and whenever one dies.
 
 temporary   a name next to the file that no other writer has
-claim       create it, and lock it for as long as it is written
-put         give it the name of the file
-sweep       remove the temporary files that killed processes left
+claim       create the temporary file, and lock it while it is written
+put         rename it to the file's name
+sweep       remove temporary files that killed processes left
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 from minikeras.support.paths import follow_links, refuse_special
 
 SETTLED = 60.0  # seconds after which an unlocked temporary file belongs to no living writer
-ABANDONED = 24 * 3600.0  # ... and where files cannot be locked, or of a folder
-REST = "run.pt"  # in a folder of parts, the file of all else
-METADATA = ".metadata"  # ... and that of torch
+ABANDONED = 24 * 3600.0  # the same for folders, and for files if files cannot be locked
+REST = "run.pt"  # in the folder of a sharded state, the file with all but the shards
+METADATA = ".metadata"  # in the same folder, torch's own file
 LONGEST_NAME = 255 - len(".prev.0123456789abcdef.tmp")  # bytes of a file's name
 
 
 def previous(path: Path) -> Path:
-    """Where the file before the newest is kept."""
+    """Return the path at which the file before the newest is kept."""
     return path.with_name(path.name + ".prev")
 
 
@@ -39,7 +39,7 @@ def temporary(path: Path) -> Path:
 
 
 def temporaries(path: Path) -> list[Path]:
-    """The temporary files and folders of all writers of that file, and of its NAME.prev."""
+    """List the temporary files and folders of all writers of a file, and of its NAME.prev."""
     pattern = re.compile(rf"{re.escape(path.name)}(\.prev)?\.[0-9a-f]{{16}}\.tmp")
     try:
         with os.scandir(path.parent) as entries:
@@ -49,7 +49,7 @@ def temporaries(path: Path) -> list[Path]:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a name that leaves no room for those next to it.
+    """Refuse a name so long that the names of the files next to it would be too long.
 
     Raises:
         OSError: it is too long.
@@ -62,16 +62,15 @@ def check_name(path: Path) -> None:
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
-    """Create an empty file that was not there, and hold a lock on it meanwhile.
+    """Create a new empty file, and lock it until the context ends.
 
     Raises:
-        FileExistsError: something has that name, even a link to nowhere.
+        FileExistsError: the name exists, even as a link that leads nowhere.
     """
-    descriptor = os.open(
-        path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-    )
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
     try:
-        if os.name == "nt":  # where an open file cannot be renamed, and cannot be removed either
+        if os.name == "nt":  # Windows renames and removes no open file
             os.close(descriptor)
             descriptor = -1
         else:
@@ -83,7 +82,10 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def lock(descriptor: int) -> bool | None:
-    """Lock an open file; False if another process has locked it, None where that cannot be known."""
+    """Lock an open file, and tell whether that succeeded.
+
+    False if another process has locked it, None if files cannot be locked.
+    """
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -92,21 +94,21 @@ def lock(descriptor: int) -> bool | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # not every file system has locks
+    except OSError:  # some file systems have no locks
         return None
     return True
 
 
 def sweep(path: Path) -> None:
-    """Remove what writers of that file left that were killed; one that is still written is left alone."""
-    for left in temporaries(path):
+    """Remove temporary files of the file's killed writers, but none that is still being written."""
+    for leftover in temporaries(path):
         with contextlib.suppress(OSError):
-            if is_abandoned(left):
-                discard(left)
+            if is_abandoned(leftover):
+                discard(leftover)
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether the writer of a temporary file or folder lives no longer."""
+    """Tell whether the writer of a temporary file or folder is dead."""
     status = path.lstat()
     seconds = time.time() - max(status.st_mtime, status.st_ctime)
     if path.is_symlink() or seconds < SETTLED:
@@ -115,23 +117,27 @@ def is_abandoned(path: Path) -> bool:
         return seconds > ABANDONED
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
     try:
-        locked = lock(descriptor)
+        could_lock = lock(descriptor)
     finally:
         os.close(descriptor)
-    return seconds > ABANDONED if locked is None else locked
+    if could_lock is None:
+        return seconds > ABANDONED
+    return could_lock
 
 
 def write(
     path: Path, dump: Callable[[Path], None], *, keep: bool = True, new: Path | None = None
 ) -> None:
-    """Put what `dump` writes into a file in place of the one at `path`, over symbolic links.
+    """Replace the file at `path` atomically by what `dump` writes; symbolic links are followed.
 
     Args:
-        keep: the file that was there becomes NAME.prev.
+        dump: writes the new file to the path that it is given.
+        keep: whether the old file becomes NAME.prev.
         new: a folder, from `temporary`, that `dump` completes; default a new temporary file.
 
     Raises:
-        OSError: it could not be written, or something else than a file is there; what was there is still there.
+        OSError: the file could not be written, or the path is something else than a file. The old
+            file is unchanged.
     """
     target = follow_links(path)
     places = [target]
@@ -162,10 +168,10 @@ def write(
 
 
 def refuse_folders(*paths: Path) -> None:
-    """Refuse a folder, but for one that a run with parameters in parts has written.
+    """Refuse folders, except those that a run with sharded parameters wrote.
 
     Raises:
-        IsADirectoryError: one is a folder of something else.
+        IsADirectoryError: one is another folder.
     """
     for path in paths:
         if path.is_dir() and not is_folder_of_run(path):
@@ -176,14 +182,14 @@ def refuse_folders(*paths: Path) -> None:
 
 
 def is_folder_of_run(path: Path) -> bool:
-    """Whether a folder holds the parts of a run's state and nothing else."""
+    """Tell whether a folder contains a sharded state of a run and nothing else."""
     names = {entry.name for entry in path.iterdir()}
-    parts = {name for name in names if name.endswith(".distcp")}
-    return bool(parts) and names == parts | {REST, METADATA}
+    shards = {name for name in names if name.endswith(".distcp")}
+    return bool(shards) and names == shards | {REST, METADATA}
 
 
 def keep_previous(path: Path) -> None:
-    """What is there gets the name NAME.prev as well, or alone where it cannot have two."""
+    """Give the file the name NAME.prev as well; rename a folder, which cannot have two names."""
     if path.is_dir():
         put(path, previous(path))
         return
@@ -193,14 +199,15 @@ def keep_previous(path: Path) -> None:
     try:
         try:
             os.link(path, second)
-        except FileNotFoundError:  # another process has removed it meanwhile
+        except FileNotFoundError:  # another process has removed it in between
             return
-        except OSError:  # not every file system has them
+        except OSError:  # some file systems have no hard links
             with claim(second):
                 shutil.copyfile(path, second)
             flush(second)
         put(second, previous(path))
-        second.unlink(missing_ok=True)  # two names of one file: a renaming does nothing
+        # If NAME.prev was the same file already, the rename has done nothing.
+        second.unlink(missing_ok=True)
     except BaseException:
         with contextlib.suppress(OSError):
             discard(second)
@@ -208,13 +215,17 @@ def keep_previous(path: Path) -> None:
 
 
 def put(source: Path, target: Path) -> None:
-    """Give it that name, over what has it; between a folder that goes and one that comes there is neither."""
+    """Rename source to target and replace what is there.
+
+    A folder cannot be replaced in one step: for a moment there is neither.
+    """
     if source.is_dir() or target.is_dir():
         discard(target)
     os.replace(source, target)
 
 
 def discard(path: Path) -> None:
+    """Remove a file, a link or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -222,8 +233,8 @@ def discard(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """To the disk, so that it outlives a loss of power too."""
-    if os.name == "nt" and path.is_dir():  # Windows has no such thing for folders
+    """Flush a file or folder to the disk, so that it survives a power failure."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot flush folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

@@ -1,9 +1,9 @@
-"""Paths that a user gives: which are refused, where they lead, and how they are fixed.
+"""Check, expand and resolve the paths that users pass.
 
 user_path        check the type, expand `~`
-follow_links     the file that a path leads to, over symbolic links
-refuse_special   no FIFO, device or socket is ever opened
-same_place       whether two paths lead to one file
+follow_links     the file that a path leads to, with symbolic links followed
+refuse_special   refuse a FIFO, a device or a socket: none is ever opened
+same_place       tell whether two paths lead to one file
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-MOST_LINKS = 40  # as Linux follows
+MOST_LINKS = 40  # as many as Linux follows
 
 
 def user_path(path: Any, argument: str = "path") -> Path:
@@ -34,7 +34,9 @@ def user_path(path: Any, argument: str = "path") -> Path:
     >>> str(user_path("weights/best.pt"))
     'weights/best.pt'
     """
-    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    text = path
+    if isinstance(path, os.PathLike):
+        text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(
             f"{argument} must be the path of a file, a string or a pathlib.Path, got {path!r}. "
@@ -53,12 +55,12 @@ def user_path(path: Any, argument: str = "path") -> Path:
 
 
 def fix(path: Path) -> Path:
-    """Return the path as an absolute one, which a later chdir does not change."""
+    """Return the absolute path, so that a later chdir does not change it."""
     return path.absolute()
 
 
 def follow_links(path: Path) -> Path:
-    """Return where a chain of symbolic links ends, whether a file is there or not.
+    """Return the path at the end of a chain of symbolic links, whether it exists or not.
 
     Raises:
         OSError: the links lead in a circle.
@@ -72,7 +74,7 @@ def follow_links(path: Path) -> Path:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse what blocks when it is opened, or is no store of bytes.
+    """Refuse a path that blocks when it is opened, or does not store bytes.
 
     Raises:
         OSError: the path is a FIFO, a device or a socket.
@@ -87,9 +89,10 @@ def refuse_special(path: Path) -> None:
 
 
 def same_place(first: Path, second: Path) -> bool:
-    """Whether two paths lead to one file, over links and however they are written."""
-    return _place(first) == _place(second)
+    """Tell whether two paths lead to one file, with links followed and however they are written."""
+    return _resolve(first) == _resolve(second)
 
 
-def _place(path: Path) -> str:
+def _resolve(path: Path) -> str:
+    """Return the real path, in one spelling."""
     return os.path.normcase(os.path.realpath(path))

@@ -1,8 +1,8 @@
-"""The random state of a run: of Python, NumPy, torch and the device, and of what data, model and callbacks reach.
+"""The random state of a run: of Python, NumPy, torch, the device, data, model and callbacks.
 
-states    plain values, for a file
-restore   ... put back
-reseed    ... begun anew
+states    return all random states as plain values, for a file
+restore   set them again
+reseed    seed the global generators
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Ran
 
 
 class Randomness:
-    """The random generators that a fit draws from, the epochs its samplers stand at, and what its data counts.
+    """The random generators of a fit, the epochs of its samplers, and the counters of its data.
 
     Args:
-        device: where the model is.
-        loaders: the loaders as the user gave them; None for one that there is not.
-        roots: name -> object: the generators that these reach are held.
-        counted: name -> object: the counters and lists that these reach are held, where they change.
+        device: the model's device.
+        loaders: the loaders as the user passed them; None for a missing one.
+        roots: name -> object; includes the generators that can be reached from them.
+        counted: name -> object; includes the counters and lists that can be reached from them, if
+            they change.
         without: objects that are not looked into.
-        uncounted: objects that may hold generators, and whose counters are not the data's.
+        uncounted: objects that may have generators, but whose counters are not those of the data.
 
     >>> randomness = Randomness(torch.device("cpu"), [])
     >>> before = randomness.states()
@@ -52,33 +53,32 @@ class Randomness:
         self.device = device
         self.loaders = loaders
         if roots is None:
-            roots = roots_of_order(loaders)
-        self.generators = generators_in(roots, without)
-        counting = [
-            holder
-            for loader in loaders
-            for holder in holders_of(loader)
-            if type(getattr(holder, "epoch", None)) is int
-        ]
-        self.samplers = [holder for holder in counting if hasattr(holder, "set_epoch")]
-        self.attributes = PlainAttributes(counters_in(counted or {}, (*without, *uncounted)))
+            roots = find_samplers(loaders)
+        self.generators = find_generators(roots, without)
+        self.samplers = []
+        for loader in loaders:
+            for part in list_parts(loader):
+                if type(getattr(part, "epoch", None)) is int and hasattr(part, "set_epoch"):
+                    self.samplers.append(part)
+        self.attributes = PlainAttributes(find_counters(counted or {}, (*without, *uncounted)))
 
     def states(self) -> dict[str, Any]:
-        """Where everything stands, as plain values."""
+        """Return all states as plain values."""
+        generators = {}
+        for name, generator in self.generators.items():
+            generators[name] = state_of(generator)
         return {
             "python": random.getstate(),
-            "numpy": numpy_state(np.random.get_state(legacy=False)),
+            "numpy": to_lists(np.random.get_state(legacy=False)),
             "torch": torch.get_rng_state(),
             "device": device_states(self.device),
-            "generators": {
-                name: state_of(generator) for name, generator in self.generators.items()
-            },
+            "generators": generators,
             "epochs": [sampler.epoch for sampler in self.samplers],
             "attributes": self.attributes.states(),
         }
 
     def check(self, states: Mapping[str, Any]) -> None:
-        """Whether these states are of loaders made as these are.
+        """Check that these states are of loaders built as these are.
 
         Raises:
             CheckpointError: the states are of other loaders.
@@ -87,59 +87,63 @@ class Randomness:
         missing = [name for name in self.generators if name not in generators and is_of_data(name)]
         gone = [name for name in generators if name not in self.generators and is_of_data(name)]
         if missing or gone or len(states["epochs"]) != len(self.samplers):
-            there = (
-                ", ".join([*gone, *(name for name in generators if name in self.generators)])
-                or "none"
-            )
+            shared = [name for name in generators if name in self.generators]
+            there = ", ".join([*gone, *shared]) or "none"
             here = ", ".join(self.generators) or "none"
             raise CheckpointError(
-                f"the checkpoint was written with other random generators or counting samplers in the loaders: "
-                f"generators {there} and {len(states['epochs'])} samplers with set_epoch, and here are {here} and "
-                f"{len(self.samplers)}. Make the loaders as they were made then."
+                "the checkpoint was written with other random generators or counting samplers in "
+                f"the loaders: generators {there} and {len(states['epochs'])} samplers with "
+                f"set_epoch, and here are {here} and {len(self.samplers)}. Make the loaders as "
+                "they were made then."
             )
         for name, generator in self.generators.items():
-            if name in generators and kind_of(generators[name]) != kind_of(state_of(generator)):
+            if name not in generators:
+                continue
+            if identify(generators[name]) != identify(state_of(generator)):
                 raise CheckpointError(
-                    f"the checkpoint was written with another kind of random generator at {name}. Make it as it was "
-                    f"made then."
+                    f"the checkpoint was written with another kind of random generator at {name}. "
+                    "Make it as it was made then."
                 )
 
     def others(self, states: Mapping[str, Any]) -> list[str]:
-        """The generators outside the loaders that only the states have, or only this run."""
+        """Name the generators that only the states have, or only this run."""
         generators = self.named(states["generators"])
-        return [
-            name
-            for name in {**generators, **self.generators}
-            if (name in generators) != (name in self.generators)
-        ]
+        names = []
+        for name in {**generators, **self.generators}:
+            if (name in generators) != (name in self.generators):
+                names.append(name)
+        return names
 
     def named(self, generators: Any) -> dict[str, Any]:
-        """The states of generators by name; files of older versions have a list, of the loaders' own."""
+        """Return states of generators by name.
+
+        Files of older versions have a list, of the generators in the loaders.
+        """
         if isinstance(generators, dict):
             return generators
-        old = list_of_older_versions(self.loaders)
+        old = list_generators(self.loaders)
         names = {id(generator): name for name, generator in self.generators.items()}
         if len(old) != len(generators):
             raise CheckpointError(
-                f"the checkpoint was written with {len(generators)} random generators in the loaders, and here are "
-                f"{len(old)}. Make the loaders as they were made then."
+                f"the checkpoint was written with {len(generators)} random generators in the "
+                f"loaders, and here are {len(old)}. Make the loaders as they were made then."
             )
-        states = dict(
-            zip((names.get(id(generator), "") for generator in old), generators, strict=True)
-        )
+        states = {}
+        for generator, state in zip(old, generators, strict=True):
+            states[names.get(id(generator), "")] = state
         for name, generator in self.generators.items():
             states.setdefault(name, state_of(generator))
         return states
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Put everything back where it stood.
+        """Set all states again.
 
         Raises:
             CheckpointError: the states are of other loaders.
         """
         self.check(states)
         random.setstate(states["python"])
-        np.random.set_state(numpy_state(states["numpy"], back=True))
+        np.random.set_state(to_arrays(states["numpy"]))
         torch.set_rng_state(states["torch"])
         set_device_states(self.device, states["device"])
         generators = self.named(states["generators"])
@@ -151,12 +155,12 @@ class Randomness:
         self.attributes.restore(states.get("attributes", {}))
 
     def moved(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """The states among these that the generators have left since; all the same: an empty dict."""
+        """Return those of these states from which a generator has moved on since."""
         now = self.draws()
         return {name: state for name, state in before.items() if not same_state(state, now[name])}
 
     def draws(self) -> dict[str, Any]:
-        """The states of the generators alone, the global ones among them, in the quickest form."""
+        """Return the states of all generators, including the global ones, in the quickest form."""
         states: dict[str, Any] = {
             "the global python": random.getstate(),
             "the global numpy": np.random.get_state(),
@@ -167,12 +171,12 @@ class Randomness:
         return states
 
     def put_draws(self, states: Mapping[str, Any]) -> None:
-        """Put those generators back."""
+        """Set states that `draws` returned."""
         for name, state in states.items():
             if name == "the global python":
                 random.setstate(state)
             elif name == "the global numpy":
-                np.random.set_state(numpy_state(state, back=True))
+                np.random.set_state(to_arrays(state))
             elif name == "the global torch":
                 torch.set_rng_state(state)
             elif name in self.generators:
@@ -180,17 +184,19 @@ class Randomness:
 
 
 def is_of_data(name: str) -> bool:
+    """Tell whether the generator of this name belongs to a loader."""
     return name.startswith(("dl_train", "dl_val"))
 
 
-def kind_of(state: Any) -> Any:
-    """What tells the state of one kind of generator from that of another."""
+def identify(state: Any) -> Any:
+    """Return what tells the state of one kind of generator from that of another."""
     if isinstance(state, dict):
         return state.get("bit_generator")
     return type(state), len(state)
 
 
 def same_state(state: Any, other: Any) -> bool:
+    """Tell whether two states of one generator are equal."""
     if isinstance(state, Tensor):
         return torch.equal(state, other)
     if isinstance(state, tuple) and isinstance(state[1], np.ndarray):
@@ -198,38 +204,35 @@ def same_state(state: Any, other: Any) -> bool:
     return bool(state == other)
 
 
-def generators_in(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """The random generators that the roots reach, by name; one that cannot tell its state is left out."""
-    found: dict[str, Any] = {}
+def find_generators(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """Find the random generators that can be reached from the roots, by name.
+
+    `random.SystemRandom` is left out, since it has no state.
+    """
+    generators: dict[str, Any] = {}
     for name, value in reachable(roots, without):
         if isinstance(value, KINDS) and not isinstance(value, random.SystemRandom):
-            found[name] = value
-    return found
+            generators[name] = value
+    return generators
 
 
-def counters_in(roots: Mapping[str, Any], without: tuple[Any, ...]) -> dict[str, Any]:
-    """The objects that the roots reach and that may count in attributes of their own; torch's do not."""
-    found: dict[str, Any] = {}
+def find_counters(roots: Mapping[str, Any], without: tuple[Any, ...]) -> dict[str, Any]:
+    """Find the objects that can be reached from the roots and may count in attributes.
+
+    Objects of these libraries do not.
+    """
+    libraries = ("torch", "minikeras", "numpy", "builtins", "functools")
+    counters: dict[str, Any] = {}
     for name, value in reachable(roots, without):
-        kind = type(value)
-        ours = kind.__module__.partition(".")[0] in (
-            "torch",
-            "minikeras",
-            "numpy",
-            "builtins",
-            "functools",
-        )
-        if (
-            isinstance(getattr(value, "__dict__", None), dict)
-            and not ours
-            and not isinstance(value, type)
-        ):
-            found[name] = value
-    return found
+        if isinstance(value, type) or type(value).__module__.partition(".")[0] in libraries:
+            continue
+        if isinstance(getattr(value, "__dict__", None), dict):
+            counters[name] = value
+    return counters
 
 
-def roots_of_order(loaders: list[Any]) -> dict[str, Any]:
-    """What decides the order of loaders' rows: their samplers and generators, and not their datasets."""
+def find_samplers(loaders: list[Any]) -> dict[str, Any]:
+    """Find what decides the order of rows: samplers and generators of loaders, not datasets."""
     roots = {}
     for number, loader in enumerate(loaders):
         for part in ("generator", "batch_sampler", "sampler"):
@@ -239,76 +242,89 @@ def roots_of_order(loaders: list[Any]) -> dict[str, Any]:
     return roots
 
 
-def list_of_older_versions(loaders: list[Any]) -> list[Any]:
-    """The generators that files of older versions hold, in their order."""
-    holders = [holder for loader in loaders for holder in holders_of(loader)]
-    held = [
-        value for holder in holders for value in vars(holder).values() if isinstance(value, KINDS)
-    ]
-    return list({id(generator): generator for generator in held}.values())
+def list_generators(loaders: list[Any]) -> list[Any]:
+    """List the generators that files of older versions have, in their order."""
+    generators: dict[int, Any] = {}
+    for loader in loaders:
+        for part in list_parts(loader):
+            for value in vars(part).values():
+                if isinstance(value, KINDS):
+                    generators[id(value)] = value
+    return list(generators.values())
 
 
 def reseed(seed: int) -> None:
-    """Start Python's, NumPy's and torch's global generators anew."""
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def holders_of(loader: Any) -> list[Any]:
-    """A loader, its sampler, its batch sampler and what that samples from."""
+def list_parts(loader: Any) -> list[Any]:
+    """List a loader, its sampler, its batch sampler and the sampler of that."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    found = (
+    parts = (
         loader,
         getattr(loader, "sampler", None),
         batch_sampler,
         getattr(batch_sampler, "sampler", None),
     )
-    return [holder for holder in found if hasattr(holder, "__dict__")]
+    return [part for part in parts if hasattr(part, "__dict__")]
 
 
 def state_of(generator: Any) -> Any:
+    """Return the state of a generator as plain values."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
-        return numpy_state(generator.bit_generator.state)
+        return to_lists(generator.bit_generator.state)
     if isinstance(generator, np.random.RandomState):
-        return numpy_state(generator.get_state(legacy=False))
+        return to_lists(generator.get_state(legacy=False))
     return generator.getstate()
 
 
 def set_state(generator: Any, state: Any) -> None:
+    """Set a state that `state_of` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = numpy_state(state, back=True)
+        generator.bit_generator.state = to_arrays(state)
     elif isinstance(generator, np.random.RandomState):
-        generator.set_state(numpy_state(state, back=True))
+        generator.set_state(to_arrays(state))
     else:
         generator.setstate(state)
 
 
-def numpy_state(state: Any, back: bool = False) -> Any:
-    """A state of NumPy's with its arrays as lists, or back; NumPy takes lists where it gave arrays, but wants uint."""
+def to_lists(state: Any) -> Any:
+    """Convert the arrays in a state of NumPy to lists."""
     if isinstance(state, dict):
-        return {key: numpy_state(value, back) for key, value in state.items()}
+        return {key: to_lists(value) for key, value in state.items()}
     if isinstance(state, np.ndarray):
         return state.tolist()
-    return np.array(state, np.uint64) if back and isinstance(state, list) else state
+    return state
+
+
+def to_arrays(state: Any) -> Any:
+    """Convert the lists in a state of NumPy to arrays, which must be unsigned."""
+    if isinstance(state, dict):
+        return {key: to_arrays(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return np.array(state, np.uint64)
+    return state
 
 
 def device_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the device's generators; the CPU's is torch's own."""
     if device.type == "cpu":
         return []
     module = torch.get_device_module(device)
-    return (
-        list(module.get_rng_state_all())
-        if hasattr(module, "get_rng_state_all")
-        else [module.get_rng_state()]
-    )
+    if hasattr(module, "get_rng_state_all"):
+        return list(module.get_rng_state_all())
+    return [module.get_rng_state()]
 
 
 def set_device_states(device: torch.device, states: list[Tensor]) -> None:
+    """Set states that `device_states` returned."""
     module = torch.get_device_module(device)
     if len(states) > 1:
         module.set_rng_state_all(states)

@@ -1,7 +1,7 @@
-"""What a value reaches by attributes, containers, closures and the globals that its functions name.
+"""Walk all objects that a value refers to: by attributes, containers, closures and named globals.
 
-reachable            every object once, with a name for it, such as dl_train.dataset.transform.rng
-PlainAttributes      the counters and lists of such objects, where a fit changes them
+reachable            yields each object once, with a name such as dl_train.dataset.transform.rng
+PlainAttributes      the counters and lists of such objects that a fit changes
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-MOST = 20_000  # objects that are looked at
-LONG = 1_000  # items of a container that are looked at
+MOST = 20_000  # objects that are visited
+LONG = 1_000  # items of a container that are visited
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
-FLAT = (*SCALARS, Tensor, np.ndarray, np.generic)  # which reach nothing
+FLAT = (*SCALARS, Tensor, np.ndarray, np.generic)  # types whose values refer to nothing
+# libraries whose objects are not looked into
 CLOSED = (
     "pandas",
     "PIL",
@@ -36,20 +37,17 @@ CLOSED = (
 )
 LIBRARIES = ("torch", "numpy", "minikeras", "builtins")
 CONTAINERS = (list, tuple, deque, set, frozenset)
-MADE_LATER = (
-    "__dict__",
-    "__weakref__",
-    "__annotations__",
-)  # of a class: Python makes the last when it is asked for
-SIZE = 100_000  # elements of a list or array that is compared and held
-ORDER = "order"  # the key of an order, in place of a list
+# members of a class that are not looked at; Python creates the last one on first use
+IGNORED_MEMBERS = ("__dict__", "__weakref__", "__annotations__")
+SIZE = 100_000  # most elements of a list or array that is compared and copied
+ORDER = "order"  # the key of a dict that has the order of a list, in place of the list
 
 
 def reachable(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield each object that the roots reach, with its name; nearest first, in a fixed order.
+    """Yield each object that can be reached from the roots, with its name.
 
-    Looks into neither tensors, arrays nor long lists of numbers; of large nests it looks at the
-    first 20,000 objects.
+    The nearest objects come first, in a fixed order. Tensors, arrays and long lists of numbers are
+    not looked into; of a large nest the first 20,000 objects are visited.
 
     Args:
         roots: name -> object.
@@ -59,7 +57,8 @@ def reachable(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> Iterat
     ['loader', "loader['rows']", "loader['rows'][0]", "loader['rows'][1]", "loader['rows'][1][0]"]
     """
     seen = {id(value) for value in without}
-    kept = []  # an object that a property made must not give its id to another
+    # Visited objects are kept alive: one that a property creates must not give its id to another.
+    kept = []
     waiting = deque(roots.items())
     count = 0
     while waiting and count < MOST:
@@ -75,43 +74,46 @@ def reachable(roots: Mapping[str, Any], without: tuple[Any, ...] = ()) -> Iterat
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a value holds, each with what is appended to the value's name."""
+    """Yield what a value refers to, each with what is appended to the value's name."""
     kind = type(value)
-    if isinstance(value, (*FLAT, types.ModuleType, range, slice, torch.Generator, RemovableHandle)):
-        return  # a handle of a hook has a number that counts up in a process
+    if isinstance(value, (*FLAT, types.ModuleType, range, slice, torch.Generator)):
+        return
+    if isinstance(value, RemovableHandle):  # its number counts up within a process
+        return
     if kind.__module__.partition(".")[0] in CLOSED:
         return
     if isinstance(value, dict):
         for number, (key, item) in enumerate(list(dict.items(value))):
             if number >= LONG:
                 return
-            yield f"[{key!r}]" if isinstance(key, SCALARS) else f"[{number}]", item
+            shown = repr(key) if isinstance(key, SCALARS) else number
+            yield f"[{shown}]", item
     elif isinstance(value, CONTAINERS):
-        yield from items_of(value)
+        yield from walk_items(value)
     elif isinstance(value, functools.partial):
         yield ".func", value.func
         yield ".args", value.args
         yield ".keywords", value.keywords
     elif isinstance(value, types.FunctionType):
-        yield from names_of_function(value)
+        yield from walk_function(value)
     elif isinstance(value, type):
-        yield from members_of_class(value)
+        yield from walk_class(value)
         return
     elif isinstance(value, (types.MethodType, types.BuiltinMethodType)):
         yield ".__self__", value.__self__
         if isinstance(value, types.MethodType):
             yield ".__func__", value.__func__
         return
-    yield from attributes_of(value)
+    yield from walk_attributes(value)
     for cls in kind.__mro__:
         if is_users(cls):
             yield f".{cls.__name__}", cls
 
 
-def items_of(container: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a list, a tuple or a set; not those of a long one of numbers or tensors.
+def walk_items(container: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the items of a list, a tuple or a set, unless it is a long one of numbers or tensors.
 
-    A subclass may draw random numbers as it is iterated: its items are read as those of its base.
+    Iterating a subclass may draw random numbers, so the methods of its base class are used.
     """
     base: Any = next(kind for kind in CONTAINERS if isinstance(container, kind))
     items = list(itertools.islice(base.__iter__(container), LONG))
@@ -122,34 +124,36 @@ def items_of(container: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_flat(value: Any) -> bool:
-    """Whether a value, or each item of a tuple, is a number, a string or a tensor."""
+    """Tell whether a value, or each item of a tuple, is a number, a string or a tensor."""
     if type(value) in (tuple, list):
         return len(value) < LONG and all(isinstance(item, FLAT) for item in value)
     return isinstance(value, FLAT)
 
 
-def attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield an object's own attributes; no property is called."""
+def walk_attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield an object's own attributes, without calling a property."""
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         for name, child in list(attributes.items()):
             yield f".{name}", child
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
+        if isinstance(slots, str):
+            slots = (slots,)
+        for name in slots:
             if isinstance(vars(cls).get(name), types.MemberDescriptorType):
                 try:
                     yield f".{name}", getattr(value, name)
-                except AttributeError:  # it has not been set
+                except AttributeError:  # not set
                     continue
 
 
-def names_of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function closes over, its defaults, and the globals that it names."""
+def walk_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield a function's closure, its defaults, and the globals that it names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield f".{name}", cell.cell_contents
-        except ValueError:  # it has not been filled
+        except ValueError:  # not assigned
             continue
     for number, default in enumerate(function.__defaults__ or ()):
         yield f".__defaults__[{number}]", default
@@ -170,7 +174,7 @@ def names_of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]
 
 
 def names_in(code: types.CodeType) -> list[str]:
-    """The global names and attributes that a function's code has, with those of functions inside it."""
+    """List the names of globals and attributes in a function's code and in functions inside it."""
     names = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -178,8 +182,8 @@ def names_in(code: types.CodeType) -> list[str]:
     return list(names)
 
 
-def members_of_class(cls: type) -> Iterator[tuple[str, Any]]:
-    """Yield what a user's class has as attributes, and its methods."""
+def walk_class(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes and methods of a user's class."""
     if not is_users(cls):
         return
     for name, member in list(vars(cls).items()):
@@ -187,12 +191,13 @@ def members_of_class(cls: type) -> Iterator[tuple[str, Any]]:
             member = member.__func__
         elif isinstance(member, property):
             member = member.fget
-        if member is not None and not name.startswith("__abc") and name not in MADE_LATER:
-            yield f".{name}", member
+        if member is None or name.startswith("__abc") or name in IGNORED_MEMBERS:
+            continue
+        yield f".{name}", member
 
 
 def is_users(cls: type) -> bool:
-    """Whether a class is of a script or a package that is not installed."""
+    """Tell whether a class comes from a script or a package that is not installed."""
     root = cls.__module__.partition(".")[0]
     if root in LIBRARIES or (root in sys.stdlib_module_names and root != "__main__"):
         return False
@@ -201,13 +206,15 @@ def is_users(cls: type) -> bool:
 
 
 def is_users_code(code: types.CodeType) -> bool:
+    """Tell whether code comes from a script or a package that is not installed."""
     return not is_installed(code.co_filename)
 
 
 def is_installed(path: str) -> bool:
-    """Whether a file is of the standard library, of minikeras or of an installed package."""
-    folders = (OWN, STANDARD)
-    return "site-packages" in path or "dist-packages" in path or path.startswith(folders)
+    """Tell whether a file is in the standard library, in minikeras or in an installed package."""
+    if "site-packages" in path or "dist-packages" in path:
+        return True
+    return path.startswith((OWN, STANDARD))
 
 
 OWN = __file__.rpartition("reachable")[0]
@@ -215,10 +222,10 @@ STANDARD = types.__file__.rpartition("types")[0]
 
 
 class PlainAttributes:
-    """Numbers, strings, short lists and arrays that objects keep as attributes, where a fit changes them.
+    """Numbers, strings, short lists and arrays in attributes of objects, if a fit changes them.
 
-    A sampler that counts its epochs, a list of rows that is shuffled in place, a number in the model. Of a list of
-    other objects, such as pairs of a path and a label, the order is held.
+    Such as the epoch of a sampler, a list of rows that is shuffled in place, or a number in the
+    model. Of a list of other objects, such as pairs of a path and a label, only the order is kept.
 
     >>> from types import SimpleNamespace
     >>> sampler = SimpleNamespace(epoch=0, seed=7)
@@ -231,64 +238,73 @@ class PlainAttributes:
     0
     """
 
-    def __init__(self, holders: Mapping[str, Any]) -> None:
-        self.holders = dict(holders)
-        self.begun = {name: plain_attributes(holder) for name, holder in self.holders.items()}
-        self.lists = {name: lists_of_objects(holder) for name, holder in self.holders.items()}
+    def __init__(self, owners: Mapping[str, Any]) -> None:
+        self.owners = dict(owners)
+        self.first = {}  # name -> the attributes as they were first
+        self.first_lists = {}  # name -> the lists of objects as they were first
+        for name, owner in self.owners.items():
+            self.first[name] = plain_attributes(owner)
+            self.first_lists[name] = lists_of_objects(owner)
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """The attributes that are other than they were when this was made."""
-        changed = {}
-        for name, holder in self.holders.items():
-            begun = self.begun[name]
-            other = {}
-            for key, value in plain_attributes(holder).items():
-                if key not in begun or not is_same(value, begun[key]):
-                    other[key] = value
-            for key, items in self.lists[name].items():
-                order = order_of(vars(holder).get(key), items)
+        """Return the attributes that have changed since this object was created."""
+        states = {}
+        for name, owner in self.owners.items():
+            first = self.first[name]
+            changed = {}
+            for key, value in plain_attributes(owner).items():
+                if key not in first or not is_same(value, first[key]):
+                    changed[key] = value
+            for key, items in self.first_lists[name].items():
+                order = find_order(vars(owner).get(key), items)
                 if order is not None:
-                    other[key] = {ORDER: order}
-            if other:
-                changed[name] = other
-        return changed
+                    changed[key] = {ORDER: order}
+            if changed:
+                states[name] = changed
+        return states
 
     def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put the attributes back as they were when `states` was called."""
+        """Set the attributes to what they were when `states` was called."""
         now = self.states()
-        for name, holder in self.holders.items():
+        for name, owner in self.owners.items():
+            first = self.first[name]
+            first_lists = self.first_lists[name]
             values = dict(states.get(name, {}))
             for key in now.get(name, {}):
-                if key not in values and key in self.begun[name]:
-                    values[key] = copied(self.begun[name][key])
-                elif key not in values and key in self.lists[name]:
-                    values[key] = {ORDER: list(range(len(self.lists[name][key])))}
+                if key in values:
+                    continue
+                if key in first:
+                    values[key] = copy_value(first[key])
+                elif key in first_lists:
+                    values[key] = {ORDER: list(range(len(first_lists[key])))}
             for key, value in values.items():
                 if isinstance(value, dict):
-                    put_order(
-                        vars(holder).get(key), self.lists[name].get(key, []), value.get(ORDER)
-                    )
+                    items = vars(owner).get(key)
+                    set_order(items, first_lists.get(key, []), value.get(ORDER))
                 else:
-                    put_attribute(holder, key, value)
+                    set_attribute(owner, key, value)
 
 
-def lists_of_objects(holder: Any) -> dict[str, list[Any]]:
-    """An object's own attributes that are lists of other things than numbers and strings; copies of the lists."""
-    found = {}
-    for name, value in vars(holder).items():
+def lists_of_objects(owner: Any) -> dict[str, list[Any]]:
+    """Copy an object's attributes that are lists of other values than numbers and strings."""
+    lists = {}
+    for name, value in vars(owner).items():
         if type(value) is list and 1 < len(value) <= SIZE and not is_plain(value, False):
-            found[name] = list(value)
-    return found
+            lists[name] = list(value)
+    return lists
 
 
-def order_of(items: Any, begun: list[Any]) -> list[int] | None:
-    """Where each object of a list was in the list as it began; None if it is as it was, or has other objects."""
-    if type(items) is not list or len(items) != len(begun):
+def find_order(items: Any, first: list[Any]) -> list[int] | None:
+    """Find where each object of a list was at first.
+
+    Return None if the list has the same order as then, or other objects.
+    """
+    if type(items) is not list or len(items) != len(first):
         return None
-    if all(item is other for item, other in zip(items, begun, strict=True)):
+    if all(item is other for item, other in zip(items, first, strict=True)):
         return None
     places: dict[int, list[int]] = {}
-    for number, item in reversed(list(enumerate(begun))):
+    for number, item in reversed(list(enumerate(first))):
         places.setdefault(id(item), []).append(number)
     order = []
     for item in items:
@@ -300,7 +316,7 @@ def order_of(items: Any, begun: list[Any]) -> list[int] | None:
 
 
 def is_order(value: Any) -> bool:
-    """Whether a value is an order of a list's objects, as `PlainAttributes.states` gives it: each place once.
+    """Tell whether a value is an order in `PlainAttributes.states`, with each place once.
 
     >>> is_order({"order": [2, 0, 1]}), is_order({"order": [2, 0, 0]}), is_order([2, 0, 1])
     (True, False, False)
@@ -308,80 +324,87 @@ def is_order(value: Any) -> bool:
     if type(value) is not dict or value.keys() != {ORDER}:
         return False
     order = value[ORDER]
-    if (
-        type(order) is not list
-        or len(order) > SIZE
-        or not all(type(number) is int for number in order)
-    ):
+    if type(order) is not list or len(order) > SIZE:
+        return False
+    return is_permutation(order)
+
+
+def is_permutation(order: Any) -> bool:
+    """Tell whether a list has each number from 0 once."""
+    if not all(type(number) is int for number in order):
         return False
     return sorted(order) == list(range(len(order)))
 
 
-def put_order(items: Any, begun: list[Any], order: Any) -> None:
-    """Put the objects of a list into an order that `order_of` gave, where the list has as many."""
-    if type(items) is not list or not isinstance(order, (list, tuple)) or len(items) != len(begun):
+def set_order(items: Any, first: list[Any], order: Any) -> None:
+    """Put the objects of a list into an order of `find_order`, if the list has the same length."""
+    if type(items) is not list or not isinstance(order, (list, tuple)):
         return
-    if not all(type(number) is int for number in order) or sorted(order) != list(range(len(begun))):
+    if len(items) != len(first) or len(order) != len(first) or not is_permutation(order):
         return
-    items[:] = [begun[number] for number in order]
+    items[:] = [first[number] for number in order]
 
 
-def put_attribute(holder: Any, name: str, value: Any) -> None:
-    """Set an attribute; a list, an array or a tensor of that size is filled, since others may hold it too."""
-    current = vars(holder).get(name)
-    value = copied(value)
+def set_attribute(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute; a list or an array of the same shape is filled, since others may use it."""
+    current = vars(owner).get(name)
+    value = copy_value(value)
     if isinstance(current, list) and isinstance(value, list):
         current[:] = value
-    elif (
-        isinstance(current, np.ndarray)
-        and current.flags.writeable
-        and current.shape == np.shape(value)
-    ):
-        current[...] = value
-    elif isinstance(current, Tensor) and isinstance(value, Tensor):
-        vars(holder)[name] = value.to(current.device)
-    else:
-        vars(holder)[name] = value
+        return
+    if isinstance(current, np.ndarray) and current.flags.writeable:
+        if current.shape == np.shape(value):
+            current[...] = value
+            return
+    if isinstance(current, Tensor) and isinstance(value, Tensor):
+        value = value.to(current.device)
+    vars(owner)[name] = value
 
 
-def plain_attributes(holder: Any) -> dict[str, Any]:
-    """An object's own attributes that are numbers, strings, or short lists and arrays of numbers; copies."""
-    found = {}
-    for name, value in vars(holder).items():
-        if name not in ("training", "stop_training") and is_plain(
-            value, isinstance(holder, nn.Module)
-        ):
-            found[name] = copied(value)
-    return found
+def plain_attributes(owner: Any) -> dict[str, Any]:
+    """Copy an object's attributes that are numbers, strings, or short lists and arrays of them."""
+    attributes = {}
+    is_module = isinstance(owner, nn.Module)
+    for name, value in vars(owner).items():
+        if name not in ("training", "stop_training") and is_plain(value, is_module):
+            attributes[name] = copy_value(value)
+    return attributes
 
 
 def is_plain(value: Any, floats: bool) -> bool:
-    """Whether an attribute is compared and held; arrays and tensors of floats where `floats`, else of integers."""
+    """Tell whether an attribute is compared and copied.
+
+    With `floats`, arrays and tensors of floats are plain too; without, only those of integers.
+    """
     if type(value) in (bool, int, float, complex, str, type(None)):
         return True
     if type(value) is list:
         return len(value) <= SIZE and all(type(item) in (bool, int, float, str) for item in value)
     if isinstance(value, np.ndarray):
-        return value.size <= SIZE and value.dtype.kind in ("fiub" if floats else "iub")
+        kinds = "fiub" if floats else "iub"
+        return value.size <= SIZE and value.dtype.kind in kinds
     if type(value) is Tensor:
         return value.numel() <= SIZE and (floats or not value.is_floating_point())
     return False
 
 
-def copied(value: Any) -> Any:
+def copy_value(value: Any) -> Any:
+    """Copy a tensor, an array or a list; return anything else as it is."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return value.copy() if isinstance(value, (list, np.ndarray)) else value
+    if isinstance(value, (list, np.ndarray)):
+        return value.copy()
+    return value
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Whether two values are of one type and equal; NaN equals NaN."""
+    """Tell whether two values have one type and are equal; NaN equals NaN."""
     if type(value) is not type(other):
         return False
     if isinstance(value, Tensor):
-        return (
-            value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
-        )
+        if value.shape != other.shape or value.dtype != other.dtype:
+            return False
+        return torch.equal(value, other)
     if isinstance(value, np.ndarray):
         return value.dtype == other.dtype and np.array_equal(value, other)
     return bool(value == other or (value != value and other != other))
