@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled
+from helpers.models import compiled
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import Net, compiled, points
+from helpers.models import Net, compiled, points
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 
 from minikeras import Callback, LambdaCallback
 

@@ -6,7 +6,7 @@ import re
 import numpy
 import pytest
 import torch
-from conftest import points
+from helpers.models import points
 from torch import nn
 
 import minikeras

@@ -15,24 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Net, compiled, points
+from helpers.files import run_file
+from helpers.models import Net, compiled, points
+from helpers.paths import PACKAGE, TESTS
 from torch import nn
 
 import minikeras
 from minikeras import CheckpointError
 from minikeras.checkpoint.file import dump, previous, read, write
 
-PACKAGE = Path(minikeras.__file__).parent
 DATA = Path(__file__).parent / "data"
 REMEDY = "There is none written before it: give another file, or move this one away to start anew."
 OF_LOAD = "If it is the wrong file, give another one."
-
-
-def run_file(path, epochs=2, **kwargs):
-    """The state of a short run in a file; the model it is of."""
-    model = compiled(**kwargs)
-    model.fit(epochs, points(40), batch_size=20, verbose=0, checkpoint=path)
-    return model
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -533,8 +527,8 @@ def limited(code, *, status=0):
     """A script in a process whose files end at 20,000 bytes from `full()` to `emptied()`; what it printed."""
     head = f"""
     import resource, signal, sys, warnings
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from conftest import *
+    sys.path.insert(0, {str(TESTS)!r})
+    from helpers.models import *
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     torch.manual_seed(0)
     def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))

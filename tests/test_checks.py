@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.metrics import cosine, mse, r2
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -102,10 +103,6 @@ def quantile_loss(p, t):
     return torch.maximum(0.9 * (t - p), -0.1 * (t - p)).mean()
 
 
-def r2(p, t):
-    return 1 - ((t - p) ** 2).sum() / ((t - t.mean()) ** 2).sum()
-
-
 BROADCAST = {
     "own mse": lambda p, t: ((p - t) ** 2).mean(),
     "own rmse": lambda p, t: torch.sqrt(torch.mean(torch.square(t - p))),
@@ -180,10 +177,6 @@ def test_labels_that_broadcast_in_validation_alone_are_refused_there():
     with refused(f"ValueError: the loss: {IT_BROADCASTS}") as error:
         compiled(Scale()).fit(1, (COLUMN, COLUMN), (COLUMN, ROW), verbose=0)
     assert error.value.__notes__ == ["dl_val, batch 1, looked at before the first step", "epoch 1"]
-
-
-def mse(p, t):
-    return ((p - t) ** 2).mean()
 
 
 def nll_of_chunks(outputs, t):
@@ -1344,10 +1337,6 @@ def test_a_train_step_must_return_the_same_numbers_by_name(answers, message):
 
 
 # ---------------------------------------------------------------- no false alarms
-
-
-def cosine(p, t):
-    return 1 - nn.CosineSimilarity()(p, t).mean()
 
 
 FRAME, SERIES = pd.DataFrame(X.double().numpy()), pd.Series(ROW.double().numpy())

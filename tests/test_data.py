@@ -7,25 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.datasets import Rows
+from helpers.models import compiled, points
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import minikeras
 from minikeras.data import count_rows, leaves, map_leaves, to_device
 from minikeras.data.arrays import as_tensor
-
-
-class Rows(Dataset):
-    def __init__(self, X, y):
-        self.X, self.y = X, y
-
-    def __len__(self):
-        return len(self.X)
-
-    def __getitem__(self, row):
-        return self.X[row], self.y[row]
 
 
 class Stream(IterableDataset):

@@ -8,25 +8,25 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
-import peers
 import pytest
-import ranks
 import torch
-from conftest import compiled, points
+from helpers import peers
+from helpers.compare import assert_same
+from helpers.launch import PYTHONPATH, launch_cases, results_of, torchrun
+from helpers.models import compiled, points
+from helpers.paths import ROOT
+from helpers.ranks import CASES, common, resume, same_numbers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from launch import assert_same, torchrun
 from torch import nn
 
 import minikeras
 from minikeras.distributed import World
 from minikeras.run import over_all_rows
 
-HERE = Path(__file__).parent
 SAME = [
     "arrays",
     "loader_in_memory",
@@ -100,16 +100,11 @@ ON_THREE = [
 ]
 
 
-def results_of(tmp_path_factory, cases, processes, **env):
+def results_by(tmp_path_factory, cases, processes, **env):
     """Of each case, what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    env = {"FOLDER": str(folder), "ODD": json.dumps(drawn(processes))} | env
-    done = torchrun([HERE / "ranks.py", folder, *cases], processes, env)
-    assert done.returncode == 0, done.stderr
-    results = {
-        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
-        for case in cases
-    }
+    env["ODD"] = json.dumps(drawn(processes))
+    results = results_of("helpers.ranks", folder, cases, processes, **env)
     return results | {"folder": folder}
 
 
@@ -171,28 +166,28 @@ def drawn(processes):
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory):
-    return results_of(tmp_path_factory, ["odd"], 1)
+    return results_by(tmp_path_factory, ["odd"], 1)
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    return results_of(tmp_path_factory, SAME + OTHERS, 2, BUCKET="64")
+    return results_by(tmp_path_factory, SAME + OTHERS, 2, BUCKET="64")
 
 
 @pytest.fixture(scope="module")
 def by_two_at_the_end(tmp_path_factory):
-    return results_of(tmp_path_factory, STEPS, 2, STEP="own")
+    return results_by(tmp_path_factory, STEPS, 2, STEP="own")
 
 
 @pytest.fixture(scope="module")
 def by_three(tmp_path_factory):
-    return results_of(tmp_path_factory, [*ON_THREE, "odd"], 3)
+    return results_by(tmp_path_factory, [*ON_THREE, "odd"], 3)
 
 
 @pytest.mark.parametrize("case", SAME)
 def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, monkeypatch):
     monkeypatch.setenv("FOLDER", str(by_two["folder"]))
-    expected = ranks.CASES[case](1)
+    expected = CASES[case](1)
     for found in by_two[case]:
         assert_same(found, expected)
 
@@ -201,7 +196,7 @@ def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, mo
 def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
     case, by_two_at_the_end
 ):
-    expected = ranks.CASES[case](1)
+    expected = CASES[case](1)
     for found in by_two_at_the_end[case]:
         assert_same(found, expected)
 
@@ -209,7 +204,7 @@ def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
 @pytest.mark.parametrize("case", ON_THREE)
 def test_three_processes_do_too(case, by_three, monkeypatch):
     monkeypatch.setenv("FOLDER", str(by_three["folder"]))
-    expected = ranks.CASES[case](1)
+    expected = CASES[case](1)
     for found in by_three[case]:
         assert_same(found, expected)
 
@@ -218,7 +213,7 @@ def test_three_processes_do_too(case, by_three, monkeypatch):
 def test_any_rows_batch_and_kind_of_data_give_what_one_process_finds(processes, fixture, request):
     results = request.getfixturevalue(fixture)["odd"]
     for number, case in enumerate(drawn(processes)):
-        expected = ranks.odd_one(1, processes, **case)
+        expected = same_numbers.odd_one(1, processes, **case)
         for found in (result[number] for result in results):
             if "error" in expected:
                 assert found == results[0][number], case
@@ -247,7 +242,7 @@ def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reache
 
 
 def test_rows_that_one_process_cannot_count_are_told_to_all_and_an_average_needs_none(by_two):
-    expected = ranks.rows_unknown_on_one(1)
+    expected = CASES["rows_unknown_on_one"](1)
     said = expected.pop("said")
     assert (
         "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': Tensor (5,)"
@@ -270,7 +265,7 @@ def test_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_
 def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_two, monkeypatch):
     folder = by_two["folder"]
     monkeypatch.setenv("FOLDER", str(folder))
-    assert_same(by_two["main_alone"][0], ranks.main_alone(1))
+    assert_same(by_two["main_alone"][0], CASES["main_alone"](1))
     assert by_two["main_alone"][1] == {}
     one, two = ((folder / size / "log.csv").read_text() for size in "12")
     assert one.splitlines()[0] == two.splitlines()[0]
@@ -372,8 +367,8 @@ def by_peers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     env = {name: value for name, value in os.environ.items() if name not in names}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / "peers.py"), str(folder)]
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-m", "helpers.peers", str(folder)]
     both = [
         subprocess.Popen([*command, rank], env=env, stdout=subprocess.PIPE, text=True)
         for rank in "01"
@@ -392,7 +387,7 @@ def test_a_group_made_by_the_user_is_taken_and_its_first_process_prints(by_peers
     assert printed[1] == ""
     torch.manual_seed(0)
     model = compiled()
-    expected = ranks.found(model, model.fit(2, points(30), batch_size=10, verbose=0))
+    expected = common.found(model, model.fit(2, points(30), batch_size=10, verbose=0))
     for rank in range(2):
         assert_same(torch.load(folder / f"{rank}.pt")[0]["weights"], expected["weights"])
 
@@ -436,9 +431,7 @@ def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peer
 
 def carried_on(folder, processes=2, **env):
     """How the run ended, and what each rank found."""
-    done = torchrun(
-        [HERE / "ranks.py", folder, "carried_on"], processes, {"FOLDER": str(folder)} | env
-    )
+    done = launch_cases("helpers.ranks", folder, ["carried_on"], processes, **env)
     if done.returncode:
         return done, []
     return done, [torch.load(folder / f"carried_on.{rank}.pt") for rank in range(processes)]
@@ -466,7 +459,7 @@ def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
     for size, kill in ((2, "0 15 1 3"), (1, "0 15 2 2"), (2, "-1 0 0 0")):
         done, found = carried_on(tmp_path, size, KILL=kill)
         assert bool(done.returncode) == (kill[0] != "-"), done.stderr
-    expected = ranks.carried_on(1, file=False)
+    expected = resume.carried_on(1, file=False)
     for one in found:
         assert_same(one, expected)
 
@@ -485,7 +478,7 @@ def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by
 
 
 def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
-    done = torchrun([HERE / "ranks.py", tmp_path, "raising"])
+    done = launch_cases("helpers.ranks", tmp_path, ["raising"])
     assert done.returncode == 1
     assert "ValueError: this is the cause" in done.stderr
 
@@ -493,10 +486,10 @@ def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
 def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twice_the_batch(
     tmp_path,
 ):
-    example = [HERE.parent / "examples" / "ring_focal.py", "--epochs", "2"]
+    example = [ROOT / "examples" / "ring_focal.py", "--epochs", "2"]
     two = torchrun(example, cwd=tmp_path)
     assert two.returncode == 0, two.stderr
-    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, example), "--batch-size", "200"]
     one = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert two.stdout.splitlines()[:-1] == one.stdout.splitlines()[:-1]
@@ -507,9 +500,9 @@ def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twi
 @pytest.mark.slow
 def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp_path):
     pytest.importorskip("ray", reason='needs pip install "ray[train]"')
-    examples = HERE.parent / "examples"
+    examples = ROOT / "examples"
     env = {
-        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{examples}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{examples}",
         "HOME": str(tmp_path),
     }  # Ray keeps files there
     script = tmp_path / "script.py"

@@ -30,16 +30,7 @@ def _offline(monkeypatch):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
-@pytest.fixture
-def _one_thread():
-    """The networks of the pages are small, and other work may share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_offline", "_one_thread")
+@pytest.mark.usefixtures("_offline", "one_thread")
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # SQLAlchemy's, of MLflow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import points
+from helpers.interruptions import Stopped
+from helpers.models import points
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, TensorDataset
 
@@ -125,10 +126,6 @@ def test_a_number_that_a_callback_sets_is_the_one_that_counts():
     callback = LambdaCallback(on_epoch_begin=lambda epoch: loader.sampler.set_epoch(100 + epoch))
     seen.fit(2, loader, callbacks=[callback], verbose=0)
     assert seen.rows == by_hand([101, 102])
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.mark.parametrize("steps", [None, 2], ids=["whole epochs", "epochs of 2 batches of 3"])

@@ -9,7 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.datasets import AsItGoes, ShuffledPairs
+from helpers.interruptions import Killed, killed_after
+from helpers.models import compiled, points
+from helpers.samplers import Buckets, Pool
+from helpers.seeds import seed
 from torch import nn
 from torch.utils.data import (
     ConcatDataset,
@@ -30,32 +34,12 @@ X = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
 Y = X.sum(dim=1, keepdim=True)
 SCHEDULES = torch.optim.lr_scheduler
 
-
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    monkeypatch.setattr("minikeras.checkpoint.file.flush", lambda path: None)
-
-
-class Killed(BaseException):
-    """Ends a fit as SIGKILL does."""
-
-
-def killed_after(count):
-    left = [count]
-
-    def count_down(batch, logs):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-
-    return LambdaCallback(on_batch_end=count_down)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def start(make, path=None, kill=None, epochs=3, every=1):
     """What a script does from its first line on; `make` gives its parts."""
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+    seed()
     parts = {
         "loss": nn.MSELoss,
         "net": lambda: nn.Linear(2, 1),
@@ -264,29 +248,6 @@ class ShufflesInPlace(Sampler):
         return iter(self.rows)
 
 
-class Pool(Sampler):
-    """Draws a row at a time, without replacement."""
-
-    def __len__(self):
-        return 60
-
-    def __iter__(self):
-        left = list(range(60))
-        while left:
-            yield left.pop(random.randrange(len(left)))
-
-
-class Buckets(Sampler):
-    """Shuffles a bucket when it comes to it."""
-
-    def __len__(self):
-        return 6
-
-    def __iter__(self):
-        for bucket in torch.arange(60).split(30):
-            yield from bucket[torch.randperm(30)].split(10)
-
-
 class Augmented(Dataset):
     def __len__(self):
         return 60
@@ -350,17 +311,17 @@ EXACT = {
     "sampler that shuffles in place": lambda: {
         "data": lambda: loader(Augmented(), sampler=ShufflesInPlace())
     },
-    "pool and augmentation": lambda: {"data": lambda: loader(Augmented(), sampler=Pool())},
+    "pool and augmentation": lambda: {"data": lambda: loader(Augmented(), sampler=Pool(60))},
     "pool and augmentation, in a worker": lambda: {
-        "data": lambda: loader(Augmented(), sampler=Pool(), num_workers=1)
+        "data": lambda: loader(Augmented(), sampler=Pool(60), num_workers=1)
     },
     "buckets and dropout": lambda: {
         "net": dropped_out,
-        "data": lambda: loader(batch_sampler=Buckets()),
+        "data": lambda: loader(batch_sampler=Buckets(60, 10)),
     },
     "buckets and dropout, read": lambda: {
         "net": dropped_out,
-        "data": lambda: loader(Augmented(), batch_sampler=Buckets()),
+        "data": lambda: loader(Augmented(), batch_sampler=Buckets(60, 10)),
     },
     "two loaders of one generator": two_loaders_of_one_generator,
     "a number in the model": lambda: {"net": lambda: Counting(nn.Linear(2, 1))},
@@ -382,26 +343,6 @@ class Stream(IterableDataset):
             yield X[row], Y[row]
 
 
-class ShuffledPairs:
-    def __init__(self):
-        self.pairs = list(zip(X, Y, strict=True))
-
-    def __iter__(self):
-        random.shuffle(self.pairs)
-        for start in range(0, 60, 20):
-            features, labels = zip(*self.pairs[start : start + 20], strict=True)
-            yield torch.stack(features), torch.stack(labels)
-
-
-class AsItGoes:
-    """Draws when it is asked for a batch, from generators that the model's dropout draws from as well."""
-
-    def __iter__(self):
-        for _ in range(3):
-            rows = torch.randint(60, (20,))
-            yield X[rows] + 0.1 * random.random(), Y[rows]
-
-
 class Constants:
     def __iter__(self):
         return zip(X.split(20), Y.split(20), strict=True)
@@ -414,14 +355,14 @@ class SubclassOfList(list):
         return 3
 
     def __iter__(self):
-        return iter(list(AsItGoes()))
+        return iter(list(AsItGoes(X, Y, 3, 20)))
 
 
 ITERABLES = {
     "a generator of its own": lambda: DataLoader(Stream(), 20),
     "... with a worker": lambda: DataLoader(Stream(), 20, num_workers=1),
-    "pairs shuffled in place": ShuffledPairs,
-    "drawn as it goes": AsItGoes,
+    "pairs shuffled in place": lambda: ShuffledPairs(X, Y),
+    "drawn as it goes": lambda: AsItGoes(X, Y, 3, 20),
     "a subclass of list": SubclassOfList,
     "batches that are there already": lambda: Constants(),
 }

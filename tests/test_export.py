@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import compiled
+from helpers.models import compiled
 from torch import nn
 
 import minikeras

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import compiled
+from helpers.models import compiled
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import Net, compiled, points
+from helpers.models import Net, compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Net, compiled, points
+from helpers.files import run_file
+from helpers.models import Net, compiled, points
 from torch import nn
 
 import minikeras
@@ -24,12 +25,6 @@ from minikeras import CheckpointError, atomic
 from minikeras.checkpoint.file import dump, previous, read, write
 
 DELETE = object()
-
-
-def run_file(path, epochs=2, **kwargs):
-    model = compiled(**kwargs)
-    model.fit(epochs, points(40), batch_size=20, verbose=0, checkpoint=path)
-    return model
 
 
 # --- where a path leads -----------------------------------------------------------------------------------------------

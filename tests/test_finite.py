@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import compiled
+from helpers.compiling import FAST
+from helpers.models import compiled
 from torch import nn
 
 import minikeras
@@ -16,7 +17,6 @@ X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
 Y = X[:, :1]
 BATCHES = list(zip(X.split(10), Y.split(10), strict=True))
 BAD_LABEL = 99.0
-JIT = {"backend": "aot_eager"}
 
 
 def loss_func(y_pred, y_true):
@@ -102,7 +102,7 @@ def test_a_nan_gradient_reaches_no_file_and_the_fit_goes_on_from_it(
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-@pytest.mark.parametrize("options", [{"jit": JIT}, {"jit": JIT, "clip_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{"jit": FAST}, {"jit": FAST, "clip_grad_norm": 1.0}], ids=str)
 def test_so_it_is_under_jit(options, tmp_path):
     expected = trainer(**options).fit(3, Data(), verbose=0)
     model = trainer(**options)
@@ -527,7 +527,7 @@ def test_a_message_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
 def test_several_steps_in_a_graph_tell_of_the_batch_that_was_at_fault(spoiled):
     labels = Y.clone()
     labels[10 * spoiled - 1] = math.nan
-    model = compiled(network(), nn.MSELoss(), jit=JIT, steps_per_execution=3)
+    model = compiled(network(), nn.MSELoss(), jit=FAST, steps_per_execution=3)
     with pytest.raises(
         FloatingPointError, match="The labels of this batch held NaN or inf already: clean the data"
     ):

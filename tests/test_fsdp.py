@@ -4,10 +4,11 @@ import re
 import shutil
 
 import pytest
-import shards
 import torch
-from conftest import compiled
-from launch import ROOT, assert_same, torchrun
+from helpers import launch, shards
+from helpers.compare import assert_same
+from helpers.launch import launch_cases, torchrun
+from helpers.models import compiled
 
 from minikeras.errors import CheckpointError
 
@@ -26,15 +27,7 @@ SAME = [
 
 
 def results_of(folder, cases, processes=2, **env):
-    """Of each case, what each rank found."""
-    done = torchrun(
-        [ROOT / "tests" / "shards.py", folder, *cases], processes, {"FOLDER": str(folder)} | env
-    )
-    assert done.returncode == 0, done.stderr
-    return {
-        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
-        for case in cases
-    }
+    return launch.results_of("helpers.shards", folder, cases, processes, **env)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +65,10 @@ def test_three_processes_some_of_which_have_no_part_of_a_bias_do_too(tmp_path, m
 
 @pytest.mark.parametrize("number", ["15", "9"], ids=["SIGTERM", "SIGKILL"])
 def test_a_fit_goes_on_bit_by_bit_the_same_from_its_folder(number, in_parts, tmp_path):
-    env = {"FOLDER": str(tmp_path), "PART": "9"}
-    script = [ROOT / "tests" / "shards.py", tmp_path, "carried_on"]
-    assert torchrun(script, 2, env | {"KILL": f"1 {number} 2 3"}).returncode != 0
+    done = launch_cases(
+        "helpers.shards", tmp_path, ["carried_on"], PART="9", KILL=f"1 {number} 2 3"
+    )
+    assert done.returncode != 0
     assert sorted(path.name for path in (tmp_path / "run.pt").iterdir()) == [
         ".metadata", "__0_0.distcp", "__1_0.distcp", "run.pt"
     ]  # fmt: skip

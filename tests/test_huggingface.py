@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import compiled
-from launch import torchrun
+from helpers.launch import torchrun
+from helpers.models import compiled
 from safetensors.torch import load_file
 from torch import nn
 

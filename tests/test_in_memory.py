@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.seeds import seeded
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -98,10 +99,6 @@ def images():
     )
 
 
-def seeded(seed=7):
-    return torch.Generator().manual_seed(seed)
-
-
 DATASETS = {
     "tensors": plain,
     "images": images,
@@ -110,14 +107,14 @@ DATASETS = {
     "tuple": lambda: StackDataset(*tensors()),
     "dict": lambda: StackDataset(**dict(zip(("X", "y", "z"), tensors(), strict=True))),
     "list": lambda: Subset(plain(), list(range(3, 20))),
-    "tensor": lambda: Subset(plain(), torch.randperm(ROWS, generator=seeded())),
+    "tensor": lambda: Subset(plain(), torch.randperm(ROWS, generator=seeded(7))),
     "numpy": lambda: Subset(plain(), np.arange(20, 3, -1, dtype=np.int32)),
     "range": lambda: Subset(plain(), range(0, ROWS, 2)),
     "negative, repeated": lambda: Subset(plain(), (5, -1, -1, 5, -23, 0, 2, -2, 8)),
     "nested": lambda: Subset(
         Subset(plain(), torch.arange(22, 2, -1)), [-1, 0, 3, 3, -5, 10, 2, 7, 1]
     ),
-    "nested dict": lambda: random_split(StackDataset(a=tensors()[0]), [9, 14], generator=seeded())[
+    "nested dict": lambda: random_split(StackDataset(a=tensors()[0]), [9, 14], generator=seeded(7))[
         1
     ],
 }
@@ -125,27 +122,30 @@ SAMPLING = {
     "in order": lambda d: {},
     "shuffle": lambda d: {"shuffle": True},
     "drop_last": lambda d: {"shuffle": True, "drop_last": True},
-    "own generator": lambda d: {"shuffle": True, "generator": seeded()},
+    "own generator": lambda d: {"shuffle": True, "generator": seeded(7)},
     "own generator, drop_last": lambda d: {
         "shuffle": True,
-        "generator": seeded(),
+        "generator": seeded(7),
         "drop_last": True,
     },
-    "generator of the loader alone": lambda d: {"sampler": RandomSampler(d), "generator": seeded()},
-    "generator of the sampler alone": lambda d: {"sampler": RandomSampler(d, generator=seeded())},
+    "generator of the loader alone": lambda d: {
+        "sampler": RandomSampler(d),
+        "generator": seeded(7),
+    },
+    "generator of the sampler alone": lambda d: {"sampler": RandomSampler(d, generator=seeded(7))},
     "replacement": lambda d: {"sampler": RandomSampler(d, replacement=True)},
     "replacement, generator": lambda d: {
-        "sampler": RandomSampler(d, replacement=True, generator=seeded())
+        "sampler": RandomSampler(d, replacement=True, generator=seeded(7))
     },
     "fewer samples": lambda d: {"sampler": RandomSampler(d, num_samples=5)},
     "more samples": lambda d: {"sampler": RandomSampler(d, num_samples=2 * len(d) + 3)},
     "weighted": lambda d: {"sampler": WeightedRandomSampler(torch.arange(len(d)) + 1.0, 40)},
     "weighted, generator": lambda d: {
-        "sampler": WeightedRandomSampler([1.0] * len(d), 40, generator=seeded())
+        "sampler": WeightedRandomSampler([1.0] * len(d), 40, generator=seeded(7))
     },
     "subset sampler": lambda d: {"sampler": SubsetRandomSampler([0, 5, -1, 2, 2])},
     "subset sampler, generator": lambda d: {
-        "sampler": SubsetRandomSampler(range(8), generator=seeded())
+        "sampler": SubsetRandomSampler(range(8), generator=seeded(7))
     },
     "distributed": lambda d: {"sampler": DistributedSampler(d, num_replicas=2, rank=1)},
     "list as sampler": lambda d: {"sampler": [3, 1, -2, 1]},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Net, accuracy, points
+from helpers.compare import assert_same_weights
+from helpers.compiling import FAST
+from helpers.models import Net, accuracy, points
+from helpers.reference import accuracy64, reference_fit
 from sklearn.metrics import accuracy_score
-from test_loop import accuracy64, reference_fit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,9 +21,6 @@ import minikeras
 from minikeras import LambdaCallback
 from minikeras.jit.graphs import Graphs, captured, chosen
 
-FAST = {
-    "backend": "aot_eager"
-}  # traces and differentiates as ever, and leaves out the C++ compiler
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -56,15 +55,6 @@ def pair(kind=Net, **kwargs):
     return model, copy.deepcopy(model)
 
 
-def assert_same(model, twin, tolerance=1e-6):
-    for (name, found), expected in zip(
-        twin.state_dict().items(), model.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(
-            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 def way(model):
     return model._run.jit.train.way
 
@@ -85,7 +75,7 @@ def test_history_and_weights_equal_eager(make, path):
     found = twin.fit(2, batches(), batches(30, 11), verbose=0)
     found = twin.fit(2, batches(), batches(30, 11), verbose=0)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     assert way(twin) == "one graph"
 
 
@@ -130,7 +120,7 @@ def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
             return F.binary_cross_entropy(y_pred, y_true) + minikeras.l2_penalty(one, 1.0)
 
         compiled(one, loss_func, jit=jit).fit(3, batches(), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
@@ -147,7 +137,7 @@ def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
     model, twin = pair(Odd)
     compiled(model).fit(2, batches(), verbose=0)
     compiled(twin, jit=FAST).fit(2, batches(), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert twin.norm.num_batches_tracked == 16
 
 
@@ -169,7 +159,7 @@ def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
     pd.testing.assert_frame_equal(
         twin.fit(2, data, data, verbose=0), model.fit(2, data, data, verbose=0), rtol=1e-5
     )
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
@@ -181,7 +171,7 @@ def test_several_optimizers_step_in_one_graph():
             for name in ("fc1", "fc2")
         }
         compiled(one, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
@@ -227,7 +217,7 @@ def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), jit=jit)
         change = LambdaCallback(on_epoch_begin=lambda epoch, one=one: set_rate(one, epoch))
         one.fit(4, batches(), callbacks=[change], verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
@@ -248,7 +238,7 @@ def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said
         found = train(twin, jit=FAST)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def test_batches_of_many_sizes_take_two_graphs():
@@ -275,7 +265,7 @@ def test_a_layer_thawed_between_fits_is_trained():
         compiled(one, optimizer=optimizer, jit=jit).fit(1, batches(), verbose=0)
         one.fc1.requires_grad_(True)
         one.fit(1, batches(), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def thaw(model):
@@ -352,7 +342,7 @@ def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_to
 
         changing = LambdaCallback(**{f"on_{moment}_{'begin' if moment == 'epoch' else 'end'}": at})
         one.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     torch.testing.assert_close(
         twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5
     )
@@ -374,7 +364,7 @@ def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said
         "jit: train_step is not one graph: forward and loss, since the parameters that the loss reaches, or the "
         "optimizer's state, are others again and again"
     ]
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 class Annealed(nn.BCELoss):
@@ -398,7 +388,7 @@ def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_to
     with pytest.warns(UserWarning, match="jit") as caught:
         found = train(twin, jit=FAST)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     assert [str(one.message) for one in caught] == [
         f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the model, the loss, "
         "a metric or the data, has changed too often. Keep it in a tensor, and it stays one graph"
@@ -436,7 +426,7 @@ def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_
         "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes a Python number, "
         "'count'. A tensor would be in the graph"
     ]
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     assert twin.optimizer.state_dict() == model.optimizer.state_dict()
 
 
@@ -464,7 +454,7 @@ def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(s
     )
     assert list(expected) == ["loss", "accuracy"]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
@@ -497,7 +487,7 @@ def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_tw
     compiled(model, optimizer=model.optimizer)
     model.fit(1, batches(), verbose=0)
     twin.fit(1, batches(), verbose=0)
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
 
 
 def test_deepcopy_gives_an_uncompiled_model():
@@ -555,7 +545,7 @@ def test_a_loss_whose_flow_depends_on_the_data_falls_back_by_parts_and_says_wher
         found = compiled(twin, branching, jit=FAST).fit(2, batches(), verbose=0)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def test_an_adaptive_softmax_trains_under_jit():
@@ -584,7 +574,7 @@ def test_without_a_compiler_everything_runs_in_eager():
     with pytest.warns(UserWarning, match="no compiler here"):
         found = compiled(twin, jit={"backend": backend}).fit(2, batches(), batches(), verbose=0)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def test_a_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_taken_twice():
@@ -616,7 +606,7 @@ def test_a_way_that_fails_in_its_first_call_leaves_no_trace():
     compiled(model).fit(1, batches(20, 20, 20), verbose=0)
     with pytest.warns(UserWarning, match="broken graph"):
         compiled(twin, jit={"backend": backend}).fit(1, batches(20, 20, 20), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 # --- hooks and steps of one's own -------------------------------------------------------------------------------------
@@ -631,7 +621,7 @@ def test_hooks_of_parameters_and_optimizers_fire():
     twin.optimizer.register_step_post_hook(lambda *_: seen.append("step"))
     twin.fit(1, batches(), verbose=0)
     assert seen.count("gradient") == seen.count("step") == 8
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
@@ -685,7 +675,7 @@ def test_a_shuffled_loader_draws_the_same_batches_under_jit():
     for one, jit in ((model, False), (twin, FAST)):
         torch.manual_seed(3)
         compiled(one, jit=jit).fit(2, loader, verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 def test_several_steps_per_execution_need_jit():
@@ -778,7 +768,7 @@ def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together
         histories.append(one.fit(3, batches(), batches(20, 20, 7), verbose=0))
     assert way(twin) == "one graph"
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     pd.testing.assert_frame_equal(*histories, rtol=1e-5)
     states = [one.optimizer.state_dict()["state"] for one in (model, twin)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)

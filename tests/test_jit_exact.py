@@ -6,18 +6,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers.compiling import FAST
+from helpers.interruptions import Stopped
 from torch import nn
 
 import minikeras
 from minikeras import LambdaCallback
 
-JIT = {"backend": "aot_eager"}
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) + 1
 BATCHES = list(zip(X.split(10), X[:, :1].split(10), strict=True))
-
-
-class KilledError(Exception):
-    pass
 
 
 # --- the step that is only looked at ----------------------------------------------------------------------------------
@@ -140,13 +137,13 @@ def train(kind, path=None, every=None, kill=None):
     random.seed(0)
     net, optimizer, loss, options = KINDS[kind]
     model, loss_func = minikeras.Model(net()), loss()
-    model.compile(loss_func, optimizer(model.parameters()), device="cpu", jit=JIT, **options)
+    model.compile(loss_func, optimizer(model.parameters()), device="cpu", jit=FAST, **options)
     batches = []
 
     def die(batch, logs):
         batches.append(batch)
         if len(batches) == kill:
-            raise KilledError
+            raise Stopped
 
     saving = {} if path is None else {"checkpoint": path, "checkpoint_every": every}
     with warnings.catch_warnings():
@@ -173,7 +170,7 @@ def train(kind, path=None, every=None, kill=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path):
     expected = train(kind)
-    with pytest.raises(KilledError):
+    with pytest.raises(Stopped):
         train(kind, tmp_path / "run.pt", every, kill)
     found = train(kind, tmp_path / "run.pt", every)
     assert found[0].equals(expected[0])
@@ -186,13 +183,13 @@ def test_the_attributes_of_a_module_are_put_back_too(tmp_path):
     def model_of():
         torch.manual_seed(0)
         model = minikeras.Model(nn.Sequential(Counted(), linear()))
-        model.compile(nn.MSELoss(), sgd(model.parameters()), device="cpu", jit=JIT)
+        model.compile(nn.MSELoss(), sgd(model.parameters()), device="cpu", jit=FAST)
         return model
 
     saving = {"checkpoint": tmp_path / "run.pt", "verbose": 0}
     whole = model_of()
     whole.fit(2, BATCHES, callbacks=[LambdaCallback()], verbose=0)
-    with pytest.raises(KilledError):
+    with pytest.raises(Stopped):
         model_of().fit(2, BATCHES, callbacks=[LambdaCallback(on_batch_end=raise_at_8())], **saving)
     model = model_of()
     model.fit(2, BATCHES, callbacks=[LambdaCallback()], **saving)
@@ -208,7 +205,7 @@ def raise_at_8():
     def die(batch, logs):
         count.append(batch)
         if len(count) == 8:
-            raise KilledError
+            raise Stopped
 
     return die
 
@@ -229,7 +226,7 @@ def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
         torch.manual_seed(0)
         model = minikeras.Model(Embedded())
         model.compile(
-            nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=JIT
+            nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=FAST
         )
         callbacks = [] if kill is None else [LambdaCallback(on_batch_end=raise_at_8())]
         with warnings.catch_warnings():
@@ -238,7 +235,7 @@ def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
         return model
 
     expected = fit()
-    with pytest.raises(KilledError):
+    with pytest.raises(Stopped):
         fit(kill=8, checkpoint=tmp_path / "run.pt", checkpoint_every=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -276,7 +273,7 @@ class Reading(torch.optim.Optimizer):
 def both(model_of, loss_of, optimizer_of, dtype=torch.float32, **options):
     """The same fit in eager and under jit: models, and the warnings of the second."""
     models = []
-    for jit in (False, JIT):
+    for jit in (False, FAST):
         torch.manual_seed(0)
         model = minikeras.Model(model_of().to(dtype))
         loss_func = loss_of().to(dtype)

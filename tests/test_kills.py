@@ -1,12 +1,12 @@
-"""SIGKILL at any moment, in real processes; kills.py does it."""
+"""SIGKILL at any moment, in real processes; helpers/kills.py does it."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import TESTS
 
-KILLS = Path(__file__).parent / "kills.py"
+KILLS = TESTS / "helpers" / "kills.py"
 
 
 def stress(kills, seed):

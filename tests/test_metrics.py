@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torchmetrics
-from conftest import Net, accuracy, compiled, points
+from helpers.models import Net, accuracy, compiled, points
 from sklearn.metrics import accuracy_score, f1_score, recall_score, roc_auc_score
 from torch import nn
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, accuracy, compiled, points
+from helpers.metrics import cosine
+from helpers.models import Net, accuracy, compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -256,10 +257,6 @@ def test_wrapping_nothing_and_writing_no_forward_is_said():
 
 
 # --- every loss of the article ----------------------------------------------------------------------------------------
-
-
-def cosine(y_pred, y_true):
-    return 1 - nn.CosineSimilarity()(y_pred, y_true).mean()
 
 
 LOSSES = {

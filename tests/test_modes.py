@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import points
+from helpers.compare import assert_same_weights
+from helpers.interruptions import Stopped
+from helpers.models import points
 from torch import nn
 
 import minikeras
@@ -39,17 +41,13 @@ def trained_by_hand(net, epochs=2, frozen=True):
     return net
 
 
-def assert_same(net, expected, rtol=0.0):
-    torch.testing.assert_close(net.state_dict(), expected.state_dict(), rtol=rtol, atol=rtol)
-
-
 @pytest.mark.parametrize("jit", [False, {"backend": "eager"}], ids=["eager", "jit"])
 def test_a_part_in_eval_mode_stays_so_as_in_a_hand_written_loop(jit):
     net = body_and_head()
     expected = trained_by_hand(copy.deepcopy(net))
     net[0].eval()
     fitted(net, jit=jit, dl_val=[(X, y)])
-    assert_same(net, expected, rtol=1e-6 if jit else 0.0)  # a graph rounds otherwise
+    assert_same_weights(net, expected, 1e-6 if jit else 0)  # a graph rounds otherwise
     assert [net.training, net[0].training, net[1].training] == [True, False, True]
 
 
@@ -64,7 +62,7 @@ def test_a_model_that_is_wholly_in_eval_mode_is_trained_in_train_mode(wholly):
     wholly(net)
     torch.manual_seed(1)
     fitted(net)
-    assert_same(net, expected)
+    assert_same_weights(net, expected, 0)
     assert not any(module.training for module in net.modules())
 
 
@@ -136,10 +134,6 @@ def test_a_line_says_what_stays_in_eval_mode(capsys):
     assert "in eval mode, as you left them: net.0\n" in capsys.readouterr().out
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("every", [None, 1])
 def test_a_resumed_fit_has_the_modes_that_a_callback_had_decided(tmp_path, every):
     batches = [(X[:32], y[:32]), (X[32:], y[32:])]
@@ -167,4 +161,4 @@ def test_a_resumed_fit_has_the_modes_that_a_callback_had_decided(tmp_path, every
     expected = fit(tmp_path / "whole.pt")
     with pytest.raises(Stopped):
         fit(tmp_path / "run.pt", stop_in=(3, 2))
-    assert_same(fit(tmp_path / "run.pt"), expected)
+    assert_same_weights(fit(tmp_path / "run.pt"), expected, 0)

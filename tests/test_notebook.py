@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import Net, accuracy, compiled, points
+from helpers.models import Net, accuracy, compiled, points
 from nbclient import NotebookClient
 from torch import nn
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics as skm
 import torch
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

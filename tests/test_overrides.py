@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import points
+from helpers.models import points
 from torch import nn
 
 import minikeras

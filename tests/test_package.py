@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 
 import minikeras
 

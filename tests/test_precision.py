@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, accuracy, compiled, points
-from test_jit import FAST
+from helpers.compare import assert_same_weights
+from helpers.compiling import FAST
+from helpers.models import Net, accuracy, compiled, points
 from torch import nn
 
 import minikeras
@@ -53,15 +54,6 @@ def bare_fit(model, data, epochs=2, lr=0.1, loss_func=F.binary_cross_entropy):
     return model
 
 
-def assert_same(one, other, tolerance=1e-6):
-    for (name, found), expected in zip(
-        one.state_dict().items(), other.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(
-            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 # --- accumulate -------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +62,7 @@ def test_k_batches_make_the_step_of_the_big_batch_they_are(k):
     model = Net().double()
     expected = bare_fit(copy.deepcopy(model), windows(batches(double=True), k))
     compiled(model, accumulate=k).fit(2, batches(double=True), verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 def test_the_history_is_of_rows_and_no_gradient_is_left():
@@ -100,7 +92,7 @@ def test_an_average_weighs_by_its_count():
 
     expected = bare_fit(copy.deepcopy(model), windows(data, 3), loss_func=mean)
     compiled(model, per_token, accumulate=3).fit(2, data, verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 def test_a_window_in_which_nothing_counts_moves_nothing():
@@ -110,7 +102,7 @@ def test_a_window_in_which_nothing_counts_moves_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(model, per_token, accumulate=3).fit(1, data, verbose=0)
-    assert_same(model, before, 0)
+    assert_same_weights(model, before, 0)
 
 
 def test_weights_of_rows_are_those_of_the_big_batch():
@@ -119,7 +111,7 @@ def test_weights_of_rows_are_those_of_the_big_batch():
     twin.load_state_dict(model.state_dict())
     compiled(model, nn.BCELoss(reduction="none"), accumulate=3).fit(2, data, verbose=0)
     compiled(twin, nn.BCELoss(reduction="none")).fit(2, windows(data, 3), verbose=0)
-    assert_same(model, twin, 1e-12)
+    assert_same_weights(model, twin, 1e-12)
 
 
 class Twice(Net):
@@ -142,7 +134,7 @@ def test_a_step_that_calls_backward_twice_counts_its_rows_once():
         loss_func=lambda p, y: 0.5 * F.binary_cross_entropy(p, y) + (p**2).mean(),
     )
     compiled(model, accumulate=3).fit(2, batches(double=True), verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 def test_two_losses_of_different_weight_are_refused():
@@ -216,8 +208,8 @@ def test_each_optimizer_has_a_window_of_its_own():
                 close(name)
     close("b")  # of batch 5 alone
     pair_of(model, accumulate=2).fit(1, data, verbose=0)
-    assert_same(model.a, nets["a"], 1e-12)
-    assert_same(model.b, nets["b"], 1e-12)
+    assert_same_weights(model.a, nets["a"], 1e-12)
+    assert_same_weights(model.b, nets["b"], 1e-12)
 
 
 def test_stop_training_closes_the_window():
@@ -230,7 +222,7 @@ def test_stop_training_closes_the_window():
         model.stop_training = batch == 4
 
     model.fit(5, data, callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 def test_a_fit_that_fails_in_a_window_leaves_nothing_to_the_next():
@@ -240,7 +232,7 @@ def test_a_fit_that_fails_in_a_window_leaves_nothing_to_the_next():
         model.fit(1, [data[0], (data[1][0] * torch.nan, data[1][1])], verbose=0)
     expected = bare_fit(copy.deepcopy(model), windows(data, 3), loss_func=F.mse_loss)
     model.fit(2, data, verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 def test_a_loss_that_is_not_finite_is_found_before_it_enters_a_window():
@@ -251,7 +243,7 @@ def test_a_loss_that_is_not_finite_is_found_before_it_enters_a_window():
         compiled(model, nn.MSELoss(), accumulate=3).fit(
             1, [data[0], bad, data[2]], on_nan="stop", verbose=0
         )
-    assert_same(model, before, 0)
+    assert_same_weights(model, before, 0)
 
 
 def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
@@ -352,7 +344,7 @@ def test_the_norm_of_the_windows_gradient_is_clipped():
             for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
                 parameter -= 0.1 * gradient * 0.01 / (norm + 1e-6)
     compiled(model, accumulate=3, clip_grad_norm=0.01).fit(1, data, verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 @pytest.mark.parametrize("jit", [False, FAST])
@@ -373,7 +365,7 @@ def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
         optimizer.step()
         optimizer.zero_grad()
     compiled(model, jit=jit, **options).fit(2, data, verbose=0)
-    assert_same(model, expected)
+    assert_same_weights(model, expected)
     assert not jit or model._run.jit.train.way == "one graph"
 
 
@@ -425,7 +417,7 @@ def test_bf16_is_torchs_own_loop_with_autocast():
         optimizer.step()
         optimizer.zero_grad()
     compiled(model, nn.BCEWithLogitsLoss(), precision="bf16").fit(1, batches(), verbose=0)
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
 
 
 def test_fp16_is_torchs_own_loop_with_a_scaler():
@@ -440,7 +432,7 @@ def test_fp16_is_torchs_own_loop_with_a_scaler():
         scaler.update()
         optimizer.zero_grad()
     compiled(model, nn.BCEWithLogitsLoss(), precision="fp16").fit(1, batches(), verbose=0)
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
     assert model._run.precision.scaler.state_dict() == scaler.state_dict()
 
 
@@ -450,7 +442,7 @@ def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
     X, y = points(8)
     data = [(X, y * 1e4)]  # a loss that is finite, with a scaled gradient that is not
     compiled(model, nn.MSELoss(), precision="fp16").fit(1, data, verbose=0)
-    assert_same(model, before, 0)
+    assert_same_weights(model, before, 0)
     assert model._run.precision.scaler.get_scale() == 2.0**15
 
 
@@ -470,7 +462,7 @@ def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_afte
     compiled(model, nn.MSELoss(), precision="fp16")
     with pytest.raises(FloatingPointError, match="it began 4 steps before"):
         model.fit(1, [*data[:2], bad, *data[3:]], verbose=0)
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
 
 
 @pytest.mark.parametrize("rows", [8, 256])
@@ -525,7 +517,7 @@ def test_a_step_of_ones_own_is_under_autocast_as_a_whole_and_sees_each_new_weigh
         1, batches(), verbose=0
     )
     assert set(model.seen) == {torch.bfloat16}
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
 
 
 def test_gradients_that_wait_in_a_window_follow_the_scale():
@@ -547,7 +539,7 @@ def test_gradients_that_wait_in_a_window_follow_the_scale():
             )
         one.fit(2, batches([8, 8, 8, 8, 8, 8]), verbose=0)
     assert model._run.precision.scaler.get_scale() > 64
-    assert_same(model, twin, 5e-3)
+    assert_same_weights(model, twin, 5e-3)
 
 
 @pytest.mark.parametrize("jit", [False, FAST])
@@ -658,7 +650,7 @@ def test_bf16_is_in_the_one_graph(together):
         compiled(one, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16", **options)
         histories.append(one.fit(3, data, data, verbose=0))
     pd.testing.assert_frame_equal(*histories, rtol=1e-2)
-    assert_same(model, twin, 5e-3)
+    assert_same_weights(model, twin, 5e-3)
     assert twin._run.jit.train.way == "one graph"
     assert twin.predict(data).dtype == torch.float32
 
@@ -680,7 +672,7 @@ def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, togethe
         f"jit: train_step is not one graph: forward and loss, since {option} needs backward and step outside it"
     ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
-    assert_same(model, twin, 1e-3 if "fp16" in option else 1e-6)
+    assert_same_weights(model, twin, 1e-3 if "fp16" in option else 1e-6)
 
 
 # --- refused at compile -----------------------------------------------------------------------------------------------

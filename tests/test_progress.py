@@ -13,14 +13,14 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 
 from minikeras import Callback
 from minikeras.progress import Progress
 
 SCRIPT = """
 import torch
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 torch.manual_seed(0)
 compiled(metrics_dict={"accuracy": accuracy}).fit(3, points(64), points(64))
 """
@@ -192,7 +192,7 @@ def test_a_terminal_gets_a_bar_that_gives_way_to_the_row_of_the_table(columns):
 
 
 MANY = """
-from conftest import compiled, points
+from helpers.models import compiled, points
 names = ["precision", "recall", "sensitivity", "specificity"]
 metrics = {name: lambda y_pred, y_true: 0.123456 for name in names}
 compiled(metrics_dict=metrics).fit(2, points(64), log_step_freq=1)

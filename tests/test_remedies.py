@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compiled
+from helpers.models import compiled
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 

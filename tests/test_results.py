@@ -5,18 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, compiled, points
-from test_jit import FAST
+from helpers.compiling import FAST
+from helpers.metrics import mse
+from helpers.models import Net, compiled, points
 from torch import nn
 
 import minikeras
 from minikeras import Average
 
 WEIGHT = torch.tensor([0.3, 2.5, 1.7], dtype=torch.float64)
-
-
-def mse(y_pred, y_true):
-    return ((y_pred - y_true) ** 2).mean()
 
 
 def contrastive(embeddings, labels):

@@ -5,37 +5,17 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled, points
-from runs import LOADERS, Mean, Noisy, call_of, differences, result_of, seed
+from helpers.interruptions import Killed, killed_after
+from helpers.models import compiled, points
+from helpers.runs import LOADERS, Mean, Noisy, call_of, differences, result_of
+from helpers.seeds import seed
 from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
 import minikeras
 from minikeras import CheckpointError, LambdaCallback, LRScheduler
 
-pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-
-
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    """Waiting for the disk is what test_kill.py is for."""
-    monkeypatch.setattr("minikeras.atomic.flush", lambda path: None)
-
-
-class Killed(BaseException):
-    """Ends a fit as SIGKILL does: nothing that follows is saved."""
-
-
-def killed_after(count):
-    """Dies as the batch of that number, counted over all epochs, has been saved."""
-
-    def count_down(batch, logs):
-        nonlocal count
-        count -= 1
-        if count < 0:
-            raise Killed
-
-    return LambdaCallback(on_batch_end=count_down)
+pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own", "quick_disk")
 
 
 def whole(**kwargs):

@@ -11,7 +11,8 @@ import sklearn.metrics as skm
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional as tmf
-from conftest import compiled, points
+from helpers.metrics import r2
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras
@@ -214,10 +215,6 @@ def test_a_mean_over_rows_is_never_told(data, function):
             assert (
                 warned(lambda X=X[order], y=y[order]: given(function).evaluate([(X, y)])) == []
             ), (rows, seed)
-
-
-def r2(y_pred, y_true):
-    return 1 - ((y_pred - y_true) ** 2).sum() / ((y_true - y_true.mean()) ** 2).sum()
 
 
 def f1(y_pred, y_true):

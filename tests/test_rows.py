@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compiled
-from test_jit import FAST
+from helpers.compiling import FAST
+from helpers.models import compiled
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 

@@ -8,11 +8,12 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from conftest import compiled, points
-from runs import call_of, differences, result_of, seed
+from helpers.models import compiled, points
+from helpers.paths import TESTS
+from helpers.runs import call_of, differences, result_of
+from helpers.seeds import seed
 
 from minikeras import Callback, LambdaCallback
 from minikeras.checkpoint.file import read
@@ -205,9 +206,9 @@ def test_a_process_ends_with_status_143_and_its_workers_let_it_finish_the_batch(
     """Ctrl-C reaches the whole group of processes, workers included."""
     script = textwrap.dedent(f"""
         import os, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(TESTS)!r})
         import signal
-        from runs import *
+from helpers.runs import *
         model, arguments = call_of("noisy, 2 workers")
         ended = minikeras.LambdaCallback(on_fit_end=lambda: print("ended", flush=True))
         def send(batch, logs):

@@ -18,6 +18,7 @@ import minikeras
 from minikeras.integrations.sklearn import Classifier, Regressor
 
 CPU = {"device": "cpu", "random_state": 0}
+pytestmark = pytest.mark.usefixtures("one_thread")
 # scikit-learn compares to 1e-7. What float32 gives to that digit depends on the processor, so these checks may fail or
 # pass; the tests below them compare to 1e-5.
 ROUNDING = {
@@ -25,14 +26,6 @@ ROUNDING = {
     "check_methods_subset_invariance": "a row alone and the row in a batch: matrix products in float32",
     "check_methods_sample_order_invariance": "rows in another order: matrix products in float32",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @parametrize_with_checks(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 

@@ -10,7 +10,7 @@ import torchmetrics
 import torchmetrics.classification as tmc
 import torchmetrics.clustering as tmcluster
 import torchmetrics.nominal as tmnominal
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import wandb
-from conftest import Net, accuracy, compiled, points
+from helpers.models import Net, accuracy, compiled, points
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn

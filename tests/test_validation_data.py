@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -1,4 +1,6 @@
-"""Kill fits with SIGKILL again and again, carry them on, compare: `python tests/kills.py --kills 100` prints the count.
+"""Kill fits with SIGKILL again and again, resume them, and compare.
+
+`python tests/helpers/kills.py --kills 100` prints the count.
 
 for each round:
     a call of fit of a random kind, in a process of its own, never stopped: history, weights and what is drawn next
@@ -22,9 +24,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from runs import EPOCHS, LOADERS, Y, call_of, differences, noisy, result_of, seed
 
 import minikeras
+
+sys.path.append(str(Path(__file__).parents[1]))  # when this file is run as a script
+from helpers.runs import EPOCHS, LOADERS, Y, call_of, differences, noisy, result_of
+from helpers.seeds import seed
 
 LEFT_OUT = ("stateful",)  # it warns; test_resume.py has it
 MODELS = ["net", "net", "centered", "pair", "growing"]

@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import torch
-from conftest import accuracy, points
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -20,6 +19,11 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.datasets import AsItGoes, ShuffledPairs
+from helpers.metrics import Scaled
+from helpers.models import accuracy, points
+from helpers.samplers import Buckets, Pool
+from helpers.seeds import seeded
 
 X, Y = points(90)
 EPOCHS = 3
@@ -103,17 +107,6 @@ class Scores(Net):
         return self.layers[:-1](x)
 
 
-class Scaled(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, y_pred, y_true):
-        return nn.functional.binary_cross_entropy(y_pred, y_true) * self.scale.exp() + self.scale**2
-
-
 class Centered(Scaled):
     """... and with buffers, one of which no state_dict holds."""
 
@@ -162,29 +155,6 @@ class Jittered(Dataset):
         ]
 
 
-class Pool(Sampler):
-    """Draws a row at a time, without replacement, from a generator that rows draw from as well."""
-
-    def __len__(self):
-        return len(X)
-
-    def __iter__(self):
-        left = list(range(len(X)))
-        while left:
-            yield left.pop(random.randrange(len(left)))
-
-
-class Buckets(Sampler):
-    """A batch sampler that shuffles a bucket of rows when it comes to it."""
-
-    def __len__(self):
-        return 6
-
-    def __iter__(self):
-        for bucket in torch.arange(len(X)).split(30):
-            yield from bucket[torch.randperm(30)].split(15)
-
-
 class ByEpoch(Sampler):
     """Shuffles by the epoch's number alone."""
 
@@ -201,28 +171,6 @@ class ByEpoch(Sampler):
         return iter(
             torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch)).tolist()
         )
-
-
-class AsItGoes:
-    """An iterable that draws each batch when it is asked for it, from generators that the model draws from as well."""
-
-    def __iter__(self):
-        for _ in range(5):
-            rows = torch.randint(len(X), (18,))
-            yield X[rows] + 0.1 * np.random.rand() + 0.1 * random.random(), Y[rows]
-
-
-class ShuffledPairs:
-    """An iterable that shuffles a list of pairs of its own in place."""
-
-    def __init__(self):
-        self.pairs = list(zip(X, Y, strict=True))
-
-    def __iter__(self):
-        random.shuffle(self.pairs)
-        for start in range(0, len(self.pairs), 20):
-            features, labels = zip(*self.pairs[start : start + 20], strict=True)
-            yield torch.stack(features), torch.stack(labels)
 
 
 def noisy_collate():
@@ -242,10 +190,6 @@ def memory(**kwargs):
 
 def noisy(**kwargs):
     return DataLoader(Noisy(), batch_size=20, **kwargs)
-
-
-def seeded():
-    return torch.Generator().manual_seed(5)
 
 
 def stateful():
@@ -282,14 +226,14 @@ LOADERS = {
     ),
     "counting sampler": lambda: noisy(sampler=DistributedSampler(Noisy(), num_replicas=1, rank=0)),
     "generators of its own": lambda: DataLoader(Jittered(), batch_size=20, shuffle=True),
-    "noisy, drawn row by row": lambda: noisy(sampler=Pool()),
-    "in memory, drawn row by row": lambda: memory(sampler=Pool()),
-    "noisy, buckets": lambda: DataLoader(Noisy(), batch_sampler=Buckets()),
+    "noisy, drawn row by row": lambda: noisy(sampler=Pool(len(X))),
+    "in memory, drawn row by row": lambda: memory(sampler=Pool(len(X))),
+    "noisy, buckets": lambda: DataLoader(Noisy(), batch_sampler=Buckets(len(X), 15)),
     "sampler by the epoch": lambda: noisy(sampler=ByEpoch()),
     "collate, a closure": lambda: memory(shuffle=True, collate_fn=noisy_collate()),
     "iterable, own generator": Batches,
-    "iterable, drawn as it goes": AsItGoes,
-    "iterable, shuffled in place": ShuffledPairs,
+    "iterable, drawn as it goes": lambda: AsItGoes(X, Y, 5, 18),
+    "iterable, shuffled in place": lambda: ShuffledPairs(X, Y),
     "iterable dataset": lambda: DataLoader(Shuffled(), batch_size=20),
     "stateful": stateful,
 }
@@ -326,12 +270,6 @@ def call_of(loader="in memory", **changes):
         "verbose": 0,
     }
     return model, arguments | changes
-
-
-def seed(number):
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
 
 
 def result_of(model, dfhistory):

@@ -1,6 +1,6 @@
 """Processes that make their group themselves, without a launcher's variables, for test_distributed.py.
 
-python peers.py FOLDER RANK     each of two leaves FOLDER/RANK.pt, and rank 1 stands still in the end
+python -m helpers.peers FOLDER RANK     each of two leaves FOLDER/RANK.pt, and rank 1 stands still in the end
 """
 
 import os
@@ -10,11 +10,11 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import ranks
 import torch
-from conftest import compiled, points
 
 import minikeras
+from helpers.models import compiled, points
+from helpers.ranks import common
 from minikeras.checkpoint import weights
 
 TIMEOUT = 8  # seconds: a busy machine may take some of them between two calls
@@ -47,7 +47,7 @@ def saved(model, folder):
         model.save(path / "in a file.pt")
     except (OSError, RuntimeError) as error:
         failed = f"{type(error).__name__}: {error}"
-    return ranks.found(same, model.history), failed
+    return common.found(same, model.history), failed
 
 
 def left_alone(model, rank):

@@ -1,6 +1,6 @@
 """Fits with parameters in parts, that torchrun runs for test_fsdp.py, and one process or "ddp" without parts.
 
-torchrun --nproc-per-node=2 shards.py FOLDER CASE ...     as ranks.py; KIND=ddp leaves the parameters whole
+torchrun --nproc-per-node=2 -m helpers.shards FOLDER CASE ...     as helpers/ranks; KIND=ddp leaves the parameters whole
 """
 
 import os
@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import Net
-from ranks import METRICS, RANK, Scaled, Two, Uneven, doubles, seed
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import minikeras
+from helpers.launch import cases_of, save_results
+from helpers.metrics import Scaled
+from helpers.models import Net
+from helpers.ranks.common import METRICS, RANK, Two, Uneven, doubles, uneven_batches
+from helpers.seeds import seed
 
 
 class Deep(minikeras.Model):
@@ -95,7 +98,7 @@ def local(tensor):
 
 def penalties(size):
     seed()
-    model, loss = Deep().double(), Scaled()
+    model, loss = Deep().double(), Scaled(torch.float64)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     model = compiled(
         model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer, clip_grad_norm=0.1
@@ -152,15 +155,7 @@ def uneven(size):
         return found(
             model, model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0)
         )
-    steps = [
-        [*range(4), *range(8, 12)],
-        [*range(4, 8), *range(12, 16)],
-        range(16, 20),
-        range(20, 24),
-        range(24, 27),
-    ]
-    X, y = doubles(27)
-    batches = [(X[list(rows)], y[list(rows)]) for rows in steps]
+    batches = uneven_batches()
     return found(model, model.fit(2, batches, batches, verbose=0))
 
 
@@ -290,18 +285,10 @@ def carried_on(size):
     return found(model, dfhistory)
 
 
-CASES = {
-    name: case
-    for name, case in list(globals().items())
-    if callable(case) and case.__module__ == __name__
-}
+CASES = cases_of(sys.modules[__name__])
 
 if __name__ == "__main__":
     sys.setswitchinterval(
         60
     )  # a thread that waits for the GIL as the process ends, waits its longest
-    for name in sys.argv[2:]:
-        torch.save(
-            CASES[name](int(os.environ["WORLD_SIZE"])),
-            Path(sys.argv[1], f"{name}.{os.environ['RANK']}.pt"),
-        )
+    save_results(CASES, sys.argv[1], sys.argv[2:])

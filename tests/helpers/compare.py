@@ -1,0 +1,21 @@
+"""Compare nests of numbers and tensors, and the weights of models."""
+
+import torch
+
+
+def assert_same(found, expected, where=""):
+    """Any nest of numbers and tensors."""
+
+    def told(said):
+        return f"{where}\n{said}"
+
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True, msg=told)
+
+
+def assert_same_weights(found, expected, tolerance=1e-6):
+    """Compare two models' weights and buffers, in their order."""
+    pairs = zip(found.state_dict().items(), expected.state_dict().values(), strict=True)
+    for (name, tensor), other in pairs:
+        torch.testing.assert_close(
+            tensor, other, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )

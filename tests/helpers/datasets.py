@@ -1,0 +1,45 @@
+"""Datasets and iterables of batches."""
+
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+class Rows(Dataset):
+    """Not in memory: read row by row."""
+
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, row):
+        return self.X[row], self.y[row]
+
+
+class AsItGoes:
+    """An iterable that draws each batch when it is asked for it, from generators that the model draws from as well."""
+
+    def __init__(self, X, y, batches, batch_size):
+        self.X, self.y, self.batches, self.batch_size = X, y, batches, batch_size
+
+    def __iter__(self):
+        for _ in range(self.batches):
+            rows = torch.randint(len(self.X), (self.batch_size,))
+            yield self.X[rows] + 0.1 * np.random.rand() + 0.1 * random.random(), self.y[rows]
+
+
+class ShuffledPairs:
+    """An iterable that shuffles a list of pairs of its own in place."""
+
+    def __init__(self, X, y):
+        self.pairs = list(zip(X, y, strict=True))
+
+    def __iter__(self):
+        random.shuffle(self.pairs)
+        for start in range(0, len(self.pairs), 20):
+            features, labels = zip(*self.pairs[start : start + 20], strict=True)
+            yield torch.stack(features), torch.stack(labels)
