@@ -17,6 +17,8 @@ CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "_")
 GRAPHS = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{CAPABILITY}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(GRAPHS))
 
+pytest.register_assert_rewrite("helpers")  # so that a failure there shows the values
+
 collect_ignore = ["typed"]  # for type checkers to read, not to run
 
 

@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
-from test_package import ORDER, ROOT, numbers_rounded
+from helpers.modules import ORDER
+from helpers.pages import numbers_rounded
+from helpers.paths import ROOT
 
 import minikeras
 

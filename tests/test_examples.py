@@ -1,14 +1,16 @@
 """Each example, run shortly as its user would run it, and what it is there to show."""
 
+import ast
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.launch import run_python
+from helpers.paths import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
@@ -116,3 +118,36 @@ def test_a_search_prunes_and_finds_a_good_model(example):
     assert pruned >= 3
     assert complete + pruned == 12
     assert float(re.search(r"best val_loss (\S+)", printed)[1]) < 0.15
+
+
+def test_the_ring_example_finds_the_rare_positives(tmp_path):
+    printed = run_python([str(EXAMPLES / "ring_focal.py")], cwd=tmp_path)
+    result = ast.literal_eval(printed.splitlines()[-1])
+    assert result["val_accuracy"] >= 0.975
+    assert result["val_recall"] >= 0.5
+    assert (tmp_path / "ring_focal.png").stat().st_size > 10_000
+    assert "[-1, 1]" in printed
+    assert "Total params: 61" in printed
+
+
+def test_the_linear_regression_example_recovers_w_and_b(tmp_path):
+    printed = run_python([str(EXAMPLES / "linear_regression.py")], cwd=tmp_path)
+    found = re.search(r"found w = \[ *(\S+), *(\S+)\]  b = *(\S+)", printed)
+    assert [float(number) for number in found.groups()] == pytest.approx([2, -3, 10], abs=0.15)
+
+
+def test_the_resume_example_goes_on_where_it_was_stopped(tmp_path):
+    example = str(EXAMPLES / "resume.py")
+    whole = run_python(
+        [example, "--epochs", "2", "--pause", "0", "--file", "whole.pt"], cwd=tmp_path
+    )
+    first = run_python([example, "--epochs", "1", "--pause", "0"], cwd=tmp_path)
+    second = run_python([example, "--epochs", "2", "--pause", "0"], cwd=tmp_path)
+    assert "resume.pt: carried on in epoch 2 after step 0" in second
+    assert first.splitlines()[:-3] == whole.splitlines()[: len(first.splitlines()) - 3]
+    assert second.splitlines()[-1] == whole.splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_say_what_they_are_for(path):
+    assert path.read_text().startswith('"""')

@@ -19,3 +19,10 @@ def assert_same_weights(found, expected, tolerance=1e-6):
         torch.testing.assert_close(
             tensor, other, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def assert_equal_tensors(first, second):
+    """Compare two dicts of tensors exactly."""
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

@@ -70,3 +70,12 @@ def save_results(cases, folder, names):
     size, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     for name in names:
         torch.save(cases[name](size), Path(folder, f"{name}.{rank}.pt"))
+
+
+def run_python(arguments, **kwargs):
+    """Run Python with these arguments: what it prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, **kwargs
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
