@@ -88,7 +88,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "message"), BAD, ids=[message[:40] for _, message in BAD])
-def test_bad_arguments_are_refused_when_the_callback_is_made(make, message):
+def test_callback_with_bad_arguments_is_refused_when_it_is_created(make, message):
     with pytest.raises((ValueError, TypeError)) as raised:
         make()
     assert str(raised.value) == message

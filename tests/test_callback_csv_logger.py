@@ -17,7 +17,7 @@ def lines_of(path):
     return path.read_text().splitlines()
 
 
-def test_the_csv_file_is_the_history(tmp_path):
+def test_csv_logger_writes_the_history(tmp_path):
     path = tmp_path / "logs" / "log.csv"
     model = compiled()
     halve = LRScheduler(lr_scheduler.ExponentialLR(model.optimizer, 0.5))
@@ -30,7 +30,7 @@ def test_the_csv_file_is_the_history(tmp_path):
     assert names_in(path.parent) == ["log.csv"]
 
 
-def test_each_row_is_in_the_file_when_its_epoch_ends(tmp_path):
+def test_csv_logger_writes_each_row_when_its_epoch_ends(tmp_path):
     sizes = []
     count = LambdaCallback(
         on_epoch_end=lambda epoch, logs: sizes.append(len(lines_of(tmp_path / "log.csv")))
@@ -40,7 +40,7 @@ def test_each_row_is_in_the_file_when_its_epoch_ends(tmp_path):
 
 
 @pytest.mark.parametrize("append", [False, True])
-def test_a_file_that_is_there_is_written_over_or_gone_on_with(append, tmp_path):
+def test_csv_logger_overwrites_or_appends_to_a_file_that_exists(append, tmp_path):
     path = tmp_path / "log.csv"
     path.write_text('epoch,loss,note\n7,0.5,"a, b"\n')
     fit(2, [log("lr", [1.0, 1.0]), log("loss", [0.25, 0.125]), CSVLogger(path, append=append)])
@@ -48,7 +48,7 @@ def test_a_file_that_is_there_is_written_over_or_gone_on_with(append, tmp_path):
     assert lines_of(path) == (old if append else ["epoch,loss,lr", "1,0.25,1.0", "2,0.125,1.0"])
 
 
-def test_appending_keeps_the_header_that_is_there(tmp_path):
+def test_csv_logger_keeps_the_header_of_a_file_that_it_appends_to(tmp_path):
     path = tmp_path / "log.csv"
     for _ in range(2):
         fit(1, [log("val_x", [1.0]), log("loss", [0.5]), CSVLogger(path, append=True)])
@@ -56,7 +56,7 @@ def test_appending_keeps_the_header_that_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("append", [False, True])
-def test_a_csv_file_that_is_carried_on_loses_the_rows_after_the_last_save_alone(append, tmp_path):
+def test_csv_logger_on_resume_drops_only_the_rows_after_the_last_save(append, tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("epoch,loss\n1,9.0\n5,9.0\n")
     first, second = CSVLogger(path, append), CSVLogger(path, append)

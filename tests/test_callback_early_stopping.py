@@ -84,7 +84,7 @@ def test_early_stopping_stops_where_a_plain_reference_does():
         ([math.inf, 1, NAN], {}, 1),
     ],
 )
-def test_early_stopping_by_hand(values, arguments, stops):
+def test_early_stopping_stops_at_the_epochs_computed_by_hand(values, arguments, stops):
     assert stopped_by(EarlyStopping("score", mode="min", **arguments), values)[0] == stops
 
 
@@ -99,7 +99,7 @@ def test_early_stopping_restores_the_best_weights_and_ends_the_fit():
     assert all(value.device.type == "cpu" for value in stop.state_dict()["weights"].values())
 
 
-def test_the_best_weights_come_back_after_an_error_too():
+def test_early_stopping_restores_the_best_weights_after_an_error():
     def fail(batch, logs):
         if model._run.epochs:
             raise RuntimeError("no luck")
@@ -120,7 +120,7 @@ def test_the_best_weights_come_back_after_an_error_too():
     assert_equal_tensors(weights(model), seen[0])
 
 
-def test_a_reused_early_stopping_starts_afresh():
+def test_early_stopping_starts_again_in_a_second_fit():
     stop = EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
     model, _ = fit(3, [log("score", [1.0, 2.0, 2.0]), stop])
     assert (
@@ -129,7 +129,7 @@ def test_a_reused_early_stopping_starts_afresh():
     )
 
 
-def test_early_stopping_waits_for_the_epochs_with_a_validation():
+def test_early_stopping_waits_for_the_epochs_with_validation():
     _, dfhistory = fit(
         8, [EarlyStopping(patience=1)], compiled(lr=0.0), val=BATCHES, validation_freq=2
     )

@@ -65,7 +65,7 @@ class Peek(Callback):
 
 @pytest.mark.parametrize("evaluate", [False, True])
 @pytest.mark.parametrize("validation_freq", [1, 2])
-def test_the_average_is_that_of_a_plain_loop(evaluate, validation_freq):
+def test_ema_is_the_average_of_a_plain_loop(evaluate, validation_freq):
     model = compiled(nn_with_batch_norm())
     net = copy.deepcopy(model)
     net.train()
@@ -92,7 +92,7 @@ def test_the_average_is_that_of_a_plain_loop(evaluate, validation_freq):
 
 
 @pytest.mark.parametrize("evaluate", [False, True])
-def test_under_accumulate_the_average_follows_the_steps(evaluate):
+def test_ema_follows_the_optimizer_steps_under_accumulate(evaluate):
     model = compiled(accumulate=2)  # of 3 batches an epoch: the second step closes a window of one
     net, average, ends = copy.deepcopy(model), None, []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -129,7 +129,7 @@ def test_under_accumulate_the_average_follows_the_steps(evaluate):
         [(0.9, False), (0.5, False)],
     ],
 )
-def test_several_emas_follow_the_training_and_leave_it_alone(kinds, accumulate):
+def test_ema_beside_other_emas_follows_the_training_and_leaves_it_alone(kinds, accumulate):
     def fitted(*emas):
         torch.manual_seed(0)
         model, raw, seen = compiled(accumulate=accumulate), [], []
@@ -159,7 +159,7 @@ def test_several_emas_follow_the_training_and_leave_it_alone(kinds, accumulate):
     torch.testing.assert_close(list(weights(model).values()), emas[0].averaged, rtol=0, atol=0)
 
 
-def test_callbacks_after_an_ema_that_evaluates_save_and_restore_the_average(tmp_path):
+def test_ema_that_evaluates_lets_later_callbacks_save_and_restore_the_average(tmp_path):
     model, peek = compiled(), Peek()
     stop = EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
     save = ModelCheckpoint(tmp_path / "{epoch}.pt")
@@ -170,7 +170,7 @@ def test_callbacks_after_an_ema_that_evaluates_save_and_restore_the_average(tmp_
     torch.testing.assert_close(list(saved.values()), best, rtol=0, atol=0)
 
 
-def test_an_average_may_begin_before_the_layers_know_their_sizes():
+def test_ema_begins_before_lazy_layers_know_their_sizes():
     model = compiled(Model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1), nn.Sigmoid())))
     ema = EMA(0.5, evaluate=True)
     ema.model = model
@@ -179,7 +179,7 @@ def test_an_average_may_begin_before_the_layers_know_their_sizes():
     assert_equal_tensors(ema.state_dict()["averaged"], weights(model))
 
 
-def test_a_reused_ema_starts_afresh():
+def test_ema_starts_again_in_a_second_fit():
     ema = EMA(1.0)  # stays at the weights after the first batch
     peek, model = Peek(), compiled()
     fit(1, [ema], model)
@@ -189,7 +189,7 @@ def test_a_reused_ema_starts_afresh():
     assert_equal_tensors(weights(model), firsts[0])
 
 
-def test_the_average_is_there_after_an_error_in_validation():
+def test_ema_leaves_the_average_after_an_error_in_validation():
     model = compiled()
     fail = LambdaCallback(on_evaluate_begin=lambda: 1 / 0)
     peek, ema = Peek(), EMA(0.5, evaluate=True)

@@ -44,7 +44,7 @@ class OwnCycle(lr_scheduler.OneCycleLR):
 
 
 @pytest.mark.parametrize("make", [OwnCycle, *map(SCHEDULERS.get, BY_BATCH)])
-def test_a_cycle_over_batches_is_refused_by_the_epoch_and_the_remedy_works(make):
+def test_lr_scheduler_refuses_a_cycle_over_batches_that_is_stepped_by_epoch(make):
     model = compiled()
     cycle = (
         make(model.optimizer, 0.5, total_steps=15) if make is OwnCycle else make(model.optimizer)
@@ -56,7 +56,7 @@ def test_a_cycle_over_batches_is_refused_by_the_epoch_and_the_remedy_works(make)
 
 
 @pytest.mark.parametrize(("name", "step"), STEPPED)
-def test_rates_and_weights_are_those_of_a_bare_torch_loop(name, step):
+def test_lr_scheduler_gives_the_rates_and_weights_of_a_bare_torch_loop(name, step):
     net, model = Net(), compiled(lr=0.1)
     net.load_state_dict(model.state_dict())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -96,7 +96,7 @@ def test_rates_and_weights_are_those_of_a_bare_torch_loop(name, step):
     ],
     ids=str,
 )
-def test_the_plateau_is_that_of_a_bare_torch_loop(arguments):
+def test_lr_scheduler_on_a_plateau_gives_the_rates_of_a_bare_torch_loop(arguments):
     values = [3.0, 2.0, 2.0, 1.9, None, NAN, 2.5, None, 1.0, 1.0, 1.0, 0.9]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     plateau, rates = lr_scheduler.ReduceLROnPlateau(optimizer, **arguments), []
@@ -114,7 +114,7 @@ def test_the_plateau_is_that_of_a_bare_torch_loop(arguments):
     assert list(dfhistory["lr"]) == rates
 
 
-def test_the_rate_is_the_last_column_and_earlier_fits_have_theirs():
+def test_lr_scheduler_adds_the_last_column_to_the_history_and_fills_in_earlier_fits():
     model, _ = fit(1, [])
     halve = LRScheduler(lr_scheduler.ExponentialLR(model.optimizer, 0.5))
     dfhistory = model.fit(2, BATCHES, BATCHES, callbacks=[halve], verbose=0)
@@ -122,7 +122,7 @@ def test_the_rate_is_the_last_column_and_earlier_fits_have_theirs():
     assert list(dfhistory["lr"]) == [0.1, 0.1, 0.05]
 
 
-def test_the_table_has_the_rate_last_and_none_of_validation(capsys):
+def test_lr_scheduler_adds_the_last_column_to_the_printed_table(capsys):
     model = compiled()
     halve = LRScheduler(lr_scheduler.ExponentialLR(model.optimizer, 0.5))
     fit(2, [halve], model, val=BATCHES, validation_freq=2, verbose=2)
@@ -131,7 +131,7 @@ def test_the_table_has_the_rate_last_and_none_of_validation(capsys):
     assert [line.split()[-1] for line in lines[2:]] == ["0.1000", "0.05000"]
 
 
-def test_each_of_several_optimizers_has_a_column_under_its_name():
+def test_lr_scheduler_adds_a_column_for_each_of_several_optimizers():
     model = Net()
     optimizers = {
         name: torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -145,7 +145,7 @@ def test_each_of_several_optimizers_has_a_column_under_its_name():
     assert list(dfhistory["lr_b"]) == pytest.approx([0.1, 0.1 / 6])
 
 
-def test_a_scheduler_of_another_optimizer_is_refused_before_anything_trains():
+def test_lr_scheduler_of_another_optimizer_is_refused_before_anything_trains():
     model = compiled()
     before = weights(model)
     other = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -158,7 +158,7 @@ def test_a_scheduler_of_another_optimizer_is_refused_before_anything_trains():
     assert_equal_tensors(weights(model), before)
 
 
-def test_a_bare_scheduler_among_the_callbacks_is_told_how_to_come_in():
+def test_lr_scheduler_of_torch_among_the_callbacks_raises_an_error_that_says_how_to_wrap_it():
     model = compiled()
     with pytest.raises(TypeError) as raised:
         fit(1, [lr_scheduler.StepLR(model.optimizer, 1)], model)
@@ -167,7 +167,7 @@ def test_a_bare_scheduler_among_the_callbacks_is_told_how_to_come_in():
     )
 
 
-def test_a_scheduler_makes_up_for_the_batches_that_one_call_of_the_graph_took():
+def test_lr_scheduler_steps_once_for_each_batch_of_a_graph_of_several_steps():
     model = compiled()
     schedule = LRScheduler(lr_scheduler.LambdaLR(model.optimizer, lambda n: float(n)), step="batch")
     schedule.model = model

@@ -24,7 +24,9 @@ def test_model_checkpoint_fills_in_the_path_and_makes_folders(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file/weights.pt", "file/{epoch}/weights.pt", "folder"])
-def test_a_path_that_cannot_be_written_is_refused_before_anything_trains(name, tmp_path):
+def test_model_checkpoint_refuses_a_path_that_cannot_be_written_before_anything_trains(
+    name, tmp_path
+):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     path = tmp_path / name
@@ -46,18 +48,18 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_trains(name, t
         assert torch.equal(model.fc1.weight, before)
 
 
-def test_model_checkpoint_saves_the_best_epochs_alone_when_asked(tmp_path):
+def test_model_checkpoint_saves_only_the_best_epochs_if_asked(tmp_path):
     save = ModelCheckpoint(tmp_path / "{epoch}.pt", "acc", save_best_only=True)
     fit(6, [log("acc", [NAN, 0.5, 0.5, 0.75, 0.25, NAN]), save])
     assert names_in(tmp_path) == ["2.pt", "4.pt"]
 
 
-def test_model_checkpoint_looks_at_its_monitor_only_when_it_saves_the_best(tmp_path):
+def test_model_checkpoint_reads_its_monitor_only_if_it_saves_the_best(tmp_path):
     fit(1, [ModelCheckpoint(tmp_path / "w.pt", "anything")])
     assert names_in(tmp_path) == ["w.pt"]
 
 
-def test_model_checkpoint_keeps_its_best_value_over_a_resume(tmp_path):
+def test_model_checkpoint_keeps_its_best_value_when_resumed(tmp_path):
     before, after = (
         ModelCheckpoint(tmp_path / "{epoch}.pt", "score", save_best_only=True, mode="min")
         for _ in "12"

@@ -29,7 +29,7 @@ from minikeras import (
         ("loss_g", "less"),
     ],
 )
-def test_mode_auto_goes_by_the_name(name, better):
+def test_monitor_mode_auto_infers_the_direction_from_the_name(name, better):
     monitor = EarlyStopping(name).monitor
     assert monitor.better(1.0, 2.0) == (better == "less")
     assert monitor.better(2.0, 1.0) == (better == "more")
@@ -54,7 +54,7 @@ def test_mode_auto_goes_by_the_name(name, better):
         ),
     ],
 )
-def test_a_name_that_is_not_logged_is_refused_with_those_that_are(make, message, tmp_path):
+def test_monitor_that_is_not_logged_is_refused_with_the_names_that_are(make, message, tmp_path):
     model = compiled()
     before = weights(model)
     with pytest.raises(ValueError, match="not logged") as raised:
@@ -71,7 +71,7 @@ class OwnValidation(Callback):
 
 
 @pytest.mark.parametrize("val", [None, BATCHES])
-def test_a_value_that_a_callback_adds_can_be_monitored(val, tmp_path):
+def test_monitor_may_be_a_value_that_a_callback_adds(val, tmp_path):
     stop = EarlyStopping("val_score", mode="min", patience=2)
     save = ModelCheckpoint(
         tmp_path / "{val_score:.0f}.pt", "val_score", mode="max", save_best_only=True
@@ -81,7 +81,7 @@ def test_a_value_that_a_callback_adds_can_be_monitored(val, tmp_path):
     assert names_in(tmp_path) == ["1.pt", "2.pt", "3.pt"]
 
 
-def test_a_value_that_no_callback_adds_is_refused_after_the_epoch():
+def test_monitor_that_no_callback_adds_is_refused_after_the_epoch():
     with pytest.raises(ValueError, match="monitors 'val_scor', which is not logged"):
         fit(9, [OwnValidation(), EarlyStopping("val_scor", mode="min")])
 
@@ -91,12 +91,12 @@ class OwnNames(Net):
         return super().train_step(features, labels) | {"extra": 1.0}
 
 
-def test_a_name_that_a_step_of_the_users_returns_can_be_monitored():
+def test_monitor_may_be_a_value_that_a_custom_train_step_returns():
     _, dfhistory = fit(9, [EarlyStopping("extra", mode="min", patience=2)], compiled(OwnNames()))
     assert len(dfhistory) == 3
 
 
-def test_a_rate_is_a_known_name_where_a_scheduler_logs_it():
+def test_monitor_may_be_lr_if_a_scheduler_logs_it():
     model = compiled()
     halve = LRScheduler(lr_scheduler.ExponentialLR(model.optimizer, 0.5))
     _, dfhistory = fit(9, [halve, EarlyStopping("lr", mode="max", patience=2)], model)
@@ -105,7 +105,7 @@ def test_a_rate_is_a_known_name_where_a_scheduler_logs_it():
         fit(9, [EarlyStopping("lr", mode="max")])
 
 
-def test_an_unknown_name_for_the_plateau_is_refused():
+def test_monitor_of_reduce_lr_on_plateau_that_is_not_logged_is_refused():
     model = compiled()
     plateau = LRScheduler(lr_scheduler.ReduceLROnPlateau(model.optimizer), monitor="lss_of_it")
     with pytest.raises(ValueError, match="monitors 'lss_of_it', which is not logged"):
@@ -135,7 +135,7 @@ def test_an_unknown_name_for_the_plateau_is_refused():
         ),
     ],
 )
-def test_a_name_of_validation_without_dl_val_is_refused_before_anything_trains(make, message):
+def test_monitor_of_validation_without_dl_val_is_refused_before_anything_trains(make, message):
     model = compiled()
     before = weights(model)
     with pytest.raises(ValueError, match="no dl_val") as raised:

@@ -119,7 +119,7 @@ CARRIED = {
 @pytest.mark.parametrize("after", [2, 3])
 @pytest.mark.parametrize("name", CARRIED)
 @pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR's own
-def test_a_run_that_is_carried_on_ends_as_if_never_stopped(name, after):
+def test_callbacks_of_a_resumed_run_end_as_if_it_was_never_stopped(name, after):
     (whole, dfwhole), (resumed, dfresumed) = carried_on(
         CARRIED[name], after, val=BATCHES[:2], validation_freq=2
     )

@@ -14,7 +14,7 @@ from minikeras.callbacks import stopping
 
 
 @pytest.mark.parametrize("limit", [4 * 60, timedelta(minutes=4)])
-def test_the_timer_stops_after_the_batch_in_which_the_time_is_over(limit, monkeypatch):
+def test_timer_stops_after_the_batch_in_which_the_time_is_over(limit, monkeypatch):
     batches = []
     minute_each = LambdaCallback(on_batch_end=lambda batch, logs: batches.append(batch))
     monkeypatch.setattr(
@@ -25,7 +25,7 @@ def test_the_timer_stops_after_the_batch_in_which_the_time_is_over(limit, monkey
     assert len(dfhistory) == 2
 
 
-def test_the_timer_counts_the_time_spent_before_a_resume_and_starts_afresh_otherwise():
+def test_timer_counts_the_time_before_a_resume_and_starts_again_otherwise():
     before, after = Timer(3600), Timer(3600)
     before.begin -= 3600
     batches = []

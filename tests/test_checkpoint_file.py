@@ -33,7 +33,7 @@ OF_LOAD = "If it is the wrong file, give another one."
 
 
 @pytest.mark.parametrize("name", ["w.pt", "folder/that/is/made/w.pt", "w.safetensors"])
-def test_weights_saved_and_loaded_are_the_same(name, tmp_path):
+def test_save_and_load_give_the_same_weights(name, tmp_path):
     model, other = Net(), Net()
     model.save(tmp_path / name)
     other.load(str(tmp_path / name))
@@ -42,7 +42,7 @@ def test_weights_saved_and_loaded_are_the_same(name, tmp_path):
     )
 
 
-def test_a_saved_file_is_what_torch_loads_and_what_torch_saved_is_loaded(tmp_path):
+def test_save_writes_what_torch_loads_and_load_reads_what_torch_saved(tmp_path):
     model, other = Net(), Net()
     model.save(tmp_path / "ours.pt")
     other.load_state_dict(torch.load(tmp_path / "ours.pt"))
@@ -66,14 +66,14 @@ def test_safetensors_of_others_are_loaded_and_tied_weights_are_saved(tmp_path):
     tied.load(tmp_path / "tied.safetensors")
 
 
-def test_the_state_of_a_run_gives_its_weights(tmp_path):
+def test_load_takes_the_weights_from_the_checkpoint_of_a_run(tmp_path):
     model = run_file(tmp_path / "run.pt")
     other = Net()
     other.load(tmp_path / "run.pt")
     assert torch.equal(other.fc1.weight, model.fc1.weight)
 
 
-def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(tmp_path):
+def test_load_refuses_weights_of_another_architecture_and_leaves_the_model_as_it_was(tmp_path):
     model, path = Net(), tmp_path / "w.pt"
     state = model.state_dict()
     state["fc1.weight"], state["extra"] = torch.zeros(8, 3), torch.zeros(1)
@@ -89,7 +89,7 @@ def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(
     assert torch.equal(model.fc2.weight, before)
 
 
-def test_a_folder_of_the_users_is_never_written_over(tmp_path):
+def test_save_never_overwrites_a_folder_of_the_user(tmp_path):
     pairs = [("results", "results"), ("weights.pt", "weights.pt.prev")]
     for _, name in pairs:
         (tmp_path / name).mkdir()
@@ -105,7 +105,7 @@ def test_a_folder_of_the_users_is_never_written_over(tmp_path):
         assert (tmp_path / folder / "data.txt").read_text() == "mine"
 
 
-def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
+def test_load_refuses_weights_under_other_names_and_says_what_to_call(tmp_path):
     net = nn.Linear(2, 1)
     model, state = minikeras.Model(net), net.state_dict()
     torch.save(state, tmp_path / "bare.pt")
@@ -125,7 +125,7 @@ def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
 
 
 @pytest.mark.parametrize("path", [".", ""])
-def test_a_checkpoint_without_a_name_is_refused(path):
+def test_checkpoint_without_a_file_name_is_refused(path):
     with pytest.raises(
         ValueError,
         match=r'checkpoint=".?" is not the path of a file. Pass one, such as "run\.pt"\.$',
@@ -133,7 +133,7 @@ def test_a_checkpoint_without_a_name_is_refused(path):
         compiled().fit(1, points(20), checkpoint=path, verbose=0)
 
 
-def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
+def test_load_refuses_a_missing_file_and_one_that_holds_no_weights(tmp_path):
     with pytest.raises(
         FileNotFoundError,
         match=r"there is no file .*w\.pt\. Pass the path of a file that model\.save",
@@ -148,7 +148,7 @@ def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
     )
 
 
-def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
+def test_safetensors_with_a_flipped_bit_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     Net().save(path)
     data = bytearray(path.read_bytes())
@@ -161,7 +161,9 @@ def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
     )
 
 
-def test_without_its_package_safetensors_says_what_to_install(tmp_path, monkeypatch):
+def test_safetensors_without_the_package_raise_an_error_that_says_what_to_install(
+    tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ModuleNotFoundError, match=r"need a package: pip install safetensors$"):
         Net().save(tmp_path / "w.safetensors")
@@ -170,7 +172,7 @@ def test_without_its_package_safetensors_says_what_to_install(tmp_path, monkeypa
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_damage_is_said_for_what_it_is(tmp_path):
+def test_checkpoint_damage_is_named_for_what_it_is(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     whole = path.read_bytes()
@@ -195,7 +197,7 @@ def test_each_damage_is_said_for_what_it_is(tmp_path):
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_path):
+def test_checkpoint_that_is_damaged_is_replaced_by_the_one_before_with_a_warning(tmp_path):
     path = tmp_path / "run.pt"
     model = run_file(path, epochs=3)
     kept = previous(path).read_bytes()
@@ -213,7 +215,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_p
         read(path)
 
 
-def test_a_file_that_the_user_removes_starts_anew_whatever_was_before_it(tmp_path):
+def test_checkpoint_removed_by_the_user_starts_again_whatever_was_before_it(tmp_path):
     path = tmp_path / "run.pt"
     first = run_file(path, epochs=3)
     assert previous(path).exists()
@@ -228,7 +230,7 @@ def test_a_file_that_the_user_removes_starts_anew_whatever_was_before_it(tmp_pat
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_there_is_a_whole_file_at_each_moment_of_a_writing(links, tmp_path, monkeypatch):
+def test_checkpoint_is_a_whole_file_at_each_moment_of_a_write(links, tmp_path, monkeypatch):
     path, seen = tmp_path / "w.pt", []
 
     def watched(function):
@@ -254,7 +256,7 @@ def test_there_is_a_whole_file_at_each_moment_of_a_writing(links, tmp_path, monk
     assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
-def test_where_both_are_damaged_nothing_is_used(tmp_path):
+def test_checkpoint_is_not_used_if_both_files_are_damaged(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path)
     for damaged in (path, previous(path)):
@@ -283,7 +285,7 @@ def flat(value, where=""):
     return [(where, repr(value))]
 
 
-def test_an_entry_that_claims_to_be_a_folder_is_found(tmp_path):
+def test_checkpoint_entry_that_claims_to_be_a_folder_is_refused(tmp_path):
     """A flip of this one bit makes torch.load return whatever the memory held."""
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
@@ -297,7 +299,7 @@ def test_an_entry_that_claims_to_be_a_folder_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_no_flipped_bit_and_no_cut_is_loaded_wrong(part, tmp_path):
+def test_checkpoint_with_any_flipped_bit_or_cut_is_never_loaded_wrong(part, tmp_path):
     """700 of them: each one found, or harmless since the same values are read."""
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
@@ -327,7 +329,7 @@ class Evil:
         return os.system, (f"touch {Evil.mark}",)
 
 
-def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
+def test_checkpoint_that_would_run_code_is_refused_before_it_does(tmp_path):
     Evil.mark, path = tmp_path / "ran", tmp_path / "run.pt"
     torch.save({"minikeras": 1, "model": Evil()}, path)
     with pytest.raises(CheckpointError) as raised:
@@ -342,7 +344,7 @@ def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_nothing_unpickles(path):
+def test_checkpoint_code_unpickles_nothing(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
@@ -369,7 +371,7 @@ class Odd(minikeras.Callback):
         return {"when": [{1, 2}, Path("here")]}
 
 
-def test_a_state_that_is_not_plain_is_refused_before_anything_trains(tmp_path):
+def test_checkpoint_of_a_state_that_is_not_plain_is_refused_before_anything_trains(tmp_path):
     model = compiled()
     before = model.fc1.weight.clone()
     with pytest.raises(TypeError) as raised:
@@ -381,7 +383,7 @@ def test_a_state_that_is_not_plain_is_refused_before_anything_trains(tmp_path):
     assert torch.equal(model.fc1.weight, before)
 
 
-def test_a_metric_that_cannot_be_held_is_refused_before_anything_moves(tmp_path):
+def test_checkpoint_of_a_metric_that_cannot_be_saved_is_refused_before_anything_moves(tmp_path):
     class Window:
         def __init__(self):
             self.last = io.StringIO()
@@ -409,7 +411,7 @@ def test_a_metric_that_cannot_be_held_is_refused_before_anything_moves(tmp_path)
 # --- another run's file -----------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_weights_is_no_state_of_a_run(tmp_path):
+def test_checkpoint_that_holds_weights_alone_is_refused(tmp_path):
     Net().save(tmp_path / "w.pt")
     with pytest.raises(CheckpointError) as raised:
         run_file(tmp_path / "w.pt")
@@ -419,7 +421,7 @@ def test_a_file_of_weights_is_no_state_of_a_run(tmp_path):
     )
 
 
-def test_a_run_of_another_optimizer_is_refused(tmp_path):
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     model = Net()
@@ -432,7 +434,7 @@ def test_a_run_of_another_optimizer_is_refused(tmp_path):
     )
 
 
-def test_a_run_of_another_architecture_is_refused(tmp_path):
+def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path)
     with pytest.raises(
@@ -442,7 +444,7 @@ def test_a_run_of_another_architecture_is_refused(tmp_path):
         run_file(path, model=minikeras.Model(nn.Linear(2, 1)))
 
 
-def test_a_run_with_another_loss_is_refused_before_its_weights_are_taken(tmp_path):
+def test_checkpoint_of_another_loss_is_refused_before_its_weights_are_loaded(tmp_path):
     path, (X, y) = tmp_path / "run.pt", points(40)
 
     def run(loss):
@@ -463,7 +465,7 @@ def test_a_run_with_another_loss_is_refused_before_its_weights_are_taken(tmp_pat
         run(nn.CrossEntropyLoss(weight=torch.ones(3)))
 
 
-def test_layers_without_sizes_yet_take_the_files(tmp_path):
+def test_checkpoint_gives_lazy_layers_their_sizes(tmp_path):
     def made():
         torch.manual_seed(0)
         return minikeras.Model(nn.Sequential(nn.LazyLinear(1), nn.Sigmoid()))
@@ -480,7 +482,7 @@ def test_layers_without_sizes_yet_take_the_files(tmp_path):
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-def test_a_fit_of_other_epochs_is_refused(tmp_path):
+def test_checkpoint_of_a_fit_of_other_epochs_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=4)
     model = compiled()
@@ -497,7 +499,7 @@ def test_a_fit_of_other_epochs_is_refused(tmp_path):
     assert len(model.fit(1, points(40), verbose=0, checkpoint=path)) == 4
 
 
-def test_a_newer_layout_is_refused(tmp_path):
+def test_checkpoint_of_a_newer_layout_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     write(path, dump(read(path) | {"minikeras": 99}))
@@ -508,7 +510,7 @@ def test_a_newer_layout_is_refused(tmp_path):
         run_file(path)
 
 
-def test_a_file_of_each_older_layout_keeps_loading(tmp_path):
+def test_checkpoint_of_each_older_layout_keeps_loading(tmp_path):
     for old in sorted(DATA.glob("run_v?.pt")):
         path = tmp_path / old.name
         shutil.copy(old, path)
@@ -542,7 +544,7 @@ def limited(code, *, status=0):
     return done.stdout, done.stderr
 
 
-def test_a_full_disk_warns_leaves_the_old_file_and_is_tried_again(tmp_path):
+def test_checkpoint_on_a_full_disk_warns_keeps_the_old_file_and_is_tried_again(tmp_path):
     out, err = limited(f"""
     path = {str(tmp_path / "run.pt")!r}
     from minikeras.checkpoint.file import read
@@ -564,7 +566,7 @@ def test_a_full_disk_warns_leaves_the_old_file_and_is_tried_again(tmp_path):
     )
 
 
-def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
+def test_checkpoint_whose_last_state_cannot_be_written_is_an_error(tmp_path):
     _, err = limited(
         f"""
         full()
@@ -579,7 +581,7 @@ def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
+def test_checkpoint_in_a_folder_without_write_permission_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     model = compiled()
     with pytest.raises(
@@ -589,7 +591,7 @@ def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
     assert model.history.empty
 
 
-def test_checkpoint_every_needs_a_file():
+def test_checkpoint_every_needs_checkpoint():
     with pytest.raises(
         ValueError, match=r'checkpoint_every=5 needs a file\. Pass checkpoint="run\.pt" as well\.$'
     ):

@@ -70,14 +70,14 @@ BROADCAST = {
 
 
 @pytest.mark.parametrize("function", BROADCAST.values(), ids=BROADCAST)
-def test_a_loss_that_broadcasts_the_labels_is_refused_before_a_weight_moves(function):
+def test_broadcasting_labels_in_a_loss_are_refused_before_a_weight_moves(function):
     model = compiled(Scale(), function)
     with refused(f"ValueError: the loss: {IT_BROADCASTS}", model):
         model.fit(1, (COLUMN, ROW), verbose=0)
 
 
 @pytest.mark.parametrize("function", BROADCAST.values(), ids=BROADCAST)
-def test_a_metric_that_broadcasts_the_labels_is_refused_before_a_weight_moves(function):
+def test_broadcasting_labels_in_a_metric_are_refused_before_a_weight_moves(function):
     model = compiled(Scale(), loss=lambda p, t: p.mean(), metrics={"m": function})
     with refused(f"ValueError: metric 'm': {IT_BROADCASTS}", model):
         model.fit(1, (COLUMN, ROW), verbose=0)
@@ -99,13 +99,13 @@ class RunningError:
         return self.total / self.rows
 
 
-def test_a_metric_object_that_broadcasts_the_labels_is_refused_before_a_weight_moves():
+def test_broadcasting_labels_in_a_metric_object_are_refused_before_a_weight_moves():
     model = compiled(Scale(), loss=lambda p, t: p.mean(), metrics={"m": RunningError()})
     with refused(f"ValueError: metric 'm': {IT_BROADCASTS}", model):
         model.fit(1, (COLUMN, ROW), verbose=0)
 
 
-def test_labels_that_broadcast_in_validation_alone_are_refused_there():
+def test_broadcasting_labels_in_validation_alone_are_refused_there():
     with refused(f"ValueError: the loss: {IT_BROADCASTS}") as error:
         compiled(Scale()).fit(1, (COLUMN, COLUMN), (COLUMN, ROW), verbose=0)
     assert error.value.__notes__ == ["dl_val, batch 1, looked at before the first step", "epoch 1"]
@@ -129,7 +129,7 @@ DERIVED = {
 
 
 @pytest.mark.parametrize(("function", "outputs", "labels"), DERIVED.values(), ids=DERIVED)
-def test_what_is_taken_from_the_outputs_is_followed(function, outputs, labels):
+def test_broadcasting_labels_are_found_in_what_is_taken_from_the_outputs(function, outputs, labels):
     with refused(f"ValueError: the loss: {IT_BROADCASTS}"):
         guarded(function, outputs, labels, "the loss")
 
@@ -148,7 +148,9 @@ SHAPES = [
     "function", [mse, nn.BCEWithLogitsLoss(), nn.L1Loss()], ids=["own", "logits", "L1"]
 )
 @pytest.mark.parametrize(("outputs", "labels", "wide", "remedy"), SHAPES)
-def test_the_remedy_fits_the_shapes(function, outputs, labels, wide, remedy):
+def test_broadcasting_labels_raise_an_error_whose_remedy_fits_the_shapes(
+    function, outputs, labels, wide, remedy
+):
     message = f"predictions {outputs} and labels {labels} would broadcast to {wide}. "
     with refused(f"ValueError: the loss: {message}Pass labels.{remedy} the predictions."):
         guarded(function, torch.rand(outputs), torch.rand(labels), "the loss")
@@ -275,14 +277,14 @@ MEANT = {
 
 
 @pytest.mark.parametrize(("function", "outputs", "labels"), MEANT.values(), ids=MEANT)
-def test_a_loss_that_means_what_it_does_is_not_disturbed(function, outputs, labels):
+def test_broadcasting_that_a_loss_means_is_not_disturbed(function, outputs, labels):
     torch.manual_seed(0)
     plain = function(outputs, labels)
     torch.manual_seed(0)
     assert guarded(function, outputs, labels, "the loss").item() == plain.item()
 
 
-def test_labels_are_looked_at_in_the_first_batch_of_every_fit_and_not_again():
+def test_broadcasting_labels_are_looked_for_in_the_first_batch_of_every_fit_alone():
     model = compiled(Scale(), mse)
     assert len(model.fit(1, [(COLUMN, COLUMN), (COLUMN, ROW)], verbose=0)) == 1
     with refused(f"ValueError: the loss: {IT_BROADCASTS}", model):

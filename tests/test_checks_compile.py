@@ -83,6 +83,6 @@ def test_compile_refuses_what_it_cannot_use(arguments, message):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the message names what is there")
 @pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:0"])
-def test_a_device_that_is_not_there_names_those_that_are(device):
+def test_compile_with_a_missing_device_raises_an_error_with_those_that_exist(device):
     with refused(f"ValueError: device {device!r} is not there; expected one of cpu."):
         Model(nn.Linear(4, 1)).compile(nn.MSELoss(), device=device)

@@ -41,7 +41,7 @@ TRAINS = {
 
 
 @pytest.mark.parametrize("given", TRAINS.values(), ids=TRAINS)
-def test_what_looks_wrong_and_is_right_trains(given):
+def test_loss_and_labels_that_look_wrong_and_are_right_train(given):
     loss, *data = given
     history = compiled(Scale(), loss, sgd).fit(1, tuple(data), verbose=0)
     assert history["loss"].notna().all()
@@ -78,7 +78,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("given", OWN.values(), ids=OWN)
-def test_a_loss_that_treats_its_labels_in_its_own_way_trains(given):
+def test_loss_that_treats_its_labels_in_its_own_way_trains(given):
     loss, *data = given
     assert compiled(Scale(), loss, sgd).fit(1, tuple(data), verbose=0)["loss"].notna().all()
 
@@ -102,13 +102,13 @@ SCORES = {
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
-def test_raw_scores_are_not_warned_of(scores):
+def test_cross_entropy_of_raw_scores_is_not_warned_of(scores):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(Scale(), CE).fit(1, (scores, CLASSES), verbose=0)
 
 
-def test_the_checks_call_a_metric_once_per_batch():
+def test_checks_call_a_metric_once_per_batch():
     calls = []
     model = compiled(metrics={"rows": lambda p, t: calls.append(len(t)) or 0.0})
     model.fit(2, (X, Y), (X, Y), batch_size=3, verbose=0)

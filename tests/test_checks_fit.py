@@ -15,7 +15,7 @@ from minikeras import Callback, Model
 @pytest.mark.parametrize(
     "verb", ["fit", "evaluate", "compute_loss", "backward", "compute_metrics", "optimizer_step"]
 )
-def test_a_model_that_is_not_compiled_says_so(verb):
+def test_model_that_is_not_compiled_raises_an_error_that_says_so(verb):
     arguments = {
         "fit": (1, (X, Y)),
         "evaluate": ((X, Y),),
@@ -47,12 +47,12 @@ NumPy first | ValueError: epochs must be a whole number of 1 or more, got ndarra
 
 
 @pytest.mark.parametrize(("first", "message"), cases(KERAS, KERAS_SAYS))
-def test_who_gives_the_data_first_is_told_that_epochs_come_first(first, message):
+def test_fit_with_the_data_first_raises_an_error_that_says_epochs_come_first(first, message):
     fits_badly(message, Y, first)
 
 
 @pytest.mark.parametrize(("name", "value"), NOT_COUNTS)
-def test_a_count_must_be_a_whole_number_of_one_or_more(name, value):
+def test_fit_counts_must_be_whole_numbers_of_one_or_more(name, value):
     fits_badly(
         f"ValueError: {name} must be a whole number of 1 or more, got {value!r}.", **{name: value}
     )
@@ -167,13 +167,13 @@ ONLY_ONCE += "Pass a list of batches or an object whose __iter__ starts anew"
 USED_UP = f"a generator, {ONLY_ONCE.removeprefix('it is a generator, ')}"
 
 
-def test_a_generator_lasts_for_one_epoch_and_is_refused_for_more_before_a_weight_moves():
+def test_generator_as_dl_train_lasts_one_epoch_and_is_refused_for_more_before_a_weight_moves():
     assert len(compiled().fit(1, batches(2), verbose=0)) == 1
     says = f"dl_train is {USED_UP}, or give steps_per_epoch. It was to last for 2 epochs."
     fits_badly(f"ValueError: {says}", batches(2), epochs=2)
 
 
-def test_so_is_one_for_validation_which_is_told_of_validation_steps():
+def test_generator_as_dl_val_lasts_one_epoch_and_is_refused_for_more_with_validation_steps():
     assert len(compiled().fit(2, (X, Y), batches(2), validation_freq=2, verbose=0)) == 2
     says = (
         f"ValueError: dl_val is {USED_UP}, or give validation_steps. It was to last for 2 epochs."
@@ -193,11 +193,11 @@ class StartsAnew:
         return X, Y
 
 
-def test_an_iterator_that_starts_anew_lasts_as_long_as_it_is_asked():
+def test_iterator_that_starts_again_lasts_any_number_of_epochs():
     assert len(compiled().fit(2, StartsAnew(), StartsAnew(), verbose=0)) == 2
 
 
-def test_a_generator_that_is_used_up_says_so():
+def test_generator_that_is_used_up_raises_an_error_that_says_so():
     used = batches(1)
     model = compiled()
     model.fit(1, used, verbose=0)
@@ -205,11 +205,11 @@ def test_a_generator_that_is_used_up_says_so():
         model.fit(1, used, verbose=0)
 
 
-def test_a_generator_that_is_long_enough_serves_steps_per_epoch():
+def test_generator_that_is_long_enough_trains_with_steps_per_epoch():
     assert len(compiled().fit(2, batches(4), steps_per_epoch=2, verbose=0)) == 2
 
 
-def test_a_generator_that_runs_out_within_steps_per_epoch_says_after_how_many_batches():
+def test_generator_that_ends_within_steps_per_epoch_says_after_how_many_batches():
     with refused(
         f"ValueError: dl_train ended after 3 batches, and steps_per_epoch=2 needs more: {ONLY_ONCE}."
     ):
@@ -217,7 +217,7 @@ def test_a_generator_that_runs_out_within_steps_per_epoch_says_after_how_many_ba
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_rows_without_weights_are_all_alike_in_an_evaluation_and_refused_in_training(jit):
+def test_loss_without_reduction_is_averaged_in_evaluation_and_refused_in_training(jit):
     model = Model(nn.Linear(4, 1))
     model.compile(nn.MSELoss(reduction="none"), device="cpu", jit=jit)
     weighted = model.fit(2, (X, Y, torch.ones(8)), (X, Y), batch_size=3, verbose=0)
@@ -228,7 +228,7 @@ def test_rows_without_weights_are_all_alike_in_an_evaluation_and_refused_in_trai
         model.fit(1, (X, Y), verbose=0)
 
 
-def test_an_error_in_a_batch_says_where_in_the_fit_it_was():
+def test_error_in_a_batch_says_where_in_the_fit_it_was():
     with pytest.raises(ValueError, match="parts") as error:
         compiled().fit(1, [(X, Y), (X, X, Y, Y)], verbose=0)
     assert error.value.__notes__ == ["dl_train, batch 2", "epoch 1"]

@@ -37,7 +37,7 @@ pictures for rows | ValueError: layer net takes rows of 25 values (in_features) 
 
 
 @pytest.mark.parametrize(("arguments", "message"), cases(LAYERS, LAYERS_SAY))
-def test_features_that_a_layer_cannot_take_name_the_layer(arguments, message):
+def test_layer_that_cannot_take_the_features_is_named(arguments, message):
     fits_badly(message, **arguments)
 
 
@@ -116,7 +116,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize(("net", "features", "note"), NOTES.values(), ids=NOTES)
-def test_any_other_error_in_a_layer_carries_a_note_that_names_it(net, features, note):
+def test_layer_that_raises_any_other_error_is_named_in_a_note(net, features, note):
     with pytest.raises((RuntimeError, IndexError, TypeError)) as error:
         compiled(net).fit(1, [(features, Y)], verbose=0)
     assert error.value.__notes__ == [note, "dl_train, batch 1", "epoch 1"]
@@ -135,7 +135,7 @@ class Tab(nn.Module):
     "keys", [("numb", "cat"), ("num",), ("num", "cat", "id")], ids=["other", "missing", "extra"]
 )
 @pytest.mark.parametrize("verb", ["fit", "predict"])
-def test_a_dict_whose_keys_are_not_forwards_names_is_told_both(keys, verb):
+def test_features_in_a_dict_whose_keys_are_not_forwards_names_raise_an_error_with_both(keys, verb):
     model, features = compiled(Tab()), dict.fromkeys(keys, X)
     message = (
         f"the features are a dict with the keys {', '.join(keys)}, and forward takes num, cat. "
@@ -144,14 +144,14 @@ def test_a_dict_whose_keys_are_not_forwards_names_is_told_both(keys, verb):
         model.fit(1, (features, Y), verbose=0) if verb == "fit" else model.predict(features)
 
 
-def test_one_input_for_two_is_told_to_make_them_a_tuple():
+def test_features_in_one_part_for_two_inputs_raise_an_error_that_says_tuple():
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
         compiled(Tab()).predict(X)
     note = "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
     assert error.value.__notes__ == [note]
 
 
-def test_a_layer_of_ones_own_that_is_called_wrongly_is_not_put_down_to_the_keys():
+def test_layer_that_is_called_wrongly_by_the_user_is_not_blamed_on_the_keys():
     class Inner(Tab):
         def forward(self, num, cat):
             return self.tab(num)

@@ -134,7 +134,7 @@ an average that is not summed | ValueError: the loss gave Average(total=Tensor (
 
 
 @pytest.mark.parametrize(("given", "message"), cases(LOSSES, LOSSES_SAY))
-def test_a_loss_that_cannot_train_is_refused_before_a_weight_moves(given, message):
+def test_loss_that_cannot_train_is_refused_before_a_weight_moves(given, message):
     loss, outputs, labels = given
     fits_badly(message, data=(outputs, labels), model={"net": Scale(), "loss": loss})
 
@@ -157,12 +157,12 @@ def refused_metric(metric, message):
 
 
 @pytest.mark.parametrize(("metric", "message"), METRICS.values(), ids=METRICS)
-def test_a_metric_that_is_no_number_is_refused_before_a_weight_moves(metric, message):
+def test_metric_that_is_no_number_is_refused_before_a_weight_moves(metric, message):
     refused_metric(metric, message)
 
 
 @pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
-def test_a_metric_whose_count_is_no_count_is_refused_before_a_weight_moves(count):
+def test_metric_average_with_a_wrong_count_is_refused_before_a_weight_moves(count):
     message = f"gave an Average with count {count:g}; expected a finite number, 0 or more. The count is how many units "
     message += "the total is a sum of. If it is something else, return the number [0] alone."
     refused_metric(lambda p, t: Average(torch.tensor(1.0), torch.tensor(count)), message)
@@ -171,7 +171,7 @@ def test_a_metric_whose_count_is_no_count_is_refused_before_a_weight_moves(count
 @pytest.mark.parametrize(
     "pair", [(0.5, 0.25), (0.0, 0.0), (1.0, 1.0), (torch.tensor(0.5), torch.tensor(8))]
 )
-def test_a_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
+def test_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
     message = f"gave a tuple, {described(pair)}; expected one number. Return one part, such as [0], or the sum of "
     message += "several; or minikeras.Average(total, count), if they are a total and the count to divide it by."
     refused_metric(lambda p, t: pair, message)
@@ -190,13 +190,13 @@ FAILS = {
 
 
 @pytest.mark.parametrize(("model", "note"), FAILS.values(), ids=FAILS)
-def test_an_error_in_a_metric_or_a_loss_says_which_and_what_it_was_given(model, note):
+def test_error_in_a_metric_or_a_loss_says_which_and_what_it_was_given(model, note):
     with pytest.raises(ZeroDivisionError) as error:
         compiled(**model).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [note, "dl_train, batch 1", "epoch 1"]
 
 
-def test_a_loss_that_is_given_all_that_an_lstm_returns_is_told_so():
+def test_loss_that_is_given_all_that_an_lstm_returns_raises_an_error_that_says_so():
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
         compiled(nn.LSTM(4, 1), lambda p, t: F.mse_loss(p, t)).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [
@@ -219,7 +219,7 @@ SWAPPED = {
 
 
 @pytest.mark.parametrize("given", SWAPPED.values(), ids=SWAPPED)
-def test_a_loss_that_takes_its_arguments_in_kerass_order_is_told_ours(given):
+def test_loss_with_arguments_in_the_order_of_keras_raises_an_error_with_ours(given):
     loss, features, labels = given
     with pytest.raises(RuntimeError) as error:
         compiled(Scale(), loss).fit(1, (features, labels), verbose=0)
@@ -258,9 +258,7 @@ probabilities made in the loss | RuntimeError: all elements of input should be b
 
 
 @pytest.mark.parametrize(("given", "message"), cases(OTHERWISE, OTHERWISE_SAY))
-def test_of_what_a_loss_of_ones_own_makes_of_outputs_and_labels_nothing_wrong_is_said(
-    given, message
-):
+def test_loss_of_the_user_keeps_its_own_error_without_a_wrong_guess(given, message):
     loss, outputs, labels = given
     fits_badly(message, data=(outputs, labels), model={"net": Scale(), "loss": loss})
 
@@ -277,7 +275,7 @@ class InOneDtype(torch.autograd.Function):
         raise RuntimeError("Found dtype Long but expected Float")
 
 
-def test_int_labels_are_told_where_the_loss_has_no_gradient_for_them():
+def test_labels_of_integers_get_a_note_if_the_loss_has_no_gradient_for_them():
     model = compiled(Scale(), InOneDtype.apply, sgd)
     with pytest.raises(RuntimeError, match="Found dtype Long") as error:
         model.fit(1, (COLUMN, COLUMN.long()), verbose=0)

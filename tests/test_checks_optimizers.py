@@ -76,7 +76,7 @@ another dtype after training | ValueError: the optimizer holds stale state: it i
 
 
 @pytest.mark.parametrize(("given", "message"), cases(OPTIMIZERS, OPTIMIZERS_SAY))
-def test_an_optimizer_that_does_not_hold_the_model_as_it_is_is_refused_by_fit(given, message):
+def test_optimizer_that_does_not_hold_the_current_model_is_refused_by_fit(given, message):
     net, optimizer, then = given
     model = compiled(net, optimizer=optimizer)
     then(model)
@@ -97,7 +97,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("verb", ["backward", "optimizer_step"])
 @pytest.mark.parametrize(("optimizer", "name", "message"), UNKNOWN.values(), ids=UNKNOWN)
-def test_an_unknown_optimizer_is_told_the_known_ones(verb, optimizer, name, message):
+def test_optimizer_of_an_unknown_name_raises_an_error_with_the_known_ones(
+    verb, optimizer, name, message
+):
     model = compiled(DEEP, optimizer=optimizer)
     arguments = (model(X).sum(), name) if verb == "backward" else (name,)
     with refused(f"ValueError: there is no optimizer {name!r}; {message}", model):
@@ -113,7 +115,7 @@ class OfTwo(Model):
 
 
 @pytest.mark.parametrize("step", ["train_step", "evaluate_step"])
-def test_a_step_that_takes_no_sample_weight_is_told_how_to(step):
+def test_custom_step_without_sample_weight_raises_an_error_that_says_how_to_take_it(step):
     model, weighted = compiled(kind=OfTwo), (X, Y, torch.ones(8))
     message = f"the batches carry a sample_weight, and OfTwo.{step} does not take one. "
     message += f"Write it as {step}(self, features, labels, sample_weight=None)."
@@ -156,14 +158,14 @@ other names at the second step | ValueError: a step returned loss, f1 and the on
 
 
 @pytest.mark.parametrize(("answers", "message"), cases(ANSWERS, ANSWERS_SAY))
-def test_a_train_step_must_return_the_same_numbers_by_name(answers, message):
+def test_train_step_must_return_the_same_numbers_by_name(answers, message):
     model = compiled(kind=Answers)
     model.answers = list(answers)
     with refused(message, model):
         model.fit(1, [(X, Y)] * len(answers), verbose=0)
 
 
-def test_a_state_of_another_dtype_is_refused_though_compiled_anew():
+def test_optimizer_state_of_another_dtype_is_refused_after_compile():
     model = compiled()
     model.fit(1, (X, Y), verbose=0)
     model.double().compile(nn.MSELoss(), model.optimizer, device="cpu")

@@ -185,7 +185,7 @@ def by_three(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, monkeypatch):
+def test_ddp_on_two_processes_finds_what_one_finds_with_twice_the_batch(case, by_two, monkeypatch):
     monkeypatch.setenv("FOLDER", str(by_two["folder"]))
     expected = CASES[case](1)
     for found in by_two[case]:
@@ -193,7 +193,7 @@ def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, mo
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
+def test_ddp_with_a_custom_step_sends_its_gradients_at_the_end_and_finds_the_same(
     case, by_two_at_the_end
 ):
     expected = CASES[case](1)
@@ -202,7 +202,7 @@ def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
 
 
 @pytest.mark.parametrize("case", ON_THREE)
-def test_three_processes_do_too(case, by_three, monkeypatch):
+def test_ddp_on_three_processes_finds_what_one_finds(case, by_three, monkeypatch):
     monkeypatch.setenv("FOLDER", str(by_three["folder"]))
     expected = CASES[case](1)
     for found in by_three[case]:
@@ -210,7 +210,9 @@ def test_three_processes_do_too(case, by_three, monkeypatch):
 
 
 @pytest.mark.parametrize(("processes", "fixture"), [(1, "by_one"), (2, "by_two"), (3, "by_three")])
-def test_any_rows_batch_and_kind_of_data_give_what_one_process_finds(processes, fixture, request):
+def test_ddp_finds_what_one_process_finds_for_any_rows_batch_and_kind_of_data(
+    processes, fixture, request
+):
     results = request.getfixturevalue(fixture)["odd"]
     for number, case in enumerate(drawn(processes)):
         expected = same_numbers.odd_one(1, processes, **case)
@@ -222,17 +224,17 @@ def test_any_rows_batch_and_kind_of_data_give_what_one_process_finds(processes, 
                 assert_same(found, expected, case)
 
 
-def test_the_clock_of_rank_0_ends_the_fit(by_two):
+def test_ddp_timer_ends_the_fit_by_the_clock_of_rank_0(by_two):
     assert by_two["timer"] == [{"epochs": True, "equal": False}] * 2
 
 
-def test_a_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_moves(by_two):
+def test_ddp_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_moves(by_two):
     found = by_two["nan_on_one"]
     assert [one["mine"] for one in found] == [False, True]
     assert all(one["same"] and one["epochs"] == 1 for one in found)
 
 
-def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reaches_no_file(by_two):
+def test_ddp_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reaches_no_file(by_two):
     for rank, found in enumerate(by_two["spoiled_on_one"]):
         for on_nan in ("raise", "stop"):
             expected = {"epochs": 0, "files": [False, False], "mine": rank == 1, "told": rank == 0}
@@ -241,7 +243,9 @@ def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reache
         assert found["ignore"]["finite"]
 
 
-def test_rows_that_one_process_cannot_count_are_told_to_all_and_an_average_needs_none(by_two):
+def test_ddp_rows_that_one_process_cannot_count_are_an_error_on_all_and_an_average_needs_none(
+    by_two,
+):
     expected = CASES["rows_unknown_on_one"](1)
     said = expected.pop("said")
     assert (
@@ -253,16 +257,16 @@ def test_rows_that_one_process_cannot_count_are_told_to_all_and_an_average_needs
         assert_same(found, expected)
 
 
-def test_all_processes_agree_whether_a_file_is_that_of_another_fit(by_two):
+def test_ddp_processes_agree_whether_a_checkpoint_is_of_another_fit(by_two):
     expected = ["trained", "refused", "trained", "refused", "another fit", "refused"]
     assert [found["said"] for found in by_two["one_file"]] == [expected] * 2
 
 
-def test_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_not(by_two):
+def test_ddp_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_not(by_two):
     assert by_two["dropout"] == [{"masks": True, "drawn": False}] * 2
 
 
-def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_two, monkeypatch):
+def test_ddp_rank_0_alone_writes_files_and_gets_the_gathered_predictions(by_two, monkeypatch):
     folder = by_two["folder"]
     monkeypatch.setenv("FOLDER", str(folder))
     assert_same(by_two["main_alone"][0], CASES["main_alone"](1))
@@ -279,7 +283,7 @@ def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_t
     ]
 
 
-def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two):
+def test_ddp_refuses_what_several_processes_cannot_do_with_a_remedy(by_two):
     assert by_two["refused"][0]["said"] == by_two["refused"][1]["said"] == [
         'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, which such a sum '
         'has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
@@ -293,7 +297,7 @@ def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two
     ]  # fmt: skip
 
 
-def test_an_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
+def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
     where = "metric 'm', computed at the end of a pass"
     assert [part["said"] for part in by_two["on_all_rows_fails"]] == [
         f"ZeroDivisionError: no rows of this kind {where}",
@@ -302,7 +306,7 @@ def test_an_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
     ]
 
 
-def test_a_metric_that_is_no_mean_and_raw_scores_are_told_by_the_first_process_alone(by_two):
+def test_ddp_warnings_of_metrics_come_from_the_first_process_alone(by_two):
     said = ["metric 'f1': the outputs are raw scores,", "metric 'rmse' is no mean over rows: on a"]
     assert [part["said"] for part in by_two["no_means"]] == [said, []]
 
@@ -319,7 +323,7 @@ def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
         compiled(distributed="dpp")
 
 
-def test_what_is_other_with_several_processes_is_told(by_two):
+def test_ddp_warns_of_what_is_different_with_several_processes(by_two):
     steps = (
         "steps_per_execution=4 is 1 on 2 processes, which add up their gradients between backward and step. "
         "The numbers are the same. Leave it out there."
@@ -342,12 +346,12 @@ def test_what_is_other_with_several_processes_is_told(by_two):
     ]
 
 
-def test_one_process_has_no_world():
+def test_distributed_auto_on_one_process_has_no_world():
     run = compiled(sync_batchnorm=True)._run
     assert run.world is run.precision is None
 
 
-def test_batchnorm_over_all_processes_keeps_weights_and_names():
+def test_sync_batchnorm_keeps_weights_and_names():
     model, world = (
         minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))),
         SimpleNamespace(size=2),
@@ -381,7 +385,7 @@ def by_peers(tmp_path_factory):
     return folder, [*printed, both[1].communicate()[0]]
 
 
-def test_a_group_made_by_the_user_is_taken_and_its_first_process_prints(by_peers):
+def test_process_group_of_the_user_is_taken_and_its_first_process_prints(by_peers):
     folder, printed = by_peers
     assert "Total params: 33" in printed[0]
     assert printed[1] == ""
@@ -392,7 +396,7 @@ def test_a_group_made_by_the_user_is_taken_and_its_first_process_prints(by_peers
         assert_same(torch.load(folder / f"{rank}.pt")[0]["weights"], expected["weights"])
 
 
-def test_without_a_launchers_word_a_process_takes_the_gpu_of_its_rank_on_its_machine(monkeypatch):
+def test_process_group_without_local_rank_takes_the_gpu_of_its_rank_on_its_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     asked = {"get_rank": 5, "get_world_size": 8, "get_backend_config": "cpu:gloo,cuda:nccl"}
     for name, answer in asked.items():
@@ -404,7 +408,7 @@ def test_without_a_launchers_word_a_process_takes_the_gpu_of_its_rank_on_its_mac
     assert World().device(torch.device("cuda")) == torch.device("cuda", 3)
 
 
-def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_cannot_be(by_peers):
+def test_process_group_waits_for_a_save_and_all_processes_raise_if_it_fails(by_peers):
     folder, _ = by_peers
     failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
     assert failed[0].startswith(("NotADirectoryError", "FileExistsError"))
@@ -414,7 +418,7 @@ def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_ca
     )
 
 
-def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peers):
+def test_process_group_with_a_lost_process_raises_after_the_timeout_of_the_user(by_peers):
     said, seconds = torch.load(by_peers[0] / "left alone.pt")
     assert said.startswith(
         "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the group's timeout. "
@@ -440,9 +444,7 @@ def carried_on(folder, processes=2, **env):
 @pytest.mark.parametrize(
     ("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, a worker"]
 )
-def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(
-    number, workers, by_two, tmp_path
-):
+def test_ddp_run_killed_on_one_rank_resumes_bit_for_bit(number, workers, by_two, tmp_path):
     done, _ = carried_on(tmp_path, WORKERS=workers, KILL=f"1 {number} 2 4")
     assert done.returncode != 0
     if number == "15":
@@ -454,7 +456,7 @@ def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(
         torch.testing.assert_close(found[rank], expected[rank], rtol=0, atol=0)
 
 
-def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
+def test_ddp_run_resumes_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PLAIN", "1")
     for size, kill in ((2, "0 15 1 3"), (1, "0 15 2 2"), (2, "-1 0 0 0")):
         done, found = carried_on(tmp_path, size, KILL=kill)
@@ -465,7 +467,7 @@ def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by_two, tmp_path):
+def test_ddp_run_that_torchrun_restarts_resumes_bit_for_bit(by_two, tmp_path):
     more = {
         "PET_MAX_RESTARTS": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -477,13 +479,13 @@ def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by
         torch.testing.assert_close(found[rank], by_two["whole"][rank], rtol=0, atol=0)
 
 
-def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
+def test_ddp_rank_that_raises_ends_all_with_its_error(tmp_path):
     done = launch_cases("helpers.ranks", tmp_path, ["raising"])
     assert done.returncode == 1
     assert "ValueError: this is the cause" in done.stderr
 
 
-def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twice_the_batch(
+def test_ddp_ring_example_prints_the_table_of_one_process_with_twice_the_batch(
     tmp_path,
 ):
     example = [ROOT / "examples" / "ring_focal.py", "--epochs", "2"]
@@ -498,7 +500,7 @@ def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twi
 
 
 @pytest.mark.slow
-def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp_path):
+def test_ray_train_ring_example_gives_the_history_that_torchrun_gives(tmp_path):
     pytest.importorskip("ray", reason='needs pip install "ray[train]"')
     examples = ROOT / "examples"
     env = {

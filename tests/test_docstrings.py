@@ -76,7 +76,7 @@ def is_error(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if not is_error(name)])
-def test_a_docstring_names_each_argument(name):
+def test_docstring_names_each_argument(name):
     words = re.sub(r"^ *(>>>|\.\.\.) .*$", "", described_by(name), flags=re.MULTILINE)
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(PUBLIC[name]).parameters.values()
@@ -85,7 +85,7 @@ def test_a_docstring_names_each_argument(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_docstring_has_an_example_or_its_class_has_one(name):
+def test_docstring_or_that_of_its_class_has_an_example(name):
     owner = name.partition(".")[0]
     has_one = any(">>> " in described_by(one) for one in (name, owner))
     assert has_one != (owner in WITHOUT_EXAMPLE)
@@ -258,14 +258,14 @@ def nan(y_pred, y_true):
     return y_pred.sum() * float("nan")
 
 
-def test_each_error_under_raises_is_looked_for_here():
+def test_docstring_raises_lists_the_errors_that_are_tested_here():
     assert sorted(documented_errors()) == sorted(MISTAKES)
 
 
 @pytest.mark.parametrize(
     ("name", "error"), [pair for pair, call in MISTAKES.items() if callable(call)]
 )
-def test_an_error_under_raises_is_what_the_mistake_raises(name, error, tmp_path):
+def test_docstring_raises_lists_what_the_mistake_raises(name, error, tmp_path):
     kind = getattr(minikeras, error, None) or getattr(builtins, error)
     with pytest.raises(kind):
         MISTAKES[name, error](tmp_path)
@@ -273,7 +273,7 @@ def test_an_error_under_raises_is_what_the_mistake_raises(name, error, tmp_path)
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # SQLAlchemy's, of MLflow
 @pytest.mark.parametrize("name", ["MLflow", "WandB"])
-def test_the_example_of_a_tracker_runs(name, tmp_path, monkeypatch):
+def test_docstring_example_of_a_tracker_runs(name, tmp_path, monkeypatch):
     from helpers.trackers import Store
 
     monkeypatch.chdir(tmp_path)

@@ -105,14 +105,14 @@ def by_hand(epochs):
 
 
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
-def test_each_epoch_has_the_order_of_a_hand_written_loop_over_several_fits(make):
+def test_set_epoch_gives_each_epoch_the_order_of_a_hand_written_loop_over_several_fits(make):
     seen, loader = model(), make()
     seen.fit(2, loader, verbose=0)
     seen.fit(2, loader, verbose=0)
     assert seen.rows == by_hand([0, 1, 2, 3])
 
 
-def test_a_dataset_gets_the_number_for_training_and_for_validation():
+def test_set_epoch_of_a_dataset_gets_the_number_for_training_and_for_validation():
     seen, dataset, validated = model(), Shifted(), Shifted()
     numbers = []
     look = LambdaCallback(on_evaluate_begin=lambda: numbers.append(validated.epoch))
@@ -121,7 +121,7 @@ def test_a_dataset_gets_the_number_for_training_and_for_validation():
     assert numbers == [0, 1, 2]
 
 
-def test_a_number_that_a_callback_sets_is_the_one_that_counts():
+def test_set_epoch_of_a_callback_is_the_one_that_counts():
     seen, loader = model(), LOADERS["sampler"]()
     callback = LambdaCallback(on_epoch_begin=lambda epoch: loader.sampler.set_epoch(100 + epoch))
     seen.fit(2, loader, callbacks=[callback], verbose=0)
@@ -131,7 +131,9 @@ def test_a_number_that_a_callback_sets_is_the_one_that_counts():
 @pytest.mark.parametrize("steps", [None, 2], ids=["whole epochs", "epochs of 2 batches of 3"])
 @pytest.mark.parametrize("name", ["sampler", "sampler, rows read one by one", "in workers"])
 @pytest.mark.parametrize("stop_at", [2, 4, 5, 6])
-def test_a_resumed_fit_has_the_order_of_one_never_stopped(tmp_path, name, steps, stop_at):
+def test_set_epoch_gives_a_resumed_fit_the_order_of_one_never_stopped(
+    tmp_path, name, steps, stop_at
+):
     def fit(path, stop_at=None):
         seen = model()
 
@@ -155,7 +157,7 @@ def test_a_resumed_fit_has_the_order_of_one_never_stopped(tmp_path, name, steps,
     assert torch.equal(resumed.net.weight, whole.net.weight)
 
 
-def test_data_without_set_epoch_trains_as_before():
+def test_set_epoch_that_is_missing_changes_nothing():
     X, y = points(8)
     plain = minikeras.Model(nn.Linear(2, 1))
     plain.compile(nn.MSELoss(), device="cpu")

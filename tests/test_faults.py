@@ -44,7 +44,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_a_loss_that_is_not_finite_is_an_error_before_it_moves_a_weight(value):
+def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
     model, weights = compiled(loss_func=bad_at(5, value)), []
     keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
     with pytest.raises(FloatingPointError) as raised:
@@ -67,14 +67,14 @@ FINITE = "Features, labels and weights are finite: lower the rate, clip gradient
 AS_BEFORE = "The weights are those of before it."
 
 
-def test_a_first_loss_that_is_not_finite_has_none_before_it():
+def test_nan_loss_in_the_first_batch_has_no_last_finite_one():
     with pytest.raises(FloatingPointError) as raised:
         compiled(loss_func=bad_at(1)).fit(1, points(8), verbose=0)
     where = "the loss is nan in epoch 1, batch 1; expected a finite number. "
     assert str(raised.value) == where + NO_ONE + FINITE + AS_BEFORE
 
 
-def test_a_loss_that_is_not_finite_is_told_of_where_the_optimizer_has_no_lr():
+def test_nan_loss_is_an_error_if_the_optimizer_has_no_lr():
     class Unrated(torch.optim.Optimizer):
         def step(self, closure=None):
             pass
@@ -102,7 +102,7 @@ IGNORE = {
 
 
 @pytest.mark.parametrize(("loss", "ignored"), IGNORE.values(), ids=IGNORE)
-def test_a_batch_in_which_the_loss_ignores_every_label_is_told_so(loss, ignored):
+def test_nan_loss_of_a_batch_whose_labels_are_all_ignored_is_explained(loss, ignored):
     model = compiled(minikeras.Model(nn.Linear(2, 3)), loss)
     before = state(model)
     with pytest.raises(FloatingPointError) as raised:
@@ -117,7 +117,7 @@ def test_a_batch_in_which_the_loss_ignores_every_label_is_told_so(loss, ignored)
 
 
 @pytest.mark.parametrize("part", ["features", "labels"])
-def test_it_is_said_whether_the_data_held_nan_already(part):
+def test_nan_loss_error_says_whether_the_data_held_nan_already(part):
     X, y = points(64)
     (X if part == "features" else y)[40] = math.nan
     model = compiled(loss_func=nn.MSELoss())
@@ -130,7 +130,7 @@ def test_it_is_said_whether_the_data_held_nan_already(part):
     assert "in epoch 1, batch 2;" in str(raised.value)
 
 
-def test_it_is_said_where_the_forward_pass_has_spoiled_a_buffer():
+def test_nan_loss_error_names_a_buffer_that_the_forward_pass_has_spoiled():
     X, y = points(64)
     X[40] = math.nan
     model = minikeras.Model(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)))
@@ -141,7 +141,7 @@ def test_it_is_said_where_the_forward_pass_has_spoiled_a_buffer():
         model.fit(1, (X, y), verbose=0)
 
 
-def test_weights_that_are_nan_already_are_named():
+def test_nan_loss_error_names_weights_that_are_nan_already():
     model = compiled(loss_func=nn.MSELoss())
     with torch.no_grad():
         model.fc2.bias.fill_(math.nan)
@@ -168,7 +168,7 @@ def test_on_nan_ignore_trains_on():
     assert dfhistory["loss"].isna().tolist() == [False, True, True]
 
 
-def test_on_nan_must_be_a_word_that_is_known():
+def test_on_nan_must_be_a_known_word():
     with pytest.raises(
         ValueError,
         match=r"on_nan must be 'raise', 'stop' or 'ignore', got 'rais'\. Did you mean 'raise'",
@@ -176,7 +176,7 @@ def test_on_nan_must_be_a_word_that_is_known():
         compiled().fit(1, points(8), on_nan="rais")
 
 
-def test_a_step_of_ones_own_is_watched_too_and_outside_a_fit_nothing_is():
+def test_nan_loss_in_a_custom_step_is_an_error_and_outside_a_fit_it_is_not():
     class Own(Net):
         def train_step(self, features, labels):
             loss = self.compute_loss(self(features), labels) * math.inf
@@ -194,7 +194,7 @@ def test_a_step_of_ones_own_is_watched_too_and_outside_a_fit_nothing_is():
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:jit. train_step is not one graph")  # of torch 2.11 on CUDA
 @pytest.mark.parametrize("options", [{}, {"jit": True}, {"accumulate": 2}], ids=str)
-def test_on_a_gpu_the_default_optimizer_takes_no_step_from_the_first_bad_loss_on(options):
+def test_nan_loss_on_a_gpu_lets_the_default_optimizer_take_no_step_from_then_on(options):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     model, kept = minikeras.Model(nn.Linear(2, 1)), []
@@ -210,7 +210,7 @@ def test_on_a_gpu_the_default_optimizer_takes_no_step_from_the_first_bad_loss_on
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_optimizers(
+def test_nan_loss_on_a_device_is_read_every_few_steps_and_holds_back_fused_optimizers(
     fused, monkeypatch
 ):
     """Played on the CPU, whose fused optimizers skip steps in the same way."""
@@ -235,7 +235,7 @@ def test_on_a_device_the_count_is_read_every_few_steps_and_holds_back_fused_opti
     assert not hasattr(optimizer, "found_inf")
 
 
-def test_on_a_device_the_end_of_an_epoch_finds_it_at_the_latest(monkeypatch):
+def test_nan_loss_on_a_device_is_found_at_the_epochs_end_at_the_latest(monkeypatch):
     real = FiniteLoss.__init__
 
     def as_on_a_device(self, *args):
@@ -269,7 +269,7 @@ class Hungry(nn.Module):
         return torch.sigmoid(hidden)
 
 
-def test_out_of_memory_says_what_to_try_and_lets_go_of_what_it_held():
+def test_out_of_memory_error_says_what_to_try_and_frees_what_it_held():
     model = compiled(minikeras.Model(Hungry(limit=16)))
     with pytest.raises(RuntimeError, match="can't allocate memory") as raised:
         model.fit(1, points(64), batch_size=32, verbose=0)
@@ -306,7 +306,7 @@ class Broken(Dataset):
         return self.X[row], self.y[row]
 
 
-def test_a_row_that_cannot_be_read_is_named_with_its_batch_and_epoch():
+def test_dataset_row_that_cannot_be_read_is_named_with_its_batch_and_epoch():
     with pytest.raises(OSError, match="no such picture") as raised:
         compiled().fit(1, DataLoader(Broken(), batch_size=16), verbose=0)
     assert raised.value.__notes__ == [
@@ -316,7 +316,7 @@ def test_a_row_that_cannot_be_read_is_named_with_its_batch_and_epoch():
     ]
 
 
-def test_in_a_worker_the_batch_is_named_and_how_to_find_the_row():
+def test_dataset_row_that_a_worker_cannot_read_is_named_by_its_batch():
     with pytest.raises(OSError, match="no such picture") as raised:
         compiled().fit(1, DataLoader(Broken(), batch_size=16, num_workers=1), verbose=0)
     assert raised.value.__notes__ == [
@@ -326,7 +326,7 @@ def test_in_a_worker_the_batch_is_named_and_how_to_find_the_row():
     ]
 
 
-def test_a_worker_that_dies_is_told_with_the_hint_on_memory_and_the_last_checkpoint(tmp_path):
+def test_worker_that_dies_raises_an_error_with_a_hint_on_memory_and_the_last_checkpoint(tmp_path):
     path = tmp_path / "run.pt"
     loader = DataLoader(Broken(deadly=True), batch_size=16, num_workers=1, prefetch_factor=1)
     with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
@@ -351,7 +351,7 @@ def test_a_worker_that_dies_is_told_with_the_hint_on_memory_and_the_last_checkpo
         assert read[1] == "1"
 
 
-def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():
+def test_batchnorm_with_a_last_batch_of_one_row_raises_an_error_with_a_remedy():
     model = compiled(
         minikeras.Model(
             nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
@@ -366,7 +366,7 @@ def test_batchnorm_with_a_last_batch_of_one_row_is_told_with_its_remedy():
     assert raised.value.__notes__ == ["dl_train, batch 2", "epoch 1"]
 
 
-def test_a_generator_that_is_exhausted_is_told_in_its_epoch():
+def test_generator_that_is_exhausted_raises_an_error_with_its_epoch():
     with pytest.raises(ValueError, match="gave no batch") as raised:
         compiled().fit(1, (batch for batch in ()), verbose=0)
     assert str(raised.value) == (

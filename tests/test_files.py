@@ -32,7 +32,7 @@ DELETE = object()
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 @pytest.mark.parametrize("there", [True, False])
-def test_a_symbolic_link_stays_and_its_target_is_written(there, tmp_path):
+def test_file_behind_a_symbolic_link_is_written_and_the_link_stays(there, tmp_path):
     (tmp_path / "disk").mkdir()
     real, middle, link = tmp_path / "disk" / "real.pt", tmp_path / "middle.pt", tmp_path / "run.pt"
     middle.symlink_to("disk/real.pt")
@@ -54,14 +54,14 @@ def test_a_symbolic_link_stays_and_its_target_is_written(there, tmp_path):
         Net().load(link)
 
 
-def test_links_in_a_circle_are_an_error(tmp_path):
+def test_file_links_in_a_circle_are_an_error(tmp_path):
     (tmp_path / "w.pt").symlink_to("w.pt")
     for call in (Net().save, Net().load):
         with pytest.raises(OSError, match="circle"):
             call(tmp_path / "w.pt")
 
 
-def test_the_home_folder_is_expanded_and_chdir_in_a_fit_changes_nothing(tmp_path, monkeypatch):
+def test_file_path_expands_the_home_folder_and_ignores_chdir_in_a_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -92,7 +92,7 @@ def test_the_home_folder_is_expanded_and_chdir_in_a_fit_changes_nothing(tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs")
-def test_fifos_and_devices_are_refused_at_once(tmp_path):
+def test_file_path_of_a_fifo_or_a_device_is_refused_at_once(tmp_path):
     fifo = tmp_path / "w.pt"
     os.mkfifo(fifo)
     safe = tmp_path / "w.safetensors"
@@ -111,7 +111,7 @@ def test_fifos_and_devices_are_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", ".", "folder/", "a\0b", 3, b"w.pt", True])
-def test_what_cannot_be_a_path_is_refused_by_every_writer(path):
+def test_file_path_of_a_wrong_type_is_refused_by_every_writer(path):
     expected = ValueError if isinstance(path, str) else TypeError
     calls = [Net().save, Net().load, minikeras.ModelCheckpoint, minikeras.CSVLogger, run_file]
     for call in calls:
@@ -119,7 +119,7 @@ def test_what_cannot_be_a_path_is_refused_by_every_writer(path):
             call(path)
 
 
-def test_a_folder_with_a_run_in_it_is_not_the_file_in_it(tmp_path):
+def test_file_path_of_a_folder_is_not_the_run_in_it(tmp_path):
     run_file(tmp_path / "exp" / "run.pt", epochs=1)
     for call in (Net().load, Net().save, run_file):
         with pytest.raises(
@@ -131,7 +131,7 @@ def test_a_folder_with_a_run_in_it_is_not_the_file_in_it(tmp_path):
     Net().load(tmp_path / "exp" / "run.pt")
 
 
-def test_two_writers_of_one_path_are_refused_before_the_fit(tmp_path, monkeypatch):
+def test_file_path_of_two_writers_is_refused_before_the_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.pt").symlink_to("run.pt")
     kinds = minikeras.ModelCheckpoint, minikeras.CSVLogger
@@ -166,7 +166,7 @@ def test_model_checkpoint_keeps_no_file_before_the_newest_and_save_does(tmp_path
     assert previous(tmp_path / "best.pt").exists()
 
 
-def test_a_stale_checkpoint_says_how_to_start_anew_and_that_works(tmp_path):
+def test_checkpoint_of_an_older_script_says_how_to_start_again_and_that_works(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=2)
     other = minikeras.Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()))
@@ -191,7 +191,7 @@ for number in range(60):
 """
 
 
-def test_two_processes_that_write_one_path_never_damage_it(tmp_path):
+def test_file_written_by_two_processes_is_never_damaged(tmp_path):
     path = tmp_path / "w.pt"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) for _ in range(2)]
     seen = 0
@@ -209,7 +209,7 @@ def test_two_processes_that_write_one_path_never_damage_it(tmp_path):
     assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(
+def test_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_not(
     tmp_path, monkeypatch
 ):
     path = tmp_path / "w.pt"
@@ -226,7 +226,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
         )
 
 
-def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
+def test_temporary_file_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda size: "0" * 16)
@@ -237,7 +237,7 @@ def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
-def test_ctrl_c_in_save_is_ctrl_c_and_the_file_before_it_stays(tmp_path):
+def test_save_interrupted_by_ctrl_c_keeps_the_file_before_it(tmp_path):
     script = textwrap.dedent("""
     import signal, sys, time, torch, minikeras
     from torch import nn
@@ -272,7 +272,7 @@ def test_ctrl_c_in_save_is_ctrl_c_and_the_file_before_it_stays(tmp_path):
 # --- names of weights -------------------------------------------------------------------------------------------------
 
 
-def test_names_of_compiled_networks_load_into_plain_ones_and_back(tmp_path):
+def test_load_takes_names_of_compiled_networks_into_plain_ones_and_back(tmp_path):
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     torch.save(torch.compile(inner, backend="eager").state_dict(), tmp_path / "whole.pt")
@@ -295,7 +295,7 @@ def test_names_of_compiled_networks_load_into_plain_ones_and_back(tmp_path):
         assert torch.equal(back.state_dict()["net.0.weight"], inner[0].weight)
 
 
-def test_a_file_with_one_name_of_tied_weights_is_loaded(tmp_path):
+def test_load_takes_a_file_with_one_name_of_tied_weights(tmp_path):
     from safetensors.torch import save_model
 
     def tied():
@@ -331,7 +331,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
+def test_load_of_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
     model, path = Net(), tmp_path / "w.pt"
     before = copy.deepcopy(model.state_dict())
     torch.save(
@@ -344,7 +344,7 @@ def test_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_hook_that_fails_midway_leaves_the_model_as_it_was(tmp_path):
+def test_load_with_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path):
     class Failing(nn.Linear):
         def _load_from_state_dict(self, *args):
             super()._load_from_state_dict(*args)
@@ -359,7 +359,7 @@ def test_a_hook_that_fails_midway_leaves_the_model_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("value", [torch.full((1,), torch.nan), torch.ones(1, dtype=torch.float64)])
-def test_nan_and_other_floats_are_loaded(value, tmp_path):
+def test_load_takes_nan_and_other_floats(value, tmp_path):
     model = Net()
     torch.save(model.state_dict() | {"fc2.bias": value}, tmp_path / "w.pt")
     model.load(tmp_path / "w.pt")
@@ -428,7 +428,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_small_file_takes_little_memory_and_time(name, tmp_path):
+def test_load_of_a_small_file_takes_little_memory_and_time(name, tmp_path):
     torch.save(Net().state_dict(), tmp_path / "good.pt")
     path, limit = tmp_path / "w.pt", sys.getrecursionlimit()
     sys.setrecursionlimit(100_000)
@@ -445,7 +445,7 @@ def test_a_small_file_takes_little_memory_and_time(name, tmp_path):
         Net().load(path)
 
 
-def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path):
+def test_load_refuses_tensors_that_claim_more_than_the_file_has(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         contents = {entry.filename: good.read(entry) for entry in good.infolist()}
@@ -598,7 +598,7 @@ def is_refused(good, place, new, folder):
     return False
 
 
-def test_no_changed_value_of_a_run_is_taken_half(tmp_path):
+def test_checkpoint_with_any_changed_value_is_never_loaded_halfway(tmp_path):
     """Refused with all as it was, or harmless."""
     with pytest.raises(SystemExit):
         fit_of(tmp_path / "run.pt", Cut())[2]()
@@ -609,7 +609,7 @@ def test_no_changed_value_of_a_run_is_taken_half(tmp_path):
     assert sum(refused) > 40
 
 
-def test_values_that_no_run_has_written_are_refused(tmp_path):
+def test_checkpoint_values_that_no_run_has_written_are_refused(tmp_path):
     with pytest.raises(SystemExit):
         fit_of(tmp_path / "run.pt", Cut())[2]()
     good = read(tmp_path / "run.pt")
@@ -617,7 +617,7 @@ def test_values_that_no_run_has_written_are_refused(tmp_path):
         assert is_refused(good, place, new, tmp_path), (place, new)
 
 
-def test_a_file_of_another_network_is_not_called_damaged(tmp_path):
+def test_checkpoint_of_another_network_is_not_called_damaged(tmp_path):
     path = tmp_path / "run.pt"
     with pytest.raises(SystemExit):
         fit_of(path, Cut())[2]()
@@ -629,7 +629,7 @@ def test_a_file_of_another_network_is_not_called_damaged(tmp_path):
         other.fit(3, points(60), batch_size=20, verbose=0, checkpoint=path)
 
 
-def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
+def test_checkpoint_position_that_would_crash_numpy_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     state = read(path)
@@ -643,7 +643,7 @@ def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_damaged_weights_are_refused_or_harmless(name, tmp_path):
+def test_checkpoint_with_damaged_weights_is_refused_or_harmless(name, tmp_path):
     """Bytes set, removed, doubled and swapped: what is loaded is what was saved."""
     path, draw = tmp_path / name, random.Random(0)
     model = Net()

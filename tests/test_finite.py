@@ -87,7 +87,7 @@ OPTIONS = [
     [*((options, 1) for options in OPTIONS), ({}, None), ({}, 2), ({}, 4)],
     ids=str,
 )
-def test_a_nan_gradient_reaches_no_file_and_the_fit_goes_on_from_it(
+def test_nan_gradient_reaches_no_file_and_the_fit_resumes_from_the_last_good_one(
     options, batch, every, tmp_path
 ):
     path = tmp_path / "run.pt"
@@ -103,7 +103,7 @@ def test_a_nan_gradient_reaches_no_file_and_the_fit_goes_on_from_it(
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 @pytest.mark.parametrize("options", [{"jit": FAST}, {"jit": FAST, "clip_grad_norm": 1.0}], ids=str)
-def test_so_it_is_under_jit(options, tmp_path):
+def test_nan_gradient_under_jit_reaches_no_file(options, tmp_path):
     expected = trainer(**options).fit(3, Data(), verbose=0)
     model = trainer(**options)
     with pytest.raises(FloatingPointError, match="in epoch 2, batch 4") as raised:
@@ -116,7 +116,7 @@ def test_so_it_is_under_jit(options, tmp_path):
     assert again["loss"].tolist() == pytest.approx(expected["loss"].tolist(), rel=1e-6)
 
 
-def test_the_first_layer_the_epoch_the_cause_and_the_remedies_are_named():
+def test_nan_weight_error_names_the_first_layer_the_epoch_the_cause_and_the_remedies():
     with pytest.raises(FloatingPointError) as raised:
         trainer().fit(3, Data((2, 4)), verbose=0)
     last = str(raised.value).partition("The last finite loss was ")[2].partition(",")[0]
@@ -130,7 +130,7 @@ def test_the_first_layer_the_epoch_the_cause_and_the_remedies_are_named():
     assert float(last) < 100
 
 
-def test_with_clip_grad_norm_it_is_found_before_the_step():
+def test_nan_gradient_is_found_before_the_step_with_clip_grad_norm():
     model, kept = trainer(clip_grad_norm=1.0), []
     keep = LambdaCallback(
         on_batch_end=lambda batch, logs: kept.append(
@@ -150,7 +150,7 @@ def test_with_clip_grad_norm_it_is_found_before_the_step():
     assert all(torch.equal(value, kept[-1][key]) for key, value in model.state_dict().items())
 
 
-def test_the_first_gradient_that_is_not_finite_is_told_from_those_that_are():
+def test_nan_gradient_error_tells_the_first_bad_gradient_from_finite_ones():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
@@ -168,7 +168,7 @@ def test_the_first_gradient_that_is_not_finite_is_told_from_those_that_are():
         )
 
 
-def test_gradients_whose_squares_overflow_are_told_so():
+def test_gradients_whose_squares_overflow_raise_an_error_that_says_so():
     model = compiled(
         network(), lambda y_pred, y_true: (y_pred * 1e25).mean().abs(), clip_grad_norm=1.0
     )
@@ -179,7 +179,7 @@ def test_gradients_whose_squares_overflow_are_told_so():
         model.fit(1, BATCHES, verbose=0)
 
 
-def test_the_remedies_of_the_message_help():
+def test_nan_gradient_remedies_of_the_message_help():
     def rmse(y_pred, y_true):
         return torch.sqrt(nn.functional.mse_loss(y_pred, y_true))
 
@@ -204,14 +204,14 @@ def test_the_remedies_of_the_message_help():
             model.fit(1, [zeros], verbose=0)
 
 
-def test_in_float16_such_a_step_is_skipped_as_its_scaler_does():
+def test_nan_gradient_in_float16_skips_the_step_as_its_scaler_does():
     model = trainer(precision="fp16")
     history = model.fit(3, Data((2, 4)), verbose=0)
     assert len(history) == 3
     assert is_finite(model)
 
 
-def test_in_the_middle_of_an_epoch_the_next_loss_says_where_it_came_from():
+def test_nan_gradient_in_mid_epoch_is_explained_at_the_next_loss():
     with pytest.raises(FloatingPointError) as raised:
         trainer().fit(3, Data((2, 2)), verbose=0)
     assert str(raised.value).startswith("the loss is nan in epoch 2, batch 3; ")
@@ -221,7 +221,7 @@ def test_in_the_middle_of_an_epoch_the_next_loss_says_where_it_came_from():
     )
 
 
-def test_on_nan_stop_warns_and_leaves_the_good_file(tmp_path):
+def test_on_nan_stop_warns_of_a_nan_gradient_and_leaves_the_good_file(tmp_path):
     model = trainer()
     with pytest.warns(UserWarning, match="are NaN or infinite in epoch 2, batch 4"):
         history = model.fit(
@@ -231,7 +231,7 @@ def test_on_nan_stop_warns_and_leaves_the_good_file(tmp_path):
     files_are_finite(tmp_path)
 
 
-def test_on_nan_ignore_trains_on_and_writes_no_such_state(tmp_path):
+def test_on_nan_ignore_trains_on_and_writes_no_nan_state(tmp_path):
     model = trainer()
     best = minikeras.ModelCheckpoint(tmp_path / "last.pt")
     with pytest.warns(UserWarning, match=r"is not written: net\.0\.weight, net\.0\.bias") as caught:
@@ -250,7 +250,7 @@ def test_on_nan_ignore_trains_on_and_writes_no_such_state(tmp_path):
     assert len(torch.load(tmp_path / "run.pt")["history"]) == 1
 
 
-def test_weights_saved_by_a_callback_are_looked_at_too(tmp_path):
+def test_nan_weights_are_not_saved_by_a_callback(tmp_path):
     path = tmp_path / "weights.pt"
     model = trainer()
     save = LambdaCallback(on_batch_end=lambda batch, logs: model.save(path))
@@ -281,14 +281,14 @@ class Masked(nn.Module):
         return self.linear(x * self.mask.softmax(0))
 
 
-def test_what_was_not_finite_as_the_fit_began_is_left_alone(tmp_path):
+def test_nan_weights_from_before_the_fit_are_left_alone(tmp_path):
     model = compiled(minikeras.Model(Masked()), nn.MSELoss())
     model.fit(2, BATCHES, checkpoint=tmp_path / "run.pt", verbose=0)
     assert model.net.mask[2] == -math.inf
     assert model.net.mask[:2].isfinite().all()
 
 
-def test_but_the_rest_of_such_a_parameter_is_looked_at():
+def test_nan_weights_from_before_the_fit_do_not_hide_new_ones_in_the_same_parameter():
     model = compiled(minikeras.Model(Masked()), nn.MSELoss())
 
     def spoil(batch, logs):
@@ -302,7 +302,7 @@ def test_but_the_rest_of_such_a_parameter_is_looked_at():
         model.fit(2, BATCHES, callbacks=[LambdaCallback(on_batch_end=spoil)], verbose=0)
 
 
-def test_a_bad_loss_is_not_blamed_on_a_mask():
+def test_nan_loss_is_not_blamed_on_a_mask():
     model = compiled(
         minikeras.Model(Masked()),
         lambda y_pred, y_true: nn.functional.mse_loss(y_pred, y_true) * math.nan,
@@ -314,7 +314,7 @@ def test_a_bad_loss_is_not_blamed_on_a_mask():
         model.fit(1, BATCHES, verbose=0)
 
 
-def test_statistics_of_batchnorm_that_a_batch_has_spoiled_reach_no_file(tmp_path):
+def test_nan_statistics_of_batchnorm_reach_no_file(tmp_path):
     class Hiding(minikeras.Model):
         def forward(self, x):
             clean = self.net(x.nan_to_num(posinf=0.0))
@@ -338,7 +338,7 @@ def test_statistics_of_batchnorm_that_a_batch_has_spoiled_reach_no_file(tmp_path
     assert torch.load(tmp_path / "run.pt")["model"]["norm.running_mean"].isfinite().all()
 
 
-def test_a_parameter_of_the_loss_is_looked_at():
+def test_nan_parameter_of_the_loss_reaches_no_file():
     class Weighted(nn.Module):
         def __init__(self):
             super().__init__()
@@ -359,7 +359,7 @@ def test_a_parameter_of_the_loss_is_looked_at():
 
 
 @pytest.mark.parametrize("row", [5, 35])
-def test_a_step_that_calls_backward_by_itself_is_told_what_would_have_found_it(row, tmp_path):
+def test_nan_gradient_of_a_bare_backward_says_what_would_have_found_it(row, tmp_path):
     class Own(minikeras.Model):
         def train_step(self, features, labels):
             loss = self.compute_loss(self(features), labels)
@@ -383,7 +383,7 @@ def test_a_step_that_calls_backward_by_itself_is_told_what_would_have_found_it(r
     assert not list(tmp_path.iterdir())
 
 
-def test_a_state_of_the_optimizer_that_has_overflown_is_told_of():
+def test_nan_in_the_state_of_the_optimizer_is_an_error():
     model = minikeras.Model(nn.Linear(4, 1))
     model.compile(
         lambda y_pred, y_true: (y_pred * 1e22).mean(),
@@ -397,7 +397,7 @@ def test_a_state_of_the_optimizer_that_has_overflown_is_told_of():
 
 
 @pytest.mark.parametrize("evaluate", [False, True])
-def test_an_average_that_took_in_a_bad_step_reaches_no_file(evaluate, tmp_path):
+def test_nan_in_an_ema_reaches_no_file(evaluate, tmp_path):
     def saving(model, path):
         kept = []
 
@@ -431,7 +431,7 @@ def test_an_average_that_took_in_a_bad_step_reaches_no_file(evaluate, tmp_path):
     assert all(value.isfinite().all() for value in state["callbacks"]["EMA"]["averaged"].values())
 
 
-def test_gradients_that_wait_for_a_step_reach_no_file(tmp_path):
+def test_nan_gradients_that_wait_for_a_step_reach_no_file(tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"the gradient of net\.0\.weight, .* in epoch 2, batch 1; "
     ):
@@ -462,7 +462,7 @@ def _as_on_a_device(monkeypatch):
 @pytest.mark.usefixtures("_as_on_a_device", "each_fit_in_a_process_of_its_own")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("every", [1, 3, 7])
-def test_the_count_is_read_before_a_state_is_written(every, fused, tmp_path):
+def test_nan_count_is_read_before_a_state_is_written(every, fused, tmp_path):
     def train(**kwargs):
         model = network()
         model.compile(nn.MSELoss(), torch.optim.Adam(model.parameters(), fused=fused), device="cpu")
@@ -481,7 +481,7 @@ def test_the_count_is_read_before_a_state_is_written(every, fused, tmp_path):
 
 @pytest.mark.usefixtures("_as_on_a_device")
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_norm_that_is_not_finite_is_counted_without_waiting(fused):
+def test_nan_norm_is_counted_without_waiting_for_the_device(fused):
     model, kept = network(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     model.compile(loss_func, optimizer, device="cpu", clip_grad_norm=1.0)
@@ -504,7 +504,7 @@ def test_a_norm_that_is_not_finite_is_counted_without_waiting(fused):
 
 @pytest.mark.usefixtures("_as_on_a_device")
 @pytest.mark.parametrize("spoiled", [13, 39], ids=["an earlier batch", "the batch at hand"])
-def test_a_message_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
+def test_nan_loss_error_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
     features = X.clone()
     features[spoiled] = math.nan
     model = network()
@@ -524,7 +524,7 @@ def test_a_message_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
 
 
 @pytest.mark.parametrize("spoiled", [2, 3, 4], ids="batch {}".format)
-def test_several_steps_in_a_graph_tell_of_the_batch_that_was_at_fault(spoiled):
+def test_nan_loss_in_a_graph_of_several_steps_names_the_batch_at_fault(spoiled):
     labels = Y.clone()
     labels[10 * spoiled - 1] = math.nan
     model = compiled(network(), nn.MSELoss(), jit=FAST, steps_per_execution=3)

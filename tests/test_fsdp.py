@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(
+def test_fsdp_on_two_processes_finds_what_one_finds_with_twice_the_batch(
     case, in_parts, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("FOLDER", str(tmp_path))
@@ -51,11 +51,13 @@ def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(
 
 
 @pytest.mark.parametrize("case", [*SAME, "half"])
-def test_and_what_two_find_with_whole_parameters(case, in_parts, whole):
+def test_fsdp_finds_what_two_processes_find_with_whole_parameters(case, in_parts, whole):
     assert_same(in_parts[case], whole[case])
 
 
-def test_three_processes_some_of_which_have_no_part_of_a_bias_do_too(tmp_path, monkeypatch):
+def test_fsdp_on_three_processes_without_a_part_of_each_bias_finds_what_one_finds(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = {case: shards.CASES[case](1) for case in ("arrays", "penalties")}
     for case, found in results_of(tmp_path, list(expected), 3).items():
@@ -64,7 +66,7 @@ def test_three_processes_some_of_which_have_no_part_of_a_bias_do_too(tmp_path, m
 
 
 @pytest.mark.parametrize("number", ["15", "9"], ids=["SIGTERM", "SIGKILL"])
-def test_a_fit_goes_on_bit_by_bit_the_same_from_its_folder(number, in_parts, tmp_path):
+def test_fsdp_run_resumes_bit_for_bit_from_its_folder(number, in_parts, tmp_path):
     done = launch_cases(
         "helpers.shards", tmp_path, ["carried_on"], PART="9", KILL=f"1 {number} 2 3"
     )
@@ -93,7 +95,7 @@ print(next(model.parameters()).device, *dfhistory.to_numpy().flatten())
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_one_process_trains_on_its_gpu_and_where_there_is_one_on_the_cpu(kind, tmp_path):
+def test_fsdp_and_ddp_of_one_process_train_on_its_gpu_and_on_the_cpu(kind, tmp_path):
     (tmp_path / "script.py").write_text(ON_A_GPU)
     found = {}
     for device in ("cpu", torch.accelerator.current_accelerator().type):
@@ -114,7 +116,7 @@ def broken_off(tmp_path_factory):
     return folder
 
 
-def test_a_fit_goes_from_two_processes_to_one_and_back(broken_off, tmp_path, monkeypatch):
+def test_fsdp_run_resumes_from_two_processes_to_one_and_back(broken_off, tmp_path, monkeypatch):
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = shards.carried_on(1)
     shutil.copytree(broken_off / "run.pt", tmp_path / "run.pt")
@@ -127,7 +129,9 @@ def test_a_fit_goes_from_two_processes_to_one_and_back(broken_off, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", "run.pt"])
-def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_off, tmp_path):
+def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
+    name, broken_off, tmp_path
+):
     folder, model = tmp_path / "run.pt", shards.Deep().double()
     for one in ("run.pt", "run.pt.prev"):
         shutil.copytree(broken_off / one, tmp_path / one)
@@ -150,7 +154,7 @@ def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_of
     assert_same(dict(model.state_dict()), before)
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "run.pt").mkdir()
     said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\. There is none written before it"
     with pytest.raises(CheckpointError, match=said):
@@ -159,7 +163,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
         )
 
 
-def test_what_cannot_be_had_with_parts_is_refused_with_a_remedy(in_parts):
+def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
     assert in_parts["refused"][0]["said"] == in_parts["refused"][1]["said"] == [
         'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
         'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
@@ -184,7 +188,7 @@ def test_fsdp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch)
         compiled(fsdp_blocks=torch.nn.Linear)
 
 
-def test_one_process_under_torchrun_trains_alone_with_whole_parameters(monkeypatch):
+def test_fsdp_of_one_process_under_torchrun_trains_with_whole_parameters(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     model = compiled(distributed="fsdp")
     assert model._run.world is None

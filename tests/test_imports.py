@@ -12,7 +12,7 @@ from helpers.paths import PACKAGE
 import minikeras
 
 
-def test_all_is_what_can_be_imported():
+def test_imports_of_the_package_are_those_in_all():
     public = {
         name
         for name, value in vars(minikeras).items()
@@ -25,7 +25,7 @@ def is_module(value):
     return type(value).__name__ == "module"
 
 
-def test_no_module_has_the_name_of_something_exported():
+def test_imports_of_modules_have_no_name_that_is_exported():
     assert not {room_of(path) for path in MODULES} & set(minikeras.__all__)
 
 
@@ -48,7 +48,7 @@ def test_imports_point_downward_only(path):
 @pytest.mark.parametrize(
     "path", sorted((PACKAGE / "integrations").glob("*.py")), ids=lambda path: path.name
 )
-def test_integrations_use_the_public_names_alone(path):
+def test_imports_of_integrations_are_public_names_alone(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     imported += [
@@ -72,7 +72,7 @@ def test_integrations_use_the_public_names_alone(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_private_names_of_torch_are_used(path):
+def test_private_names_of_torch_are_not_used(path):
     assert private_names(path.read_text()) == []
 
 
@@ -151,7 +151,7 @@ def named_in(value):
         ("list(model.net._parameters)", "Module._parameters"),
     ],
 )
-def test_a_private_name_of_torch_is_found_however_it_is_reached(code, found):
+def test_private_names_of_torch_are_found_however_they_are_reached(code, found):
     assert found in private_names(code)
 
 
@@ -164,11 +164,11 @@ def test_a_private_name_of_torch_is_found_however_it_is_reached(code, found):
         "from minikeras import nn\nnn._x",
     ],
 )
-def test_what_is_public_or_not_of_torch_is_not_taken_for_private(code):
+def test_private_names_of_torch_are_not_seen_in_public_or_other_names(code):
     assert private_names(code) == []
 
 
-def test_importing_brings_in_nothing_optional():
+def test_imports_bring_in_nothing_optional():
     optional = "'matplotlib', 'sklearn', 'torchmetrics', 'IPython', 'torch._dynamo', 'torch._inductor', 'minikeras.jit'"
     optional += ", 'tensorboard', 'mlflow', 'wandb', 'minikeras.integrations'"
     code = f"import sys, minikeras; print([name for name in ({optional}) if name in sys.modules])"

@@ -67,7 +67,7 @@ def way(model):
     list(zip(OPTIMIZERS.values(), [*PATHS.values()] * 3, strict=True)),
     ids=OPTIMIZERS,
 )
-def test_history_and_weights_equal_eager(make, path):
+def test_jit_history_and_weights_equal_eager(make, path):
     model, twin = pair()
     compiled(model, optimizer=make(model.parameters()))
     compiled(twin, optimizer=make(twin.parameters()), **path)
@@ -83,7 +83,7 @@ def test_history_and_weights_equal_eager(make, path):
 @pytest.mark.parametrize(
     ("rows", "batch_size", "drop_last"), [(70, 8, False), (41, 8, True), (9, 7, False)]
 )
-def test_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path):
+def test_jit_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path):
     X, y = (tensor.double() for tensor in points(rows))
     model = Net().double()
     bare = copy.deepcopy(model)
@@ -99,7 +99,7 @@ def test_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
 )
-def test_the_compiled_code_gives_the_numbers_of_eager():
+def test_jit_code_of_the_compiler_gives_the_numbers_of_eager():
     model, twin = pair()
     compiled(model)
     compiled(twin, jit=True, steps_per_execution=2)
@@ -112,7 +112,7 @@ def test_the_compiled_code_gives_the_numbers_of_eager():
     assert twin._run.jit.forwards["whole"].worked
 
 
-def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
+def test_jit_penalty_on_the_parameters_keeps_its_gradient():
     model, twin = pair()
     for one, jit in ((model, False), (twin, FAST)):
 
@@ -123,7 +123,7 @@ def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
     assert_same_weights(model, twin)
 
 
-def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
+def test_jit_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
     class Odd(Net):
         def __init__(self):
             super().__init__()
@@ -141,7 +141,7 @@ def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
     assert twin.norm.num_batches_tracked == 16
 
 
-def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
+def test_jit_graph_takes_sample_weights_several_inputs_and_averages():
     class Two(Net):
         def forward(self, a, b):
             return super().forward(torch.cat([a, b], 1))
@@ -163,7 +163,7 @@ def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
     assert way(twin) == "one graph"
 
 
-def test_several_optimizers_step_in_one_graph():
+def test_jit_graph_steps_several_optimizers():
     model, twin = pair()
     for one, jit in ((model, False), (twin, FAST)):
         optimizers = {
@@ -175,7 +175,7 @@ def test_several_optimizers_step_in_one_graph():
     assert way(twin) == "one graph"
 
 
-def test_callbacks_see_every_so_many_steps():
+def test_jit_callbacks_see_every_so_many_steps():
     seen = []
     model = compiled(Net(), jit=FAST, steps_per_execution=3)
     model.fit(
@@ -190,7 +190,7 @@ def test_callbacks_see_every_so_many_steps():
 # --- what may change between steps ------------------------------------------------------------------------------------
 
 
-def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
+def test_jit_follows_schedulers_and_rates_set_by_hand_without_compiling_again():
     def train(one, **kwargs):
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), **kwargs)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(one.optimizer, 0.9)
@@ -204,7 +204,7 @@ def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
     assert way(twin) == "one graph"
 
 
-def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
+def test_jit_follows_a_learning_rate_in_a_tensor():
     def set_rate(one, epoch):
         group = one.optimizer.param_groups[0]
         if epoch == 2:
@@ -221,7 +221,7 @@ def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
     assert way(twin) == "one graph"
 
 
-def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said_once():
+def test_jit_follows_another_setting_of_the_optimizer_outside_the_graph_and_warns_once():
     def train(one, **kwargs):
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9), **kwargs)
 
@@ -241,14 +241,14 @@ def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said
     assert_same_weights(model, twin)
 
 
-def test_batches_of_many_sizes_take_two_graphs():
+def test_jit_batches_of_many_sizes_take_two_graphs():
     model = compiled(Net(), jit=FAST)
     model.fit(1, batches(*range(20, 40)), verbose=0)
     assert set(model._run.jit.train.graphs.compiled) == {True, False}
     assert way(model) == "one graph"
 
 
-def test_ten_models_in_one_process_share_no_limit():
+def test_jit_of_ten_models_in_one_process_shares_no_limit():
     for _ in range(10):
         model = compiled(Net(), jit=FAST)
         with warnings.catch_warnings():
@@ -257,7 +257,7 @@ def test_ten_models_in_one_process_share_no_limit():
         assert way(model) == "one graph"
 
 
-def test_a_layer_thawed_between_fits_is_trained():
+def test_jit_trains_a_layer_thawed_between_fits():
     model, twin = pair()
     for one, jit in ((model, False), (twin, FAST)):
         optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
@@ -322,7 +322,7 @@ class Detour(Net):
         (take_another_way, "batch", "jit", "RMSprop"),
     ],
 )
-def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_too(
+def test_jit_graph_follows_what_a_callback_does_to_parameters_and_optimizers(
     change, moment, path, kind
 ):
     model, twin = pair(Detour)
@@ -349,7 +349,7 @@ def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_to
     assert way(twin) == "one graph"
 
 
-def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said_once(monkeypatch):
+def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(monkeypatch):
     def train(one, **kwargs):
         compiled(one, optimizer=OPTIMIZERS["SGD"](one.parameters()), **kwargs)
         clear = LambdaCallback(on_epoch_begin=lambda epoch: forget(one))
@@ -376,7 +376,7 @@ class Annealed(nn.BCELoss):
         return super().forward(y_pred, y_true) + self.share * y_pred.mean()
 
 
-def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_told_of():
+def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
     def train(one, **kwargs):
         loss_func = Annealed()
         lower = LambdaCallback(on_epoch_begin=lambda epoch: setattr(loss_func, "share", 1 / epoch))
@@ -414,7 +414,7 @@ class Counting(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
-def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_of(per_parameter):
+def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_warns(per_parameter):
     model, twin = pair()
     compiled(model, optimizer=Counting(model.parameters(), per_parameter)).fit(
         2, batches(), verbose=0
@@ -444,7 +444,7 @@ class Unrated(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lr": None}])
-def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(settings):
+def test_jit_takes_an_optimizer_without_a_learning_rate(settings):
     model, twin = pair()
     expected = compiled(model, optimizer=Unrated(model.parameters(), **settings)).fit(
         2, batches(), verbose=0
@@ -462,7 +462,7 @@ def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(s
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_two(make):
+def test_jit_state_dicts_are_those_without_jit(make):
     model, twin = pair()
     states = []
     keep = LambdaCallback(
@@ -490,7 +490,7 @@ def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_tw
     assert_same_weights(model, twin, 1e-5)
 
 
-def test_deepcopy_gives_an_uncompiled_model():
+def test_jit_model_copied_by_deepcopy_is_not_compiled():
     model = compiled(Net(), jit=FAST)
     model.fit(1, batches(20, 20, 20), verbose=0)
     twin = copy.deepcopy(model)
@@ -512,7 +512,7 @@ def branching(y_pred, y_true):
     return loss * 2 if loss.item() > 0.6 else loss
 
 
-def test_a_metric_that_leaves_torch_runs_outside_and_the_step_stays_one_graph():
+def test_jit_runs_a_metric_that_leaves_torch_outside_the_one_graph():
     model, twin = pair()
     metrics = {"accuracy": sklearn_accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
@@ -527,7 +527,7 @@ def test_a_metric_that_leaves_torch_runs_outside_and_the_step_stays_one_graph():
     assert way(twin) == "metrics outside"
 
 
-def test_a_metric_object_is_updated_outside_the_graph():
+def test_jit_updates_a_metric_object_outside_the_graph():
     model, twin = pair()
     metrics = {"f1": torchmetrics.classification.BinaryF1Score(), "accuracy": accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
@@ -538,7 +538,7 @@ def test_a_metric_object_is_updated_outside_the_graph():
     assert way(twin) == "one graph"
 
 
-def test_a_loss_whose_flow_depends_on_the_data_falls_back_by_parts_and_says_where():
+def test_jit_falls_back_by_parts_for_a_loss_whose_flow_depends_on_the_data_and_says_where():
     model, twin = pair()
     expected = compiled(model, branching).fit(2, batches(), verbose=0)
     with pytest.warns(UserWarning, match="forward and loss, since in branching: ") as caught:
@@ -548,7 +548,7 @@ def test_a_loss_whose_flow_depends_on_the_data_falls_back_by_parts_and_says_wher
     assert_same_weights(model, twin)
 
 
-def test_an_adaptive_softmax_trains_under_jit():
+def test_jit_trains_an_adaptive_softmax():
     def make():
         torch.manual_seed(0)
         loss_func = nn.AdaptiveLogSoftmaxWithLoss(8, 30, cutoffs=[5, 20], div_value=2)
@@ -565,7 +565,7 @@ def test_an_adaptive_softmax_trains_under_jit():
     pd.testing.assert_frame_equal(*results, rtol=1e-5)
 
 
-def test_without_a_compiler_everything_runs_in_eager():
+def test_jit_without_a_compiler_runs_in_eager():
     def backend(graph, inputs):
         raise RuntimeError("no compiler here")
 
@@ -577,7 +577,7 @@ def test_without_a_compiler_everything_runs_in_eager():
     assert_same_weights(model, twin)
 
 
-def test_a_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_taken_twice():
+def test_jit_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_taken_twice():
     calls = []
 
     def backend(graph, inputs):
@@ -594,7 +594,7 @@ def test_a_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_take
         model.fit(1, batches(), verbose=0)
 
 
-def test_a_way_that_fails_in_its_first_call_leaves_no_trace():
+def test_jit_failure_in_the_first_call_leaves_no_trace():
     def backend(graph, inputs):
         def run(*args):
             graph(*args)  # the step is taken, and then something breaks
@@ -612,7 +612,7 @@ def test_a_way_that_fails_in_its_first_call_leaves_no_trace():
 # --- hooks and steps of one's own -------------------------------------------------------------------------------------
 
 
-def test_hooks_of_parameters_and_optimizers_fire():
+def test_jit_fires_hooks_of_parameters_and_optimizers():
     seen = []
     model, twin = pair()
     compiled(model).fit(1, batches(), verbose=0)
@@ -624,7 +624,7 @@ def test_hooks_of_parameters_and_optimizers_fire():
     assert_same_weights(model, twin)
 
 
-def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
+def test_jit_of_a_custom_step_compiles_forward_and_loss():
     steps = []
 
     class Own(Net):
@@ -641,14 +641,14 @@ def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
     assert twin._run.jit.forwards["whole"].worked
 
 
-def test_a_bad_batch_is_refused_in_the_users_words_also_when_it_comes_later():
+def test_jit_refuses_a_bad_batch_with_the_same_error_also_when_it_comes_later():
     X, y = points(20)
     model = compiled(Net(), jit=FAST)
     with pytest.raises(ValueError, match="layer fc1 takes rows of 2 values"):
         model.fit(1, [(X, y), (X[:, :1], y)], verbose=0)
 
 
-def test_a_fit_that_fails_leaves_the_optimizer_as_it_should_be():
+def test_jit_fit_that_fails_leaves_the_optimizer_as_it_should_be():
     def stop(batch, logs):
         if batch == 3:
             raise KeyboardInterrupt
@@ -661,14 +661,14 @@ def test_a_fit_that_fails_leaves_the_optimizer_as_it_should_be():
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
 
-def test_compiling_is_shown_with_its_seconds(capsys):
+def test_jit_shows_that_it_compiles_with_the_seconds(capsys):
     compiled(Net(), jit=FAST).fit(1, batches(20, 20, 20))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "compiling the train step ..."
     assert lines[1].startswith("compiled in ")
 
 
-def test_a_shuffled_loader_draws_the_same_batches_under_jit():
+def test_jit_draws_the_same_batches_from_a_shuffled_loader():
     X, y = points(50)
     model, twin = pair()
     loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
@@ -678,7 +678,7 @@ def test_a_shuffled_loader_draws_the_same_batches_under_jit():
     assert_same_weights(model, twin)
 
 
-def test_several_steps_per_execution_need_jit():
+def test_steps_per_execution_needs_jit():
     with pytest.raises(ValueError, match="steps") as error:
         compiled(Net(), steps_per_execution=4)
     assert (
@@ -702,7 +702,7 @@ def test_several_steps_per_execution_need_jit():
         ),
     ],
 )
-def test_what_compile_cannot_give_the_compiler_is_refused(jit, message):
+def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
     with pytest.raises((TypeError, ValueError)) as error:
         compiled(Net(), jit=jit)
     assert str(error.value) == message
@@ -724,7 +724,7 @@ def test_what_compile_cannot_give_the_compiler_is_refused(jit, message):
         (FAST, None, None),
     ],
 )
-def test_what_the_user_asks_of_the_compiler_comes_before_our_choice(options, on_cpu, on_cuda):
+def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda):
     assert chosen(options).get("options") == on_cpu
     assert captured(chosen(options)).get("options") == on_cuda
     assert {key: value for key, value in captured(chosen(options)).items() if key != "options"} == {
@@ -735,7 +735,7 @@ def test_what_the_user_asks_of_the_compiler_comes_before_our_choice(options, on_
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning"
 )  # torch's own, as it loads its CUDA graphs
-def test_results_are_kept_though_the_next_replay_writes_over_them():
+def test_jit_results_are_kept_though_the_next_replay_overwrites_them():
     buffer = torch.zeros(1)
 
     def replay(batch):
@@ -752,7 +752,7 @@ def test_results_are_kept_though_the_next_replay_writes_over_them():
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("together", [1, 3])
-def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together):
+def test_jit_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     model, twin = pair()
@@ -788,7 +788,7 @@ def spoiled(batch, batches=9):
 @pytest.mark.parametrize(
     "kind", ["RMSprop", "Adagrad", "Adam"]
 )  # of which the last alone reads its count
-def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
+def test_jit_counts_the_steps_except_those_held_back(kind, steps):
     model = Net()
     compiled(
         model,
@@ -803,7 +803,7 @@ def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
+def test_jit_graph_moves_no_weight_by_a_nan_loss(steps):
     model, weights = Net(), []
     compiled(
         model,
@@ -833,7 +833,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
     assert model.fc1.weight.isfinite().all()
 
 
-def test_on_nan_ignore_lets_the_graph_go_on_and_the_next_fit_looks_again():
+def test_jit_graph_continues_under_on_nan_ignore_and_the_next_fit_looks_again():
     model = Net()
     compiled(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), jit=FAST)
     kept = copy.deepcopy(model.state_dict())

@@ -168,7 +168,7 @@ def train(kind, path=None, every=None, kill=None):
 
 @pytest.mark.parametrize(("every", "kill"), [(None, 8), (1, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path):
+def test_jit_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path):
     expected = train(kind)
     with pytest.raises(Stopped):
         train(kind, tmp_path / "run.pt", every, kill)
@@ -179,7 +179,7 @@ def test_a_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path
     assert found[3] == expected[3]
 
 
-def test_the_attributes_of_a_module_are_put_back_too(tmp_path):
+def test_jit_puts_the_attributes_of_a_module_back(tmp_path):
     def model_of():
         torch.manual_seed(0)
         model = minikeras.Model(nn.Sequential(Counted(), linear()))
@@ -210,7 +210,7 @@ def raise_at_8():
     return die
 
 
-def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
+def test_jit_resumes_a_sparse_optimizer(tmp_path):
     rows = torch.arange(24).reshape(6, 4) % 9
     data = [(row[None], torch.ones(1, 2)) for row in rows]
 
@@ -296,7 +296,7 @@ def assert_as_in_eager(models):
 
 
 @pytest.mark.parametrize("how", ["branch", "value", "float"])
-def test_an_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(how):
+def test_jit_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(how):
     models, told = both(linear, nn.MSELoss, lambda p: Reading(p, how))
     assert_as_in_eager(models)
     outside = ["jit: train_step is not one graph: forward and loss, since in step"]
@@ -307,7 +307,7 @@ def test_an_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(
     assert bool(told) or how != "branch"
 
 
-def test_an_optimizer_that_assigns_its_state_steps_outside_the_graph_and_is_told_of():
+def test_jit_leaves_an_optimizer_that_assigns_its_state_outside_the_graph_and_warns():
     models, told = both(linear, nn.MSELoss, Assigning)
     assert_as_in_eager(models)
     assert told == [
@@ -317,7 +317,7 @@ def test_an_optimizer_that_assigns_its_state_steps_outside_the_graph_and_is_told
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
-def test_the_averages_of_asgd_are_those_of_eager(foreach):
+def test_jit_averages_of_asgd_are_those_of_eager(foreach):
     models, told = both(
         linear, nn.MSELoss, lambda p: torch.optim.ASGD(p, lr=0.05, t0=3, foreach=foreach)
     )
@@ -376,7 +376,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
+def test_jit_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
     models, told = both(Scaled, nn.MSELoss, optimizer, dtype)
     assert_as_in_eager(models)
     lost = (
@@ -390,7 +390,7 @@ def test_a_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
 @pytest.mark.parametrize(
     ("model", "loss"), [(Averaged, nn.MSELoss), (linear, AveragedLoss)], ids=["model", "loss"]
 )
-def test_a_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
+def test_jit_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     models, told = both(model, loss, sgd, dtype)
     assert_as_in_eager(models)
     name = "net.mean" if loss is nn.MSELoss else "mean"
@@ -402,7 +402,7 @@ def test_a_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
 
 
 @pytest.mark.parametrize("name", ["Rprop", "Adadelta", "RMSprop", "AdamW", "NAdam"])
-def test_steps_are_counted_where_float64_is_torchs_default(name):
+def test_jit_counts_steps_if_float64_is_torchs_default(name):
     torch.set_default_dtype(torch.float64)
     try:
         models, told = both(linear, nn.MSELoss, getattr(torch.optim, name), torch.float64)

@@ -22,5 +22,5 @@ def test_runs_killed_again_and_again_end_as_runs_never_stopped():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_so_they_do_for_many_more(seed):
+def test_runs_killed_hundreds_of_times_end_as_runs_never_stopped(seed):
     stress(kills=100, seed=seed)

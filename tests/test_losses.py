@@ -60,13 +60,13 @@ def reference_slope(z, y, gamma, alpha):
     [(HARD, "0.0866", "0.6931", 0.125), (EASY, "0.0005", "0.1054", 0.005)],
     ids=["hard", "easy"],
 )
-def test_easy_samples_fade_and_hard_ones_stay(y_pred, focal, bce, ratio):
+def test_focal_loss_lets_easy_samples_fade_and_hard_ones_stay(y_pred, focal, bce, ratio):
     focal_loss, bce_loss = FocalLoss()(y_pred, LABELS).item(), nn.BCELoss()(y_pred, LABELS).item()
     assert (f"{focal_loss:.4f}", f"{bce_loss:.4f}") == (focal, bce)
     assert focal_loss / bce_loss == pytest.approx(ratio, rel=1e-5)
 
 
-def test_positives_weigh_alpha_and_negatives_the_rest():
+def test_focal_loss_weighs_positives_by_alpha_and_negatives_by_the_rest():
     per_element = FocalLoss(gamma=0.0, alpha=0.75, reduction="none")(HARD, LABELS)
     torch.testing.assert_close(per_element, math.log(2) * torch.tensor([[0.75], [0.25]]))
 
@@ -77,7 +77,7 @@ def test_positives_weigh_alpha_and_negatives_the_rest():
     gamma=st.floats(0, 5),
     alpha=st.floats(0, 1),
 )
-def test_logits_and_probabilities_give_the_loss_of_the_paper(logit, label, gamma, alpha):
+def test_focal_loss_of_logits_and_probabilities_is_that_of_the_paper(logit, label, gamma, alpha):
     z, y = torch.tensor([logit], dtype=torch.float64), torch.tensor([label], dtype=torch.float64)
     p = torch.sigmoid(z)
     expected = torch.from_numpy(reference(p.numpy(), y.numpy(), gamma, alpha))
@@ -90,7 +90,7 @@ def test_logits_and_probabilities_give_the_loss_of_the_paper(logit, label, gamma
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_without_fading_and_balance_it_is_half_the_binary_cross_entropy(reduction):
+def test_focal_loss_with_gamma_0_and_alpha_half_is_half_the_binary_cross_entropy(reduction):
     z, y = torch.linspace(-6, 6, 8).view(4, 2), torch.tensor([0.0, 1.0]).expand(4, 2)
     on_scores, half = (
         FocalLoss(0.0, 0.5, from_logits=True, reduction=reduction),
@@ -104,7 +104,7 @@ def test_without_fading_and_balance_it_is_half_the_binary_cross_entropy(reductio
     )
 
 
-def test_mean_and_sum_are_those_of_the_elements():
+def test_focal_loss_mean_and_sum_are_those_of_the_elements():
     y_pred, y_true = torch.rand(5, 3), torch.randint(2, (5, 3)).float()
     elements = FocalLoss(reduction="none")(y_pred, y_true)
     assert elements.shape == (5, 3)
@@ -114,13 +114,13 @@ def test_mean_and_sum_are_those_of_the_elements():
 
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
-def test_labels_of_any_dtype_mean_the_same(dtype, from_logits):
+def test_focal_loss_takes_labels_of_any_dtype(dtype, from_logits):
     focal_loss = FocalLoss(from_logits=from_logits)
     assert torch.equal(focal_loss(EASY, LABELS.to(dtype)), focal_loss(EASY, LABELS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_scores_lose_no_further_digits(dtype):
+def test_focal_loss_of_half_precision_scores_loses_no_further_digits(dtype):
     scores = torch.tensor([[1.5], [-0.75]])  # exact in half precision too
     loss = FocalLoss(from_logits=True)(scores.to(dtype), LABELS)
     assert loss.dtype == torch.float32
@@ -140,7 +140,7 @@ def test_cross_entropy_is_log_softmax_then_negative_log_likelihood():
 
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_gradients_agree_with_finite_differences(gamma, from_logits):
+def test_focal_loss_gradients_agree_with_finite_differences(gamma, from_logits):
     z = torch.tensor([-4.0, -1.0, -0.3, 0.5, 2.0, 4.0], dtype=torch.float64)
     y_pred = (z if from_logits else z.sigmoid()).requires_grad_()
     y_true = torch.tensor([0.0, 1.0, 0.2, 1.0, 0.9, 0.0], dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_gradients_agree_with_finite_differences(gamma, from_logits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_extreme_logits_have_the_right_value_and_gradient(gamma, dtype):
+def test_focal_loss_of_extreme_logits_has_the_right_value_and_gradient(gamma, dtype):
     z = torch.tensor([-1000.0, -100, -20, 20, 100, 1000]).to(dtype).repeat(2).requires_grad_()
     y = torch.tensor([0.0, 1.0]).to(dtype).repeat_interleave(6)
     loss = FocalLoss(gamma, from_logits=True, reduction="none")(z, y)
@@ -172,7 +172,7 @@ def test_extreme_logits_have_the_right_value_and_gradient(gamma, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_probabilities_of_exactly_0_and_1_have_a_finite_loss_and_gradient(gamma, dtype):
+def test_focal_loss_of_probabilities_of_exactly_0_and_1_and_its_gradient_are_finite(gamma, dtype):
     p = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=dtype, requires_grad=True)
     y = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=dtype)
     loss = FocalLoss(gamma, reduction="none")(p, y)
@@ -185,7 +185,7 @@ def test_probabilities_of_exactly_0_and_1_have_a_finite_loss_and_gradient(gamma,
 # ---------------------------------------------------------------- focal loss: what it says
 
 
-def test_printing_it_shows_its_arguments():
+def test_focal_loss_prints_its_arguments():
     assert (
         repr(FocalLoss()) == "FocalLoss(gamma=2.0, alpha=0.75, from_logits=False, reduction='mean')"
     )
@@ -225,13 +225,13 @@ def test_printing_it_shows_its_arguments():
         ({"reduction": "batch"}, "reduction must be 'mean', 'sum' or 'none', got 'batch'."),
     ],
 )
-def test_a_wrong_argument_is_named_with_its_remedy(arguments, message):
+def test_focal_loss_names_a_wrong_argument_with_its_remedy(arguments, message):
     with pytest.raises(ValueError, match=exactly(message)):
         FocalLoss(**arguments)
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
-def test_a_row_of_labels_does_not_broadcast_against_a_column_of_predictions(from_logits):
+def test_focal_loss_refuses_labels_that_broadcast_against_the_predictions(from_logits):
     message = (
         "FocalLoss compares element by element: expected y_true of y_pred's shape (4, 1), got (4,). "
         "Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
@@ -304,7 +304,7 @@ def test_penalties_pull_on_the_weights_alone(model_and_names):
             assert parameter.grad is None
 
 
-def test_weights_and_biases_together_are_all_parameters(model_and_names):
+def test_penalties_of_weights_and_biases_together_are_of_all_parameters(model_and_names):
     weights, biases = weights_and_biases(model_and_names[0])
     assert {id(parameter) for parameter in weights + biases} == {
         id(p) for p in model_and_names[0].parameters()
@@ -316,13 +316,13 @@ def test_weights_and_biases_together_are_all_parameters(model_and_names):
     "model", [nn.ReLU(), nn.Linear(3, 2).requires_grad_(False)], ids=["empty", "frozen"]
 )
 @pytest.mark.parametrize("a_penalty", [l1_penalty, l2_penalty])
-def test_a_model_without_trainable_weights_has_no_penalty(model, a_penalty):
+def test_penalties_of_a_model_without_trainable_weights_are_0(model, a_penalty):
     assert a_penalty(model, 0.1).item() == 0.0
     assert a_penalty(model, 0.1).shape == ()
 
 
 @pytest.mark.parametrize("a_penalty", [l1_penalty, l2_penalty])
-def test_the_penalty_lives_on_the_device_of_the_model(a_penalty):
+def test_penalties_are_on_the_device_of_the_model(a_penalty):
     assert a_penalty(nn.Linear(3, 2, device="meta"), 0.1).device.type == "meta"
 
 
@@ -369,7 +369,7 @@ def test_regularized_refuses_what_is_no_loss_or_no_model(loss_func, model, messa
     assert str(caught.value) == message
 
 
-def test_predictions_come_first_and_labels_second():
+def test_regularized_passes_predictions_first_and_labels_second():
     seen = []
     Regularized(lambda y_pred, y_true: seen.append((y_pred, y_true)) or torch.zeros(()), nn.ReLU())(
         "pred", "true"
@@ -378,7 +378,7 @@ def test_predictions_come_first_and_labels_second():
 
 
 @pytest.mark.parametrize("form", ["scalar", "per row", "average"])
-def test_the_mean_carries_the_penalty_once_whatever_the_form_of_the_loss(form):
+def test_regularized_adds_the_penalty_to_the_mean_once_for_any_form_of_loss(form):
     def loss_func(y_pred, y_true):
         rows = (y_pred - y_true).square().mean(dim=1)
         return {
@@ -400,7 +400,7 @@ def test_the_mean_carries_the_penalty_once_whatever_the_form_of_the_loss(form):
         assert loss.shape == (5,)
 
 
-def test_the_model_is_no_part_of_its_loss_but_class_weights_are():
+def test_regularized_holds_class_weights_and_not_the_model():
     model, class_weights = nn.Linear(3, 2), torch.ones(2)
     regularized = Regularized(nn.CrossEntropyLoss(weight=class_weights), model, l2=0.1)
     assert list(regularized.parameters()) == []
@@ -412,7 +412,7 @@ def test_the_model_is_no_part_of_its_loss_but_class_weights_are():
     assert model.training
 
 
-def test_a_model_that_owns_its_loss_keeps_its_state_dict():
+def test_regularized_in_its_own_model_leaves_the_state_dict_as_it_was():
     model = nn.Linear(3, 2)
     names = list(model.state_dict())
     model.loss = Regularized(nn.MSELoss(), model, l2=0.1)
@@ -420,7 +420,7 @@ def test_a_model_that_owns_its_loss_keeps_its_state_dict():
     assert len(list(model.modules())) == 3
 
 
-def test_a_replaced_layer_is_penalized_from_then_on():
+def test_regularized_penalizes_a_replaced_layer_from_then_on():
     model = nn.Sequential(nn.Linear(3, 2))
     regularized = Regularized(nn.MSELoss(), model, l1=1.0)
     y = torch.zeros(2)
@@ -433,7 +433,7 @@ def test_a_replaced_layer_is_penalized_from_then_on():
     "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
 )
 @pytest.mark.parametrize("order", [1, -1], ids=["model first", "loss first"])
-def test_copied_together_the_copied_loss_penalizes_the_copied_model(duplicate, order):
+def test_regularized_copied_with_its_model_penalizes_the_copy(duplicate, order):
     model = nn.Linear(3, 2)
     model_copy, loss_copy = duplicate((model, Regularized(nn.MSELoss(), model, l1=1.0))[::order])[
         ::order
@@ -443,7 +443,7 @@ def test_copied_together_the_copied_loss_penalizes_the_copied_model(duplicate, o
     assert model.weight.grad is None
 
 
-def test_without_strengths_the_loss_is_unchanged():
+def test_regularized_without_strengths_is_the_loss():
     y_pred, y_true = torch.rand(4, 1), torch.rand(4, 1)
     assert torch.equal(
         Regularized(nn.MSELoss(), nn.Linear(1, 1))(y_pred, y_true), nn.MSELoss()(y_pred, y_true)
@@ -461,7 +461,7 @@ def test_without_strengths_the_loss_is_unchanged():
     ],
 )
 @pytest.mark.parametrize("value", [-0.1, math.nan])
-def test_a_negative_strength_is_refused_by_name(name, call, value):
+def test_penalties_of_negative_strength_are_refused_by_name(name, call, value):
     message = (
         f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for none."
     )
@@ -472,7 +472,7 @@ def test_a_negative_strength_is_refused_by_name(name, call, value):
 # ---------------------------------------------------------------- weight decay
 
 
-def test_weights_decay_and_biases_do_not(model_and_names):
+def test_weight_decay_groups_decay_weights_and_not_biases(model_and_names):
     model, names = model_and_names
     decay_of = {
         id(p): group["weight_decay"]
@@ -499,7 +499,7 @@ def test_weights_decay_and_biases_do_not(model_and_names):
     ],
     ids=["both", "no bias", "frozen"],
 )
-def test_no_group_is_empty(model, decays):
+def test_weight_decay_groups_are_not_empty(model, decays):
     assert [group["weight_decay"] for group in weight_decay_groups(model, 0.1)] == decays
 
 
@@ -527,7 +527,7 @@ def steps_taken(dtype, optimizer_class, options, by_penalty, decay=0.05, steps=5
         (torch.optim.Adam, {"lr": 0.01}, torch.float64),
     ],
 )
-def test_weight_decay_takes_the_steps_of_the_l2_penalty(optimizer_class, options, dtype):
+def test_weight_decay_groups_take_the_steps_of_the_l2_penalty(optimizer_class, options, dtype):
     by_penalty = steps_taken(dtype, optimizer_class, options, by_penalty=True)
     by_decay = steps_taken(dtype, optimizer_class, options, by_penalty=False)
     torch.testing.assert_close(by_penalty, by_decay, rtol=0, atol=1e-6)

@@ -39,7 +39,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("metric", KINDS.values(), ids=KINDS)
-def test_each_kind_of_metric_gives_the_value_over_the_whole_set(metric):
+def test_metric_of_each_kind_gives_the_value_over_the_whole_set(metric):
     X, y = points(101)
     model = compiled(metrics_dict={"metric": metric})
     model.fit(2, (X, y), (X, y), verbose=0)
@@ -54,9 +54,7 @@ WHOLE_SET = {
 
 
 @pytest.mark.parametrize(("metric", "expected"), WHOLE_SET.values(), ids=WHOLE_SET)
-def test_an_object_with_update_and_compute_gives_scikit_learns_value_on_the_whole_set(
-    metric, expected
-):
+def test_metric_object_gives_scikit_learns_value_on_the_whole_set(metric, expected):
     X, y = points(101)
     model = compiled(metrics_dict={"metric": metric})
     dfhistory = model.fit(2, (X, y), (X, y), verbose=0)
@@ -65,7 +63,7 @@ def test_an_object_with_update_and_compute_gives_scikit_learns_value_on_the_whol
     assert dfhistory["metric"].notna().all()
 
 
-def test_training_and_validation_have_a_copy_each_of_a_metric_object():
+def test_metric_object_has_a_copy_each_for_training_and_validation():
     class Rows:
         def __init__(self):
             self.reset()
@@ -100,14 +98,14 @@ def test_metrics_see_outputs_without_gradient_after_backward():
     assert torch.equal(model.fc1.weight, twin.fc1.weight)
 
 
-def test_a_metric_is_called_once_per_batch():
+def test_metric_is_called_once_per_batch():
     calls = []
     model = compiled(metrics_dict={"n": lambda y_pred, y_true: calls.append(len(y_true)) or 0.0})
     model.fit(1, points(70), batch_size=32, verbose=0)
     assert calls == [32, 32, 6]
 
 
-def test_counts_are_exact_beyond_what_float32_can_hold():
+def test_metric_counts_are_exact_beyond_what_float32_can_hold():
     totals = Totals({}, torch.device("cpu"))
     for _ in range(3):
         totals.add(
@@ -123,14 +121,14 @@ def test_counts_are_exact_beyond_what_float32_can_hold():
     assert totals["loss"] == totals["units"] == 3 * 2**24 / (3 * 2**24 + 1)
 
 
-def test_nothing_counted_is_nan():
+def test_metric_that_counts_nothing_is_nan():
     model = compiled(
         metrics_dict={"none": lambda y_pred, y_true: Average(torch.tensor(0.0), torch.tensor(0))}
     )
     assert np.isnan(model.evaluate(points(10))["val_none"])
 
 
-def test_a_metric_may_look_at_several_outputs():
+def test_metric_may_look_at_several_outputs():
     class Two(Net):
         def forward(self, x):
             return {"p": super().forward(x), "x": x}
@@ -193,7 +191,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("answer", "columns"), ANSWERS.values(), ids=ANSWERS)
-def test_each_number_of_an_objects_answer_is_a_column_in_its_place(answer, columns):
+def test_metric_object_has_a_column_for_each_number_of_its_answer(answer, columns):
     model = compiled(metrics_dict={"before": nn.L1Loss(), "m": Gives(answer), "after": nn.L1Loss()})
     dfhistory = model.fit(2, points(20), points(10), verbose=0)
     names = ["loss", "before", *columns, "after"]
@@ -222,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("answer", "said"), REFUSED.values(), ids=REFUSED)
-def test_an_answer_that_is_no_numbers_is_an_error_at_the_end_of_the_pass(answer, said):
+def test_metric_object_whose_answer_is_no_number_is_an_error_at_the_end_of_the_pass(answer, said):
     model = compiled(metrics_dict={"m": Gives(answer)})
     expected = "; expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most 1000). "
     with pytest.raises(ValueError, match=re.escape(f"metric 'm': compute() {said}")) as error:
@@ -231,7 +229,7 @@ def test_an_answer_that_is_no_numbers_is_an_error_at_the_end_of_the_pass(answer,
     assert error.value.__notes__[0] == "metric 'm', computed at the end of a pass"
 
 
-def test_the_remedy_for_a_pair_is_a_dict_and_works():
+def test_metric_object_whose_answer_is_a_pair_may_return_a_dict():
     with pytest.raises(
         ValueError, match=r'return a dict of name -> number, such as {"precision": p, "recall": r}'
     ):
@@ -242,7 +240,7 @@ def test_the_remedy_for_a_pair_is_a_dict_and_works():
     assert (found["val_m_precision"], found["val_m_recall"]) == (0.5, 0.25)
 
 
-def test_columns_of_one_name_are_refused_with_what_to_do():
+def test_metric_columns_of_one_name_are_refused_with_what_to_do():
     message = "metric 'm' gives a column 'm_a', and there is a column of this name. Give the metric another name in "
     with pytest.raises(ValueError, match=re.escape(message)):
         compiled(metrics_dict={"m_a": nn.L1Loss(), "m": Gives({"a": 1.0})}).evaluate(points(20))
@@ -256,7 +254,7 @@ def test_columns_of_one_name_are_refused_with_what_to_do():
         compiled(metrics_dict={"val": Gives({"a": 1.0})}).evaluate(points(20))
 
 
-def test_callbacks_and_the_table_take_the_columns_as_any_other(capsys, tmp_path):
+def test_metric_columns_of_an_object_reach_callbacks_and_the_table(capsys, tmp_path):
     improving = Gives(lambda rows: {"f1": 0.5, "recall": 0.25})
     stop = minikeras.EarlyStopping("val_m_f1", patience=1)
     best = minikeras.ModelCheckpoint(tmp_path / "best.pt", monitor="val_m_recall", mode="max")
@@ -277,7 +275,7 @@ def test_callbacks_and_the_table_take_the_columns_as_any_other(capsys, tmp_path)
 # --- when an object is asked --------------------------------------------------------------------
 
 
-def test_compute_is_called_once_at_the_end_of_each_pass():
+def test_metric_object_computes_once_at_the_end_of_each_pass():
     asked = []
     model = compiled(metrics_dict={"m": Gives(0.5, asked)})
     # deepcopy would copy the list as well
@@ -310,7 +308,7 @@ def sorted_points(rows):
     return X[order], y[order]
 
 
-def test_an_object_that_cannot_answer_yet_is_not_yet_known():
+def test_metric_object_that_cannot_compute_yet_is_left_out_of_the_running_means():
     X, y = sorted_points(100)
     model = compiled(metrics_dict={"recall": Recall()}, lr=0.0)
     expected = recall_score(y, model.predict(X) > 0.5)
@@ -327,7 +325,7 @@ def test_an_object_that_cannot_answer_yet_is_not_yet_known():
     assert seen[-1][1] == ["loss", "recall"]
 
 
-def test_an_error_of_compute_at_the_end_of_a_pass_is_raised_with_the_metrics_name():
+def test_metric_object_that_fails_at_the_end_of_a_pass_raises_with_its_name():
     X, _ = points(20)
     model = compiled(metrics_dict={"recall": Recall()})
     with pytest.raises(ZeroDivisionError) as error:
@@ -335,7 +333,7 @@ def test_an_error_of_compute_at_the_end_of_a_pass_is_raised_with_the_metrics_nam
     assert error.value.__notes__[0] == "metric 'recall', computed at the end of a pass"
 
 
-def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanwhile():
+def test_metric_object_that_clears_its_rows_as_it_computes_gives_running_means_too():
     class Emptied:
         def __init__(self):
             self.reset()
@@ -367,7 +365,7 @@ def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanw
     assert len(seen) == 10
 
 
-def test_running_means_are_not_computed_where_nobody_looks():
+def test_metric_object_computes_no_running_means_if_nothing_shows_them():
     asked = []
 
     class Asked(Gives):

@@ -18,7 +18,7 @@ import minikeras
 # --- scripts written for torchkeras -----------------------------------------------------------------------------------
 
 
-def test_a_torchkeras_script_with_a_subclass_runs(capsys):
+def test_torchkeras_script_with_a_subclass_runs(capsys):
     from minikeras import Model, summary
 
     class DNNModel(Model):
@@ -49,7 +49,7 @@ def test_a_torchkeras_script_with_a_subclass_runs(capsys):
     assert "Linear" in capsys.readouterr().out
 
 
-def test_a_torchkeras_script_that_wraps_a_network_runs():
+def test_torchkeras_script_that_wraps_a_network_runs():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1), nn.Sigmoid())
     model = minikeras.Model(net)
     model.compile(
@@ -89,7 +89,7 @@ def test_compile_never_changes_the_state_dict():
     assert list(model.state_dict()) == list(before)
 
 
-def test_the_default_optimizer_is_adam_on_the_model_and_the_parameters_of_the_loss():
+def test_default_optimizer_is_adam_on_the_parameters_of_model_and_loss():
     model, loss_func = Net(), Holds()
     model.fc1.bias.requires_grad_(False)
     model.compile(loss_func)
@@ -102,7 +102,7 @@ def test_the_default_optimizer_is_adam_on_the_model_and_the_parameters_of_the_lo
     ]
 
 
-def test_the_default_device_is_the_accelerator_that_works(monkeypatch):
+def test_default_device_is_the_accelerator_that_works(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")
@@ -121,7 +121,7 @@ def test_the_default_device_is_the_accelerator_that_works(monkeypatch):
     assert len(model.fit(1, points(), verbose=0)) == 1
 
 
-def test_model_loss_metrics_and_nested_batches_land_on_the_device():
+def test_device_gets_model_loss_metrics_and_nested_batches():
     import torchmetrics
 
     seen = []
@@ -144,7 +144,7 @@ def test_model_loss_metrics_and_nested_batches_land_on_the_device():
 
 
 @pytest.mark.gpu
-def test_the_state_of_an_optimizer_moves_with_its_parameters():
+def test_device_gets_the_state_of_an_optimizer_with_its_parameters():
     model = Net()
     optimizer = torch.optim.Adam(model.parameters())
     model(points()[0]).sum().backward()
@@ -157,7 +157,7 @@ def test_the_state_of_an_optimizer_moves_with_its_parameters():
 
 
 @pytest.mark.gpu
-def test_training_runs_on_the_accelerator_and_predict_answers_on_the_cpu():
+def test_device_runs_training_and_predict_returns_on_the_cpu():
     model = Net()
     model.compile(nn.BCELoss(), metrics_dict={"accuracy": accuracy})
     X, y = points(100)
@@ -168,7 +168,7 @@ def test_training_runs_on_the_accelerator_and_predict_answers_on_the_cpu():
 
 
 @pytest.mark.gpu
-def test_training_goes_on_after_the_model_was_moved_away_by_hand():
+def test_device_gets_a_model_back_that_was_moved_away_by_hand():
     model = Net()
     model.compile(nn.BCELoss())
     model.fit(1, points(), verbose=0)
@@ -179,7 +179,7 @@ def test_training_goes_on_after_the_model_was_moved_away_by_hand():
 # --- what surprises and must not --------------------------------------------------------------------------------------
 
 
-def test_a_subclass_keeps_its_own_history_optimizer_and_device():
+def test_subclass_keeps_its_own_history_optimizer_and_device():
     class Own(Net):
         device = "mine"
 
@@ -213,7 +213,7 @@ def test_deepcopy_and_pickle_give_an_uncompiled_model():
     assert len(model.history) == 1
 
 
-def test_a_compiled_network_keeps_its_names_clean():
+def test_compiled_network_keeps_its_names_in_the_state_dict():
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
     plain, model = (
         minikeras.Model(copy.deepcopy(net)),
@@ -233,7 +233,7 @@ def test_a_compiled_network_keeps_its_names_clean():
     assert compiled(copy.deepcopy(model)).predict(points()[0]).shape == (100, 1)
 
 
-def test_a_compiled_network_of_several_inputs_gets_them_unpacked():
+def test_compiled_network_of_several_inputs_gets_them_unpacked():
     class Add(nn.Module):
         def __init__(self):
             super().__init__()
@@ -250,7 +250,7 @@ def test_a_compiled_network_of_several_inputs_gets_them_unpacked():
         assert model.predict({"a": X, "b": X}).shape == (20, 1)
 
 
-def test_wrapping_nothing_and_writing_no_forward_is_said():
+def test_model_without_a_network_or_a_forward_raises_an_error_that_says_so():
     with pytest.raises(NotImplementedError) as error:
         minikeras.Model()(torch.ones(1))
     assert str(error.value) == "Model has no forward. Write it, or wrap a network: Model(net)."
@@ -279,7 +279,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(("loss_func", "width", "end"), LOSSES.values(), ids=LOSSES)
-def test_every_loss_of_the_article_trains_as_it_is(loss_func, width, end):
+def test_loss_of_each_kind_in_the_article_trains_as_it_is(loss_func, width, end):
     X, y = points(64)
     labels = {1: y, 2: X, 3: y[:, 0].long(), 8: y[:, 0].long() * 20}[width]
     net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, width), end or nn.Identity())
@@ -290,7 +290,7 @@ def test_every_loss_of_the_article_trains_as_it_is(loss_func, width, end):
     assert dfhistory["val_loss"].iloc[-1] < dfhistory["val_loss"].iloc[0]
 
 
-def test_the_parameters_of_a_loss_are_trained_by_the_default_optimizer():
+def test_default_optimizer_trains_the_parameters_of_a_loss():
     loss_func = nn.AdaptiveLogSoftmaxWithLoss(2, 10, cutoffs=[5], div_value=1)
     before = copy.deepcopy(loss_func.state_dict())
     model = minikeras.Model(nn.Linear(2, 2))
@@ -299,7 +299,7 @@ def test_the_parameters_of_a_loss_are_trained_by_the_default_optimizer():
     assert not torch.equal(before["head.weight"], loss_func.head.weight)
 
 
-def test_a_loss_may_return_an_average_if_rows_are_not_the_unit():
+def test_loss_may_return_an_average_if_rows_are_not_the_unit():
     def per_token(y_pred, y_true):  # labels of -1 are padding
         mask = y_true >= 0
         return minikeras.Average((((y_pred - y_true) ** 2) * mask).sum(), mask.sum())
@@ -360,7 +360,7 @@ def adversarial():
     return model
 
 
-def test_an_adversarial_pair_trains_with_two_optimizers_and_its_keys_reach_the_history():
+def test_two_optimizers_train_an_adversarial_pair_and_its_keys_reach_the_history():
     model = adversarial()
     dfhistory = model.fit(3, torch.randn(64, 1) + 3, verbose=0)
     assert list(dfhistory) == ["d_loss", "g_loss"]
@@ -387,7 +387,7 @@ def test_two_optimizers_take_the_steps_of_a_bare_loop():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_the_default_step_moves_every_optimizer_of_a_dict():
+def test_two_optimizers_are_both_stepped_by_the_default_step():
     model = Net()
     optimizers = {
         name: torch.optim.SGD(getattr(model, name).parameters(), lr=0.1) for name in ("fc1", "fc2")
@@ -401,7 +401,7 @@ def test_the_default_step_moves_every_optimizer_of_a_dict():
         assert torch.equal(found, expected)
 
 
-def test_one_of_several_optimizers_may_hold_what_is_not_in_the_model():
+def test_two_optimizers_may_hold_what_is_not_in_the_model():
     model, temperature = Net(), torch.ones((), requires_grad=True)
     optimizers = {
         "net": torch.optim.SGD(model.parameters(), lr=0.1),
@@ -432,7 +432,7 @@ def test_lbfgs_trains_with_a_step_of_its_own():
     assert dfhistory["loss"].iloc[-1] < dfhistory["loss"].iloc[0]
 
 
-def test_an_evaluate_step_of_ones_own_names_the_columns():
+def test_custom_evaluate_step_names_the_columns():
     class Own(Net):
         def evaluate_step(self, features, labels):
             return {"rows": float(len(features))}

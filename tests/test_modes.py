@@ -42,7 +42,7 @@ def trained_by_hand(net, epochs=2, frozen=True):
 
 
 @pytest.mark.parametrize("jit", [False, {"backend": "eager"}], ids=["eager", "jit"])
-def test_a_part_in_eval_mode_stays_so_as_in_a_hand_written_loop(jit):
+def test_eval_mode_of_a_part_stays_as_in_a_hand_written_loop(jit):
     net = body_and_head()
     expected = trained_by_hand(copy.deepcopy(net))
     net[0].eval()
@@ -54,7 +54,7 @@ def test_a_part_in_eval_mode_stays_so_as_in_a_hand_written_loop(jit):
 @pytest.mark.parametrize(
     "wholly", [lambda net: net.eval(), lambda net: minikeras.Model(net).eval()]
 )
-def test_a_model_that_is_wholly_in_eval_mode_is_trained_in_train_mode(wholly):
+def test_eval_mode_of_the_whole_model_is_train_mode_in_fit(wholly):
     net = body_and_head()
     twin = copy.deepcopy(net)
     torch.manual_seed(1)
@@ -66,7 +66,7 @@ def test_a_model_that_is_wholly_in_eval_mode_is_trained_in_train_mode(wholly):
     assert not any(module.training for module in net.modules())
 
 
-def test_a_child_in_train_mode_of_a_part_in_eval_mode_stays_in_train_mode():
+def test_train_mode_of_a_child_of_a_part_in_eval_mode_stays():
     net = body_and_head()
     net[0].eval()
     net[0][2].train()
@@ -78,7 +78,7 @@ def test_a_child_in_train_mode_of_a_part_in_eval_mode_stays_in_train_mode():
     assert seen == [[False, False, True]] * 2
 
 
-def test_what_a_callback_puts_into_eval_mode_or_back_into_train_mode_stays_so():
+def test_eval_mode_or_train_mode_set_by_a_callback_stays():
     net, seen = body_and_head(), []
 
     def decide(epoch):
@@ -94,7 +94,7 @@ def test_what_a_callback_puts_into_eval_mode_or_back_into_train_mode_stays_so():
     assert seen == [True, False, False, True, True]
 
 
-def test_a_callback_that_leaves_the_whole_model_in_eval_mode_does_not_end_the_training():
+def test_eval_mode_of_the_whole_model_left_by_a_callback_does_not_end_the_training():
     net, seen = body_and_head(), []
     net[0].eval()
     look = LambdaCallback(
@@ -118,14 +118,14 @@ class Thawing(minikeras.Model):
         return self
 
 
-def test_the_users_own_train_method_decides():
+def test_train_method_of_the_user_decides_the_modes():
     net, seen = body_and_head(), []
     look = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(net[0].training))
     fitted(net, epochs=4, model=Thawing(net), callbacks=[look])
     assert seen == [False, False, True, True]
 
 
-def test_a_line_says_what_stays_in_eval_mode(capsys):
+def test_eval_mode_that_stays_is_printed_in_a_line(capsys):
     net = body_and_head()
     fitted(net, verbose=2)
     assert "eval" not in capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_a_line_says_what_stays_in_eval_mode(capsys):
 
 
 @pytest.mark.parametrize("every", [None, 1])
-def test_a_resumed_fit_has_the_modes_that_a_callback_had_decided(tmp_path, every):
+def test_modes_that_a_callback_set_are_those_of_the_resumed_fit(tmp_path, every):
     batches = [(X[:32], y[:32]), (X[32:], y[32:])]
 
     def fit(path, stop_in=None):

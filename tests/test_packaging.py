@@ -14,7 +14,7 @@ def read_yaml(name):
     return yaml.safe_load((ROOT / name).read_text())
 
 
-def test_the_citation_has_what_the_format_asks_for():
+def test_citation_file_has_what_the_format_requires():
     citation = read_yaml("CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert all("name" in author or "family-names" in author for author in citation["authors"])
@@ -28,7 +28,7 @@ FORMS = sorted(
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
-def test_an_issue_form_has_what_github_asks_for(path):
+def test_issue_form_has_what_github_requires(path):
     form = read_yaml(path)
     assert {"name", "description", "body"} <= set(form)
     ids = [field["id"] for field in form["body"]]
@@ -38,18 +38,18 @@ def test_an_issue_form_has_what_github_asks_for(path):
         assert field["attributes"]["label"]
 
 
-def test_there_is_a_form_for_what_is_wrong_and_one_for_what_is_missing():
+def test_issue_forms_are_one_for_bugs_and_one_for_features():
     assert [path.name for path in FORMS] == ["bug.yml", "feature.yml"]
     assert isinstance(read_yaml(".github/ISSUE_TEMPLATE/config.yml")["blank_issues_enabled"], bool)
 
 
-def test_the_version_is_that_of_setup_cfg():
+def test_version_is_that_of_setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert config["metadata"]["version"] == minikeras.__version__
 
 
-def test_the_core_needs_five_packages():
+def test_requirements_of_the_core_are_five_packages():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     needed = config["options"]["install_requires"].split()

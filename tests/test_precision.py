@@ -58,14 +58,14 @@ def bare_fit(model, data, epochs=2, lr=0.1, loss_func=F.binary_cross_entropy):
 
 
 @pytest.mark.parametrize("k", [2, 3, 7, 10])
-def test_k_batches_make_the_step_of_the_big_batch_they_are(k):
+def test_accumulate_makes_the_step_of_the_big_batch(k):
     model = Net().double()
     expected = bare_fit(copy.deepcopy(model), windows(batches(double=True), k))
     compiled(model, accumulate=k).fit(2, batches(double=True), verbose=0)
     assert_same_weights(model, expected, 1e-12)
 
 
-def test_the_history_is_of_rows_and_no_gradient_is_left():
+def test_accumulate_leaves_a_history_of_rows_and_no_gradient():
     data = batches()
     model = compiled(lr=0.0, accumulate=3)
     expected = model.evaluate(data)["val_loss"]
@@ -81,7 +81,7 @@ def per_token(y_pred, y_true):
     )
 
 
-def test_an_average_weighs_by_its_count():
+def test_accumulate_weighs_an_average_by_its_count():
     data = [(X, torch.where(torch.rand(y.shape) < 0.5, -1.0, y)) for X, y in batches(double=True)]
     data[2] = (data[2][0], torch.full_like(data[2][1], -1))  # nothing counts in it
     model = Net().double()
@@ -95,7 +95,7 @@ def test_an_average_weighs_by_its_count():
     assert_same_weights(model, expected, 1e-12)
 
 
-def test_a_window_in_which_nothing_counts_moves_nothing():
+def test_accumulate_window_in_which_nothing_counts_moves_nothing():
     data = [(X, torch.full_like(y, -1)) for X, y in batches()]
     model = Net()
     before = copy.deepcopy(model)
@@ -105,7 +105,7 @@ def test_a_window_in_which_nothing_counts_moves_nothing():
     assert_same_weights(model, before, 0)
 
 
-def test_weights_of_rows_are_those_of_the_big_batch():
+def test_accumulate_weighs_rows_by_sample_weight_as_the_big_batch_does():
     data = [(X, y, torch.rand(len(X)).double()) for X, y in batches(double=True)]
     model, twin = Net().double(), Net().double()
     twin.load_state_dict(model.state_dict())
@@ -126,7 +126,7 @@ class Twice(Net):
         return {"loss": penalty}
 
 
-def test_a_step_that_calls_backward_twice_counts_its_rows_once():
+def test_accumulate_counts_rows_once_if_a_step_calls_backward_twice():
     model = Twice().double()
     expected = bare_fit(
         copy.deepcopy(model),
@@ -137,7 +137,7 @@ def test_a_step_that_calls_backward_twice_counts_its_rows_once():
     assert_same_weights(model, expected, 1e-12)
 
 
-def test_two_losses_of_different_weight_are_refused():
+def test_accumulate_refuses_two_losses_of_different_weight():
     class Mixed(Net):
         def train_step(self, features, labels):
             outputs = self(features)
@@ -185,7 +185,7 @@ def pair_of(model, **kwargs):
     return model
 
 
-def test_each_optimizer_has_a_window_of_its_own():
+def test_accumulate_has_a_window_for_each_optimizer():
     data = batches([8, 3, 8, 5, 6, 7], double=True)
     model = Pair(every=2).double()
     nets = {"a": copy.deepcopy(model.a), "b": copy.deepcopy(model.b)}
@@ -212,7 +212,7 @@ def test_each_optimizer_has_a_window_of_its_own():
     assert_same_weights(model.b, nets["b"], 1e-12)
 
 
-def test_stop_training_closes_the_window():
+def test_accumulate_closes_its_window_at_stop_training():
     model = Net().double()
     data = batches(double=True)
     expected = bare_fit(copy.deepcopy(model), [*windows(data[:3], 3), data[3]], epochs=1)
@@ -225,7 +225,7 @@ def test_stop_training_closes_the_window():
     assert_same_weights(model, expected, 1e-12)
 
 
-def test_a_fit_that_fails_in_a_window_leaves_nothing_to_the_next():
+def test_accumulate_leaves_nothing_of_a_fit_that_fails_in_a_window():
     model, data = Net().double(), batches(double=True)
     compiled(model, nn.MSELoss(), accumulate=3)
     with pytest.raises(FloatingPointError):
@@ -235,7 +235,7 @@ def test_a_fit_that_fails_in_a_window_leaves_nothing_to_the_next():
     assert_same_weights(model, expected, 1e-12)
 
 
-def test_a_loss_that_is_not_finite_is_found_before_it_enters_a_window():
+def test_accumulate_finds_a_nan_loss_before_it_enters_a_window():
     model, data = Net(), batches()
     before = copy.deepcopy(model)
     bad = (data[1][0] * torch.nan, data[1][1])
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_is_found_before_it_enters_a_window():
     assert_same_weights(model, before, 0)
 
 
-def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
+def test_accumulate_steps_a_scheduler_once_for_each_step_of_its_optimizer():
     rates = {}
     for k, data in ((3, batches(double=True)), (1, windows(batches(double=True), 3))):
         torch.manual_seed(0)
@@ -264,7 +264,7 @@ def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
         torch.testing.assert_close(value, rates[1][1][key], rtol=1e-12, atol=1e-12)
 
 
-def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_stopped(tmp_path):
+def test_accumulate_resumed_in_mid_window_continues_the_scheduler_exactly(tmp_path):
     def run(stop_at=None):
         torch.manual_seed(0)
         model = compiled(Net(), accumulate=3)
@@ -293,7 +293,7 @@ def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_st
     pd.testing.assert_frame_equal(run(0), run(), rtol=0, atol=0)
 
 
-def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
+def test_accumulate_resumed_in_mid_window_must_be_the_same(tmp_path):
     def stop(batch, logs):
         if batch == 3:
             raise KeyError
@@ -316,7 +316,7 @@ def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
     )
 
 
-def test_a_file_from_before_there_was_accumulate_is_carried_on(tmp_path):
+def test_accumulate_resumes_a_file_from_before_it_existed(tmp_path):
     path = tmp_path / "run.pt"
     compiled().fit(1, batches(), verbose=0, checkpoint=path)
     state = torch.load(path, weights_only=True)
@@ -331,7 +331,7 @@ def test_a_file_from_before_there_was_accumulate_is_carried_on(tmp_path):
 # --- clipping ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_norm_of_the_windows_gradient_is_clipped():
+def test_accumulate_clips_the_norm_of_the_windows_gradient():
     model, data = Net().double(), batches(double=True)
     expected = copy.deepcopy(model)
     for X, y in windows(data, 3):
@@ -376,7 +376,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_forward_is_half_and_what_the_user_sees_is_float32(precision):
+def test_half_precision_is_in_forward_and_what_the_user_sees_is_float32(precision):
     seen = []
 
     def looked(y_pred, y_true):
@@ -436,7 +436,7 @@ def test_fp16_is_torchs_own_loop_with_a_scaler():
     assert model._run.precision.scaler.state_dict() == scaler.state_dict()
 
 
-def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
+def test_fp16_skips_the_step_of_a_gradient_too_large_and_lowers_the_scale():
     model = Scores()
     before = copy.deepcopy(model)
     X, y = points(8)
@@ -446,7 +446,7 @@ def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
     assert model._run.precision.scaler.get_scale() == 2.0**15
 
 
-def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_after_it(monkeypatch):
+def test_fp16_lets_a_bad_loss_hold_back_the_steps_after_it(monkeypatch):
     """As on a device."""
     look = FiniteLoss.__init__
 
@@ -466,7 +466,7 @@ def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_afte
 
 
 @pytest.mark.parametrize("rows", [8, 256])
-def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
+def test_fp16_does_not_overflow_the_first_scale_when_rows_are_added_up(rows):
     model = compiled(
         minikeras.Model(nn.Linear(2, 1)), nn.BCEWithLogitsLoss(), precision="fp16", accumulate=2
     )
@@ -474,7 +474,7 @@ def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
     assert model._run.precision.scaler.get_scale() == 2**16 / rows
 
 
-def test_layers_that_find_their_size_in_the_first_batch_can_be_accumulated():
+def test_accumulate_takes_lazy_layers():
     class Lazy(Scores):
         def __init__(self):
             super().__init__()
@@ -502,7 +502,7 @@ class Own(Scores):
         return {"loss": loss, **self.compute_metrics(self(features), labels)}
 
 
-def test_a_step_of_ones_own_is_under_autocast_as_a_whole_and_sees_each_new_weight():
+def test_half_precision_runs_a_custom_step_under_autocast_and_sees_each_new_weight():
     model = Own()
     expected = copy.deepcopy(model)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
@@ -520,7 +520,7 @@ def test_a_step_of_ones_own_is_under_autocast_as_a_whole_and_sees_each_new_weigh
     assert_same_weights(model, expected, 0)
 
 
-def test_gradients_that_wait_in_a_window_follow_the_scale():
+def test_fp16_rescales_the_gradients_that_wait_in_a_window():
     """The scale halves as optimizer a steps, while b is in the middle of its window."""
 
     class Scored(Pair):
@@ -546,7 +546,7 @@ def test_gradients_that_wait_in_a_window_follow_the_scale():
 @pytest.mark.parametrize(
     "loss_func", [nn.BCELoss(), FocalLoss(), F.binary_cross_entropy], ids=lambda f: str(f)[:12]
 )
-def test_a_loss_of_probabilities_is_refused_with_its_remedy(loss_func, jit):
+def test_half_precision_refuses_a_loss_of_probabilities_with_a_remedy(loss_func, jit):
     model = compiled(Net(), loss_func, precision="bf16", jit=jit)
     for verb in (lambda: model.fit(1, batches(), verbose=0), lambda: model.evaluate(batches())):
         with pytest.raises(ValueError, match="probabilities") as error:
@@ -558,7 +558,7 @@ def test_a_loss_of_probabilities_is_refused_with_its_remedy(loss_func, jit):
         )
 
 
-def test_what_torch_refuses_on_a_gpu_is_said_in_the_same_words():
+def test_half_precision_on_a_gpu_raises_the_same_error_for_a_loss_of_probabilities():
     def loss_func(y_pred, y_true):
         raise RuntimeError(
             "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast."
@@ -570,7 +570,7 @@ def test_what_torch_refuses_on_a_gpu_is_said_in_the_same_words():
         compiled(Scores(), loss_func, precision="bf16").fit(1, batches(), verbose=0)
 
 
-def test_probabilities_made_in_float32_are_taken():
+def test_half_precision_takes_probabilities_computed_in_float32():
     class Careful(Scores):
         def forward(self, x):
             return torch.sigmoid(super().forward(x).float())
@@ -579,11 +579,11 @@ def test_probabilities_made_in_float32_are_taken():
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
 
-def test_auto_is_float32_on_the_cpu():
+def test_precision_auto_is_float32_on_the_cpu():
     assert compiled(precision="auto")._run.precision is None
 
 
-def test_nothing_is_made_where_nothing_is_asked_for():
+def test_precision_object_is_not_created_if_no_option_needs_it():
     assert compiled()._run.precision is None
 
 
@@ -613,7 +613,9 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("called", "instead"), [("backward", "self.backward(loss)"), ("step", "self.optimizer_step()")]
 )
-def test_a_bare_backward_or_step_is_an_error_that_names_ours(option, called, instead):
+def test_accumulate_with_a_bare_backward_or_step_raises_an_error_that_names_ours(
+    option, called, instead
+):
     model = compiled(
         bare(backward=called == "backward", step=called == "step"),
         nn.BCEWithLogitsLoss(),
@@ -630,7 +632,7 @@ def test_a_bare_backward_or_step_is_an_error_that_names_ours(option, called, ins
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}], ids=str)
-def test_elsewhere_a_bare_step_is_as_good(options):
+def test_bare_backward_and_step_train_without_those_options(options):
     model = compiled(bare(backward=True, step=True), nn.BCEWithLogitsLoss(), **options)
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
@@ -639,7 +641,7 @@ def test_elsewhere_a_bare_step_is_as_good(options):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_bf16_is_in_the_one_graph(together):
+def test_bf16_is_in_the_one_graph_of_jit(together):
     model = Scores()
     twin = copy.deepcopy(model)
     model.__dict__["seen"] = twin.__dict__["seen"] = []
@@ -657,7 +659,9 @@ def test_bf16_is_in_the_one_graph(together):
 
 @pytest.mark.parametrize("option", ["accumulate=3", 'precision="fp16"'])
 @pytest.mark.parametrize("together", [1, 2])
-def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, together):
+def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_of_once(
+    option, together
+):
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
     twin = copy.deepcopy(model)
     data = batches([20, 20, 20, 20, 7])
@@ -701,7 +705,7 @@ def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, togethe
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_means_nothing_is_refused_at_compile(options, message):
+def test_precision_options_that_mean_nothing_are_refused_at_compile(options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         compiled(**options)
     assert str(error.value) == message
@@ -735,7 +739,7 @@ def test_half_precision_trains_on_a_gpu(precision, options):
 
 
 @pytest.mark.gpu
-def test_the_default_optimizer_and_the_scaler_of_fp16_share_what_holds_a_step_back():
+def test_fp16_scaler_and_the_default_optimizer_share_what_holds_a_step_back():
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1)))
@@ -750,7 +754,7 @@ def test_the_default_optimizer_and_the_scaler_of_fp16_share_what_holds_a_step_ba
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss_func", [nn.BCELoss(), FocalLoss()], ids=["BCELoss", "FocalLoss"])
-def test_a_loss_of_probabilities_is_refused_on_a_gpu_too(loss_func):
+def test_half_precision_on_a_gpu_refuses_a_loss_of_probabilities(loss_func):
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()))
     model.compile(loss_func, precision="fp16")
     with pytest.raises(ValueError, match=r"^the loss takes probabilities"):

@@ -10,7 +10,7 @@ from torch import nn
 from minikeras import Model
 
 
-def test_outputs_of_ragged_shapes_cannot_be_joined():
+def test_predict_outputs_of_ragged_shapes_cannot_be_joined():
     message = "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be joined. "
     with refused(
         f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."
@@ -74,7 +74,7 @@ def test_predict_has_each_batchs_answer_though_forward_gives_one_buffer_again_an
     assert torch.equal(Model(Buffered()).predict(Y, batch_size=2), Y)
 
 
-def test_outputs_in_a_list_are_joined_one_by_one():
+def test_predict_joins_outputs_in_a_list_one_by_one():
     class Heads(nn.Module):
         def forward(self, x):
             return [x, -x]
@@ -95,7 +95,7 @@ def turned(other):
     return Model(Turned())
 
 
-def test_a_dict_of_outputs_is_joined_by_its_keys_in_whatever_order_they_come():
+def test_predict_joins_outputs_in_a_dict_by_its_keys_in_any_order():
     x = torch.arange(8.0).reshape(4, 2)
     outputs = turned(lambda x: {"b": -x, "a": x}).predict(x, batch_size=2)
     assert torch.equal(outputs["a"], x)
@@ -111,7 +111,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("other", "shown"), OTHERS)
-def test_outputs_that_are_made_in_different_ways_cannot_be_joined(other, shown):
+def test_predict_outputs_of_different_structure_cannot_be_joined(other, shown):
     message = f"the outputs of the batches are made in different ways, {{'a': {X_2}, 'b': {X_2}}} and {shown}, and "
     with refused(
         f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by batch."

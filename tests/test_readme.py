@@ -8,7 +8,7 @@ from helpers.pages import numbers_rounded
 from helpers.paths import PACKAGE, ROOT
 
 
-def test_the_readme_runs_and_prints_what_it_shows():
+def test_readme_runs_and_prints_what_it_shows():
     readme = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```\n", readme, re.DOTALL)
     shown = re.search(r"```text\n(.*?)```\n", readme[code.end() :], re.DOTALL)
@@ -18,7 +18,7 @@ def test_the_readme_runs_and_prints_what_it_shows():
     assert numbers_rounded(printed.getvalue()) == numbers_rounded(shown[1])
 
 
-def test_the_readme_names_each_module_that_there_is():
+def test_readme_names_each_module():
     readme = (ROOT / "README.md").read_text()
     rooms = {path.name for path in PACKAGE.glob("*.py")} | {
         f"{path.parent.name}/" for path in PACKAGE.glob("*/*.py")

@@ -57,7 +57,7 @@ AS_COLUMN = {
 
 
 @pytest.mark.parametrize(("x", "column", "labels"), AS_COLUMN.values(), ids=AS_COLUMN)
-def test_one_number_a_row_is_told_to_be_a_column(x, column, labels):
+def test_features_of_one_number_a_row_raise_an_error_that_says_to_make_a_column(x, column, labels):
     y = 2 * x + 1
     message = told(
         model_of(nn.Linear(1, 1)), (x, y), "was given (32,). Pass X as a column, X.reshape(-1, 1)"
@@ -75,7 +75,7 @@ def test_one_number_a_row_is_told_to_be_a_column(x, column, labels):
     assert model.evaluate((column(x), labels(y)))["val_loss"] < 1e-3
 
 
-def test_one_number_a_row_for_a_wider_layer_names_both_ways_out():
+def test_features_of_one_number_a_row_for_a_wider_layer_raise_an_error_with_both_remedies():
     message = told(
         model_of(nn.Linear(3, 1)), (X[:, 0], Y), "in_features=1 and pass X as a column", "(rows, 3)"
     )
@@ -89,7 +89,7 @@ CONVOLUTION = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 1))
 OF_ONE_CHANNEL = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(36, 1))
 
 
-def test_pictures_with_the_channels_last_are_told_to_move_them():
+def test_images_with_the_channels_last_raise_an_error_that_says_to_move_them():
     told(
         model_of(CONVOLUTION),
         (PICTURES.permute(0, 2, 3, 1), Y),
@@ -105,7 +105,7 @@ def test_pictures_with_the_channels_last_are_told_to_move_them():
     assert trains(model_of(CONVOLUTION), (in_numpy, Y)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_sequences_with_the_channels_last_are_told_to_move_them():
+def test_sequences_with_the_channels_last_raise_an_error_that_says_to_move_them():
     net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(16, 1))
     told(
         model_of(net),
@@ -115,7 +115,7 @@ def test_sequences_with_the_channels_last_are_told_to_move_them():
     trains(model_of(net), (torch.randn(64, 5, 3).movedim(-1, 1), Y))
 
 
-def test_pictures_without_a_channel_are_told_to_have_one():
+def test_images_without_a_channel_raise_an_error_that_says_to_add_one():
     grey = PICTURES[:, 0]
     told(
         model_of(OF_ONE_CHANNEL),
@@ -126,7 +126,7 @@ def test_pictures_without_a_channel_are_told_to_have_one():
     trains(model_of(OF_ONE_CHANNEL), (grey.numpy()[:, None], Y))
 
 
-def test_other_channels_than_the_layers_name_both_ways_out():
+def test_images_of_other_channels_than_the_layers_raise_an_error_with_both_remedies():
     told(
         model_of(CONVOLUTION),
         (PICTURES[:, :1], Y),
@@ -135,7 +135,7 @@ def test_other_channels_than_the_layers_name_both_ways_out():
     trains(model_of(OF_ONE_CHANNEL), (PICTURES[:, :1], Y))
 
 
-def test_pictures_for_a_linear_layer_are_told_to_be_flat():
+def test_images_for_a_linear_layer_raise_an_error_that_says_to_flatten_them():
     told(model_of(nn.Linear(75, 1)), (PICTURES, Y), "Put nn.Flatten() before it.")
     trains(model_of(nn.Sequential(nn.Flatten(), nn.Linear(75, 1))), (PICTURES, Y))
     told(
@@ -148,7 +148,7 @@ def test_pictures_for_a_linear_layer_are_told_to_be_flat():
 # ---------------------------------------------------------------- dtypes of features
 
 
-def test_numpy_floats_for_a_float64_model_are_told_a_way_that_keeps_them():
+def test_numpy_floats_for_a_float64_model_raise_an_error_with_a_remedy_that_keeps_them():
     net = nn.Linear(3, 1).double()
     features, labels = X.double().numpy(), Y.double().numpy()
     rows = DataLoader(StackDataset(torch.as_tensor(features), torch.as_tensor(labels)), 32)
@@ -183,7 +183,7 @@ def in_float64():
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_where_float64_is_the_default_numpy_floats_and_integers_arrive_in_it():
+def test_numpy_floats_and_integers_arrive_in_float64_if_that_is_the_default():
     net = nn.Linear(3, 1)
     model = model_of(net, lr=0.0)
     features, labels = X.double(), Y.double()
@@ -195,7 +195,7 @@ def test_where_float64_is_the_default_numpy_floats_and_integers_arrive_in_it():
     trains(model_of(net), (X.long().numpy().astype("float64"), labels))
 
 
-def test_complex_features_are_told_to_become_real():
+def test_features_of_complex_numbers_raise_an_error_that_says_to_make_them_real():
     features = torch.complex(X, X)
     told(model_of(nn.Linear(3, 1)), (features, Y), "Pass features.real or features.abs(), in NumPy")
     array, frame = features.numpy(), pd.DataFrame(features.numpy())
@@ -210,7 +210,7 @@ def test_complex_features_are_told_to_become_real():
         assert np.isfinite(model_of(nn.Linear(3, 1)).fit(1, (real, Y), verbose=0)["loss"].item())
 
 
-def test_half_features_and_integers_are_told_to_be_floats():
+def test_features_of_half_precision_or_integers_raise_an_error_that_says_float():
     for features in (X.half(), X.bfloat16(), X.long()):
         message = told(model_of(nn.Linear(3, 1)), (features, Y), "Pass features.float()")
         assert "model.to(torch.bfloat16)" not in message
@@ -235,7 +235,7 @@ LOSSES = {
 @pytest.mark.parametrize(
     "kwargs", [{}, {"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str
 )
-def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_does(
+def test_labels_of_another_dtype_train_as_float32_or_raise_an_error_with_a_cast_that_does(
     loss, dtype, kwargs
 ):
     labels = ZERO_ONE.to(dtype)
@@ -257,7 +257,7 @@ def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_d
     )
 
 
-def test_a_bfloat16_model_is_told_of_labels_in_its_own_dtype():
+def test_labels_for_a_bfloat16_model_raise_an_error_with_its_own_dtype():
     net = nn.Linear(3, 1).bfloat16()
     words = (
         "Pass labels.to(torch.bfloat16); from NumPy and pandas floats arrive as float32, so pass "
@@ -269,7 +269,7 @@ def test_a_bfloat16_model_is_told_of_labels_in_its_own_dtype():
     trains(model_of(net, nn.BCEWithLogitsLoss()), (X.bfloat16(), labels))
 
 
-def test_labels_with_one_dimension_more_are_told_the_way_back():
+def test_labels_of_one_dimension_too_many_raise_an_error_with_a_remedy():
     labels = torch.randn(64, 12, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -282,7 +282,7 @@ def test_labels_with_one_dimension_more_are_told_the_way_back():
     trains(model_of(nn.Linear(3, 12)), (X, labels.squeeze(-1)))
 
 
-def test_labels_outside_the_classes_are_told_what_numbers_them_or_leaves_them_out():
+def test_labels_outside_the_classes_raise_an_error_with_a_remedy():
     told(
         model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()),
         (X, CLASSES + 1),
@@ -306,7 +306,7 @@ class Squeezed(minikeras.Model):
         return self.fc(x).squeeze(*self.dims)
 
 
-def test_a_last_row_that_is_squeezed_is_told_to_name_the_dimension():
+def test_squeeze_of_a_last_row_raises_an_error_that_says_to_name_the_dimension():
     data = (X[:33], ZERO_ONE[:33, 0].float())
     with pytest.raises(ValueError, match=r"have lost the dimension of the rows.*squeeze\(-1\)"):
         compiled(Squeezed(), nn.BCEWithLogitsLoss()).evaluate(data)
@@ -352,7 +352,7 @@ def reference(model, data):
 
 @pytest.mark.parametrize("labels", ["classes", "probabilities"])
 @pytest.mark.parametrize(("steps", "classes"), [(6, 4), (3, 4)])
-def test_classes_that_are_last_are_refused_and_both_ways_out_train(steps, classes, labels):
+def test_classes_in_the_last_dimension_are_refused_and_both_remedies_train(steps, classes, labels):
     X, y = sequences(steps, classes)
     given = y if labels == "classes" else F.one_hot(y, classes).float()
     told(compiled(Last(classes), nn.CrossEntropyLoss()), (X, given), "over" if labels != "classes" else "are last",
@@ -381,7 +381,7 @@ SQUARE = sequences(4, 4)
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
-def test_as_many_steps_as_classes_are_warned_of_once_where_the_classes_are_last(verb):
+def test_classes_in_the_last_dimension_are_warned_of_once_if_there_are_as_many_steps(verb):
     assert warned(Last(4), SQUARE, verb) == 1
     words = torch.randint(0, 4, (64, 4))
     assert (
@@ -460,11 +460,11 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
-def test_scores_with_the_classes_in_dimension_1_are_neither_refused_nor_warned_of(make):
+def test_classes_in_dimension_1_are_neither_refused_nor_warned_of(make):
     assert warned(*make()) == 0
 
 
-def test_log_probabilities_over_the_last_dimension_are_refused_though_the_shapes_fit():
+def test_classes_of_log_probabilities_in_the_last_dimension_are_refused_though_the_shapes_fit():
     net = nn.Sequential(nn.Linear(4, 4), nn.LogSoftmax(-1))
     message = told(model_of(net, nn.NLLLoss()), SQUARE, "log-probabilities over the last dimension")
     assert "nn.functional.nll_loss(y_pred.movedim(-1, 1), y_true)" in message
@@ -489,7 +489,7 @@ class Two(minikeras.Model):
 
 @pytest.mark.parametrize("kind", [dict, tuple])
 @pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), F.mse_loss], ids=str)
-def test_one_loss_for_several_outputs_is_told_to_be_one_for_each(kind, loss):
+def test_loss_for_one_of_several_outputs_raises_an_error_that_says_one_for_each(kind, loss):
     labels = {"a": Y, "b": CLASSES} if kind is dict else (Y, CLASSES)
     first, second = ("a", "b") if kind is dict else (0, 1)
     words = "takes one tensor of predictions and one of labels, and the model gave"
@@ -508,7 +508,7 @@ def test_one_loss_for_several_outputs_is_told_to_be_one_for_each(kind, loss):
     trains(compiled(Two(kind), both), (X, labels))
 
 
-def test_several_labels_for_one_output_are_told():
+def test_labels_in_several_parts_for_one_output_raise_an_error():
     told(
         model_of(nn.Linear(3, 1)),
         (X, {"a": Y, "b": Y}),
@@ -518,7 +518,7 @@ def test_several_labels_for_one_output_are_told():
     trains(model_of(nn.Linear(3, 1)), (X, Y))
 
 
-def test_a_nested_tensor_without_a_shape_says_how_to_build_one_that_has_it():
+def test_nested_tensor_without_a_shape_raises_an_error_that_says_how_to_build_one():
     rows = [torch.randn(2), torch.randn(1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -537,7 +537,7 @@ def test_a_nested_tensor_without_a_shape_says_how_to_build_one_that_has_it():
     assert torch.equal(torch.nested.to_padded_tensor(jagged, 0.0), padded)
 
 
-def test_batches_of_scipy_matrices_say_to_pass_the_matrix():
+def test_scipy_matrices_as_batches_raise_an_error_that_says_to_pass_the_matrix():
     scipy_sparse = pytest.importorskip("scipy.sparse")
     dense = np.eye(6, 2, dtype="float32")
     matrix = scipy_sparse.csr_matrix(dense)

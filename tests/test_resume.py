@@ -46,7 +46,7 @@ def broken_off(path, kills, every=1, **kwargs):
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's
 @pytest.mark.parametrize("kills", [[3], [5], [6], [2, 1], [0, 1, 1, 4], [14]], ids=str)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_fit_carried_on_is_the_fit_never_stopped(loader, kills, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped(loader, kills, tmp_path):
     assert (
         differences(whole(loader=loader), broken_off(tmp_path / "run.pt", kills, loader=loader))
         == []
@@ -92,7 +92,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("kills", [[4], [2, 1], [6], [8, 1], [3, 0, 0]], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_so_it_is_in_each_setting(setting, kills, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped_in_each_setting(setting, kills, tmp_path):
     kwargs = SETTINGS[setting].copy()
     every = kwargs.pop("checkpoint_every", 1)
     assert (
@@ -104,7 +104,7 @@ def test_so_it_is_in_each_setting(setting, kills, tmp_path):
     not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
 )
 @pytest.mark.parametrize(("loader", "steps"), [("in memory", 1), ("noisy", 3)])
-def test_so_it_is_under_jit(loader, steps, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped_under_jit(loader, steps, tmp_path):
     kwargs = {"loader": loader, "compile": {"jit": True, "steps_per_execution": steps}}
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
 
@@ -112,7 +112,7 @@ def test_so_it_is_under_jit(loader, steps, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"jit": True}], ids=str)
-def test_so_it_is_on_an_accelerator(options, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped_on_an_accelerator(options, tmp_path):
     kwargs = {"loader": "noisy", "compile": {"device": None, **options}}
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
 
@@ -132,7 +132,7 @@ def fits(path, *epochs, kill=None):
     return histories, model
 
 
-def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to_it(
+def test_resumed_fit_that_was_finished_returns_its_history_and_more_epochs_are_added(
     tmp_path, capsys
 ):
     path = {"checkpoint": tmp_path / "run.pt"}
@@ -146,7 +146,7 @@ def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to
 
 
 @pytest.mark.parametrize("kill", [(0, 4), (1, 0), (1, 5), (2, 2)], ids=str)
-def test_a_script_of_several_fits_may_use_one_file(kill, tmp_path):
+def test_resumed_script_of_several_fits_may_use_one_file(kill, tmp_path):
     path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
     expected, model = fits({}, 2, 3, 1)
     with pytest.raises(Killed):
@@ -157,7 +157,7 @@ def test_a_script_of_several_fits_may_use_one_file(kill, tmp_path):
     assert torch.equal(other.fc1.weight, model.fc1.weight)
 
 
-def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tmp_path):
+def test_resumed_fit_in_the_same_process_continues_when_it_is_called_again(tmp_path):
     path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
     (expected,), model = fits({}, 4)
     torch.manual_seed(1)
@@ -173,7 +173,7 @@ def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tm
     assert torch.equal(other.fc1.weight, model.fc1.weight)
 
 
-def test_a_run_that_was_stopped_stays_stopped(tmp_path):
+def test_resumed_fit_that_was_stopped_stays_stopped(tmp_path):
     path = {"checkpoint": tmp_path / "run.pt"}
     stop = LambdaCallback(
         on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2)
@@ -188,7 +188,9 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path):
 @pytest.mark.parametrize(
     "metric", [Mean(), lambda y_pred, y_true: y_pred.mean()], ids=["object", "function"]
 )
-def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, tmp_path):
+def test_resumed_fit_takes_other_metrics_between_epochs_and_refuses_them_within_one(
+    metric, tmp_path
+):
     path = {
         "checkpoint": tmp_path / "run.pt",
         "checkpoint_every": 1,
@@ -211,7 +213,7 @@ def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, t
     assert dfhistory["mean"].isna().tolist() == [False, True]
 
 
-def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
+def test_resumed_fit_says_where_it_continues_in_a_line(tmp_path, capsys):
     path = tmp_path / "run.pt"
 
     def fit(kill=None):
@@ -228,7 +230,7 @@ def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
     assert fit() == f"{path}: finished after epoch 2, nothing is left to train\n"
 
 
-def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
+def test_resumed_fit_keeps_the_mark_of_the_best_epoch(tmp_path, capsys):
     def fit(epochs):
         model = compiled(loss_func=lambda y_pred, y_true: losses.pop(0) + 0 * y_pred.sum())
         model.fit(epochs, points(8), points(8), checkpoint=tmp_path / "run.pt")
@@ -245,7 +247,7 @@ def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
 # --- what is not exact, and said so -----------------------------------------------------------------------------------
 
 
-def test_persistent_workers_that_may_draw_are_warned_of_as_the_fit_begins(tmp_path):
+def test_checkpoint_with_persistent_workers_that_may_draw_warns_as_the_fit_begins(tmp_path):
     loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
     with pytest.warns(UserWarning, match="persistent_workers") as warned:
         compiled().fit(1, loader, verbose=0, checkpoint=tmp_path / "run.pt")
@@ -256,7 +258,9 @@ def test_persistent_workers_that_may_draw_are_warned_of_as_the_fit_begins(tmp_pa
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(40, 5), (80, 10)])
-def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_size, tmp_path):
+def test_resumed_fit_warns_of_other_rows_or_another_batch_size_within_an_epoch(
+    rows, batch_size, tmp_path
+):
     path = tmp_path / "run.pt"
 
     def fit(rows, batch_size, after=None):
@@ -278,14 +282,16 @@ def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_s
     )
 
 
-def test_another_batch_size_from_an_epochs_end_on_is_nothing_to_tell_of(tmp_path):
+def test_resumed_fit_does_not_warn_of_another_batch_size_from_an_epochs_end_on(tmp_path):
     for epochs, batch_size in ((1, 10), (2, 5)):
         compiled().fit(
             epochs, points(40), batch_size=batch_size, checkpoint=tmp_path / "run.pt", verbose=0
         )
 
 
-def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not(tmp_path):
+def test_resumed_fit_warns_of_another_learning_rate_in_the_script_and_not_of_one_that_moved(
+    tmp_path,
+):
     path = tmp_path / "run.pt"
 
     def fit(epochs, lr, warmed=True):
@@ -310,7 +316,9 @@ def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not
 
 
 @pytest.mark.parametrize("epochs", [3, 5])
-def test_a_fit_that_failed_as_an_epoch_ended_is_gone_on_with_in_the_same_process(epochs, tmp_path):
+def test_resumed_fit_continues_in_the_same_process_after_an_error_at_an_epochs_end(
+    epochs, tmp_path
+):
     path = {"checkpoint": tmp_path / "run.pt", "verbose": 0}
     broken = LambdaCallback(on_epoch_end=lambda epoch, logs: 1 // (epoch != 2))
     torch.manual_seed(1)
@@ -326,7 +334,7 @@ def test_a_fit_that_failed_as_an_epoch_ended_is_gone_on_with_in_the_same_process
     assert len(model.fit(1, points(40), **path)) == epochs + 1  # that one had come to its end
 
 
-def test_the_milestones_of_a_schedule_outlive_the_process(tmp_path):
+def test_resumed_fit_keeps_the_milestones_of_a_schedule(tmp_path):
     def rates(*calls):
         for epochs, path in calls:
             model = compiled(lr=1.0)
@@ -345,7 +353,9 @@ class Thaws(minikeras.Callback):
             self.model.fc1.requires_grad_(True)
 
 
-def test_what_a_callback_has_thawed_stays_so_and_what_the_script_thaws_is_taken(tmp_path):
+def test_resumed_fit_keeps_layers_thawed_by_a_callback_and_takes_those_thawed_by_the_script(
+    tmp_path,
+):
     def fit(epochs, path=None, frozen=True):
         torch.manual_seed(1)
         model = compiled()
@@ -375,7 +385,7 @@ class Cached(torch.nn.Module):
         return torch.sigmoid(self.layer(x - self.mean))
 
 
-def test_buffers_that_grow_or_come_late_are_restored_as_they_were(tmp_path):
+def test_resumed_fit_restores_buffers_that_grow_or_come_late(tmp_path):
     def fit(epochs, path=None):
         torch.manual_seed(1)
         model = compiled(minikeras.Model(Cached()))
@@ -391,7 +401,7 @@ def test_buffers_that_grow_or_come_late_are_restored_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("kinds", [(), (minikeras.Timer, minikeras.EMA, minikeras.EMA)], ids=len)
-def test_callbacks_that_the_states_may_not_belong_to_are_told(kinds, tmp_path):
+def test_resumed_fit_warns_of_callbacks_that_the_states_may_not_belong_to(kinds, tmp_path):
     path = tmp_path / "run.pt"
 
     def fit(epochs, kinds):
@@ -409,7 +419,7 @@ def test_callbacks_that_the_states_may_not_belong_to_are_told(kinds, tmp_path):
     )
 
 
-def test_a_scheduler_may_come_in_as_a_run_goes_on(tmp_path):
+def test_resumed_fit_may_have_a_new_scheduler(tmp_path):
     compiled(lr=0.5).fit(1, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
     model = compiled(lr=0.5)
     scheduler = torch.optim.lr_scheduler.StepLR(model.optimizer, 1, 0.1)
@@ -430,7 +440,7 @@ class Versioned(torch.nn.Linear):
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
-def test_a_layer_finds_the_version_that_its_weights_were_written_by(tmp_path):
+def test_resumed_fit_gives_a_layer_the_version_that_its_weights_were_written_by(tmp_path):
     def made():
         torch.manual_seed(0)
         return compiled(minikeras.Model(torch.nn.Sequential(Versioned(2, 1), torch.nn.Sigmoid())))
@@ -445,7 +455,7 @@ def test_a_layer_finds_the_version_that_its_weights_were_written_by(tmp_path):
     assert torch.equal(other.net[0].weight, model.net[0].weight)
 
 
-def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):
+def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(tmp_path):
     path = {
         "checkpoint": tmp_path / "run.pt",
         "checkpoint_every": 1,

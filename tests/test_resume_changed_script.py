@@ -112,7 +112,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_schedule_that_was_changed_is_taken_from_the_script_and_told(change, tmp_path):
+def test_resumed_script_with_a_changed_schedule_takes_it_and_warns(change, tmp_path):
     first, second, step, words = CHANGES[change]
     expected, rates = plain_loop(first, second, step)
     model, told = rates_after_change(tmp_path / "run.pt", first, second, step)
@@ -123,7 +123,7 @@ def test_a_schedule_that_was_changed_is_taken_from_the_script_and_told(change, t
     assert "The script's is taken" in told[0]
 
 
-def test_the_same_schedule_again_is_nothing_to_tell_of(tmp_path):
+def test_resumed_script_with_the_same_schedule_does_not_warn(tmp_path):
     def cosine(optimizer):
         return SCHEDULES.CosineAnnealingLR(optimizer, 6)
 
@@ -132,7 +132,7 @@ def test_the_same_schedule_again_is_nothing_to_tell_of(tmp_path):
     assert model.history["lr"].tolist() == pytest.approx(plain_loop(cosine, cosine, "epoch")[1])
 
 
-def test_other_betas_are_told_and_the_files_go_on(tmp_path):
+def test_resumed_script_with_other_betas_warns_and_keeps_those_of_the_file(tmp_path):
     def adam(betas):
         return lambda: {
             "optimizer": lambda trained: torch.optim.Adam(trained, lr=0.01, betas=betas)
@@ -147,7 +147,9 @@ def test_other_betas_are_told_and_the_files_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["loss", "frozen"])
-def test_another_loss_or_other_frozen_layers_are_told_and_taken(change, tmp_path):
+def test_resumed_script_with_another_loss_or_other_frozen_layers_takes_them_and_warns(
+    change, tmp_path
+):
     start(dict, tmp_path / "run.pt", epochs=1)
     fits.USES.clear()
     changed = {"loss": lambda: {"loss": nn.L1Loss}, "frozen": lambda: {"net": half_frozen}}[change]
@@ -179,7 +181,7 @@ def best_of(monitor, path, epochs):
     return model, stop, save
 
 
-def test_the_best_value_of_another_monitor_is_not_taken(tmp_path):
+def test_resumed_script_with_another_monitor_does_not_take_the_best_value(tmp_path):
     best_of("val_loss", tmp_path / "run.pt", 2)
     with pytest.warns(UserWarning, match="that watched") as told:
         model, stop, save = best_of("val_accuracy", tmp_path / "run.pt", 5)
@@ -192,7 +194,7 @@ def test_the_best_value_of_another_monitor_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_data_of_as_many_rows_are_told(finished, tmp_path):
+def test_resumed_script_with_other_data_of_as_many_rows_warns(finished, tmp_path):
     path = tmp_path / "run.pt"
     if finished:
         start(dict, path, epochs=1)
@@ -264,7 +266,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_what_does_not_fit_is_refused_before_a_weight_changes(change, tmp_path):
+def test_resumed_script_that_does_not_fit_is_refused_before_a_weight_changes(change, tmp_path):
     first, second, words = REFUSED[change]
     path = tmp_path / "run.pt"
     with pytest.raises(Killed):

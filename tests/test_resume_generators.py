@@ -239,7 +239,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_what_draws_or_counts_is_held_wherever_it_is(kind, tmp_path):
+def test_checkpoint_holds_what_draws_or_counts_wherever_it_is(kind, tmp_path):
     assert_exact(EXACT[kind], tmp_path, kills=(2, 4, 5))
 
 
@@ -279,11 +279,13 @@ ITERABLES = {
 
 
 @pytest.mark.parametrize("kind", ITERABLES)
-def test_an_iterable_of_ones_own_is_exact_and_nothing_is_told_of_it(kind, tmp_path):
+def test_checkpoint_of_a_custom_iterable_is_exact_without_a_warning(kind, tmp_path):
     assert_exact(lambda: {"net": dropped_out, "data": ITERABLES[kind]}, tmp_path, kills=(2, 3, 5))
 
 
-def test_a_position_that_cannot_be_held_is_told_as_the_fit_begins(tmp_path, monkeypatch):
+def test_checkpoint_warns_of_a_position_that_it_cannot_hold_as_the_fit_begins(
+    tmp_path, monkeypatch
+):
     class Reader:
         __module__ = "reader"
 
@@ -312,7 +314,7 @@ class Unseeded(Stream):
 UNSEEDED = []
 
 
-def test_batches_that_are_others_when_they_are_read_again_are_told(tmp_path):
+def test_resumed_fit_warns_of_batches_that_differ_when_they_are_read_again(tmp_path):
     path = tmp_path / "run.pt"
     UNSEEDED[:] = range(20)
     with pytest.raises(Killed):
@@ -347,7 +349,7 @@ class FromTheSystem(Transformed):
 @pytest.mark.parametrize(
     ("dataset", "name"), [(FromAnIterator, "lines"), (FromTheSystem, "random")]
 )
-def test_an_iterator_inside_a_dataset_is_told_by_name(dataset, name, tmp_path):
+def test_checkpoint_warns_of_an_iterator_inside_a_dataset_by_name(dataset, name, tmp_path):
     with pytest.warns(
         UserWarning, match=rf"dl_train\.dataset\.{name} has a position or a random state"
     ) as told:
@@ -355,7 +357,7 @@ def test_an_iterator_inside_a_dataset_is_told_by_name(dataset, name, tmp_path):
     assert len(told) == 1
 
 
-def test_large_data_are_not_walked_through(tmp_path):
+def test_checkpoint_does_not_walk_through_large_data(tmp_path):
     class Files(Dataset):
         def __init__(self):
             self.samples = [(f"{row}.png", row % 2) for row in range(300_000)]

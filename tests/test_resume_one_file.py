@@ -24,7 +24,7 @@ def fold(number, path, seed=True, error=None):
 
 
 @pytest.mark.parametrize("seed", [True, False])
-def test_folds_with_one_file_are_refused_and_with_a_file_each_they_are_trained(seed, tmp_path):
+def test_checkpoint_of_another_fold_is_refused_and_a_file_for_each_trains(seed, tmp_path):
     path = tmp_path / "run.pt"
     fold(0, path, seed)
     with pytest.raises(CheckpointError) as raised:
@@ -40,7 +40,7 @@ def test_folds_with_one_file_are_refused_and_with_a_file_each_they_are_trained(s
     fold(2, path)
 
 
-def test_a_fold_after_one_that_failed_is_refused_too(tmp_path):
+def test_checkpoint_of_a_fold_that_failed_is_refused_by_the_next(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fold(0, tmp_path / "run.pt", error=True)
     fold(0, tmp_path / "run.pt")  # the same fit, begun again
@@ -52,7 +52,7 @@ def test_a_fold_after_one_that_failed_is_refused_too(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2])
-def test_a_second_phase_with_the_file_of_the_first_is_refused(rate, tmp_path):
+def test_checkpoint_of_the_first_phase_is_refused_by_the_second(rate, tmp_path):
     path = tmp_path / "run.pt"
     model = minikeras.Model(nn.Linear(2, 1))
     for phase in (1, 2):
@@ -72,7 +72,7 @@ def test_a_second_phase_with_the_file_of_the_first_is_refused(rate, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.2}, {"dropout": 0.2}, {"weight": 0.5}], ids=str)
-def test_a_sweep_with_one_file_is_refused(change, tmp_path):
+def test_checkpoint_of_another_trial_of_a_sweep_is_refused(change, tmp_path):
     def trial(lr=0.1, dropout=0.1, weight=1.0):
         torch.manual_seed(0)
         model = minikeras.Model(
@@ -91,7 +91,7 @@ def test_a_sweep_with_one_file_is_refused(change, tmp_path):
         trial(**change)
 
 
-def test_a_callback_that_writes_under_the_checkpoints_path_is_refused(tmp_path):
+def test_checkpoint_path_that_a_callback_writes_too_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
         start(
             lambda: {

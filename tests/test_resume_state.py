@@ -44,7 +44,7 @@ class Counted(minikeras.Callback):
         self.epochs = state["epochs"]
 
 
-def test_an_epoch_that_is_resumed_does_not_begin_twice(tmp_path):
+def test_resumed_epoch_does_not_begin_twice(tmp_path):
     assert_exact(lambda: {"callbacks": lambda: [Halves(), Counted()]}, tmp_path, kills=(1, 3, 4, 8))
 
 
@@ -70,7 +70,7 @@ def frozen_net():
 @pytest.mark.parametrize(
     "optimizer", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)]
 )
-def test_groups_that_a_callback_adds_are_resumed(optimizer, tmp_path):
+def test_resumed_fit_has_the_groups_that_a_callback_added(optimizer, tmp_path):
     def make():
         return {
             "net": frozen_net,
@@ -81,7 +81,7 @@ def test_groups_that_a_callback_adds_are_resumed(optimizer, tmp_path):
     assert_exact(make, tmp_path, kills=(2, 3, 4, 6, 7, 10), epochs=4)
 
 
-def test_so_they_are_in_the_middle_of_a_window_of_accumulate(tmp_path):
+def test_resumed_fit_has_the_groups_that_a_callback_added_in_a_window_of_accumulate(tmp_path):
     def make():
         return {
             "net": frozen_net,
@@ -93,7 +93,7 @@ def test_so_they_are_in_the_middle_of_a_window_of_accumulate(tmp_path):
     assert_exact(make, tmp_path, kills=(3, 4, 6, 7), epochs=3)
 
 
-def test_groups_of_another_script_are_refused(tmp_path):
+def test_resumed_fit_refuses_the_groups_of_another_script(tmp_path):
     def halves(trained):
         return torch.optim.SGD([{"params": trained[:1]}, {"params": trained[1:]}], lr=0.1)
 
@@ -123,7 +123,7 @@ class FreezesTheLoss(minikeras.Callback):
             self.model._run.loss_func.scale.requires_grad_(False)
 
 
-def test_hidden_buffers_and_frozen_parameters_of_a_loss_are_held(tmp_path):
+def test_checkpoint_holds_hidden_buffers_and_frozen_parameters_of_a_loss(tmp_path):
     assert_exact(
         lambda: {"loss": Centered, "callbacks": lambda: [FreezesTheLoss()]},
         tmp_path,
@@ -160,13 +160,13 @@ class LateLoss(LateCenter):
 
 
 @pytest.mark.parametrize("part", ["net", "loss"])
-def test_buffers_that_come_with_the_first_batch_are_held(part, tmp_path):
+def test_checkpoint_holds_buffers_that_come_with_the_first_batch(part, tmp_path):
     assert_exact(
         lambda: {part: {"net": LateCenter, "loss": LateLoss}[part]}, tmp_path, kills=(1, 4)
     )
 
 
-def test_a_file_of_weights_fills_buffers_that_come_with_the_first_batch(tmp_path):
+def test_load_fills_buffers_that_come_with_the_first_batch(tmp_path):
     model, other = minikeras.Model(LateCenter()), minikeras.Model(LateCenter())
     model(X)
     model.save(tmp_path / "weights.pt")
@@ -191,7 +191,7 @@ class MaybeBiased(nn.Module):
 
 
 @pytest.mark.parametrize("registered", [True, False])
-def test_a_parameter_that_is_none_here_is_not_taken_for_such_a_buffer(registered, tmp_path):
+def test_load_does_not_take_a_parameter_that_is_none_for_such_a_buffer(registered, tmp_path):
     minikeras.Model(MaybeBiased(True)).save(tmp_path / "weights.pt")
     model = minikeras.Model(MaybeBiased(False, registered))
     with pytest.raises(CheckpointError, match=r"unexpected: net\.bias"):

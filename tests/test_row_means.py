@@ -206,7 +206,7 @@ MEANS = {
 
 
 @pytest.mark.parametrize(("data", "function"), MEANS.values(), ids=MEANS)
-def test_a_mean_over_rows_is_never_told(data, function):
+def test_metric_that_is_a_mean_over_rows_is_never_warned_of(data, function):
     for rows in (4, 5, 16, 33, 128):
         for seed in range(3):
             generator = torch.Generator().manual_seed(100 * seed + rows)
@@ -281,7 +281,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("data", "function"), OTHERS.values(), ids=OTHERS)
-def test_what_is_no_mean_over_rows_is_told_at_any_batch_size_and_order(data, function):
+def test_metric_that_is_no_mean_over_rows_is_warned_of_at_any_batch_size_and_order(data, function):
     for rows in (16, 33, 256):
         for seed in range(2):
             generator = torch.Generator().manual_seed(100 * seed + rows)
@@ -296,7 +296,7 @@ def test_what_is_no_mean_over_rows_is_told_at_any_batch_size_and_order(data, fun
 # --- when, how often and what it says -----------------------------------------------------------
 
 
-def test_the_warning_says_what_is_wrong_and_what_to_do():
+def test_row_means_warning_says_what_is_wrong_and_what_to_do():
     X, y = numbers(32, torch.Generator().manual_seed(0))
     said = (
         "metric 'm' is no mean over rows: on a batch of 32 rows its value is not the mean of its values on two halves "
@@ -310,7 +310,7 @@ def test_the_warning_says_what_is_wrong_and_what_to_do():
     assert [str(one.message) for one in caught] == [said]
 
 
-def test_each_remedy_gives_the_value_on_all_rows_at_any_batch_size():
+def test_row_means_remedies_give_the_value_on_all_rows_at_any_batch_size():
     import torchmetrics
 
     X, y = numbers(101, torch.Generator().manual_seed(0))
@@ -330,7 +330,7 @@ def test_each_remedy_gives_the_value_on_all_rows_at_any_batch_size():
     )
 
 
-def test_it_is_told_once_for_training_and_validation_and_all_fits():
+def test_row_means_warning_comes_once_for_training_and_validation_and_all_fits():
     data = numbers(64, torch.Generator().manual_seed(0))
     model = given(r2)
     assert warned(lambda: model.fit(2, data, data, batch_size=16, verbose=0)) == ["m"]
@@ -338,21 +338,21 @@ def test_it_is_told_once_for_training_and_validation_and_all_fits():
     assert warned(lambda: model.evaluate(data)) == []
 
 
-def test_it_is_told_of_evaluate_where_that_comes_first():
+def test_row_means_warning_comes_in_evaluate_if_that_is_first():
     data = numbers(64, torch.Generator().manual_seed(0))
     model = given(r2)
     assert warned(lambda: model.evaluate(data)) == ["m"]
     assert warned(lambda: model.fit(1, data, data, verbose=0)) == []
 
 
-def test_each_metric_is_told_under_its_own_name():
+def test_row_means_warning_names_each_metric():
     data = numbers(64, torch.Generator().manual_seed(0))
     metrics = {"mae": nn.L1Loss(), "r2": r2, "rmse": OTHERS["RMSE"][1], "bias": MEANS["bias"][1]}
     model = compiled(minikeras.Model(Same()), nn.MSELoss(), metrics)
     assert warned(lambda: model.fit(1, data, verbose=0)) == ["r2", "rmse"]
 
 
-def test_the_warnings_filter_silences_it():
+def test_row_means_warning_can_be_silenced_by_a_filter():
     data = numbers(64, torch.Generator().manual_seed(0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -362,14 +362,14 @@ def test_the_warnings_filter_silences_it():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_batches_of_fewer_than_four_rows_are_looked_at_together(batch_size):
+def test_row_means_check_joins_batches_of_fewer_than_four_rows(batch_size):
     X, y = numbers(24, torch.Generator().manual_seed(0))
     batches = list(zip(X.split(batch_size), y.split(batch_size), strict=True))
     assert warned(lambda: given(OTHERS["RMSE"][1]).evaluate(batches)) == ["m"]
     assert warned(lambda: given(nn.L1Loss()).evaluate(batches)) == []
 
 
-def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
+def test_row_means_warning_comes_in_a_later_epoch_if_the_first_batches_do_not_show_it():
     y = torch.cat([torch.zeros(32, 1), torch.ones(32, 1)])
     nothing, something = (
         torch.zeros(64, 1),
@@ -402,7 +402,7 @@ def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
     assert seen == [0, 0, 0, 1]
 
 
-def test_rows_are_split_in_outputs_and_labels_of_any_structure():
+def test_row_means_check_splits_outputs_and_labels_of_any_structure():
     generator = torch.Generator().manual_seed(0)
     X, y = numbers(32, generator)
 
@@ -427,7 +427,7 @@ def test_rows_are_split_in_outputs_and_labels_of_any_structure():
     assert warned(lambda: model.evaluate([(X, {"y": [y], "text": "a name"})])) == ["r2"]
 
 
-def test_rows_in_a_list_are_split_by_item():
+def test_row_means_check_splits_rows_in_a_list_by_item():
     X, y = numbers(8, torch.Generator().manual_seed(0))
     lengths = [3, 1, 4, 1, 5, 2, 6, 5]
     boxes = [torch.full((length, 4), float(length)) for length in lengths]
@@ -447,7 +447,7 @@ def test_rows_in_a_list_are_split_by_item():
 # --- it leaves no trace -------------------------------------------------------------------------
 
 
-def test_the_look_draws_no_random_numbers_and_one_that_draws_is_not_told():
+def test_row_means_check_draws_no_random_numbers_and_skips_a_metric_that_draws():
     data = numbers(64, torch.Generator().manual_seed(0))
     drawn = []
 
@@ -476,7 +476,7 @@ def module_level(y_pred, y_true):
     return y_pred.mean()
 
 
-def test_what_a_function_keeps_is_as_if_it_was_called_once_a_batch():
+def test_row_means_check_leaves_what_a_function_keeps_as_if_called_once_a_batch():
     CALLS.clear()
     calls, total, default = [], 0, []
 
@@ -527,7 +527,7 @@ def test_what_a_function_keeps_is_as_if_it_was_called_once_a_batch():
     assert [total, counts.rows, other.rows, running.rows] == [70] * 4
 
 
-def test_a_metric_that_edits_in_place_is_looked_at_on_copies():
+def test_row_means_check_gives_copies_to_a_metric_that_edits_in_place():
     data = points(64)
     seen = []
 
@@ -543,7 +543,7 @@ def test_a_metric_that_edits_in_place_is_looked_at_on_copies():
     assert seen == [pytest.approx(expected, rel=1e-5)]
 
 
-def test_a_metric_that_cannot_be_copied_is_called_once_a_batch_and_not_told():
+def test_row_means_check_skips_a_metric_that_cannot_be_copied():
     def lines():
         yield from range(100)
 
@@ -558,7 +558,7 @@ def test_a_metric_that_cannot_be_copied_is_called_once_a_batch_and_not_told():
     assert calls == [0, 1, 2, 3]
 
 
-def test_an_error_in_a_half_is_not_known_and_no_error():
+def test_row_means_check_ignores_an_error_in_a_half():
     def several(y_pred, y_true):
         if len(y_true) < 16:
             raise ValueError("too few rows")
@@ -568,7 +568,7 @@ def test_an_error_in_a_half_is_not_known_and_no_error():
     assert warned(lambda: given(several).evaluate(data)) == []
 
 
-def test_the_fit_is_bit_for_bit_that_without_the_metric():
+def test_row_means_check_leaves_the_fit_bit_for_bit_the_same():
     X, y = points(64)
     model = compiled(metrics_dict={"m": nn.L1Loss()})
     twin = compiled(copy.deepcopy(model))
@@ -582,7 +582,7 @@ def test_the_fit_is_bit_for_bit_that_without_the_metric():
 @pytest.mark.parametrize(
     "options", [{"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str
 )
-def test_it_is_told_with_the_options_of_compile(options):
+def test_row_means_warning_comes_with_each_option_of_compile(options):
     X, y = points(64)
     metrics = {"rmse": lambda p, t: ((p - t) ** 2).mean().sqrt(), "mae": nn.L1Loss()}
     net = nn.Linear(2, 1)

@@ -102,7 +102,7 @@ def log_loss(y_pred, y_true):
 
 
 @pytest.mark.parametrize("name", MULTICLASS)
-def test_a_metric_of_classes_is_scikit_learns_on_the_whole_set(name, classified):
+def test_torchmetrics_of_classes_are_scikit_learns_on_the_whole_set(name, classified):
     values, y, p = classified
     assert_near(values[name], MULTICLASS[name][1](y, p))
 
@@ -134,7 +134,7 @@ def estimated():
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_metric_of_numbers_is_scikit_learns_on_the_whole_set(name, estimated):
+def test_torchmetrics_of_numbers_are_scikit_learns_on_the_whole_set(name, estimated):
     values, y, p = estimated
     assert_near(values[name], NUMBERS[name][1](y, p))
 
@@ -147,7 +147,7 @@ def summed(y_pred, y_true):
     )
 
 
-def test_perplexity_is_that_of_all_tokens_without_the_padding():
+def test_torchmetrics_perplexity_is_that_of_all_tokens_without_the_padding():
     tokens = torch.randint(0, 7, (ROWS, 6))
     labels = torch.where(torch.rand(ROWS, 6) < 0.3, -100, torch.randint(0, 7, (ROWS, 6)))
     model = wrapped(
@@ -187,7 +187,7 @@ def expected_scores(model, X, y):
     ]
 
 
-def test_a_collection_is_a_column_for_each_member_under_its_own_name():
+def test_metric_collection_has_a_column_for_each_member_under_its_own_name():
     X, y = points(ROWS)
     model = spread_out({"scores": scores(), "mae": nn.L1Loss()})
     dfhistory = model.fit(2, (X, y), (X, y), batch_size=BATCH, verbose=0)
@@ -199,7 +199,7 @@ def test_a_collection_is_a_column_for_each_member_under_its_own_name():
         )
 
 
-def test_a_collections_own_names_and_its_prefix_are_in_the_columns():
+def test_metric_collection_has_its_own_names_and_prefix_in_the_columns():
     named = torchmetrics.MetricCollection(
         {"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()}, prefix="ring_"
     )
@@ -207,7 +207,7 @@ def test_a_collections_own_names_and_its_prefix_are_in_the_columns():
     assert list(dfhistory) == ["loss", "ring_auroc", "ring_f1"]
 
 
-def test_two_metrics_of_one_name_are_refused_with_what_to_do():
+def test_metric_collection_with_two_metrics_of_one_name_is_refused_with_what_to_do():
     message = (
         "metrics_dict gives two metrics the name 'BinaryF1Score': a MetricCollection has a column for each of its "
         'members, under their own names. Give it a prefix: MetricCollection(..., prefix="scores_").'
@@ -216,7 +216,7 @@ def test_two_metrics_of_one_name_are_refused_with_what_to_do():
         compiled(metrics_dict={"BinaryF1Score": tmc.BinaryF1Score(), "scores": scores()})
 
 
-def test_a_members_name_that_history_uses_itself_is_refused():
+def test_metric_collection_with_a_name_that_history_uses_is_refused():
     with pytest.raises(ValueError, match="metrics_dict has the name 'loss'"):
         compiled(
             metrics_dict={
@@ -225,14 +225,14 @@ def test_a_members_name_that_history_uses_itself_is_refused():
         )
 
 
-def test_the_users_own_collection_is_left_alone():
+def test_metric_collection_of_the_user_is_left_alone():
     collection = scores()
     compiled(metrics_dict={"scores": collection}).fit(1, points(20), points(10), verbose=0)
     assert not any(metric.update_called for metric in collection.values())
 
 
 @pytest.mark.gpu
-def test_a_collection_follows_the_model_to_the_accelerator():
+def test_metric_collection_follows_the_model_to_the_accelerator():
     X, y = points(ROWS)
     model = spread_out({"scores": scores()})
     model.compile(nn.BCELoss(), model.optimizer, {"scores": scores()})
@@ -241,7 +241,7 @@ def test_a_collection_follows_the_model_to_the_accelerator():
     assert values == pytest.approx(expected_scores(model, X, y))
 
 
-def test_a_metric_that_needs_several_rows_takes_them_one_by_one():
+def test_torchmetrics_that_need_several_rows_take_them_one_by_one():
     X, y = points(12)
     model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()}, lr=0.0)
     expected = skm.r2_score(y.numpy(), model.predict(X).numpy())
@@ -254,7 +254,7 @@ def test_a_metric_that_needs_several_rows_takes_them_one_by_one():
     assert seen[-1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_metric_that_has_too_few_rows_at_the_end_says_so():
+def test_torchmetrics_with_too_few_rows_at_the_end_raise_an_error():
     X, y = points(1)
     model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()})
     with pytest.raises(ValueError, match="Needs at least two samples to calculate r2 score"):
@@ -273,7 +273,7 @@ def classifier(metrics_dict):
     return model, (X, y), model.predict(X).numpy(), y.numpy()
 
 
-def test_a_value_per_class_is_a_column_per_class():
+def test_torchmetrics_value_per_class_is_a_column_per_class():
     metric = tmc.MulticlassF1Score(CLASSES, average=None)
     names = [f"class {number}" for number in range(CLASSES)]
     wrapper = torchmetrics.ClasswiseWrapper(
@@ -287,7 +287,7 @@ def test_a_value_per_class_is_a_column_per_class():
     assert len(values) == 1 + 2 * CLASSES
 
 
-def test_a_confusion_matrix_is_a_column_for_each_cell():
+def test_torchmetrics_confusion_matrix_is_a_column_for_each_cell():
     model, data, p, y = classifier({"cells": tmc.MulticlassConfusionMatrix(CLASSES)})
     values = both(model, data)
     expected = skm.confusion_matrix(y, p.argmax(1))
@@ -296,7 +296,7 @@ def test_a_confusion_matrix_is_a_column_for_each_cell():
             assert_near(values[f"cells_{row}_{column}"], expected[row, column])
 
 
-def test_members_of_a_collection_may_give_several_values_too():
+def test_metric_collection_members_may_return_several_values():
     members = {
         "f1": tmc.MulticlassF1Score(CLASSES, average=None),
         "top": tmc.MulticlassAccuracy(CLASSES, average="micro"),
@@ -319,7 +319,7 @@ def two_targets(metrics_dict):
     return wrapped(net, nn.MSELoss(), metrics_dict), (X, y)
 
 
-def test_raw_values_of_several_targets_are_a_column_each():
+def test_torchmetrics_raw_values_of_several_targets_are_a_column_each():
     metric = torchmetrics.R2Score(multioutput="raw_values").set_dtype(torch.float64)
     model, data = two_targets({"r2": metric})
     values = both(model, data)
@@ -413,7 +413,7 @@ def whole(metric, y_pred, y_true):
         ),
     ],
 )
-def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(metric, change, label):
+def test_torchmetrics_object_gives_its_value_of_all_rows_in_one_update(metric, change, label):
     X = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(3))
     y = X[:, 0] + X[:, 1]
     if label == "class":
@@ -430,7 +430,7 @@ def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(met
 @pytest.mark.parametrize(
     "metric", [torchmetrics.MeanMetric(), torchmetrics.SumMetric(), torchmetrics.MaxMetric()]
 )
-def test_an_aggregator_takes_what_its_subclass_gives_it(metric):
+def test_torchmetrics_aggregator_takes_what_its_subclass_gives_it(metric):
     class OfOutputs(type(metric)):
         def update(self, y_pred, y_true):
             super().update(y_pred)
@@ -460,7 +460,7 @@ def scored(metrics_dict, rows=ROWS):
     return compiled(minikeras.Model(net), nn.BCEWithLogitsLoss(), metrics_dict, lr=0.0), (X, y)
 
 
-def test_raw_scores_are_told_with_what_to_do():
+def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
     model, data = scored({"f1": tmc.BinaryF1Score()})
     lowest, highest = data[0].min().item(), data[0].max().item()
     said = (
@@ -486,7 +486,7 @@ class AUROCOfScores(tmc.BinaryAUROC):
         super().update(y_pred.sigmoid(), y_true.long())
 
 
-def test_each_remedy_for_raw_scores_is_scikit_learns_value_at_any_batch_size():
+def test_torchmetrics_remedies_for_raw_scores_give_scikit_learns_value_at_any_batch_size():
     model, (X, y) = scored({
         "f1": F1OfScores(),
         "auroc": AUROCOfScores(),
@@ -506,7 +506,7 @@ def test_each_remedy_for_raw_scores_is_scikit_learns_value_at_any_batch_size():
     assert probabilities.evaluate((X, y), batch_size=1)["val_f1"] == pytest.approx(f1, rel=1e-5)
 
 
-def test_raw_scores_of_several_classes_are_told_where_more_than_the_highest_counts():
+def test_torchmetrics_with_raw_scores_of_several_classes_warn_if_more_than_the_highest_counts():
     X, y = torch.randn(ROWS, 3), torch.randint(0, 3, (ROWS,))
     metrics = {"f1": tmc.MulticlassF1Score(3), "auroc": tmc.MulticlassAUROC(3)}
     model = compiled(minikeras.Model(nn.Linear(3, 3)), nn.CrossEntropyLoss(), metrics)
@@ -517,6 +517,6 @@ def test_raw_scores_of_several_classes_are_told_where_more_than_the_highest_coun
     assert "y_pred.softmax(1)" in str(caught[0].message)
 
 
-def test_probabilities_and_class_numbers_are_not_told():
+def test_torchmetrics_with_probabilities_or_class_numbers_do_not_warn():
     model = compiled(metrics_dict={"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()})
     model.fit(1, points(ROWS), points(ROWS), verbose=0)

@@ -62,7 +62,7 @@ def assert_holds(table, dfhistory):
         assert table[name] == pytest.approx(expected, rel=1e-6), name
 
 
-def test_the_run_is_the_history_under_its_columns_names(tracker):
+def test_tracker_run_is_the_history_under_its_columns_names(tracker):
     model = ring()
     dfhistory = fit(model, [halving(model), tracker.callback()], validation_freq=2)
     assert list(dfhistory["lr"]) == [0.1, 0.05, 0.025]
@@ -70,7 +70,7 @@ def test_the_run_is_the_history_under_its_columns_names(tracker):
     assert tracker.state() == "FINISHED"
 
 
-def test_learning_rates_are_there_even_where_they_do_not_change(tracker):
+def test_tracker_logs_learning_rates_even_if_they_do_not_change(tracker):
     generator, critic = nn.Linear(1, 1), nn.Linear(1, 1)
     model = ring()
     model.both = nn.ModuleList([generator, critic])
@@ -86,7 +86,7 @@ def test_learning_rates_are_there_even_where_they_do_not_change(tracker):
     }
 
 
-def test_an_optimizer_without_a_learning_rate_has_none_to_log(tracker):
+def test_tracker_logs_no_learning_rate_of_an_optimizer_without_one(tracker):
     class Unrated(torch.optim.Optimizer):
         def step(self, closure=None):
             pass
@@ -116,7 +116,7 @@ class Breaks(minikeras.Callback):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(1, 3), (3, 4), (2, None)], ids=str)
-def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(
+def test_tracker_of_a_resumed_fit_continues_its_run_without_doubled_points(
     tracker, epoch, batch, tmp_path
 ):
     model, run = ring(), {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
@@ -135,13 +135,13 @@ def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(
     assert tracker.runs() == 1
 
 
-def test_an_error_ends_the_run_as_failed(tracker):
+def test_tracker_ends_the_run_of_a_failed_fit_as_failed(tracker):
     with pytest.raises(ValueError, match="no"):
         fit(ring(), [tracker.callback(), Breaks(ValueError("no"), 2, 1)])
     assert tracker.state() == "FAILED"
 
 
-def test_a_fit_that_is_called_where_an_error_is_handled_has_not_failed(tracker):
+def test_tracker_does_not_take_a_fit_inside_an_except_block_for_failed(tracker):
     try:
         raise ValueError("an older one")
     except ValueError:
@@ -149,7 +149,7 @@ def test_a_fit_that_is_called_where_an_error_is_handled_has_not_failed(tracker):
     assert tracker.state() == "FINISHED"
 
 
-def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(tracker):
+def test_tracker_of_a_second_fit_continues_the_run_and_compile_starts_a_new_one(tracker):
     model, callback = ring(), tracker.callback()
     fit(model, [callback], epochs=1)
     dfhistory = fit(model, [callback], epochs=2)
@@ -163,7 +163,7 @@ def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(trac
     assert tracker.runs() == (1 if isinstance(tracker, Board) else 3)
 
 
-def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
+def test_tracker_of_a_fit_that_failed_in_its_first_epoch_is_a_separate_run(tracker):
     model, callback = ring(), tracker.callback()
     with pytest.raises(ValueError, match="no"):
         fit(model, [callback, Breaks(ValueError("no"), 1, 2)])
@@ -185,7 +185,7 @@ def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
     ],
     ids=["TensorBoard", "MLflow", "WandB"],
 )
-def test_a_missing_package_is_one_line_that_says_what_to_install(
+def test_tracker_without_its_package_raises_an_error_that_says_what_to_install(
     make, missing, packages, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -204,7 +204,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     ],
     ids=["TensorBoard", "MLflow", "WandB"],
 )
-def test_what_a_run_was_made_with_is_a_dict(make, name):
+def test_tracker_takes_a_dict_of_parameters(make, name):
     with pytest.raises(TypeError) as error:
         make(["lr", 0.1])
     assert (
@@ -213,7 +213,7 @@ def test_what_a_run_was_made_with_is_a_dict(make, name):
     )
 
 
-def test_running_means_are_points_over_the_batches(tmp_path):
+def test_tensorboard_logs_running_means_over_the_batches(tmp_path):
     seen = []
     log = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["loss"]))
     fit(ring(), [TensorBoard(tmp_path, every=2), log], epochs=2)
@@ -222,7 +222,7 @@ def test_running_means_are_points_over_the_batches(tmp_path):
     )
 
 
-def test_points_over_the_batches_go_on_where_the_checkpoint_stands(tmp_path):
+def test_tensorboard_points_over_the_batches_continue_where_the_checkpoint_is(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
     fit(ring(), [TensorBoard(whole, every=1)])
@@ -233,7 +233,7 @@ def test_points_over_the_batches_go_on_where_the_checkpoint_stands(tmp_path):
     assert len(scalars(whole / "steps")["loss"]) == 15
 
 
-def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_points(tmp_path):
+def test_tensorboard_points_of_an_epoch_run_again_without_a_checkpoint_are_replaced(tmp_path):
     model, board = ring(), TensorBoard(tmp_path, every=1)
     with pytest.raises(RuntimeError):
         fit(model, [board, Breaks(RuntimeError("broken"), 2, 3)])
@@ -242,7 +242,7 @@ def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_point
 
 
 @pytest.mark.parametrize("every", [1, None])
-def test_a_second_fit_with_a_callback_of_its_own_goes_on_in_the_folder(every, tmp_path):
+def test_tensorboard_of_a_second_fit_with_its_own_callback_continues_in_the_folder(every, tmp_path):
     model = ring()
     fit(model, [TensorBoard(tmp_path, every=every)], epochs=2)
     with pytest.raises(RuntimeError):
@@ -252,7 +252,7 @@ def test_a_second_fit_with_a_callback_of_its_own_goes_on_in_the_folder(every, tm
     assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1 if every else 11, 26))
 
 
-def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
+def test_tensorboard_reads_fits_in_quick_succession_in_their_order(tmp_path):
     model, board = ring(), TensorBoard(tmp_path)
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
     fit(model, [board], epochs=1)
@@ -262,7 +262,7 @@ def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
     )  # files are in order of seconds
 
 
-def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
+def test_tensorboard_histograms_hold_each_parameter_after_each_epoch(tmp_path):
     model = ring()
     fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=2)
     held = events(tmp_path)
@@ -275,7 +275,7 @@ def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
     assert points[-1].histogram_value.sum == pytest.approx(model.fc1.weight.sum().item(), rel=1e-5)
 
 
-def test_weights_that_are_not_finite_are_left_out_of_histograms(tmp_path):
+def test_tensorboard_histograms_leave_out_weights_that_are_not_finite(tmp_path):
     model = ring()
     model.unused = nn.Parameter(torch.tensor([math.nan, math.inf, 1.0]))
     model.nothing = nn.Parameter(torch.tensor(math.nan))
@@ -309,7 +309,7 @@ def noisy(callbacks):
     return fit(model, callbacks, epochs=2)
 
 
-def test_the_graph_shows_the_layers_and_moves_nothing(tmp_path):
+def test_tensorboard_graph_shows_the_layers_and_moves_nothing(tmp_path):
     drawn = noisy([TensorBoard(tmp_path, graph=points(3)[0])])
     pd.testing.assert_frame_equal(drawn, noisy([]), check_exact=True)
     nodes = [node.name for node in graph_of(tmp_path).node]
@@ -322,14 +322,14 @@ def graph_of(folder):
     return GraphDef.FromString(events(folder).Graph().SerializeToString())
 
 
-def test_a_graph_that_cannot_be_drawn_leaves_no_file_open(tmp_path):
+def test_tensorboard_graph_that_cannot_be_drawn_leaves_no_file_open(tmp_path):
     board = TensorBoard(tmp_path, graph=torch.zeros(1, 7))
     with pytest.raises(ValueError, match="cannot draw"):
         fit(ring(), [board])
     assert [writer.file_writer for writer in board.writers] == [None]
 
 
-def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
+def test_tensorboard_hparams_are_in_the_table_next_to_the_columns(tmp_path):
     board = Board(tmp_path)
     for _ in range(2):  # the second takes the place of the first
         fit(ring(), [board.callback()], epochs=1)
@@ -348,7 +348,7 @@ def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
     assert len(list(board.folder.glob("*.hparams"))) == 1
 
 
-def test_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path):
+def test_tensorboard_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path):
     with pytest.raises(ValueError, match="hparams") as error:
         TensorBoard(tmp_path, hparams={"lr": 0.1, "widths": [8, 8]})
     assert str(error.value) == (
@@ -356,7 +356,7 @@ def test_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path)
     )
 
 
-def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
+def test_tensorboard_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
     numbers = {
         "lr": np.float32(0.5),
         "width": np.int64(8),
@@ -374,7 +374,7 @@ def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
     }
 
 
-def test_a_graph_of_something_else_than_tensors_is_refused(tmp_path):
+def test_tensorboard_graph_of_something_else_than_tensors_is_refused(tmp_path):
     with pytest.raises(TypeError) as error:
         TensorBoard(tmp_path, graph="X")
     assert (
@@ -383,7 +383,7 @@ def test_a_graph_of_something_else_than_tensors_is_refused(tmp_path):
     )
 
 
-def test_a_graph_that_the_model_cannot_take_is_said_in_one_error(tmp_path, capsys):
+def test_tensorboard_graph_that_the_model_cannot_take_is_one_error(tmp_path, capsys):
     with pytest.raises(ValueError, match="graph") as error:
         fit(ring(), [TensorBoard(tmp_path, graph=torch.zeros(1, 3))], epochs=1)
     assert str(error.value) == (
@@ -393,7 +393,7 @@ def test_a_graph_that_the_model_cannot_take_is_said_in_one_error(tmp_path, capsy
     assert "No graph saved" not in capsys.readouterr().out
 
 
-def test_every_must_be_a_whole_number(tmp_path):
+def test_tensorboard_every_must_be_a_whole_number(tmp_path):
     with pytest.raises(ValueError, match=r"^every must be a whole number of 1 or more, got 0\.$"):
         TensorBoard(tmp_path, every=0)
 
@@ -414,14 +414,14 @@ def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
         assert file.read() == str(summary)
 
 
-def test_a_run_that_fails_as_it_begins_has_failed(tmp_path):
+def test_mlflow_run_that_fails_as_it_begins_has_failed(tmp_path):
     stored = Store(tmp_path)
     with pytest.raises(Exception, match="rate@"):
         fit(ring(), [MLflow("rings", tracking_uri=stored.uri, params={"rate@": 1})])
     assert stored.state() == "FAILED"
 
 
-def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
+def test_mlflow_takes_a_metric_with_a_name_that_it_refuses(tmp_path):
     model = ring()
     model.compile(
         nn.BCELoss(), model.optimizer, {"top5 (acc@1)": lambda y_pred, y_true: 0.25}, device="cpu"
@@ -431,7 +431,7 @@ def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
     assert stored.table()["val_top5 _acc_1_"] == {1: 0.25}
 
 
-def test_metrics_whose_names_differ_in_what_mlflow_refuses_stay_two(tmp_path):
+def test_mlflow_keeps_metrics_apart_whose_names_differ_in_what_it_refuses(tmp_path):
     class Counts(minikeras.Callback):
         def on_epoch_end(self, epoch, logs):
             logs |= (
@@ -501,7 +501,7 @@ def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):
     assert (config["lr"], config["kind"]) == ("0.1", '"ring"')
 
 
-def test_a_run_that_the_user_has_begun_with_wandb_goes_on_beside_that_of_the_fit(tmp_path):
+def test_wandb_run_of_the_user_continues_next_to_that_of_the_fit(tmp_path):
     files = Files(tmp_path)
     with wandb.init(project="mine", mode="offline", dir=str(tmp_path)) as own:
         for row in range(5):
@@ -518,7 +518,7 @@ def test_a_run_that_the_user_has_begun_with_wandb_goes_on_beside_that_of_the_fit
     assert files.runs() == 2
 
 
-def test_wandb_goes_by_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):
+def test_wandb_follows_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # it has read the environment already
     fit(ring(), [WandB("rings", dir=str(tmp_path))], epochs=1)
