@@ -36,7 +36,7 @@ def _seeded():
 
 @pytest.fixture
 def each_fit_in_a_process_of_its_own(monkeypatch):
-    """For tests that start a changed script again in one process, which the library would take for another fit."""
+    """Treat each fit as one of a process of its own, as if the script was started again."""
     monkeypatch.setattr(fits, "may_be_the_same", lambda before, now: True)
 
 

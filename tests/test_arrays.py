@@ -44,7 +44,7 @@ def refused(kind, data, words, verb=None):
     assert torch.equal(model.net.weight, before)
 
 
-# ---------------------------------------------------------------- what is taken
+# --- what is taken --------------------------------------------------------------------------------
 
 
 def csr(X):
@@ -245,7 +245,7 @@ def test_arrays_in_a_dict_with_attributes_are_those_of_a_dict(kind):
     assert losses[0] == losses[1]
 
 
-# ---------------------------------------------------------------- memory
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def own_memory():
@@ -311,7 +311,8 @@ if kind == "array":
 elif kind == "frame":
     X = pd.DataFrame(array, copy=False)
 elif kind == "mixed":
-    X = pd.concat([pd.DataFrame(array, copy=False), pd.DataFrame({"a": np.ones(rows, "float32")})], axis=1)
+    ones = pd.DataFrame({"a": np.ones(rows, "float32")})
+    X = pd.concat([pd.DataFrame(array, copy=False), ones], axis=1)
 else:
     X = pd.DataFrame({str(number): array[:, number].copy() for number in range(width)})
 next(iter(as_batches(pd.DataFrame(np.ones((9, 2))), "dl", 4)))
@@ -345,13 +346,16 @@ def test_arrays_and_dataframes_cost_at_most_twice_their_memory(kind, dtype):
     assert copies < most
 
 
-# ---------------------------------------------------------------- what is refused, and what comes of its remedy
+# --- what is refused, and what comes of its remedy ------------------------------------------------
 
 
 def test_masked_array_is_refused_until_it_is_filled():
     X = np.ma.masked_greater(DENSE, 0.9)
     hidden = int(np.ma.count_masked(X))
-    words = rf"dl_train holds a masked array with {hidden} of 60 values masked; .* Pass array.filled\(0\)"
+    words = (
+        rf"dl_train holds a masked array with {hidden} of 60 values masked; "
+        r".* Pass array.filled\(0\)"
+    )
     refused(ValueError, (X, TARGET), words)
     refused(ValueError, [(X, TARGET)], "holds a masked array")  # in a batch as well
     expected = np.where(DENSE > 0.9, 0, DENSE)

@@ -51,13 +51,14 @@ BAD = [
     ),
     (
         lambda: ModelCheckpoint("w/{epoch.pt"),
-        "path 'w/{epoch.pt' cannot be filled in: expected '}' before end of string. Write names in braces, "
-        "{epoch:02d} or {val_loss:.3f}, and a brace that stands for itself twice.",
+        "path 'w/{epoch.pt' cannot be filled in: expected '}' before end of string. Write names in "
+        "braces, {epoch:02d} or {val_loss:.3f}, and a brace that stands for itself twice.",
     ),
     (
         lambda: ModelCheckpoint("{loss:02d}.pt"),
-        "path '{loss:02d}.pt' cannot be filled in: Unknown format code 'd' for object of type 'float'. Write names in "
-        "braces, {epoch:02d} or {val_loss:.3f}, and a brace that stands for itself twice.",
+        "path '{loss:02d}.pt' cannot be filled in: Unknown format code 'd' for object of type "
+        "'float'. Write names in braces, {epoch:02d} or {val_loss:.3f}, and a brace that stands "
+        "for itself twice.",
     ),
     (lambda: EMA(1.5), "decay must be a number between 0 and 1, got 1.5."),
     (lambda: EMA(decay=NAN), "decay must be a number between 0 and 1, got nan."),

@@ -163,7 +163,8 @@ def test_lr_scheduler_of_torch_among_the_callbacks_raises_an_error_that_says_how
     with pytest.raises(TypeError) as raised:
         fit(1, [lr_scheduler.StepLR(model.optimizer, 1)], model)
     assert str(raised.value) == (
-        "callbacks must be instances of minikeras.Callback, got a torch StepLR. Pass LRScheduler(scheduler)."
+        "callbacks must be instances of minikeras.Callback, got a torch StepLR. Pass "
+        "LRScheduler(scheduler)."
     )
 
 

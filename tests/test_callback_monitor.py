@@ -45,12 +45,13 @@ def test_monitor_mode_auto_infers_the_direction_from_the_name(name, better):
         ),
         (
             lambda path: ModelCheckpoint(path / "w.pt", "accuracy", save_best_only=True),
-            "ModelCheckpoint monitors 'accuracy', which is not logged. Logged are 'loss', 'val_loss'.",
+            "ModelCheckpoint monitors 'accuracy', which is not logged. Logged are 'loss', "
+            "'val_loss'.",
         ),
         (
             lambda path: ModelCheckpoint("{epoch}-{los}.pt"),
-            "ModelCheckpoint names its files by 'los', which is not logged. Logged are 'loss', 'val_loss'. "
-            "Did you mean 'loss'?",
+            "ModelCheckpoint names its files by 'los', which is not logged. Logged are 'loss', "
+            "'val_loss'. Did you mean 'loss'?",
         ),
     ],
 )
@@ -117,21 +118,25 @@ def test_monitor_of_reduce_lr_on_plateau_that_is_not_logged_is_refused():
     [
         (
             lambda model: EarlyStopping(),
-            "EarlyStopping monitors 'val_loss' and fit has no dl_val. Pass dl_val, or monitor='loss'.",
+            "EarlyStopping monitors 'val_loss' and fit has no dl_val. Pass dl_val, or "
+            "monitor='loss'.",
         ),
         (
             lambda model: ModelCheckpoint("w.pt", "val_acc", save_best_only=True),
-            "ModelCheckpoint monitors 'val_acc' and fit has no dl_val. Pass dl_val, or monitor='acc'.",
+            "ModelCheckpoint monitors 'val_acc' and fit has no dl_val. Pass dl_val, or "
+            "monitor='acc'.",
         ),
         (
             lambda model: ModelCheckpoint("{val_loss:.3f}.pt"),
-            "ModelCheckpoint names its files by 'val_loss' and fit has no dl_val. Pass dl_val, or a path without it.",
+            "ModelCheckpoint names its files by 'val_loss' and fit has no dl_val. Pass dl_val, or "
+            "a path without it.",
         ),
         (
             lambda model: LRScheduler(
                 lr_scheduler.ReduceLROnPlateau(model.optimizer), monitor="val_loss"
             ),
-            "LRScheduler monitors 'val_loss' and fit has no dl_val. Pass dl_val, or monitor='loss'.",
+            "LRScheduler monitors 'val_loss' and fit has no dl_val. Pass dl_val, or "
+            "monitor='loss'.",
         ),
     ],
 )

@@ -51,7 +51,9 @@ class Saver(Callback):
 
 
 def carried_on(make, after, epochs=6, **kwargs):
-    """Two results of fit, (model, history): never stopped; and saved after so many epochs, killed, carried on.
+    """Return two results of fit, (model, history): never stopped, and killed and resumed.
+
+    The second run is saved after `after` epochs, killed, and resumed from there.
 
     `make(model)` gives the callbacks, new ones in each process.
     """

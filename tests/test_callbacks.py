@@ -160,8 +160,9 @@ def test_callback_methods_that_fit_never_calls_are_warned_of():
     with pytest.warns(UserWarning, match="never calls") as told:
         compiled().fit(1, points(8), callbacks=[Keras()], verbose=0)
     assert [str(warning.message) for warning in told] == [
-        "fit never calls Keras.on_epoch_ends, Keras.on_train_begin. What it calls is on_fit_begin, on_epoch_begin, "
-        "on_batch_end, on_evaluate_begin, on_evaluate_end, on_epoch_end, on_fit_end."
+        "fit never calls Keras.on_epoch_ends, Keras.on_train_begin. What it calls is on_fit_begin, "
+        "on_epoch_begin, on_batch_end, on_evaluate_begin, on_evaluate_end, on_epoch_end, "
+        "on_fit_end."
     ]
     assert told[0].filename == __file__
 

@@ -31,7 +31,8 @@ CALLS = {
     ),
     "train_data": (
         lambda m: m.fit(train_data=LOADER, val_data=LOADER, epochs=3, patience=5),
-        "Pass callbacks=[minikeras.EarlyStopping(monitor, patience=5)]. Write model.fit(3, dl_train, dl_val=dl_val).",
+        "Pass callbacks=[minikeras.EarlyStopping(monitor, patience=5)]. Write model.fit(3, "
+        "dl_train, dl_val=dl_val).",
     ),
     "validation_split": (lambda m: m.fit(2, (X, y), validation_split=0.2), "Split the rows before"),
     "class_weight": (

@@ -29,7 +29,7 @@ REMEDY = "There is none written before it: give another file, or move this one a
 OF_LOAD = "If it is the wrong file, give another one."
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["w.pt", "folder/that/is/made/w.pt", "w.safetensors"])
@@ -83,8 +83,9 @@ def test_load_refuses_weights_of_another_architecture_and_leaves_the_model_as_it
     with pytest.raises(CheckpointError) as raised:
         model.load(path)
     assert str(raised.value) == (
-        f"{path} holds the weights of another architecture than Net: missing: fc2.bias; unexpected: extra; of another "
-        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {OF_LOAD}"
+        f"{path} holds the weights of another architecture than Net: missing: fc2.bias; "
+        "unexpected: extra; of another shape: fc1.weight (8, 3) instead of (8, 2). Build the "
+        f"model as it was when the file was written. {OF_LOAD}"
     )
     assert torch.equal(model.fc2.weight, before)
 
@@ -99,8 +100,8 @@ def test_save_never_overwrites_a_folder_of_the_user(tmp_path):
             with pytest.raises(IsADirectoryError) as raised:
                 Net().save(tmp_path / name)
             assert (
-                str(raised.value)
-                == f"{tmp_path / folder} is a folder, and not one of a run. Give the path of a file."
+                str(raised.value) == f"{tmp_path / folder} is a folder, and not one of a run. "
+                "Give the path of a file."
             )
         assert (tmp_path / folder / "data.txt").read_text() == "mine"
 
@@ -115,8 +116,12 @@ def test_load_refuses_weights_under_other_names_and_says_what_to_call(tmp_path):
     torch.save({"epoch": 3, "all": model.state_dict()}, tmp_path / "inner.pt")
     remedies = {
         "bare.pt": "They have the names of model.net: model.net.load_state_dict(...) takes them.",
-        "wrapped.pt": 'Each name has "module." in front, which the model\'s have not: save them without it.',
-        "inner.pt": 'They are under "all" in it: model.load_state_dict(torch.load(...)["all"]) takes them.',
+        "wrapped.pt": (
+            'Each name has "module." in front, which the model\'s have not: save them without it.'
+        ),
+        "inner.pt": (
+            'They are under "all" in it: model.load_state_dict(torch.load(...)["all"]) takes them.'
+        ),
     }
     for name, remedy in remedies.items():
         with pytest.raises(CheckpointError) as raised:
@@ -169,7 +174,7 @@ def test_safetensors_without_the_package_raise_an_error_that_says_what_to_instal
         Net().save(tmp_path / "w.safetensors")
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_checkpoint_damage_is_named_for_what_it_is(tmp_path):
@@ -205,8 +210,8 @@ def test_checkpoint_that_is_damaged_is_replaced_by_the_one_before_with_a_warning
     with pytest.warns(UserWarning, match="is used instead") as warned:
         again = run_file(path, epochs=3)
     assert str(warned[0].message) == (
-        f"{path} is damaged or cut short: File is not a zip file. The one written before it is {path}.prev. "
-        f"It is used instead."
+        f"{path} is damaged or cut short: File is not a zip file. The one written before it is "
+        f"{path}.prev. It is used instead."
     )
     assert torch.equal(again.fc1.weight, model.fc1.weight)
     assert previous(path).read_bytes() == kept  # a damaged file does not take its place
@@ -321,7 +326,7 @@ def test_checkpoint_with_any_flipped_bit_or_cut_is_never_loaded_wrong(part, tmp_
     assert found > 100
 
 
-# --- safety -----------------------------------------------------------------------------------------------------------
+# --- safety ---------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -377,8 +382,9 @@ def test_checkpoint_of_a_state_that_is_not_plain_is_refused_before_anything_trai
     with pytest.raises(TypeError) as raised:
         model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[Odd()])
     assert str(raised.value) == (
-        "callbacks['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected tensors, numbers, "
-        "strings, lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+        "callbacks['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected "
+        "tensors, numbers, strings, lists and dicts. Turn it into these in state_dict, and back in "
+        "load_state_dict."
     )
     assert torch.equal(model.fc1.weight, before)
 
@@ -402,13 +408,13 @@ def test_checkpoint_of_a_metric_that_cannot_be_saved_is_refused_before_anything_
     with pytest.raises(TypeError) as raised:
         model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt")
     assert str(raised.value) == (
-        "metric 'window' holds a StringIO in .last, which a checkpoint cannot hold. Give the metric state_dict() and "
-        "load_state_dict(state) of tensors, numbers, lists and dicts."
+        "metric 'window' holds a StringIO in .last, which a checkpoint cannot hold. Give the "
+        "metric state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
     )
     assert torch.equal(model.fc1.weight, before)
 
 
-# --- another run's file -----------------------------------------------------------------------------------------------
+# --- another run's file ---------------------------------------------------------------------------
 
 
 def test_checkpoint_that_holds_weights_alone_is_refused(tmp_path):
@@ -416,8 +422,8 @@ def test_checkpoint_that_holds_weights_alone_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         run_file(tmp_path / "w.pt")
     assert str(raised.value) == (
-        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start anew, delete {tmp_path / 'w.pt'}, or "
-        f"give another path."
+        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start anew, delete "
+        f"{tmp_path / 'w.pt'}, or give another path."
     )
 
 
@@ -429,8 +435,9 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(2, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in each group). Compile "
-        f"as it was compiled then. To start anew, delete {path}, or give another path."
+        f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in "
+        f"each group). Compile as it was compiled then. To start anew, delete {path}, or give "
+        "another path."
     )
 
 
@@ -490,8 +497,8 @@ def test_checkpoint_of_a_fit_of_other_epochs_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(1, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a file of its own. To "
-        f"start anew, delete {path} and {path}.prev, or give another path."
+        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a "
+        f"file of its own. To start anew, delete {path} and {path}.prev, or give another path."
     )
     model.fit(1, points(40), verbose=0, checkpoint=tmp_path / "another.pt")
     path.unlink()
@@ -522,19 +529,20 @@ def test_checkpoint_of_each_older_layout_keeps_loading(tmp_path):
         assert torch.equal(model.fc1.weight.sum(), torch.load(DATA / "run_v1_sum.pt"))
 
 
-# --- writing that fails -----------------------------------------------------------------------------------------------
+# --- writing that fails ---------------------------------------------------------------------------
 
 
 def limited(code, *, status=0):
-    """A script in a process whose files end at 20,000 bytes from `full()` to `emptied()`; what it printed."""
+    """Run a script whose files are limited from `full()` to `emptied()`; return what it printed."""
     head = f"""
     import resource, signal, sys, warnings
     sys.path.insert(0, {str(TESTS)!r})
     from helpers.models import *
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     torch.manual_seed(0)
-    def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-    def emptied(): resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    infinity = resource.RLIM_INFINITY
+    def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (3000, infinity))
+    def emptied(): resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
     """
     script = textwrap.dedent(head) + textwrap.dedent(code)
     done = subprocess.run(
@@ -561,7 +569,8 @@ def test_checkpoint_on_a_full_disk_warns_keeps_the_old_file_and_is_tried_again(t
     """)
     assert out == "kept: 1\nin the end: 4\n['run.pt', 'run.pt.prev']\n"
     assert (
-        "run.pt could not be written: [Errno 27] File too large. The state of epoch 2, step 0 is still there. "
+        "run.pt could not be written: [Errno 27] File too large. The state of epoch 2, step 0 is "
+        "still there. "
         "The fit goes on, and it is tried again at the next time." in err
     )
 
@@ -575,7 +584,8 @@ def test_checkpoint_whose_last_state_cannot_be_written_is_an_error(tmp_path):
         status=1,
     )
     assert (
-        f"CheckpointError: {tmp_path / 'run.pt'} could not be written: [Errno 27] File too large. Nothing was written "
+        f"CheckpointError: {tmp_path / 'run.pt'} could not be written: [Errno 27] File too large. "
+        "Nothing was written "
         f"before. Make room or give another file: these last weights are not saved." in err
     )
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,7 @@
-"""Labels of shape (N,) against outputs of (N, 1): found in any loss or metric; what looks alike and is meant passes."""
+"""Labels (N,) that broadcast against outputs (N, 1) are found in any loss or metric.
+
+A loss that broadcasts on purpose passes.
+"""
 
 import pytest
 import torch

@@ -10,11 +10,12 @@ from minikeras import Model
 
 NETS = {"a class": nn.Linear, "layers": [nn.Linear(4, 1), nn.ReLU()], "a function": mse}
 NETS_SAY = """
-a class | TypeError: Model wraps a torch.nn.Module, got the class Linear. Pass an instance, Linear(...).
-layers | TypeError: Model wraps a torch.nn.Module, got [Linear, ReLU]. Pass nn.Sequential(*layers), or subclass Model
-    and write its forward.
-a function | TypeError: Model wraps a torch.nn.Module, got function. Pass nn.Sequential(*layers), or subclass Model
-    and write its forward.
+a class | TypeError: Model wraps a torch.nn.Module, got the class Linear. Pass an instance,
+    Linear(...).
+layers | TypeError: Model wraps a torch.nn.Module, got [Linear, ReLU]. Pass nn.Sequential(*layers),
+    or subclass Model and write its forward.
+a function | TypeError: Model wraps a torch.nn.Module, got function. Pass nn.Sequential(*layers), or
+    subclass Model and write its forward.
 """
 
 
@@ -49,28 +50,29 @@ COMPILE = {
 }
 COMPILE_SAYS = """
 a loss class | TypeError: loss_func is the class MSELoss; expected an instance. Pass MSELoss().
-a loss by name | TypeError: loss_func must be a function of (y_pred, y_true) or a module, got 'mse'. Names stand for
-    nothing here: pass for instance nn.MSELoss(); the optimizer comes second, torch.optim.Adam(model.parameters(),
-    lr=1e-3).
-a loss without super | TypeError: loss_func is a Forgetful whose __init__ did not call super().__init__(). Call it
-    there, before anything else.
-a metric without super | TypeError: metric 'm' is a Forgetful whose __init__ did not call super().__init__(). Call it
-    there, before anything else.
+a loss by name | TypeError: loss_func must be a function of (y_pred, y_true) or a module, got 'mse'.
+    Names stand for nothing here: pass for instance nn.MSELoss(); the optimizer comes second,
+    torch.optim.Adam(model.parameters(), lr=1e-3).
+a loss without super | TypeError: loss_func is a Forgetful whose __init__ did not call
+    super().__init__(). Call it there, before anything else.
+a metric without super | TypeError: metric 'm' is a Forgetful whose __init__ did not call
+    super().__init__(). Call it there, before anything else.
 a metric class | TypeError: metric 'm' is the class L1Loss; expected an instance. Pass L1Loss().
-a list of metrics | TypeError: metrics_dict must be a dict of name -> metric, got list. Pass for instance {"accuracy":
-    accuracy}.
+a list of metrics | TypeError: metrics_dict must be a dict of name -> metric, got list. Pass for
+    instance {"accuracy": accuracy}.
 a metric named 3 | TypeError: metrics_dict has the name 3; expected a string.
-a metric named loss | ValueError: metrics_dict has the name 'loss', which history uses itself (loss, lr, epoch and
-    val_...). Give it another name.
-a metric named val_x | ValueError: metrics_dict has the name 'val_x', which history uses itself (loss, lr, epoch and
-    val_...). Give it another name.
-an optimizer class | TypeError: optimizer must be a torch.optim.Optimizer or a dict of them, got the class Adam. Pass
-    for instance torch.optim.Adam(model.parameters(), lr=1e-3).
-an optimizer by name | TypeError: optimizer must be a torch.optim.Optimizer or a dict of them, got 'adam'. Pass for
-    instance torch.optim.Adam(model.parameters(), lr=1e-3).
-a class in a dict | TypeError: optimizer 'd' must be a torch.optim.Optimizer or a dict of them, got the class Adam. Pass
-    for instance torch.optim.Adam(model.parameters(), lr=1e-3).
-no optimizers | ValueError: optimizer is an empty dict; expected at least one. Leave it out for Adam(lr=1e-3).
+a metric named loss | ValueError: metrics_dict has the name 'loss', which history uses itself (loss,
+    lr, epoch and val_...). Give it another name.
+a metric named val_x | ValueError: metrics_dict has the name 'val_x', which history uses itself
+    (loss, lr, epoch and val_...). Give it another name.
+an optimizer class | TypeError: optimizer must be a torch.optim.Optimizer or a dict of them, got the
+    class Adam. Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3).
+an optimizer by name | TypeError: optimizer must be a torch.optim.Optimizer or a dict of them, got
+    'adam'. Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3).
+a class in a dict | TypeError: optimizer 'd' must be a torch.optim.Optimizer or a dict of them, got
+    the class Adam. Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3).
+no optimizers | ValueError: optimizer is an empty dict; expected at least one. Leave it out for
+    Adam(lr=1e-3).
 """
 
 

@@ -1,4 +1,4 @@
-"""What fit, evaluate and predict are given wrongly: one error that says what was expected, what came and what to do."""
+"""Wrong arguments of fit, evaluate and predict: one error with expected, received and remedy."""
 
 import numpy as np
 import pandas as pd
@@ -37,12 +37,12 @@ NOT_COUNTS += [
 
 KERAS = {"X first": X, "arrays first": (X, Y), "NumPy first": X.numpy()}
 KERAS_SAYS = """
-X first | ValueError: epochs must be a whole number of 1 or more, got Tensor (8, 4) float32. Epochs come first: fit(5,
-    (X, y)).
-arrays first | ValueError: epochs must be a whole number of 1 or more, got (Tensor (8, 4) float32, Tensor (8, 1)
-    float32). Epochs come first: fit(5, (X, y)).
-NumPy first | ValueError: epochs must be a whole number of 1 or more, got ndarray (8, 4) float32. Epochs come first:
-    fit(5, (X, y)).
+X first | ValueError: epochs must be a whole number of 1 or more, got Tensor (8, 4) float32. Epochs
+    come first: fit(5, (X, y)).
+arrays first | ValueError: epochs must be a whole number of 1 or more, got (Tensor (8, 4) float32,
+    Tensor (8, 1) float32). Epochs come first: fit(5, (X, y)).
+NumPy first | ValueError: epochs must be a whole number of 1 or more, got ndarray (8, 4) float32.
+    Epochs come first: fit(5, (X, y)).
 """
 
 
@@ -99,55 +99,63 @@ FIT = {
     "a function as callback": {"callbacks": [print]},
 }
 FIT_SAYS = """
-batch_size beside a DataLoader | ValueError: batch_size=4 is for data that is not batched yet, and dl_train is a
-    DataLoader, which makes its own batches. Leave batch_size out, or set it where dl_train is made.
-a loader without rows | a dataset without rows | ValueError: dl_train gave no batch: its dataset has no rows.
+batch_size beside a DataLoader | ValueError: batch_size=4 is for data that is not batched yet, and
+    dl_train is a DataLoader, which makes its own batches. Leave batch_size out, or set it where
+    dl_train is made.
+a loader without rows | a dataset without rows | ValueError: dl_train gave no batch: its dataset has
+    no rows.
 arrays without rows | ValueError: dl_train gave no batch: its arrays have no rows.
 validation without rows | ValueError: dl_val gave no batch: its arrays have no rows.
-drop_last drops everything | ValueError: dl_train gave no batch: drop_last=True drops the only batch, 8 rows of
-    batch_size=16. Set drop_last=False.
-an empty list | an empty list in steps | ValueError: dl_train gave no batch: iterating it ended at once.
-X and y of different lengths | ValueError: dl_train holds arrays of 8 and 7 rows; expected as many rows in each. Got
-    (Tensor (8, 4) float32, Tensor (7, 1) float32).
-labels as a list | X and y as lists | TypeError: dl_train holds 1.0; expected an array of numbers. A list is many
-    arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with a collate_fn.
-rows of many lengths | ValueError: dl_train holds arrays of 3 and 5 and 4 and ... rows; expected as many rows in each.
-    Got ([Tensor (3,) float32, Tensor (5,) float32, Tensor (4,) float32, Tensor (6,) float32], Tensor (8, 1) float32). A
-    list is many arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with a collate_fn.
-a tuple of 4 arrays | ValueError: dl_train is a tuple of 4; expected (X, y) or (X, y, sample_weight). Put several inputs
-    into a tuple of their own: ((X1, X2), y).
-a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32, Tensor (8, 4) float32, Tensor (8, 1)
-    float32, Tensor (8, 1) float32); expected (features, labels) or (features, labels, sample_weight). Put several
-    inputs into a tuple of their own: ((a, b), labels).
-a batch that is a lone tensor | X alone | a dict of one | ValueError: the batches are features alone, and the loss
-    compares with labels. Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X); or
-    override train_step.
-a dict without labels | ValueError: the batches are dicts of x, y, all of them features, and the loss compares with
-    labels. Give batches of (features, labels), (batch, batch.pop('y')) where they are made; or override train_step.
-a dict with labels first | ValueError: the batches are dicts of labels, input_ids, all of them features, and the loss
-    compares with labels. Give batches of (features, labels), (batch, batch.pop('labels')) where they are made; or
-    override train_step.
-a number | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels) batches or arrays (X,
-    y), got int.
-no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels) batches
-    or arrays (X, y), got Indexed. Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are
-    rows.
-a text column | TypeError: dl_train has columns that are not numbers: city. Encode them first, for instance with
-    pandas.get_dummies(frame, dtype=float) or column.astype('category').cat.codes.
-an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers first: as class
-    numbers, pandas.factorize(array)[0].
-a sample_weight of two columns | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
-    Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b), labels).
-a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected shape (8,), got
-    Tensor (7,) float32. Put several inputs into a tuple of their own: ((a, b), labels).
-a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, their third part, so the loss
-    must have a value per row: expected shape (8,), got Tensor () float32. Build it with reduction="none"; two inputs
-    are ((a, b), y).
+drop_last drops everything | ValueError: dl_train gave no batch: drop_last=True drops the only
+    batch, 8 rows of batch_size=16. Set drop_last=False.
+an empty list | an empty list in steps | ValueError: dl_train gave no batch: iterating it ended at
+    once.
+X and y of different lengths | ValueError: dl_train holds arrays of 8 and 7 rows; expected as many
+    rows in each. Got (Tensor (8, 4) float32, Tensor (7, 1) float32).
+labels as a list | X and y as lists | TypeError: dl_train holds 1.0; expected an array of numbers. A
+    list is many arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with a
+    collate_fn.
+rows of many lengths | ValueError: dl_train holds arrays of 3 and 5 and 4 and ... rows; expected as
+    many rows in each. Got ([Tensor (3,) float32, Tensor (5,) float32, Tensor (4,) float32, Tensor
+    (6,) float32], Tensor (8, 1) float32). A list is many arrays: pass one array of equal rows,
+    numpy.array(rows), or a DataLoader with a collate_fn.
+a tuple of 4 arrays | ValueError: dl_train is a tuple of 4; expected (X, y) or (X, y,
+    sample_weight). Put several inputs into a tuple of their own: ((X1, X2), y).
+a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32, Tensor (8, 4) float32,
+    Tensor (8, 1) float32, Tensor (8, 1) float32); expected (features, labels) or (features, labels,
+    sample_weight). Put several inputs into a tuple of their own: ((a, b), labels).
+a batch that is a lone tensor | X alone | a dict of one | ValueError: the batches are features
+    alone, and the loss compares with labels. Give batches of (features, labels), arrays as a tuple
+    (X, y), for an autoencoder (X, X); or override train_step.
+a dict without labels | ValueError: the batches are dicts of x, y, all of them features, and the
+    loss compares with labels. Give batches of (features, labels), (batch, batch.pop('y')) where
+    they are made; or override train_step.
+a dict with labels first | ValueError: the batches are dicts of labels, input_ids, all of them
+    features, and the loss compares with labels. Give batches of (features, labels), (batch,
+    batch.pop('labels')) where they are made; or override train_step.
+a number | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels)
+    batches or arrays (X, y), got int.
+no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of
+    (features, labels) batches or arrays (X, y), got Indexed. Give it an __iter__, or derive it from
+    torch.utils.data.Dataset if its items are rows.
+a text column | TypeError: dl_train has columns that are not numbers: city. Encode them first, for
+    instance with pandas.get_dummies(frame, dtype=float) or column.astype('category').cat.codes.
+an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers
+    first: as class numbers, pandas.factorize(array)[0].
+a sample_weight of two columns | ValueError: the third part of a batch is a weight per row: expected
+    shape (8,), got Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b),
+    labels).
+a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected
+    shape (8,), got Tensor (7,) float32. Put several inputs into a tuple of their own: ((a, b),
+    labels).
+a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, their
+    third part, so the loss must have a value per row: expected shape (8,), got Tensor () float32.
+    Build it with reduction="none"; two inputs are ((a, b), y).
 a loud verbose | ValueError: verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got 'loud'.
-a callback class | a lone callback class | TypeError: callbacks must be instances of minikeras.Callback, got the class
-    Callback. Pass Callback().
-a function as callback | TypeError: callbacks must be instances of minikeras.Callback, got <built-in function print>.
-    Pass LambdaCallback(on_epoch_end=...) for a function.
+a callback class | a lone callback class | TypeError: callbacks must be instances of
+    minikeras.Callback, got the class Callback. Pass Callback().
+a function as callback | TypeError: callbacks must be instances of minikeras.Callback, got <built-in
+    function print>. Pass LambdaCallback(on_epoch_end=...) for a function.
 """
 
 
@@ -211,7 +219,8 @@ def test_generator_that_is_long_enough_trains_with_steps_per_epoch():
 
 def test_generator_that_ends_within_steps_per_epoch_says_after_how_many_batches():
     with refused(
-        f"ValueError: dl_train ended after 3 batches, and steps_per_epoch=2 needs more: {ONLY_ONCE}."
+        "ValueError: dl_train ended after 3 batches, and steps_per_epoch=2 needs more: "
+        f"{ONLY_ONCE}."
     ):
         compiled().fit(2, batches(3), steps_per_epoch=2, verbose=0)
 

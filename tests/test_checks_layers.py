@@ -23,16 +23,17 @@ LAYERS = {
     "pictures for rows": {"data": (MAPS, Y), "model": {"net": nn.Linear(25, 1)}},
 }
 LAYERS_SAY = """
-float64 tensors | ValueError: layer net has float32 parameters and was given float64 values. Pass features.float(), or
-    in NumPy and pandas .astype('float32'), or change the model with model.to(torch.float64) before compile.
-integers | ValueError: layer net has float32 parameters and was given int64 values. Pass features.float(), or in NumPy
-    and pandas .astype('float32').
-too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3). Pass 4 features a
-    row, or build it with in_features=3.
-layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was given (8, 6). Build it
-    with in_features=6, or make what comes before it give 5 values a row.
-pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1, 5, 5). Put
-    nn.Flatten() before it.
+float64 tensors | ValueError: layer net has float32 parameters and was given float64 values. Pass
+    features.float(), or in NumPy and pandas .astype('float32'), or change the model with
+    model.to(torch.float64) before compile.
+integers | ValueError: layer net has float32 parameters and was given int64 values. Pass
+    features.float(), or in NumPy and pandas .astype('float32').
+too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3).
+    Pass 4 features a row, or build it with in_features=3.
+layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was
+    given (8, 6). Build it with in_features=6, or make what comes before it give 5 values a row.
+pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1,
+    5, 5). Put nn.Flatten() before it.
 """
 
 
@@ -65,7 +66,10 @@ class Widens(nn.Module):
 
 
 RNN = nn.LSTM(4, 4)
-FIRST = "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = self.lstm(x)."
+FIRST = (
+    "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = "
+    "self.lstm(x)."
+)
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
 NOTES = {
     "a flat picture": (
@@ -81,20 +85,20 @@ NOTES = {
     "words past the end": (
         nn.Embedding(2, 2),
         CLASSES,
-        "layer net: Embedding(2, 2) was given Tensor (8,) int64 of 0 to 2, and takes 0 to 1: number from 0, or build "
-        "it with more rows.",
+        "layer net: Embedding(2, 2) was given Tensor (8,) int64 of 0 to 2, and takes 0 to 1: "
+        "number from 0, or build it with more rows.",
     ),
     "all that an LSTM returns": (
         nn.Sequential(RNN, nn.Linear(4, 1)),
         X,
-        "layer net.1: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) float32, "
-        f"(Tensor (1, 4) float32, Tensor (1, 4) float32)). {FIRST}",
+        "layer net.1: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) "
+        f"float32, (Tensor (1, 4) float32, Tensor (1, 4) float32)). {FIRST}",
     ),
     "two inputs for one": (
         nn.Linear(4, 1),
         (X, X),
-        "layer net: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) float32, Tensor (8, 4) "
-        "float32)",
+        "layer net: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) "
+        "float32, Tensor (8, 4) float32)",
     ),
     "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
     "a mask of integers in a forward of one's own": (
@@ -105,7 +109,8 @@ NOTES = {
     "a float64 that forward makes": (
         Widens(),
         X,
-        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) was given Tensor (8, 4) float64",
+        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) was given Tensor (8, 4) "
+        "float64",
     ),
     "one number for a row": (
         nn.Linear(4, 1),
@@ -147,7 +152,10 @@ def test_features_in_a_dict_whose_keys_are_not_forwards_names_raise_an_error_wit
 def test_features_in_one_part_for_two_inputs_raise_an_error_that_says_tuple():
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
         compiled(Tab()).predict(X)
-    note = "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without labels."
+    note = (
+        "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
+        "labels."
+    )
     assert error.value.__notes__ == [note]
 
 

@@ -49,29 +49,32 @@ OPTIMIZERS = {
     "another dtype after training": (None, None, double_after_training),
 }
 OPTIMIZERS_SAY = """
-made from another model | ValueError: the optimizer holds none of the parameters of Model: it was made from another
-    model, or the network was replaced after compile. Make a new optimizer from model.parameters() and call
-    Model.compile again.
-everything is frozen | ValueError: there is nothing to train: all 4 parameters of Model are frozen. Set
-    requires_grad=True on some, then compile again.
-no parameters | ValueError: there is nothing to train: Model has no parameters. Add a layer that has some, then compile
-    again.
-LBFGS | ValueError: LBFGS needs a closure that computes the loss anew, which the default train_step does not give.
-    Override train_step and call self.optimizer.step(closure) there.
-another model.optimizer | ValueError: model.optimizer was replaced after compile. Call model.compile with the new
-    optimizer.
-another network | ValueError: the optimizer holds none of the parameters of Model: it was made from another model, or
-    the network was replaced after compile. Make a new optimizer from model.parameters() and call Model.compile again.
-another layer | another layer under the default optimizer | ValueError: the optimizer holds stale parameters: a layer
-    was replaced after compile, and 2 new parameters would not be trained. Make a new optimizer from model.parameters()
-    and call Model.compile again.
-another layer, which was all that one optimizer held | ValueError: optimizer 'critic' holds none of the parameters of
-    Model: it was made from another model, or the network was replaced after compile. Make a new optimizer from
+made from another model | ValueError: the optimizer holds none of the parameters of Model: it was
+    made from another model, or the network was replaced after compile. Make a new optimizer from
     model.parameters() and call Model.compile again.
-one more layer | ValueError: the optimizer lacks parameters: a layer was added after compile, and 2 new parameters would
-    not be trained. Make a new optimizer from model.parameters() and call Model.compile again.
-another dtype after training | ValueError: the optimizer holds stale state: it is float32 from earlier steps and the
-    parameters are float64 now. Make a new optimizer from model.parameters() and call Model.compile again.
+everything is frozen | ValueError: there is nothing to train: all 4 parameters of Model are frozen.
+    Set requires_grad=True on some, then compile again.
+no parameters | ValueError: there is nothing to train: Model has no parameters. Add a layer that has
+    some, then compile again.
+LBFGS | ValueError: LBFGS needs a closure that computes the loss anew, which the default train_step
+    does not give. Override train_step and call self.optimizer.step(closure) there.
+another model.optimizer | ValueError: model.optimizer was replaced after compile. Call model.compile
+    with the new optimizer.
+another network | ValueError: the optimizer holds none of the parameters of Model: it was made from
+    another model, or the network was replaced after compile. Make a new optimizer from
+    model.parameters() and call Model.compile again.
+another layer | another layer under the default optimizer | ValueError: the optimizer holds stale
+    parameters: a layer was replaced after compile, and 2 new parameters would not be trained. Make
+    a new optimizer from model.parameters() and call Model.compile again.
+another layer, which was all that one optimizer held | ValueError: optimizer 'critic' holds none of
+    the parameters of Model: it was made from another model, or the network was replaced after
+    compile. Make a new optimizer from model.parameters() and call Model.compile again.
+one more layer | ValueError: the optimizer lacks parameters: a layer was added after compile, and 2
+    new parameters would not be trained. Make a new optimizer from model.parameters() and call
+    Model.compile again.
+another dtype after training | ValueError: the optimizer holds stale state: it is float32 from
+    earlier steps and the parameters are float64 now. Make a new optimizer from model.parameters()
+    and call Model.compile again.
 """
 
 
@@ -141,19 +144,20 @@ ANSWERS = {
     "other names at the second step": [{"loss": 1.0}, {"loss": 1.0, "f1": 1.0}],
 }
 ANSWERS_SAY = """
-nothing | nothing at the second step | TypeError: train_step returned NoneType; expected a dict of name -> number for
-    the history. Return for instance {"loss": loss}.
-a list | TypeError: train_step returned [float]; expected a dict of name -> number for the history. Return for instance
-    {"loss": loss}.
-an empty dict | TypeError: train_step returned {}; expected a dict of name -> number for the history. Return for
-    instance {"loss": loss}.
+nothing | nothing at the second step | TypeError: train_step returned NoneType; expected a dict of
+    name -> number for the history. Return for instance {"loss": loss}.
+a list | TypeError: train_step returned [float]; expected a dict of name -> number for the history.
+    Return for instance {"loss": loss}.
+an empty dict | TypeError: train_step returned {}; expected a dict of name -> number for the
+    history. Return for instance {"loss": loss}.
 a name that is a number | TypeError: train_step returned the name 3; expected a string.
-a name of the history's | ValueError: train_step returned the name 'lr', which history uses itself (lr, epoch and
-    val_...). Give it another name.
-a value per row | ValueError: train_step's 'loss' gave Tensor (8,) float32; expected one number: a float, a NumPy
-    scalar, a 0-d tensor, or minikeras.Average(total, count). Take the mean over the rows.
-other names at the second step | ValueError: a step returned loss, f1 and the one before it loss; expected the same
-    names at each step, since the history has a column for each.
+a name of the history's | ValueError: train_step returned the name 'lr', which history uses itself
+    (lr, epoch and val_...). Give it another name.
+a value per row | ValueError: train_step's 'loss' gave Tensor (8,) float32; expected one number: a
+    float, a NumPy scalar, a 0-d tensor, or minikeras.Average(total, count). Take the mean over the
+    rows.
+other names at the second step | ValueError: a step returned loss, f1 and the one before it loss;
+    expected the same names at each step, since the history has a column for each.
 """
 
 

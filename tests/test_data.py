@@ -288,7 +288,7 @@ def test_packed_sequence_moves_as_one():
     )
 
 
-# --- a batch's rows ---------------------------------------------------------------------------------------------------
+# --- a batch's rows -------------------------------------------------------------------------------
 
 
 class Moves:
@@ -368,10 +368,10 @@ def test_batch_whose_rows_cannot_be_counted_is_refused_before_a_weight_moves():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         model.fit(1, [(Moves(*points(8)), None)], verbose=0)
     assert str(error.value) == (
-        "the rows of a batch, over which the means are taken, cannot be told: there is no tensor in features Moves, "
-        "labels NoneType. Give labels whose first size is the number of rows; or set an int `batch_size` on the batch, "
-        "as an attribute of an object or a dict subclass of your own; or return minikeras.Average(total, count) from "
-        "the loss and the metrics."
+        "the rows of a batch, over which the means are taken, cannot be told: there is no tensor "
+        "in features Moves, labels NoneType. Give labels whose first size is the number of rows; "
+        "or set an int `batch_size` on the batch, as an attribute of an object or a dict subclass "
+        "of your own; or return minikeras.Average(total, count) from the loss and the metrics."
     )
     assert torch.equal(model.fc.weight, before)
 

@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on the CPU: the numbers of one process whose batch is all of theirs together."""
+"""distributed="ddp" under torchrun, on the CPU: the numbers of one process with the whole batch."""
 
 import ast
 import functools
@@ -112,7 +112,11 @@ KINDS = ["arrays", "tensors", "rows"]
 
 
 def edges(processes):
-    """Fewer rows than processes, a row or none for the last one in the last step, and nothing left by drop_last."""
+    """Yield the edge cases.
+
+    Fewer rows than processes, one row or none for the last process in the last step, and nothing
+    left by drop_last.
+    """
     step = 2 * processes
     for kind, (rows, drop_last) in itertools.product(
         KINDS,
@@ -135,7 +139,7 @@ def edges(processes):
 
 @st.composite
 def odd_ones(draw, processes):
-    """Any kind of data, as likely as not with a row more or less in the last step than would come out even."""
+    """Draw any kind of data, often with a last step that does not come out even."""
     batch = draw(st.integers(1, 7))  # of each process
     step = batch * processes
     last = draw(st.sampled_from([0, 1, processes - 1, processes, step - 1]) | st.integers(0, step))
@@ -249,8 +253,8 @@ def test_ddp_rows_that_one_process_cannot_count_are_an_error_on_all_and_an_avera
     expected = CASES["rows_unknown_on_one"](1)
     said = expected.pop("said")
     assert (
-        "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': Tensor (5,)"
-        in said
+        "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': "
+        "Tensor (5,)" in said
     )
     for found in by_two["rows_unknown_on_one"]:
         assert found.pop("said") == said
@@ -284,25 +288,33 @@ def test_ddp_rank_0_alone_writes_files_and_gets_the_gathered_predictions(by_two,
 
 
 def test_ddp_refuses_what_several_processes_cannot_do_with_a_remedy(by_two):
-    assert by_two["refused"][0]["said"] == by_two["refused"][1]["said"] == [
-        'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, which such a sum '
-        'has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
-        "metric 'mean' is a Mean, an object whose counts in several processes cannot be put together. Give a function "
-        "that returns a mean or an Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object.",
-        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
-        "backward filled the gradient of a parameter twice, after several processes had added it up, as "
-        "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
-        "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
-        "the processes have from 1 to 2 batches. Give all the same data: each takes its part of it.",
-    ]  # fmt: skip
+    assert (
+        by_two["refused"][0]["said"]
+        == by_two["refused"][1]["said"]
+        == [
+            'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, '
+            'which such a sum has counted already. Build it with reduction="mean", or return '
+            "minikeras.Average(total, count).",
+            "metric 'mean' is a Mean, an object whose counts in several processes cannot be put "
+            "together. Give a function that returns a mean or an Average(total, count), "
+            "minikeras.OnAllRows(function), or a torchmetrics object.",
+            "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
+            "train_step.",
+            "backward filled the gradient of a parameter twice, after several processes had added it "
+            "up, as torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
+            "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
+            "the processes have from 1 to 2 batches. Give all the same data: each takes its part of "
+            "it.",
+        ]
+    )
 
 
 def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
     where = "metric 'm', computed at the end of a pass"
     assert [part["said"] for part in by_two["on_all_rows_fails"]] == [
         f"ZeroDivisionError: no rows of this kind {where}",
-        "RuntimeError: process 0 of 2, which calls the function, failed: ZeroDivisionError: no rows of this kind "
-        + where,
+        "RuntimeError: process 0 of 2, which calls the function, failed: ZeroDivisionError: no "
+        "rows of this kind " + where,
     ]
 
 
@@ -314,7 +326,8 @@ def test_ddp_warnings_of_metrics_come_from_the_first_process_alone(by_two):
 def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = (
-        'distributed="ddp" needs several processes, and this one was started alone. Start the script with '
+        'distributed="ddp" needs several processes, and this one was started alone. Start the '
+        "script with "
         "torchrun --nproc-per-node=2 script.py, or leave distributed out."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
@@ -325,20 +338,21 @@ def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
 
 def test_ddp_warns_of_what_is_different_with_several_processes(by_two):
     steps = (
-        "steps_per_execution=4 is 1 on 2 processes, which add up their gradients between backward and step. "
-        "The numbers are the same. Leave it out there."
+        "steps_per_execution=4 is 1 on 2 processes, which add up their gradients between backward "
+        "and step. The numbers are the same. Leave it out there."
     )
     one_row = (
-        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given (1, 8), process {}'s "
-        "part of the batch. Leave the short last batch out with drop_last=True, or choose a bigger batch_size."
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given "
+        "(1, 8), process {}'s part of the batch. Leave the short last batch out with "
+        "drop_last=True, or choose a bigger batch_size."
     )
     nothing = (
-        "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on each of 2 processes. "
-        "Set drop_last=False."
+        "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on "
+        "each of 2 processes. Set drop_last=False."
     )
     norm = (
-        "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. Leave it out, and "
-        "choose a batch_size that is enough for the statistics of each process."
+        "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. "
+        "Leave it out, and choose a batch_size that is enough for the statistics of each process."
     )
     assert by_two["told"] == [
         [steps, norm, one_row.format(0), nothing],
@@ -362,12 +376,12 @@ def test_sync_batchnorm_keeps_weights_and_names():
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
-# --- a group that is there already, without a launcher's variables ---------------------------------------------------
+# --- a group that is there already, without a launcher's variables --------------------------------
 
 
 @pytest.fixture(scope="module")
 def by_peers(tmp_path_factory):
-    """The folder of what two processes left, of which the second stands still at last; and what each printed."""
+    """Run two processes, the second of which stops; return their folder and outputs."""
     folder = tmp_path_factory.mktemp("peers")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     env = {name: value for name, value in os.environ.items() if name not in names}
@@ -413,24 +427,25 @@ def test_process_group_waits_for_a_save_and_all_processes_raise_if_it_fails(by_p
     failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
     assert failed[0].startswith(("NotADirectoryError", "FileExistsError"))
     assert (
-        failed[1]
-        == "RuntimeError: process 0 of 2, which writes the files, has failed. Look for its own error."
+        failed[1] == "RuntimeError: process 0 of 2, which writes the files, has failed. "
+        "Look for its own error."
     )
 
 
 def test_process_group_with_a_lost_process_raises_after_the_timeout_of_the_user(by_peers):
     said, seconds = torch.load(by_peers[0] / "left alone.pt")
     assert said.startswith(
-        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the group's timeout. "
-        "Look for its own error first. Processes must make the same calls of fit, evaluate, predict and save. For a "
-        "longer timeout call torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
+        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the "
+        "group's timeout. Look for its own error first. Processes must make the same calls of fit, "
+        "evaluate, predict and save. For a longer timeout call "
+        "torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
     )
     assert (
         seconds > peers.TIMEOUT - 1
     )  # and it has ended at all: a group's own timeout is half an hour
 
 
-# --- broken off and carried on ----------------------------------------------------------------------------------------
+# --- broken off and carried on --------------------------------------------------------------------
 
 
 def carried_on(folder, processes=2, **env):

@@ -1,4 +1,4 @@
-"""Exported files, run by torch.export and by onnxruntime on other rows than the example, against predict."""
+"""Exported files, run by torch.export and onnxruntime on other rows than the example."""
 
 import copy
 import sys
@@ -287,7 +287,8 @@ def test_export_to_onnx_refuses_outputs_that_are_no_tensors(made, got, tmp_path)
     with pytest.raises(TypeError) as caught:
         minikeras.Model(Returns(made)).export(tmp_path / "model.onnx", torch.zeros(2, 2))
     assert str(caught.value) == (
-        f"forward returned {got}, and an .onnx file holds tensors alone. Return no others, or take .pt2."
+        f"forward returned {got}, and an .onnx file holds tensors alone. Return no others, or take "
+        ".pt2."
     )
     minikeras.Model(Returns(made)).export(tmp_path / "model.pt2", torch.zeros(2, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
@@ -305,8 +306,9 @@ def test_export_to_onnx_refuses_two_outputs_of_one_name(made, name, tmp_path):
     with pytest.raises(ValueError, match="two tensors") as caught:
         minikeras.Model(Returns(made)).export(tmp_path / "model.onnx", torch.zeros(2, 2))
     assert str(caught.value) == (
-        f"two tensors would be called {name!r} in the .onnx file: a name is the keys on the way to a tensor, joined "
-        f"by _, and an output with the name of an input gets _out. Rename one of the keys."
+        f"two tensors would be called {name!r} in the .onnx file: a name is the keys on the way to "
+        "a tensor, joined by _, and an output with the name of an input gets _out. Rename one of "
+        "the keys."
     )
 
 
@@ -357,7 +359,8 @@ def test_export_refuses_another_ending():
     with pytest.raises(ValueError, match="path") as caught:
         Whole().export("model.pth", rows(3)[0])
     assert str(caught.value) == (
-        "path must end in .pt2 or .onnx, got 'model.pth'. Take .pt2 for torch.export.load, .onnx for other runtimes."
+        "path must end in .pt2 or .onnx, got 'model.pth'. Take .pt2 for torch.export.load, .onnx "
+        "for other runtimes."
     )
 
 
@@ -379,13 +382,14 @@ def test_export_refuses_an_example_without_rows(example, got, tmp_path):
     [
         (
             torch.zeros(3, 5),
-            "layer layers.0 takes rows of 4 values (in_features) and was given (3, 5). Pass 4 features a row, or build "
-            "it with in_features=5.",
+            "layer layers.0 takes rows of 4 values (in_features) and was given (3, 5). Pass 4 "
+            "features a row, or build it with in_features=5.",
         ),
         (
             torch.zeros(3, 4, dtype=torch.float64),
-            "layer layers.0 has float32 parameters and was given float64 values. Pass features.float(), or in NumPy "
-            "and pandas .astype('float32'), or change the model with model.to(torch.float64) before compile.",
+            "layer layers.0 has float32 parameters and was given float64 values. Pass "
+            "features.float(), or in NumPy and pandas .astype('float32'), or change the model with "
+            "model.to(torch.float64) before compile.",
         ),
     ],
     ids=["width", "dtype"],
@@ -405,7 +409,8 @@ def test_export_refuses_lazy_layers_without_weights(tmp_path):
     with pytest.raises(ValueError, match="lazy") as caught:
         model.export(tmp_path / "model.pt2", rows(3)[0])
     assert str(caught.value) == (
-        "export needs weights, and the model has lazy layers without any yet. Fit it, or call it once on a batch."
+        "export needs weights, and the model has lazy layers without any yet. Fit it, or call it "
+        "once on a batch."
     )
     assert not list(tmp_path.iterdir())
 

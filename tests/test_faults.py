@@ -1,4 +1,4 @@
-"""What befalls a fit: losses that are not finite, signals, no memory, workers that die, rows that cannot be read."""
+"""What can go wrong during a fit: NaN losses, no memory, dead workers, unreadable rows."""
 
 import gc
 import math
@@ -17,11 +17,11 @@ import minikeras
 from minikeras import LambdaCallback
 from minikeras.faults import FiniteLoss
 
-# --- a loss that is not finite ----------------------------------------------------------------------------------------
+# --- a loss that is not finite --------------------------------------------------------------------
 
 
 def bad_at(step, value=math.nan):
-    """MSE that is `value` times itself at one step, and what goes before it is remembered in `weights`."""
+    """MSE, multiplied by `value` at one step; `weights` keeps the weights from before it."""
 
     class Loss(nn.Module):
         def __init__(self):
@@ -54,7 +54,8 @@ def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
         f"the loss is {value} in epoch 2, batch 2; expected a finite number. "
     )
     raised.match(
-        rf"The last finite loss was {last}, at lr 0\.1\. Features, labels and weights are finite: lower the rate, "
+        rf"The last finite loss was {last}, at lr 0\.1\. "
+        r"Features, labels and weights are finite: lower the rate, "
         r"clip gradients, or look into the loss\. The weights are those of before it\.\nepoch 2$"
     )
     assert same(weights[-1], state(model))
@@ -63,7 +64,10 @@ def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
 
 
 NO_ONE = "There was no finite loss before it in this fit, at lr 0.1. "
-FINITE = "Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss. "
+FINITE = (
+    "Features, labels and weights are finite: lower the rate, clip gradients, or look into the "
+    "loss. "
+)
 AS_BEFORE = "The weights are those of before it."
 
 
@@ -108,9 +112,9 @@ def test_nan_loss_of_a_batch_whose_labels_are_all_ignored_is_explained(loss, ign
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, [(points(8)[0], torch.full((8,), ignored))], verbose=0)
     assert str(raised.value) == (
-        f"the loss is nan in epoch 1, batch 1; expected a finite number. {NO_ONE}No label of this batch counts: all "
-        f"are {ignored}, which the loss ignores, and its mean over none is nan. Let the loss return "
-        f"minikeras.Average(total, count). "
+        f"the loss is nan in epoch 1, batch 1; expected a finite number. {NO_ONE}No label of this "
+        f"batch counts: all are {ignored}, which the loss ignores, and its mean over none is nan. "
+        f"Let the loss return minikeras.Average(total, count). "
         f"{AS_BEFORE}"
     )
     assert same(before, state(model))
@@ -228,7 +232,10 @@ def test_nan_loss_on_a_device_is_read_every_few_steps_and_holds_back_fused_optim
     keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, points(64 * 32), callbacks=[keep], verbose=0)
-    where = "in epoch 1, batch 30 (it began 15 steps before); expected a finite number. It was at lr 0.01. "
+    where = (
+        "in epoch 1, batch 30 (it began 15 steps before); expected a finite number. It was at lr "
+        "0.01. "
+    )
     assert where in str(raised.value)  # copied at 20, looked at at 30
     assert same(weights[13], state(model)) == fused
     assert ("The weights are those of before it" in str(raised.value)) == fused
@@ -249,7 +256,7 @@ def test_nan_loss_on_a_device_is_found_at_the_epochs_end_at_the_latest(monkeypat
         compiled(loss_func=bad_at(3)).fit(2, points(128), verbose=0)
 
 
-# --- no memory --------------------------------------------------------------------------------------------------------
+# --- no memory ------------------------------------------------------------------------------------
 
 
 class Hungry(nn.Module):
@@ -277,7 +284,8 @@ def test_out_of_memory_error_says_what_to_try_and_frees_what_it_held():
     assert Hungry.seen() is None  # the activations are gone while the error is still at hand
     assert raised.value.__notes__ == [
         "layer net: Hungry was given Tensor (32, 2) float32",
-        "The batch was features Tensor (32, 2) float32, labels Tensor (32, 1) float32. Try batch_size=16, with "
+        "The batch was features Tensor (32, 2) float32, labels Tensor (32, 1) float32. Try "
+        "batch_size=16, with "
         'accumulate=2 for the same gradient; precision="bf16"; or a smaller model.',
         "dl_train, batch 1",
         "epoch 1",
@@ -285,7 +293,7 @@ def test_out_of_memory_error_says_what_to_try_and_frees_what_it_held():
     assert len(model.fit(1, points(64), batch_size=16, verbose=0)) == 1
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class Broken(Dataset):
@@ -333,7 +341,8 @@ def test_worker_that_dies_raises_an_error_with_a_hint_on_memory_and_the_last_che
         compiled().fit(1, loader, verbose=0, checkpoint=path, checkpoint_every=1)
     hint, batch, epoch, *saved = raised.value.__notes__
     assert hint == (
-        "A worker process has died, most often for want of memory or of shared memory (/dev/shm). Try fewer workers or "
+        "A worker process has died, most often for want of memory or of shared memory (/dev/shm). "
+        "Try fewer workers or "
         'smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
     )
     read = re.fullmatch(
@@ -360,8 +369,8 @@ def test_batchnorm_with_a_last_batch_of_one_row_raises_an_error_with_a_remedy():
     with pytest.raises(ValueError, match="one row") as raised:
         model.fit(1, points(33), verbose=0)
     assert str(raised.value) == (
-        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given (1, 4). Leave the "
-        "short last batch out with drop_last=True, or choose another batch_size."
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given "
+        "(1, 4). Leave the short last batch out with drop_last=True, or choose another batch_size."
     )
     assert raised.value.__notes__ == ["dl_train, batch 2", "epoch 1"]
 
@@ -370,7 +379,7 @@ def test_generator_that_is_exhausted_raises_an_error_with_its_epoch():
     with pytest.raises(ValueError, match="gave no batch") as raised:
         compiled().fit(1, (batch for batch in ()), verbose=0)
     assert str(raised.value) == (
-        "dl_train gave no batch: it is a generator, which can be iterated only once. Pass a list of batches or an "
-        "object whose __iter__ starts anew."
+        "dl_train gave no batch: it is a generator, which can be iterated only once. Pass a list "
+        "of batches or an object whose __iter__ starts anew."
     )
     assert raised.value.__notes__ == ["dl_train, batch 0", "epoch 1"]

@@ -27,7 +27,7 @@ from minikeras.checkpoint.file import dump, previous, read, write
 DELETE = object()
 
 
-# --- where a path leads -----------------------------------------------------------------------------------------------
+# --- where a path leads ---------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
@@ -180,14 +180,15 @@ def test_checkpoint_of_an_older_script_says_how_to_start_again_and_that_works(tm
     run_file(path, model=other)
 
 
-# --- writers ----------------------------------------------------------------------------------------------------------
+# --- writers --------------------------------------------------------------------------------------
 
 WRITER = """
 import sys, torch
 from pathlib import Path
 from minikeras.checkpoint.file import dump, write
 for number in range(60):
-    write(Path(sys.argv[1]), dump({"number": number, "values": torch.full((20_000,), float(number))}))
+    value = {"number": number, "values": torch.full((20_000,), float(number))}
+    write(Path(sys.argv[1]), dump(value))
 """
 
 
@@ -269,7 +270,7 @@ def test_save_interrupted_by_ctrl_c_keeps_the_file_before_it(tmp_path):
     assert int(done.stdout) > 0
 
 
-# --- names of weights -------------------------------------------------------------------------------------------------
+# --- names of weights -----------------------------------------------------------------------------
 
 
 def test_load_takes_names_of_compiled_networks_into_plain_ones_and_back(tmp_path):
@@ -314,7 +315,7 @@ def test_load_takes_a_file_with_one_name_of_tied_weights(tmp_path):
         )
 
 
-# --- values that do not fit -------------------------------------------------------------------------------------------
+# --- values that do not fit -----------------------------------------------------------------------
 
 MISFITS = {
     "a number": 3.0,
@@ -366,7 +367,7 @@ def test_load_takes_nan_and_other_floats(value, tmp_path):
     assert torch.allclose(model.fc2.bias, value.float(), equal_nan=True)
 
 
-# --- crafted files ----------------------------------------------------------------------------------------------------
+# --- crafted files --------------------------------------------------------------------------------
 
 
 class Call:

@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite though each loss was finite: told when it happens, and never in a file."""
+"""Weights that become NaN or infinite after a finite loss: an error, and never in a file."""
 
 import math
 import warnings
@@ -66,8 +66,9 @@ def files_are_finite(folder):
 
 WHERE = "net.0.weight, net.0.bias, net.2.weight and 1 more are NaN or infinite in epoch 2, batch 4"
 WAY_OUT = (
-    "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean. Add a small number "
-    "inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning rate."
+    "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean. "
+    "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning "
+    "rate."
 )
 
 
@@ -121,11 +122,11 @@ def test_nan_weight_error_names_the_first_layer_the_epoch_the_cause_and_the_reme
         trainer().fit(3, Data((2, 4)), verbose=0)
     last = str(raised.value).partition("The last finite loss was ")[2].partition(",")[0]
     assert str(raised.value) == (
-        f"{WHERE}; expected finite numbers. The first layer is net.0 (Linear). The last finite loss was {last}, at lr "
-        f"0.01. Each loss was finite, so a gradient was not, or a step was too large: {WAY_OUT} "
-        "compile(clip_grad_norm=1.0) finds such a gradient before its step, and "
-        "torch.autograd.set_detect_anomaly(True) names the operation. Nothing of it was written to a file, and the "
-        "model holds it: go back to a checkpoint."
+        f"{WHERE}; expected finite numbers. The first layer is net.0 (Linear). The last finite "
+        f"loss was {last}, at lr 0.01. Each loss was finite, so a gradient was not, or a step was "
+        f"too large: {WAY_OUT} compile(clip_grad_norm=1.0) finds such a gradient before its step, "
+        "and torch.autograd.set_detect_anomaly(True) names the operation. Nothing of it was "
+        "written to a file, and the model holds it: go back to a checkpoint."
     )
     assert float(last) < 100
 
@@ -141,11 +142,12 @@ def test_nan_gradient_is_found_before_the_step_with_clip_grad_norm():
         model.fit(3, Data((2, 2)), callbacks=[keep], verbose=0)
     last = str(raised.value).partition("The last finite loss was ")[2].partition(",")[0]
     assert str(raised.value) == (
-        "the norm of the gradient is nan in epoch 2, batch 2; expected a finite number. The loss was finite. The last "
-        f"finite loss was {last}, at lr 0.01. The first gradient that is not is that of net.0.weight. The first layer "
-        "is net.0 (Linear). Its gradient was not: "
+        "the norm of the gradient is nan in epoch 2, batch 2; expected a finite number. The loss "
+        f"was finite. The last finite loss was {last}, at lr 0.01. The first gradient that is not "
+        "is that of net.0.weight. The first layer is net.0 (Linear). Its gradient was not: "
         f"{WAY_OUT.replace('nanmean. ', 'nanmean; large numbers overflow. ')} "
-        "torch.autograd.set_detect_anomaly(True) names the operation. The weights are those of before it."
+        "torch.autograd.set_detect_anomaly(True) names the operation. The weights are those of "
+        "before it."
     )
     assert all(torch.equal(value, kept[-1][key]) for key, value in model.state_dict().items())
 
@@ -216,8 +218,8 @@ def test_nan_gradient_in_mid_epoch_is_explained_at_the_next_loss():
         trainer().fit(3, Data((2, 2)), verbose=0)
     assert str(raised.value).startswith("the loss is nan in epoch 2, batch 3; ")
     raised.match(
-        "They were finite as the fit began: the loss of a step before was finite and its gradient was not, or a step "
-        "was too large. Possible causes: sqrt and log"
+        "They were finite as the fit began: the loss of a step before was finite and its gradient "
+        "was not, or a step was too large. Possible causes: sqrt and log"
     )
 
 
@@ -261,11 +263,11 @@ def test_nan_weights_are_not_saved_by_a_callback(tmp_path):
     assert not torch.load(path)["net.0.weight"].isfinite().all()
 
 
-# --- what is looked at ------------------------------------------------------------------------------------------------
+# --- what is looked at ----------------------------------------------------------------------------
 
 
 class Masked(nn.Module):
-    """A parameter with -inf, one that is NaN and frozen, and a mask that forward makes as it is needed."""
+    """A parameter with -inf, one that is NaN and frozen, and a mask that forward creates."""
 
     def __init__(self):
         super().__init__()
@@ -330,10 +332,12 @@ def test_nan_statistics_of_batchnorm_reach_no_file(tmp_path):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, data, checkpoint=tmp_path / "run.pt", verbose=0)
     assert str(raised.value).startswith(
-        "norm.running_mean, norm.running_var are NaN or infinite in epoch 2, batch 4; expected finite numbers. "
+        "norm.running_mean, norm.running_var are NaN or infinite in epoch 2, batch 4; expected "
+        "finite numbers. "
     )
     raised.match(
-        "The weights are finite: the forward pass has spoiled it, .* Clean the data. Nothing of it was"
+        "The weights are finite: the forward pass has spoiled it, .* Clean the data. Nothing of it "
+        "was"
     )
     assert torch.load(tmp_path / "run.pt")["model"]["norm.running_mean"].isfinite().all()
 
@@ -442,7 +446,7 @@ def test_nan_gradients_that_wait_for_a_step_reach_no_file(tmp_path):
     assert torch.load(tmp_path / "run.pt")["position"]["step"] == 0
 
 
-# --- on a device, played on the CPU -----------------------------------------------------------------------------------
+# --- on a device, played on the CPU ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -518,8 +522,10 @@ def test_nan_loss_error_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
     else:
         assert "Features, labels" not in str(raised.value)
         raised.match(
-            r"batch 40 \(it began 26 steps before\); .* The batch of that loss is not kept, so its data was not "
-            'looked at: compile with device="cpu" to find it, where each loss is read at once, or look for NaN and inf'
+            r"batch 40 \(it began 26 steps before\); .* "
+            r"The batch of that loss is not kept, so its data was not "
+            'looked at: compile with device="cpu" to find it, where each loss is read at once, or '
+            "look for NaN and inf"
         )
 
 

@@ -1,4 +1,4 @@
-"""Parameters in parts, on the CPU under torchrun: the numbers of one process, and of whole parameters."""
+"""distributed="fsdp" under torchrun, on the CPU: the numbers of one process and of "ddp"."""
 
 import re
 import shutil
@@ -72,8 +72,11 @@ def test_fsdp_run_resumes_bit_for_bit_from_its_folder(number, in_parts, tmp_path
     )
     assert done.returncode != 0
     assert sorted(path.name for path in (tmp_path / "run.pt").iterdir()) == [
-        ".metadata", "__0_0.distcp", "__1_0.distcp", "run.pt"
-    ]  # fmt: skip
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "run.pt",
+    ]
     found = results_of(tmp_path, ["carried_on"], PART="9")
     torch.testing.assert_close(found["carried_on"], in_parts["carried_on"], rtol=0, atol=0)
 
@@ -156,7 +159,10 @@ def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
 
 def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "run.pt").mkdir()
-    said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\. There is none written before it"
+    said = (
+        rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\. "
+        "There is none written before it"
+    )
     with pytest.raises(CheckpointError, match=said):
         compiled().fit(
             1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0
@@ -164,21 +170,29 @@ def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
 
 
 def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
-    assert in_parts["refused"][0]["said"] == in_parts["refused"][1]["said"] == [
-        'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
-        'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
-        "fsdp_blocks: no part of Net is a Conv1d. It has Linear.",
-        "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
-        "A step of your own called a layer whose weights are in parts, outside the forward of the block that puts them "
-        'together. Name its class among the blocks: compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).',
-        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
-    ]  # fmt: skip
+    assert (
+        in_parts["refused"][0]["said"]
+        == in_parts["refused"][1]["said"]
+        == [
+            'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
+            'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
+            "fsdp_blocks: no part of Net is a Conv1d. It has Linear.",
+            "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
+            "A step of your own called a layer whose weights are in parts, outside the forward of the "
+            "block that puts them "
+            'together. Name its class among the blocks: compile(distributed="fsdp", '
+            "fsdp_blocks=(nn.Linear,)).",
+            "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
+            "train_step.",
+        ]
+    )
 
 
 def test_fsdp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = (
-        'distributed="fsdp" needs several processes, and this one was started alone. Start the script with '
+        'distributed="fsdp" needs several processes, and this one was started alone. Start the '
+        "script with "
         "torchrun --nproc-per-node=2 script.py, or leave distributed out."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):

@@ -1,4 +1,4 @@
-"""A model saved to a folder and built from it again, as huggingface_hub does it. Nothing here goes to the network."""
+"""A model saved to a folder and built from it again by huggingface_hub, without the network."""
 
 import copy
 import itertools
@@ -129,9 +129,10 @@ class Stacked(HubModel):
 def test_hub_model_that_would_come_back_as_another_one_is_not_saved(make, name, what, tmp_path):
     model = make()
     message = (
-        f"{name} was {what}, which config.json cannot hold: from_pretrained would build {type(model).__name__} without "
-        f"it. Let the constructor take numbers, strings, lists or dicts, under names, and make of them what it needs; "
-        f"or pass config=..., a dict for config.json, and to from_pretrained what is not in it."
+        f"{name} was {what}, which config.json cannot hold: from_pretrained would build "
+        f"{type(model).__name__} without it. Let the constructor take numbers, strings, lists or "
+        "dicts, under names, and make of them what it needs; or pass config=..., a dict for "
+        "config.json, and to from_pretrained what is not in it."
     )
     for write in (model.save_pretrained, model.push_to_hub):
         with pytest.raises(TypeError) as error:

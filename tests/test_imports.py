@@ -1,4 +1,4 @@
-"""What the modules import and export: downward only, nothing optional, no private names of torch."""
+"""Imports of the modules: downward only, nothing optional, no private names of torch."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ def test_imports_of_modules_have_no_name_that_is_exported():
 
 
 def imports_of(tree):
-    """The rooms imported when the module runs; what is imported inside functions or for type checkers is left out."""
+    """Yield the rooms imported at module level, but not for type checkers."""
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minikeras"):
             inner = node.module.split(".")[1:2]
@@ -77,7 +77,7 @@ def test_private_names_of_torch_are_not_used(path):
 
 
 def private_names(code):
-    """What the code has of torch, or reads of an nn.Module, that begins with an underscore, in its strings too."""
+    """List names of torch and of nn.Module that begin with an underscore, in strings too."""
     tree = ast.parse(code)
     torch_names = dict(imports_from_torch(tree))
     used = [*torch_names.values(), *(full_name(node, torch_names) for node in ast.walk(tree))]
@@ -109,7 +109,7 @@ def imports_from_torch(tree):
 
 
 def full_name(node, torch_names):
-    """`torch.nn.Module._x` for `nn.Module._x`, called or indexed on the way or not; "" for what is not torch's."""
+    """Return `torch.nn.Module._x` for `nn.Module._x`, or "" for what is not torch's."""
     if isinstance(node, ast.Name):
         return torch_names.get(node.id, "torch" if node.id == "torch" else "")
     if isinstance(node, ast.Call | ast.Subscript):
@@ -169,7 +169,10 @@ def test_private_names_of_torch_are_not_seen_in_public_or_other_names(code):
 
 
 def test_imports_bring_in_nothing_optional():
-    optional = "'matplotlib', 'sklearn', 'torchmetrics', 'IPython', 'torch._dynamo', 'torch._inductor', 'minikeras.jit'"
+    optional = (
+        "'matplotlib', 'sklearn', 'torchmetrics', 'IPython', 'torch._dynamo', 'torch._inductor', "
+        "'minikeras.jit'"
+    )
     optional += ", 'tensorboard', 'mlflow', 'wandb', 'minikeras.integrations'"
     code = f"import sys, minikeras; print([name for name in ({optional}) if name in sys.modules])"
     assert run_python(["-c", code]).strip() == "[]"

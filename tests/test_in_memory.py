@@ -1,4 +1,4 @@
-"""Batches fetched whole are those of the loader, and leave every random generator as the loader does."""
+"""Batches fetched whole are those of the loader, with the same random states after them."""
 
 import itertools
 import random
@@ -34,7 +34,7 @@ ROWS = 23
 
 
 class DrawsAllTheTime(Sampler):
-    """Draws from the global generator when asked for an iterator, at each row, and once more at its end."""
+    """Draw from the global generator when iteration begins, at each row, and at its end."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -176,7 +176,7 @@ def loader_of(dataset, sampling, num_workers=0, batch_size=4, **kwargs):
 
 
 def seen(batches, epochs=3, stop=None, draw=False):
-    """Batches of some epochs, the second one cut short after `stop`, with the random states after each epoch."""
+    """Return batches of some epochs, the second cut short after `stop`, and the random states."""
     torch.manual_seed(3)
     for epoch in range(epochs):
         iterator = iter(batches)
@@ -346,7 +346,7 @@ def test_in_memory_batches_are_aligned_as_memory_of_their_own(dtype):
         assert [tensor.data_ptr() % 64 for tensor in batch] == [0, 0]
 
 
-# --- what is left as it is --------------------------------------------------------------------------------------------
+# --- what is left as it is ------------------------------------------------------------------------
 
 
 class OwnLoader(DataLoader):
@@ -447,7 +447,7 @@ def test_in_memory_row_that_does_not_exist_is_an_index_error(rows, key):
                 next(iter(batches))
 
 
-# --- arrays handed in, devices ----------------------------------------------------------------------------------------
+# --- arrays handed in, devices --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100, 1000])

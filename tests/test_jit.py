@@ -59,7 +59,7 @@ def way(model):
     return model._run.jit.train.way
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
+# --- the numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_jit_callbacks_see_every_so_many_steps():
     assert seen == [1, 4, 7, 8]  # the first by itself, and what is left at the end
 
 
-# --- what may change between steps ------------------------------------------------------------------------------------
+# --- what may change between steps ----------------------------------------------------------------
 
 
 def test_jit_follows_schedulers_and_rates_set_by_hand_without_compiling_again():
@@ -361,8 +361,8 @@ def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(m
     with pytest.warns(UserWarning, match="jit") as caught:
         train(twin, jit=FAST)
     assert [str(one.message) for one in caught] == [
-        "jit: train_step is not one graph: forward and loss, since the parameters that the loss reaches, or the "
-        "optimizer's state, are others again and again"
+        "jit: train_step is not one graph: forward and loss, since the parameters that the loss "
+        "reaches, or the optimizer's state, are others again and again"
     ]
     assert_same_weights(model, twin)
 
@@ -390,8 +390,9 @@ def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert_same_weights(model, twin, 1e-5)
     assert [str(one.message) for one in caught] == [
-        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the model, the loss, "
-        "a metric or the data, has changed too often. Keep it in a tensor, and it stays one graph"
+        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the "
+        "model, the loss, a metric or the data, has changed too often. Keep it in a tensor, and it "
+        "stays one graph"
         for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))
     ]
 
@@ -423,8 +424,8 @@ def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_war
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
     assert [str(one.message) for one in caught] == [
-        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes a Python number, "
-        "'count'. A tensor would be in the graph"
+        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes "
+        "a Python number, 'count'. A tensor would be in the graph"
     ]
     assert_same_weights(model, twin, 1e-5)
     assert twin.optimizer.state_dict() == model.optimizer.state_dict()
@@ -458,7 +459,7 @@ def test_jit_takes_an_optimizer_without_a_learning_rate(settings):
     assert way(twin) == "one graph"
 
 
-# --- what the user's own objects look like ----------------------------------------------------------------------------
+# --- what the user's own objects look like --------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -499,7 +500,7 @@ def test_jit_model_copied_by_deepcopy_is_not_compiled():
     torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
 
 
-# --- the ways down ----------------------------------------------------------------------------------------------------
+# --- the ways down --------------------------------------------------------------------------------
 
 
 def sklearn_accuracy(y_pred, y_true):
@@ -609,7 +610,7 @@ def test_jit_failure_in_the_first_call_leaves_no_trace():
     assert_same_weights(model, twin)
 
 
-# --- hooks and steps of one's own -------------------------------------------------------------------------------------
+# --- hooks and steps of one's own -----------------------------------------------------------------
 
 
 def test_jit_fires_hooks_of_parameters_and_optimizers():
@@ -697,8 +698,9 @@ def test_steps_per_execution_needs_jit():
         (None, "jit must be True, False or a dict of torch.compile's arguments, got None."),
         (
             {"fullgraph": True},
-            "jit={'fullgraph': True}: fullgraph is set by minikeras, which makes one graph where it can and says with "
-            "a warning where it cannot. Leave it out; mode, backend and options are yours.",
+            "jit={'fullgraph': True}: fullgraph is set by minikeras, which makes one graph where "
+            "it can and says with a warning where it cannot. Leave it out; mode, backend and "
+            "options are yours.",
         ),
     ],
 )
@@ -708,7 +710,7 @@ def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
     assert str(error.value) == message
 
 
-# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+# --- CUDA graphs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -774,7 +776,7 @@ def test_jit_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, togeth
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
 
 
-# --- a loss that is not finite ----------------------------------------------------------------------------------------
+# --- a loss that is not finite --------------------------------------------------------------------
 
 
 def spoiled(batch, batches=9):

@@ -1,4 +1,4 @@
-"""jit=True: a fit that resumes is the one never stopped, and what a graph would lose gets eager's numbers."""
+"""jit=True: a resumed fit is exact, and what a graph would lose gets the numbers of eager."""
 
 import random
 import warnings
@@ -17,7 +17,7 @@ X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) + 1
 BATCHES = list(zip(X.split(10), X[:, :1].split(10), strict=True))
 
 
-# --- the step that is only looked at ----------------------------------------------------------------------------------
+# --- the step that is only looked at --------------------------------------------------------------
 
 
 class Drawing(nn.Module):
@@ -244,7 +244,7 @@ def test_jit_resumes_a_sparse_optimizer(tmp_path):
     assert [state["step"] for state in found.optimizer.state.values()] == [12]
 
 
-# --- what a graph would lose ------------------------------------------------------------------------------------------
+# --- what a graph would lose ----------------------------------------------------------------------
 
 
 class Reading(torch.optim.Optimizer):
@@ -311,8 +311,9 @@ def test_jit_leaves_an_optimizer_that_assigns_its_state_outside_the_graph_and_wa
     models, told = both(linear, nn.MSELoss, Assigning)
     assert_as_in_eager(models)
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the optimizer puts another "
-        "tensor into its state, 'm'. Filled in place, it would be in the graph"
+        "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the "
+        "optimizer puts another tensor into its state, 'm'. Filled in place, it would be in the "
+        "graph"
     ]
 
 
@@ -325,8 +326,8 @@ def test_jit_averages_of_asgd_are_those_of_eager(foreach):
     state = models[1][0].optimizer.state[models[1][0].net.weight]
     assert state["mu"].item() == pytest.approx(1 / 9)  # 12 steps, 3 of them before the averaging
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its state, which a graph "
-        "would hold as they were"
+        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its "
+        "state, which a graph would hold as they were"
     ]
 
 
@@ -380,8 +381,8 @@ def test_jit_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
     models, told = both(Scaled, nn.MSELoss, optimizer, dtype)
     assert_as_in_eager(models)
     lost = (
-        "jit: train_step is not one graph: forward and loss, since a parameter is one number in float64, to which "
-        "torch.compile loses changes on the CPU"
+        "jit: train_step is not one graph: forward and loss, since a parameter is one number in "
+        "float64, to which torch.compile loses changes on the CPU"
     )
     assert told == ([lost] if dtype == torch.float64 else [])
 
@@ -395,8 +396,9 @@ def test_jit_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     assert_as_in_eager(models)
     name = "net.mean" if loss is nn.MSELoss else "mean"
     lost = (
-        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in float64, to which "
-        "torch.compile loses changes on the CPU. With shape (1,) it would be in the graph"
+        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in "
+        "float64, to which torch.compile loses changes on the CPU. With shape (1,) it would be in "
+        "the graph"
     )
     assert told == ([lost] if dtype == torch.float64 else [])
 

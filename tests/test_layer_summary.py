@@ -1,4 +1,4 @@
-"""What a user sees of `summary`: the table, the counts that add up, errors that name the layer, a model left alone."""
+"""`summary`: the table, counts that add up, errors that name the layer, a model left alone."""
 
 import dataclasses
 import random
@@ -46,7 +46,7 @@ class Tied(nn.Module):
 
 
 class Reused(nn.Module):
-    """One block under two names, and called three times; parameters of its own; a layer it never calls."""
+    """One block under two names, called three times; parameters of its own; an uncalled layer."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Reused(nn.Module):
 
 
 class Constants(nn.Module):
-    """Plain tensors as attributes, one with a history as forward leaves it, and draws of every kind."""
+    """Plain tensors as attributes, one of them an output of forward, and draws of every kind."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +248,7 @@ def same(left, right):
     return left == right
 
 
-# --- laws -----------------------------------------------------------------------------------------------------------
+# --- laws -----------------------------------------------------------------------------------------
 
 
 @cases
@@ -296,7 +296,7 @@ def test_summary_table_has_a_line_for_each_row_within_eighty_columns(build, argu
     assert max(map(len, table)) <= 80
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 ARTICLE = """\
@@ -380,7 +380,7 @@ def test_summary_table_is_shown_once(where, monkeypatch, capsys):
         assert result._repr_html_() == shown[0]["text/html"]
 
 
-# --- shapes ---------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_summary_of_time_first_outputs_shows_the_batch_in_its_place():
     assert summary(TimeFirst(), input_data=torch.zeros(5, 9, 3)).rows[0].output_shape == [9, 5, 3]
 
 
-# --- marks ----------------------------------------------------------------------------------------------------------
+# --- marks ----------------------------------------------------------------------------------------
 
 
 def test_summary_marks_tied_weights_and_counts_them_once():
@@ -475,7 +475,7 @@ def test_summary_marks_frozen_layers():
     assert (result.trainable_params, result.non_trainable_params) == (41, 20)
 
 
-# --- how it is run --------------------------------------------------------------------------------------------------
+# --- how it is run --------------------------------------------------------------------------------
 
 
 def test_summary_of_two_billion_parameters_takes_little_memory():
@@ -513,8 +513,8 @@ def test_summary_does_not_fire_hooks_of_the_user():
 def test_summary_of_a_forward_that_reads_values_runs_on_a_real_copy_and_says_so():
     result = summary(ReadsValues(), (3,))
     assert str(result).endswith(
-        "\nNote: run on a real copy, since the meta one failed: RuntimeError: Tensor.item() cannot be called on meta "
-        "tensors"
+        "\nNote: run on a real copy, since the meta one failed: RuntimeError: Tensor.item() cannot "
+        "be called on meta tensors"
     )
     assert result.multiply_adds == 6
 
@@ -543,7 +543,8 @@ def test_summary_counts_a_model_that_cannot_be_copied():
     assert result.total_params == 61
     assert [row.output_shape for row in result.rows] == [None] * 4
     assert result.note == (
-        "Note: no output shapes, since the model cannot be copied: TypeError: cannot pickle '_thread.lock' object"
+        "Note: no output shapes, since the model cannot be copied: TypeError: cannot pickle "
+        "'_thread.lock' object"
     )
     assert "Multiply-adds" not in str(result)
 
@@ -570,7 +571,7 @@ def test_summary_of_a_compiled_model_shows_its_layers():
     assert result.note == ""
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_summary_names_a_failing_layer_with_its_input_and_the_rows_so_far():
@@ -579,8 +580,8 @@ def test_summary_names_a_failing_layer_with_its_input_and_the_rows_so_far():
     with pytest.raises(ForwardError) as caught:
         summary(net, (2,))
     assert str(caught.value) == (
-        "fc2: Linear(in_features=5, out_features=8, bias=True) was given (2, 4) float32: mat1 and mat2 shapes cannot "
-        "be multiplied (2x4 and 5x8)\n"
+        "fc2: Linear(in_features=5, out_features=8, bias=True) was given (2, 4) float32: mat1 and "
+        "mat2 shapes cannot be multiplied (2x4 and 5x8)\n"
         "The input, with 2 rows, was Tensor (2, 2) float32. The layers up to there:\n\n"
         "layer (type)    output shape      params\n"
         "--------------  --------------  --------\n"
@@ -624,13 +625,13 @@ def test_summary_leaves_the_model_alone_when_the_forward_fails():
     [
         (
             {},
-            "summary takes either input_shape or input_data, got neither. Pass input_shape=(2,), the shape of one row, "
-            "or input_data=features, a batch of what forward takes.",
+            "summary takes either input_shape or input_data, got neither. Pass input_shape=(2,), "
+            "the shape of one row, or input_data=features, a batch of what forward takes.",
         ),
         (
             {"input_shape": (2,), "input_data": torch.zeros(1, 2)},
-            "summary takes either input_shape or input_data, got both. Pass input_shape=(2,), the shape of one row, "
-            "or input_data=features, a batch of what forward takes.",
+            "summary takes either input_shape or input_data, got both. Pass input_shape=(2,), the "
+            "shape of one row, or input_data=features, a batch of what forward takes.",
         ),
         (
             {"input_shape": (2,), "batch_size": 0},
@@ -639,9 +640,11 @@ def test_summary_leaves_the_model_alone_when_the_forward_fails():
         *(
             (
                 arguments,
-                f"got input_shape={arguments['input_shape']!r}, input_dtype={arguments['input_dtype']!r}. Pass as "
-                "input_shape the shape of one row without the batch, such as (3, 32, 32), or a list or dict of such "
-                "shapes; as input_dtype a dtype such as torch.float32, or a list or dict of dtypes like input_shape.",
+                f"got input_shape={arguments['input_shape']!r}, "
+                f"input_dtype={arguments['input_dtype']!r}. Pass as input_shape the shape of one "
+                "row without the batch, such as (3, 32, 32), or a list or dict of such shapes; as "
+                "input_dtype a dtype such as torch.float32, or a list or dict of dtypes like "
+                "input_shape.",
             )
             for arguments in (
                 {"input_shape": (-1, 2), "input_dtype": torch.float32},
@@ -669,7 +672,8 @@ def test_summary_of_lazy_layers_says_what_to_do():
         with pytest.raises(ValueError, match="lazy") as caught:
             summary(model, (2,))
         assert str(caught.value) == (
-            f"lazy layers have no parameters to count yet: ['{name}']. Run a batch first: model(features)."
+            f"lazy layers have no parameters to count yet: ['{name}']. Run a batch first: "
+            "model(features)."
         )
 
 

@@ -1,4 +1,4 @@
-"""What an epoch and a fit do: the same numbers as a bare loop, in the right order, with everything put back."""
+"""Epochs and fits: the numbers of a bare loop, in the right order, with all modes restored."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import minikeras
 from minikeras import LambdaCallback
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
+# --- the numbers ----------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -166,7 +166,7 @@ def test_fit_has_no_step_that_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --- the history -----------------------------------------------------------------------------------------------------
+# --- the history ----------------------------------------------------------------------------------
 
 
 def test_history_columns_are_loss_metrics_extras_then_the_same_with_val():
@@ -258,7 +258,7 @@ def test_history_row_is_the_last_running_means_of_its_epoch():
     assert last == dict(dfhistory.iloc[0])
 
 
-# --- steps_per_epoch -------------------------------------------------------------------------------------------------
+# --- steps_per_epoch ------------------------------------------------------------------------------
 
 
 def test_steps_per_epoch_continues_where_the_last_epoch_stopped_and_starts_again_at_the_end():
@@ -287,7 +287,7 @@ def test_steps_per_epoch_trains_from_an_endless_generator():
     assert len(compiled().fit(3, endless(), steps_per_epoch=4, verbose=0)) == 3
 
 
-# --- modes and state -------------------------------------------------------------------------------------------------
+# --- modes and state ------------------------------------------------------------------------------
 
 
 def test_modes_of_submodules_are_restored_after_fit():
@@ -364,7 +364,7 @@ def test_fit_clears_gradients_from_before_its_first_step():
         assert torch.equal(found, expected)
 
 
-# --- sample weights --------------------------------------------------------------------------------------------------
+# --- sample weights -------------------------------------------------------------------------------
 
 
 def test_sample_weight_is_the_third_part_of_a_batch():
@@ -413,7 +413,7 @@ def test_modes_of_a_loss_are_eval_for_validation_and_restored():
     assert loss_func.norm.training
 
 
-# --- predict ---------------------------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
 def test_predict_needs_no_compile_and_keeps_the_rows_in_order():
@@ -439,8 +439,9 @@ def test_predict_refuses_rows_that_are_not_first():
     with pytest.raises(ValueError, match="rows") as error:
         minikeras.Model(nn.LSTM(4, 3, batch_first=True)).predict(torch.randn(64, 5, 4))
     assert str(error.value) == (
-        "the model returned a tensor of shape (1, 32, 3) in its outputs[1][0] for 32 rows; predict joins batches along "
-        "the first dimension, and the rows are in dimension 1. Return it with .transpose(0, 1)."
+        "the model returned a tensor of shape (1, 32, 3) in its outputs[1][0] for 32 rows; predict "
+        "joins batches along the first dimension, and the rows are in dimension 1. Return it with "
+        ".transpose(0, 1)."
     )
 
 

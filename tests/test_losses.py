@@ -1,4 +1,4 @@
-"""What a user may rely on in minikeras.losses: values and gradients by formula, penalties by hand."""
+"""minikeras.losses: values and gradients by formula, penalties by hand."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ def reference(p, y, gamma, alpha):
 
 
 def reference_slope(z, y, gamma, alpha):
-    """d loss / d logit for labels 0 and 1, worked out by hand; exact at any logit, as 1 - p_t is not a difference."""
+    """Return d loss / d logit for labels 0 and 1 by hand; exact, as 1 - p_t is no difference."""
     sign = 2 * y - 1
     log_p_t, log_miss = -np.logaddexp(0, -sign * z), -np.logaddexp(0, sign * z)
     a_t = y * alpha + (1 - y) * (1 - alpha)
@@ -52,7 +52,7 @@ def reference_slope(z, y, gamma, alpha):
     )
 
 
-# ---------------------------------------------------------------- focal loss: values
+# --- focal loss: values ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_cross_entropy_is_log_softmax_then_negative_log_likelihood():
     )
 
 
-# ---------------------------------------------------------------- focal loss: gradients
+# --- focal loss: gradients ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
@@ -182,7 +182,7 @@ def test_focal_loss_of_probabilities_of_exactly_0_and_1_and_its_gradient_are_fin
     assert p.grad.sign().tolist() == [0.0, 0.0, -1.0, 1.0]
 
 
-# ---------------------------------------------------------------- focal loss: what it says
+# --- focal loss: what it says ---------------------------------------------------------------------
 
 
 def test_focal_loss_prints_its_arguments():
@@ -233,14 +233,14 @@ def test_focal_loss_names_a_wrong_argument_with_its_remedy(arguments, message):
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_focal_loss_refuses_labels_that_broadcast_against_the_predictions(from_logits):
     message = (
-        "FocalLoss compares element by element: expected y_true of y_pred's shape (4, 1), got (4,). "
-        "Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
+        "FocalLoss compares element by element: expected y_true of y_pred's shape (4, 1), got "
+        "(4,). Pass y_true.reshape(y_pred.shape), or one-hot labels for several classes."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         FocalLoss(from_logits=from_logits)(torch.full((4, 1), 0.5), torch.ones(4))
 
 
-# ---------------------------------------------------------------- penalties
+# --- penalties ------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -333,7 +333,7 @@ def test_penalties_of_a_half_precision_model_do_not_overflow():
     assert l2_penalty(model, 1.0).item() == 720_000.0
 
 
-# ---------------------------------------------------------------- Regularized
+# --- Regularized ----------------------------------------------------------------------------------
 
 
 def test_regularized_adds_both_penalties_to_the_loss():
@@ -469,7 +469,7 @@ def test_penalties_of_negative_strength_are_refused_by_name(name, call, value):
         call(nn.Linear(3, 2), value)
 
 
-# ---------------------------------------------------------------- weight decay
+# --- weight decay ---------------------------------------------------------------------------------
 
 
 def test_weight_decay_groups_decay_weights_and_not_biases(model_and_names):

@@ -158,22 +158,25 @@ def test_command_summary_takes_one_dtype_for_all_inputs(folder, capsys):
     [
         (
             ["package.nets"],
-            "got 'package.nets', which names no network. Pass MODULE:NAME, such as package.module:Net.",
+            "got 'package.nets', which names no network. Pass MODULE:NAME, such as "
+            "package.module:Net.",
         ),
         (
             ["package/nets.py:Net"],
-            "there is no module 'package/nets.py' to import from {here}. Did you mean 'package.nets'? Pass it as an "
-            "import statement there would have it: package.module:Net, or net:Net for a file net.py.",
+            "there is no module 'package/nets.py' to import from {here}. Did you mean "
+            "'package.nets'? Pass it as an import statement there would have it: "
+            "package.module:Net, or net:Net for a file net.py.",
         ),
         (
             ["./plain.py:net"],
-            "there is no module './plain.py' to import from {here}. Did you mean 'plain'? Pass it as an import "
-            "statement there would have it: package.module:Net, or net:Net for a file net.py.",
+            "there is no module './plain.py' to import from {here}. Did you mean 'plain'? Pass it "
+            "as an import statement there would have it: package.module:Net, or net:Net for a file "
+            "net.py.",
         ),
         (
             ["package.other:Net"],
-            "there is no module 'package.other' to import from {here}. Pass it as an import statement there would have "
-            "it: package.module:Net, or net:Net for a file net.py.",
+            "there is no module 'package.other' to import from {here}. Pass it as an import "
+            "statement there would have it: package.module:Net, or net:Net for a file net.py.",
         ),
         (
             ["package.nets:Unet3Plus"],
@@ -182,18 +185,18 @@ def test_command_summary_takes_one_dtype_for_all_inputs(folder, capsys):
         (["plain:Unet3Plus"], "plain has no 'Unet3Plus'. It has no network."),
         (
             ["package.nets:Wide"],
-            "package.nets:Wide cannot be called without its arguments: width. Pass the name of a function that needs "
-            "none and returns the network: def make_net(): return Wide(...).",
+            "package.nets:Wide cannot be called without its arguments: width. Pass the name of a "
+            "function that needs none and returns the network: def make_net(): return Wide(...).",
         ),
         (
             ["package.nets:thin"],
-            "package.nets:thin cannot be called without its arguments: width. Pass the name of a function that needs "
-            "none and returns the network: def make_net(): return thin(...).",
+            "package.nets:thin cannot be called without its arguments: width. Pass the name of a "
+            "function that needs none and returns the network: def make_net(): return thin(...).",
         ),
         (
             ["package.nets:number"],
-            "package.nets:number is int. Pass the name of a torch.nn.Module, of its class, or of a function that makes "
-            "one.",
+            "package.nets:number is int. Pass the name of a torch.nn.Module, of its class, or of a "
+            "function that makes one.",
         ),
         (
             ["package.nets:nothing"],
@@ -201,12 +204,13 @@ def test_command_summary_takes_one_dtype_for_all_inputs(folder, capsys):
         ),
         (
             ["package.nets:Net", "--dtype", "flaot32"],
-            "--dtype must be a dtype of torch, such as float32 or int64, got 'flaot32'. Did you mean 'float32'?",
+            "--dtype must be a dtype of torch, such as float32 or int64, got 'flaot32'. Did you "
+            "mean 'float32'?",
         ),
         (
             ["package.nets:Net", "--dtype", "int64", "--dtype", "int64"],
-            "--dtype must come once for all, or once for each --input, got 2 for 1. Pass as many of the one as of the "
-            "other.",
+            "--dtype must come once for all, or once for each --input, got 2 for 1. Pass as many "
+            "of the one as of the other.",
         ),
     ],
 )
@@ -223,8 +227,8 @@ def test_command_summary_refuses_sizes_that_are_no_numbers(folder, capsys, shape
         main(["summary", "package.nets:Net", f"--input={shape}"])
     assert caught.value.code == 1
     assert capsys.readouterr().err == (
-        f"--input must be whole numbers of 1 or more with commas between, got {shape!r}. Pass the shape of one row, "
-        f"without the batch: --input 3,224,224.\n"
+        f"--input must be whole numbers of 1 or more with commas between, got {shape!r}. Pass the "
+        f"shape of one row, without the batch: --input 3,224,224.\n"
     )
 
 
@@ -232,8 +236,8 @@ def test_command_summary_names_a_layer_that_cannot_take_the_input(folder, capsys
     with pytest.raises(SystemExit):
         main(["summary", "package.nets:Net", "--input", "4"])
     assert capsys.readouterr().err.startswith(
-        "fc: Linear(in_features=3, out_features=2, bias=True) was given (2, 4) float32: mat1 and mat2 shapes cannot be "
-        "multiplied (2x4 and 3x2)\n"
+        "fc: Linear(in_features=3, out_features=2, bias=True) was given (2, 4) float32: mat1 and "
+        "mat2 shapes cannot be multiplied (2x4 and 3x2)\n"
     )
 
 

@@ -143,7 +143,7 @@ def test_metric_may_look_at_several_outputs():
     )
 
 
-# --- objects that give several numbers ----------------------------------------------------------
+# --- objects that give several numbers ------------------------------------------------------------
 
 
 class Gives:
@@ -222,7 +222,10 @@ REFUSED = {
 @pytest.mark.parametrize(("answer", "said"), REFUSED.values(), ids=REFUSED)
 def test_metric_object_whose_answer_is_no_number_is_an_error_at_the_end_of_the_pass(answer, said):
     model = compiled(metrics_dict={"m": Gives(answer)})
-    expected = "; expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most 1000). "
+    expected = (
+        "; expected a number, or a dict, list or tensor of numbers, which becomes a column for "
+        "each (at most 1000). "
+    )
     with pytest.raises(ValueError, match=re.escape(f"metric 'm': compute() {said}")) as error:
         model.evaluate(points(20))
     assert expected in str(error.value)
@@ -241,7 +244,10 @@ def test_metric_object_whose_answer_is_a_pair_may_return_a_dict():
 
 
 def test_metric_columns_of_one_name_are_refused_with_what_to_do():
-    message = "metric 'm' gives a column 'm_a', and there is a column of this name. Give the metric another name in "
+    message = (
+        "metric 'm' gives a column 'm_a', and there is a column of this name. Give the metric "
+        "another name in "
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         compiled(metrics_dict={"m_a": nn.L1Loss(), "m": Gives({"a": 1.0})}).evaluate(points(20))
     message = "metric 'm_a' gives a column 'm_a_b', and metric 'm' gives a column of this name."
@@ -272,7 +278,7 @@ def test_metric_columns_of_an_object_reach_callbacks_and_the_table(capsys, tmp_p
     assert any("val_m_f1" in line for line in lines)
 
 
-# --- when an object is asked --------------------------------------------------------------------
+# --- when an object is asked ----------------------------------------------------------------------
 
 
 def test_metric_object_computes_once_at_the_end_of_each_pass():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 
-# --- scripts written for torchkeras -----------------------------------------------------------------------------------
+# --- scripts written for torchkeras ---------------------------------------------------------------
 
 
 def test_torchkeras_script_with_a_subclass_runs(capsys):
@@ -60,7 +60,7 @@ def test_torchkeras_script_that_wraps_a_network_runs():
     assert model.net is net
 
 
-# --- compile ----------------------------------------------------------------------------------------------------------
+# --- compile --------------------------------------------------------------------------------------
 
 
 class Holds(nn.Module):
@@ -176,7 +176,7 @@ def test_device_gets_a_model_back_that_was_moved_away_by_hand():
     assert len(model.fit(1, points(), verbose=0)) == 2
 
 
-# --- what surprises and must not --------------------------------------------------------------------------------------
+# --- what surprises and must not ------------------------------------------------------------------
 
 
 def test_subclass_keeps_its_own_history_optimizer_and_device():
@@ -256,7 +256,7 @@ def test_model_without_a_network_or_a_forward_raises_an_error_that_says_so():
     assert str(error.value) == "Model has no forward. Write it, or wrap a network: Model(net)."
 
 
-# --- every loss of the article ----------------------------------------------------------------------------------------
+# --- every loss of the article --------------------------------------------------------------------
 
 
 LOSSES = {
@@ -320,7 +320,7 @@ def test_loss_may_return_an_average_if_rows_are_not_the_unit():
     assert model.net.weight.isfinite().all()
 
 
-# --- steps of one's own -----------------------------------------------------------------------------------------------
+# --- steps of one's own ---------------------------------------------------------------------------
 
 
 class Pair(minikeras.Model):

@@ -1,4 +1,4 @@
-"""What a person sees in a notebook: the notebooks of the examples run in a real kernel, and what is drawn there."""
+"""What a notebook shows; the notebooks of the examples run in a real kernel."""
 
 import html
 import re
@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glo
 NAN = float("nan")
 
 
-# --- the notebooks of the examples ------------------------------------------------------------------------------------
+# --- the notebooks of the examples ----------------------------------------------------------------
 
 
 class Reader(NotebookClient):
@@ -38,7 +38,7 @@ class Reader(NotebookClient):
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def executed(request):
-    """The cells of a notebook that has run, on one thread as is best for networks this small, and those messages."""
+    """Run a notebook on one thread; return its cells and their messages."""
     book = nbformat.read(request.param, as_version=4)
     client = Reader(book, timeout=240, kernel_name="python3")
     client.kinds = {}
@@ -111,12 +111,12 @@ def test_notebooks_show_figures_the_model_and_its_summary(executed):
     assert not [output for output in outputs if output["output_type"] in ("stream", "error")]
 
 
-# --- one live output --------------------------------------------------------------------------------------------------
+# --- one live output ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def page(monkeypatch):
-    """The outputs that a fit makes under a notebook's IPython: [first, redrawn, ...], by display."""
+    """Return the outputs of a fit under a notebook's IPython: [first, redrawn, ...], by display."""
     made = []
 
     def display(data, raw, display_id=False):
@@ -310,7 +310,7 @@ def test_notebook_chart_keeps_every_number_inside_it():
     assert drawn.find("text").text == "<loss>"
 
 
-# --- a model ----------------------------------------------------------------------------------------------------------
+# --- a model --------------------------------------------------------------------------------------
 
 
 def test_notebook_shows_a_model_as_a_table_of_its_layers():

@@ -1,4 +1,4 @@
-"""OnAllRows: a function of all rows, called once at the end of a pass, is scikit-learn's value on the whole set."""
+"""OnAllRows: a function of all rows gives scikit-learn's value on the whole set."""
 
 import copy
 import re
@@ -310,7 +310,7 @@ def test_on_all_rows_can_be_monitored_by_early_stopping(tmp_path):
     assert list(dfhistory["val_auc"]) == [0.5, 0.9, 0.8, 0.7]
 
 
-# --- mistakes -----------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def test_on_all_rows_names_the_metric_and_its_arguments_when_the_function_fails():
@@ -319,8 +319,8 @@ def test_on_all_rows_names_the_metric_and_its_arguments_when_the_function_fails(
     with pytest.raises(KeyError, match="missing") as error:
         model.evaluate((X, torch.zeros(20, 1)))
     assert error.value.__notes__[:2] == [
-        "OnAllRows gave the function all rows as NumPy arrays: y_pred ndarray (20, 1) float32, y_true ndarray (20, 1) "
-        "float32",
+        "OnAllRows gave the function all rows as NumPy arrays: y_pred ndarray (20, 1) float32, "
+        "y_true ndarray (20, 1) float32",
         "metric 'auc', computed at the end of a pass",
     ]
 
@@ -336,8 +336,9 @@ def test_on_all_rows_refuses_a_function_that_returns_no_number(answer):
 
 def test_on_all_rows_refuses_a_function_that_takes_the_labels_first_and_the_remedy_works():
     message = (
-        "r2_score takes y_true first, as functions of scikit-learn do, and minikeras calls a metric with (y_pred, "
-        "y_true). Pass OnAllRows(lambda y_pred, y_true: r2_score(y_true, y_pred))."
+        "r2_score takes y_true first, as functions of scikit-learn do, and minikeras calls a "
+        "metric with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: r2_score(y_true, "
+        "y_pred))."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         OnAllRows(skm.r2_score)
@@ -368,9 +369,9 @@ def test_on_all_rows_refuses_rows_of_different_shapes_when_they_come():
     net = nn.PReLU()
     model = compiled(minikeras.Model(net), nn.MSELoss(), {"m": OnAllRows(lambda p, t: 0.0)})
     message = (
-        "OnAllRows joins the rows of all batches, and this batch is (Tensor (2, 4) float32, Tensor (2, 4) float32), "
-        "but the first was (Tensor (2, 3) float32, Tensor (2, 3) float32). Pad the rows of outputs and labels to one "
-        "shape."
+        "OnAllRows joins the rows of all batches, and this batch is (Tensor (2, 4) float32, Tensor "
+        "(2, 4) float32), but the first was (Tensor (2, 3) float32, Tensor (2, 3) float32). Pad "
+        "the rows of outputs and labels to one shape."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         model.evaluate(batches)

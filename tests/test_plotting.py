@@ -175,14 +175,15 @@ def test_plot_shows_and_writes_nothing_by_itself(tmp_path, monkeypatch):
             history(loss=[1.0], val_loss=[1.0]),
             "los",
             ValueError,
-            "metrics has 'los', which is no column of the history. Its columns are 'loss', 'val_loss'. "
-            "Did you mean 'loss'?",
+            "metrics has 'los', which is no column of the history. Its columns are 'loss', "
+            "'val_loss'. Did you mean 'loss'?",
         ),
         (
             history(loss=[1.0]),
             [],
             ValueError,
-            "metrics must name a column of the history or more, got none. Leave it out to draw all.",
+            "metrics must name a column of the history or more, got none. Leave it out to draw "
+            "all.",
         ),
         (
             history(loss=[]),
@@ -194,7 +195,8 @@ def test_plot_shows_and_writes_nothing_by_itself(tmp_path, monkeypatch):
             {"loss": [1.0]},
             None,
             TypeError,
-            "dfhistory must be the DataFrame that fit returned, got dict. After a fit it is at model.history too.",
+            "dfhistory must be the DataFrame that fit returned, got dict. After a fit it is at "
+            "model.history too.",
         ),
         (
             history(loss=[1.0]),
@@ -212,14 +214,15 @@ def test_plot_shows_and_writes_nothing_by_itself(tmp_path, monkeypatch):
             history(loss=[1.0], remark=["slow"]),
             None,
             ValueError,
-            "dfhistory has 'slow' in the column 'remark'; expected numbers. Name the columns to draw in metrics, or "
-            "drop this one.",
+            "dfhistory has 'slow' in the column 'remark'; expected numbers. Name the columns to "
+            "draw in metrics, or drop this one.",
         ),
         (
             history(loss=[1.0]).rename(index=str),
             None,
             ValueError,
-            "dfhistory's index must be numbers, from 0 as in a history, got '0'. Pass what fit returned.",
+            "dfhistory's index must be numbers, from 0 as in a history, got '0'. Pass what fit "
+            "returned.",
         ),
     ],
 )

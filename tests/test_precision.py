@@ -54,7 +54,7 @@ def bare_fit(model, data, epochs=2, lr=0.1, loss_func=F.binary_cross_entropy):
     return model
 
 
-# --- accumulate -------------------------------------------------------------------------------------------------------
+# --- accumulate -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 3, 7, 10])
@@ -149,8 +149,9 @@ def test_accumulate_refuses_two_losses_of_different_weight():
     with pytest.raises(ValueError, match="units") as error:
         compiled(Mixed(), accumulate=2).fit(1, batches(), verbose=0)
     assert str(error.value) == (
-        "backward was called for one batch with losses over 3 and 7 units, which accumulate cannot divide apart. "
-        "Give each loss an optimizer of its own, or make both means over the batch's rows."
+        "backward was called for one batch with losses over 3 and 7 units, which accumulate cannot "
+        "divide apart. Give each loss an optimizer of its own, or make both means over the batch's "
+        "rows."
     )
 
 
@@ -311,8 +312,8 @@ def test_accumulate_resumed_in_mid_window_must_be_the_same(tmp_path):
     with pytest.raises(minikeras.CheckpointError, match="between two steps") as error:
         compiled().fit(1, data, verbose=0, checkpoint=path)
     assert str(error.value).startswith(
-        f"{path} was written between two steps of accumulate=3, and the model was compiled with accumulate=1. "
-        f"Compile as it was compiled then."
+        f"{path} was written between two steps of accumulate=3, and the model was compiled with "
+        f"accumulate=1. Compile as it was compiled then."
     )
 
 
@@ -328,7 +329,7 @@ def test_accumulate_resumes_a_file_from_before_it_existed(tmp_path):
     assert list(history.index) == [0]
 
 
-# --- clipping ---------------------------------------------------------------------------------------------------------
+# --- clipping -------------------------------------------------------------------------------------
 
 
 def test_accumulate_clips_the_norm_of_the_windows_gradient():
@@ -369,7 +370,7 @@ def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
     assert not jit or model._run.jit.train.way == "one graph"
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -552,9 +553,11 @@ def test_half_precision_refuses_a_loss_of_probabilities_with_a_remedy(loss_func,
         with pytest.raises(ValueError, match="probabilities") as error:
             verb()
         assert str(error.value) == (
-            "the loss takes probabilities, and the model's outputs are Tensor (7, 1) bfloat16 under autocast: those "
-            "near 1 become 1, with a loss of 100 or none. Leave the sigmoid out of the model and take "
-            'nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile with precision="fp32".'
+            "the loss takes probabilities, and the model's outputs are Tensor (7, 1) bfloat16 "
+            "under autocast: those near 1 become 1, with a loss of 100 or none. Leave the sigmoid "
+            "out of the model and take "
+            "nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile with "
+            'precision="fp32".'
         )
 
 
@@ -587,7 +590,7 @@ def test_precision_object_is_not_created_if_no_option_needs_it():
     assert compiled()._run.precision is None
 
 
-# --- steps that go past us --------------------------------------------------------------------------------------------
+# --- steps that go past us ------------------------------------------------------------------------
 
 
 def bare(*, backward, step):
@@ -637,7 +640,7 @@ def test_bare_backward_and_step_train_without_those_options(options):
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
 
-# --- jit --------------------------------------------------------------------------------------------------------------
+# --- jit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -673,13 +676,14 @@ def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_o
     with pytest.warns(UserWarning, match="jit:") as caught:
         found = twin.fit(3, data, verbose=0)
     assert [str(one.message) for one in caught] == [
-        f"jit: train_step is not one graph: forward and loss, since {option} needs backward and step outside it"
+        f"jit: train_step is not one graph: forward and loss, since {option} needs backward and "
+        "step outside it"
     ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
     assert_same_weights(model, twin, 1e-3 if "fp16" in option else 1e-6)
 
 
-# --- refused at compile -----------------------------------------------------------------------------------------------
+# --- refused at compile ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -694,13 +698,14 @@ def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_o
         ({"clip_grad_value": "1"}, "clip_grad_value must be a number above 0, or None, got '1'."),
         (
             {"accumulate": 2, "loss_func": nn.MSELoss(reduction="sum")},
-            'loss_func has reduction="sum", and accumulate=2 weighs each batch by its rows, which such a sum has '
-            'counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
+            'loss_func has reduction="sum", and accumulate=2 weighs each batch by its rows, which '
+            'such a sum has counted already. Build it with reduction="mean", or return '
+            "minikeras.Average(total, count).",
         ),
         (
             {"precision": "fp16", "model": Net().half()},
-            "precision='fp16' keeps the parameters in float32 and casts within the step, and they are float16. "
-            "Call model.float() before you make the optimizer.",
+            "precision='fp16' keeps the parameters in float32 and casts within the step, and they "
+            "are float16. Call model.float() before you make the optimizer.",
         ),
     ],
     ids=lambda value: str(value)[:30],
@@ -711,7 +716,7 @@ def test_precision_options_that_mean_nothing_are_refused_at_compile(options, mes
     assert str(error.value) == message
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------------
+# --- on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

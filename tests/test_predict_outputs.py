@@ -11,7 +11,10 @@ from minikeras import Model
 
 
 def test_predict_outputs_of_ragged_shapes_cannot_be_joined():
-    message = "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be joined. "
+    message = (
+        "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be "
+        "joined. "
+    )
     with refused(
         f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."
     ):
@@ -112,8 +115,12 @@ OTHERS = [
 
 @pytest.mark.parametrize(("other", "shown"), OTHERS)
 def test_predict_outputs_of_different_structure_cannot_be_joined(other, shown):
-    message = f"the outputs of the batches are made in different ways, {{'a': {X_2}, 'b': {X_2}}} and {shown}, and "
+    message = (
+        f"the outputs of the batches are made in different ways, {{'a': {X_2}, 'b': {X_2}}} and "
+        f"{shown}, and "
+    )
     with refused(
-        f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by batch."
+        f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by "
+        "batch."
     ):
         turned(other).predict(torch.arange(8.0).reshape(4, 2), batch_size=2)

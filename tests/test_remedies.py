@@ -24,7 +24,7 @@ def model_of(net, loss=None, **kwargs):
 
 
 def told(model, data, *words, kind=ValueError):
-    """The fit's first batch is refused with these words, and no weight has moved; gives the whole message."""
+    """Check that the first batch raises an error with these words; return the whole message."""
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(kind) as error:
         model.fit(1, data, verbose=0)
@@ -42,7 +42,7 @@ def trains(model, data):
     return losses.iloc[-1]
 
 
-# ---------------------------------------------------------------- shapes of features
+# --- shapes of features ---------------------------------------------------------------------------
 
 LINE = np.linspace(0, 1, 64, dtype="float32")
 AS_COLUMN = {
@@ -145,7 +145,7 @@ def test_images_for_a_linear_layer_raise_an_error_that_says_to_flatten_them():
     )
 
 
-# ---------------------------------------------------------------- dtypes of features
+# --- dtypes of features ---------------------------------------------------------------------------
 
 
 def test_numpy_floats_for_a_float64_model_raise_an_error_with_a_remedy_that_keeps_them():
@@ -217,7 +217,7 @@ def test_features_of_half_precision_or_integers_raise_an_error_that_says_float()
         trains(model_of(nn.Linear(3, 1)), (features.float(), Y))
 
 
-# ---------------------------------------------------------------- labels
+# --- labels ---------------------------------------------------------------------------------------
 
 ZERO_ONE = torch.randint(0, 2, (64, 1))
 LOSSES = {
@@ -316,7 +316,7 @@ def test_squeeze_of_a_last_row_raises_an_error_that_says_to_name_the_dimension()
     assert model.evaluate(data)["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-# ---------------------------------------------------------------- scores whose classes are last
+# --- scores whose classes are last ----------------------------------------------------------------
 
 
 def sequences(steps, classes):
@@ -355,8 +355,13 @@ def reference(model, data):
 def test_classes_in_the_last_dimension_are_refused_and_both_remedies_train(steps, classes, labels):
     X, y = sequences(steps, classes)
     given = y if labels == "classes" else F.one_hot(y, classes).float()
-    told(compiled(Last(classes), nn.CrossEntropyLoss()), (X, given), "over" if labels != "classes" else "are last",
-         "End forward with .movedim(-1, 1)", "nn.functional.cross_entropy(y_pred.movedim(-1, 1), y_true")  # fmt: skip
+    told(
+        compiled(Last(classes), nn.CrossEntropyLoss()),
+        (X, given),
+        "are last" if labels == "classes" else "over",
+        "End forward with .movedim(-1, 1)",
+        "nn.functional.cross_entropy(y_pred.movedim(-1, 1), y_true",
+    )
     moved = given if labels == "classes" else given.movedim(-1, 1)
     for model, loss in ((Moved(classes), nn.CrossEntropyLoss()), (Last(classes), LOSS_OF_LAST)):
         trains(compiled(model, loss), (X, moved))
@@ -475,7 +480,7 @@ def test_classes_of_log_probabilities_in_the_last_dimension_are_refused_though_t
     )
 
 
-# ---------------------------------------------------------------- one loss for several outputs
+# --- one loss for several outputs -----------------------------------------------------------------
 
 
 class Two(minikeras.Model):

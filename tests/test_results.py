@@ -1,4 +1,4 @@
-"""What losses, metrics and steps return: one number, or an Average; two numbers in a tuple are neither."""
+"""What losses, metrics and steps return: one number or an Average, and no tuple of two."""
 
 import copy
 

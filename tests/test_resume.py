@@ -1,4 +1,4 @@
-"""A fit broken off and carried on in another process gives, bit by bit, what it gives never stopped."""
+"""A fit that is interrupted and resumed is bit-for-bit the fit that is never stopped."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def whole(**kwargs):
 
 
 def broken_off(path, kills, every=1, **kwargs):
-    """The same call, killed after so many more batches, each time carried on in what might be another process."""
+    """Run the same call, killed after so many more batches, and resumed each time."""
     for number, kill in enumerate([*kills, None]):  # without a file the script begins as it began
         seed(100 + number if path.exists() else 1)
         model, arguments = call_of(**kwargs)
@@ -117,7 +117,7 @@ def test_resumed_fit_is_the_fit_never_stopped_on_an_accelerator(options, tmp_pat
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
 
 
-# --- which call of fit a file is of -----------------------------------------------------------------------------------
+# --- which call of fit a file is of ---------------------------------------------------------------
 
 
 def fits(path, *epochs, kill=None):
@@ -205,9 +205,9 @@ def test_resumed_fit_takes_other_metrics_between_epochs_and_refuses_them_within_
     with pytest.raises(CheckpointError) as raised:
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
-        f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it would be loss. "
-        f"Compile as it was compiled then. To start anew, delete {path['checkpoint']} and {path['checkpoint']}.prev, "
-        f"or give another path."
+        f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it "
+        "would be loss. Compile as it was compiled then. To start anew, delete "
+        f"{path['checkpoint']} and {path['checkpoint']}.prev, or give another path."
     )
     dfhistory = compiled(metrics_dict={"other": metric}).fit(2, points(60), **path)
     assert dfhistory["mean"].isna().tolist() == [False, True]
@@ -244,7 +244,7 @@ def test_resumed_fit_keeps_the_mark_of_the_best_epoch(tmp_path, capsys):
     assert "*" not in fit(2)[-1]
 
 
-# --- what is not exact, and said so -----------------------------------------------------------------------------------
+# --- what is not exact, and said so ---------------------------------------------------------------
 
 
 def test_checkpoint_with_persistent_workers_that_may_draw_warns_as_the_fit_begins(tmp_path):
@@ -252,8 +252,9 @@ def test_checkpoint_with_persistent_workers_that_may_draw_warns_as_the_fit_begin
     with pytest.warns(UserWarning, match="persistent_workers") as warned:
         compiled().fit(1, loader, verbose=0, checkpoint=tmp_path / "run.pt")
     assert [str(one.message) for one in warned] == [
-        "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the dataset draws random "
-        "numbers, a resumed run draws others. Set persistent_workers=False for an exact resume."
+        "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the "
+        "dataset draws random numbers, a resumed run draws others. Set persistent_workers=False "
+        "for an exact resume."
     ]
 
 
@@ -276,9 +277,10 @@ def test_resumed_fit_warns_of_other_rows_or_another_batch_size_within_an_epoch(
         fit(rows, batch_size)
     assert len(told) == (1 if rows == 40 else 2)
     assert str(told[-1].message) == (
-        "the checkpoint stands in an epoch of 4 batches, and dl_train has 8 here: it has other rows, or another "
-        "batch_size. The first 1 are left out, and others than those that were trained on. Give the same data and "
-        "batch_size as before; from an epoch's end on any will do."
+        "the checkpoint stands in an epoch of 4 batches, and dl_train has 8 here: it has other "
+        "rows, or another batch_size. The first 1 are left out, and others than those that were "
+        "trained on. Give the same data and batch_size as before; from an epoch's end on any will "
+        "do."
     )
 
 
@@ -310,8 +312,9 @@ def test_resumed_fit_warns_of_another_learning_rate_in_the_script_and_not_of_one
     with pytest.warns(UserWarning, match="was begun") as told:
         fit(2, 0.2)
     assert str(told[0].message) == (
-        f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and not 0.02, initial_lr "
-        f"0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a callback to change them in the run."
+        f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and "
+        "not 0.02, initial_lr 0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a "
+        "callback to change them in the run."
     )
 
 
@@ -414,8 +417,8 @@ def test_resumed_fit_warns_of_callbacks_that_the_states_may_not_belong_to(kinds,
         fit(3, kinds)
     assert str(told[0].message) == (
         f"the checkpoint has the state of Timer, EMA, and those that keep one are "
-        f"{'Timer, EMA, EMA 2' if kinds else 'none'} here. It goes to the callback of its class and number. Give the "
-        f"same ones in the same order."
+        f"{'Timer, EMA, EMA 2' if kinds else 'none'} here. It goes to the callback of its class "
+        f"and number. Give the same ones in the same order."
     )
 
 
@@ -467,5 +470,6 @@ def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(t
     with pytest.raises(RuntimeError) as raised:
         compiled().fit(2, points(20), **path)
     assert str(raised.value) == (
-        "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as before."
+        "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as "
+        "before."
     )

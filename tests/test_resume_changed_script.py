@@ -19,7 +19,7 @@ SCHEDULES = torch.optim.lr_scheduler
 
 
 def rates_after_change(path, first, second, step, before=3, epochs=6):
-    """The rates of a run of which the script got another scheduler after three epochs, and what was said."""
+    """Run a script with another scheduler after three epochs; return its model and warnings."""
     for count, make in ((before, first), (epochs, second)):
         fits.USES.clear()  # each start is a process
         torch.manual_seed(0)
@@ -37,7 +37,7 @@ def rates_after_change(path, first, second, step, before=3, epochs=6):
 
 
 def plain_loop(first, second, step, before=3, epochs=6):
-    """Weights and rates of a bare loop that goes over to the second schedule, replayed to where it stands."""
+    """Train by a bare loop that changes to the second schedule, replayed to the current step."""
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -187,8 +187,9 @@ def test_resumed_script_with_another_monitor_does_not_take_the_best_value(tmp_pa
         model, stop, save = best_of("val_accuracy", tmp_path / "run.pt", 5)
     assert stop.best == save.best == model.history["val_accuracy"].iloc[2:].max()
     assert [str(warning.message) for warning in told] == [
-        f"{tmp_path / 'run.pt'} was written with {name} that watched 'val_loss' (min), and this script's watches "
-        f"'val_accuracy' (max). The script's is taken, and its best value is looked for anew from here on."
+        f"{tmp_path / 'run.pt'} was written with {name} that watched 'val_loss' (min), and this "
+        "script's watches 'val_accuracy' (max). The script's is taken, and its best value is "
+        "looked for anew from here on."
         for name in ("an EarlyStopping", "a ModelCheckpoint")
     ]
 

@@ -30,9 +30,11 @@ def test_checkpoint_of_another_fold_is_refused_and_a_file_for_each_trains(seed, 
     with pytest.raises(CheckpointError) as raised:
         fold(1, path, seed)
     assert str(raised.value) == (
-        f"{path} is the checkpoint of another fit of this process: of another model, or of another compile. Taking it "
-        f"would give this fit the weights and the history of that one. Give each fit a file of its own, such as "
-        f'checkpoint="run_2.pt", or delete run.pt to start anew. To resume that fit, call fit of the model that it '
+        f"{path} is the checkpoint of another fit of this process: of another model, or of another "
+        "compile. Taking it would give this fit the weights and the history of that one. Give "
+        "each fit a file of its own, such as "
+        'checkpoint="run_2.pt", or delete run.pt to start anew. To resume that fit, call fit of '
+        "the model that it "
         f"trained, or start the script again."
     )
     assert fold(1, tmp_path / "run_2.pt") == fold(1, None)

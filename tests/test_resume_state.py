@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights: the begin of an epoch, groups that callbacks add, and what the loss holds."""
+"""What a checkpoint holds next to weights: parameter groups of callbacks, state of the loss."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_resumed_epoch_does_not_begin_twice(tmp_path):
 
 
 class Unfreezes(minikeras.Callback):
-    """Adds a layer to the optimizer in the second epoch, and one in the third; later ones have a rate of their own."""
+    """Add a layer to the optimizer in epochs 2 and 3, with a learning rate of its own."""
 
     def on_epoch_begin(self, epoch):
         layers = {2: 2, 3: 0}

@@ -50,7 +50,7 @@ def warned(call):
     return [message.split("'")[1] for message in said]
 
 
-# --- data: predictions and labels ---------------------------------------------------------------
+# --- data: predictions and labels -----------------------------------------------------------------
 
 
 def binary(rows, generator):
@@ -293,16 +293,17 @@ def test_metric_that_is_no_mean_over_rows_is_warned_of_at_any_batch_size_and_ord
             )
 
 
-# --- when, how often and what it says -----------------------------------------------------------
+# --- when, how often and what it says -------------------------------------------------------------
 
 
 def test_row_means_warning_says_what_is_wrong_and_what_to_do():
     X, y = numbers(32, torch.Generator().manual_seed(0))
     said = (
-        "metric 'm' is no mean over rows: on a batch of 32 rows its value is not the mean of its values on two halves "
-        "of them, so the value of an epoch, the mean over the batches, depends on batch_size. For the value on all "
-        "rows pass minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics object. If the "
-        "value is a total divided by a count, such as a mean over tokens or a recall, return "
+        "metric 'm' is no mean over rows: on a batch of 32 rows its value is not the mean of its "
+        "values on two halves of them, so the value of an epoch, the mean over the batches, "
+        "depends on batch_size. For the value on all rows pass minikeras.OnAllRows(function), "
+        "whose function gets NumPy arrays, or a torchmetrics object. If the value is a total "
+        "divided by a count, such as a mean over tokens or a recall, return "
         "minikeras.Average(total, count)."
     )
     with pytest.warns(UserWarning, match="no mean over rows") as caught:
@@ -444,7 +445,7 @@ def test_row_means_check_splits_rows_in_a_list_by_item():
     assert warned(lambda: model.evaluate([(X, {"y": y, "boxes": boxes})])) == ["longest"]
 
 
-# --- it leaves no trace -------------------------------------------------------------------------
+# --- it leaves no trace ---------------------------------------------------------------------------
 
 
 def test_row_means_check_draws_no_random_numbers_and_skips_a_metric_that_draws():

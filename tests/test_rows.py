@@ -1,4 +1,4 @@
-"""The rows of a batch, whatever it is made of: means, steps and predictions are those over all rows."""
+"""The rows of a batch of any structure: means, steps and predictions are over all rows."""
 
 import copy
 from dataclasses import dataclass
@@ -317,11 +317,11 @@ def test_rows_of_labels_flattened_by_the_collate_function_are_counted_each(time)
     assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-# --- what cannot be told -----------------------------------------------------------------------------
+# --- what cannot be told --------------------------------------------------------------------------
 
 
 def found_boxes(counts):
-    """Images in a tensor, and the boxes of all of them in one, as detectors of one stage have it."""
+    """Images in a tensor, and all their boxes in one tensor, as one-stage detectors have them."""
     return [(torch.rand(8, 3, 6, 6), torch.rand(count, 6)) for count in counts]
 
 
@@ -436,7 +436,7 @@ def test_rows_of_a_single_image_are_one_after_batches_that_were_clear():
     assert counter.count(images(1), [torch.zeros(3, 4)]) == 1
 
 
-# --- predict -----------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
 class Of(minikeras.Model):
@@ -644,7 +644,7 @@ def test_predict_refuses_rows_that_nothing_counts_and_takes_the_count_from_label
 
 
 def transcripts(rows, time=9):
-    """Time-first features, with the targets of all rows in one tensor next to the lengths, as CTC takes them."""
+    """Time-first features; targets of all rows in one tensor, and lengths, as CTC takes them."""
     lengths = torch.tensor([1 + row % 3 for row in range(rows)])
     targets = torch.randint(1, 5, (int(lengths.sum()),))
     return torch.randn(time, rows, 2), (targets, torch.full((rows,), time), lengths)

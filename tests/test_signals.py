@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: with a checkpoint the batch is finished and the state written first; real signals throughout."""
+"""SIGTERM and Ctrl-C: with a checkpoint, the batch is finished and the state written first."""
 
 import multiprocessing
 import os
@@ -135,7 +135,8 @@ def test_signal_is_reported_in_a_line(tmp_path, capsys):
             1, points(96), checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGINT, at=2)]
         )
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from there\n"
+        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from "
+        "there\n"
     )
 
 
@@ -143,8 +144,13 @@ def test_signal_that_comes_twice_acts_at_once(tmp_path):
     seen = []
     after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))
     with pytest.raises(SystemExit) as raised:
-        compiled().fit(1, points(96), verbose=0, checkpoint=tmp_path / "run.pt",
-                       callbacks=[send(signal.SIGTERM, at=2, times=2), after])  # fmt: skip
+        compiled().fit(
+            1,
+            points(96),
+            verbose=0,
+            checkpoint=tmp_path / "run.pt",
+            callbacks=[send(signal.SIGTERM, at=2, times=2), after],
+        )
     assert raised.value.code == 143
     assert seen == [1]
     assert not (tmp_path / "run.pt").exists()
@@ -212,7 +218,8 @@ def test_signal_ends_a_process_with_status_143_and_its_workers_let_it_finish_the
         model, arguments = call_of("noisy, 2 workers")
         ended = minikeras.LambdaCallback(on_fit_end=lambda: print("ended", flush=True))
         def send(batch, logs):
-            if batch == 2 and len(sys.argv) == 2: os.killpg(os.getpgid(0), getattr(signal, sys.argv[1]))
+            if batch == 2 and len(sys.argv) == 2:
+                os.killpg(os.getpgid(0), getattr(signal, sys.argv[1]))
         both = [ended, minikeras.LambdaCallback(on_batch_end=send)]
         model.fit(**arguments, checkpoint={str(tmp_path / "run.pt")!r}, callbacks=both)
         print(len(model.history))

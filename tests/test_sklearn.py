@@ -19,11 +19,15 @@ from minikeras.integrations.sklearn import Classifier, Regressor
 
 CPU = {"device": "cpu", "random_state": 0}
 pytestmark = pytest.mark.usefixtures("one_thread")
-# scikit-learn compares to 1e-7. What float32 gives to that digit depends on the processor, so these checks may fail or
-# pass; the tests below them compare to 1e-5.
+# scikit-learn compares to 1e-7. What float32 gives to that digit depends on the processor, so these
+# checks may fail or pass; the tests below them compare to 1e-5.
 ROUNDING = {
-    "check_sample_weight_equivalence_on_dense_data": "a row of weight 2 and the row twice: steps in float32",
-    "check_methods_subset_invariance": "a row alone and the row in a batch: matrix products in float32",
+    "check_sample_weight_equivalence_on_dense_data": (
+        "a row of weight 2 and the row twice: steps in float32"
+    ),
+    "check_methods_subset_invariance": (
+        "a row alone and the row in a batch: matrix products in float32"
+    ),
     "check_methods_sample_order_invariance": "rows in another order: matrix products in float32",
 }
 
@@ -266,14 +270,15 @@ MISTAKES = {
     "a network instead of its factory": (
         Classifier(nn.Linear(4, 3)),
         TypeError,
-        "model must be a function of (n_features, n_outputs) that makes a new network for each fit, got Linear. "
-        "Pass lambda n_features, n_outputs: ..., or the network's class.",
+        "model must be a function of (n_features, n_outputs) that makes a new network for each "
+        "fit, got Linear. Pass lambda n_features, n_outputs: ..., or the network's class.",
     ),
     "a misspelt argument": (
         Classifier(network, epoch=3),
         TypeError,
-        "Classifier got 'epoch', which is no argument of its own and none of the model's factory. Expected batch_size, "
-        "device, epochs, loss_func, lr, model, optimizer, random_state, verbose, width, depth.",
+        "Classifier got 'epoch', which is no argument of its own and none of the model's factory. "
+        "Expected batch_size, device, epochs, loss_func, lr, model, optimizer, random_state, "
+        "verbose, width, depth.",
     ),
     "a factory without a return": (
         Classifier(lambda n_features, n_outputs: None),
@@ -283,14 +288,14 @@ MISTAKES = {
     "a factory that takes one number": (
         Classifier(lambda n_features: nn.Linear(n_features, 3)),
         TypeError,
-        "model is called with (n_features, n_outputs), and <lambda> cannot be: too many positional arguments. Let it "
-        "take the two, and give what else it needs a default.",
+        "model is called with (n_features, n_outputs), and <lambda> cannot be: too many positional "
+        "arguments. Let it take the two, and give what else it needs a default.",
     ),
     "an optimizer instead of its class": (
         Classifier(network, optimizer=torch.optim.SGD(nn.Linear(4, 3).parameters())),
         TypeError,
-        "optimizer must be a function of (parameters, lr=) that makes one for each fit, got SGD. Pass the class, "
-        "torch.optim.SGD, or functools.partial of it.",
+        "optimizer must be a function of (parameters, lr=) that makes one for each fit, got SGD. "
+        "Pass the class, torch.optim.SGD, or functools.partial of it.",
     ),
 }
 
@@ -321,7 +326,8 @@ def test_classifier_refuses_outputs_for_other_classes():
     with pytest.raises(ValueError, match="needs outputs") as caught:
         classifier.predict(X)
     assert str(caught.value) == (
-        "Classifier needs outputs of shape (150, 3), got (150, 7). Let the model's factory make n_outputs outputs."
+        "Classifier needs outputs of shape (150, 3), got (150, 7). Let the model's factory make "
+        "n_outputs outputs."
     )
 
 
@@ -330,11 +336,13 @@ def test_classifier_refuses_outputs_for_other_classes():
     [
         (
             np.ones((150, 2)),
-            "sample_weight must be one number a row, of shape (150,), got (150, 2). Pass one weight for each.",
+            "sample_weight must be one number a row, of shape (150,), got (150, 2). Pass one "
+            "weight for each.",
         ),
         (
             np.zeros(150),
-            "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight.",
+            "sample_weight is zero for every row, and there is nothing to learn. Give some rows a "
+            "weight.",
         ),
     ],
 )

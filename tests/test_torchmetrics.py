@@ -88,7 +88,7 @@ MULTICLASS = {
 
 @pytest.fixture(scope="module")
 def classified():
-    """A classifier's values of all those metrics at once, its labels, and the probabilities it gives."""
+    """Return a classifier's values of all those metrics, its labels and its probabilities."""
     torch.manual_seed(1)
     X = torch.randn(ROWS, 4, dtype=torch.float64)
     y = (X[:, 0] * 1.5 + torch.randn(ROWS) + 2).long().clamp(0, CLASSES - 1)
@@ -160,7 +160,7 @@ def test_torchmetrics_perplexity_is_that_of_all_tokens_without_the_padding():
     assert_near(both(model, (tokens, labels))["perplexity"], expected)
 
 
-# --- collections ------------------------------------------------------------------------------------------------------
+# --- collections ----------------------------------------------------------------------------------
 
 
 def scores(**kwargs):
@@ -209,7 +209,8 @@ def test_metric_collection_has_its_own_names_and_prefix_in_the_columns():
 
 def test_metric_collection_with_two_metrics_of_one_name_is_refused_with_what_to_do():
     message = (
-        "metrics_dict gives two metrics the name 'BinaryF1Score': a MetricCollection has a column for each of its "
+        "metrics_dict gives two metrics the name 'BinaryF1Score': a MetricCollection has a column "
+        "for each of its "
         'members, under their own names. Give it a prefix: MetricCollection(..., prefix="scores_").'
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -261,7 +262,7 @@ def test_torchmetrics_with_too_few_rows_at_the_end_raise_an_error():
         model.evaluate((X, y))
 
 
-# --- several values, and every kind of object ---------------------------------------------------
+# --- several values, and every kind of object -----------------------------------------------------
 
 
 def classifier(metrics_dict):
@@ -388,7 +389,7 @@ class Column(nn.Module):
 
 
 def whole(metric, y_pred, y_true):
-    """torchmetrics's own value of all rows in one update, as the columns that a history has of it."""
+    """Return torchmetrics's value of all rows in one update, as columns of a history."""
     metric.update(y_pred, y_true)
     return columns_of("m", metric.compute())
 
@@ -444,7 +445,7 @@ def test_torchmetrics_aggregator_takes_what_its_subclass_gives_it(metric):
     assert model.evaluate((X, y), batch_size=BATCH)["val_m"] == pytest.approx(expected, rel=1e-5)
 
 
-# --- raw scores ---------------------------------------------------------------------------------
+# --- raw scores -----------------------------------------------------------------------------------
 
 
 def scored(metrics_dict, rows=ROWS):
@@ -464,11 +465,12 @@ def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
     model, data = scored({"f1": tmc.BinaryF1Score()})
     lowest, highest = data[0].min().item(), data[0].max().item()
     said = (
-        f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. BinaryF1Score applies a sigmoid "
-        f"to a batch only if a score in it is below 0 or above 1, and takes any other batch for probabilities, so the "
-        f"value may depend on batch_size. Give it probabilities in each batch: a subclass whose update(self, y_pred, "
-        f"y_true) calls super().update(y_pred.sigmoid(), y_true), or a model that ends in a sigmoid; or pass "
-        f"minikeras.OnAllRows(function)."
+        f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. "
+        "BinaryF1Score applies a sigmoid to a batch only if a score in it is below 0 or above 1, "
+        "and takes any other batch for probabilities, so the value may depend on batch_size. Give "
+        "it probabilities in each batch: a subclass whose update(self, y_pred, y_true) calls "
+        "super().update(y_pred.sigmoid(), y_true), or a model that ends in a sigmoid; or pass "
+        "minikeras.OnAllRows(function)."
     )
     with pytest.warns(UserWarning, match="raw scores") as caught:
         model.fit(1, [data], [data], verbose=0)
@@ -487,12 +489,16 @@ class AUROCOfScores(tmc.BinaryAUROC):
 
 
 def test_torchmetrics_remedies_for_raw_scores_give_scikit_learns_value_at_any_batch_size():
-    model, (X, y) = scored({
-        "f1": F1OfScores(),
-        "auroc": AUROCOfScores(),
-        "also f1": minikeras.OnAllRows(lambda y_pred, y_true: skm.f1_score(y_true, y_pred > 0)),
-        "also auroc": minikeras.OnAllRows(lambda y_pred, y_true: skm.roc_auc_score(y_true, y_pred)),
-    })  # fmt: skip
+    model, (X, y) = scored(
+        {
+            "f1": F1OfScores(),
+            "auroc": AUROCOfScores(),
+            "also f1": minikeras.OnAllRows(lambda y_pred, y_true: skm.f1_score(y_true, y_pred > 0)),
+            "also auroc": minikeras.OnAllRows(
+                lambda y_pred, y_true: skm.roc_auc_score(y_true, y_pred)
+            ),
+        }
+    )
     f1, auroc = skm.f1_score(y, X > 0), skm.roc_auc_score(y, X)
     for batch_size in (1, 4, BATCH, ROWS):
         found = model.evaluate((X, y), batch_size=batch_size)

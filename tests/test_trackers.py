@@ -352,7 +352,8 @@ def test_tensorboard_hparams_that_the_table_cannot_show_are_refused_before_the_f
     with pytest.raises(ValueError, match="hparams") as error:
         TensorBoard(tmp_path, hparams={"lr": 0.1, "widths": [8, 8]})
     assert str(error.value) == (
-        "hparams has [int, int] under 'widths'; expected a number, a string or a bool. Pass it as a string, str(...)."
+        "hparams has [int, int] under 'widths'; expected a number, a string or a bool. Pass it as "
+        "a string, str(...)."
     )
 
 
@@ -387,8 +388,9 @@ def test_tensorboard_graph_that_the_model_cannot_take_is_one_error(tmp_path, cap
     with pytest.raises(ValueError, match="graph") as error:
         fit(ring(), [TensorBoard(tmp_path, graph=torch.zeros(1, 3))], epochs=1)
     assert str(error.value) == (
-        "TensorBoard cannot draw the model with graph=(Tensor (1, 3) float32): mat1 and mat2 shapes cannot be "
-        "multiplied (1x3 and 2x8). Pass features as forward takes them, such as X[:1], or leave graph out."
+        "TensorBoard cannot draw the model with graph=(Tensor (1, 3) float32): mat1 and mat2 "
+        "shapes cannot be multiplied (1x3 and 2x8). Pass features as forward takes them, such as "
+        "X[:1], or leave graph out."
     )
     assert "No graph saved" not in capsys.readouterr().out
 

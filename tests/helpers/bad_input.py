@@ -60,7 +60,10 @@ def refused(message, model=None):
 
 
 def cases(table, messages):
-    """Each thing given with its message; `messages` has a "name | message" per case, or "name | name | message"."""
+    """Pair the cases of a table with their messages.
+
+    `messages` has a "name | message" per case, or "name | name | message".
+    """
     told = {}
     for entry in re.split(r"\n(?! )", messages.strip()):
         *names, message = " ".join(entry.split()).split(" | ")

@@ -21,7 +21,7 @@ class Rows(Dataset):
 
 
 class AsItGoes:
-    """An iterable that draws each batch when it is asked for it, from generators that the model draws from as well."""
+    """Draw each batch when it is asked for, from generators that the model draws from as well."""
 
     def __init__(self, X, y, batches, batch_size):
         self.X, self.y, self.batches, self.batch_size = X, y, batches, batch_size

@@ -3,12 +3,13 @@
 `python tests/helpers/kills.py --kills 100` prints the count.
 
 for each round:
-    a call of fit of a random kind, in a process of its own, never stopped: history, weights and what is drawn next
-    the same call with checkpoint=, in processes that are killed: at a random time, or by themselves at an epoch's edge,
-        or in the middle of writing the file, until the last one comes to its end; sometimes two of them at once
-    the two results bit by bit, and no file next to the checkpoint that is not its own
+    run a random call of fit in its own process, never stopped: history, weights, what is drawn next
+    run the same call with checkpoint= in processes that are killed, until one reaches the end:
+        at a random time, or by themselves at an epoch's end or in the middle of writing the file;
+        sometimes two processes at once
+    compare the two results bit for bit, and look for files next to the checkpoint
 
-One process imports everything once and forks the others, so that a kill costs milliseconds and not an import.
+One process imports everything once and forks the others: a kill costs milliseconds, no import.
 """
 
 import argparse
@@ -44,7 +45,8 @@ WAYS = [
 ]
 PLACES = ["a file", "a file", "a link", "a relative path"]
 FILES = re.compile(
-    r"elsewhere|whole|carried on|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
+    r"elsewhere|whole|carried on"
+    r"|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
 )
 
 
@@ -61,7 +63,8 @@ def main():
             killed, found = one_round(Path(folder), choice, draw)
         kills, rounds, different = kills + killed, rounds + 1, different + bool(found)
         print(
-            f"round {rounds}, choice {choice}: {killed} kills, {', '.join(map(str, found)) or 'same'}",
+            f"round {rounds}, choice {choice}: {killed} kills, "
+            f"{', '.join(map(str, found)) or 'same'}",
             flush=True,
         )
     print(f"{kills} kills over {rounds} runs, {different} differences")

@@ -23,7 +23,7 @@ def accuracy(y_pred, y_true):
 
 
 def points(rows=100):
-    """Points in the plane, and whether each is farther than 1 from the origin; (rows, 2) and (rows, 1)."""
+    """Return points in the plane, (rows, 2), and labels (rows, 1): outside the unit circle or not."""
     X = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
     return X, (X.norm(dim=1, keepdim=True) > 1).float()
 

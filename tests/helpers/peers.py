@@ -1,6 +1,6 @@
-"""Processes that make their group themselves, without a launcher's variables, for test_distributed.py.
+"""Processes that make their group themselves, without a launcher's variables.
 
-python -m helpers.peers FOLDER RANK     each of two leaves FOLDER/RANK.pt, and rank 1 stands still in the end
+python -m helpers.peers FOLDER RANK     each of two writes FOLDER/RANK.pt; rank 1 stops at the end
 """
 
 import os
@@ -36,7 +36,7 @@ def trained():
 
 
 def saved(model, folder):
-    """Whether each reads what rank 0 writes, which takes its time; and what each hears when it cannot."""
+    """Return what each process loads after a slow save by rank 0, and its error if rank 0 fails."""
     write = weights.write
     weights.write = lambda *args, **kwargs: (time.sleep(0.5), write(*args, **kwargs))
     path = folder / "new" / "weights.pt"

@@ -5,7 +5,7 @@ import torch
 
 
 def reference_fit(net, X, y, epochs, batch_size, drop_last, lr):
-    """A bare loop in float64; every mean is a sum over rows divided by the rows, at the very end."""
+    """Train by a bare loop in float64; each mean is a sum over rows, divided at the end."""
     history = []
     for _ in range(epochs):
         rows, losses, right = 0, 0.0, 0.0

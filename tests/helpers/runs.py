@@ -1,4 +1,4 @@
-"""Runs of many kinds, for the tests of resuming: the same call of fit, whole or broken off and carried on."""
+"""Calls of fit of many kinds, to be run whole, or interrupted and resumed."""
 
 import random
 
@@ -141,7 +141,7 @@ class Pair(minikeras.Model):
 
 
 class Jittered(Dataset):
-    """Each row drawn anew from generators of its own, which only attributes and containers reach."""
+    """Draw noise for each row from generators that only attributes and containers reach."""
 
     def __init__(self):
         self.transforms = [{"rng": np.random.default_rng(0)}, random.Random(0)]

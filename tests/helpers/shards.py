@@ -1,6 +1,8 @@
-"""Fits with parameters in parts, that torchrun runs for test_fsdp.py, and one process or "ddp" without parts.
+"""Fits with sharded parameters, which torchrun runs for test_fsdp.py.
 
-torchrun --nproc-per-node=2 -m helpers.shards FOLDER CASE ...     as helpers/ranks; KIND=ddp leaves the parameters whole
+torchrun --nproc-per-node=2 -m helpers.shards FOLDER CASE ...     as helpers/ranks
+
+On one process, or with KIND=ddp, the parameters are whole.
 """
 
 import os

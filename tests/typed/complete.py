@@ -1,4 +1,4 @@
-"""Whether a type checker knows the type of everything that minikeras exports, as it is installed: pyright tells.
+"""Check with pyright that everything that the installed minikeras exports has a type.
 
 Only what is public counts: the names in __all__, and the attributes and methods of those classes.
 """

@@ -1,6 +1,7 @@
 """What a user's type checker must refuse. Read by ./check, and not run.
 
-Each wrong line is marked with the error that mypy and pyright must give there; a mark without its error is an error.
+Each wrong line is marked with the error that mypy and pyright must give there. A mark without its
+error is an error.
 """
 
 import torch

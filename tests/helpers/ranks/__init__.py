@@ -1,11 +1,13 @@
 """Fits that torchrun runs on several processes, and that one process runs with bigger batches.
 
-    torchrun --nproc-per-node=2 -m helpers.ranks FOLDER CASE ...     each rank leaves FOLDER/CASE.RANK.pt
+    torchrun --nproc-per-node=2 -m helpers.ranks FOLDER CASE ...
 
-BUCKET=64 sends gradients in buckets of so many bytes, most while backward is at work; STEP=own makes a step of the
-user's own of Net's, whose gradients are all sent when it calls optimizer_step.
+Each rank writes FOLDER/CASE.RANK.pt. BUCKET=64 sends gradients in buckets of so many bytes, most of
+them during backward. STEP=own gives Net a custom train_step, whose gradients are all sent when it
+calls optimizer_step.
 
-A case is a function of the number of processes; what it returns, of plain values, is to be the same for all numbers.
+A case is a function of the number of processes. It returns plain values, which must be the same for
+any number.
 """
 
 from helpers.launch import cases_of

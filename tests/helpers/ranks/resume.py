@@ -53,7 +53,10 @@ def persistent_carried_on(size):
 
 
 def carried_on(size, file=True, workers=None):
-    """A fit whose file is in FOLDER; KILL is "RANK SIGNAL EPOCH BATCH", for the first start of several by torchrun."""
+    """Fit with a checkpoint in FOLDER.
+
+    KILL is "RANK SIGNAL EPOCH BATCH", for the first of several starts by torchrun.
+    """
     seed(RANK)
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     rank, number, epoch, batch = map(int, os.environ.get("KILL", "-1 0 0 0").split())

@@ -15,7 +15,7 @@ from helpers.seeds import seed
 
 
 def samplers_by_epoch(size):
-    """A DistributedSampler of the user's own gets each epoch's number, and its rows are not shared out once more."""
+    """A DistributedSampler of the user gets each epoch's number and is not split once more."""
     seed()
     model, rank = compiled(), 0 if size == 1 else RANK
     for dataset in (row_by_row(48), TensorDataset(*doubles(48))):
@@ -28,7 +28,7 @@ def samplers_by_epoch(size):
 
 
 def some_steps(size):
-    """validation_steps and steps count the steps of all processes; rows after them are not looked at."""
+    """validation_steps and steps count the steps of all processes; later rows are not used."""
     seed()
     model = compiled()
     train = DataLoader(row_by_row(50), 12 // size, shuffle=True)
@@ -47,7 +47,7 @@ def some_steps(size):
 
 
 def in_eval_mode(size):
-    """Layers that are in eval mode as the fit begins stay there in each process, with their running means."""
+    """Layers in eval mode when the fit begins stay there in each process, with their statistics."""
     seed()
     model = compiled(minikeras.Model(Noisy()))
     model.net[1].eval()
@@ -80,7 +80,7 @@ def time_first(rows):
 
 
 def nests(size):
-    """Rows are counted from the labels in a dict, and neither time nor a table is taken for them."""
+    """Rows are counted by the labels in a dict, and not by time or a table."""
     seed()
     model = compiled(TimeFirst(), score_loss, metrics_dict={"again": score_loss})
     train, val = (
@@ -90,7 +90,7 @@ def nests(size):
 
 
 def fetched_rows(size):
-    """Features read batch by batch: a DataFrame of two dtypes, a sparse matrix, an array that goes backward."""
+    """Features read by batch: a DataFrame of two dtypes, a sparse matrix, a reversed array."""
     import pandas as pd
     import scipy.sparse
 
@@ -125,7 +125,7 @@ class WithTable(Net):
 
 
 def rows_unknown_on_one(size):
-    """The last process cannot count the rows of its batches: an Average needs none, and all hear it from predict."""
+    """The last process cannot count its rows: an Average needs none; predict raises on all."""
     seed()
     model = compiled(Summed(), total_loss, metrics_dict={}, accumulate=2 // size)
     X, y = doubles(24)

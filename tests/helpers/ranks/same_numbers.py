@@ -1,4 +1,4 @@
-"""Cases of which several processes find what one finds with a bigger batch: data, models and optimizers."""
+"""Cases of data, models and optimizers: several processes find what one finds."""
 
 import json
 import os
@@ -206,7 +206,7 @@ def own_parameters(size):
 
 
 class Sometimes(Net):
-    """A layer that each process has in some batches only, and one that nobody has; penalties reach both."""
+    """A layer used in some batches of a process only, and one never used; penalties reach both."""
 
     def __init__(self):
         super().__init__()
