@@ -153,9 +153,8 @@ def test_ema_beside_other_emas_follows_the_training_and_leaves_it_alone(kinds, a
     for ema, (averaged, _) in zip(emas, alone, strict=True):
         torch.testing.assert_close(ema.averaged, averaged, rtol=0, atol=0)
     lender = next((number for number, (_, evaluate) in enumerate(kinds) if evaluate), 0)
-    torch.testing.assert_close(
-        seen, alone[lender][1], rtol=0, atol=0
-    )  # validation sees the first that evaluates
+    # validation sees the first that evaluates
+    torch.testing.assert_close(seen, alone[lender][1], rtol=0, atol=0)
     torch.testing.assert_close(list(weights(model).values()), emas[0].averaged, rtol=0, atol=0)
 
 

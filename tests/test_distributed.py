@@ -288,25 +288,23 @@ def test_ddp_rank_0_alone_writes_files_and_gets_the_gathered_predictions(by_two,
 
 
 def test_ddp_refuses_what_several_processes_cannot_do_with_a_remedy(by_two):
-    assert (
-        by_two["refused"][0]["said"]
-        == by_two["refused"][1]["said"]
-        == [
-            'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, '
-            'which such a sum has counted already. Build it with reduction="mean", or return '
-            "minikeras.Average(total, count).",
-            "metric 'mean' is a Mean, an object whose counts in several processes cannot be put "
-            "together. Give a function that returns a mean or an Average(total, count), "
-            "minikeras.OnAllRows(function), or a torchmetrics object.",
-            "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
-            "train_step.",
-            "backward filled the gradient of a parameter twice, after several processes had added it "
-            "up, as torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
-            "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
-            "the processes have from 1 to 2 batches. Give all the same data: each takes its part of "
-            "it.",
-        ]
-    )
+    said = [
+        'loss_func has reduction="sum", and training on 2 processes weighs each batch by its '
+        'rows, which such a sum has counted already. Build it with reduction="mean", or return '
+        "minikeras.Average(total, count).",
+        "metric 'mean' is a Mean, an object whose counts in several processes cannot be put "
+        "together. Give a function that returns a mean or an Average(total, count), "
+        "minikeras.OnAllRows(function), or a torchmetrics object.",
+        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
+        "train_step.",
+        "backward filled the gradient of a parameter twice, after several processes had added "
+        "it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
+        "use_reentrant=False.",
+        "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
+        "the processes have from 1 to 2 batches. Give all the same data: each takes its part "
+        "of it.",
+    ]
+    assert [found["said"] for found in by_two["refused"]] == [said, said]
 
 
 def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
@@ -440,9 +438,8 @@ def test_process_group_with_a_lost_process_raises_after_the_timeout_of_the_user(
         "evaluate, predict and save. For a longer timeout call "
         "torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
     )
-    assert (
-        seconds > peers.TIMEOUT - 1
-    )  # and it has ended at all: a group's own timeout is half an hour
+    # and it has ended at all: a group's own timeout is half an hour
+    assert seconds > peers.TIMEOUT - 1
 
 
 # --- broken off and carried on --------------------------------------------------------------------
@@ -483,10 +480,11 @@ def test_ddp_run_resumes_from_two_processes_to_one_and_back(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_ddp_run_that_torchrun_restarts_resumes_bit_for_bit(by_two, tmp_path):
+    # see docs/growing.md
     more = {
         "PET_MAX_RESTARTS": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }  # see docs/growing.md
+    }
     done, found = carried_on(tmp_path, KILL="1 9 2 4", **more)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr
@@ -518,10 +516,11 @@ def test_ddp_ring_example_prints_the_table_of_one_process_with_twice_the_batch(
 def test_ray_train_ring_example_gives_the_history_that_torchrun_gives(tmp_path):
     pytest.importorskip("ray", reason='needs pip install "ray[train]"')
     examples = ROOT / "examples"
+    # Ray keeps files there
     env = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{examples}",
         "HOME": str(tmp_path),
-    }  # Ray keeps files there
+    }
     script = tmp_path / "script.py"
     script.write_text(
         "import os, ring_focal\nring_focal.main(3, 100).to_csv(os.environ['RANK'] + '.csv')\n"

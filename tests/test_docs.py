@@ -37,9 +37,8 @@ def _offline(monkeypatch):
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_docs_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        torch.accelerator, "is_available", lambda: False
-    )  # the pages show what the CPU gives
+    # the pages show what the CPU gives
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     namespace = {"__name__": "__main__"}
     blocks = [*blocks_of(page), ("", "")]
     for (language, code), (following, shown) in itertools.pairwise(blocks):

@@ -42,9 +42,8 @@ def public():
             methods = {
                 f"{name}.{key}": one for key, one in inspect.getmembers(value) if is_ours(key, one)
             }
-            found |= {
-                key: one for key, one in methods.items() if one not in found.values()
-            }  # where it comes first
+            # where it comes first
+            found |= {key: one for key, one in methods.items() if one not in found.values()}
     return found
 
 
@@ -280,9 +279,8 @@ def test_docstring_example_of_a_tracker_runs(name, tmp_path, monkeypatch):
     if name == "MLflow":
         Store(tmp_path)  # the database that the example would take seconds to make
     else:
-        importlib.import_module(
-            "wandb"
-        ).teardown()  # it remembers the folder that an earlier test ran in
+        # it remembers the folder that an earlier test ran in
+        importlib.import_module("wandb").teardown()
     code = textwrap.dedent(re.search(r"::\n\n((?: {4}.*\n?|\n)+)", described_by(name))[1])
     model = compiled()
     names = {"model": model, "dl_train": (X, y), "dl_valid": (X, y)}

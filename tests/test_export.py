@@ -321,9 +321,8 @@ def test_export_to_onnx_writes_weights_too_big_for_one_file_next_to_it(tmp_path,
     torch.testing.assert_close(found, model.predict(rows(6)[0]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated"
-)  # as torch's compiler loads
+# as torch's compiler loads
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_export_of_a_compiled_network_is_that_of_the_network(tmp_path):
     model = minikeras.Model(torch.compile(Whole().layers))
     model.export(tmp_path / "model.pt2", rows(3)[0])

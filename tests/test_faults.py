@@ -345,9 +345,8 @@ def test_worker_that_dies_raises_an_error_with_a_hint_on_memory_and_the_last_che
         "Try fewer workers or "
         'smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
     )
-    read = re.fullmatch(
-        r"dl_train, batch ([123])(, as it was read)?", batch
-    )  # it dies ahead of its turn
+    # it dies ahead of its turn
+    read = re.fullmatch(r"dl_train, batch ([123])(, as it was read)?", batch)
     assert epoch == "epoch 1"
     if saved:
         step = int(read[1]) - (read[2] is not None)

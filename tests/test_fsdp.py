@@ -170,22 +170,19 @@ def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
 
 
 def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
-    assert (
-        in_parts["refused"][0]["said"]
-        == in_parts["refused"][1]["said"]
-        == [
-            'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
-            'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
-            "fsdp_blocks: no part of Net is a Conv1d. It has Linear.",
-            "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
-            "A step of your own called a layer whose weights are in parts, outside the forward of the "
-            "block that puts them "
-            'together. Name its class among the blocks: compile(distributed="fsdp", '
-            "fsdp_blocks=(nn.Linear,)).",
-            "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
-            "train_step.",
-        ]
-    )
+    said = [
+        'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
+        'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
+        "fsdp_blocks: no part of Net is a Conv1d. It has Linear.",
+        "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
+        "A step of your own called a layer whose weights are in parts, outside the forward of "
+        "the block that puts them "
+        'together. Name its class among the blocks: compile(distributed="fsdp", '
+        "fsdp_blocks=(nn.Linear,)).",
+        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
+        "train_step.",
+    ]
+    assert [found["said"] for found in in_parts["refused"]] == [said, said]
 
 
 def test_fsdp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):

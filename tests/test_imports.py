@@ -120,9 +120,8 @@ def full_name(node, torch_names):
     return owner and f"{owner}.{node.attr}"
 
 
-OF_MODULES = {
-    name for name in dir(torch.nn.Module()) if is_private(name)
-}  # `model._parameters`, whatever model is
+# `model._parameters`, whatever model is
+OF_MODULES = {name for name in dir(torch.nn.Module()) if is_private(name)}
 
 
 def named_in(value):

@@ -734,9 +734,8 @@ def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda
     }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit:DeprecationWarning"
-)  # torch's own, as it loads its CUDA graphs
+# torch's own, as it loads its CUDA graphs
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_jit_results_are_kept_though_the_next_replay_overwrites_them():
     buffer = torch.zeros(1)
 
@@ -760,10 +759,11 @@ def test_jit_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, togeth
     model, twin = pair()
     histories = []
     for one, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
+        # AUROC keeps all outputs
         metrics_dict = {
             "accuracy": accuracy,
             "auroc": torchmetrics.AUROC(task="binary"),
-        }  # AUROC keeps all outputs
+        }
         one.to("cuda").compile(
             nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options
         )
@@ -787,9 +787,8 @@ def spoiled(batch, batches=9):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize(
-    "kind", ["RMSprop", "Adagrad", "Adam"]
-)  # of which the last alone reads its count
+# of which the last alone reads its count
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adam"])
 def test_jit_counts_the_steps_except_those_held_back(kind, steps):
     model = Net()
     compiled(

@@ -220,13 +220,14 @@ def state_of(model, data):
         *model.buffers(),
         *(leaf for leaf in (data,) if isinstance(leaf, torch.Tensor)),
     ]
+    # parameters, hooks and children are in dicts
     attributes = [
         {
             key: list(held.items()) if isinstance(held, dict) else id(held)
             for key, held in vars(module).items()
         }
         for module in model.modules()
-    ]  # parameters, hooks and children are in dicts
+    ]
     return (
         [(id(tensor), tensor.device, tensor.detach().clone()) for tensor in tensors],
         attributes,
@@ -369,9 +370,8 @@ def test_summary_table_is_shown_once(where, monkeypatch, capsys):
     result = summary(Net(), (2,))
     assert capsys.readouterr().out == ("" if where == "notebook" else ARTICLE)
     assert len(shown) == (where == "notebook")
-    assert (result._repr_html_() is None) == (
-        where == "notebook"
-    )  # as a cell's last line it would be shown twice
+    # as a cell's last line it would be shown twice
+    assert (result._repr_html_() is None) == (where == "notebook")
     if shown:
         assert "<td>&nbsp;&nbsp;fc1 (Linear)</td>" in shown[0]["text/html"]
         assert "Total params: 61" in shown[0]["text/html"]

@@ -153,9 +153,8 @@ def test_fit_has_no_step_that_waits_for_the_gpu():
     model = Net()
     model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), {"accuracy": accuracy})
 
-    def watch(
-        batch, logs
-    ):  # from the second batch, the first is looked at closely, to the last but one
+    # from the second batch, the first is looked at closely, to the last but one
+    def watch(batch, logs):
         torch.cuda.set_sync_debug_mode("error" if batch < 9 else "default")
 
     try:

@@ -105,9 +105,8 @@ def test_notebooks_show_figures_the_model_and_its_summary(executed):
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     shown = [output["data"].get("text/html", "") for output in outputs]
     assert sum("image/png" in output["data"] for output in outputs) == 3
-    assert (
-        sum("Total params: " in page for page in shown) == 1
-    )  # once, though it is the cell's last line as well
+    # once, though it is the cell's last line as well
+    assert sum("Total params: " in page for page in shown) == 1
     assert not [output for output in outputs if output["output_type"] in ("stream", "error")]
 
 

@@ -80,9 +80,8 @@ def test_on_all_rows_calls_the_function_once_a_pass_with_numpy_arrays_of_all_row
     )
     assert seen == [(np.ndarray, (50, 1), np.float32, (50, 1))] * 4
     assert list(dfhistory["m"]) == [50, 50]
-    assert [names for names, _ in shown] == [
-        ["loss"]
-    ] * 6  # nothing is shown before the end of a pass
+    # nothing is shown before the end of a pass
+    assert [names for names, _ in shown] == [["loss"]] * 6
     assert all(np.isnan(value) for _, value in shown)
 
 

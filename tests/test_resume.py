@@ -437,9 +437,8 @@ class Versioned(torch.nn.Linear):
 
     def _load_from_state_dict(self, state, prefix, metadata, *rest):
         if metadata.get("version", 1) < 2:
-            state[prefix + "weight"] = (
-                state[prefix + "weight"] * 100
-            )  # as it would have been written then
+            # as it would have been written then
+            state[prefix + "weight"] = state[prefix + "weight"] * 100
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 

@@ -41,9 +41,8 @@ def plain_loop(first, second, step, before=3, epochs=6):
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    other = torch.optim.SGD(
-        [torch.zeros(1)], lr=0.1, momentum=0.9
-    )  # has the second schedule from the beginning
+    # has the second schedule from the beginning
+    other = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
     schedulers = first(optimizer), second(other)
     rates = []
     for epoch in range(epochs):

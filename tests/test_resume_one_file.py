@@ -61,9 +61,8 @@ def test_checkpoint_of_the_first_phase_is_refused_by_the_second(rate, tmp_path):
         model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=rate), device="cpu")
         if phase == 1:
             model.fit(2, (X, Y), checkpoint=path, verbose=0)
-            model.fit(
-                1, (X, Y), checkpoint=path, verbose=0
-            )  # a second fit of the same compile may go on
+            # a second fit of the same compile may go on
+            model.fit(1, (X, Y), checkpoint=path, verbose=0)
             assert len(model.history) == 3
     weight = model.net.weight.clone()
     with pytest.raises(CheckpointError, match="Give each fit a file of its own"):

@@ -608,9 +608,8 @@ def test_squeeze_of_a_last_row_in_predict_raises_an_error(rows):
     with pytest.raises(ValueError, match=r"Name the dimension in forward: squeeze\(-1\)"):
         minikeras.Model(Squeezed()).predict(X[:rows], batch_size=4)
     assert minikeras.Model(Squeezed(-1)).predict(X[:rows], batch_size=4).shape == (rows,)
-    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (
-        12,
-    )  # no batch of one row
+    # no batch of one row
+    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (12,)
 
 
 class Cache:
@@ -669,9 +668,8 @@ def test_rows_are_not_counted_by_targets_and_lengths_in_a_tuple_and_an_average_h
         losses = [F.ctc_loss(model(x), *t, reduction="none") / t[2] for x, t in batches]
     expected = torch.cat(losses).mean().item()
     assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
-    assert isinstance(
-        count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows
-    )  # 12 is a multiple of 3
+    # 12 is a multiple of 3
+    assert isinstance(count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows)
 
 
 def test_rows_are_counted_by_sample_weight():
@@ -733,9 +731,8 @@ def test_predict_joins_a_last_bag_of_one_instance():
 
 
 def test_predict_does_not_concatenate_outputs_without_a_dimension_for_the_rows():
-    samples = [
-        (torch.randn(3), torch.tensor(0.0)) for _ in range(4)
-    ]  # as batch_size=None gives them
+    # as batch_size=None gives them
+    samples = [(torch.randn(3), torch.tensor(0.0)) for _ in range(4)]
     model = minikeras.Model(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"returned shape \(2,\) for 1 rows"):
         model.predict(samples)

@@ -28,9 +28,8 @@ def wrapped(net, loss_func, metrics_dict):
 def both(model, data):
     """The values of a fit's epoch, of its validation, and of evaluate."""
     dfhistory = model.fit(2, data, data, batch_size=BATCH, verbose=0)
-    assert list(dfhistory.iloc[0]) == pytest.approx(
-        list(dfhistory.iloc[1]), rel=1e-6
-    )  # each epoch counts anew
+    # each epoch counts anew
+    assert list(dfhistory.iloc[0]) == pytest.approx(list(dfhistory.iloc[1]), rel=1e-6)
     evaluated = model.evaluate(data, batch_size=BATCH)
     row = dfhistory.iloc[-1]
     return {
@@ -394,9 +393,10 @@ def whole(metric, y_pred, y_true):
     return columns_of("m", metric.compute())
 
 
+# theirs
 @pytest.mark.filterwarnings(
     "ignore:Metric `SpearmanCorrcoef` will save", "ignore:Sparse invariant checks"
-)  # theirs
+)
 @pytest.mark.parametrize(
     ("metric", "change", "label"),
     [

@@ -20,9 +20,8 @@ from minikeras.integrations.mlflow import MLflow
 from minikeras.integrations.tensorboard import TensorBoard
 from minikeras.integrations.wandb import WandB
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy"
-)  # SQLAlchemy's, of MLflow
+# SQLAlchemy's, of MLflow
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
 
 @pytest.fixture(autouse=True)
@@ -257,9 +256,8 @@ def test_tensorboard_reads_fits_in_quick_succession_in_their_order(tmp_path):
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
     fit(model, [board], epochs=1)
     fit(model, [board], epochs=1)
-    assert (
-        len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2
-    )  # files are in order of seconds
+    # files are in order of seconds
+    assert len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2
 
 
 def test_tensorboard_histograms_hold_each_parameter_after_each_epoch(tmp_path):

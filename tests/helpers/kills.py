@@ -84,9 +84,8 @@ def one_round(folder, choice, draw):
             fork(folder, choice, "carried on", checkpoint=True, way=way, at=draw.randrange(1, 5))
         ]
         if draw.random() < 0.1:
-            children.append(
-                fork(folder, choice, "carried on too", checkpoint=True)
-            )  # another start of the script
+            # another start of the script
+            children.append(fork(folder, choice, "carried on too", checkpoint=True))
         if way == "time":
             time.sleep(draw.random() * seconds)
             for child in children:

@@ -23,7 +23,7 @@ def accuracy(y_pred, y_true):
 
 
 def points(rows=100):
-    """Return points in the plane, (rows, 2), and labels (rows, 1): outside the unit circle or not."""
+    """Return points in the plane, (rows, 2), and whether each is outside the circle, (rows, 1)."""
     X = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
     return X, (X.norm(dim=1, keepdim=True) > 1).float()
 

@@ -241,9 +241,8 @@ LOADERS = {
 
 def call_of(loader="in memory", **changes):
     """The model and the arguments of a call of fit."""
-    changes = {
-        key: value() if callable(value) else value for key, value in changes.items()
-    }  # new ones each time
+    # new ones each time
+    changes = {key: value() if callable(value) else value for key, value in changes.items()}
     kind = changes.pop("model", "net")
     model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
     if kind == "scores":

@@ -290,7 +290,6 @@ def carried_on(size):
 CASES = cases_of(sys.modules[__name__])
 
 if __name__ == "__main__":
-    sys.setswitchinterval(
-        60
-    )  # a thread that waits for the GIL as the process ends, waits its longest
+    # a thread that waits for the GIL as the process ends, waits its longest
+    sys.setswitchinterval(60)
     save_results(CASES, sys.argv[1], sys.argv[2:])

@@ -31,8 +31,7 @@ unknown = {
     for symbol in public
     if not symbol["isTypeKnown"] and symbol["category"] != "class"
 }
-if (
-    unseen or unknown
-):  # a class counts by its members: by itself it is unknown for what it holds in private
+# a class counts by its members: by itself it is unknown for what it holds in private
+if unseen or unknown:
     sys.exit(f"pyright does not know the types of: {', '.join(sorted(unseen | unknown))}")
 print(f"{len(public)} public names, all typed")

@@ -68,9 +68,8 @@ def found(model, dfhistory, dl=None, **more):
 
 
 def fitted(train, val=None, epochs=2, **kwargs):
-    seed(
-        os.getpid() % 1000 if os.environ.get("RANK", "0") != "0" else 0
-    )  # weights and orders are those of rank 0
+    # weights and orders are those of rank 0
+    seed(os.getpid() % 1000 if os.environ.get("RANK", "0") != "0" else 0)
     model = compiled(**kwargs)
     return found(
         model,

@@ -30,13 +30,11 @@ def persistent(size, epochs=3, **kwargs):
     seed()
     model = compiled()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "dl_train has persistent_workers"
-        )  # whose own draws are not in the file
+        # whose own draws are not in the file
+        warnings.filterwarnings("ignore", "dl_train has persistent_workers")
         model.fit(epochs, train, verbose=0, **kwargs)
-        return found(
-            model, model.fit(1, train, verbose=0)
-        )  # their seed is not drawn in a second fit either
+        # their seed is not drawn in a second fit either
+        return found(model, model.fit(1, train, verbose=0))
 
 
 def persistent_carried_on(size):
