@@ -118,17 +118,13 @@ two losses | a loss and its detached part | a loss and a part of 0 | a loss and 
     Return one part, such as [0], or the sum of several; or minikeras.Average(total, count), if they
     are a total and the count to divide it by.
 a loss and a float | ValueError: the loss gave a tuple, (Tensor () float32, float); expected one
-    number. Return one part, such as [0], or the sum of several; or minikeras.Average(total, count),
-    if they are a total and the count to divide it by.
+    number. Return one part, ...
 a loss and a number of pairs | ValueError: the loss gave a tuple, (Tensor () float32, int); expected
-    one number. Return one part, such as [0], or the sum of several; or minikeras.Average(total,
-    count), if they are a total and the count to divide it by.
+    one number. Return one part, ...
 a loss and a dict | ValueError: the loss gave a tuple, (Tensor () float32, {'mse': float}); expected
-    one number. Return one part, such as [0], or the sum of several; or minikeras.Average(total,
-    count), if they are a total and the count to divide it by.
+    one number. Return one part, ...
 a list | ValueError: the loss gave a list, [Tensor () float32]; expected one number. Return one
-    part, such as [0], or the sum of several; or minikeras.Average(total, count), if they are a
-    total and the count to divide it by.
+    part, ...
 a dict | ValueError: the loss gave a dict, {'mse': Tensor () float32, 'part': float}; expected one
     number. Return one of its values, such as ['mse'], or their sum. The others can be metrics under
     names of their own.
@@ -136,8 +132,7 @@ an average with a count below 0 | ValueError: the loss gave an Average with coun
     finite number, 0 or more. The count is how many units the total is a sum of. If it is something
     else, return the number [0] alone.
 an average with a count of NaN | ValueError: the loss gave an Average with count nan; expected a
-    finite number, 0 or more. The count is how many units the total is a sum of. If it is something
-    else, return the number [0] alone.
+    finite number, 0 or more. ...
 an average with a gradient in both | ValueError: the loss gave an Average whose count has a
     gradient, and a count is a constant. Pass count.detach(); if the second part is another loss,
     add the two up and return one number.
@@ -179,11 +174,7 @@ def test_metric_that_is_no_number_is_refused_before_a_weight_moves(metric, messa
 
 @pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
 def test_metric_average_with_a_wrong_count_is_refused_before_a_weight_moves(count):
-    message = (
-        f"gave an Average with count {count:g}; expected a finite number, 0 or more. The count is "
-        "how many units "
-    )
-    message += "the total is a sum of. If it is something else, return the number [0] alone."
+    message = f"gave an Average with count {count:g}; expected a finite number, 0 or more. ..."
     refused_metric(lambda p, t: Average(torch.tensor(1.0), torch.tensor(count)), message)
 
 
@@ -191,14 +182,7 @@ def test_metric_average_with_a_wrong_count_is_refused_before_a_weight_moves(coun
     "pair", [(0.5, 0.25), (0.0, 0.0), (1.0, 1.0), (torch.tensor(0.5), torch.tensor(8))]
 )
 def test_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
-    message = (
-        f"gave a tuple, {described(pair)}; expected one number. Return one part, such as [0], or "
-        "the sum of "
-    )
-    message += (
-        "several; or minikeras.Average(total, count), if they are a total and the count to divide "
-        "it by."
-    )
+    message = f"gave a tuple, {described(pair)}; expected one number. Return one part, ..."
     refused_metric(lambda p, t: pair, message)
 
 

@@ -60,9 +60,7 @@ LBFGS | ValueError: LBFGS needs a closure that computes the loss anew, which the
     does not give. Override train_step and call self.optimizer.step(closure) there.
 another model.optimizer | ValueError: model.optimizer was replaced after compile. Call model.compile
     with the new optimizer.
-another network | ValueError: the optimizer holds none of the parameters of Model: it was made from
-    another model, or the network was replaced after compile. Make a new optimizer from
-    model.parameters() and call Model.compile again.
+another network | ValueError: the optimizer holds none of the parameters of Model: ...
 another layer | another layer under the default optimizer | ValueError: the optimizer holds stale
     parameters: a layer was replaced after compile, and 2 new parameters would not be trained. Make
     a new optimizer from model.parameters() and call Model.compile again.
@@ -153,9 +151,7 @@ an empty dict | TypeError: train_step returned {}; expected a dict of name -> nu
 a name that is a number | TypeError: train_step returned the name 3; expected a string.
 a name of the history's | ValueError: train_step returned the name 'lr', which history uses itself
     (lr, epoch and val_...). Give it another name.
-a value per row | ValueError: train_step's 'loss' gave Tensor (8,) float32; expected one number: a
-    float, a NumPy scalar, a 0-d tensor, or minikeras.Average(total, count). Take the mean over the
-    rows.
+a value per row | ValueError: train_step's 'loss' gave Tensor (8,) float32; expected one number: ...
 other names at the second step | ValueError: a step returned loss, f1 and the one before it loss;
     expected the same names at each step, since the history has a column for each.
 """

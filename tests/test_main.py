@@ -236,8 +236,7 @@ def test_command_summary_names_a_layer_that_cannot_take_the_input(folder, capsys
     with pytest.raises(SystemExit):
         main(["summary", "package.nets:Net", "--input", "4"])
     assert capsys.readouterr().err.startswith(
-        "fc: Linear(in_features=3, out_features=2, bias=True) was given (2, 4) float32: mat1 and "
-        "mat2 shapes cannot be multiplied (2x4 and 3x2)\n"
+        "fc: Linear(in_features=3, out_features=2, bias=True) was given (2, 4) float32: "
     )
 
 
