@@ -286,7 +286,8 @@ def test_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
 
     model = compiled(minikeras.Model(AsFloats()), nn.MSELoss(), lr=0.0)
     model.fit(1, (X[:512], y[:512]), (X[:512], y[:512]), batch_size=256, verbose=0)
-    before, highest = own_memory(), Highest()
+    before = own_memory()
+    highest = Highest()
     expected = model.net.fc.bias.item()
     assert model.fit(1, (X, y), batch_size=256, verbose=0, callbacks=[highest])["loss"].iloc[
         -1

@@ -59,7 +59,8 @@ def test_csv_logger_keeps_the_header_of_a_file_that_it_appends_to(tmp_path):
 def test_csv_logger_on_resume_drops_only_the_rows_after_the_last_save(append, tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("epoch,loss\n1,9.0\n5,9.0\n")
-    first, second = CSVLogger(path, append), CSVLogger(path, append)
+    first = CSVLogger(path, append)
+    second = CSVLogger(path, append)
     saved = {}
     save = LambdaCallback(
         on_epoch_end=lambda epoch, logs: epoch == 2 and saved.update(saved_now(first))

@@ -36,13 +36,16 @@ def reference(values, min_delta, patience, mode, baseline, start_from_epoch):
     """The same from the definition, with values to be minimised."""
     sign = 1 if mode == "min" else -1
     limit = math.inf if baseline is None else sign * baseline
-    best, best_epoch, since = math.inf, None, 0
+    best = math.inf
+    best_epoch = None
+    since = 0
     for epoch, value in enumerate(values, start=1):
         if value is None or epoch <= start_from_epoch:
             continue
         since += 1
         if sign * value + min_delta < best:  # False for NaN
-            best, best_epoch = sign * value, epoch
+            best = sign * value
+            best_epoch = epoch
             if best + min_delta < limit:
                 since = 0
         if since and since >= patience:

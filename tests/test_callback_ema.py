@@ -27,7 +27,9 @@ from minikeras import (
 
 def averages_of_a_plain_loop(net, epochs, decay):
     """The averaged and the raw weights at each epoch's end."""
-    optimizer, average, ends = torch.optim.SGD(net.parameters(), lr=0.1), None, []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    average = None
+    ends = []
     for _ in range(epochs):
         for features, labels in BATCHES:
             optimizer.zero_grad()
@@ -94,7 +96,9 @@ def test_ema_is_the_average_of_a_plain_loop(evaluate, validation_freq):
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_ema_follows_the_optimizer_steps_under_accumulate(evaluate):
     model = compiled(accumulate=2)  # of 3 batches an epoch: the second step closes a window of one
-    net, average, ends = copy.deepcopy(model), None, []
+    net = copy.deepcopy(model)
+    average = None
+    ends = []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(3):
         for batches in (BATCHES[:2], BATCHES[2:]):
@@ -132,7 +136,9 @@ def test_ema_follows_the_optimizer_steps_under_accumulate(evaluate):
 def test_ema_beside_other_emas_follows_the_training_and_leaves_it_alone(kinds, accumulate):
     def fitted(*emas):
         torch.manual_seed(0)
-        model, raw, seen = compiled(accumulate=accumulate), [], []
+        model = compiled(accumulate=accumulate)
+        raw = []
+        seen = []
         look = LambdaCallback(
             on_batch_end=lambda batch, logs: raw.append(weights(model)),
             on_evaluate_end=lambda: seen.append(weights(model)),
@@ -159,7 +165,8 @@ def test_ema_beside_other_emas_follows_the_training_and_leaves_it_alone(kinds, a
 
 
 def test_ema_that_evaluates_lets_later_callbacks_save_and_restore_the_average(tmp_path):
-    model, peek = compiled(), Peek()
+    model = compiled()
+    peek = Peek()
     stop = EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
     save = ModelCheckpoint(tmp_path / "{epoch}.pt")
     fit(4, [log("score", [2.0, 1.0, 3.0, 3.0]), EMA(0.5, evaluate=True), peek, save, stop], model)
@@ -180,7 +187,8 @@ def test_ema_begins_before_lazy_layers_know_their_sizes():
 
 def test_ema_starts_again_in_a_second_fit():
     ema = EMA(1.0)  # stays at the weights after the first batch
-    peek, model = Peek(), compiled()
+    peek = Peek()
+    model = compiled()
     fit(1, [ema], model)
     firsts = []
     keep = LambdaCallback(on_batch_end=lambda batch, logs: firsts.append(weights(model)))
@@ -191,7 +199,8 @@ def test_ema_starts_again_in_a_second_fit():
 def test_ema_leaves_the_average_after_an_error_in_validation():
     model = compiled()
     fail = LambdaCallback(on_evaluate_begin=lambda: 1 / 0)
-    peek, ema = Peek(), EMA(0.5, evaluate=True)
+    peek = Peek()
+    ema = EMA(0.5, evaluate=True)
     with pytest.raises(ZeroDivisionError):
         fit(1, [ema, peek, fail], model, val=BATCHES)
     torch.testing.assert_close(

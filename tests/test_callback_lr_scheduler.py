@@ -57,10 +57,12 @@ def test_lr_scheduler_refuses_a_cycle_over_batches_that_is_stepped_by_epoch(make
 
 @pytest.mark.parametrize(("name", "step"), STEPPED)
 def test_lr_scheduler_gives_the_rates_and_weights_of_a_bare_torch_loop(name, step):
-    net, model = Net(), compiled(lr=0.1)
+    net = Net()
+    model = compiled(lr=0.1)
     net.load_state_dict(model.state_dict())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    scheduler, rates = SCHEDULERS[name](optimizer), []
+    scheduler = SCHEDULERS[name](optimizer)
+    rates = []
     for _ in range(5):
         for features, labels in BATCHES:
             optimizer.zero_grad()
@@ -99,7 +101,8 @@ def test_lr_scheduler_gives_the_rates_and_weights_of_a_bare_torch_loop(name, ste
 def test_lr_scheduler_on_a_plateau_gives_the_rates_of_a_bare_torch_loop(arguments):
     values = [3.0, 2.0, 2.0, 1.9, None, NAN, 2.5, None, 1.0, 1.0, 1.0, 0.9]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    plateau, rates = lr_scheduler.ReduceLROnPlateau(optimizer, **arguments), []
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, **arguments)
+    rates = []
     for value in values:
         rates.append(optimizer.param_groups[0]["lr"])
         if value is not None:

@@ -31,7 +31,10 @@ class Saver(Callback):
     """Writes down the run at an epoch's end, or after a batch, and dies some batches later."""
 
     def __init__(self, others, after_epoch):
-        self.others, self.after_epoch, self.saved, self.dies_in = others, after_epoch, None, None
+        self.others = others
+        self.after_epoch = after_epoch
+        self.saved = None
+        self.dies_in = None
 
     def on_epoch_end(self, epoch, logs):
         if epoch == self.after_epoch:

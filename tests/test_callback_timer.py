@@ -26,7 +26,8 @@ def test_timer_stops_after_the_batch_in_which_the_time_is_over(limit, monkeypatc
 
 
 def test_timer_counts_the_time_before_a_resume_and_starts_again_otherwise():
-    before, after = Timer(3600), Timer(3600)
+    before = Timer(3600)
+    after = Timer(3600)
     before.begin -= 3600
     batches = []
     count = LambdaCallback(on_batch_end=lambda batch, logs: batches.append(batch))

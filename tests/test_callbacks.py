@@ -10,7 +10,8 @@ from minikeras import Callback, LambdaCallback
 
 class Diary(Callback):
     def __init__(self, name=""):
-        self.name, self.lines = name, []
+        self.name = name
+        self.lines = []
 
     def on_fit_begin(self):
         self.lines.append(f"fit begins with {type(self.model).__name__}")
@@ -89,7 +90,8 @@ def test_callbacks_are_ended_only_if_they_began():
         def on_fit_begin(self):
             raise RuntimeError("cannot begin")
 
-    first, last = Diary(), Diary()
+    first = Diary()
+    last = Diary()
     with pytest.raises(RuntimeError, match="cannot begin"):
         compiled().fit(1, points(8), callbacks=[first, Broken(), last], verbose=0)
     assert first.lines == ["fit begins with Net", "fit ends"]
@@ -130,7 +132,8 @@ def test_callback_error_names_the_callback_and_the_others_are_ended(moment):
         raise RuntimeError("no luck")
 
     setattr(Faulty, moment, fail)
-    diary, model = Diary(), compiled()
+    diary = Diary()
+    model = compiled()
     with pytest.raises(RuntimeError, match="no luck") as raised:
         model.fit(1, points(8), points(8), callbacks=[diary, Faulty()], verbose=0)
     assert raised.value.__notes__ == [f"Faulty.{moment}"] + ["epoch 1"] * (moment != "on_fit_begin")

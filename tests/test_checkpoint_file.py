@@ -34,7 +34,8 @@ OF_LOAD = "If it is the wrong file, give another one."
 
 @pytest.mark.parametrize("name", ["w.pt", "folder/that/is/made/w.pt", "w.safetensors"])
 def test_save_and_load_give_the_same_weights(name, tmp_path):
-    model, other = Net(), Net()
+    model = Net()
+    other = Net()
     model.save(tmp_path / name)
     other.load(str(tmp_path / name))
     assert all(
@@ -43,7 +44,8 @@ def test_save_and_load_give_the_same_weights(name, tmp_path):
 
 
 def test_save_writes_what_torch_loads_and_load_reads_what_torch_saved(tmp_path):
-    model, other = Net(), Net()
+    model = Net()
+    other = Net()
     model.save(tmp_path / "ours.pt")
     other.load_state_dict(torch.load(tmp_path / "ours.pt"))
     torch.save(other.state_dict(), tmp_path / "theirs.pt")
@@ -74,9 +76,11 @@ def test_load_takes_the_weights_from_the_checkpoint_of_a_run(tmp_path):
 
 
 def test_load_refuses_weights_of_another_architecture_and_leaves_the_model_as_it_was(tmp_path):
-    model, path = Net(), tmp_path / "w.pt"
+    model = Net()
+    path = tmp_path / "w.pt"
     state = model.state_dict()
-    state["fc1.weight"], state["extra"] = torch.zeros(8, 3), torch.zeros(1)
+    state["fc1.weight"] = torch.zeros(8, 3)
+    state["extra"] = torch.zeros(1)
     del state["fc2.bias"]
     torch.save(state, path)
     before = model.fc2.weight.clone()
@@ -108,7 +112,8 @@ def test_save_never_overwrites_a_folder_of_the_user(tmp_path):
 
 def test_load_refuses_weights_under_other_names_and_says_what_to_call(tmp_path):
     net = nn.Linear(2, 1)
-    model, state = minikeras.Model(net), net.state_dict()
+    model = minikeras.Model(net)
+    state = net.state_dict()
     torch.save(state, tmp_path / "bare.pt")
     torch.save(
         {f"module.net.{name}": value for name, value in state.items()}, tmp_path / "wrapped.pt"
@@ -236,7 +241,8 @@ def test_checkpoint_removed_by_the_user_starts_again_whatever_was_before_it(tmp_
 
 @pytest.mark.parametrize("links", [True, False])
 def test_checkpoint_is_a_whole_file_at_each_moment_of_a_write(links, tmp_path, monkeypatch):
-    path, seen = tmp_path / "w.pt", []
+    path = tmp_path / "w.pt"
+    seen = []
 
     def watched(function):
         def call(*args, **kwargs):
@@ -308,7 +314,9 @@ def test_checkpoint_with_any_flipped_bit_or_cut_is_never_loaded_wrong(part, tmp_
     """700 of them: each one found, or harmless since the same values are read."""
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
-    whole, true, draw = path.read_bytes(), flat(read(path)), random.Random(part)
+    whole = path.read_bytes()
+    true = flat(read(path))
+    draw = random.Random(part)
     found = 0
     for number in range(175):
         damaged = bytearray(whole)
@@ -335,7 +343,8 @@ class Evil:
 
 
 def test_checkpoint_that_would_run_code_is_refused_before_it_does(tmp_path):
-    Evil.mark, path = tmp_path / "ran", tmp_path / "run.pt"
+    Evil.mark = tmp_path / "ran"
+    path = tmp_path / "run.pt"
     torch.save({"minikeras": 1, "model": Evil()}, path)
     with pytest.raises(CheckpointError) as raised:
         run_file(path)

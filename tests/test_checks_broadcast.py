@@ -93,10 +93,12 @@ class RunningError:
         self.reset()
 
     def reset(self):
-        self.total, self.rows = torch.zeros(()), 0
+        self.total = torch.zeros(())
+        self.rows = 0
 
     def update(self, p, t):
-        self.total, self.rows = self.total + ((p - t) ** 2).sum(), self.rows + len(t)
+        self.total = self.total + ((p - t) ** 2).sum()
+        self.rows = self.rows + len(t)
 
     def compute(self):
         return self.total / self.rows

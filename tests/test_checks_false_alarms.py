@@ -20,7 +20,8 @@ from helpers.bad_input import (
 from helpers.metrics import cosine
 from torch import nn
 
-FRAME, SERIES = pd.DataFrame(X.double().numpy()), pd.Series(ROW.double().numpy())
+FRAME = pd.DataFrame(X.double().numpy())
+SERIES = pd.Series(ROW.double().numpy())
 TRAINS = {
     "class probabilities": (CE, S, S.softmax(1)),
     "ignored labels": (CE, S, CLASSES.where(CLASSES < 2, -100)),

@@ -9,7 +9,8 @@ from torch import nn
 class Narrow(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(5, 1)
+        self.fc1 = nn.Linear(4, 6)
+        self.fc2 = nn.Linear(5, 1)
 
     def forward(self, x):
         return self.fc2(self.fc1(x))
@@ -141,7 +142,8 @@ class Tab(nn.Module):
 )
 @pytest.mark.parametrize("verb", ["fit", "predict"])
 def test_features_in_a_dict_whose_keys_are_not_forwards_names_raise_an_error_with_both(keys, verb):
-    model, features = compiled(Tab()), dict.fromkeys(keys, X)
+    model = compiled(Tab())
+    features = dict.fromkeys(keys, X)
     message = (
         f"the features are a dict with the keys {', '.join(keys)}, and forward takes num, cat. "
     )

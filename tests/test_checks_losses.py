@@ -24,7 +24,8 @@ from torch import nn
 from minikeras import Average
 from minikeras.errors import described
 
-BCE, LOGITS = nn.BCELoss(), nn.BCEWithLogitsLoss()
+BCE = nn.BCELoss()
+LOGITS = nn.BCEWithLogitsLoss()
 LOSSES = {
     "float labels": (CE, S, CLASSES.float()),
     "(N, 1) labels": (CE, S, CLASSES[:, None]),

@@ -117,7 +117,8 @@ class OfTwo(Model):
 
 @pytest.mark.parametrize("step", ["train_step", "evaluate_step"])
 def test_custom_step_without_sample_weight_raises_an_error_that_says_how_to_take_it(step):
-    model, weighted = compiled(kind=OfTwo), (X, Y, torch.ones(8))
+    model = compiled(kind=OfTwo)
+    weighted = (X, Y, torch.ones(8))
     message = f"the batches carry a sample_weight, and OfTwo.{step} does not take one. "
     message += f"Write it as {step}(self, features, labels, sample_weight=None)."
     with refused(f"TypeError: {message}", model):

@@ -20,7 +20,8 @@ from minikeras.data.arrays import as_tensor
 
 class Stream(IterableDataset):
     def __init__(self, X, y):
-        self.X, self.y = X, y
+        self.X = X
+        self.y = y
 
     def __iter__(self):
         return iter(zip(self.X, self.y, strict=True))
@@ -30,7 +31,8 @@ class Batches:
     """Batches again and again, without a length; NumPy arrays, as many generators yield them."""
 
     def __init__(self, X, y):
-        self.X, self.y = X.numpy(), y.numpy()
+        self.X = X.numpy()
+        self.y = y.numpy()
 
     def __iter__(self):
         for start in range(0, len(self.X), 32):
@@ -295,7 +297,8 @@ class Moves:
     """Rows and labels in an object that moves as one."""
 
     def __init__(self, x, y):
-        self.x, self.y = x, y
+        self.x = x
+        self.y = y
 
     def to(self, device):
         return type(self)(self.x.to(device), self.y.to(device))

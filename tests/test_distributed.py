@@ -364,10 +364,8 @@ def test_distributed_auto_on_one_process_has_no_world():
 
 
 def test_sync_batchnorm_keeps_weights_and_names():
-    model, world = (
-        minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))),
-        SimpleNamespace(size=2),
-    )
+    model = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    world = SimpleNamespace(size=2)
     before = dict(model.named_parameters())
     over_all_rows(model, world, torch.device("cuda"))
     assert isinstance(model.net[1], nn.SyncBatchNorm)

@@ -96,7 +96,8 @@ LOADERS = {
 
 def by_hand(epochs):
     """The batches of a hand-written loop."""
-    sampler, rows = half(), []
+    sampler = half()
+    rows = []
     for epoch in epochs:
         sampler.set_epoch(epoch)
         order = list(sampler)
@@ -106,14 +107,17 @@ def by_hand(epochs):
 
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_set_epoch_gives_each_epoch_the_order_of_a_hand_written_loop_over_several_fits(make):
-    seen, loader = model(), make()
+    seen = model()
+    loader = make()
     seen.fit(2, loader, verbose=0)
     seen.fit(2, loader, verbose=0)
     assert seen.rows == by_hand([0, 1, 2, 3])
 
 
 def test_set_epoch_of_a_dataset_gets_the_number_for_training_and_for_validation():
-    seen, dataset, validated = model(), Shifted(), Shifted()
+    seen = model()
+    dataset = Shifted()
+    validated = Shifted()
     numbers = []
     look = LambdaCallback(on_evaluate_begin=lambda: numbers.append(validated.epoch))
     seen.fit(3, DataLoader(dataset, 4), DataLoader(validated, 4), callbacks=[look], verbose=0)
@@ -122,7 +126,8 @@ def test_set_epoch_of_a_dataset_gets_the_number_for_training_and_for_validation(
 
 
 def test_set_epoch_of_a_callback_is_the_one_that_counts():
-    seen, loader = model(), LOADERS["sampler"]()
+    seen = model()
+    loader = LOADERS["sampler"]()
     callback = LambdaCallback(on_epoch_begin=lambda epoch: loader.sampler.set_epoch(100 + epoch))
     seen.fit(2, loader, callbacks=[callback], verbose=0)
     assert seen.rows == by_hand([101, 102])

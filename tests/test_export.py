@@ -162,7 +162,8 @@ def run(path, model, features):
 @pytest.mark.parametrize("case", CASES)
 def test_export_gives_what_predict_gives_for_any_number_of_rows(case, suffix, tmp_path):
     make, features = CASES[case]
-    model, path = make(), tmp_path / "made" / f"model{suffix}"
+    model = make()
+    path = tmp_path / "made" / f"model{suffix}"
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     model.export(path, features(5))
@@ -176,7 +177,8 @@ def test_export_gives_what_predict_gives_for_any_number_of_rows(case, suffix, tm
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_export_takes_one_row_as_an_example(suffix, tmp_path):
-    model, path = Whole(), tmp_path / f"model{suffix}"
+    model = Whole()
+    path = tmp_path / f"model{suffix}"
     model.export(str(path), np.zeros((1, 4), np.float32))
     torch.testing.assert_close(
         run(path, model, rows(6)[0])[0], model.predict(rows(6)[0]), atol=1e-5, rtol=0
@@ -190,10 +192,8 @@ def test_export_leaves_the_model_as_it_is_and_able_to_train(tmp_path):
     model.layers[1].eval()
     calls = []
     model.layers.register_forward_hook(lambda module, args, output: calls.append(0))
-    before, modes = (
-        copy.deepcopy(model.state_dict()),
-        [module.training for module in model.modules()],
-    )
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
     random = torch.get_rng_state()
     model.export(tmp_path / "model.pt2", data[0])
     assert [module.training for module in model.modules()] == modes
@@ -206,7 +206,8 @@ def test_export_leaves_the_model_as_it_is_and_able_to_train(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_export_writes_the_models_value_of_a_buffer_that_forward_changes(suffix, tmp_path):
-    model, path = Counting(), tmp_path / f"model{suffix}"
+    model = Counting()
+    path = tmp_path / f"model{suffix}"
     model.export(path, rows(3)[0])
     torch.testing.assert_close(run(path, model, rows(6)[0])[0], rows(6)[0])
     assert model.calls == 0
@@ -269,7 +270,8 @@ class Returns(nn.Module):
 
     def __init__(self, made):
         super().__init__()
-        self.fc, self.made = nn.Linear(2, 1), made
+        self.fc = nn.Linear(2, 1)
+        self.made = made
 
     def forward(self, x):
         return self.made(self.fc(x))

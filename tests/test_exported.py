@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import minikeras
 
-X, Y = torch.randn(20, 3), torch.randn(20, 1)
+X = torch.randn(20, 3)
+Y = torch.randn(20, 1)
 
 
 def linear(**kwargs):

@@ -45,7 +45,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
-    model, weights = compiled(loss_func=bad_at(5, value)), []
+    model = compiled(loss_func=bad_at(5, value))
+    weights = []
     keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
     with pytest.raises(FloatingPointError) as raised:
         model.fit(2, points(96), batch_size=32, callbacks=[keep], verbose=0)
@@ -200,7 +201,8 @@ def test_nan_loss_in_a_custom_step_is_an_error_and_outside_a_fit_it_is_not():
 def test_nan_loss_on_a_gpu_lets_the_default_optimizer_take_no_step_from_then_on(options):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    model, kept = minikeras.Model(nn.Linear(2, 1)), []
+    model = minikeras.Model(nn.Linear(2, 1))
+    kept = []
     model.compile(nn.MSELoss(), **options)
     keep = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: kept.append(state(model)))
     X, y = points(100)
@@ -225,7 +227,8 @@ def test_nan_loss_on_a_device_is_read_every_few_steps_and_holds_back_fused_optim
         self.reads_each = False
 
     monkeypatch.setattr(FiniteLoss, "__init__", as_on_a_device)
-    model, weights = Net(), []
+    model = Net()
+    weights = []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     model.compile(bad_at(15), optimizer, device="cpu")
     keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
@@ -265,7 +268,8 @@ class Hungry(nn.Module):
 
     def __init__(self, limit):
         super().__init__()
-        self.limit, self.fc = limit, nn.Linear(2, 1)
+        self.limit = limit
+        self.fc = nn.Linear(2, 1)
 
     def forward(self, x):
         hidden = self.fc(x)

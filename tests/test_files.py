@@ -34,7 +34,9 @@ DELETE = object()
 @pytest.mark.parametrize("there", [True, False])
 def test_file_behind_a_symbolic_link_is_written_and_the_link_stays(there, tmp_path):
     (tmp_path / "disk").mkdir()
-    real, middle, link = tmp_path / "disk" / "real.pt", tmp_path / "middle.pt", tmp_path / "run.pt"
+    real = tmp_path / "disk" / "real.pt"
+    middle = tmp_path / "middle.pt"
+    link = tmp_path / "run.pt"
     middle.symlink_to("disk/real.pt")
     link.symlink_to("middle.pt")
     if there:
@@ -214,7 +216,9 @@ def test_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_i
     tmp_path, monkeypatch
 ):
     path = tmp_path / "w.pt"
-    left, alive, users = atomic.temporary(path), atomic.temporary(path), tmp_path / "w.pt.tmp"
+    left = atomic.temporary(path)
+    alive = atomic.temporary(path)
+    users = tmp_path / "w.pt.tmp"
     for file in (left, users):
         file.write_bytes(b"half")
     with atomic.claim(alive):
@@ -304,7 +308,8 @@ def test_load_takes_a_file_with_one_name_of_tied_weights(tmp_path):
         model.net[1].weight = model.net[0].weight
         return model
 
-    first, second = tied(), tied()
+    first = tied()
+    second = tied()
     save_model(first, str(tmp_path / "tied.safetensors"))
     second.load(tmp_path / "tied.safetensors")
     assert torch.equal(second.net[1].weight, first.net[0].weight)
@@ -333,7 +338,8 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_load_of_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
-    model, path = Net(), tmp_path / "w.pt"
+    model = Net()
+    path = tmp_path / "w.pt"
     before = copy.deepcopy(model.state_dict())
     torch.save(
         {key: torch.ones_like(value) for key, value in before.items()}
@@ -372,7 +378,8 @@ def test_load_takes_nan_and_other_floats(value, tmp_path):
 
 class Call:
     def __init__(self, function, *args):
-        self.function, self.args = function, args
+        self.function = function
+        self.args = args
 
     def __reduce__(self):
         return self.function, self.args
@@ -431,7 +438,8 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_load_of_a_small_file_takes_little_memory_and_time(name, tmp_path):
     torch.save(Net().state_dict(), tmp_path / "good.pt")
-    path, limit = tmp_path / "w.pt", sys.getrecursionlimit()
+    path = tmp_path / "w.pt"
+    limit = sys.getrecursionlimit()
     sys.setrecursionlimit(100_000)
     try:
         program = pickled({"a": BOMBS[name]()})
@@ -646,12 +654,16 @@ def test_checkpoint_position_that_would_crash_numpy_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_checkpoint_with_damaged_weights_is_refused_or_harmless(name, tmp_path):
     """Bytes set, removed, doubled and swapped: what is loaded is what was saved."""
-    path, draw = tmp_path / name, random.Random(0)
+    path = tmp_path / name
+    draw = random.Random(0)
     model = Net()
     model.save(path)
-    whole, true, refused = path.read_bytes(), copy.deepcopy(model.state_dict()), 0
+    whole = path.read_bytes()
+    true = copy.deepcopy(model.state_dict())
+    refused = 0
     for number in range(200):
-        damaged, at = bytearray(whole), draw.randrange(len(whole))
+        damaged = bytearray(whole)
+        at = draw.randrange(len(whole))
         if number % 4 == 0:
             damaged[at] = draw.randrange(256)
         elif number % 4 == 1:

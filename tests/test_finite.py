@@ -132,7 +132,8 @@ def test_nan_weight_error_names_the_first_layer_the_epoch_the_cause_and_the_reme
 
 
 def test_nan_gradient_is_found_before_the_step_with_clip_grad_norm():
-    model, kept = trainer(clip_grad_norm=1.0), []
+    model = trainer(clip_grad_norm=1.0)
+    kept = []
     keep = LambdaCallback(
         on_batch_end=lambda batch, logs: kept.append(
             {key: value.clone() for key, value in model.state_dict().items()}
@@ -156,7 +157,8 @@ def test_nan_gradient_error_tells_the_first_bad_gradient_from_finite_ones():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
-            self.good, self.bad = nn.Linear(4, 1), nn.Linear(4, 1)
+            self.good = nn.Linear(4, 1)
+            self.bad = nn.Linear(4, 1)
 
         def forward(self, x):
             return self.good(x) + torch.sqrt(self.bad(x) * 0)
@@ -351,7 +353,8 @@ def test_nan_parameter_of_the_loss_reaches_no_file():
         def forward(self, y_pred, y_true):
             return nn.functional.mse_loss(y_pred, y_true) + self.w.sqrt()
 
-    model, loss = network(), Weighted()
+    model = network()
+    loss = Weighted()
     model.compile(
         loss, torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1), device="cpu"
     )
@@ -486,7 +489,8 @@ def test_nan_count_is_read_before_a_state_is_written(every, fused, tmp_path):
 @pytest.mark.usefixtures("_as_on_a_device")
 @pytest.mark.parametrize("fused", [True, False])
 def test_nan_norm_is_counted_without_waiting_for_the_device(fused):
-    model, kept = network(), []
+    model = network()
+    kept = []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     model.compile(loss_func, optimizer, device="cpu", clip_grad_norm=1.0)
     keep = LambdaCallback(

@@ -135,7 +135,8 @@ def test_fsdp_run_resumes_from_two_processes_to_one_and_back(broken_off, tmp_pat
 def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
     name, broken_off, tmp_path
 ):
-    folder, model = tmp_path / "run.pt", shards.Deep().double()
+    folder = tmp_path / "run.pt"
+    model = shards.Deep().double()
     for one in ("run.pt", "run.pt.prev"):
         shutil.copytree(broken_off / one, tmp_path / one)
     model.load(folder)

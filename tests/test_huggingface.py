@@ -21,9 +21,12 @@ class Net(HubModel):
 
     def __init__(self, hidden, widths=(1, 2), *, act=None):
         super().__init__()
-        self.hidden, self.widths = hidden, widths
-        self.fc1, self.norm = nn.Linear(2, hidden), nn.BatchNorm1d(hidden)
-        self.act, self.drop = act or nn.ReLU(), nn.Dropout()
+        self.hidden = hidden
+        self.widths = widths
+        self.fc1 = nn.Linear(2, hidden)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.act = act or nn.ReLU()
+        self.drop = nn.Dropout()
         self.fc2 = nn.Linear(hidden, 1)
 
     def forward(self, x):
@@ -88,7 +91,9 @@ class Around(HubModel):
 
     def __init__(self, layer, act=nn.Identity, **more):
         super().__init__()
-        self.layer, self.act, self.more = layer, act(), more
+        self.layer = layer
+        self.act = act()
+        self.more = more
 
     def forward(self, x):
         return self.act(self.layer(x))
@@ -168,7 +173,8 @@ def test_hub_model_weights_shared_by_two_layers_come_back_shared(tmp_path):
     class Tied(HubModel):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
             self.b.weight = self.a.weight
 
     model = Tied()

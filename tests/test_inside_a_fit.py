@@ -78,7 +78,8 @@ def test_evaluate_predict_and_a_fit_of_another_model_inside_a_fit_change_nothing
 
     plain = expected()
     history = fitted(plain, at(moment, lambda: None))
-    other, model = compiled(), expected()
+    other = compiled()
+    model = expected()
     seen = []
 
     def act():

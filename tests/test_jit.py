@@ -198,7 +198,8 @@ def test_jit_follows_schedulers_and_rates_set_by_hand_without_compiling_again():
         return one.fit(5, batches(), callbacks=[step], verbose=0)
 
     model, twin = pair()
-    expected, found = train(model), train(twin, jit=FAST)
+    expected = train(model)
+    found = train(twin, jit=FAST)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert isinstance(twin.optimizer.param_groups[0]["lr"], float)
     assert way(twin) == "one graph"
@@ -298,7 +299,8 @@ class Detour(Net):
 
     def __init__(self):
         super().__init__()
-        self.fc3, self.long_way = nn.Linear(2, 2), False
+        self.fc3 = nn.Linear(2, 2)
+        self.long_way = False
         self.fc1.requires_grad_(False)
 
     def forward(self, x):
@@ -805,7 +807,8 @@ def test_jit_counts_the_steps_except_those_held_back(kind, steps):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_jit_graph_moves_no_weight_by_a_nan_loss(steps):
-    model, weights = Net(), []
+    model = Net()
+    weights = []
     compiled(
         model,
         nn.MSELoss(),

@@ -136,7 +136,8 @@ def train(kind, path=None, every=None, kill=None):
     np.random.seed(0)
     random.seed(0)
     net, optimizer, loss, options = KINDS[kind]
-    model, loss_func = minikeras.Model(net()), loss()
+    model = minikeras.Model(net())
+    loss_func = loss()
     model.compile(loss_func, optimizer(model.parameters()), device="cpu", jit=FAST, **options)
     batches = []
 

@@ -71,7 +71,8 @@ def test_fit_draws_the_batches_and_random_numbers_of_a_hand_written_loop():
 
     torch.manual_seed(1)
     model = compiled(Noisy())
-    bare, optimizer = copy.deepcopy(model), None
+    bare = copy.deepcopy(model)
+    optimizer = None
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
     torch.manual_seed(2)
     model.fit(3, loader, verbose=0)
@@ -353,7 +354,8 @@ def test_fit_error_says_in_which_epoch_and_batch_it_came():
 
 def test_fit_clears_gradients_from_before_its_first_step():
     X, y = points(32)
-    model, twin = compiled(), None
+    model = compiled()
+    twin = None
     twin = copy.deepcopy(model)
     compiled(twin)
     nn.BCELoss()(twin(X), y).backward()

@@ -42,7 +42,8 @@ def reference(p, y, gamma, alpha):
 def reference_slope(z, y, gamma, alpha):
     """Return d loss / d logit for labels 0 and 1 by hand; exact, as 1 - p_t is no difference."""
     sign = 2 * y - 1
-    log_p_t, log_miss = -np.logaddexp(0, -sign * z), -np.logaddexp(0, sign * z)
+    log_p_t = -np.logaddexp(0, -sign * z)
+    log_miss = -np.logaddexp(0, sign * z)
     a_t = y * alpha + (1 - y) * (1 - alpha)
     return (
         sign
@@ -61,7 +62,8 @@ def reference_slope(z, y, gamma, alpha):
     ids=["hard", "easy"],
 )
 def test_focal_loss_lets_easy_samples_fade_and_hard_ones_stay(y_pred, focal, bce, ratio):
-    focal_loss, bce_loss = FocalLoss()(y_pred, LABELS).item(), nn.BCELoss()(y_pred, LABELS).item()
+    focal_loss = FocalLoss()(y_pred, LABELS).item()
+    bce_loss = nn.BCELoss()(y_pred, LABELS).item()
     assert (f"{focal_loss:.4f}", f"{bce_loss:.4f}") == (focal, bce)
     assert focal_loss / bce_loss == pytest.approx(ratio, rel=1e-5)
 
@@ -78,7 +80,8 @@ def test_focal_loss_weighs_positives_by_alpha_and_negatives_by_the_rest():
     alpha=st.floats(0, 1),
 )
 def test_focal_loss_of_logits_and_probabilities_is_that_of_the_paper(logit, label, gamma, alpha):
-    z, y = torch.tensor([logit], dtype=torch.float64), torch.tensor([label], dtype=torch.float64)
+    z = torch.tensor([logit], dtype=torch.float64)
+    y = torch.tensor([label], dtype=torch.float64)
     p = torch.sigmoid(z)
     expected = torch.from_numpy(reference(p.numpy(), y.numpy(), gamma, alpha))
     torch.testing.assert_close(
@@ -91,11 +94,10 @@ def test_focal_loss_of_logits_and_probabilities_is_that_of_the_paper(logit, labe
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_focal_loss_with_gamma_0_and_alpha_half_is_half_the_binary_cross_entropy(reduction):
-    z, y = torch.linspace(-6, 6, 8).view(4, 2), torch.tensor([0.0, 1.0]).expand(4, 2)
-    on_scores, half = (
-        FocalLoss(0.0, 0.5, from_logits=True, reduction=reduction),
-        FocalLoss(0.0, 0.5, reduction=reduction),
-    )
+    z = torch.linspace(-6, 6, 8).view(4, 2)
+    y = torch.tensor([0.0, 1.0]).expand(4, 2)
+    on_scores = FocalLoss(0.0, 0.5, from_logits=True, reduction=reduction)
+    half = FocalLoss(0.0, 0.5, reduction=reduction)
     torch.testing.assert_close(
         on_scores(z, y), 0.5 * nn.BCEWithLogitsLoss(reduction=reduction)(z, y)
     )
@@ -105,7 +107,8 @@ def test_focal_loss_with_gamma_0_and_alpha_half_is_half_the_binary_cross_entropy
 
 
 def test_focal_loss_mean_and_sum_are_those_of_the_elements():
-    y_pred, y_true = torch.rand(5, 3), torch.randint(2, (5, 3)).float()
+    y_pred = torch.rand(5, 3)
+    y_true = torch.randint(2, (5, 3)).float()
     elements = FocalLoss(reduction="none")(y_pred, y_true)
     assert elements.shape == (5, 3)
     torch.testing.assert_close(FocalLoss()(y_pred, y_true), elements.mean())
@@ -128,7 +131,8 @@ def test_focal_loss_of_half_precision_scores_loses_no_further_digits(dtype):
 
 
 def test_cross_entropy_is_log_softmax_then_negative_log_likelihood():
-    y_pred, y_true = torch.tensor([[10.0, 0.0, -10.0], [8.0, 8.0, 8.0]]), torch.tensor([0, 2])
+    y_pred = torch.tensor([[10.0, 0.0, -10.0], [8.0, 8.0, 8.0]])
+    y_true = torch.tensor([0, 2])
     log_probabilities = nn.LogSoftmax(dim=1)(y_pred)
     torch.testing.assert_close(
         nn.CrossEntropyLoss()(y_pred, y_true), nn.NLLLoss()(log_probabilities, y_true)
@@ -156,7 +160,8 @@ def test_focal_loss_of_extreme_logits_has_the_right_value_and_gradient(gamma, dt
     y = torch.tensor([0.0, 1.0]).to(dtype).repeat_interleave(6)
     loss = FocalLoss(gamma, from_logits=True, reduction="none")(z, y)
     loss.sum().backward()
-    z64, y64 = z.detach().double().numpy(), y.double().numpy()
+    z64 = z.detach().double().numpy()
+    y64 = y.double().numpy()
     sign = 2 * y64 - 1
     value = (
         (0.25 + 0.5 * y64)
@@ -246,14 +251,16 @@ def test_focal_loss_refuses_labels_that_broadcast_against_the_predictions(from_l
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder = nn.Embedding(5, 3), nn.Linear(3, 5)
+        self.encoder = nn.Embedding(5, 3)
+        self.decoder = nn.Linear(3, 5)
         self.decoder.weight = self.encoder.weight
 
 
 class Unbiased(nn.Module):
     def __init__(self):
         super().__init__()
-        self.unbiased, self.bias_net = nn.Linear(2, 3), nn.Linear(3, 1, bias=False)
+        self.unbiased = nn.Linear(2, 3)
+        self.bias_net = nn.Linear(3, 1, bias=False)
 
 
 def frozen_first():
@@ -337,8 +344,10 @@ def test_penalties_of_a_half_precision_model_do_not_overflow():
 
 
 def test_regularized_adds_both_penalties_to_the_loss():
-    model, features = nn.Linear(3, 1), torch.rand(4, 3)
-    y_pred, y_true = model(features), torch.rand(4, 1)
+    model = nn.Linear(3, 1)
+    features = torch.rand(4, 3)
+    y_pred = model(features)
+    y_true = torch.rand(4, 1)
     expected = (
         nn.functional.mse_loss(y_pred, y_true) + l1_penalty(model, 0.1) + l2_penalty(model, 0.2)
     )
@@ -387,7 +396,9 @@ def test_regularized_adds_the_penalty_to_the_mean_once_for_any_form_of_loss(form
             "average": Average(rows.sum(), torch.tensor(len(rows))),
         }[form]
 
-    model, y_pred, y_true = nn.Linear(3, 2), torch.rand(5, 2), torch.rand(5, 2)
+    model = nn.Linear(3, 2)
+    y_pred = torch.rand(5, 2)
+    y_true = torch.rand(5, 2)
     loss = Regularized(loss_func, model, l1=0.1, l2=0.2)(y_pred, y_true)
     mean = loss[0] / loss[1] if form == "average" else loss.mean()
     expected = (
@@ -401,7 +412,8 @@ def test_regularized_adds_the_penalty_to_the_mean_once_for_any_form_of_loss(form
 
 
 def test_regularized_holds_class_weights_and_not_the_model():
-    model, class_weights = nn.Linear(3, 2), torch.ones(2)
+    model = nn.Linear(3, 2)
+    class_weights = torch.ones(2)
     regularized = Regularized(nn.CrossEntropyLoss(weight=class_weights), model, l2=0.1)
     assert list(regularized.parameters()) == []
     assert list(regularized.state_dict()) == ["loss_func.weight"]
@@ -444,7 +456,8 @@ def test_regularized_copied_with_its_model_penalizes_the_copy(duplicate, order):
 
 
 def test_regularized_without_strengths_is_the_loss():
-    y_pred, y_true = torch.rand(4, 1), torch.rand(4, 1)
+    y_pred = torch.rand(4, 1)
+    y_true = torch.rand(4, 1)
     assert torch.equal(
         Regularized(nn.MSELoss(), nn.Linear(1, 1))(y_pred, y_true), nn.MSELoss()(y_pred, y_true)
     )
@@ -507,7 +520,8 @@ def steps_taken(dtype, optimizer_class, options, by_penalty, decay=0.05, steps=5
     """The parameters after `steps`, the decay done by `l2_penalty` or by the optimizer."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
-    features, labels = torch.rand(32, 4).to(dtype), torch.rand(32, 1).to(dtype)
+    features = torch.rand(32, 4).to(dtype)
+    labels = torch.rand(32, 1).to(dtype)
     loss_func = Regularized(nn.MSELoss(), model, l2=decay if by_penalty else 0.0)
     optimizer = optimizer_class(
         model.parameters() if by_penalty else weight_decay_groups(model, decay), **options

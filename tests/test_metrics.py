@@ -351,7 +351,8 @@ def test_metric_object_that_clears_its_rows_as_it_computes_gives_running_means_t
             self.rows += ((y_pred > 0.5) == (y_true > 0.5)).flatten().tolist()
 
         def compute(self):
-            rows, self.rows = self.rows, []
+            rows = self.rows
+            self.rows = []
             return sum(rows) / len(rows)
 
     X, y = points(100)

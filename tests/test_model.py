@@ -90,7 +90,8 @@ def test_compile_never_changes_the_state_dict():
 
 
 def test_default_optimizer_is_adam_on_the_parameters_of_model_and_loss():
-    model, loss_func = Net(), Holds()
+    model = Net()
+    loss_func = Holds()
     model.fc1.bias.requires_grad_(False)
     model.compile(loss_func)
     (group,) = model.optimizer.param_groups
@@ -131,7 +132,9 @@ def test_device_gets_model_loss_metrics_and_nested_batches():
             seen.extend(leaf.device.type for leaf in (features["a"][0], features["b"], labels))
             return {"n": 1.0}
 
-    model, loss_func, metric = Watch(), Holds(), torchmetrics.classification.BinaryAccuracy()
+    model = Watch()
+    loss_func = Holds()
+    metric = torchmetrics.classification.BinaryAccuracy()
     model.compile(loss_func, metrics_dict={"acc": metric}, device=torch.device("meta"))
     X, y = points(8)
     with pytest.raises(RuntimeError, match="meta"):  # nothing can be read from there
@@ -215,10 +218,8 @@ def test_deepcopy_and_pickle_give_an_uncompiled_model():
 
 def test_compiled_network_keeps_its_names_in_the_state_dict():
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
-    plain, model = (
-        minikeras.Model(copy.deepcopy(net)),
-        minikeras.Model(torch.compile(net, backend="eager")),
-    )
+    plain = minikeras.Model(copy.deepcopy(net))
+    model = minikeras.Model(torch.compile(net, backend="eager"))
     assert list(model.state_dict()) == list(plain.state_dict())
     for parameter in plain.parameters():
         nn.init.constant_(parameter, 0.5)
@@ -304,7 +305,8 @@ def test_loss_may_return_an_average_if_rows_are_not_the_unit():
         mask = y_true >= 0
         return minikeras.Average((((y_pred - y_true) ** 2) * mask).sum(), mask.sum())
 
-    X, y = torch.randn(10, 4), torch.randn(10, 4).abs()
+    X = torch.randn(10, 4)
+    y = torch.randn(10, 4).abs()
     y[torch.rand(10, 4) < 0.4] = -1
     y[9] = -1  # a batch of nothing but padding
     model = compiled(minikeras.Model(nn.Linear(4, 4)), per_token)
@@ -333,7 +335,8 @@ class Pair(minikeras.Model):
 
     def train_step(self, features, labels):
         fake = self.generator(torch.randn(len(features), 4))
-        d_real, d_fake = self.discriminator(features), self.discriminator(fake.detach())
+        d_real = self.discriminator(features)
+        d_fake = self.discriminator(fake.detach())
         d_loss = self.compute_loss(d_real, torch.ones_like(d_real)) + self.compute_loss(
             d_fake, torch.zeros_like(d_fake)
         )
@@ -369,14 +372,16 @@ def test_two_optimizers_train_an_adversarial_pair_and_its_keys_reach_the_history
 
 def test_two_optimizers_take_the_steps_of_a_bare_loop():
     X = torch.randn(16, 1) + 3
-    model, bare = adversarial(), adversarial()
+    model = adversarial()
+    bare = adversarial()
     torch.manual_seed(1)
     model.fit(3, [(X,)], verbose=0)
     torch.manual_seed(1)
     bce = nn.BCEWithLogitsLoss()
     for _ in range(3):
         fake = bare.generator(torch.randn(16, 4))
-        d_real, d_fake = bare.discriminator(X), bare.discriminator(fake.detach())
+        d_real = bare.discriminator(X)
+        d_fake = bare.discriminator(fake.detach())
         bare.zero_grad()
         (bce(d_real, torch.ones(16, 1)) + bce(d_fake, torch.zeros(16, 1))).backward()
         bare.optimizer["d"].step()
@@ -402,7 +407,8 @@ def test_two_optimizers_are_both_stepped_by_the_default_step():
 
 
 def test_two_optimizers_may_hold_what_is_not_in_the_model():
-    model, temperature = Net(), torch.ones((), requires_grad=True)
+    model = Net()
+    temperature = torch.ones((), requires_grad=True)
     optimizers = {
         "net": torch.optim.SGD(model.parameters(), lr=0.1),
         "temperature": torch.optim.SGD([temperature]),

@@ -79,7 +79,8 @@ def test_train_mode_of_a_child_of_a_part_in_eval_mode_stays():
 
 
 def test_eval_mode_or_train_mode_set_by_a_callback_stays():
-    net, seen = body_and_head(), []
+    net = body_and_head()
+    seen = []
 
     def decide(epoch):
         if epoch == 2:
@@ -95,7 +96,8 @@ def test_eval_mode_or_train_mode_set_by_a_callback_stays():
 
 
 def test_eval_mode_of_the_whole_model_left_by_a_callback_does_not_end_the_training():
-    net, seen = body_and_head(), []
+    net = body_and_head()
+    seen = []
     net[0].eval()
     look = LambdaCallback(
         on_epoch_end=lambda epoch, logs: net.eval(),
@@ -119,7 +121,8 @@ class Thawing(minikeras.Model):
 
 
 def test_train_method_of_the_user_decides_the_modes():
-    net, seen = body_and_head(), []
+    net = body_and_head()
+    seen = []
     look = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(net[0].training))
     fitted(net, epochs=4, model=Thawing(net), callbacks=[look])
     assert seen == [False, False, True, True]

@@ -271,7 +271,8 @@ def test_notebook_chart_rings_the_best_epoch_of_validation_if_there_is_one(colum
         for number in range(3)
     }
     *_, ring = ET.fromstring(notebook.chart(next(iter(columns)), rows)).findall("circle")
-    left, right = notebook.LEFT, notebook.WIDTH - 6
+    left = notebook.LEFT
+    right = notebook.WIDTH - 6
     assert float(ring.attrib["cx"]) == left + (right - left) * (epoch - 1) / 2
 
 
@@ -316,10 +317,8 @@ def test_notebook_shows_a_model_as_a_table_of_its_layers():
     model = Net()
     model.fc1.requires_grad_(False)
     cells = re.findall(r"<td [^>]*>(.*?)</td>", model._repr_html_())
-    first, second = (
-        ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"],
-        ["&nbsp;&nbsp;fc2 (Linear)", "9", ""],
-    )
+    first = ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"]
+    second = ["&nbsp;&nbsp;fc2 (Linear)", "9", ""]
     assert cells == ["Net", "33", "partly frozen", *first, *second]
     assert repr(model).startswith("Net(\n  (fc1)")
 

@@ -40,7 +40,8 @@ def test_on_all_rows_gives_scikit_learns_value_on_the_whole_set_at_any_batch_siz
     evaluated = model.evaluate((X, y), batch_size=batch_size)
     dfhistory = model.fit(2, (X, y), (X[:50], y[:50]), batch_size=batch_size, verbose=0)
     for name, function in SCORES.items():
-        expected, of_half = function(p, y.numpy()), function(p[:50], y[:50].numpy())
+        expected = function(p, y.numpy())
+        of_half = function(p[:50], y[:50].numpy())
         assert evaluated[f"val_{name}"] == pytest.approx(expected, rel=1e-5)
         assert list(dfhistory[name]) == pytest.approx([expected] * 2, rel=1e-5)
         assert list(dfhistory[f"val_{name}"]) == pytest.approx([of_half] * 2, rel=1e-5)

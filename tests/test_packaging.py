@@ -63,7 +63,8 @@ def test_requirements_of_the_core_are_five_packages():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
     command = 'pip install -e ".[test]" && pytest'
     assert f"\n{command}\n" in readme
     assert f"readme_command='{command}'\n" in ci

@@ -41,7 +41,8 @@ def test_plot_has_a_panel_per_metric_with_validation_in_it():
     axes = minikeras.plot_history(dfhistory)
     assert [axis.get_title() for axis in axes] == ["loss", "accuracy"]
     for axis in axes:
-        drawn, name = lines(axis), axis.get_title()
+        drawn = lines(axis)
+        name = axis.get_title()
         assert drawn["training"] == list(zip([1, 2, 3], dfhistory[name], strict=True))
         assert drawn["validation"] == list(zip([1, 2, 3], dfhistory[f"val_{name}"], strict=True))
         assert axis.get_xlabel() == "epoch"

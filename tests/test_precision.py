@@ -107,7 +107,8 @@ def test_accumulate_window_in_which_nothing_counts_moves_nothing():
 
 def test_accumulate_weighs_rows_by_sample_weight_as_the_big_batch_does():
     data = [(X, y, torch.rand(len(X)).double()) for X, y in batches(double=True)]
-    model, twin = Net().double(), Net().double()
+    model = Net().double()
+    twin = Net().double()
     twin.load_state_dict(model.state_dict())
     compiled(model, nn.BCELoss(reduction="none"), accumulate=3).fit(2, data, verbose=0)
     compiled(twin, nn.BCELoss(reduction="none")).fit(2, windows(data, 3), verbose=0)
@@ -160,8 +161,10 @@ class Pair(minikeras.Model):
 
     def __init__(self, every=1):
         super().__init__()
-        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
-        self.every, self.batch = every, 0
+        self.a = nn.Linear(2, 1)
+        self.b = nn.Linear(2, 1)
+        self.every = every
+        self.batch = 0
 
     def forward(self, x):
         return torch.sigmoid(self.a(x) + self.b(x))
@@ -227,7 +230,8 @@ def test_accumulate_closes_its_window_at_stop_training():
 
 
 def test_accumulate_leaves_nothing_of_a_fit_that_fails_in_a_window():
-    model, data = Net().double(), batches(double=True)
+    model = Net().double()
+    data = batches(double=True)
     compiled(model, nn.MSELoss(), accumulate=3)
     with pytest.raises(FloatingPointError):
         model.fit(1, [data[0], (data[1][0] * torch.nan, data[1][1])], verbose=0)
@@ -237,7 +241,8 @@ def test_accumulate_leaves_nothing_of_a_fit_that_fails_in_a_window():
 
 
 def test_accumulate_finds_a_nan_loss_before_it_enters_a_window():
-    model, data = Net(), batches()
+    model = Net()
+    data = batches()
     before = copy.deepcopy(model)
     bad = (data[1][0] * torch.nan, data[1][1])
     with pytest.warns(UserWarning, match="held NaN or inf already"):
@@ -299,7 +304,8 @@ def test_accumulate_resumed_in_mid_window_must_be_the_same(tmp_path):
         if batch == 3:
             raise KeyError
 
-    data, path = batches(), tmp_path / "run.pt"
+    data = batches()
+    path = tmp_path / "run.pt"
     with pytest.raises(KeyError):
         compiled(accumulate=3).fit(
             1,
@@ -333,7 +339,8 @@ def test_accumulate_resumes_a_file_from_before_it_existed(tmp_path):
 
 
 def test_accumulate_clips_the_norm_of_the_windows_gradient():
-    model, data = Net().double(), batches(double=True)
+    model = Net().double()
+    data = batches(double=True)
     expected = copy.deepcopy(model)
     for X, y in windows(data, 3):
         gradients = torch.autograd.grad(
@@ -355,7 +362,8 @@ def test_accumulate_clips_the_norm_of_the_windows_gradient():
     ids=str,
 )
 def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
-    model, data = Net(), batches([20, 20, 20, 7])
+    model = Net()
+    data = batches([20, 20, 20, 7])
     expected = copy.deepcopy(model)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     for X, y in data * 2:
@@ -423,7 +431,8 @@ def test_bf16_is_torchs_own_loop_with_autocast():
 
 def test_fp16_is_torchs_own_loop_with_a_scaler():
     model = Scores()
-    expected, scaler = copy.deepcopy(model), torch.amp.GradScaler("cpu")
+    expected = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu")
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     for X, y in batches():
         with torch.autocast("cpu", torch.float16):
@@ -456,7 +465,8 @@ def test_fp16_lets_a_bad_loss_hold_back_the_steps_after_it(monkeypatch):
         self.reads_each = False
 
     monkeypatch.setattr(FiniteLoss, "__init__", later)
-    model, data = Scores(), batches()
+    model = Scores()
+    data = batches()
     expected = copy.deepcopy(model)
     compiled(expected, nn.MSELoss(), precision="fp16").fit(1, data[:2], verbose=0)
     bad = (data[2][0] * torch.nan, data[2][1])

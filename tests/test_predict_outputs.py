@@ -26,7 +26,8 @@ class Peak(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.answers, self.alive = [], 0
+        self.answers = []
+        self.alive = 0
 
     def forward(self, x):
         self.alive = max(self.alive, sum(answer() is not None for answer in self.answers))
@@ -105,7 +106,8 @@ def test_predict_joins_outputs_in_a_dict_by_its_keys_in_any_order():
     assert torch.equal(outputs["b"], -x)
 
 
-X_2, X_2_2 = "Tensor (2, 2) float32", "(Tensor (2, 2) float32, Tensor (2, 2) float32)"
+X_2 = "Tensor (2, 2) float32"
+X_2_2 = "(Tensor (2, 2) float32, Tensor (2, 2) float32)"
 OTHERS = [
     (lambda x: {"a": x}, f"{{'a': {X_2}}}"),
     (lambda x: (x, -x), X_2_2),

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, StackDataset
 
 import minikeras
 
-X, Y = torch.randn(64, 3), torch.randn(64, 1)
+X = torch.randn(64, 3)
+Y = torch.randn(64, 1)
 CLASSES = torch.randint(0, 4, (64,))
 
 
@@ -150,7 +151,8 @@ def test_images_for_a_linear_layer_raise_an_error_that_says_to_flatten_them():
 
 def test_numpy_floats_for_a_float64_model_raise_an_error_with_a_remedy_that_keeps_them():
     net = nn.Linear(3, 1).double()
-    features, labels = X.double().numpy(), Y.double().numpy()
+    features = X.double().numpy()
+    labels = Y.double().numpy()
     rows = DataLoader(StackDataset(torch.as_tensor(features), torch.as_tensor(labels)), 32)
     expected = model_of(net, lr=0.0).evaluate(rows)["val_loss"]
     for data in (
@@ -186,7 +188,8 @@ def in_float64():
 def test_numpy_floats_and_integers_arrive_in_float64_if_that_is_the_default():
     net = nn.Linear(3, 1)
     model = model_of(net, lr=0.0)
-    features, labels = X.double(), Y.double()
+    features = X.double()
+    labels = Y.double()
     expected = ((model.net(features) - labels) ** 2).mean().item()
     assert model.evaluate((features.numpy(), labels.numpy()))["val_loss"] == pytest.approx(
         expected, rel=1e-14
@@ -198,7 +201,8 @@ def test_numpy_floats_and_integers_arrive_in_float64_if_that_is_the_default():
 def test_features_of_complex_numbers_raise_an_error_that_says_to_make_them_real():
     features = torch.complex(X, X)
     told(model_of(nn.Linear(3, 1)), (features, Y), "Pass features.real or features.abs(), in NumPy")
-    array, frame = features.numpy(), pd.DataFrame(features.numpy())
+    array = features.numpy()
+    frame = pd.DataFrame(features.numpy())
     for real in (
         features.real,
         features.abs(),
@@ -300,7 +304,8 @@ def test_labels_outside_the_classes_raise_an_error_with_a_remedy():
 class Squeezed(minikeras.Model):
     def __init__(self, *dims):
         super().__init__()
-        self.fc, self.dims = nn.Linear(3, 1), dims
+        self.fc = nn.Linear(3, 1)
+        self.dims = dims
 
     def forward(self, x):
         return self.fc(x).squeeze(*self.dims)
@@ -407,7 +412,8 @@ class Contiguous(Last):
 class Recurrent(minikeras.Model):
     def __init__(self):
         super().__init__()
-        self.lstm, self.fc = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 4)
+        self.lstm = nn.LSTM(4, 8, batch_first=True)
+        self.fc = nn.Linear(8, 4)
 
     def forward(self, x):
         return self.fc(self.lstm(x)[0]).permute(0, 2, 1)
@@ -486,7 +492,9 @@ def test_classes_of_log_probabilities_in_the_last_dimension_are_refused_though_t
 class Two(minikeras.Model):
     def __init__(self, kind):
         super().__init__()
-        self.a, self.b, self.kind = nn.Linear(3, 1), nn.Linear(3, 4), kind
+        self.a = nn.Linear(3, 1)
+        self.b = nn.Linear(3, 4)
+        self.kind = kind
 
     def forward(self, x):
         return {"a": self.a(x), "b": self.b(x)} if self.kind is dict else (self.a(x), self.b(x))

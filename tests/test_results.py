@@ -33,7 +33,8 @@ WAYS_OUT = {"[0]": lambda p, t: contrastive(p, t)[0], "Average(total, count)": t
 
 @pytest.mark.parametrize("loss_func", WAYS_OUT.values(), ids=WAYS_OUT)
 def test_loss_in_a_tuple_has_two_remedies_that_train_as_a_bare_loop(loss_func):
-    X, labels = torch.randn(60, 4), torch.arange(60) % 4
+    X = torch.randn(60, 4)
+    labels = torch.arange(60) % 4
     net = nn.Linear(4, 2)
     twin = copy.deepcopy(net)
     model = minikeras.Model(net)
@@ -83,18 +84,21 @@ FORMS = {
 
 @pytest.mark.parametrize(("loss_func", "options"), FORMS.values(), ids=FORMS)
 def test_average_count_may_be_a_sum_of_class_weights(loss_func, options):
-    X, labels = torch.randn(50, 5, dtype=torch.float64), torch.randint(0, 3, (50,))
+    X = torch.randn(50, 5, dtype=torch.float64)
+    labels = torch.randint(0, 3, (50,))
     batches = [(X[start : start + 8], labels[start : start + 8]) for start in range(0, 50, 8)]
     model = minikeras.Model(nn.Linear(5, 3).double())
     twin = copy.deepcopy(model.net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.compile(loss_func, optimizer, {"again": loss_func}, device="cpu", **options)
     history = model.fit(1, batches, verbose=0)
-    step, every = torch.optim.SGD(twin.parameters(), lr=0.1), options.get("accumulate", 1)
+    step = torch.optim.SGD(twin.parameters(), lr=0.1)
+    every = options.get("accumulate", 1)
     total = count = 0.0
     for start in range(0, len(batches), every):
         window = batches[start : start + every]
-        inputs, targets = torch.cat([x for x, _ in window]), torch.cat([t for _, t in window])
+        inputs = torch.cat([x for x, _ in window])
+        targets = torch.cat([t for _, t in window])
         loss = F.cross_entropy(twin(inputs), targets, WEIGHT)
         loss.backward()
         step.step()
@@ -128,7 +132,8 @@ COUNTS = {
 
 @pytest.mark.parametrize("metric", COUNTS.values(), ids=COUNTS)
 def test_average_of_count_0_counts_for_nothing_even_if_its_total_is_nan(metric):
-    X, y = torch.randn(12, 3), torch.rand(12, 1)
+    X = torch.randn(12, 3)
+    y = torch.rand(12, 1)
     y[4:8] = -1.0
     model = compiled(minikeras.Model(nn.Linear(3, 1)), mse, {"positive": metric})
     with torch.no_grad():
@@ -137,7 +142,8 @@ def test_average_of_count_0_counts_for_nothing_even_if_its_total_is_nan(metric):
 
 
 def test_average_of_count_0_moves_no_weight():
-    X, y = torch.randn(4, 3), -torch.ones(4, 1)
+    X = torch.randn(4, 3)
+    y = -torch.ones(4, 1)
     model = compiled(minikeras.Model(nn.Linear(3, 1)), lambda p, t: Average(p.sum(), 0))
     before = model.net.weight.clone()
     model.fit(1, (X, y), verbose=0)

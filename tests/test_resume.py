@@ -123,7 +123,8 @@ def test_resumed_fit_is_the_fit_never_stopped_on_an_accelerator(options, tmp_pat
 def fits(path, *epochs, kill=None):
     """A script of several fits with one file; the histories they return, and the model."""
     torch.manual_seed(1)
-    model, histories = compiled(), []
+    model = compiled()
+    histories = []
     for number, count in enumerate(epochs):
         callbacks = [killed_after(kill[1])] if kill and kill[0] == number else []
         histories.append(
@@ -447,7 +448,8 @@ def test_resumed_fit_gives_a_layer_the_version_that_its_weights_were_written_by(
         torch.manual_seed(0)
         return compiled(minikeras.Model(torch.nn.Sequential(Versioned(2, 1), torch.nn.Sigmoid())))
 
-    model, other = made(), made()
+    model = made()
+    other = made()
     best = minikeras.EarlyStopping("loss", patience=9, restore_best_weights=True)
     model.fit(2, points(40), checkpoint=tmp_path / "run.pt", callbacks=[best], verbose=0)
     other.fit(2, points(40), checkpoint=tmp_path / "run.pt", verbose=0)

@@ -167,7 +167,8 @@ def test_checkpoint_holds_buffers_that_come_with_the_first_batch(part, tmp_path)
 
 
 def test_load_fills_buffers_that_come_with_the_first_batch(tmp_path):
-    model, other = minikeras.Model(LateCenter()), minikeras.Model(LateCenter())
+    model = minikeras.Model(LateCenter())
+    other = minikeras.Model(LateCenter())
     model(X)
     model.save(tmp_path / "weights.pt")
     other.load(tmp_path / "weights.pt")

@@ -223,14 +223,16 @@ def f1(y_pred, y_true):
 
 
 def auc(y_pred, y_true):
-    positive, negative = y_pred[y_true > 0.5], y_pred[y_true < 0.5]
+    positive = y_pred[y_true > 0.5]
+    negative = y_pred[y_true < 0.5]
     return (positive[:, None] > negative).float().mean()
 
 
 def macro_f1(y_pred, y_true):
     scores = []
     for label in range(5):
-        guessed, true = y_pred.argmax(1) == label, y_true == label
+        guessed = y_pred.argmax(1) == label
+        true = y_true == label
         scores.append(2 * (guessed & true).sum() / (guessed.sum() + true.sum()).clamp(1))
     return torch.stack(scores).mean()
 
@@ -372,10 +374,8 @@ def test_row_means_check_joins_batches_of_fewer_than_four_rows(batch_size):
 
 def test_row_means_warning_comes_in_a_later_epoch_if_the_first_batches_do_not_show_it():
     y = torch.cat([torch.zeros(32, 1), torch.ones(32, 1)])
-    nothing, something = (
-        torch.zeros(64, 1),
-        torch.rand(64, 1, generator=torch.Generator().manual_seed(0)),
-    )
+    nothing = torch.zeros(64, 1)
+    something = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
 
     class Learns(nn.Module):
         def __init__(self):
@@ -479,7 +479,9 @@ def module_level(y_pred, y_true):
 
 def test_row_means_check_leaves_what_a_function_keeps_as_if_called_once_a_batch():
     CALLS.clear()
-    calls, total, default = [], 0, []
+    calls = []
+    total = 0
+    default = []
 
     def closure(y_pred, y_true):
         nonlocal total
@@ -512,7 +514,9 @@ def test_row_means_check_leaves_what_a_function_keeps_as_if_called_once_a_batch(
             self.rows += len(y_true)
             return y_pred.mean()
 
-    counts, other, running = Counts(), Counts(), Running()
+    counts = Counts()
+    other = Counts()
+    running = Running()
     closure.calls = []
     metrics = {
         "closure": closure,
@@ -548,7 +552,8 @@ def test_row_means_check_skips_a_metric_that_cannot_be_copied():
     def lines():
         yield from range(100)
 
-    numbered, calls = lines(), []
+    numbered = lines()
+    calls = []
 
     def r2_and_a_line(y_pred, y_true):
         calls.append(next(numbered))

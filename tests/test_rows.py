@@ -34,7 +34,8 @@ class Bag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bag, self.fc = nn.EmbeddingBag(20, 4), nn.Linear(4, 1)
+        self.bag = nn.EmbeddingBag(20, 4)
+        self.fc = nn.Linear(4, 1)
 
     def forward(self, tokens, offsets):
         return self.fc(self.bag(tokens, offsets))[:, 0]
@@ -573,7 +574,8 @@ def test_predict_ignores_labels():
 class Squeezed(nn.Module):
     def __init__(self, dim=None):
         super().__init__()
-        self.fc, self.dim = nn.Linear(2, 1), dim
+        self.fc = nn.Linear(2, 1)
+        self.dim = dim
 
     def forward(self, x):
         return self.fc(x).squeeze() if self.dim is None else self.fc(x).squeeze(self.dim)
@@ -744,7 +746,8 @@ def test_predict_fires_hooks_of_the_user_for_its_batches_alone(size):
     model = minikeras.Model(
         nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0))
     )
-    X, seen = torch.randn(8, 3), []
+    X = torch.randn(8, 3)
+    seen = []
     model.net[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
     outputs = model.predict(X, batch_size=size)
     assert outputs.shape == (8,)

@@ -85,7 +85,8 @@ def test_signal_ends_a_child_that_a_callback_starts(tmp_path):
 def test_signal_lets_the_batch_finish_the_state_be_written_and_the_run_resume(
     number, error, at, tmp_path
 ):
-    before, path = signal.getsignal(number), tmp_path / "run.pt"
+    before = signal.getsignal(number)
+    path = tmp_path / "run.pt"
     seed(1)
     model, arguments = call_of("noisy")
     expected = result_of(model, model.fit(**arguments))
@@ -106,7 +107,8 @@ def test_signal_lets_the_batch_finish_the_state_be_written_and_the_run_resume(
 
 @pytest.mark.parametrize("steps_per_epoch", [None, 3])
 def test_signal_in_the_middle_of_validation_lets_the_run_resume(steps_per_epoch, tmp_path):
-    path, calls = tmp_path / "run.pt", []
+    path = tmp_path / "run.pt"
+    calls = []
     seed(1)
     model, arguments = call_of("noisy", steps_per_epoch=steps_per_epoch)
     expected = result_of(model, model.fit(**arguments))
@@ -157,7 +159,8 @@ def test_signal_that_comes_twice_acts_at_once(tmp_path):
 
 
 def test_signal_handler_of_the_user_is_called_when_the_state_is_written(tmp_path):
-    path, seen = tmp_path / "run.pt", []
+    path = tmp_path / "run.pt"
+    seen = []
 
     def handler(number, frame):
         seen.append((number, read(path)["position"]["step"]))
@@ -190,7 +193,8 @@ def test_signal_that_is_ignored_stays_ignored(tmp_path):
 
 
 def test_ctrl_c_without_a_checkpoint_acts_at_once_and_keeps_the_history():
-    seen, model = [], compiled()
+    seen = []
+    model = compiled()
     after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))
     with pytest.raises(KeyboardInterrupt):
         model.fit(2, points(64), verbose=0, callbacks=[send(signal.SIGINT, at=3), after])

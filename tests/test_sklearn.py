@@ -202,7 +202,8 @@ def weights(estimator):
 
 def test_estimator_random_state_gives_the_same_network_and_leaves_the_global_one_alone():
     X, y = iris()
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = torch.get_rng_state()
+    numpy_before = np.random.get_state()[1].copy()
     first = Classifier(network, epochs=2, **CPU).fit(X, y)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == numpy_before).all()
@@ -246,7 +247,8 @@ def test_estimator_uses_a_custom_model_loss_and_optimizer():
     assert isinstance(classifier.model_, Net)
     assert seen == [((150, 3), torch.int64)]
     reference = torch.full((3, 4), 0.25, requires_grad=True)
-    rows, labels = torch.tensor(X, dtype=torch.float32), torch.tensor(load_iris().target)
+    rows = torch.tensor(X, dtype=torch.float32)
+    labels = torch.tensor(load_iris().target)
     nn.functional.cross_entropy(rows @ reference.T, labels).backward()
     torch.testing.assert_close(classifier.model_.fc.weight, reference - 0.5 * reference.grad)
     assert list(classifier.history_.columns) == ["loss"]

@@ -17,7 +17,9 @@ import minikeras
 from minikeras.columns import columns_of
 
 CLASSES = 5
-ROWS, BATCH = 101, 32  # the last batch has 5 rows
+# the last batch has 5 rows
+ROWS = 101
+BATCH = 32
 
 
 def wrapped(net, loss_func, metrics_dict):
@@ -154,7 +156,8 @@ def test_torchmetrics_perplexity_is_that_of_all_tokens_without_the_padding():
         summed,
         {"perplexity": torchmetrics.text.Perplexity(ignore_index=-100)},
     )
-    p, kept = model.predict(tokens).softmax(-1).numpy(), labels.numpy() != -100
+    p = model.predict(tokens).softmax(-1).numpy()
+    kept = labels.numpy() != -100
     expected = np.exp(skm.log_loss(labels.numpy()[kept], p[kept], labels=range(7)))
     assert_near(both(model, (tokens, labels))["perplexity"], expected)
 
@@ -179,7 +182,8 @@ def spread_out(metrics_dict):
 
 
 def expected_scores(model, X, y):
-    truth, guess = y.numpy(), model.predict(X).numpy() > 0.5
+    truth = y.numpy()
+    guess = model.predict(X).numpy() > 0.5
     assert 0.2 < guess.mean() < 0.8
     return [
         function(truth, guess) for function in (skm.precision_score, skm.recall_score, skm.f1_score)
@@ -463,7 +467,8 @@ def scored(metrics_dict, rows=ROWS):
 
 def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
     model, data = scored({"f1": tmc.BinaryF1Score()})
-    lowest, highest = data[0].min().item(), data[0].max().item()
+    lowest = data[0].min().item()
+    highest = data[0].max().item()
     said = (
         f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. "
         "BinaryF1Score applies a sigmoid to a batch only if a score in it is below 0 or above 1, "
@@ -499,7 +504,8 @@ def test_torchmetrics_remedies_for_raw_scores_give_scikit_learns_value_at_any_ba
             ),
         }
     )
-    f1, auroc = skm.f1_score(y, X > 0), skm.roc_auc_score(y, X)
+    f1 = skm.f1_score(y, X > 0)
+    auroc = skm.roc_auc_score(y, X)
     for batch_size in (1, 4, BATCH, ROWS):
         found = model.evaluate((X, y), batch_size=batch_size)
         values = [found[f"val_{name}"] for name in ("f1", "auroc", "also f1", "also auroc")]
@@ -513,7 +519,8 @@ def test_torchmetrics_remedies_for_raw_scores_give_scikit_learns_value_at_any_ba
 
 
 def test_torchmetrics_with_raw_scores_of_several_classes_warn_if_more_than_the_highest_counts():
-    X, y = torch.randn(ROWS, 3), torch.randint(0, 3, (ROWS,))
+    X = torch.randn(ROWS, 3)
+    y = torch.randint(0, 3, (ROWS,))
     metrics = {"f1": tmc.MulticlassF1Score(3), "auroc": tmc.MulticlassAUROC(3)}
     model = compiled(minikeras.Model(nn.Linear(3, 3)), nn.CrossEntropyLoss(), metrics)
     with pytest.warns(UserWarning, match="raw scores") as caught:

@@ -70,7 +70,8 @@ def test_tracker_run_is_the_history_under_its_columns_names(tracker):
 
 
 def test_tracker_logs_learning_rates_even_if_they_do_not_change(tracker):
-    generator, critic = nn.Linear(1, 1), nn.Linear(1, 1)
+    generator = nn.Linear(1, 1)
+    critic = nn.Linear(1, 1)
     model = ring()
     model.both = nn.ModuleList([generator, critic])
     optimizers = {
@@ -100,7 +101,9 @@ class Breaks(minikeras.Callback):
     """Raises in the middle of an epoch, or after it."""
 
     def __init__(self, error, epoch, batch=None):
-        self.error, self.epoch, self.batch = error, epoch, batch
+        self.error = error
+        self.epoch = epoch
+        self.batch = batch
 
     def on_epoch_begin(self, epoch):
         self.now = epoch
@@ -118,7 +121,8 @@ class Breaks(minikeras.Callback):
 def test_tracker_of_a_resumed_fit_continues_its_run_without_doubled_points(
     tracker, epoch, batch, tmp_path
 ):
-    model, run = ring(), {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
+    model = ring()
+    run = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
     with pytest.raises(RuntimeError, match="broken"):
         fit(
             model,
@@ -149,7 +153,8 @@ def test_tracker_does_not_take_a_fit_inside_an_except_block_for_failed(tracker):
 
 
 def test_tracker_of_a_second_fit_continues_the_run_and_compile_starts_a_new_one(tracker):
-    model, callback = ring(), tracker.callback()
+    model = ring()
+    callback = tracker.callback()
     fit(model, [callback], epochs=1)
     dfhistory = fit(model, [callback], epochs=2)
     assert_holds(
@@ -163,7 +168,8 @@ def test_tracker_of_a_second_fit_continues_the_run_and_compile_starts_a_new_one(
 
 
 def test_tracker_of_a_fit_that_failed_in_its_first_epoch_is_a_separate_run(tracker):
-    model, callback = ring(), tracker.callback()
+    model = ring()
+    callback = tracker.callback()
     with pytest.raises(ValueError, match="no"):
         fit(model, [callback, Breaks(ValueError("no"), 1, 2)])
     model.compile(nn.BCELoss(), model.optimizer, device="cpu")
@@ -222,7 +228,8 @@ def test_tensorboard_logs_running_means_over_the_batches(tmp_path):
 
 
 def test_tensorboard_points_over_the_batches_continue_where_the_checkpoint_is(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     run = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
     fit(ring(), [TensorBoard(whole, every=1)])
     with pytest.raises(RuntimeError):
@@ -233,7 +240,8 @@ def test_tensorboard_points_over_the_batches_continue_where_the_checkpoint_is(tm
 
 
 def test_tensorboard_points_of_an_epoch_run_again_without_a_checkpoint_are_replaced(tmp_path):
-    model, board = ring(), TensorBoard(tmp_path, every=1)
+    model = ring()
+    board = TensorBoard(tmp_path, every=1)
     with pytest.raises(RuntimeError):
         fit(model, [board, Breaks(RuntimeError("broken"), 2, 3)])
     fit(model, [board], epochs=2)
@@ -252,7 +260,8 @@ def test_tensorboard_of_a_second_fit_with_its_own_callback_continues_in_the_fold
 
 
 def test_tensorboard_reads_fits_in_quick_succession_in_their_order(tmp_path):
-    model, board = ring(), TensorBoard(tmp_path)
+    model = ring()
+    board = TensorBoard(tmp_path)
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
     fit(model, [board], epochs=1)
     fit(model, [board], epochs=1)
@@ -399,7 +408,8 @@ def test_tensorboard_every_must_be_a_whole_number(tmp_path):
 
 
 def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
-    store, model = Store(tmp_path), ring()
+    store = Store(tmp_path)
+    model = ring()
     summary = model.summary(input_shape=(2,))
     fit(
         model,
@@ -440,7 +450,8 @@ def test_mlflow_keeps_metrics_apart_whose_names_differ_in_what_it_refuses(tmp_pa
                 else {"n<1": 2 * epoch}
             )
 
-    stored, run = Store(tmp_path), {"checkpoint": tmp_path / "run.pt"}
+    stored = Store(tmp_path)
+    run = {"checkpoint": tmp_path / "run.pt"}
     with pytest.raises(RuntimeError, match="broken"):
         fit(ring(), [Counts(), stored.callback(), Breaks(RuntimeError("broken"), 2, 1)], **run)
     fit(ring(), [Counts(), stored.callback()], **run)
@@ -469,7 +480,8 @@ def test_mlflow_takes_the_experiment_that_the_user_has_set_and_in_its_store_alon
 ):
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
-    store, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    store = Store(tmp_path / "one")
+    other = Store(tmp_path / "other")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # set_experiment sets it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     mlflow.set_experiment("rings")
@@ -506,7 +518,8 @@ def test_wandb_run_of_the_user_continues_next_to_that_of_the_fit(tmp_path):
     with wandb.init(project="mine", mode="offline", dir=str(tmp_path)) as own:
         for row in range(5):
             wandb.log({"before": row})
-        model, callback = ring(), files.callback()
+        model = ring()
+        callback = files.callback()
         dfhistory = fit(model, [callback], epochs=2)
         wandb.log({"after": 1})
         dfhistory = fit(model, [callback], epochs=2)  # goes on in its own

@@ -41,7 +41,8 @@ WRONG = {
     "train", [(X, y), DataLoader(TensorDataset(X, y), 8, shuffle=True)], ids=["arrays", "loader"]
 )
 def test_validation_data_that_is_wrong_is_refused_before_a_step(dl_val, error, message, train):
-    model, steps = compiled(), []
+    model = compiled()
+    steps = []
     before = [parameter.detach().clone() for parameter in model.parameters()]
     count = LambdaCallback(on_batch_end=lambda batch, logs: steps.append(batch))
     with pytest.raises(error, match=message) as raised:

@@ -11,14 +11,13 @@ from torch import nn
 from minikeras import Model
 
 random = torch.Generator().manual_seed(0)
-X, Y = torch.randn(8, 4, generator=random), torch.randn(8, 1, generator=random)
+X = torch.randn(8, 4, generator=random)
+Y = torch.randn(8, 1, generator=random)
 S = X[:, :3]  # raw scores of 3 classes
 CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
 # 8 numbers between 0 and 1 each
-COLUMN, ROW = (
-    torch.rand(8, 1, generator=random),
-    torch.rand(8, generator=random),
-)
+COLUMN = torch.rand(8, 1, generator=random)
+ROW = torch.rand(8, generator=random)
 OTHER_ROW = torch.rand(8, generator=random)
 ONES = torch.ones(8, 1)
 MAPS = torch.rand(8, 1, 5, 5, generator=random)

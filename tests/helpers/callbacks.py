@@ -42,7 +42,8 @@ class Loader(Callback):
     """Takes a run up again; on_fit_begin of all the others was called before."""
 
     def __init__(self, others, saved):
-        self.others, self.saved = others, saved
+        self.others = others
+        self.saved = saved
 
     def on_fit_begin(self):
         self.model.load_state_dict(self.saved["model"])

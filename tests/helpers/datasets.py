@@ -11,7 +11,8 @@ class Rows(Dataset):
     """Not in memory: read row by row."""
 
     def __init__(self, X, y):
-        self.X, self.y = X, y
+        self.X = X
+        self.y = y
 
     def __len__(self):
         return len(self.X)
@@ -24,7 +25,10 @@ class AsItGoes:
     """Draw each batch when it is asked for, from generators that the model draws from as well."""
 
     def __init__(self, X, y, batches, batch_size):
-        self.X, self.y, self.batches, self.batch_size = X, y, batches, batch_size
+        self.X = X
+        self.y = y
+        self.batches = batches
+        self.batch_size = batch_size
 
     def __iter__(self):
         for _ in range(self.batches):

@@ -56,12 +56,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    draw, kills, rounds, different = random.Random(args.seed), 0, 0, 0
+    draw = random.Random(args.seed)
+    kills = 0
+    rounds = 0
+    different = 0
     while kills < args.kills:
         choice = draw.randrange(10**9)
         with tempfile.TemporaryDirectory() as folder:
             killed, found = one_round(Path(folder), choice, draw)
-        kills, rounds, different = kills + killed, rounds + 1, different + bool(found)
+        kills += killed
+        rounds += 1
+        different += bool(found)
         print(
             f"round {rounds}, choice {choice}: {killed} kills, "
             f"{', '.join(map(str, found)) or 'same'}",
@@ -77,7 +82,9 @@ def one_round(folder, choice, draw):
     assert wait(fork(folder, choice, "whole", checkpoint=False)) == 0, (
         "the run that is never stopped has failed"
     )
-    seconds, kills, ended = time.monotonic() - begin, 0, False
+    seconds = time.monotonic() - begin
+    kills = 0
+    ended = False
     for number in range(12):
         way = draw.choice(WAYS) if number < 11 else "none"
         children = [
@@ -228,7 +235,8 @@ def deadly(way, at):
 
     if way == "epoch's edge":
         return [minikeras.LambdaCallback(on_epoch_end=lambda epoch, logs: die())]
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
+    replace = os.replace
 
     def dying_fsync(descriptor):
         die()

@@ -67,7 +67,8 @@ def cases_of(*modules):
 
 def save_results(cases, folder, names):
     """Run cases in a process of torchrun; leave a file of each result."""
-    size, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
+    size = int(os.environ["WORLD_SIZE"])
+    rank = os.environ["RANK"]
     for name in names:
         torch.save(cases[name](size), Path(folder, f"{name}.{rank}.pt"))
 

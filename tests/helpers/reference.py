@@ -8,9 +8,12 @@ def reference_fit(net, X, y, epochs, batch_size, drop_last, lr):
     """Train by a bare loop in float64; each mean is a sum over rows, divided at the end."""
     history = []
     for _ in range(epochs):
-        rows, losses, right = 0, 0.0, 0.0
+        rows = 0
+        losses = 0.0
+        right = 0.0
         for start in range(0, len(X), batch_size):
-            features, labels = X[start : start + batch_size], y[start : start + batch_size]
+            features = X[start : start + batch_size]
+            labels = y[start : start + batch_size]
             if drop_last and len(features) < batch_size:
                 break
             outputs = net(features)

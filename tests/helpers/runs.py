@@ -65,7 +65,8 @@ class Mean:
         self.reset()
 
     def reset(self):
-        self.seen, self.total = [], 0.0
+        self.seen = []
+        self.total = 0.0
 
     def update(self, outputs, labels):
         self.seen.append(outputs.cpu().numpy())
@@ -126,7 +127,8 @@ class Pair(minikeras.Model):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.a = nn.Linear(2, 1)
+        self.b = nn.Linear(2, 1)
 
     def forward(self, x):
         return torch.sigmoid(self.a(x) + self.b(x))
@@ -246,7 +248,8 @@ def call_of(loader="in memory", **changes):
     kind = changes.pop("model", "net")
     model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
     if kind == "scores":
-        model, loss = Scores(), nn.BCEWithLogitsLoss()
+        model = Scores()
+        loss = nn.BCEWithLogitsLoss()
     if kind == "centered":
         loss = Centered()
     if kind == "growing":  # a callback thaws its first layer

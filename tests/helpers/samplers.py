@@ -25,7 +25,8 @@ class Buckets(Sampler):
     """A batch sampler that shuffles a bucket of 30 rows when it comes to it."""
 
     def __init__(self, rows, batch_size):
-        self.rows, self.batch_size = rows, batch_size
+        self.rows = rows
+        self.batch_size = batch_size
 
     def __len__(self):
         return self.rows // self.batch_size

@@ -27,7 +27,8 @@ class Deep(minikeras.Model):
 
     def __init__(self):
         super().__init__()
-        self.begin, self.end = nn.Linear(2, 5), nn.Linear(5, 1)
+        self.begin = nn.Linear(2, 5)
+        self.end = nn.Linear(5, 1)
         inner = nn.ModuleList([nn.Linear(5, 5), nn.Tanh()])
         self.blocks = nn.ModuleList([Chain(inner), nn.Sequential(nn.Linear(5, 5), nn.Tanh())])
 
@@ -100,7 +101,8 @@ def local(tensor):
 
 def penalties(size):
     seed()
-    model, loss = Deep().double(), Scaled(torch.float64)
+    model = Deep().double()
+    loss = Scaled(torch.float64)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     model = compiled(
         model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer, clip_grad_norm=0.1

@@ -91,7 +91,8 @@ class Store:
         return run
 
     def table(self):
-        run, table = self.run(), {}
+        run = self.run()
+        table = {}
         for name in run.data.metrics:
             found = self.client().get_metric_history(run.info.run_id, name)
             table[name] = {point.step: point.value for point in found}
@@ -157,7 +158,9 @@ def records(path):
     """The records in a .wandb file: LevelDB's log, in blocks of 32 KiB, of protobuf messages."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, whole, at = path.read_bytes(), b"", 7
+    data = path.read_bytes()
+    whole = b""
+    at = 7
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
             at += left
@@ -165,7 +168,8 @@ def records(path):
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
         if at + 7 + size > len(data):
             return
-        whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
         if kind in (1, 4):  # whole, or the last part of one
             yield Record.FromString(whole)
             whole = b""

@@ -84,7 +84,8 @@ class Two(minikeras.Model):
 
     def __init__(self):
         super().__init__()
-        self.g, self.d = nn.Linear(2, 2), nn.Linear(2, 1)
+        self.g = nn.Linear(2, 2)
+        self.d = nn.Linear(2, 1)
 
     def forward(self, x):
         return torch.sigmoid(self.d(self.g(x)))

@@ -52,7 +52,8 @@ def spoiled_on_one(size):
     results = {}
     for on_nan in ("raise", "stop", "ignore"):
         seed()
-        model, path = compiled(Spoiled()), folder / f"{on_nan}.pt"
+        model = compiled(Spoiled())
+        path = folder / f"{on_nan}.pt"
         loader = DataLoader(TensorDataset(X, y), 12 // size)
         callbacks = [minikeras.ModelCheckpoint(folder / f"{on_nan}_weights.pt")]
         ended = ""
@@ -127,7 +128,8 @@ def early_stopping(size):
 def one_rank_stops(size):
     """After the batch in which one of them says so."""
     seed()
-    model, seen = compiled(), []
+    model = compiled()
+    seen = []
 
     def stop(batch, logs):
         seen.append(batch)
@@ -207,7 +209,8 @@ def tracked(size):
     from minikeras.integrations.tensorboard import TensorBoard
 
     seed()
-    model, folder = compiled(), Path(os.environ["FOLDER"], f"board of {size}")
+    model = compiled()
+    folder = Path(os.environ["FOLDER"], f"board of {size}")
     board = TensorBoard(folder, histograms=True)
     dfhistory = model.fit(2, doubles(24), batch_size=12 // size, callbacks=[board], verbose=0)
     files = len(list(folder.glob("events.*"))) if RANK == 0 else 1
@@ -220,7 +223,8 @@ def tracked(size):
 
 def refused(size):
     """The messages of what cannot be had."""
-    model, said = Net(), []
+    model = Net()
+    said = []
     for loss, metrics in ((nn.BCELoss(reduction="sum"), {}), (nn.BCELoss(), {"mean": Mean()})):
         try:
             model.compile(loss, metrics_dict=metrics)

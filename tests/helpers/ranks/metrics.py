@@ -22,7 +22,8 @@ def auroc(size):
     import torchmetrics
 
     seed()
-    model, read = compiled(), []
+    model = compiled()
+    read = []
     callback = minikeras.LambdaCallback(
         on_batch_end=lambda batch, logs: read.append(float(logs["auroc"]))
     )

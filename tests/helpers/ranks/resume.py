@@ -58,7 +58,8 @@ def carried_on(size, file=True, workers=None):
     seed(RANK)
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     rank, number, epoch, batch = map(int, os.environ.get("KILL", "-1 0 0 0").split())
-    model, at = compiled(Net() if "PLAIN" in os.environ else minikeras.Model(Noisy())), [0]
+    model = compiled(Net() if "PLAIN" in os.environ else minikeras.Model(Noisy()))
+    at = [0]
 
     def kill(done, logs):
         if rank == RANK and (at[0], done) == (epoch, batch) and not again:

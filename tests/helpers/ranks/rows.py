@@ -17,7 +17,8 @@ from helpers.seeds import seed
 def samplers_by_epoch(size):
     """A DistributedSampler of the user gets each epoch's number and is not split once more."""
     seed()
-    model, rank = compiled(), 0 if size == 1 else RANK
+    model = compiled()
+    rank = 0 if size == 1 else RANK
     for dataset in (row_by_row(48), TensorDataset(*doubles(48))):
         sampler = DistributedSampler(dataset, size, rank, seed=5)
         val = DistributedSampler(dataset, size, rank, shuffle=False)

@@ -128,7 +128,8 @@ def batch_sampler(size):
 def shared_out_by_the_user(size):
     """Samplers that know of the ranks, in a batch sampler or of a class of the user's."""
     seed()
-    model, rank = compiled(), 0 if size == 1 else RANK
+    model = compiled()
+    rank = 0 if size == 1 else RANK
     by_batches = BatchSampler(
         DistributedSampler(range(48), size, rank, shuffle=False), 12 // size, False
     )
@@ -139,7 +140,9 @@ def shared_out_by_the_user(size):
 
 class Strided:
     def __init__(self, rows, size, rank):
-        self.rows, self.num_replicas, self.rank = rows, size, rank
+        self.rows = rows
+        self.num_replicas = size
+        self.rank = rank
 
     def __len__(self):
         return self.rows // self.num_replicas
@@ -161,7 +164,8 @@ class Pieces:
     """A batch sampler of one's own."""
 
     def __init__(self, rows, batch):
-        self.rows, self.batch = rows, batch
+        self.rows = rows
+        self.batch = batch
 
     def __len__(self):
         return self.rows // self.batch
@@ -195,7 +199,8 @@ def two_optimizers(size):
 
 def own_parameters(size):
     seed()
-    model, loss = Net().double(), Scaled(torch.float64)
+    model = Net().double()
+    loss = Scaled(torch.float64)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer)
     return found(
@@ -210,7 +215,8 @@ class Sometimes(Net):
 
     def __init__(self):
         super().__init__()
-        self.extra, self.unused = nn.Linear(2, 8), nn.Linear(8, 8)
+        self.extra = nn.Linear(2, 8)
+        self.unused = nn.Linear(8, 8)
 
     def forward(self, x):
         hidden = self.fc1(x) + (self.extra(x) if x.shape[0] % 2 else 0)
