@@ -65,7 +65,8 @@ def test_early_stopping_stops_where_a_plain_reference_does():
             "start_from_epoch": draw.choice([0, 0, 1, 3]),
         }
         # steps of a quarter: exact in floating point, and equal values turn up
-        values = [draw.choice([NAN, None, *(n / 4 for n in range(8))]) for _ in range(12)]
+        kinds = [NAN, None, *(n / 4 for n in range(8))]
+        values = [draw.choice(kinds) for _ in range(12)]
         stop = EarlyStopping("val_score", restore_best_weights=True, **settings)
         found = stopped_by(stop, values, "val_score")
         assert found == reference(values, **settings), (values, settings)

@@ -31,12 +31,8 @@ SCHEDULERS = {
 
 
 BY_BATCH = ("OneCycleLR", "CyclicLR")  # refused at step="epoch"
-STEPPED = [
-    (name, step)
-    for name in SCHEDULERS
-    for step in ("epoch", "batch")
-    if (name, step) not in {(name, "epoch") for name in BY_BATCH}
-]
+STEPPED = [(name, "batch") for name in SCHEDULERS]
+STEPPED += [(name, "epoch") for name in SCHEDULERS if name not in BY_BATCH]
 
 
 class OwnCycle(lr_scheduler.OneCycleLR):

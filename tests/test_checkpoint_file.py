@@ -288,11 +288,12 @@ def flat(value, where=""):
             )
         ]
     if isinstance(value, dict):
-        return [pair for key, part in value.items() for pair in flat(part, f"{where}/{key}")]
+        pairs = []
+        for key, part in value.items():
+            pairs += flat(part, f"{where}/{key}")
+        return pairs
     if isinstance(value, (list, tuple)):
-        return [
-            pair for number, part in enumerate(value) for pair in flat(part, f"{where}/{number}")
-        ]
+        return flat(dict(enumerate(value)), where)
     return [(where, repr(value))]
 
 

@@ -305,7 +305,7 @@ class Moves:
 
 
 class Tells(Moves):
-    """... and says how many rows it has, as the batches of graph libraries do."""
+    """An object that says how many rows it has, as the batches of graph libraries do."""
 
     @property
     def batch_size(self):

@@ -119,11 +119,12 @@ CASES = {
 def leaves(nest):
     if isinstance(nest, dict):
         nest = list(nest.values())
-    return (
-        [nest]
-        if isinstance(nest, torch.Tensor)
-        else [leaf for part in nest for leaf in leaves(part)]
-    )
+    if isinstance(nest, torch.Tensor):
+        return [nest]
+    found = []
+    for part in nest:
+        found += leaves(part)
+    return found
 
 
 def called_with(model, features):
@@ -143,10 +144,8 @@ def run(path, model, features):
         return leaves(torch.export.load(path).module()(*args, **kwargs))
     session = onnxruntime.InferenceSession(path)
     if isinstance(features, dict):
-        given = {
-            "features_" * isinstance(model, Keys) + name: value.numpy()
-            for name, value in features.items()
-        }
+        prefix = "features_" if isinstance(model, Keys) else ""
+        given = {prefix + name: value.numpy() for name, value in features.items()}
     else:
         given = dict(
             zip(

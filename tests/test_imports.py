@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from helpers.launch import run_python
-from helpers.modules import MODULES, ORDER, room_of
+from helpers.modules import LEVELS, MODULES, room_of
 from helpers.paths import PACKAGE
 
 import minikeras
@@ -39,10 +39,9 @@ def imports_of(tree):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downward_only(path):
-    level = {name: number for number, names in enumerate(ORDER) for name in names}
     room = room_of(path)
     for imported in imports_of(ast.parse(path.read_text())):
-        assert imported == room or level[imported] > level[room], f"{path} imports {imported}"
+        assert imported == room or LEVELS[imported] > LEVELS[room], f"{path} imports {imported}"
 
 
 @pytest.mark.parametrize(
@@ -51,9 +50,9 @@ def test_imports_point_downward_only(path):
 def test_imports_of_integrations_are_public_names_alone(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    imported += [
-        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
-    ]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
     ours = {
         name for name in imported if name.startswith("minikeras") and "integrations" not in name
     }
@@ -81,13 +80,10 @@ def private_names(code):
     tree = ast.parse(code)
     torch_names = dict(imports_from_torch(tree))
     used = [*torch_names.values(), *(full_name(node, torch_names) for node in ast.walk(tree))]
-    used += [
-        name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant)
-        for name in named_in(node.value)
-    ]
-    return sorted({name for name in used if any(is_private(part) for part in name.split("."))})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            used += named_in(node.value)
+    return sorted({name for name in used if any(map(is_private, name.split(".")))})
 
 
 def is_private(part):

@@ -823,7 +823,7 @@ def test_jit_graph_moves_no_weight_by_a_nan_loss(steps):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, data, callbacks=[keep], verbose=0)
     batch, ago = (6, 0) if steps == 1 else (7, 1)  # batches 5 to 7 go together
-    began = f" (it began {ago} steps before)" * (ago > 0)
+    began = f" (it began {ago} steps before)" if ago > 0 else ""
     assert str(raised.value).startswith(
         f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number."
     )

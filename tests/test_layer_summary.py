@@ -220,14 +220,11 @@ def state_of(model, data):
         *model.buffers(),
         *(leaf for leaf in (data,) if isinstance(leaf, torch.Tensor)),
     ]
-    # parameters, hooks and children are in dicts
-    attributes = [
-        {
-            key: list(held.items()) if isinstance(held, dict) else id(held)
-            for key, held in vars(module).items()
-        }
-        for module in model.modules()
-    ]
+    attributes = []
+    for module in model.modules():
+        for key, value in vars(module).items():
+            # parameters, hooks and children are in dicts
+            attributes.append((key, list(value.items()) if isinstance(value, dict) else id(value)))
     return (
         [(id(tensor), tensor.device, tensor.detach().clone()) for tensor in tensors],
         attributes,

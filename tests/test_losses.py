@@ -487,11 +487,10 @@ def test_penalties_of_negative_strength_are_refused_by_name(name, call, value):
 
 def test_weight_decay_groups_decay_weights_and_not_biases(model_and_names):
     model, names = model_and_names
-    decay_of = {
-        id(p): group["weight_decay"]
-        for group in weight_decay_groups(model, 1e-5)
-        for p in group["params"]
-    }
+    decay_of = {}
+    for group in weight_decay_groups(model, 1e-5):
+        for p in group["params"]:
+            decay_of[id(p)] = group["weight_decay"]
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name: decay_of[id(p)] for name, p in trainable.items()} == {
         name: 1e-5 if name in names else 0.0 for name in trainable

@@ -49,20 +49,21 @@ def results_of(module, folder, cases, processes=2, **env):
     """Of each case, what each rank found."""
     done = launch_cases(module, folder, cases, processes, **env)
     assert done.returncode == 0, done.stderr
-    return {
-        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
-        for case in cases
-    }
+    results = {}
+    for case in cases:
+        files = [folder / f"{case}.{rank}.pt" for rank in range(processes)]
+        results[case] = [torch.load(file) for file in files]
+    return results
 
 
 def cases_of(*modules):
     """The functions that are written in modules, by name."""
-    return {
-        name: case
-        for module in modules
-        for name, case in vars(module).items()
-        if callable(case) and case.__module__ == module.__name__
-    }
+    cases = {}
+    for module in modules:
+        for name, case in vars(module).items():
+            if callable(case) and case.__module__ == module.__name__:
+                cases[name] = case
+    return cases
 
 
 def save_results(cases, folder, names):

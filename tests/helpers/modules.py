@@ -25,6 +25,10 @@ ORDER = [
     ["errors", "overrides", "paths", "reachable"],
 ]
 
+LEVELS = {}
+for number, names in enumerate(ORDER):
+    for name in names:
+        LEVELS[name] = number
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -109,7 +109,7 @@ class Scores(Net):
 
 
 class Centered(Scaled):
-    """... and with buffers, one of which no state_dict holds."""
+    """A loss with a parameter, and with buffers, one of which no state_dict holds."""
 
     def __init__(self):
         super().__init__()

@@ -47,7 +47,10 @@ def scalars(folder):
     for name, found in points.items():
         steps = [point.step for point in found]
         assert steps == sorted(set(steps)), name
-    return {name: {point.step: point.value for point in found} for name, found in points.items()}
+    table = {}
+    for name, found in points.items():
+        table[name] = {point.step: point.value for point in found}
+    return table
 
 
 def status(folder):
@@ -119,12 +122,12 @@ class Files:
 
     def records(self, kind):
         files = sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))
-        return [
-            getattr(record, kind)
-            for file in files
-            for record in ended(file)
-            if record.HasField(kind)
-        ]
+        found = []
+        for file in files:
+            for record in ended(file):
+                if record.HasField(kind):
+                    found.append(getattr(record, kind))
+        return found
 
     def table(self):
         table = {}

@@ -43,6 +43,10 @@ class Spoiled(Net):
         return super().forward(x)
 
 
+def is_finite(model):
+    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
 def spoiled_on_one(size):
     """A buffer that is infinite in one process alone ends the fit in all, and reaches no file."""
     folder = Path(os.environ["FOLDER"], f"spoiled in {size}")
@@ -74,11 +78,7 @@ def spoiled_on_one(size):
             "files": [file in there for file in files],
             "mine": any("most is NaN" in text or "most would be" in text for text in said),
             "told": any("another process" in text for text in said),
-            "finite": all(
-                bool(tensor.isfinite().all())
-                for other in read
-                for tensor in other.state_dict().values()
-            ),
+            "finite": all(is_finite(other) for other in read),
         }
     return results
 
