@@ -264,7 +264,7 @@ def test_checkpoint_is_a_whole_file_at_each_moment_of_a_write(links, tmp_path, m
     assert sorted(seen) == seen
     assert set(seen) == {1, 2}
     assert (read(path), read(previous(path))) == ([1, 2], [1])
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
 def test_checkpoint_is_not_used_if_both_files_are_damaged(tmp_path):

@@ -234,8 +234,8 @@ def test_ddp_timer_ends_the_fit_by_the_clock_of_rank_0(by_two):
 
 def test_ddp_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_moves(by_two):
     found = by_two["nan_on_one"]
-    assert [one["mine"] for one in found] == [False, True]
-    assert all(one["same"] and one["epochs"] == 1 for one in found)
+    assert [result["mine"] for result in found] == [False, True]
+    assert all(result["same"] and result["epochs"] == 1 for result in found)
 
 
 def test_ddp_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reaches_no_file(by_two):
@@ -390,8 +390,8 @@ def by_peers(tmp_path_factory):
     try:
         printed = [both[0].communicate(timeout=60)[0]]
     finally:
-        for one in both:
-            one.kill()
+        for process in both:
+            process.kill()
     return folder, [*printed, both[1].communicate()[0]]
 
 
@@ -472,8 +472,8 @@ def test_ddp_run_resumes_from_two_processes_to_one_and_back(tmp_path, monkeypatc
         done, found = carried_on(tmp_path, size, KILL=kill)
         assert bool(done.returncode) == (kill[0] != "-"), done.stderr
     expected = resume.carried_on(1, file=False)
-    for one in found:
-        assert_same(one, expected)
+    for result in found:
+        assert_same(result, expected)
 
 
 @pytest.mark.slow

@@ -40,10 +40,14 @@ def public():
     for name, value in list(found.items()):
         if isinstance(value, type):
             methods = {
-                f"{name}.{key}": one for key, one in inspect.getmembers(value) if is_ours(key, one)
+                f"{name}.{key}": method
+                for key, method in inspect.getmembers(value)
+                if is_ours(key, method)
             }
             # where it comes first
-            found |= {key: one for key, one in methods.items() if one not in found.values()}
+            found |= {
+                key: method for key, method in methods.items() if method not in found.values()
+            }
     return found
 
 
@@ -79,14 +83,18 @@ def test_docstring_names_each_argument(name):
     words = re.sub(r"^ *(>>>|\.\.\.) .*$", "", described_by(name), flags=re.MULTILINE)
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(PUBLIC[name]).parameters.values()
-    asked = [one.name for one in parameters if one.name != "self" and one.kind not in kinds]
+    asked = [
+        parameter.name
+        for parameter in parameters
+        if parameter.name != "self" and parameter.kind not in kinds
+    ]
     assert [argument for argument in asked if not re.search(rf"\b{argument}\b", words)] == []
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docstring_or_that_of_its_class_has_an_example(name):
     owner = name.partition(".")[0]
-    has_one = any(">>> " in described_by(one) for one in (name, owner))
+    has_one = any(">>> " in described_by(documented) for documented in (name, owner))
     assert has_one != (owner in WITHOUT_EXAMPLE)
 
 

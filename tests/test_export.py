@@ -149,7 +149,7 @@ def run(path, model, features):
     else:
         given = dict(
             zip(
-                [one.name for one in session.get_inputs()],
+                [node.name for node in session.get_inputs()],
                 map(torch.Tensor.numpy, leaves([features])),
                 strict=True,
             )
@@ -247,9 +247,9 @@ def test_export_includes_what_a_hook_changes(tmp_path):
 def test_export_to_onnx_has_the_users_names_and_an_open_number_of_rows(tmp_path):
     Several().export(tmp_path / "model.onnx", rows(3))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert [one.name for one in session.get_inputs()] == ["x", "tokens"]
-    assert [one.name for one in session.get_outputs()] == ["scores", "pair_0", "pair_1"]
-    assert [one.shape for one in session.get_inputs()] == [["batch", 4], ["batch"]]
+    assert [node.name for node in session.get_inputs()] == ["x", "tokens"]
+    assert [node.name for node in session.get_outputs()] == ["scores", "pair_0", "pair_1"]
+    assert [node.shape for node in session.get_inputs()] == [["batch", 4], ["batch"]]
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -260,8 +260,8 @@ def test_export_to_onnx_renames_an_output_with_the_name_of_an_input(tmp_path):
 
     Same().export(tmp_path / "model.onnx", rows(3)[0])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert [one.name for one in session.get_inputs()] == ["x"]
-    assert [one.name for one in session.get_outputs()] == ["x_out"]
+    assert [node.name for node in session.get_inputs()] == ["x"]
+    assert [node.name for node in session.get_outputs()] == ["x_out"]
 
 
 class Returns(nn.Module):

@@ -150,7 +150,7 @@ def test_file_path_of_two_writers_is_refused_before_the_fit(tmp_path, monkeypatc
     for path, callbacks in calls:
         with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
             compiled().fit(1, points(8), verbose=0, checkpoint=path, callbacks=callbacks)
-    assert [one.name for one in tmp_path.iterdir()] == ["link.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["link.pt"]
     callbacks = [
         kinds[0]("{epoch}.pt"),
         kinds[0]("best.pt"),
@@ -209,7 +209,7 @@ def test_file_written_by_two_processes_is_never_damaged(tmp_path):
         time.sleep(0.005)
     assert [writer.returncode for writer in writers] == [0, 0]
     assert seen > 10
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
 def test_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_not(
@@ -226,7 +226,7 @@ def test_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_i
         assert left.exists()  # it may be only just begun
         monkeypatch.setattr(atomic, "SETTLED", -1.0)
         Net().save(path)
-        assert sorted(one.name for one in tmp_path.iterdir()) == sorted(
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             ["w.pt", "w.pt.prev", alive.name, users.name]
         )
 
@@ -598,7 +598,7 @@ def is_refused(good, place, new, folder):
         assert torch.equal(now[0], drawn[0]), (place, new)
         assert now[1:] == drawn[1:], (place, new)
         assert path.read_bytes() == content
-        assert [one.name for one in folder.iterdir()] == ["run.pt"]
+        assert [path.name for path in folder.iterdir()] == ["run.pt"]
         return True
     except UserWarning:  # taken, and told
         return False

@@ -61,8 +61,8 @@ def test_fsdp_on_three_processes_without_a_part_of_each_bias_finds_what_one_find
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = {case: shards.CASES[case](1) for case in ("arrays", "penalties")}
     for case, found in results_of(tmp_path, list(expected), 3).items():
-        for one in found:
-            assert_same(one, expected[case])
+        for result in found:
+            assert_same(result, expected[case])
 
 
 @pytest.mark.parametrize("number", ["15", "9"], ids=["SIGTERM", "SIGKILL"])
@@ -126,8 +126,8 @@ def test_fsdp_run_resumes_from_two_processes_to_one_and_back(broken_off, tmp_pat
     monkeypatch.setenv("PART", "3")
     assert shards.carried_on(1) == {}
     assert (tmp_path / "run.pt").is_file()
-    for one in results_of(tmp_path, ["carried_on"], PART="9")["carried_on"]:
-        assert_same(one, expected)
+    for result in results_of(tmp_path, ["carried_on"], PART="9")["carried_on"]:
+        assert_same(result, expected)
     assert (tmp_path / "run.pt").is_dir()
 
 

@@ -104,7 +104,7 @@ def test_jit_code_of_the_compiler_gives_the_numbers_of_eager():
     compiled(model)
     compiled(twin, jit=True, steps_per_execution=2)
     expected, found = (
-        one.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for one in (model, twin)
+        net.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for net in (model, twin)
     )
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
@@ -114,12 +114,12 @@ def test_jit_code_of_the_compiler_gives_the_numbers_of_eager():
 
 def test_jit_penalty_on_the_parameters_keeps_its_gradient():
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
+    for net, jit in ((model, False), (twin, FAST)):
 
-        def loss_func(y_pred, y_true, one=one):
-            return F.binary_cross_entropy(y_pred, y_true) + minikeras.l2_penalty(one, 1.0)
+        def loss_func(y_pred, y_true, net=net):
+            return F.binary_cross_entropy(y_pred, y_true) + minikeras.l2_penalty(net, 1.0)
 
-        compiled(one, loss_func, jit=jit).fit(3, batches(), verbose=0)
+        compiled(net, loss_func, jit=jit).fit(3, batches(), verbose=0)
     assert_same_weights(model, twin)
 
 
@@ -165,12 +165,12 @@ def test_jit_graph_takes_sample_weights_several_inputs_and_averages():
 
 def test_jit_graph_steps_several_optimizers():
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
+    for net, jit in ((model, False), (twin, FAST)):
         optimizers = {
-            name: torch.optim.SGD(getattr(one, name).parameters(), lr=0.1)
+            name: torch.optim.SGD(getattr(net, name).parameters(), lr=0.1)
             for name in ("fc1", "fc2")
         }
-        compiled(one, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
+        compiled(net, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
     assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
@@ -214,10 +214,10 @@ def test_jit_follows_a_learning_rate_in_a_tensor():
             group["lr"].mul_(0.1)
 
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
-        compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), jit=jit)
-        change = LambdaCallback(on_epoch_begin=lambda epoch, one=one: set_rate(one, epoch))
-        one.fit(4, batches(), callbacks=[change], verbose=0)
+    for net, jit in ((model, False), (twin, FAST)):
+        compiled(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.5), jit=jit)
+        change = LambdaCallback(on_epoch_begin=lambda epoch, net=net: set_rate(net, epoch))
+        net.fit(4, batches(), callbacks=[change], verbose=0)
     assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
@@ -260,12 +260,12 @@ def test_jit_of_ten_models_in_one_process_shares_no_limit():
 
 def test_jit_trains_a_layer_thawed_between_fits():
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
-        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
-        one.fc1.requires_grad_(False)
-        compiled(one, optimizer=optimizer, jit=jit).fit(1, batches(), verbose=0)
-        one.fc1.requires_grad_(True)
-        one.fit(1, batches(), verbose=0)
+    for net, jit in ((model, False), (twin, FAST)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net.fc1.requires_grad_(False)
+        compiled(net, optimizer=optimizer, jit=jit).fit(1, batches(), verbose=0)
+        net.fc1.requires_grad_(True)
+        net.fit(1, batches(), verbose=0)
     assert_same_weights(model, twin)
 
 
@@ -328,22 +328,22 @@ def test_jit_graph_follows_what_a_callback_does_to_parameters_and_optimizers(
     change, moment, path, kind
 ):
     model, twin = pair(Detour)
-    for one, kwargs in ((model, {}), (twin, PATHS[path])):
-        late = list(one.fc1.parameters()) if change is add_group else []
+    for net, kwargs in ((model, {}), (twin, PATHS[path])):
+        late = list(net.fc1.parameters()) if change is add_group else []
         early = [
             parameter
-            for parameter in one.parameters()
+            for parameter in net.parameters()
             if not any(parameter is other for other in late)
         ]
-        compiled(one, optimizer=OPTIMIZERS[kind](early), **kwargs)
-        vars(one).update(late=late, kept=copy.deepcopy(one.optimizer.state_dict()))
+        compiled(net, optimizer=OPTIMIZERS[kind](early), **kwargs)
+        vars(net).update(late=late, kept=copy.deepcopy(net.optimizer.state_dict()))
 
-        def at(number, logs=None, one=one):
+        def at(number, logs=None, net=net):
             if number == {"epoch": 2, "batch": 4}[moment]:
-                change(one)
+                change(net)
 
         changing = LambdaCallback(**{f"on_{moment}_{'begin' if moment == 'epoch' else 'end'}": at})
-        one.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
+        net.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
     assert_same_weights(model, twin, 1e-5)
     torch.testing.assert_close(
         twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5
@@ -362,7 +362,7 @@ def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(m
     train(model)
     with pytest.warns(UserWarning, match="jit") as caught:
         train(twin, jit=FAST)
-    assert [str(one.message) for one in caught] == [
+    assert [str(warning.message) for warning in caught] == [
         "jit: train_step is not one graph: forward and loss, since the parameters that the loss "
         "reaches, or the optimizer's state, are others again and again"
     ]
@@ -391,7 +391,7 @@ def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
         found = train(twin, jit=FAST)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert_same_weights(model, twin, 1e-5)
-    assert [str(one.message) for one in caught] == [
+    assert [str(warning.message) for warning in caught] == [
         f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the "
         "model, the loss, a metric or the data, has changed too often. Keep it in a tensor, and it "
         "stays one graph"
@@ -425,7 +425,7 @@ def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_war
     compiled(twin, optimizer=Counting(twin.parameters(), per_parameter), jit=FAST)
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
-    assert [str(one.message) for one in caught] == [
+    assert [str(warning.message) for warning in caught] == [
         "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes "
         "a Python number, 'count'. A tensor would be in the graph"
     ]
@@ -525,7 +525,10 @@ def test_jit_runs_a_metric_that_leaves_torch_outside_the_one_graph():
         found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(
             2, batches(), batches(), verbose=0
         )
-    assert [str(one.message).split()[1] for one in caught] == ["train_step", "evaluate_step"]
+    assert [str(warning.message).split()[1] for warning in caught] == [
+        "train_step",
+        "evaluate_step",
+    ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert way(twin) == "metrics outside"
 
@@ -675,9 +678,9 @@ def test_jit_draws_the_same_batches_from_a_shuffled_loader():
     X, y = points(50)
     model, twin = pair()
     loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
-    for one, jit in ((model, False), (twin, FAST)):
+    for net, jit in ((model, False), (twin, FAST)):
         torch.manual_seed(3)
-        compiled(one, jit=jit).fit(2, loader, verbose=0)
+        compiled(net, jit=jit).fit(2, loader, verbose=0)
     assert_same_weights(model, twin)
 
 
@@ -748,7 +751,7 @@ def test_jit_results_are_kept_though_the_next_replay_overwrites_them():
     results = [graphs(None, other=False)[0]["loss"].item() for _ in range(3)]
     kept = [graphs(None, other=False)[0]["loss"] for _ in range(3)]
     assert results == [1, 2, 3]
-    assert [one.item() for one in kept] == [4, 5, 6]
+    assert [value.item() for value in kept] == [4, 5, 6]
 
 
 @pytest.mark.gpu
@@ -760,21 +763,21 @@ def test_jit_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, togeth
         pytest.skip("needs CUDA")
     model, twin = pair()
     histories = []
-    for one, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
+    for net, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
         # AUROC keeps all outputs
         metrics_dict = {
             "accuracy": accuracy,
             "auroc": torchmetrics.AUROC(task="binary"),
         }
-        one.to("cuda").compile(
-            nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options
+        net.to("cuda").compile(
+            nn.BCELoss(), OPTIMIZERS[kind](net.parameters()), metrics_dict, **options
         )
-        histories.append(one.fit(3, batches(), batches(20, 20, 7), verbose=0))
+        histories.append(net.fit(3, batches(), batches(20, 20, 7), verbose=0))
     assert way(twin) == "one graph"
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert_same_weights(model, twin, 1e-5)
     pd.testing.assert_frame_equal(*histories, rtol=1e-5)
-    states = [one.optimizer.state_dict()["state"] for one in (model, twin)]
+    states = [net.optimizer.state_dict()["state"] for net in (model, twin)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
 
 

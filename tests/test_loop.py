@@ -359,8 +359,8 @@ def test_fit_clears_gradients_from_before_its_first_step():
     twin = copy.deepcopy(model)
     compiled(twin)
     nn.BCELoss()(twin(X), y).backward()
-    for one in (model, twin):
-        one.fit(1, [(X, y)], verbose=0)
+    for net in (model, twin):
+        net.fit(1, [(X, y)], verbose=0)
     for found, expected in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(found, expected)
 

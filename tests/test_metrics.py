@@ -92,8 +92,8 @@ def test_metrics_see_outputs_without_gradient_after_backward():
     twin = compiled()
     model = compiled(metrics_dict={"zero": metric})
     model.load_state_dict(twin.state_dict())
-    for one in (model, twin):
-        one.fit(1, [points(32)], verbose=0)
+    for net in (model, twin):
+        net.fit(1, [points(32)], verbose=0)
     assert seen == [(False, False)]
     assert torch.equal(model.fc1.weight, twin.fc1.weight)
 

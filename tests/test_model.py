@@ -225,8 +225,8 @@ def test_compiled_network_keeps_its_names_in_the_state_dict():
         nn.init.constant_(parameter, 0.5)
     model.load_state_dict(plain.state_dict())
     assert all(
-        torch.equal(one, other)
-        for one, other in zip(model.parameters(), plain.parameters(), strict=True)
+        torch.equal(parameter, other)
+        for parameter, other in zip(model.parameters(), plain.parameters(), strict=True)
     )
     plain.load_state_dict(model.state_dict())
     nn.Sequential(model).load_state_dict(nn.Sequential(plain).state_dict())
@@ -400,8 +400,8 @@ def test_two_optimizers_are_both_stepped_by_the_default_step():
     model.compile(nn.BCELoss(), optimizers, device="cpu")
     twin = compiled(copy.deepcopy(model), lr=0.1)
     X, y = points(32)
-    for one in (model, twin):
-        one.fit(2, [(X, y)], verbose=0)
+    for net in (model, twin):
+        net.fit(2, [(X, y)], verbose=0)
     for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(found, expected)
 

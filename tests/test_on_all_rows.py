@@ -188,8 +188,8 @@ def test_on_all_rows_joins_labels_in_lists_by_rows():
 
     def rows(y_pred, y_true):
         assert y_true["name"] == names
-        assert [len(one) for one in y_true["boxes"]] == [number % 3 for number in range(10)]
-        assert all(isinstance(one, np.ndarray) for one in y_true["boxes"])
+        assert [len(boxes) for boxes in y_true["boxes"]] == [number % 3 for number in range(10)]
+        assert all(isinstance(boxes, np.ndarray) for boxes in y_true["boxes"])
         return len(y_pred)
 
     model = compiled(

@@ -660,10 +660,10 @@ def test_bf16_is_in_the_one_graph_of_jit(together):
     model.__dict__["seen"] = twin.__dict__["seen"] = []
     histories = []
     data = batches([20, 20, 20, 20, 20, 7])
-    for one, options in ((model, {}), (twin, {"jit": FAST, "steps_per_execution": together})):
-        type(one).forward = lambda self, x: self.fc2(torch.relu(self.fc1(x)))
-        compiled(one, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16", **options)
-        histories.append(one.fit(3, data, data, verbose=0))
+    for net, options in ((model, {}), (twin, {"jit": FAST, "steps_per_execution": together})):
+        type(net).forward = lambda self, x: self.fc2(torch.relu(self.fc1(x)))
+        compiled(net, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16", **options)
+        histories.append(net.fit(3, data, data, verbose=0))
     pd.testing.assert_frame_equal(*histories, rtol=1e-2)
     assert_same_weights(model, twin, 5e-3)
     assert twin._run.jit.train.way == "one graph"
@@ -685,7 +685,7 @@ def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_o
     expected = model.fit(3, data, verbose=0)
     with pytest.warns(UserWarning, match="jit:") as caught:
         found = twin.fit(3, data, verbose=0)
-    assert [str(one.message) for one in caught] == [
+    assert [str(warning.message) for warning in caught] == [
         f"jit: train_step is not one graph: forward and loss, since {option} needs backward and "
         "step outside it"
     ]

@@ -252,7 +252,7 @@ def test_checkpoint_with_persistent_workers_that_may_draw_warns_as_the_fit_begin
     loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
     with pytest.warns(UserWarning, match="persistent_workers") as warned:
         compiled().fit(1, loader, verbose=0, checkpoint=tmp_path / "run.pt")
-    assert [str(one.message) for one in warned] == [
+    assert [str(warning.message) for warning in warned] == [
         "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the "
         "dataset draws random numbers, a resumed run draws others. Set persistent_workers=False "
         "for an exact resume."

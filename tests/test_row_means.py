@@ -44,8 +44,8 @@ def warned(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    assert {type(one.message) for one in caught} <= {UserWarning}
-    said = [str(one.message) for one in caught]
+    assert {type(warning.message) for warning in caught} <= {UserWarning}
+    said = [str(warning.message) for warning in caught]
     assert all("is no mean over rows" in message for message in said), said
     return [message.split("'")[1] for message in said]
 
@@ -310,7 +310,7 @@ def test_row_means_warning_says_what_is_wrong_and_what_to_do():
     )
     with pytest.warns(UserWarning, match="no mean over rows") as caught:
         given(r2).evaluate((X, y))
-    assert [str(one.message) for one in caught] == [said]
+    assert [str(warning.message) for warning in caught] == [said]
 
 
 def test_row_means_remedies_give_the_value_on_all_rows_at_any_batch_size():
@@ -434,10 +434,10 @@ def test_row_means_check_splits_rows_in_a_list_by_item():
     boxes = [torch.full((length, 4), float(length)) for length in lengths]
 
     def mean_boxes(y_pred, y_true):
-        return sum(len(one) for one in y_true["boxes"]) / len(y_pred)
+        return sum(len(boxes) for boxes in y_true["boxes"]) / len(y_pred)
 
     def longest(y_pred, y_true):
-        return float(max(len(one) for one in y_true["boxes"]))
+        return float(max(len(boxes) for boxes in y_true["boxes"]))
 
     model = compiled(
         minikeras.Model(Same()), lambda p, t: p.mean(), {"boxes": mean_boxes, "longest": longest}
@@ -455,7 +455,7 @@ def test_row_means_check_draws_no_random_numbers_and_skips_a_metric_that_draws()
     def noisy(y_pred, y_true):
         noise = torch.rand(()), np.random.rand(), random.random()
         drawn.append(noise)
-        return float(r2(y_pred, y_true)) + sum(float(one) for one in noise)
+        return float(r2(y_pred, y_true)) + sum(float(value) for value in noise)
 
     def seed():
         torch.manual_seed(0)
@@ -578,9 +578,9 @@ def test_row_means_check_leaves_the_fit_bit_for_bit_the_same():
     X, y = points(64)
     model = compiled(metrics_dict={"m": nn.L1Loss()})
     twin = compiled(copy.deepcopy(model))
-    for one in (model, twin):
+    for net in (model, twin):
         torch.manual_seed(1)
-        one.fit(2, (X, y), batch_size=16, verbose=0)
+        net.fit(2, (X, y), batch_size=16, verbose=0)
     for name, value in model.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name])
 

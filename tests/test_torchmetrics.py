@@ -52,7 +52,7 @@ def macro(function):
 def specificity(y, p):
     """Of one class against the rest, the recall of the rest; the mean over the classes."""
     guess = p.argmax(1)
-    return np.mean([skm.recall_score(y != one, guess != one) for one in range(CLASSES)])
+    return np.mean([skm.recall_score(y != label, guess != label) for label in range(CLASSES)])
 
 
 MULTICLASS = {
@@ -479,7 +479,7 @@ def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
     )
     with pytest.warns(UserWarning, match="raw scores") as caught:
         model.fit(1, [data], [data], verbose=0)
-    assert [str(one.message) for one in caught] == [said]
+    assert [str(warning.message) for warning in caught] == [said]
     model.evaluate(data, batch_size=BATCH)  # it is not told twice
 
 

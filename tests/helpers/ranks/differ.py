@@ -262,7 +262,7 @@ def told(size):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled(jit=True, steps_per_execution=4)
-    said = [str(one.message) for one in caught]
+    said = [str(warning.message) for warning in caught]
     try:
         compiled(minikeras.Model(Noisy()), sync_batchnorm=True)
     except ValueError as error:
@@ -298,6 +298,6 @@ def jit(size):
         warnings.simplefilter("always")
         dfhistory = model.fit(2, doubles(61), doubles(13), batch_size=12 // size, verbose=0)
     assert size == 1 or any(
-        "needs backward and step outside it" in str(one.message) for one in caught
+        "needs backward and step outside it" in str(warning.message) for warning in caught
     )
     return found(model, dfhistory)

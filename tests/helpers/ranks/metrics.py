@@ -129,7 +129,7 @@ def no_means(size):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(2, doubles(61), doubles(33), batch_size=12 // size, verbose=0)
-    return {"said": [str(one.message)[:40] for one in caught]}
+    return {"said": [str(warning.message)[:40] for warning in caught]}
 
 
 class Floating(nn.BCELoss):
