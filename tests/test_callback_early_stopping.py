@@ -1,4 +1,4 @@
-"""EarlyStopping beside a plain reference."""
+"""EarlyStopping stops where a plain reference does, and restores the best weights."""
 
 import math
 import random

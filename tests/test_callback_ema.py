@@ -1,4 +1,4 @@
-"""EMA beside a plain loop."""
+"""EMA averages the weights as a plain loop does."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""LRScheduler beside bare torch loops."""
+"""LRScheduler gives the learning rates of bare torch loops."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The timetable of the loop, as callbacks see it."""
+"""When callbacks are called, and with which logs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Calls in other libraries' words are errors that give the line to write here; the line works."""
+"""Calls as in other libraries raise errors with the line to write here; the line works."""
 
 import copy
 import re

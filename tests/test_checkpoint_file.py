@@ -1,4 +1,4 @@
-"""Files of weights and of runs: whole or refused, never half, never able to run anything."""
+"""Files of weights and of runs: loaded whole or refused, and never able to run code."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""What Model and compile are given wrongly."""
+"""Wrong arguments of Model and compile."""
 
 import pytest
 import torch

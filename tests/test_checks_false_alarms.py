@@ -1,4 +1,4 @@
-"""What looks wrong and is right trains without an error or a warning."""
+"""Data and losses that look wrong and are right train without an error or a warning."""
 
 import warnings
 

@@ -126,7 +126,7 @@ def test_custom_step_without_sample_weight_raises_an_error_that_says_how_to_take
 
 
 class Answers(Model):
-    """Its train_step returns what it was told to."""
+    """Its train_step returns what `answers` holds."""
 
     def train_step(self, features, labels, sample_weight=None):
         return self.answers.pop(0)

@@ -1,4 +1,4 @@
-"""Whatever the user has becomes the same batches."""
+"""Data of any kind becomes the same batches."""
 
 import collections
 import dataclasses
@@ -248,7 +248,7 @@ def test_nested_data_keeps_its_structure_when_its_leaves_change(nest):
 
 
 class Bag(collections.abc.MutableMapping):
-    """A mapping of one's own, which keeps its items in a dict inside."""
+    """A custom mapping, which keeps its items in a dict."""
 
     def __init__(self, items):
         self.items_inside = dict(items)

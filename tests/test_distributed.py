@@ -101,7 +101,7 @@ ON_THREE = [
 
 
 def results_by(tmp_path_factory, cases, processes, **env):
-    """Of each case, what each rank found."""
+    """Run cases of a module under torchrun; return the result of each rank for each case."""
     folder = tmp_path_factory.mktemp("ranks")
     env["ODD"] = json.dumps(drawn(processes))
     results = results_of("helpers.ranks", folder, cases, processes, **env)

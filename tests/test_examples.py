@@ -1,4 +1,4 @@
-"""Each example, run shortly as its user would run it, and what it is there to show."""
+"""Each example runs shortly, and shows what it is for."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""A verb works in whatever mode its caller is in, and on a program that has one mode alone."""
+"""Exported programs, and fit where the caller has switched gradients off."""
 
 import pytest
 import torch

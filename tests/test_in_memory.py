@@ -71,7 +71,7 @@ class Backwards(BatchSampler):
 
 
 class OneListAgainAndAgain:
-    """A batch sampler that is no Sampler, and hands out one list that it fills anew."""
+    """A batch sampler that is no Sampler, and yields one list that it fills again."""
 
     def __len__(self):
         return 5

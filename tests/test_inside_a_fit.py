@@ -1,4 +1,4 @@
-"""What may be called inside a fit, by a callback or a step, and what is refused."""
+"""What a callback or a step may call inside a fit, and what is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""jit=True: the same numbers from one graph, and a way down, said once, for what does not trace."""
+"""jit=True: the numbers of eager from one graph; what cannot be traced falls back and warns."""
 
 import copy
 import shutil

@@ -34,7 +34,7 @@ class Drawing(nn.Module):
 
 
 class Centred(nn.Module):
-    """Assigns its buffers anew, one of which was None."""
+    """Assign new buffers, one of which was None."""
 
     def __init__(self):
         super().__init__()

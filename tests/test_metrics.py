@@ -1,4 +1,4 @@
-"""Metrics are means over rows, whatever kind of answer they give."""
+"""Metrics are means over rows, whatever they return."""
 
 import re
 
@@ -147,7 +147,7 @@ def test_metric_may_look_at_several_outputs():
 
 
 class Gives:
-    """A metric object that answers what it is told to, and notes when it is asked."""
+    """A metric object with a given answer, which records when it is asked."""
 
     def __init__(self, answer, asked=None):
         self.answer = answer

@@ -1,4 +1,4 @@
-"""compile, the step and what surprises people about them."""
+"""compile, devices, optimizers and custom steps of a Model."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What the user has put into eval mode stays there while the rest trains."""
+"""Layers that the user has put into eval mode stay there while the rest trains."""
 
 import copy
 

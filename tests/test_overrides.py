@@ -1,4 +1,4 @@
-"""Whether a step is the user's own or the default, however it has been put in place."""
+"""A custom step is distinguished from the default, however it is set."""
 
 import functools
 import types

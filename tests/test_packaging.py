@@ -1,4 +1,4 @@
-"""The files beside the package: version, requirements, citation, issue forms, CI."""
+"""The files next to the package: version, requirements, citation, issue forms, CI."""
 
 import configparser
 import re

@@ -1,4 +1,4 @@
-"""The history as a figure."""
+"""plot_history draws the history."""
 
 import re
 import sys

@@ -501,7 +501,7 @@ def test_accumulate_takes_lazy_layers():
 
 
 class Own(Scores):
-    """A step of one's own that calls the module itself, and steps in its middle."""
+    """A custom step that calls the module, and steps in its middle."""
 
     def train_step(self, features, labels):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a person sees while it trains."""
+"""The progress bar and the table that a fit prints."""
 
 import fcntl
 import functools

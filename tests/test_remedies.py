@@ -1,4 +1,4 @@
-"""Each remedy that a message about data, layers or losses gives is followed here, and works."""
+"""The remedies in errors about data, layers and losses work."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""A script that was changed between two starts: what is taken from it, what is refused."""
+"""A script that was changed before it resumes: what is taken from it, what is refused."""
 
 import warnings
 

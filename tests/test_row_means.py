@@ -1,4 +1,4 @@
-"""A function of metrics_dict that is no mean over rows is told once; a mean never is."""
+"""A metric function that is no mean over rows is warned of once; a mean never is."""
 
 import copy
 import functools

@@ -85,7 +85,7 @@ class Packed(Rows):
 
 
 class Boxed(dict):
-    """A batch of one's own that tells its rows."""
+    """A custom batch that says how many rows it has."""
 
 
 @dataclass

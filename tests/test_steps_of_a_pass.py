@@ -1,4 +1,4 @@
-"""How many batches a validation, an evaluation and a prediction take, and data that never ends."""
+"""steps and validation_steps, and data that never ends."""
 
 import itertools
 

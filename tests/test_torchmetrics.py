@@ -1,4 +1,4 @@
-"""Any of torchmetrics in metrics_dict gives scikit-learn's value on the whole set."""
+"""Metrics of torchmetrics give scikit-learn's value on the whole set."""
 
 import re
 

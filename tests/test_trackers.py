@@ -1,4 +1,4 @@
-"""The run that TensorBoard, MLflow and W&B hold is the history, however often it was broken off."""
+"""TensorBoard, MLflow and W&B hold the history, however often the run was resumed."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""What is wrong with dl_val is said before the first step, and what is right changes nothing."""
+"""Wrong validation data is refused before the first step; the check changes nothing."""
 
 import io
 

@@ -25,7 +25,7 @@ CE = nn.CrossEntropyLoss()
 
 
 class Scale(nn.Module):
-    """Outputs are the features; there is a weight to train."""
+    """A network whose outputs are the features, with a weight to train."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Scale(nn.Module):
 
 
 def compiled(net=None, loss=None, optimizer=None, metrics=None, kind=Model):
-    """A compiled model on the CPU; `optimizer` is a function of it."""
+    """Return a compiled model on the CPU; `optimizer` is a function of it."""
     torch.manual_seed(0)
     model = kind(nn.Linear(4, 1) if net is None else copy.deepcopy(net))
     model.compile(loss or nn.MSELoss(), optimizer and optimizer(model), metrics, device="cpu")

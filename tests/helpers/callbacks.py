@@ -18,7 +18,7 @@ BATCHES = [(X[:16], Y[:16]), (X[16:32], Y[16:32]), (X[32:], Y[32:])]  # the same
 
 
 def log(name, values, skip=()):
-    """A callback that adds a column with these values, one an epoch; None adds nothing."""
+    """Return a callback that logs these values, one an epoch; None logs nothing."""
     values = iter(values)
 
     def add(epoch, logs):
@@ -39,7 +39,7 @@ def weights(model):
 
 
 class Loader(Callback):
-    """Takes a run up again; on_fit_begin of all the others was called before."""
+    """Load the saved state of a run, after on_fit_begin of the other callbacks."""
 
     def __init__(self, others, saved):
         self.others = others

@@ -4,7 +4,7 @@ import torch
 
 
 def assert_same(found, expected, where=""):
-    """Any nest of numbers and tensors."""
+    """Compare two nests of numbers and tensors."""
 
     def told(said):
         return f"{where}\n{said}"

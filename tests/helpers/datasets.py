@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 
 class Rows(Dataset):
-    """Not in memory: read row by row."""
+    """A dataset that is not in memory: it is read row by row."""
 
     def __init__(self, X, y):
         self.X = X
@@ -22,7 +22,7 @@ class Rows(Dataset):
 
 
 class AsItGoes:
-    """Draw each batch when it is asked for, from generators that the model draws from as well."""
+    """An iterable that draws each batch when asked, from generators that the model uses too."""
 
     def __init__(self, X, y, batches, batch_size):
         self.X = X
@@ -37,7 +37,7 @@ class AsItGoes:
 
 
 class ShuffledPairs:
-    """An iterable that shuffles a list of pairs of its own in place."""
+    """An iterable that shuffles its own list of pairs in place."""
 
     def __init__(self, X, y):
         self.pairs = list(zip(X, y, strict=True))

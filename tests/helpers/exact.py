@@ -22,7 +22,7 @@ Y = X.sum(dim=1, keepdim=True)
 
 
 def start(make, path=None, kill=None, epochs=3, every=1):
-    """What a script does from its first line on; `make` gives its parts."""
+    """Run a script from its first line; `make` returns its parts."""
     seed()
     parts = {
         "loss": nn.MSELoss,

@@ -4,15 +4,15 @@ from minikeras import LambdaCallback
 
 
 class Killed(BaseException):
-    """Ends a fit as SIGKILL does: nothing that follows is saved."""
+    """End a fit as SIGKILL does: nothing that follows is saved."""
 
 
 class Stopped(Exception):
-    """Ends a fit as an error of the user's code does."""
+    """End a fit as an error in the user's code does."""
 
 
 def killed_after(count):
-    """Dies as the batch of that number, counted over all epochs, has been saved."""
+    """Return a callback that ends the fit after `count` batches, counted over all epochs."""
 
     def count_down(batch, logs):
         nonlocal count

@@ -77,7 +77,7 @@ def main():
 
 
 def one_round(folder, choice, draw):
-    """The number of kills, and what differed."""
+    """Run one round; return the number of kills, and what differed."""
     begin = time.monotonic()
     assert wait(fork(folder, choice, "whole", checkpoint=False)) == 0, (
         "the run that is never stopped has failed"
@@ -114,7 +114,7 @@ def one_round(folder, choice, draw):
 
 
 def strange_files(folder):
-    """What lies where a run with a checkpoint has no business."""
+    """List files that a run with a checkpoint should not have written."""
     found = [
         f"a file {path.name}"
         for path in folder.iterdir()
@@ -146,7 +146,7 @@ def fork(folder, choice, name, **kwargs):
 
 
 def wait(child):
-    """Its exit status, negative for a signal."""
+    """Wait for a process; return its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -180,7 +180,7 @@ def run(folder, choice, name, checkpoint, way="none", at=1):
 
 
 def callbacks_of(draw, kind, model, arguments, table):
-    """Some callbacks, those that go with the model."""
+    """Choose some callbacks that suit the model."""
     monitor = "loss" if arguments["dl_val"] is None else "val_loss"
     callbacks = [
         minikeras.EMA(0.9, evaluate=draw.random() < 0.5),
@@ -197,7 +197,7 @@ def callbacks_of(draw, kind, model, arguments, table):
 
 
 class Thaws(minikeras.Callback):
-    """Gives the optimizer the frozen first layer in the second epoch."""
+    """Unfreeze the first layer in the second epoch, and give it to the optimizer."""
 
     def on_epoch_begin(self, epoch):
         if epoch == 2:
@@ -206,7 +206,7 @@ class Thaws(minikeras.Callback):
 
 
 def goes_elsewhere(folder):
-    """Changes the working directory as the first epoch begins."""
+    """Return a callback that changes the working directory as the first epoch begins."""
 
     def change(epoch):
         folder.mkdir(exist_ok=True)
@@ -225,7 +225,7 @@ def path_of(place, folder):
 
 
 def deadly(way, at):
-    """What makes this process kill itself at its `at`-th moment of a kind."""
+    """Make this process kill itself at its `at`-th moment of a kind."""
 
     def die():
         nonlocal at

@@ -14,7 +14,7 @@ PYTHONPATH = os.pathsep.join([str(ROOT), str(TESTS)])
 
 
 def torchrun(arguments, processes=2, env=(), **kwargs):
-    """A finished torchrun of a script, its output as text."""
+    """Run a script under torchrun; return the finished process, its output as text."""
     command = [
         sys.executable,
         "-m",
@@ -40,13 +40,13 @@ def torchrun(arguments, processes=2, env=(), **kwargs):
 
 
 def launch_cases(module, folder, cases, processes=2, **env):
-    """Run cases of a module under torchrun: the finished process."""
+    """Run cases of a module under torchrun; return the finished process."""
     arguments = ["-m", module, folder, *cases]
     return torchrun(arguments, processes, {"FOLDER": str(folder)} | env)
 
 
 def results_of(module, folder, cases, processes=2, **env):
-    """Of each case, what each rank found."""
+    """Run cases of a module under torchrun; return the result of each rank for each case."""
     done = launch_cases(module, folder, cases, processes, **env)
     assert done.returncode == 0, done.stderr
     results = {}
@@ -57,7 +57,7 @@ def results_of(module, folder, cases, processes=2, **env):
 
 
 def cases_of(*modules):
-    """The functions that are written in modules, by name."""
+    """Return the functions that modules define, by name."""
     cases = {}
     for module in modules:
         for name, case in vars(module).items():
@@ -67,7 +67,7 @@ def cases_of(*modules):
 
 
 def save_results(cases, folder, names):
-    """Run cases in a process of torchrun; leave a file of each result."""
+    """Run cases in a process of torchrun; write a file for each result."""
     size = int(os.environ["WORLD_SIZE"])
     rank = os.environ["RANK"]
     for name in names:
@@ -75,7 +75,7 @@ def save_results(cases, folder, names):
 
 
 def run_python(arguments, **kwargs):
-    """Run Python with these arguments: what it prints."""
+    """Run Python with these arguments; return what it prints."""
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, **kwargs
     )

@@ -17,7 +17,7 @@ def cosine(y_pred, y_true):
 
 
 class Scaled(nn.Module):
-    """A loss with a parameter of its own."""
+    """A loss with a parameter."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()

@@ -7,7 +7,7 @@ import minikeras
 
 
 class Net(minikeras.Model):
-    """Two inputs, one probability."""
+    """A network of two inputs and one probability."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ def points(rows=100):
 
 
 def compiled(model=None, loss_func=None, metrics_dict=None, lr=0.1, **kwargs):
-    """A model ready to fit by SGD on the CPU."""
+    """Return a model compiled with SGD on the CPU."""
     model = Net() if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     model.compile(loss_func or nn.BCELoss(), optimizer, metrics_dict, device="cpu", **kwargs)

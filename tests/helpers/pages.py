@@ -4,5 +4,5 @@ import re
 
 
 def numbers_rounded(text):
-    """Two digits of each number: the rest may differ from one processor to another."""
+    """Split a text, with two digits of each number: the rest may depend on the processor."""
     return re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}", text).split()

@@ -21,14 +21,14 @@ TIMEOUT = 8  # seconds: a busy machine may take some of them between two calls
 
 
 def met(folder, rank):
-    """Both are there: what Python loads must not count as their silence."""
+    """Wait until both processes run: the time to import must not count as their silence."""
     (folder / f"{rank}.here").touch()
     while not (folder / f"{1 - rank}.here").exists():
         time.sleep(0.01)
 
 
 def trained():
-    """Weights after a fit."""
+    """Return a model after a fit."""
     model = compiled()
     model.summary(input_shape=(2,))
     model.fit(2, points(30), batch_size=5, verbose=0)
@@ -51,7 +51,7 @@ def saved(model, folder):
 
 
 def left_alone(model, rank):
-    """What rank 0 hears of the other, and after how many seconds."""
+    """Return the error that rank 0 gets when the other stops, and after how many seconds."""
 
     def stand_still(batch, logs):
         if rank == 1:

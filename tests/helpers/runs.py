@@ -30,7 +30,7 @@ EPOCHS = 3
 
 
 class Noisy(Dataset):
-    """Each row drawn anew at each reading, from all three generators."""
+    """Draw noise for a row at each reading, from all three generators."""
 
     def __len__(self):
         return len(X)
@@ -47,7 +47,7 @@ class Shuffled(IterableDataset):
 
 
 class Batches:
-    """An iterable of one's own, with a generator of its own."""
+    """A custom iterable with its own generator."""
 
     def __init__(self):
         self.generator = np.random.default_rng(3)
@@ -59,7 +59,7 @@ class Batches:
 
 
 class Mean:
-    """A metric object of one's own, which keeps what it has seen."""
+    """A custom metric object, which keeps what it has seen."""
 
     def __init__(self):
         self.reset()
@@ -158,7 +158,7 @@ class Jittered(Dataset):
 
 
 class ByEpoch(Sampler):
-    """Shuffles by the epoch's number alone."""
+    """Shuffle by the epoch's number alone."""
 
     def __init__(self):
         self.epoch = 0
@@ -176,7 +176,7 @@ class ByEpoch(Sampler):
 
 
 def noisy_collate():
-    """A collate function that closes over a generator."""
+    """Return a collate function that closes over a generator."""
     rng = random.Random(0)
 
     def collate(rows):
@@ -242,7 +242,7 @@ LOADERS = {
 
 
 def call_of(loader="in memory", **changes):
-    """The model and the arguments of a call of fit."""
+    """Return the model and the arguments of a call of fit."""
     # new ones each time
     changes = {key: value() if callable(value) else value for key, value in changes.items()}
     kind = changes.pop("model", "net")
@@ -275,13 +275,13 @@ def call_of(loader="in memory", **changes):
 
 
 def result_of(model, dfhistory):
-    """All that must be the same: history, weights, and what is drawn next."""
+    """Return what must be the same: history, weights, and what is drawn next."""
     drawn = torch.rand(()).item(), np.random.rand(), random.random()
     return dfhistory, {key: value.clone() for key, value in model.state_dict().items()}, drawn
 
 
 def differences(a, b):
-    """What differs between two results, bit by bit."""
+    """List what differs between two results, bit for bit."""
     found = (
         []
         if a[0].equals(b[0])

@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 
 class Pool(Sampler):
-    """Draws a row at a time, without replacement, from a generator that rows draw from as well."""
+    """A sampler that draws row by row, without replacement, from Python's generator."""
 
     def __init__(self, rows):
         self.rows = rows

@@ -23,7 +23,7 @@ from helpers.seeds import seed
 
 
 class Deep(minikeras.Model):
-    """Blocks in a ModuleList, one in another, and layers beside them."""
+    """Blocks in a ModuleList, one in another, and layers next to them."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, *
 
 
 def found(model, dfhistory, dl=None, **more):
-    """What is to be the same, with whole weights under their plain names."""
+    """Return what must be the same, with whole weights under their plain names."""
     path = Path(os.environ["FOLDER"], f"{os.environ.get('WORLD_SIZE', '1')}.pt")
     model.save(path)
     outputs = None if dl is None else model.predict(dl)
@@ -128,7 +128,7 @@ def half(size):
 
 
 def by_the_user(size):
-    """fully_shard before compile, which takes the model as it comes."""
+    """The user calls fully_shard before compile."""
     seed()
     model = Deep().double()
     if size > 1 and os.environ.get("KIND") != "ddp":
@@ -195,7 +195,7 @@ def callbacks(size):
 
 
 def compiled_again(size):
-    """An optimizer with state of its own, then parts that stay parts."""
+    """compile with an optimizer that has state, then compile again with sharded parameters."""
     seed()
     model = Deep().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -222,7 +222,7 @@ def nan_on_one(size):
 
 
 def refused(size):
-    """What cannot be had is said."""
+    """Return the errors of what sharded parameters cannot do."""
     said = []
     for more in (
         {"jit": True},
@@ -254,7 +254,7 @@ def refused(size):
 
 
 class Bare(Net):
-    """Gradients are not weighted by rows."""
+    """A step with a bare backward."""
 
     def train_step(self, features, labels):
         self.compute_loss(self(features), labels).backward()
@@ -262,7 +262,7 @@ class Bare(Net):
 
 
 def carried_on(size):
-    """The same file, by one process or several; KILL is "RANK SIGNAL EPOCH BATCH"."""
+    """Resume the same file, by one process or several; KILL is "RANK SIGNAL EPOCH BATCH"."""
     seed()
     model = compiled(accumulate=2)
     at = Path(os.environ["FOLDER"], "run.pt")

@@ -41,7 +41,7 @@ def events(folder):
 
 
 def scalars(folder):
-    """Names -> the values in order, each step once."""
+    """Return the values of each name in order, and check that each step is there once."""
     held = events(folder)
     points = {name: held.Scalars(name) for name in held.Tags()["scalars"]}
     for name, found in points.items():
@@ -66,7 +66,7 @@ def session_status(number):
 
 
 class Store:
-    """An SQLite file, that MLflow takes seconds to make: a copy of one."""
+    """MLflow in a copy of an SQLite file, which takes seconds to create."""
 
     made = None
 
@@ -147,7 +147,7 @@ class Files:
 
 
 def ended(path):
-    """The records up to that of the end: W&B's own process may still be writing them."""
+    """Return the records up to the last; W&B's own process may still be writing them."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         found = list(records(path))
@@ -158,7 +158,7 @@ def ended(path):
 
 
 def records(path):
-    """The records in a .wandb file: LevelDB's log, in blocks of 32 KiB, of protobuf messages."""
+    """Read a .wandb file: LevelDB's log of protobuf messages, in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()

@@ -18,7 +18,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def own_step(model, features, labels):
-    """The default step's parts, by the user."""
+    """Call the parts of the default step, as a custom train_step does."""
     outputs = model(features)
     loss = model.compute_loss(outputs, labels)
     model.backward(loss)
@@ -38,7 +38,7 @@ def doubles(rows):
 
 
 def row_by_row(rows):
-    """A dataset that is not in memory."""
+    """Return a dataset that is not in memory."""
     return Rows(*doubles(rows))
 
 
@@ -57,7 +57,7 @@ def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, *
 
 
 def found(model, dfhistory, dl=None, **more):
-    """What is to be the same."""
+    """Return what must be the same for any number of processes."""
     outputs = None if dl is None else model.predict(dl)
     return {
         "history": dfhistory.to_dict("list"),
@@ -101,7 +101,7 @@ class Two(minikeras.Model):
 
 
 class Noisy(nn.Sequential):
-    """Each rank has its own noise and running means."""
+    """A network whose noise and running means differ between ranks."""
 
     def __init__(self):
         super().__init__(
@@ -110,7 +110,7 @@ class Noisy(nn.Sequential):
 
 
 class Uneven(IterableDataset):
-    """Each rank its own rows, of different numbers."""
+    """A dataset with other rows in each rank, and different numbers of them."""
 
     parts = (0, 8), (8, 27)  # of 27 rows, in 2 and in 5 batches of 4
 
@@ -121,7 +121,7 @@ class Uneven(IterableDataset):
 
 
 def uneven_batches():
-    """The same rows for one process, step by step."""
+    """Return the same rows for one process, step by step."""
     steps = [
         [*range(4), *range(8, 12)],
         [*range(4, 8), *range(12, 16)],
@@ -134,7 +134,7 @@ def uneven_batches():
 
 
 def apart(size, number):
-    """Whether a number differs between ranks."""
+    """Return whether a number differs between ranks."""
     if size == 1:
         return False
     numbers = [None] * size

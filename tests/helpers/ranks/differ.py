@@ -84,7 +84,7 @@ def spoiled_on_one(size):
 
 
 def one_file(size):
-    """All processes agree of whom a file is, although each has random states of its own."""
+    """All processes agree whose checkpoint a file is, although their random states differ."""
     said = []
     for number in (0, 0, 1):  # the second is the first one begun again
         seed(number)
@@ -126,7 +126,7 @@ def early_stopping(size):
 
 
 def one_rank_stops(size):
-    """After the batch in which one of them says so."""
+    """All stop after the batch in which one sets stop_training."""
     seed()
     model = compiled()
     seen = []
@@ -141,7 +141,7 @@ def one_rank_stops(size):
 
 
 def timer(size):
-    """The clock of rank 0."""
+    """The clock of rank 0 ends the fit."""
     seed()
     model = compiled()
     stop = minikeras.Timer(0.2 if RANK == 0 else 10**9)
@@ -150,7 +150,7 @@ def timer(size):
 
 
 def nan_on_one(size):
-    """All raise, before a weight moves."""
+    """All processes raise before a weight moves."""
     seed()
     X, y = doubles(48)
     y = y.clone()
@@ -169,7 +169,7 @@ def nan_on_one(size):
 
 
 def dropout(size):
-    """Each rank draws its own."""
+    """Each rank draws its own dropout masks."""
     seed()
     model = compiled(
         minikeras.Model(
@@ -187,7 +187,7 @@ def dropout(size):
 
 
 def main_alone(size):
-    """gather="main" and files: rank 0's."""
+    """gather="main" and files are for rank 0 alone."""
     seed()
     model = compiled()
     folder = Path(os.environ["FOLDER"], str(size))
@@ -203,7 +203,7 @@ def main_alone(size):
 
 
 def tracked(size):
-    """A run that rank 0 alone writes; what is in it is all that is there."""
+    """A tracker's run, which rank 0 alone writes."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from minikeras.integrations.tensorboard import TensorBoard
@@ -222,7 +222,7 @@ def tracked(size):
 
 
 def refused(size):
-    """The messages of what cannot be had."""
+    """Return the errors of what several processes cannot do."""
     model = Net()
     said = []
     for loss, metrics in ((nn.BCELoss(reduction="sum"), {}), (nn.BCELoss(), {"mean": Mean()})):
@@ -250,7 +250,7 @@ def refused(size):
 
 
 class Again(Net):
-    """Its first layer is gone through twice, and computed anew in backward each time."""
+    """Its first layer runs twice, and is recomputed in backward each time."""
 
     def forward(self, x):
         again = [checkpoint(self.fc1, x.requires_grad_(), use_reentrant=True) for _ in range(2)]
@@ -258,7 +258,7 @@ class Again(Net):
 
 
 def told(size):
-    """The messages of what is other with several processes."""
+    """Return the warnings of what is different with several processes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled(jit=True, steps_per_execution=4)
@@ -279,7 +279,7 @@ def told(size):
 
 
 class Mean:
-    """A metric object of one's own."""
+    """A custom metric object."""
 
     def update(self, outputs, labels): ...
     def compute(self): ...

@@ -49,7 +49,7 @@ def collection(size):
 
 
 def in_order(y_pred, y_true):
-    """A value that changes with the order of the rows."""
+    """Return a value that changes with the order of the rows."""
     numbers = np.arange(1, len(y_pred) + 1)[:, None]
     return float((y_pred * numbers).sum() + (y_true * numbers).sum())
 
@@ -71,7 +71,7 @@ def on_all_rows(size):
 
 
 def on_all_rows_carried_on(size):
-    """The same, broken off within the second epoch."""
+    """The same fit, interrupted within the second epoch and resumed."""
     file = Path(os.environ["FOLDER"], f"all rows of {size}.pt")
     batches = []
 
@@ -90,7 +90,7 @@ def on_all_rows_carried_on(size):
 
 
 def on_all_rows_fails(size):
-    """All processes hear of it; the first has its own error."""
+    """All processes raise; the first raises its own error."""
 
     def fail(y_pred, y_true):
         raise ZeroDivisionError("no rows of this kind")
@@ -116,7 +116,7 @@ def per_class(size):
 
 
 def no_means(size):
-    """What the processes warn of: the first alone."""
+    """Return the warnings: those of the first process alone."""
     import torchmetrics
 
     seed()

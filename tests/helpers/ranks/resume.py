@@ -23,7 +23,7 @@ from helpers.seeds import seed
 
 
 def persistent(size, epochs=3, **kwargs):
-    """A fit whose workers live on from epoch to epoch."""
+    """A fit with persistent workers."""
     train = DataLoader(
         row_by_row(40), 12 // size, shuffle=True, num_workers=2, persistent_workers=True
     )
@@ -38,7 +38,7 @@ def persistent(size, epochs=3, **kwargs):
 
 
 def persistent_carried_on(size):
-    """The same fit, broken off as its third epoch begins."""
+    """The same fit, interrupted as its third epoch begins and resumed."""
     file = Path(os.environ["FOLDER"], f"run of {size}.pt")
 
     def fail(epoch):

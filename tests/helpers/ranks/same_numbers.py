@@ -96,7 +96,7 @@ def fewer_rows_than_processes(size):
 
 
 def odd(size, world=None):
-    """What hypothesis has drawn; one process is told of how many others it stands for."""
+    """Run what hypothesis has drawn; `world` is the number of processes that one stands for."""
     return [odd_one(size, world or size, **case) for case in json.loads(os.environ["ODD"])]
 
 
@@ -126,7 +126,7 @@ def batch_sampler(size):
 
 
 def shared_out_by_the_user(size):
-    """Samplers that know of the ranks, in a batch sampler or of a class of the user's."""
+    """Samplers that know the ranks: in a batch sampler, or of a custom class."""
     seed()
     model = compiled()
     rank = 0 if size == 1 else RANK
@@ -161,7 +161,7 @@ def odd_buffers(size):
 
 
 class Pieces:
-    """A batch sampler of one's own."""
+    """A custom batch sampler."""
 
     def __init__(self, rows, batch):
         self.rows = rows
