@@ -501,7 +501,11 @@ class Two(minikeras.Model):
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
-@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), F.mse_loss], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [nn.MSELoss(), nn.CrossEntropyLoss(), F.mse_loss],
+    ids=["MSELoss", "CrossEntropyLoss", "mse_loss"],
+)
 def test_loss_for_one_of_several_outputs_raises_an_error_that_says_one_for_each(kind, loss):
     labels = {"a": Y, "b": CLASSES} if kind is dict else (Y, CLASSES)
     first, second = ("a", "b") if kind is dict else (0, 1)
