@@ -24,7 +24,7 @@ import minikeras
 from minikeras import CheckpointError
 from minikeras.checkpoint.file import dump, previous, read, write
 
-DATA = Path(__file__).parent / "data"
+DATA = TESTS / "data"
 REMEDY = "There is none written before it: give another file, or move this one away to start anew."
 OF_LOAD = "If it is the wrong file, give another one."
 

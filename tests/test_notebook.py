@@ -7,19 +7,19 @@ import time
 import types
 import xml.etree.ElementTree as ET
 from datetime import datetime
-from pathlib import Path
 
 import nbformat
 import pytest
 import torch
 from helpers.models import Net, accuracy, compiled, points
+from helpers.paths import ROOT
 from nbclient import NotebookClient
 from torch import nn
 
 import minikeras
 from minikeras import notebook
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 NAN = float("nan")
 
 

@@ -10,10 +10,10 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 from helpers.models import accuracy, compiled, points
+from helpers.paths import TESTS
 
 from minikeras import Callback
 from minikeras.progress import Progress
@@ -160,7 +160,7 @@ def on_a_terminal(code, columns, encoding="utf-8"):
     """What a script writes to a terminal of that many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(TESTS)}
     environment |= {"PYTHONIOENCODING": encoding, "NO_COLOR": "1" if encoding == "ascii" else ""}
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment
@@ -230,7 +230,7 @@ def test_progress_uses_no_colour():
 def test_progress_in_a_pipe_in_ascii_is_ascii():
     environment = os.environ | {
         "PYTHONIOENCODING": "ascii",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(TESTS),
     }
     code = f"{SCRIPT}\nimport torch, minikeras\nminikeras.summary(torch.nn.Linear(2, 1), (2,))"
     done = subprocess.run(
