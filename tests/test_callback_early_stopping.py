@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.callbacks import BATCHES, NAN, fit, log, weights
-from helpers.compare import assert_equal_tensors
+from helpers.callbacks import BATCHES, NAN, fit, log
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import compiled
 
 from minikeras import (
@@ -94,12 +94,12 @@ def test_early_stopping_stops_at_the_epochs_computed_by_hand(values, arguments, 
 
 def test_early_stopping_restores_the_best_weights_and_ends_the_fit():
     seen = []
-    keep = LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(weights(model)))
+    keep = LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(copy_weights(model)))
     model = compiled()
     stop = EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
     _, dfhistory = fit(9, [log("score", [3.0, 1.0, 2.0, 2.0]), keep, stop], model)
     assert len(dfhistory) == 4
-    assert_equal_tensors(weights(model), seen[1])
+    assert_equal_tensors(copy_weights(model), seen[1])
     assert all(value.device.type == "cpu" for value in stop.state_dict()["weights"].values())
 
 
@@ -110,7 +110,7 @@ def test_early_stopping_restores_the_best_weights_after_an_error():
 
     seen = []
     model = compiled()
-    keep = LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(weights(model)))
+    keep = LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(copy_weights(model)))
     with pytest.raises(RuntimeError, match="no luck"):
         fit(
             5,
@@ -121,7 +121,7 @@ def test_early_stopping_restores_the_best_weights_after_an_error():
             ],
             model,
         )
-    assert_equal_tensors(weights(model), seen[0])
+    assert_equal_tensors(copy_weights(model), seen[0])
 
 
 def test_early_stopping_starts_again_in_a_second_fit():

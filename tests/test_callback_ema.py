@@ -9,9 +9,8 @@ from helpers.callbacks import (
     fit,
     log,
     nn_with_batch_norm,
-    weights,
 )
-from helpers.compare import assert_equal_tensors
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import compiled
 from torch import nn
 
@@ -140,8 +139,8 @@ def test_ema_beside_other_emas_follows_the_training_and_leaves_it_alone(kinds, a
         raw = []
         seen = []
         look = LambdaCallback(
-            on_batch_end=lambda batch, logs: raw.append(weights(model)),
-            on_evaluate_end=lambda: seen.append(weights(model)),
+            on_batch_end=lambda batch, logs: raw.append(copy_weights(model)),
+            on_evaluate_end=lambda: seen.append(copy_weights(model)),
         )
         model, dfhistory = fit(3, [*emas, look], model, val=BATCHES)
         return model, raw, seen, dfhistory["loss"].tolist()
@@ -161,7 +160,7 @@ def test_ema_beside_other_emas_follows_the_training_and_leaves_it_alone(kinds, a
     lender = next((number for number, (_, evaluate) in enumerate(kinds) if evaluate), 0)
     # validation sees the first that evaluates
     torch.testing.assert_close(seen, alone[lender][1], rtol=0, atol=0)
-    torch.testing.assert_close(list(weights(model).values()), emas[0].averaged, rtol=0, atol=0)
+    torch.testing.assert_close(list(copy_weights(model).values()), emas[0].averaged, rtol=0, atol=0)
 
 
 def test_ema_that_evaluates_lets_later_callbacks_save_and_restore_the_average(tmp_path):
@@ -171,7 +170,7 @@ def test_ema_that_evaluates_lets_later_callbacks_save_and_restore_the_average(tm
     save = ModelCheckpoint(tmp_path / "{epoch}.pt")
     fit(4, [log("score", [2.0, 1.0, 3.0, 3.0]), EMA(0.5, evaluate=True), peek, save, stop], model)
     best = peek.seen["on_epoch_end"][1]
-    torch.testing.assert_close(list(weights(model).values()), best, rtol=0, atol=0)
+    torch.testing.assert_close(list(copy_weights(model).values()), best, rtol=0, atol=0)
     saved = torch.load(tmp_path / "2.pt", weights_only=True)
     torch.testing.assert_close(list(saved.values()), best, rtol=0, atol=0)
 
@@ -182,7 +181,7 @@ def test_ema_begins_before_lazy_layers_know_their_sizes():
     ema.model = model
     assert ema.state_dict() == {"taken": 0, "averaged": {}, "raw": {}}
     fit(2, [ema], model)
-    assert_equal_tensors(ema.state_dict()["averaged"], weights(model))
+    assert_equal_tensors(ema.state_dict()["averaged"], copy_weights(model))
 
 
 def test_ema_starts_again_in_a_second_fit():
@@ -191,9 +190,9 @@ def test_ema_starts_again_in_a_second_fit():
     model = compiled()
     fit(1, [ema], model)
     firsts = []
-    keep = LambdaCallback(on_batch_end=lambda batch, logs: firsts.append(weights(model)))
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: firsts.append(copy_weights(model)))
     fit(2, [ema, keep, peek], model)
-    assert_equal_tensors(weights(model), firsts[0])
+    assert_equal_tensors(copy_weights(model), firsts[0])
 
 
 def test_ema_leaves_the_average_after_an_error_in_validation():
@@ -204,6 +203,6 @@ def test_ema_leaves_the_average_after_an_error_in_validation():
     with pytest.raises(ZeroDivisionError):
         fit(1, [ema, peek, fail], model, val=BATCHES)
     torch.testing.assert_close(
-        list(weights(model).values()), peek.seen["on_evaluate_begin"][0], rtol=0, atol=0
+        list(copy_weights(model).values()), peek.seen["on_evaluate_begin"][0], rtol=0, atol=0
     )
     assert ema.state_dict()["raw"] == {}

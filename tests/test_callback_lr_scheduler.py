@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.callbacks import BATCHES, NAN, fit, log, weights
-from helpers.compare import assert_equal_tensors
+from helpers.callbacks import BATCHES, NAN, fit, log
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import Net, compiled
 from torch import nn
 from torch.optim import lr_scheduler
@@ -73,7 +73,7 @@ def test_lr_scheduler_gives_the_rates_and_weights_of_a_bare_torch_loop(name, ste
     _, dfhistory = fit(5, [LRScheduler(SCHEDULERS[name](model.optimizer), step)], model)
     assert list(dfhistory["lr"]) == rates
     assert model.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-    assert_equal_tensors(weights(model), weights(net))
+    assert_equal_tensors(copy_weights(model), copy_weights(net))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_lr_scheduler_adds_a_column_for_each_of_several_optimizers():
 
 def test_lr_scheduler_of_another_optimizer_is_refused_before_anything_trains():
     model = compiled()
-    before = weights(model)
+    before = copy_weights(model)
     other = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="not compiled with") as raised:
         fit(1, [LRScheduler(lr_scheduler.StepLR(other, 1))], model)
@@ -154,7 +154,7 @@ def test_lr_scheduler_of_another_optimizer_is_refused_before_anything_trains():
         "LRScheduler has a StepLR of an optimizer that the model was not compiled with. "
         "Make it with model.optimizer, or compile the model with its optimizer."
     )
-    assert_equal_tensors(weights(model), before)
+    assert_equal_tensors(copy_weights(model), before)
 
 
 def test_lr_scheduler_of_torch_among_the_callbacks_raises_an_error_that_says_how_to_wrap_it():

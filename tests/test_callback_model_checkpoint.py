@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.callbacks import BATCHES, NAN, Loader, fit, log, names_in, saved_now, weights
-from helpers.compare import assert_equal_tensors
+from helpers.callbacks import BATCHES, NAN, Loader, fit, log, names_in, saved_now
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import compiled, points
 
 from minikeras import (
@@ -19,7 +19,7 @@ def test_model_checkpoint_fills_in_the_path_and_makes_folders(tmp_path):
     model, _ = fit(2, [*planned, save], val=BATCHES, validation_freq=2)
     assert names_in(tmp_path / "a" / "b") == ["01-0.50-nan.pt", "02-0.25-2.0.pt"]
     assert_equal_tensors(
-        torch.load(tmp_path / "a" / "b" / "02-0.25-2.0.pt", weights_only=True), weights(model)
+        torch.load(tmp_path / "a" / "b" / "02-0.25-2.0.pt", weights_only=True), copy_weights(model)
     )
 
 

@@ -1,8 +1,8 @@
 """The values that callbacks monitor: by which name, and which direction is better."""
 
 import pytest
-from helpers.callbacks import BATCHES, fit, names_in, weights
-from helpers.compare import assert_equal_tensors
+from helpers.callbacks import BATCHES, fit, names_in
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import Net, compiled
 from torch.optim import lr_scheduler
 
@@ -57,11 +57,11 @@ def test_monitor_mode_auto_infers_the_direction_from_the_name(name, better):
 )
 def test_monitor_that_is_not_logged_is_refused_with_the_names_that_are(make, message, tmp_path):
     model = compiled()
-    before = weights(model)
+    before = copy_weights(model)
     with pytest.raises(ValueError, match="not logged") as raised:
         fit(2, [make(tmp_path)], model, val=BATCHES)
     assert str(raised.value) == message
-    assert_equal_tensors(weights(model), before)  # said before anything trains
+    assert_equal_tensors(copy_weights(model), before)  # said before anything trains
 
 
 class OwnValidation(Callback):
@@ -142,8 +142,8 @@ def test_monitor_of_reduce_lr_on_plateau_that_is_not_logged_is_refused():
 )
 def test_monitor_of_validation_without_dl_val_is_refused_before_anything_trains(make, message):
     model = compiled()
-    before = weights(model)
+    before = copy_weights(model)
     with pytest.raises(ValueError, match="no dl_val") as raised:
         fit(1, [make(model)], model)
     assert str(raised.value) == message
-    assert_equal_tensors(weights(model), before)
+    assert_equal_tensors(copy_weights(model), before)

@@ -11,9 +11,8 @@ from helpers.callbacks import (
     fit,
     log,
     nn_with_batch_norm,
-    weights,
 )
-from helpers.compare import assert_equal_tensors
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.interruptions import Stopped
 from helpers.models import compiled
 from torch.optim import lr_scheduler
@@ -129,4 +128,4 @@ def test_callbacks_of_a_resumed_run_end_as_if_it_was_never_stopped(name, after):
         CARRIED[name], after, val=BATCHES[:2], validation_freq=2
     )
     pd.testing.assert_frame_equal(dfresumed, dfwhole, check_exact=True)
-    assert_equal_tensors(weights(resumed), weights(whole))
+    assert_equal_tensors(copy_weights(resumed), copy_weights(whole))

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers.compare import assert_equal_tensors
 from helpers.models import compiled
 from torch import nn
 
@@ -196,7 +197,7 @@ def test_export_leaves_the_model_as_it_is_and_able_to_train(tmp_path):
     random = torch.get_rng_state()
     model.export(tmp_path / "model.pt2", data[0])
     assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), random)
     calls.clear()
     assert len(model.fit(1, data, verbose=0)) == 2

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import Net, compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -35,19 +36,11 @@ def bad_at(step, value=math.nan):
     return Loss()
 
 
-def state(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
     model = compiled(loss_func=bad_at(5, value))
     weights = []
-    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(copy_weights(model)))
     with pytest.raises(FloatingPointError) as raised:
         model.fit(2, points(96), batch_size=32, callbacks=[keep], verbose=0)
     last = r"0\.\d+"
@@ -58,7 +51,7 @@ def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
         rf"The last finite loss was {last}, at lr 0\.1\. Features, labels and weights are finite: "
         r".* The weights are those of before it\.\nepoch 2$"
     )
-    assert same(weights[-1], state(model))
+    assert_equal_tensors(weights[-1], copy_weights(model))
     assert list(model.history.index) == [0]
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -108,7 +101,7 @@ IGNORE = {
 @pytest.mark.parametrize(("loss", "ignored"), IGNORE.values(), ids=IGNORE)
 def test_nan_loss_of_a_batch_whose_labels_are_all_ignored_is_explained(loss, ignored):
     model = compiled(minikeras.Model(nn.Linear(2, 3)), loss)
-    before = state(model)
+    before = copy_weights(model)
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, [(points(8)[0], torch.full((8,), ignored))], verbose=0)
     assert str(raised.value) == (
@@ -117,7 +110,7 @@ def test_nan_loss_of_a_batch_whose_labels_are_all_ignored_is_explained(loss, ign
         f"Let the loss return minikeras.Average(total, count). "
         f"{AS_BEFORE}"
     )
-    assert same(before, state(model))
+    assert_equal_tensors(before, copy_weights(model))
 
 
 @pytest.mark.parametrize("part", ["features", "labels"])
@@ -204,14 +197,16 @@ def test_nan_loss_on_a_gpu_lets_the_default_optimizer_take_no_step_from_then_on(
     model = minikeras.Model(nn.Linear(2, 1))
     kept = []
     model.compile(nn.MSELoss(), **options)
-    keep = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: kept.append(state(model)))
+    keep = minikeras.LambdaCallback(
+        on_batch_end=lambda batch, logs: kept.append(copy_weights(model))
+    )
     X, y = points(100)
     X[44] = math.nan  # batch 5 of 10
     with pytest.raises(
         FloatingPointError, match=r"batch 10 \(it began 5 steps before\).*The weights are those of"
     ):
         model.fit(1, list(zip(X.split(10), y.split(10), strict=True)), callbacks=[keep], verbose=0)
-    assert same(state(model), kept[3])
+    assert_equal_tensors(copy_weights(model), kept[3])
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -231,7 +226,7 @@ def test_nan_loss_on_a_device_is_read_every_few_steps_and_holds_back_fused_optim
     weights = []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     model.compile(bad_at(15), optimizer, device="cpu")
-    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(state(model)))
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: weights.append(copy_weights(model)))
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, points(64 * 32), callbacks=[keep], verbose=0)
     where = (
@@ -239,7 +234,8 @@ def test_nan_loss_on_a_device_is_read_every_few_steps_and_holds_back_fused_optim
         "0.01. "
     )
     assert where in str(raised.value)  # copied at 20, looked at at 30
-    assert same(weights[13], state(model)) == fused
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in weights[13].items()) == fused
     assert ("The weights are those of before it" in str(raised.value)) == fused
     assert not hasattr(optimizer, "found_inf")
 

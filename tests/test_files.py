@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.compare import assert_equal_tensors
 from helpers.files import run_file
 from helpers.models import Net, compiled, points
 from torch import nn
@@ -348,7 +349,7 @@ def test_load_of_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
     )
     with pytest.raises(CheckpointError):
         model.load(path)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
 def test_load_with_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path):
@@ -362,7 +363,7 @@ def test_load_with_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path):
     torch.save({key: value + 1 for key, value in before.items()}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no The model is as it was"):
         model.load(tmp_path / "w.pt")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("value", [torch.full((1,), torch.nan), torch.ones(1, dtype=torch.float64)])
@@ -679,7 +680,7 @@ def test_checkpoint_with_damaged_weights_is_refused_or_harmless(name, tmp_path):
             other.load(path)
         except CheckpointError:
             refused += 1
-            assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+            assert_equal_tensors(other.state_dict(), before)
         else:
-            assert all(torch.equal(value, true[key]) for key, value in other.state_dict().items())
+            assert_equal_tensors(other.state_dict(), true)
     assert refused > 100

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.compiling import FAST
 from helpers.models import compiled
 from torch import nn
@@ -134,11 +135,7 @@ def test_nan_weight_error_names_the_first_layer_the_epoch_the_cause_and_the_reme
 def test_nan_gradient_is_found_before_the_step_with_clip_grad_norm():
     model = trainer(clip_grad_norm=1.0)
     kept = []
-    keep = LambdaCallback(
-        on_batch_end=lambda batch, logs: kept.append(
-            {key: value.clone() for key, value in model.state_dict().items()}
-        )
-    )
+    keep = LambdaCallback(on_batch_end=lambda batch, logs: kept.append(copy_weights(model)))
     with pytest.raises(FloatingPointError) as raised:
         model.fit(3, Data((2, 2)), callbacks=[keep], verbose=0)
     last = str(raised.value).partition("The last finite loss was ")[2].partition(",")[0]
@@ -150,7 +147,7 @@ def test_nan_gradient_is_found_before_the_step_with_clip_grad_norm():
         "torch.autograd.set_detect_anomaly(True) names the operation. The weights are those of "
         "before it."
     )
-    assert all(torch.equal(value, kept[-1][key]) for key, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), kept[-1])
 
 
 def test_nan_gradient_error_tells_the_first_bad_gradient_from_finite_ones():

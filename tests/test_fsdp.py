@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import launch, shards
-from helpers.compare import assert_same
+from helpers.compare import assert_same, copy_weights
 from helpers.launch import launch_cases, torchrun
 from helpers.models import compiled
 
@@ -152,7 +152,7 @@ def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
     model.load(folder)
     shutil.move(tmp_path / "aside", folder)
     shutil.rmtree(tmp_path / "run.pt.prev")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copy_weights(model)
     with pytest.raises(CheckpointError, match=r"is damaged in .* There is none written before it"):
         model.load(folder)
     assert_same(dict(model.state_dict()), before)

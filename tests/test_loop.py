@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.compare import assert_equal_tensors
 from helpers.models import Net, accuracy, compiled, points
 from helpers.reference import accuracy64, reference_fit
 from hypothesis import given, settings
@@ -377,7 +378,7 @@ def test_sample_weight_is_the_third_part_of_a_batch():
     assert model.evaluate((X, y, weight))["val_loss"] == pytest.approx(expected, rel=1e-6)
     before = copy.deepcopy(model.state_dict())
     model.fit(1, (X, y, torch.zeros(64)), verbose=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
 def test_rows_of_a_batch_are_counted_by_its_labels():

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.compare import assert_equal_tensors
 from helpers.metrics import cosine
 from helpers.models import Net, accuracy, compiled, points
 from torch import nn
@@ -83,7 +84,7 @@ def test_compile_never_changes_the_state_dict():
     metrics = {"acc": torchmetrics.classification.BinaryAccuracy(), "mae": nn.L1Loss()}
     model.compile(Holds(), metrics_dict=metrics, device="cpu")
     assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
     assert [name for name, _ in model.named_modules()] == ["", "fc1", "fc2"]
     model.fit(1, points(), verbose=0)
     assert list(model.state_dict()) == list(before)

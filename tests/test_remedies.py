@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.compare import assert_equal_tensors
 from helpers.models import compiled
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
@@ -32,7 +33,7 @@ def told(model, data, *words, kind=ValueError):
     message = " ".join([str(error.value), *getattr(error.value, "__notes__", ())])
     for word in words:
         assert word in message
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
     return message
 
 

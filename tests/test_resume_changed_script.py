@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.exact import Jitter, Transformed, X, Y, loader, start
 from helpers.interruptions import Killed
 from helpers.models import compiled, points
@@ -274,7 +275,7 @@ def test_resumed_script_that_does_not_fit_is_refused_before_a_weight_changes(cha
     before = {}
 
     def remember(model):
-        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        before.update(copy_weights(model))
 
     models = []
     net = second.get("net", lambda: nn.Linear(2, 1))
@@ -288,7 +289,7 @@ def test_resumed_script_that_does_not_fit_is_refused_before_a_weight_changes(cha
     with pytest.raises(CheckpointError, match=words):
         start(lambda: second | {"net": remembered}, path)
     (model,) = models
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
     assert not model.optimizer.state
     assert model.history.empty
     start(lambda: first, path)  # the remedy: as it was then

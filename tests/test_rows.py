@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.compare import assert_equal_tensors
 from helpers.compiling import FAST
 from helpers.models import compiled
 from torch import nn
@@ -357,7 +358,7 @@ def test_rows_of_labels_in_other_units_than_the_features_are_refused_and_an_aver
     with pytest.raises(ValueError, match=TOLD):
         model.fit(1, batches, verbose=0) if verb == "fit" else model.evaluate(batches)
     if counts[0] not in (8, 16):  # which may be a number for each image
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert_equal_tensors(model.state_dict(), before)
     compiled(model, as_average)
     counted = [(x, y) for x, y in batches if len(y)]
     expected = sum(box_loss(model(x), y).item() for x, y in counted) / len(counted)
@@ -369,7 +370,7 @@ def test_rows_are_needed_by_a_metric_that_is_no_average():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=TOLD):
         model.fit(1, found_boxes((13, 9)), verbose=0)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
 def test_rows_are_counted_by_a_batch_size_of_the_batch():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.compare import copy_weights
 from minikeras import Model
 
 random = torch.Generator().manual_seed(0)
@@ -54,9 +55,7 @@ def refused(message, model=None):
     `message` begins with the error's class, "ValueError: ". If it ends with "...", it is the first
     clause alone: another case pins the message whole.
     """
-    before = (
-        {} if model is None else {name: value.clone() for name, value in model.state_dict().items()}
-    )
+    before = {} if model is None else copy_weights(model)
     with pytest.raises(Exception) as error:  # noqa: PT011
         yield error
     raised = f"{error.type.__name__}: {error.value}"

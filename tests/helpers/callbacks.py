@@ -5,6 +5,7 @@ import math
 
 from torch import nn
 
+from helpers.compare import copy_weights
 from helpers.models import compiled, points
 from minikeras import (
     Callback,
@@ -34,10 +35,6 @@ def fit(epochs, callbacks, model=None, val=None, **kwargs):
     return model, model.fit(epochs, BATCHES, val, callbacks=callbacks, **{"verbose": 0, **kwargs})
 
 
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 class Loader(Callback):
     """Load the saved state of a run, after on_fit_begin of the other callbacks."""
 
@@ -63,4 +60,8 @@ def names_in(folder):
 def saved_now(*callbacks):
     model = compiled()
     states = copy.deepcopy([callback.state_dict() for callback in callbacks])
-    return {"model": weights(model), "optimizer": model.optimizer.state_dict(), "callbacks": states}
+    return {
+        "model": copy_weights(model),
+        "optimizer": model.optimizer.state_dict(),
+        "callbacks": states,
+    }

@@ -26,3 +26,8 @@ def assert_equal_tensors(first, second):
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def copy_weights(model):
+    """Copy a model's weights and buffers, by name."""
+    return {name: value.clone() for name, value in model.state_dict().items()}

@@ -13,6 +13,7 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.compare import copy_weights
 from helpers.interruptions import Killed, killed_after
 from helpers.runs import differences
 from helpers.seeds import seed
@@ -45,7 +46,7 @@ def start(make, path=None, kill=None, epochs=3, every=1):
     if path is not None:
         kwargs |= {"checkpoint": path, "checkpoint_every": every}
     model.fit(epochs, data, callbacks=callbacks, verbose=0, **parts.get("fit", {}), **kwargs)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = copy_weights(model)
     drawn = torch.rand(()).item(), np.random.rand(), random.random()
     return model.history, state, drawn, model
 

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.compare import copy_weights
 from helpers.datasets import AsItGoes, ShuffledPairs
 from helpers.metrics import Scaled
 from helpers.models import accuracy, points
@@ -277,7 +278,7 @@ def call_of(loader="in memory", **changes):
 def result_of(model, dfhistory):
     """Return what must be the same: history, weights, and what is drawn next."""
     drawn = torch.rand(()).item(), np.random.rand(), random.random()
-    return dfhistory, {key: value.clone() for key, value in model.state_dict().items()}, drawn
+    return dfhistory, copy_weights(model), drawn
 
 
 def differences(a, b):

@@ -15,6 +15,7 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.compare import copy_weights
 from helpers.models import Net
 from helpers.ranks.common import (
     RANK,
@@ -157,7 +158,7 @@ def nan_on_one(size):
     y[24 + 17] = torch.nan  # in the part of the second process
     model = compiled(loss_func=nn.MSELoss())
     model.fit(1, doubles(24), batch_size=12 // size, verbose=0)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = copy_weights(model)
     loader = [(X[24:], y[24:])] if size == 1 else DataLoader(TensorDataset(X[24:], y[24:]), 12)
     try:
         model.fit(1, loader, verbose=0)
