@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import without_rooms
+from helpers.modules import MODULES, room_of
 from helpers.paths import PACKAGE
 
 # The files at the top of the package that are not the core: the one that knows all rooms, public
@@ -25,14 +26,6 @@ ROOM_TO_ROOM = {
     ("__main__", "export"): "the command exports",
     ("integrations", "callbacks"): "trackers are callbacks",
 }
-
-
-def modules():
-    return sorted(PACKAGE.rglob("*.py"))
-
-
-def room_of(path):
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports_of(path, in_functions=True):
@@ -63,7 +56,7 @@ def test_core_imports_only_the_core(path):
 def test_rooms_import_the_core_and_not_one_another():
     core = {path.stem for path in CORE}
     found = set()
-    for path in modules():
+    for path in MODULES:
         room = room_of(path)
         if room in core | {"assemble"}:
             continue
@@ -90,7 +83,7 @@ def words_of_capabilities():
         "clip",
         "clip_grad_norm",
     }
-    for path in modules():
+    for path in MODULES:
         if room_of(path) in {path.stem for path in CORE} | {"callbacks", "assemble"}:
             continue
         for node in ast.parse(path.read_text()).body:
@@ -154,5 +147,5 @@ def test_deleted_room_is_named_when_it_is_asked_for(deletions, room):
 
 def test_every_room_is_deleted_once():
     core = {path.stem for path in CORE}
-    rooms = {room_of(path) for path in modules()} - core - {"assemble", "__main__", "support"}
+    rooms = {room_of(path) for path in MODULES} - core - {"assemble", "__main__", "support"}
     assert rooms == {Path(room).parts[0].removesuffix(".py") for room in without_rooms.ROOMS}

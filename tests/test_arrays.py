@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled
+from helpers.models import compiled
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
@@ -45,7 +45,7 @@ def refused(kind, data, words, verb=None):
     assert torch.equal(model.net.weight, before)
 
 
-# ---------------------------------------------------------------- what is taken
+# --- what is taken --------------------------------------------------------------------------------
 
 
 def csr(X):
@@ -88,7 +88,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("make", TAKEN.values(), ids=TAKEN)
-def test_each_kind_of_array_trains_as_the_same_numbers_in_a_plain_array_do(make):
+def test_arrays_of_each_kind_train_as_the_same_numbers_in_a_plain_array(make):
     for theirs, plain in zip(trained_on(make(DENSE)), trained_on(DENSE), strict=True):
         np.testing.assert_allclose(theirs, plain, rtol=1e-6)
 
@@ -96,7 +96,7 @@ def test_each_kind_of_array_trains_as_the_same_numbers_in_a_plain_array_do(make)
 @pytest.mark.parametrize(
     "dtype", ["float16", "int8", "int16", "uint16", "int32", "uint32", "uint64", "bool"]
 )
-def test_a_narrow_array_gives_batches_of_the_dtype_that_the_whole_would_have(dtype):
+def test_arrays_of_narrow_dtype_give_batches_of_the_dtype_that_the_whole_would_have(dtype):
     X = np.arange(21).reshape(7, 3).astype(dtype)
     for shuffled in (True, False):
         torch.manual_seed(3)
@@ -107,7 +107,7 @@ def test_a_narrow_array_gives_batches_of_the_dtype_that_the_whole_would_have(dty
         assert torch.equal(torch.cat(batches), as_tensor(X)[order])
 
 
-def test_what_a_forward_writes_into_a_batch_does_not_reach_a_read_only_array():
+def test_arrays_that_are_read_only_are_not_reached_by_a_forward_that_writes_into_its_batch():
     X = read_only(DENSE)
     for batch in as_batches(X, "dl", 8):
         batch.zero_()
@@ -117,7 +117,7 @@ def test_what_a_forward_writes_into_a_batch_does_not_reach_a_read_only_array():
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-def test_a_sparse_tensor_gives_batches_of_its_layout_in_and_out_of_order(layout):
+def test_sparse_tensors_give_batches_of_their_layout_in_and_out_of_order(layout):
     X = torch.as_tensor(DENSE)
     for shuffled in (True, False):
         torch.manual_seed(3)
@@ -129,16 +129,14 @@ def test_a_sparse_tensor_gives_batches_of_its_layout_in_and_out_of_order(layout)
         )
 
 
-def test_a_jagged_tensor_gives_batches_of_its_rows():
+def test_jagged_tensors_give_batches_of_their_rows():
     rows = [torch.full((length, 3), float(length)) for length in (2, 5, 1, 4, 3)]
     X = torch.nested.nested_tensor(rows, layout=torch.jagged)
     lengths = torch.tensor([2.0, 5.0, 1.0, 4.0, 3.0])
     batches = list(as_batches((X, lengths), "dl", 2, shuffle=True))
-    found = [
-        (part, label)
-        for features, labels in batches
-        for part, label in zip(features.unbind(), labels, strict=True)
-    ]
+    found = []
+    for features, labels in batches:
+        found += zip(features.unbind(), labels, strict=True)
     assert sorted(label.item() for _, label in found) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert all(
         torch.equal(part, torch.full((int(label), 3), label.item())) for part, label in found
@@ -154,7 +152,7 @@ class Means(minikeras.Model):
         return torch.stack([part.mean(0) for part in self.fc(x).unbind()])
 
 
-def test_a_model_trains_on_a_jagged_tensor():
+def test_jagged_tensors_train_a_model():
     rows = [torch.randn(length, 3) for length in (2, 5, 1, 4, 3)]
     y = torch.randn(5, 1)
     model = compiled(Means(), nn.MSELoss(), lr=0.0)
@@ -177,7 +175,7 @@ def test_a_model_trains_on_a_jagged_tensor():
         lambda d: StackDataset(a=d.tensors[0]),
     ],
 )
-def test_a_loader_of_unsigned_integers_gives_what_torch_gives(dtype, of):
+def test_unsigned_integers_in_a_loader_give_what_torch_gives(dtype, of):
     top = {torch.uint16: 2**16, torch.uint32: 2**32, torch.uint64: 2**63}[dtype]
     data = of(
         TensorDataset(
@@ -197,7 +195,7 @@ def test_a_loader_of_unsigned_integers_gives_what_torch_gives(dtype, of):
         assert [batch.tolist() for batch in ours] == [batch.tolist() for batch in theirs]
 
 
-def test_a_part_that_is_none_is_left_out_of_arrays_as_it_is_of_batches():
+def test_none_as_a_part_is_left_out_of_arrays_as_it_is_of_batches():
     for theirs, plain in zip(trained_on(DENSE), trained_on(DENSE), strict=True):
         np.testing.assert_array_equal(theirs, plain)
     model = regression(lr=0.0)
@@ -233,7 +231,7 @@ def tensor_dict(**tensors):
 
 
 @pytest.mark.parametrize("kind", [dict, AttributeDict, StrictAttributeDict, tensor_dict])
-def test_a_dict_with_attributes_is_a_dict(kind):
+def test_arrays_in_a_dict_with_attributes_are_those_of_a_dict(kind):
     losses = []
     for make in (dict, kind):
         torch.manual_seed(0)
@@ -246,7 +244,7 @@ def test_a_dict_with_attributes_is_a_dict(kind):
     assert losses[0] == losses[1]
 
 
-# ---------------------------------------------------------------- memory
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def own_memory():
@@ -269,7 +267,7 @@ class Highest(minikeras.Callback):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int16", ">f4"])
 @pytest.mark.parametrize("mode", ["r", "c", "r+"])
-def test_a_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
+def test_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
     width = 512
     rows = 80_000 // np.dtype(dtype).itemsize  # a file of 41 MB
     path = tmp_path / "x.npy"
@@ -287,7 +285,8 @@ def test_a_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
 
     model = compiled(minikeras.Model(AsFloats()), nn.MSELoss(), lr=0.0)
     model.fit(1, (X[:512], y[:512]), (X[:512], y[:512]), batch_size=256, verbose=0)
-    before, highest = own_memory(), Highest()
+    before = own_memory()
+    highest = Highest()
     expected = model.net.fc.bias.item()
     assert model.fit(1, (X, y), batch_size=256, verbose=0, callbacks=[highest])["loss"].iloc[
         -1
@@ -312,7 +311,8 @@ if kind == "array":
 elif kind == "frame":
     X = pd.DataFrame(array, copy=False)
 elif kind == "mixed":
-    X = pd.concat([pd.DataFrame(array, copy=False), pd.DataFrame({"a": np.ones(rows, "float32")})], axis=1)
+    ones = pd.DataFrame({"a": np.ones(rows, "float32")})
+    X = pd.concat([pd.DataFrame(array, copy=False), ones], axis=1)
 else:
     X = pd.DataFrame({str(number): array[:, number].copy() for number in range(width)})
 next(iter(as_batches(pd.DataFrame(np.ones((9, 2))), "dl", 4)))
@@ -335,7 +335,7 @@ print(grown / (rows * width * np.dtype(dtype).itemsize))
         ("mixed", "bool"),
     ],
 )
-def test_an_array_or_a_dataframe_costs_at_most_twice_itself(kind, dtype):
+def test_arrays_and_dataframes_cost_at_most_twice_their_memory(kind, dtype):
     if not sys.platform.startswith("linux"):
         pytest.skip("counts in Linux's units")
     run = subprocess.run(
@@ -346,13 +346,16 @@ def test_an_array_or_a_dataframe_costs_at_most_twice_itself(kind, dtype):
     assert copies < most
 
 
-# ---------------------------------------------------------------- what is refused, and what comes of its remedy
+# --- what is refused, and what comes of its remedy ------------------------------------------------
 
 
-def test_a_masked_array_is_refused_until_it_is_filled():
+def test_masked_array_is_refused_until_it_is_filled():
     X = np.ma.masked_greater(DENSE, 0.9)
     hidden = int(np.ma.count_masked(X))
-    words = rf"dl_train holds a masked array with {hidden} of 60 values masked; .* Pass array.filled\(0\)"
+    words = (
+        rf"dl_train holds a masked array with {hidden} of 60 values masked; "
+        r".* Pass array.filled\(0\)"
+    )
     refused(ValueError, (X, TARGET), words)
     refused(ValueError, [(X, TARGET)], "holds a masked array")  # in a batch as well
     expected = np.where(DENSE > 0.9, 0, DENSE)
@@ -401,7 +404,7 @@ ODD_COLUMNS = {
 
 
 @pytest.mark.parametrize(("column", "words", "remedy"), ODD_COLUMNS.values(), ids=ODD_COLUMNS)
-def test_a_column_that_is_no_number_is_named_and_its_remedy_works(column, words, remedy):
+def test_dataframe_column_that_is_no_number_is_named_and_the_remedy_works(column, words, remedy):
     frame = BASE.assign(c=column)
     refused((TypeError, ValueError), (frame, TARGET), f"dl_train.*{words}")
     if "missing" in words:
@@ -416,13 +419,13 @@ def test_a_column_that_is_no_number_is_named_and_its_remedy_works(column, words,
     assert np.isfinite(trained_on(mended, width=width)[0]).all()
 
 
-def test_a_frame_of_text_alone_becomes_numbers_by_the_remedy():
+def test_dataframe_of_text_alone_becomes_numbers_by_the_remedy():
     frame = pd.DataFrame({"c": CITY, "d": CITY})
     refused(TypeError, (frame, TARGET), r"pandas.get_dummies\(frame, dtype=float\)")
     assert np.isfinite(trained_on(pd.get_dummies(frame, dtype=float), width=4)[0]).all()
 
 
-def test_missing_labels_are_refused_by_a_series_too():
+def test_series_of_missing_labels_is_refused():
     labels = pd.Series([None] + [1] * (ROWS - 1), dtype="Int64")
     refused(ValueError, (DENSE, labels), "dl_train: 1 of 20 values are missing")
     tensor = as_tensor(labels.astype("float64"))
@@ -465,12 +468,12 @@ ODD_ARRAYS = {
 
 
 @pytest.mark.parametrize(("array", "words", "remedy"), ODD_ARRAYS.values(), ids=ODD_ARRAYS)
-def test_an_array_that_is_not_of_numbers_is_refused_and_its_remedy_works(array, words, remedy):
+def test_arrays_that_are_not_of_numbers_are_refused_and_the_remedy_works(array, words, remedy):
     refused((TypeError, ValueError), (DENSE, array), f"dl_train.*{words}")
     assert len(as_tensor(remedy(array))) == ROWS
 
 
-def test_text_in_two_columns_becomes_numbers_by_the_remedy():
+def test_arrays_of_text_in_two_columns_become_numbers_by_the_remedy():
     array = np.array([["a", "1"], ["b", "2"]] * 10)
     refused(
         TypeError,
@@ -483,7 +486,7 @@ def test_text_in_two_columns_becomes_numbers_by_the_remedy():
     )
 
 
-def test_a_frame_of_many_bools_beside_a_float_gives_the_same_batches_fetched_or_copied(monkeypatch):
+def test_dataframe_of_many_bools_and_a_float_gives_the_same_batches_fetched_or_copied(monkeypatch):
     frame = pd.DataFrame({"a": DENSE[:, 0], "b": DENSE[:, 1] > 0, "c": DENSE[:, 2] > 0})
     expected = trained_on(frame)
     monkeypatch.setattr("minikeras.arrays.LARGE", 0)
@@ -491,7 +494,7 @@ def test_a_frame_of_many_bools_beside_a_float_gives_the_same_batches_fetched_or_
         np.testing.assert_array_equal(theirs, plain)
 
 
-def test_a_dataset_of_sparse_tensors_is_told_what_is_taken():
+def test_dataset_of_sparse_tensors_raises_an_error_that_says_what_to_pass():
     X = torch.as_tensor(DENSE).to_sparse()
     with pytest.raises(RuntimeError) as error:
         regression().fit(1, TensorDataset(X, TARGET), verbose=0)
@@ -502,7 +505,7 @@ def test_a_dataset_of_sparse_tensors_is_told_what_is_taken():
     trained_on(X)
 
 
-def test_texts_in_a_list_are_told_to_become_class_numbers():
+def test_list_of_texts_raises_an_error_that_says_how_to_make_class_numbers():
     labels = ["cat", "dog"] * (ROWS // 2)
     refused(
         TypeError,
@@ -513,18 +516,18 @@ def test_texts_in_a_list_are_told_to_become_class_numbers():
     model.fit(1, (DENSE, pd.factorize(np.array(labels))[0]), verbose=0)
 
 
-def test_a_batch_without_features_is_told():
+def test_batch_without_features_raises_an_error():
     refused(ValueError, [(None, TARGET)], "the first part of a batch is None")
 
 
 @pytest.mark.parametrize("number", [torch.tensor(1.0), np.array(1.0)])
-def test_one_number_alone_is_no_data_and_the_remedy_makes_it_a_row(number):
+def test_one_number_as_data_is_refused_and_the_remedy_makes_it_a_row(number):
     words = r"dl holds .* expected an? (tensor|array) with the rows first. .* \.?.*reshape\(1, 1\)"
     refused(ValueError, number, words, verb=lambda model, data: model.predict(data))
     assert regression(width=1).predict(number.reshape(1, 1)).shape == (1, 1)
 
 
-def test_labels_in_a_row_are_told_to_be_a_column():
+def test_labels_of_shape_1_n_raise_an_error_that_says_to_make_a_column():
     refused(ValueError, (DENSE, TARGET.T), "A column is shape .rows, 1.: pass y.T")
     regression().fit(1, (DENSE, TARGET.T.T), verbose=0)
 
@@ -565,7 +568,7 @@ NO_DATA = {
 
 
 @pytest.mark.parametrize(("data", "kind", "words"), NO_DATA.values(), ids=NO_DATA)
-def test_what_is_no_data_is_told_by_the_arguments_name_before_an_epoch(data, kind, words):
+def test_data_of_a_wrong_type_is_refused_by_the_arguments_name_before_an_epoch(data, kind, words):
     refused(kind, data, f"^dl_train {words}")
     refused(
         kind,
@@ -577,7 +580,7 @@ def test_what_is_no_data_is_told_by_the_arguments_name_before_an_epoch(data, kin
     refused(kind, data, f"^dl {words}", lambda model, data: model.predict(data))
 
 
-def test_the_remedies_for_a_path_read_the_file(tmp_path):
+def test_path_as_data_is_refused_and_the_remedies_read_the_file(tmp_path):
     path = tmp_path / "data.csv"
     BASE.assign(label=TARGET[:, 0].numpy()).to_csv(path, index=False)
     with pytest.raises(TypeError) as error:
@@ -599,7 +602,7 @@ def test_the_remedies_for_a_path_read_the_file(tmp_path):
     np.testing.assert_array_equal(trained_on(names["X"])[1], trained_on(DENSE)[1])
 
 
-def test_a_polars_frame_that_cannot_be_used_says_why():
+def test_polars_frame_that_cannot_be_used_says_why():
     polars = pytest.importorskip("polars")
     frame = polars.DataFrame({"a": [1.5] * ROWS, "city": ["Rome"] * ROWS})
     refused(TypeError, (frame, TARGET), "columns that are not numbers: city")
@@ -628,7 +631,7 @@ class Frame:
         return np.stack(list(self.by_name.values()), axis=1)
 
 
-def test_a_frame_of_any_library_is_read_by_its_columns():
+def test_dataframe_of_any_library_is_read_by_its_columns():
     frame = Frame(dict(zip("abc", DENSE.T, strict=True)))
     np.testing.assert_array_equal(trained_on(frame)[1], trained_on(DENSE)[1])
     frame.by_name["c"] = CITY.to_numpy(object)

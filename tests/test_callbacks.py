@@ -1,16 +1,17 @@
-"""The timetable of the loop, as callbacks see it."""
+"""When callbacks are called, and with which logs."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 
 from minikeras import Callback, LambdaCallback
 
 
 class Diary(Callback):
     def __init__(self, name=""):
-        self.name, self.lines = name, []
+        self.name = name
+        self.lines = []
 
     def on_fit_begin(self):
         self.lines.append(f"fit begins with {type(self.model).__name__}")
@@ -54,7 +55,7 @@ def test_callbacks_are_called_in_calendar_order():
     ]
 
 
-def test_epochs_go_on_counting_over_several_fits():
+def test_callbacks_get_epoch_numbers_that_continue_over_several_fits():
     diary = Diary()
     model = compiled()
     model.fit(1, points(8), verbose=0)
@@ -62,7 +63,7 @@ def test_epochs_go_on_counting_over_several_fits():
     assert "epoch 2: loss" in diary.lines
 
 
-def test_logs_at_batch_end_are_running_means():
+def test_callbacks_get_running_means_as_logs_at_batch_end():
     seen = []
     keep = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["rows"]))
     values = iter([1.0, 4.0])
@@ -71,7 +72,7 @@ def test_logs_at_batch_end_are_running_means():
     assert seen == [1.0, (32 * 1.0 + 16 * 4.0) / 48]
 
 
-def test_a_lambda_callback_has_a_function_for_each_moment():
+def test_lambda_callback_has_a_function_for_each_moment():
     lines = []
     every = LambdaCallback(
         on_fit_begin=lambda: lines.append("begin"),
@@ -84,12 +85,13 @@ def test_a_lambda_callback_has_a_function_for_each_moment():
     assert lines == ["begin", 1, 1, ["loss"], "end"]
 
 
-def test_only_those_callbacks_that_began_are_ended():
+def test_callbacks_are_ended_only_if_they_began():
     class Broken(Diary):
         def on_fit_begin(self):
             raise RuntimeError("cannot begin")
 
-    first, last = Diary(), Diary()
+    first = Diary()
+    last = Diary()
     with pytest.raises(RuntimeError, match="cannot begin"):
         compiled().fit(1, points(8), callbacks=[first, Broken(), last], verbose=0)
     assert first.lines == ["fit begins with Net", "fit ends"]
@@ -112,7 +114,7 @@ def test_stop_training_acts_after_the_batch_and_the_epoch_so_far_is_recorded():
     assert dfhistory["val_loss"].notna().all()
 
 
-def test_a_fit_stopped_at_an_epochs_end_trains_again_when_asked():
+def test_stop_training_at_an_epochs_end_does_not_stop_the_next_fit():
     model = compiled()
     stop = LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True))
     assert len(model.fit(5, points(8), callbacks=[stop], verbose=0)) == 1
@@ -122,7 +124,7 @@ def test_a_fit_stopped_at_an_epochs_end_trains_again_when_asked():
 @pytest.mark.parametrize(
     "moment", ["on_fit_begin", "on_epoch_begin", "on_evaluate_begin", "on_epoch_end"]
 )
-def test_an_error_in_a_callback_says_whose_it_is_and_the_others_are_wound_down(moment):
+def test_callback_error_names_the_callback_and_the_others_are_ended(moment):
     class Faulty(Callback):
         pass
 
@@ -130,7 +132,8 @@ def test_an_error_in_a_callback_says_whose_it_is_and_the_others_are_wound_down(m
         raise RuntimeError("no luck")
 
     setattr(Faulty, moment, fail)
-    diary, model = Diary(), compiled()
+    diary = Diary()
+    model = compiled()
     with pytest.raises(RuntimeError, match="no luck") as raised:
         model.fit(1, points(8), points(8), callbacks=[diary, Faulty()], verbose=0)
     assert raised.value.__notes__ == [f"Faulty.{moment}"] + ["epoch 1"] * (moment != "on_fit_begin")
@@ -138,7 +141,7 @@ def test_an_error_in_a_callback_says_whose_it_is_and_the_others_are_wound_down(m
     assert model.training
 
 
-def test_an_error_at_a_batchs_end_says_the_batch_and_the_callback():
+def test_callback_error_at_batch_end_names_the_batch_and_the_callback():
     class Faulty(Callback):
         def on_batch_end(self, batch, logs):
             raise RuntimeError("no luck")
@@ -156,12 +159,13 @@ class Keras(Callback):
         pass
 
 
-def test_methods_that_fit_never_calls_are_told_with_those_it_does():
+def test_callback_methods_that_fit_never_calls_are_warned_of():
     with pytest.warns(UserWarning, match="never calls") as told:
         compiled().fit(1, points(8), callbacks=[Keras()], verbose=0)
     assert [str(warning.message) for warning in told] == [
-        "fit never calls Keras.on_epoch_ends, Keras.on_train_begin. What it calls is on_fit_begin, on_epoch_begin, "
-        "on_batch_end, on_evaluate_begin, on_evaluate_end, on_epoch_end, on_fit_end."
+        "fit never calls Keras.on_epoch_ends, Keras.on_train_begin. What it calls is on_fit_begin, "
+        "on_epoch_begin, on_batch_end, on_evaluate_begin, on_evaluate_end, on_epoch_end, "
+        "on_fit_end."
     ]
     assert told[0].filename == __file__
 
@@ -176,15 +180,13 @@ class OfBoth(Callback, OfAnotherLibrary):
         pass
 
 
-def test_a_callback_of_two_libraries_is_not_told_of_the_methods_of_the_other():
+def test_callback_methods_of_another_library_are_not_warned_of():
     compiled().fit(1, points(8), callbacks=[OfBoth()], verbose=0)  # a warning is an error here
 
 
 @pytest.mark.parametrize("verbose", [0, 2])
 @pytest.mark.parametrize("value", ["good", None, torch.ones(2)])
-def test_a_value_in_the_logs_that_is_no_number_is_refused_and_not_kept_in_the_history(
-    value, verbose
-):
+def test_callback_logs_that_are_no_number_are_refused_and_not_kept_in_the_history(value, verbose):
     model = compiled()
     note = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(note=value))
     with pytest.raises(TypeError) as caught:
@@ -197,12 +199,12 @@ def test_a_value_in_the_logs_that_is_no_number_is_refused_and_not_kept_in_the_hi
 
 
 @pytest.mark.parametrize("value", [1, True, np.float32(1), torch.tensor(1.0), float("nan")])
-def test_numbers_of_any_kind_may_be_logged(value):
+def test_callback_logs_may_be_numbers_of_any_kind(value):
     log = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(note=value))
     assert "note" in compiled().fit(1, points(8), callbacks=[log], verbose=2)
 
 
-def test_a_fit_that_ends_early_says_so_in_a_line_unless_it_is_to_say_nothing(capsys):
+def test_fit_that_ends_early_prints_a_line_unless_verbose_is_0(capsys):
     stop = LambdaCallback(
         on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2)
     )

@@ -1,4 +1,4 @@
-"""Calls in other libraries' words are errors that give the line to write here; the line works."""
+"""Calls as in other libraries raise errors with the line to write here; the line works."""
 
 import copy
 import re
@@ -6,7 +6,7 @@ import re
 import numpy
 import pytest
 import torch
-from conftest import points
+from helpers.models import points
 from torch import nn
 
 import minikeras
@@ -31,7 +31,8 @@ CALLS = {
     ),
     "train_data": (
         lambda m: m.fit(train_data=LOADER, val_data=LOADER, epochs=3, patience=5),
-        "Pass callbacks=[minikeras.EarlyStopping(monitor, patience=5)]. Write model.fit(3, dl_train, dl_val=dl_val).",
+        "Pass callbacks=[minikeras.EarlyStopping(monitor, patience=5)]. Write model.fit(3, "
+        "dl_train, dl_val=dl_val).",
     ),
     "validation_split": (lambda m: m.fit(2, (X, y), validation_split=0.2), "Split the rows before"),
     "class_weight": (
@@ -61,7 +62,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("call", "message"), CALLS.values(), ids=CALLS)
-def test_a_call_in_other_words_gives_the_line_and_the_line_works(call, message):
+def test_fit_called_as_in_another_library_raises_an_error_with_the_line_that_works(call, message):
     made = model()
     with pytest.raises(TypeError, match=re.escape(message)) as raised:
         call(made)
@@ -70,7 +71,7 @@ def test_a_call_in_other_words_gives_the_line_and_the_line_works(call, message):
     eval(line, names | {"model": made, "nn": nn, "torch": torch})
 
 
-def test_the_names_of_other_libraries_say_the_one_here():
+def test_argument_names_of_other_libraries_raise_an_error_with_the_one_here():
     for name in ("KerasModel", "LightModel", "Trainer"):
         with pytest.raises(AttributeError, match=r"Here it is minikeras\.Model"):
             getattr(minikeras, name)
@@ -91,14 +92,14 @@ FIRST = {
 
 
 @pytest.mark.parametrize(("call", "line"), FIRST.values(), ids=FIRST)
-def test_data_before_the_epochs_is_told_the_order_and_the_line_works(call, line):
+def test_fit_with_data_before_the_epochs_raises_an_error_with_the_line_that_works(call, line):
     made = model()
     with pytest.raises(ValueError, match=re.escape(f"Epochs come first: {line}.")):
         call(made)
     eval(f"m.{line}", {"m": made, "X": X, "y": y, "dl_train": LOADER, "dl_val": LOADER})
 
 
-def test_a_constructor_that_is_given_the_loss_says_compile_and_the_line_works():
+def test_model_constructor_with_a_loss_raises_an_error_with_the_compile_line_that_works():
     net = nn.Linear(2, 1)
     calls = (
         lambda: minikeras.Model(
@@ -118,7 +119,7 @@ def test_a_constructor_that_is_given_the_loss_says_compile_and_the_line_works():
         assert len(names["model"].fit(1, (X, y), verbose=0)) == 1
 
 
-def test_methods_of_keras_say_what_to_write():
+def test_keras_methods_raise_an_error_that_says_what_to_write():
     made = model()
     for name in ("predict_proba", "train_on_batch", "save_weights", "load_ckpt"):
         with pytest.raises(AttributeError, match=rf"has no attribute '{name}'\. .*model\."):
@@ -134,7 +135,7 @@ def test_methods_of_keras_say_what_to_write():
     assert Own(nn.Linear(2, 1)).predict_proba(X).shape == (40, 1)
 
 
-def test_one_row_without_its_batch_is_told_what_to_pass():
+def test_predict_of_one_row_without_a_batch_dimension_raises_an_error_that_says_what_to_pass():
     made = model()
     for data in (X[0], X[0].numpy(), list(X)):
         with pytest.raises(
@@ -145,7 +146,7 @@ def test_one_row_without_its_batch_is_told_what_to_pass():
     assert torch.equal(made.predict(torch.stack(list(X))), made.predict(X))
 
 
-def test_rows_in_python_lists_are_told_to_become_an_array():
+def test_rows_in_python_lists_raise_an_error_that_says_to_make_an_array():
     made = model()
     rows = X.tolist()
     with pytest.raises(TypeError) as raised:
@@ -157,7 +158,7 @@ def test_rows_in_python_lists_are_told_to_become_an_array():
     made.fit(1, (numpy.array(rows), numpy.array(y.tolist())), verbose=0)
 
 
-def test_a_validation_batch_that_is_none_is_told_before_a_step():
+def test_validation_batch_that_is_none_is_refused_before_a_step():
     steps = []
     made = model()
     count = minikeras.LambdaCallback(on_batch_end=lambda *_: steps.append(1))
@@ -166,7 +167,7 @@ def test_a_validation_batch_that_is_none_is_told_before_a_step():
     assert not steps
 
 
-def test_history_and_optimizer_say_compile_where_they_are_missing():
+def test_history_and_optimizer_of_a_model_that_is_not_compiled_raise_an_error_that_says_compile():
     for made in (minikeras.Model(nn.Linear(2, 1)), copy.deepcopy(model())):
         for name in ("history", "optimizer"):
             with pytest.raises(AttributeError, match=rf"has no {name}.*Call model\.compile"):
@@ -181,7 +182,7 @@ def test_history_and_optimizer_say_compile_where_they_are_missing():
 @pytest.mark.parametrize(
     "data", [torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8).numpy()], ids=["tensor", "array"]
 )
-def test_a_batch_given_to_summary_as_a_shape_is_told_in_one_line(data, capsys):
+def test_summary_with_a_batch_as_a_shape_raises_an_error_of_one_line(data, capsys):
     net = nn.Conv2d(3, 8, 3)
     for call in (lambda: minikeras.summary(net, data), lambda: minikeras.Model(net).summary(data)):
         with pytest.raises(
@@ -193,7 +194,7 @@ def test_a_batch_given_to_summary_as_a_shape_is_told_in_one_line(data, capsys):
     minikeras.summary(net, (3, 8, 8))
 
 
-def test_the_name_of_a_loss_says_the_object():
+def test_compile_with_the_name_of_a_loss_raises_an_error_with_the_object():
     made = minikeras.Model(nn.Linear(2, 1))
     with pytest.raises(
         TypeError,

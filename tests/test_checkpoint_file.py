@@ -1,4 +1,4 @@
-"""Files of weights and of runs: whole or refused, never half, never able to run anything."""
+"""Files of weights and of runs: loaded whole or refused, and never able to run code."""
 
 import ast
 import io
@@ -15,32 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Net, compiled, points
+from helpers.files import run_file
+from helpers.models import Net, compiled, points
+from helpers.paths import PACKAGE, TESTS
 from torch import nn
 
 import minikeras
 from minikeras import CheckpointError
 from minikeras.checkpoint.file import dump, previous, read, write
 
-PACKAGE = Path(minikeras.__file__).parent
-DATA = Path(__file__).parent / "data"
+DATA = TESTS / "data"
 REMEDY = "There is none written before it: give another file, or move this one away to start anew."
 OF_LOAD = "If it is the wrong file, give another one."
 
 
-def run_file(path, epochs=2, **kwargs):
-    """The state of a short run in a file; the model it is of."""
-    model = compiled(**kwargs)
-    model.fit(epochs, points(40), batch_size=20, verbose=0, checkpoint=path)
-    return model
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["w.pt", "folder/that/is/made/w.pt", "w.safetensors"])
-def test_weights_saved_and_loaded_are_the_same(name, tmp_path):
-    model, other = Net(), Net()
+def test_save_and_load_give_the_same_weights(name, tmp_path):
+    model = Net()
+    other = Net()
     model.save(tmp_path / name)
     other.load(str(tmp_path / name))
     assert all(
@@ -48,8 +43,9 @@ def test_weights_saved_and_loaded_are_the_same(name, tmp_path):
     )
 
 
-def test_a_saved_file_is_what_torch_loads_and_what_torch_saved_is_loaded(tmp_path):
-    model, other = Net(), Net()
+def test_save_writes_what_torch_loads_and_load_reads_what_torch_saved(tmp_path):
+    model = Net()
+    other = Net()
     model.save(tmp_path / "ours.pt")
     other.load_state_dict(torch.load(tmp_path / "ours.pt"))
     torch.save(other.state_dict(), tmp_path / "theirs.pt")
@@ -72,30 +68,33 @@ def test_safetensors_of_others_are_loaded_and_tied_weights_are_saved(tmp_path):
     tied.load(tmp_path / "tied.safetensors")
 
 
-def test_the_state_of_a_run_gives_its_weights(tmp_path):
+def test_load_takes_the_weights_from_the_checkpoint_of_a_run(tmp_path):
     model = run_file(tmp_path / "run.pt")
     other = Net()
     other.load(tmp_path / "run.pt")
     assert torch.equal(other.fc1.weight, model.fc1.weight)
 
 
-def test_weights_of_another_architecture_are_refused_and_the_model_is_as_it_was(tmp_path):
-    model, path = Net(), tmp_path / "w.pt"
+def test_load_refuses_weights_of_another_architecture_and_leaves_the_model_as_it_was(tmp_path):
+    model = Net()
+    path = tmp_path / "w.pt"
     state = model.state_dict()
-    state["fc1.weight"], state["extra"] = torch.zeros(8, 3), torch.zeros(1)
+    state["fc1.weight"] = torch.zeros(8, 3)
+    state["extra"] = torch.zeros(1)
     del state["fc2.bias"]
     torch.save(state, path)
     before = model.fc2.weight.clone()
     with pytest.raises(CheckpointError) as raised:
         model.load(path)
     assert str(raised.value) == (
-        f"{path} holds the weights of another architecture than Net: missing: fc2.bias; unexpected: extra; of another "
-        f"shape: fc1.weight (8, 3) instead of (8, 2). Build the model as it was when the file was written. {OF_LOAD}"
+        f"{path} holds the weights of another architecture than Net: missing: fc2.bias; "
+        "unexpected: extra; of another shape: fc1.weight (8, 3) instead of (8, 2). Build the "
+        f"model as it was when the file was written. {OF_LOAD}"
     )
     assert torch.equal(model.fc2.weight, before)
 
 
-def test_a_folder_of_the_users_is_never_written_over(tmp_path):
+def test_save_never_overwrites_a_folder_of_the_user(tmp_path):
     pairs = [("results", "results"), ("weights.pt", "weights.pt.prev")]
     for _, name in pairs:
         (tmp_path / name).mkdir()
@@ -105,15 +104,16 @@ def test_a_folder_of_the_users_is_never_written_over(tmp_path):
             with pytest.raises(IsADirectoryError) as raised:
                 Net().save(tmp_path / name)
             assert (
-                str(raised.value)
-                == f"{tmp_path / folder} is a folder, and not one of a run. Give the path of a file."
+                str(raised.value) == f"{tmp_path / folder} is a folder, and not one of a run. "
+                "Give the path of a file."
             )
         assert (tmp_path / folder / "data.txt").read_text() == "mine"
 
 
-def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
+def test_load_refuses_weights_under_other_names_and_says_what_to_call(tmp_path):
     net = nn.Linear(2, 1)
-    model, state = minikeras.Model(net), net.state_dict()
+    model = minikeras.Model(net)
+    state = net.state_dict()
     torch.save(state, tmp_path / "bare.pt")
     torch.save(
         {f"module.net.{name}": value for name, value in state.items()}, tmp_path / "wrapped.pt"
@@ -121,8 +121,12 @@ def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
     torch.save({"epoch": 3, "all": model.state_dict()}, tmp_path / "inner.pt")
     remedies = {
         "bare.pt": "They have the names of model.net: model.net.load_state_dict(...) takes them.",
-        "wrapped.pt": 'Each name has "module." in front, which the model\'s have not: save them without it.',
-        "inner.pt": 'They are under "all" in it: model.load_state_dict(torch.load(...)["all"]) takes them.',
+        "wrapped.pt": (
+            'Each name has "module." in front, which the model\'s have not: save them without it.'
+        ),
+        "inner.pt": (
+            'They are under "all" in it: model.load_state_dict(torch.load(...)["all"]) takes them.'
+        ),
     }
     for name, remedy in remedies.items():
         with pytest.raises(CheckpointError) as raised:
@@ -131,7 +135,7 @@ def test_weights_under_other_names_are_refused_with_what_to_call(tmp_path):
 
 
 @pytest.mark.parametrize("path", [".", ""])
-def test_a_checkpoint_without_a_name_is_refused(path):
+def test_checkpoint_without_a_file_name_is_refused(path):
     with pytest.raises(
         ValueError,
         match=r'checkpoint=".?" is not the path of a file. Pass one, such as "run\.pt"\.$',
@@ -139,7 +143,7 @@ def test_a_checkpoint_without_a_name_is_refused(path):
         compiled().fit(1, points(20), checkpoint=path, verbose=0)
 
 
-def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
+def test_load_refuses_a_missing_file_and_one_that_holds_no_weights(tmp_path):
     with pytest.raises(
         FileNotFoundError,
         match=r"there is no file .*w\.pt\. Pass the path of a file that model\.save",
@@ -154,7 +158,7 @@ def test_a_file_that_is_not_there_and_one_that_holds_no_weights(tmp_path):
     )
 
 
-def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
+def test_safetensors_with_a_flipped_bit_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     Net().save(path)
     data = bytearray(path.read_bytes())
@@ -167,16 +171,18 @@ def test_a_flipped_bit_in_safetensors_is_found(tmp_path):
     )
 
 
-def test_without_its_package_safetensors_says_what_to_install(tmp_path, monkeypatch):
+def test_safetensors_without_the_package_raise_an_error_that_says_what_to_install(
+    tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ModuleNotFoundError, match=r"need a package: pip install safetensors$"):
         Net().save(tmp_path / "w.safetensors")
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
-def test_each_damage_is_said_for_what_it_is(tmp_path):
+def test_checkpoint_damage_is_named_for_what_it_is(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     whole = path.read_bytes()
@@ -201,7 +207,7 @@ def test_each_damage_is_said_for_what_it_is(tmp_path):
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_path):
+def test_checkpoint_that_is_damaged_is_replaced_by_the_one_before_with_a_warning(tmp_path):
     path = tmp_path / "run.pt"
     model = run_file(path, epochs=3)
     kept = previous(path).read_bytes()
@@ -209,8 +215,8 @@ def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_p
     with pytest.warns(UserWarning, match="is used instead") as warned:
         again = run_file(path, epochs=3)
     assert str(warned[0].message) == (
-        f"{path} is damaged or cut short: File is not a zip file. The one written before it is {path}.prev. "
-        f"It is used instead."
+        f"{path} is damaged or cut short: File is not a zip file. The one written before it is "
+        f"{path}.prev. It is used instead."
     )
     assert torch.equal(again.fc1.weight, model.fc1.weight)
     assert previous(path).read_bytes() == kept  # a damaged file does not take its place
@@ -219,7 +225,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_used_with_a_warning(tmp_p
         read(path)
 
 
-def test_a_file_that_the_user_removes_starts_anew_whatever_was_before_it(tmp_path):
+def test_checkpoint_removed_by_the_user_starts_again_whatever_was_before_it(tmp_path):
     path = tmp_path / "run.pt"
     first = run_file(path, epochs=3)
     assert previous(path).exists()
@@ -234,8 +240,9 @@ def test_a_file_that_the_user_removes_starts_anew_whatever_was_before_it(tmp_pat
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_there_is_a_whole_file_at_each_moment_of_a_writing(links, tmp_path, monkeypatch):
-    path, seen = tmp_path / "w.pt", []
+def test_checkpoint_is_a_whole_file_at_each_moment_of_a_write(links, tmp_path, monkeypatch):
+    path = tmp_path / "w.pt"
+    seen = []
 
     def watched(function):
         def call(*args, **kwargs):
@@ -257,10 +264,10 @@ def test_there_is_a_whole_file_at_each_moment_of_a_writing(links, tmp_path, monk
     assert sorted(seen) == seen
     assert set(seen) == {1, 2}
     assert (read(path), read(previous(path))) == ([1, 2], [1])
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
-def test_where_both_are_damaged_nothing_is_used(tmp_path):
+def test_checkpoint_is_not_used_if_both_files_are_damaged(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path)
     for damaged in (path, previous(path)):
@@ -281,15 +288,16 @@ def flat(value, where=""):
             )
         ]
     if isinstance(value, dict):
-        return [pair for key, part in value.items() for pair in flat(part, f"{where}/{key}")]
+        pairs = []
+        for key, part in value.items():
+            pairs += flat(part, f"{where}/{key}")
+        return pairs
     if isinstance(value, (list, tuple)):
-        return [
-            pair for number, part in enumerate(value) for pair in flat(part, f"{where}/{number}")
-        ]
+        return flat(dict(enumerate(value)), where)
     return [(where, repr(value))]
 
 
-def test_an_entry_that_claims_to_be_a_folder_is_found(tmp_path):
+def test_checkpoint_entry_that_claims_to_be_a_folder_is_refused(tmp_path):
     """A flip of this one bit makes torch.load return whatever the memory held."""
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
@@ -303,11 +311,13 @@ def test_an_entry_that_claims_to_be_a_folder_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_no_flipped_bit_and_no_cut_is_loaded_wrong(part, tmp_path):
+def test_checkpoint_with_any_flipped_bit_or_cut_is_never_loaded_wrong(part, tmp_path):
     """700 of them: each one found, or harmless since the same values are read."""
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
-    whole, true, draw = path.read_bytes(), flat(read(path)), random.Random(part)
+    whole = path.read_bytes()
+    true = flat(read(path))
+    draw = random.Random(part)
     found = 0
     for number in range(175):
         damaged = bytearray(whole)
@@ -325,7 +335,7 @@ def test_no_flipped_bit_and_no_cut_is_loaded_wrong(part, tmp_path):
     assert found > 100
 
 
-# --- safety -----------------------------------------------------------------------------------------------------------
+# --- safety ---------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -333,8 +343,9 @@ class Evil:
         return os.system, (f"touch {Evil.mark}",)
 
 
-def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
-    Evil.mark, path = tmp_path / "ran", tmp_path / "run.pt"
+def test_checkpoint_that_would_run_code_is_refused_before_it_does(tmp_path):
+    Evil.mark = tmp_path / "ran"
+    path = tmp_path / "run.pt"
     torch.save({"minikeras": 1, "model": Evil()}, path)
     with pytest.raises(CheckpointError) as raised:
         run_file(path)
@@ -348,7 +359,7 @@ def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_nothing_unpickles(path):
+def test_checkpoint_code_unpickles_nothing(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
@@ -375,19 +386,20 @@ class Odd(minikeras.Callback):
         return {"when": [{1, 2}, Path("here")]}
 
 
-def test_a_state_that_is_not_plain_is_refused_before_anything_trains(tmp_path):
+def test_checkpoint_of_a_state_that_is_not_plain_is_refused_before_anything_trains(tmp_path):
     model = compiled()
     before = model.fc1.weight.clone()
     with pytest.raises(TypeError) as raised:
         model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt", callbacks=[Odd()])
     assert str(raised.value) == (
-        "callbacks['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected tensors, numbers, "
-        "strings, lists and dicts. Turn it into these in state_dict, and back in load_state_dict."
+        "callbacks['Odd']['when'][1] is a PosixPath, which a checkpoint cannot hold: expected "
+        "tensors, numbers, strings, lists and dicts. Turn it into these in state_dict, and back in "
+        "load_state_dict."
     )
     assert torch.equal(model.fc1.weight, before)
 
 
-def test_a_metric_that_cannot_be_held_is_refused_before_anything_moves(tmp_path):
+def test_checkpoint_of_a_metric_that_cannot_be_saved_is_refused_before_anything_moves(tmp_path):
     class Window:
         def __init__(self):
             self.last = io.StringIO()
@@ -406,26 +418,26 @@ def test_a_metric_that_cannot_be_held_is_refused_before_anything_moves(tmp_path)
     with pytest.raises(TypeError) as raised:
         model.fit(1, points(8), verbose=0, checkpoint=tmp_path / "run.pt")
     assert str(raised.value) == (
-        "metric 'window' holds a StringIO in .last, which a checkpoint cannot hold. Give the metric state_dict() and "
-        "load_state_dict(state) of tensors, numbers, lists and dicts."
+        "metric 'window' holds a StringIO in .last, which a checkpoint cannot hold. Give the "
+        "metric state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
     )
     assert torch.equal(model.fc1.weight, before)
 
 
-# --- another run's file -----------------------------------------------------------------------------------------------
+# --- another run's file ---------------------------------------------------------------------------
 
 
-def test_a_file_of_weights_is_no_state_of_a_run(tmp_path):
+def test_checkpoint_that_holds_weights_alone_is_refused(tmp_path):
     Net().save(tmp_path / "w.pt")
     with pytest.raises(CheckpointError) as raised:
         run_file(tmp_path / "w.pt")
     assert str(raised.value) == (
-        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start anew, delete {tmp_path / 'w.pt'}, or "
-        f"give another path."
+        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start anew, delete "
+        f"{tmp_path / 'w.pt'}, or give another path."
     )
 
 
-def test_a_run_of_another_optimizer_is_refused(tmp_path):
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     model = Net()
@@ -433,12 +445,13 @@ def test_a_run_of_another_optimizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(2, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in each group). Compile "
-        f"as it was compiled then. To start anew, delete {path}, or give another path."
+        f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in "
+        f"each group). Compile as it was compiled then. To start anew, delete {path}, or give "
+        "another path."
     )
 
 
-def test_a_run_of_another_architecture_is_refused(tmp_path):
+def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path)
     with pytest.raises(
@@ -448,7 +461,7 @@ def test_a_run_of_another_architecture_is_refused(tmp_path):
         run_file(path, model=minikeras.Model(nn.Linear(2, 1)))
 
 
-def test_a_run_with_another_loss_is_refused_before_its_weights_are_taken(tmp_path):
+def test_checkpoint_of_another_loss_is_refused_before_its_weights_are_loaded(tmp_path):
     path, (X, y) = tmp_path / "run.pt", points(40)
 
     def run(loss):
@@ -469,7 +482,7 @@ def test_a_run_with_another_loss_is_refused_before_its_weights_are_taken(tmp_pat
         run(nn.CrossEntropyLoss(weight=torch.ones(3)))
 
 
-def test_layers_without_sizes_yet_take_the_files(tmp_path):
+def test_checkpoint_gives_lazy_layers_their_sizes(tmp_path):
     def made():
         torch.manual_seed(0)
         return minikeras.Model(nn.Sequential(nn.LazyLinear(1), nn.Sigmoid()))
@@ -486,7 +499,7 @@ def test_layers_without_sizes_yet_take_the_files(tmp_path):
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-def test_a_fit_of_other_epochs_is_refused(tmp_path):
+def test_checkpoint_of_a_fit_of_other_epochs_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=4)
     model = compiled()
@@ -494,8 +507,8 @@ def test_a_fit_of_other_epochs_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(1, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a file of its own. To "
-        f"start anew, delete {path} and {path}.prev, or give another path."
+        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a "
+        f"file of its own. To start anew, delete {path} and {path}.prev, or give another path."
     )
     model.fit(1, points(40), verbose=0, checkpoint=tmp_path / "another.pt")
     path.unlink()
@@ -503,7 +516,7 @@ def test_a_fit_of_other_epochs_is_refused(tmp_path):
     assert len(model.fit(1, points(40), verbose=0, checkpoint=path)) == 4
 
 
-def test_a_newer_layout_is_refused(tmp_path):
+def test_checkpoint_of_a_newer_layout_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     write(path, dump(read(path) | {"minikeras": 99}))
@@ -514,7 +527,7 @@ def test_a_newer_layout_is_refused(tmp_path):
         run_file(path)
 
 
-def test_a_file_of_each_older_layout_keeps_loading(tmp_path):
+def test_checkpoint_of_each_older_layout_keeps_loading(tmp_path):
     for old in sorted(DATA.glob("run_v?.pt")):
         path = tmp_path / old.name
         shutil.copy(old, path)
@@ -526,19 +539,20 @@ def test_a_file_of_each_older_layout_keeps_loading(tmp_path):
         assert torch.equal(model.fc1.weight.sum(), torch.load(DATA / "run_v1_sum.pt"))
 
 
-# --- writing that fails -----------------------------------------------------------------------------------------------
+# --- writing that fails ---------------------------------------------------------------------------
 
 
 def limited(code, *, status=0):
-    """A script in a process whose files end at 20,000 bytes from `full()` to `emptied()`; what it printed."""
+    """Run a script whose files are limited from `full()` to `emptied()`; return what it printed."""
     head = f"""
     import resource, signal, sys, warnings
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from conftest import *
+    sys.path.insert(0, {str(TESTS)!r})
+    from helpers.models import *
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     torch.manual_seed(0)
-    def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-    def emptied(): resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    infinity = resource.RLIM_INFINITY
+    def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (3000, infinity))
+    def emptied(): resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
     """
     script = textwrap.dedent(head) + textwrap.dedent(code)
     done = subprocess.run(
@@ -548,7 +562,7 @@ def limited(code, *, status=0):
     return done.stdout, done.stderr
 
 
-def test_a_full_disk_warns_leaves_the_old_file_and_is_tried_again(tmp_path):
+def test_checkpoint_on_a_full_disk_warns_keeps_the_old_file_and_is_tried_again(tmp_path):
     out, err = limited(f"""
     path = {str(tmp_path / "run.pt")!r}
     from minikeras.checkpoint.file import read
@@ -565,12 +579,13 @@ def test_a_full_disk_warns_leaves_the_old_file_and_is_tried_again(tmp_path):
     """)
     assert out == "kept: 1\nin the end: 4\n['run.pt', 'run.pt.prev']\n"
     assert (
-        "run.pt could not be written: [Errno 27] File too large. The state of epoch 2, step 0 is still there. "
+        "run.pt could not be written: [Errno 27] File too large. The state of epoch 2, step 0 is "
+        "still there. "
         "The fit goes on, and it is tried again at the next time." in err
     )
 
 
-def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
+def test_checkpoint_whose_last_state_cannot_be_written_is_an_error(tmp_path):
     _, err = limited(
         f"""
         full()
@@ -579,13 +594,14 @@ def test_what_keeps_the_last_state_from_being_written_is_an_error(tmp_path):
         status=1,
     )
     assert (
-        f"CheckpointError: {tmp_path / 'run.pt'} could not be written: [Errno 27] File too large. Nothing was written "
+        f"CheckpointError: {tmp_path / 'run.pt'} could not be written: [Errno 27] File too large. "
+        "Nothing was written "
         f"before. Make room or give another file: these last weights are not saved." in err
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
+def test_checkpoint_in_a_folder_without_write_permission_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     model = compiled()
     with pytest.raises(
@@ -595,7 +611,7 @@ def test_a_folder_one_may_not_write_to_is_said_too(tmp_path):
     assert model.history.empty
 
 
-def test_checkpoint_every_needs_a_file():
+def test_checkpoint_every_needs_checkpoint():
     with pytest.raises(
         ValueError, match=r'checkpoint_every=5 needs a file\. Pass checkpoint="run\.pt" as well\.$'
     ):

@@ -1,4 +1,4 @@
-"""Whatever the user has becomes the same batches."""
+"""Data of any kind becomes the same batches."""
 
 import collections
 import dataclasses
@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.datasets import Rows
+from helpers.models import compiled, points
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import minikeras
 from minikeras.arrays import as_tensor
@@ -19,20 +20,10 @@ from minikeras.nests import leaves, map_leaves
 from minikeras.rows import count_rows
 
 
-class Rows(Dataset):
-    def __init__(self, X, y):
-        self.X, self.y = X, y
-
-    def __len__(self):
-        return len(self.X)
-
-    def __getitem__(self, row):
-        return self.X[row], self.y[row]
-
-
 class Stream(IterableDataset):
     def __init__(self, X, y):
-        self.X, self.y = X, y
+        self.X = X
+        self.y = y
 
     def __iter__(self):
         return iter(zip(self.X, self.y, strict=True))
@@ -42,7 +33,8 @@ class Batches:
     """Batches again and again, without a length; NumPy arrays, as many generators yield them."""
 
     def __init__(self, X, y):
-        self.X, self.y = X.numpy(), y.numpy()
+        self.X = X.numpy()
+        self.y = y.numpy()
 
     def __iter__(self):
         for start in range(0, len(self.X), 32):
@@ -88,7 +80,7 @@ def seen_by(model, data, **kwargs):
 
 
 @pytest.mark.parametrize("kind", ["Dataset", "tensors"])
-def test_rows_that_are_not_batched_are_shuffled_for_training_only(kind):
+def test_arrays_are_shuffled_for_training_only(kind):
     X, y = points(100)
     model = compiled()
     first, second = (seen_by(model, KINDS[kind](X, y)) for _ in range(2))
@@ -107,7 +99,7 @@ def test_batch_size_is_32_unless_given():
     assert batches == [32, 32, 6, 50, 20, 60, 10]
 
 
-def test_one_batch_size_serves_arrays_beside_a_validation_loader():
+def test_batch_size_of_arrays_does_not_touch_a_validation_loader():
     X, y = points(20)
     assert (
         len(compiled().fit(1, (X, y), DataLoader(TensorDataset(X, y), 5), batch_size=10, verbose=0))
@@ -136,7 +128,7 @@ class Whole(TwoInputs):
     [tuple, list, lambda parts: {"b": parts[1], "a": parts[0]}],
     ids=["tuple", "list", "dict"],
 )
-def test_several_inputs_go_to_forward_unpacked_or_whole(model, join):
+def test_inputs_in_a_tuple_go_to_forward_unpacked_or_whole(model, join):
     X, y = points(50)
     features = join([X[:, :1], X[:, 1:]])
     if model is Whole and isinstance(features, dict):
@@ -160,12 +152,12 @@ class Keywords(TwoInputs):
 
 
 @pytest.mark.parametrize("model", [Optional, Keywords])
-def test_a_dict_goes_by_name_where_its_names_fit_and_whole_where_they_do_not(model):
+def test_inputs_in_a_dict_go_by_name_if_the_names_fit_and_whole_if_not(model):
     X, y = points(50)
     assert len(compiled(model()).fit(1, ({"a": X[:, :1], "b": X[:, 1:]}, y), verbose=0)) == 1
 
 
-def test_a_packed_sequence_is_one_input():
+def test_packed_sequence_is_one_input():
     class Packed(minikeras.Model):
         def __init__(self):
             super().__init__()
@@ -210,14 +202,14 @@ def test_arrays_become_tensors_of_the_default_dtype_and_tensors_stay(array, dtyp
 
 
 @pytest.mark.parametrize("kind", [np.array, pd.Series, lambda values: pd.DataFrame({"a": values})])
-def test_a_whole_number_that_int64_cannot_hold_is_refused(kind):
+def test_arrays_of_whole_numbers_that_int64_cannot_hold_are_refused(kind):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         as_tensor(kind(np.array([1, 2**63 + 5], np.uint64)), "dl_train")
     expected = "expected whole numbers below 2**63, int64's. Pass floats."
     assert str(error.value) == f"dl_train holds 9223372036854775813; {expected}"
 
 
-def test_arrays_become_bfloat16_where_that_is_the_default():
+def test_arrays_become_bfloat16_if_that_is_the_default():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -247,7 +239,7 @@ NESTS = [
 
 
 @pytest.mark.parametrize("nest", NESTS, ids=lambda nest: type(nest).__name__)
-def test_a_nest_keeps_its_structure_when_its_leaves_change(nest):
+def test_nested_data_keeps_its_structure_when_its_leaves_change(nest):
     moved = to_device(nest, torch.device("meta"))
     assert type(moved) is type(nest)
     assert len(leaves(moved)) == len(leaves(nest))
@@ -258,7 +250,7 @@ def test_a_nest_keeps_its_structure_when_its_leaves_change(nest):
 
 
 class Bag(collections.abc.MutableMapping):
-    """A mapping of one's own, which keeps its items in a dict inside."""
+    """A custom mapping, which keeps its items in a dict."""
 
     def __init__(self, items):
         self.items_inside = dict(items)
@@ -279,7 +271,7 @@ class Bag(collections.abc.MutableMapping):
         return len(self.items_inside)
 
 
-def test_a_mapping_of_ones_own_is_not_written_into():
+def test_mapping_of_a_custom_class_is_not_written_into():
     X, y = points(50)
     parts = {"a": X[:, :1], "b": X[:, 1:]}
     features = Bag(parts)
@@ -294,27 +286,28 @@ def test_a_mapping_of_ones_own_is_not_written_into():
     assert to_device(features, torch.device("meta"))["a"].device.type == "meta"
 
 
-def test_a_packed_sequence_moves_as_one():
+def test_packed_sequence_moves_as_one():
     assert isinstance(
         to_device(pack_sequence([torch.ones(2)]), torch.device("meta")), PackedSequence
     )
 
 
-# --- a batch's rows ---------------------------------------------------------------------------------------------------
+# --- a batch's rows -------------------------------------------------------------------------------
 
 
 class Moves:
     """Rows and labels in an object that moves as one."""
 
     def __init__(self, x, y):
-        self.x, self.y = x, y
+        self.x = x
+        self.y = y
 
     def to(self, device):
         return type(self)(self.x.to(device), self.y.to(device))
 
 
 class Tells(Moves):
-    """... and says how many rows it has, as the batches of graph libraries do."""
+    """An object that says how many rows it has, as the batches of graph libraries do."""
 
     @property
     def batch_size(self):
@@ -359,7 +352,7 @@ class OwnSteps(minikeras.Model):
 
 
 @pytest.mark.parametrize("kind", [Tells, Fields, Encoded])
-def test_batches_that_are_one_object_count_by_their_rows(kind):
+def test_batches_that_are_one_object_are_counted_by_their_rows(kind):
     X, y = points(50)
     model = compiled(OwnSteps(), accumulate=2)
     with torch.no_grad():
@@ -374,21 +367,21 @@ def test_batches_that_are_one_object_count_by_their_rows(kind):
     torch.testing.assert_close(model.fc.weight, whole.fc.weight)
 
 
-def test_a_batch_whose_rows_cannot_be_told_is_refused_before_a_weight_moves():
+def test_batch_whose_rows_cannot_be_counted_is_refused_before_a_weight_moves():
     model = compiled(OwnSteps())
     before = model.fc.weight.clone()
     with pytest.raises(ValueError) as error:  # noqa: PT011
         model.fit(1, [(Moves(*points(8)), None)], verbose=0)
     assert str(error.value) == (
-        "the rows of a batch, over which the means are taken, cannot be told: there is no tensor in features Moves, "
-        "labels NoneType. Give labels whose first size is the number of rows; or set an int `batch_size` on the batch, "
-        "as an attribute of an object or a dict subclass of your own; or return minikeras.Average(total, count) from "
-        "the loss and the metrics."
+        "the rows of a batch, over which the means are taken, cannot be told: there is no tensor "
+        "in features Moves, labels NoneType. Give labels whose first size is the number of rows; "
+        "or set an int `batch_size` on the batch, as an attribute of an object or a dict subclass "
+        "of your own; or return minikeras.Average(total, count) from the loss and the metrics."
     )
     assert torch.equal(model.fc.weight, before)
 
 
-def test_labels_tell_the_rows_of_a_batch_that_does_not():
+def test_labels_give_the_row_count_if_the_features_do_not():
     X, y = points(10)
     model = compiled(OwnSteps())
     data = [(Moves(X[:8], y[:8]), y[:8]), (Moves(X[8:], y[8:]), y[8:])]
@@ -396,7 +389,7 @@ def test_labels_tell_the_rows_of_a_batch_that_does_not():
     assert model.evaluate(data)["val_loss"] == pytest.approx(whole, rel=1e-6)
 
 
-def test_predict_needs_no_count_of_the_rows():
+def test_predict_needs_no_row_count():
     X, y = points(10)
     model = OwnSteps()
     torch.testing.assert_close(
@@ -415,5 +408,5 @@ def test_predict_counts_the_rows_of_a_batch_by_its_labels_where_time_comes_first
 
 
 @pytest.mark.parametrize("batch", [3, 2.5, torch.tensor(1.0), None])
-def test_a_number_is_one_row(batch):
+def test_batch_of_one_number_is_one_row(batch):
     assert count_rows(batch) == 1

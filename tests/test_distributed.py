@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on the CPU: the numbers of one process whose batch is all of theirs together."""
+"""distributed="ddp" under torchrun, on the CPU: the numbers of one process with the whole batch."""
 
 import ast
 import functools
@@ -8,25 +8,25 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
-import peers
 import pytest
-import ranks
 import torch
-from conftest import compiled, points
+from helpers import peers
+from helpers.compare import assert_same
+from helpers.launch import PYTHONPATH, launch_cases, results_of, torchrun
+from helpers.models import compiled, points
+from helpers.paths import ROOT
+from helpers.ranks import CASES, common, resume, same_numbers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from launch import assert_same, torchrun
 from torch import nn
 
 import minikeras
 from minikeras.distributed.shards import sync_batchnorm
 from minikeras.distributed.world import World
 
-HERE = Path(__file__).parent
 SAME = [
     "arrays",
     "loader_in_memory",
@@ -100,16 +100,11 @@ ON_THREE = [
 ]
 
 
-def results_of(tmp_path_factory, cases, processes, **env):
-    """Of each case, what each rank found."""
+def results_by(tmp_path_factory, cases, processes, **env):
+    """Run cases of a module under torchrun; return the result of each rank for each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    env = {"FOLDER": str(folder), "ODD": json.dumps(drawn(processes))} | env
-    done = torchrun([HERE / "ranks.py", folder, *cases], processes, env)
-    assert done.returncode == 0, done.stderr
-    results = {
-        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
-        for case in cases
-    }
+    env["ODD"] = json.dumps(drawn(processes))
+    results = results_of("helpers.ranks", folder, cases, processes, **env)
     return results | {"folder": folder}
 
 
@@ -117,7 +112,11 @@ KINDS = ["arrays", "tensors", "rows"]
 
 
 def edges(processes):
-    """Fewer rows than processes, a row or none for the last one in the last step, and nothing left by drop_last."""
+    """Yield the edge cases.
+
+    Fewer rows than processes, one row or none for the last process in the last step, and nothing
+    left by drop_last.
+    """
     step = 2 * processes
     for kind, (rows, drop_last) in itertools.product(
         KINDS,
@@ -140,7 +139,7 @@ def edges(processes):
 
 @st.composite
 def odd_ones(draw, processes):
-    """Any kind of data, as likely as not with a row more or less in the last step than would come out even."""
+    """Draw any kind of data, often with a last step that does not come out even."""
     batch = draw(st.integers(1, 7))  # of each process
     step = batch * processes
     last = draw(st.sampled_from([0, 1, processes - 1, processes, step - 1]) | st.integers(0, step))
@@ -171,54 +170,56 @@ def drawn(processes):
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory):
-    return results_of(tmp_path_factory, ["odd"], 1)
+    return results_by(tmp_path_factory, ["odd"], 1)
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    return results_of(tmp_path_factory, SAME + OTHERS, 2, BUCKET="64")
+    return results_by(tmp_path_factory, SAME + OTHERS, 2, BUCKET="64")
 
 
 @pytest.fixture(scope="module")
 def by_two_at_the_end(tmp_path_factory):
-    return results_of(tmp_path_factory, STEPS, 2, STEP="own")
+    return results_by(tmp_path_factory, STEPS, 2, STEP="own")
 
 
 @pytest.fixture(scope="module")
 def by_three(tmp_path_factory):
-    return results_of(tmp_path_factory, [*ON_THREE, "odd"], 3)
+    return results_by(tmp_path_factory, [*ON_THREE, "odd"], 3)
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_two_processes_find_what_one_finds_with_twice_the_batch(case, by_two, monkeypatch):
+def test_ddp_on_two_processes_finds_what_one_finds_with_twice_the_batch(case, by_two, monkeypatch):
     monkeypatch.setenv("FOLDER", str(by_two["folder"]))
-    expected = ranks.CASES[case](1)
+    expected = CASES[case](1)
     for found in by_two[case]:
         assert_same(found, expected)
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_so_they_do_with_a_step_of_ones_own_whose_gradients_are_sent_at_its_end(
+def test_ddp_with_a_custom_step_sends_its_gradients_at_the_end_and_finds_the_same(
     case, by_two_at_the_end
 ):
-    expected = ranks.CASES[case](1)
+    expected = CASES[case](1)
     for found in by_two_at_the_end[case]:
         assert_same(found, expected)
 
 
 @pytest.mark.parametrize("case", ON_THREE)
-def test_three_processes_do_too(case, by_three, monkeypatch):
+def test_ddp_on_three_processes_finds_what_one_finds(case, by_three, monkeypatch):
     monkeypatch.setenv("FOLDER", str(by_three["folder"]))
-    expected = ranks.CASES[case](1)
+    expected = CASES[case](1)
     for found in by_three[case]:
         assert_same(found, expected)
 
 
 @pytest.mark.parametrize(("processes", "fixture"), [(1, "by_one"), (2, "by_two"), (3, "by_three")])
-def test_any_rows_batch_and_kind_of_data_give_what_one_process_finds(processes, fixture, request):
+def test_ddp_finds_what_one_process_finds_for_any_rows_batch_and_kind_of_data(
+    processes, fixture, request
+):
     results = request.getfixturevalue(fixture)["odd"]
     for number, case in enumerate(drawn(processes)):
-        expected = ranks.odd_one(1, processes, **case)
+        expected = same_numbers.odd_one(1, processes, **case)
         for found in (result[number] for result in results):
             if "error" in expected:
                 assert found == results[0][number], case
@@ -227,17 +228,17 @@ def test_any_rows_batch_and_kind_of_data_give_what_one_process_finds(processes, 
                 assert_same(found, expected, case)
 
 
-def test_the_clock_of_rank_0_ends_the_fit(by_two):
+def test_ddp_timer_ends_the_fit_by_the_clock_of_rank_0(by_two):
     assert by_two["timer"] == [{"epochs": True, "equal": False}] * 2
 
 
-def test_a_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_moves(by_two):
+def test_ddp_loss_that_is_nan_on_one_process_ends_the_fit_on_all_before_a_weight_moves(by_two):
     found = by_two["nan_on_one"]
-    assert [one["mine"] for one in found] == [False, True]
-    assert all(one["same"] and one["epochs"] == 1 for one in found)
+    assert [result["mine"] for result in found] == [False, True]
+    assert all(result["same"] and result["epochs"] == 1 for result in found)
 
 
-def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reaches_no_file(by_two):
+def test_ddp_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reaches_no_file(by_two):
     for rank, found in enumerate(by_two["spoiled_on_one"]):
         for on_nan in ("raise", "stop"):
             expected = {"epochs": 0, "files": [False, False], "mine": rank == 1, "told": rank == 0}
@@ -246,31 +247,33 @@ def test_a_buffer_that_is_infinite_on_one_process_ends_the_fit_on_all_and_reache
         assert found["ignore"]["finite"]
 
 
-def test_rows_that_one_process_cannot_count_are_told_to_all_and_an_average_needs_none(by_two):
-    expected = ranks.rows_unknown_on_one(1)
+def test_ddp_rows_that_one_process_cannot_count_are_an_error_on_all_and_an_average_needs_none(
+    by_two,
+):
+    expected = CASES["rows_unknown_on_one"](1)
     said = expected.pop("said")
     assert (
-        "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': Tensor (5,)"
-        in said
+        "cannot be told: first sizes differ in features {'x': Tensor (6, 2) float64, 'table': "
+        "Tensor (5,)" in said
     )
     for found in by_two["rows_unknown_on_one"]:
         assert found.pop("said") == said
         assert_same(found, expected)
 
 
-def test_all_processes_agree_whether_a_file_is_that_of_another_fit(by_two):
+def test_ddp_processes_agree_whether_a_checkpoint_is_of_another_fit(by_two):
     expected = ["trained", "refused", "trained", "refused", "another fit", "refused"]
     assert [found["said"] for found in by_two["one_file"]] == [expected] * 2
 
 
-def test_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_not(by_two):
+def test_ddp_dropout_differs_between_processes_and_what_is_drawn_after_the_fit_does_not(by_two):
     assert by_two["dropout"] == [{"masks": True, "drawn": False}] * 2
 
 
-def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_two, monkeypatch):
+def test_ddp_rank_0_alone_writes_files_and_gets_the_gathered_predictions(by_two, monkeypatch):
     folder = by_two["folder"]
     monkeypatch.setenv("FOLDER", str(folder))
-    assert_same(by_two["main_alone"][0], ranks.main_alone(1))
+    assert_same(by_two["main_alone"][0], CASES["main_alone"](1))
     assert by_two["main_alone"][1] == {}
     one, two = ((folder / size / "log.csv").read_text() for size in "12")
     assert one.splitlines()[0] == two.splitlines()[0]
@@ -284,30 +287,36 @@ def test_rank_0_alone_writes_files_and_gets_the_predictions_where_asked_for(by_t
     ]
 
 
-def test_what_cannot_be_had_on_several_processes_is_refused_with_a_remedy(by_two):
-    assert by_two["refused"][0]["said"] == by_two["refused"][1]["said"] == [
-        'loss_func has reduction="sum", and training on 2 processes weighs each batch by its rows, which such a sum '
-        'has counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
-        "metric 'mean' is a Mean, an object whose counts in several processes cannot be put together. Give a function "
-        "that returns a mean or an Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object.",
-        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
-        "backward filled the gradient of a parameter twice, after several processes had added it up, as "
-        "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False.",
+def test_ddp_refuses_what_several_processes_cannot_do_with_a_remedy(by_two):
+    said = [
+        'loss_func has reduction="sum", and training on 2 processes weighs each batch by its '
+        'rows, which such a sum has counted already. Build it with reduction="mean", or return '
+        "minikeras.Average(total, count).",
+        "metric 'mean' is a Mean, an object whose counts in several processes cannot be put "
+        "together. Give a function that returns a mean or an Average(total, count), "
+        "minikeras.OnAllRows(function), or a torchmetrics object.",
+        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
+        "train_step.",
+        "backward filled the gradient of a parameter twice, after several processes had added "
+        "it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
+        "use_reentrant=False.",
         "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
-        "the processes have from 1 to 2 batches. Give all the same data: each takes its part of it.",
-    ]  # fmt: skip
+        "the processes have from 1 to 2 batches. Give all the same data: each takes its part "
+        "of it.",
+    ]
+    assert [found["said"] for found in by_two["refused"]] == [said, said]
 
 
-def test_an_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
+def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
     where = "metric 'm', computed at the end of a pass"
     assert [part["said"] for part in by_two["on_all_rows_fails"]] == [
         f"ZeroDivisionError: no rows of this kind {where}",
-        "RuntimeError: process 0 of 2, which calls the function, failed: ZeroDivisionError: no rows of this kind "
-        + where,
+        "RuntimeError: process 0 of 2, which calls the function, failed: ZeroDivisionError: no "
+        "rows of this kind " + where,
     ]
 
 
-def test_a_metric_that_is_no_mean_and_raw_scores_are_told_by_the_first_process_alone(by_two):
+def test_ddp_warnings_of_metrics_come_from_the_first_process_alone(by_two):
     said = ["metric 'f1': the outputs are raw scores,", "metric 'rmse' is no mean over rows: on a"]
     assert [part["said"] for part in by_two["no_means"]] == [said, []]
 
@@ -315,7 +324,8 @@ def test_a_metric_that_is_no_mean_and_raw_scores_are_told_by_the_first_process_a
 def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = (
-        'distributed="ddp" needs several processes, and this one was started alone. Start the script with '
+        'distributed="ddp" needs several processes, and this one was started alone. Start the '
+        "script with "
         "torchrun --nproc-per-node=2 script.py, or leave distributed out."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
@@ -324,22 +334,23 @@ def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
         compiled(distributed="dpp")
 
 
-def test_what_is_other_with_several_processes_is_told(by_two):
+def test_ddp_warns_of_what_is_different_with_several_processes(by_two):
     steps = (
-        "steps_per_execution=4 is 1 on 2 processes, which add up their gradients between backward and step. "
-        "The numbers are the same. Leave it out there."
+        "steps_per_execution=4 is 1 on 2 processes, which add up their gradients between backward "
+        "and step. The numbers are the same. Leave it out there."
     )
     one_row = (
-        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given (1, 8), process {}'s "
-        "part of the batch. Leave the short last batch out with drop_last=True, or choose a bigger batch_size."
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given "
+        "(1, 8), process {}'s part of the batch. Leave the short last batch out with "
+        "drop_last=True, or choose a bigger batch_size."
     )
     nothing = (
-        "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on each of 2 processes. "
-        "Set drop_last=False."
+        "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on "
+        "each of 2 processes. Set drop_last=False."
     )
     norm = (
-        "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. Leave it out, and "
-        "choose a batch_size that is enough for the statistics of each process."
+        "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. "
+        "Leave it out, and choose a batch_size that is enough for the statistics of each process."
     )
     assert by_two["told"] == [
         [steps, norm, one_row.format(0), nothing],
@@ -347,34 +358,32 @@ def test_what_is_other_with_several_processes_is_told(by_two):
     ]
 
 
-def test_one_process_has_no_world():
+def test_distributed_auto_on_one_process_has_no_world():
     run = compiled(sync_batchnorm=True)._run
     assert run.world.size == 1
     assert not run.stepper.parts
 
 
-def test_batchnorm_over_all_processes_keeps_weights_and_names():
-    model, world = (
-        minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))),
-        SimpleNamespace(size=2),
-    )
+def test_sync_batchnorm_keeps_weights_and_names():
+    model = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    world = SimpleNamespace(size=2)
     before = dict(model.named_parameters())
     sync_batchnorm(model, world, torch.device("cuda"))
     assert isinstance(model.net[1], nn.SyncBatchNorm)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
-# --- a group that is there already, without a launcher's variables ---------------------------------------------------
+# --- a group that is there already, without a launcher's variables --------------------------------
 
 
 @pytest.fixture(scope="module")
 def by_peers(tmp_path_factory):
-    """The folder of what two processes left, of which the second stands still at last; and what each printed."""
+    """Run two processes, the second of which stops; return their folder and outputs."""
     folder = tmp_path_factory.mktemp("peers")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     env = {name: value for name, value in os.environ.items() if name not in names}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / "peers.py"), str(folder)]
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-m", "helpers.peers", str(folder)]
     both = [
         subprocess.Popen([*command, rank], env=env, stdout=subprocess.PIPE, text=True)
         for rank in "01"
@@ -382,23 +391,23 @@ def by_peers(tmp_path_factory):
     try:
         printed = [both[0].communicate(timeout=60)[0]]
     finally:
-        for one in both:
-            one.kill()
+        for process in both:
+            process.kill()
     return folder, [*printed, both[1].communicate()[0]]
 
 
-def test_a_group_made_by_the_user_is_taken_and_its_first_process_prints(by_peers):
+def test_process_group_of_the_user_is_taken_and_its_first_process_prints(by_peers):
     folder, printed = by_peers
     assert "Total params: 33" in printed[0]
     assert printed[1] == ""
     torch.manual_seed(0)
     model = compiled()
-    expected = ranks.found(model, model.fit(2, points(30), batch_size=10, verbose=0))
+    expected = common.found(model, model.fit(2, points(30), batch_size=10, verbose=0))
     for rank in range(2):
         assert_same(torch.load(folder / f"{rank}.pt")[0]["weights"], expected["weights"])
 
 
-def test_without_a_launchers_word_a_process_takes_the_gpu_of_its_rank_on_its_machine(monkeypatch):
+def test_process_group_without_local_rank_takes_the_gpu_of_its_rank_on_its_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     asked = {"get_rank": 5, "get_world_size": 8, "get_backend_config": "cpu:gloo,cuda:nccl"}
     for name, answer in asked.items():
@@ -410,36 +419,34 @@ def test_without_a_launchers_word_a_process_takes_the_gpu_of_its_rank_on_its_mac
     assert World().device(torch.device("cuda")) == torch.device("cuda", 3)
 
 
-def test_what_is_saved_is_there_when_any_process_goes_on_and_all_hear_when_it_cannot_be(by_peers):
+def test_process_group_waits_for_a_save_and_all_processes_raise_if_it_fails(by_peers):
     folder, _ = by_peers
     failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
     assert failed[0].startswith(("NotADirectoryError", "FileExistsError"))
     assert (
-        failed[1]
-        == "RuntimeError: process 0 of 2, which writes the files, has failed. Look for its own error."
+        failed[1] == "RuntimeError: process 0 of 2, which writes the files, has failed. "
+        "Look for its own error."
     )
 
 
-def test_a_lost_process_is_an_error_after_the_timeout_of_the_users_group(by_peers):
+def test_process_group_with_a_lost_process_raises_after_the_timeout_of_the_user(by_peers):
     said, seconds = torch.load(by_peers[0] / "left alone.pt")
     assert said.startswith(
-        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the group's timeout. "
-        "Look for its own error first. Processes must make the same calls of fit, evaluate, predict and save. For a "
-        "longer timeout call torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
+        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the "
+        "group's timeout. Look for its own error first. Processes must make the same calls of fit, "
+        "evaluate, predict and save. For a longer timeout call "
+        "torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
     )
-    assert (
-        seconds > peers.TIMEOUT - 1
-    )  # and it has ended at all: a group's own timeout is half an hour
+    # and it has ended at all: a group's own timeout is half an hour
+    assert seconds > peers.TIMEOUT - 1
 
 
-# --- broken off and carried on ----------------------------------------------------------------------------------------
+# --- broken off and carried on --------------------------------------------------------------------
 
 
 def carried_on(folder, processes=2, **env):
     """How the run ended, and what each rank found."""
-    done = torchrun(
-        [HERE / "ranks.py", folder, "carried_on"], processes, {"FOLDER": str(folder)} | env
-    )
+    done = launch_cases("helpers.ranks", folder, ["carried_on"], processes, **env)
     if done.returncode:
         return done, []
     return done, [torch.load(folder / f"carried_on.{rank}.pt") for rank in range(processes)]
@@ -448,9 +455,7 @@ def carried_on(folder, processes=2, **env):
 @pytest.mark.parametrize(
     ("number", "workers"), [("15", "0"), ("9", "1")], ids=["SIGTERM", "SIGKILL, a worker"]
 )
-def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(
-    number, workers, by_two, tmp_path
-):
+def test_ddp_run_killed_on_one_rank_resumes_bit_for_bit(number, workers, by_two, tmp_path):
     done, _ = carried_on(tmp_path, WORKERS=workers, KILL=f"1 {number} 2 4")
     assert done.returncode != 0
     if number == "15":
@@ -462,22 +467,23 @@ def test_a_run_broken_off_by_one_rank_goes_on_bit_by_bit_the_same(
         torch.testing.assert_close(found[rank], expected[rank], rtol=0, atol=0)
 
 
-def test_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
+def test_ddp_run_resumes_from_two_processes_to_one_and_back(tmp_path, monkeypatch):
     monkeypatch.setenv("PLAIN", "1")
     for size, kill in ((2, "0 15 1 3"), (1, "0 15 2 2"), (2, "-1 0 0 0")):
         done, found = carried_on(tmp_path, size, KILL=kill)
         assert bool(done.returncode) == (kill[0] != "-"), done.stderr
-    expected = ranks.carried_on(1, file=False)
-    for one in found:
-        assert_same(one, expected)
+    expected = resume.carried_on(1, file=False)
+    for result in found:
+        assert_same(result, expected)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by_two, tmp_path):
+def test_ddp_run_that_torchrun_restarts_resumes_bit_for_bit(by_two, tmp_path):
+    # see docs/growing.md
     more = {
         "PET_MAX_RESTARTS": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }  # see docs/growing.md
+    }
     done, found = carried_on(tmp_path, KILL="1 9 2 4", **more)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr
@@ -485,19 +491,19 @@ def test_torchrun_starts_a_killed_run_again_which_goes_on_bit_by_bit_the_same(by
         torch.testing.assert_close(found[rank], by_two["whole"][rank], rtol=0, atol=0)
 
 
-def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
-    done = torchrun([HERE / "ranks.py", tmp_path, "raising"])
+def test_ddp_rank_that_raises_ends_all_with_its_error(tmp_path):
+    done = launch_cases("helpers.ranks", tmp_path, ["raising"])
     assert done.returncode == 1
     assert "ValueError: this is the cause" in done.stderr
 
 
-def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twice_the_batch(
+def test_ddp_ring_example_prints_the_table_of_one_process_with_twice_the_batch(
     tmp_path,
 ):
-    example = [HERE.parent / "examples" / "ring_focal.py", "--epochs", "2"]
+    example = [ROOT / "examples" / "ring_focal.py", "--epochs", "2"]
     two = torchrun(example, cwd=tmp_path)
     assert two.returncode == 0, two.stderr
-    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, example), "--batch-size", "200"]
     one = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert two.stdout.splitlines()[:-1] == one.stdout.splitlines()[:-1]
@@ -506,13 +512,14 @@ def test_the_ring_example_prints_one_table_which_is_that_of_one_process_with_twi
 
 
 @pytest.mark.slow
-def test_the_ring_example_on_ray_train_gives_the_history_that_torchrun_gives(tmp_path):
+def test_ray_train_ring_example_gives_the_history_that_torchrun_gives(tmp_path):
     pytest.importorskip("ray", reason='needs pip install "ray[train]"')
-    examples = HERE.parent / "examples"
+    examples = ROOT / "examples"
+    # Ray keeps files there
     env = {
-        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{examples}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{examples}",
         "HOME": str(tmp_path),
-    }  # Ray keeps files there
+    }
     script = tmp_path / "script.py"
     script.write_text(
         "import os, ring_focal\nring_focal.main(3, 100).to_csv(os.environ['RANK'] + '.csv')\n"

@@ -7,7 +7,8 @@ import re
 
 import pytest
 import torch
-from test_package import ROOT, numbers_rounded
+from helpers.pages import numbers_rounded
+from helpers.paths import ROOT
 
 import minikeras
 
@@ -30,23 +31,13 @@ def _offline(monkeypatch):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
-@pytest.fixture
-def _one_thread():
-    """The networks of the pages are small, and other work may share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_offline", "_one_thread")
+@pytest.mark.usefixtures("_offline", "one_thread")
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # SQLAlchemy's, of MLflow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+def test_docs_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        torch.accelerator, "is_available", lambda: False
-    )  # the pages show what the CPU gives
+    # the pages show what the CPU gives
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     namespace = {"__name__": "__main__"}
     blocks = [*blocks_of(page), ("", "")]
     for (language, code), (following, shown) in itertools.pairwise(blocks):
@@ -66,34 +57,32 @@ def run(code, page, namespace):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_page_names_the_language_of_each_of_its_blocks(page):
+def test_docs_page_names_the_language_of_each_of_its_blocks(page):
     fences = re.findall(r"^ *(`{3,}.*)$", page.read_text(), re.MULTILINE)
     assert len(fences) == 2 * len(blocks_of(page))
     assert {language for language, _ in blocks_of(page)} <= {"python", "text", "bash"}
 
 
-def test_every_page_is_in_the_menu():
+def test_docs_menu_has_every_page():
     menu = (ROOT / "mkdocs.yml").read_text()
     assert sorted(re.findall(r": (\w+\.md)$", menu, re.MULTILINE)) == [page.name for page in PAGES]
 
 
-def test_the_reference_has_every_public_name():
+def test_docs_reference_has_every_public_name():
     shown = re.findall(r"^::: minikeras\.(\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted(minikeras.__all__)
 
 
-def test_each_example_is_in_the_list():
+def test_docs_list_each_example():
     listed = re.findall(r"^\| `(\w+\.py)` \|", (DOCS / "examples.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def test_the_figures_are_small():
+def test_docs_figures_are_small_and_shown():
     figures = sorted((DOCS / "img").glob("*.png"))
     assert figures
     assert all(figure.stat().st_size < 100_000 for figure in figures)
-    shown = {
-        name
-        for page in [*PAGES, ROOT / "README.md"]
-        for name in re.findall(r"img/(\w+\.png)", page.read_text())
-    }
-    assert shown == {figure.name for figure in figures}
+    shown = []
+    for page in [*PAGES, ROOT / "README.md"]:
+        shown += re.findall(r"img/(\w+\.png)", page.read_text())
+    assert set(shown) == {figure.name for figure in figures}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import points
+from helpers.interruptions import Stopped
+from helpers.models import points
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, TensorDataset
 
@@ -95,7 +96,8 @@ LOADERS = {
 
 def by_hand(epochs):
     """The batches of a hand-written loop."""
-    sampler, rows = half(), []
+    sampler = half()
+    rows = []
     for epoch in epochs:
         sampler.set_epoch(epoch)
         order = list(sampler)
@@ -104,15 +106,18 @@ def by_hand(epochs):
 
 
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
-def test_each_epoch_has_the_order_of_a_hand_written_loop_over_several_fits(make):
-    seen, loader = model(), make()
+def test_set_epoch_gives_each_epoch_the_order_of_a_hand_written_loop_over_several_fits(make):
+    seen = model()
+    loader = make()
     seen.fit(2, loader, verbose=0)
     seen.fit(2, loader, verbose=0)
     assert seen.rows == by_hand([0, 1, 2, 3])
 
 
-def test_a_dataset_gets_the_number_for_training_and_for_validation():
-    seen, dataset, validated = model(), Shifted(), Shifted()
+def test_set_epoch_of_a_dataset_gets_the_number_for_training_and_for_validation():
+    seen = model()
+    dataset = Shifted()
+    validated = Shifted()
     numbers = []
     look = LambdaCallback(on_evaluate_begin=lambda: numbers.append(validated.epoch))
     seen.fit(3, DataLoader(dataset, 4), DataLoader(validated, 4), callbacks=[look], verbose=0)
@@ -120,21 +125,20 @@ def test_a_dataset_gets_the_number_for_training_and_for_validation():
     assert numbers == [0, 1, 2]
 
 
-def test_a_number_that_a_callback_sets_is_the_one_that_counts():
-    seen, loader = model(), LOADERS["sampler"]()
+def test_set_epoch_of_a_callback_is_the_one_that_counts():
+    seen = model()
+    loader = LOADERS["sampler"]()
     callback = LambdaCallback(on_epoch_begin=lambda epoch: loader.sampler.set_epoch(100 + epoch))
     seen.fit(2, loader, callbacks=[callback], verbose=0)
     assert seen.rows == by_hand([101, 102])
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("steps", [None, 2], ids=["whole epochs", "epochs of 2 batches of 3"])
 @pytest.mark.parametrize("name", ["sampler", "sampler, rows read one by one", "in workers"])
 @pytest.mark.parametrize("stop_at", [2, 4, 5, 6])
-def test_a_resumed_fit_has_the_order_of_one_never_stopped(tmp_path, name, steps, stop_at):
+def test_set_epoch_gives_a_resumed_fit_the_order_of_one_never_stopped(
+    tmp_path, name, steps, stop_at
+):
     def fit(path, stop_at=None):
         seen = model()
 
@@ -158,7 +162,7 @@ def test_a_resumed_fit_has_the_order_of_one_never_stopped(tmp_path, name, steps,
     assert torch.equal(resumed.net.weight, whole.net.weight)
 
 
-def test_data_without_set_epoch_trains_as_before():
+def test_set_epoch_that_is_missing_changes_nothing():
     X, y = points(8)
     plain = minikeras.Model(nn.Linear(2, 1))
     plain.compile(nn.MSELoss(), device="cpu")

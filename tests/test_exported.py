@@ -1,14 +1,15 @@
-"""A verb works in whatever mode its caller is in, and on a program that has one mode alone."""
+"""Exported programs, and fit where the caller has switched gradients off."""
 
 import pytest
 import torch
-from conftest import compiled
+from helpers.models import compiled
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import minikeras
 
-X, Y = torch.randn(20, 3), torch.randn(20, 1)
+X = torch.randn(20, 3)
+Y = torch.randn(20, 1)
 
 
 def linear(**kwargs):
@@ -17,7 +18,7 @@ def linear(**kwargs):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_fit_trains_where_the_caller_has_switched_gradients_off(mode):
+def test_fit_trains_though_the_caller_has_switched_gradients_off(mode):
     expected = linear()
     expected.fit(2, (X, Y), (X, Y), verbose=0)
     model = linear()
@@ -37,7 +38,7 @@ def program(tmp_path):
     return torch.export.load(path).module(), net.eval()
 
 
-def test_a_program_read_back_predicts_and_evaluates(program):
+def test_exported_program_predicts_and_evaluates(program):
     theirs, net = program
     model = compiled(minikeras.Model(theirs), nn.MSELoss())
     with torch.no_grad():
@@ -48,7 +49,7 @@ def test_a_program_read_back_predicts_and_evaluates(program):
     assert model.training
 
 
-def test_a_fit_of_a_program_is_refused_and_both_ways_out_train(program):
+def test_exported_program_is_refused_by_fit_and_both_remedies_train(program):
     theirs, net = program
     model = compiled(minikeras.Model(theirs), nn.MSELoss())
     with pytest.raises(
@@ -77,7 +78,7 @@ class Packed(minikeras.Model):
         return PackedSequence(self.fc(x.data), *x[1:])
 
 
-def test_packed_outputs_are_float32_under_bf16_as_tensors_are():
+def test_packed_sequence_outputs_are_float32_under_bf16_as_tensors_are():
     model = compiled(Packed(), lambda p, t: p.data.mean(), precision="bf16")
     outputs = model.predict([pack_sequence([X[:4], X[:2]])])
     assert outputs.data.dtype == torch.float32
@@ -97,7 +98,7 @@ class Ensemble(nn.Module):
         return torch.vmap(one)(parameters, buffers).mean(0)
 
 
-def test_the_summary_of_a_vmap_shows_what_one_of_its_calls_gives(capsys):
+def test_summary_of_a_vmap_shows_what_one_of_its_calls_gives(capsys):
     result = minikeras.summary(Ensemble(), (4,))
     shapes = {row.layer: row.output_shape for row in result.rows}
     assert shapes == {"": [-1, 1], "nets": None, "nets.0": [-1, 1], "nets.1": None, "nets.2": None}
@@ -105,7 +106,7 @@ def test_the_summary_of_a_vmap_shows_what_one_of_its_calls_gives(capsys):
     assert "nets" in capsys.readouterr().out
 
 
-def test_a_metric_may_give_an_array_of_no_dimension():
+def test_metric_may_return_an_array_of_no_dimension():
     metric = {"mae": lambda y_pred, y_true: (y_pred - y_true).abs().mean().numpy()}
     model = linear(metrics_dict=metric)
     expected = (model.predict(X) - Y).abs().mean().item()

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Net, compiled, points
+from helpers.compare import assert_equal_tensors
+from helpers.files import run_file
+from helpers.models import Net, compiled, points
 from torch import nn
 
 import minikeras
@@ -26,20 +28,16 @@ from minikeras.checkpoint.file import dump, previous, read, write
 DELETE = object()
 
 
-def run_file(path, epochs=2, **kwargs):
-    model = compiled(**kwargs)
-    model.fit(epochs, points(40), batch_size=20, verbose=0, checkpoint=path)
-    return model
-
-
-# --- where a path leads -----------------------------------------------------------------------------------------------
+# --- where a path leads ---------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
 @pytest.mark.parametrize("there", [True, False])
-def test_a_symbolic_link_stays_and_its_target_is_written(there, tmp_path):
+def test_file_behind_a_symbolic_link_is_written_and_the_link_stays(there, tmp_path):
     (tmp_path / "disk").mkdir()
-    real, middle, link = tmp_path / "disk" / "real.pt", tmp_path / "middle.pt", tmp_path / "run.pt"
+    real = tmp_path / "disk" / "real.pt"
+    middle = tmp_path / "middle.pt"
+    link = tmp_path / "run.pt"
     middle.symlink_to("disk/real.pt")
     link.symlink_to("middle.pt")
     if there:
@@ -59,14 +57,14 @@ def test_a_symbolic_link_stays_and_its_target_is_written(there, tmp_path):
         Net().load(link)
 
 
-def test_links_in_a_circle_are_an_error(tmp_path):
+def test_file_links_in_a_circle_are_an_error(tmp_path):
     (tmp_path / "w.pt").symlink_to("w.pt")
     for call in (Net().save, Net().load):
         with pytest.raises(OSError, match="circle"):
             call(tmp_path / "w.pt")
 
 
-def test_the_home_folder_is_expanded_and_chdir_in_a_fit_changes_nothing(tmp_path, monkeypatch):
+def test_file_path_expands_the_home_folder_and_ignores_chdir_in_a_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -97,7 +95,7 @@ def test_the_home_folder_is_expanded_and_chdir_in_a_fit_changes_nothing(tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs")
-def test_fifos_and_devices_are_refused_at_once(tmp_path):
+def test_file_path_of_a_fifo_or_a_device_is_refused_at_once(tmp_path):
     fifo = tmp_path / "w.pt"
     os.mkfifo(fifo)
     safe = tmp_path / "w.safetensors"
@@ -116,7 +114,7 @@ def test_fifos_and_devices_are_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", ".", "folder/", "a\0b", 3, b"w.pt", True])
-def test_what_cannot_be_a_path_is_refused_by_every_writer(path):
+def test_file_path_of_a_wrong_type_is_refused_by_every_writer(path):
     expected = ValueError if isinstance(path, str) else TypeError
     calls = [Net().save, Net().load, minikeras.ModelCheckpoint, minikeras.CSVLogger, run_file]
     for call in calls:
@@ -124,7 +122,7 @@ def test_what_cannot_be_a_path_is_refused_by_every_writer(path):
             call(path)
 
 
-def test_a_folder_with_a_run_in_it_is_not_the_file_in_it(tmp_path):
+def test_file_path_of_a_folder_is_not_the_run_in_it(tmp_path):
     run_file(tmp_path / "exp" / "run.pt", epochs=1)
     for call in (Net().load, Net().save, run_file):
         with pytest.raises(
@@ -136,7 +134,7 @@ def test_a_folder_with_a_run_in_it_is_not_the_file_in_it(tmp_path):
     Net().load(tmp_path / "exp" / "run.pt")
 
 
-def test_two_writers_of_one_path_are_refused_before_the_fit(tmp_path, monkeypatch):
+def test_file_path_of_two_writers_is_refused_before_the_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.pt").symlink_to("run.pt")
     kinds = minikeras.ModelCheckpoint, minikeras.CSVLogger
@@ -153,7 +151,7 @@ def test_two_writers_of_one_path_are_refused_before_the_fit(tmp_path, monkeypatc
     for path, callbacks in calls:
         with pytest.raises(ValueError, match=r"would write one file\. Give each a path of its own"):
             compiled().fit(1, points(8), verbose=0, checkpoint=path, callbacks=callbacks)
-    assert [one.name for one in tmp_path.iterdir()] == ["link.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["link.pt"]
     callbacks = [
         kinds[0]("{epoch}.pt"),
         kinds[0]("best.pt"),
@@ -171,7 +169,7 @@ def test_model_checkpoint_keeps_no_file_before_the_newest_and_save_does(tmp_path
     assert previous(tmp_path / "best.pt").exists()
 
 
-def test_a_stale_checkpoint_says_how_to_start_anew_and_that_works(tmp_path):
+def test_checkpoint_of_an_older_script_says_how_to_start_again_and_that_works(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=2)
     other = minikeras.Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()))
@@ -185,18 +183,19 @@ def test_a_stale_checkpoint_says_how_to_start_anew_and_that_works(tmp_path):
     run_file(path, model=other)
 
 
-# --- writers ----------------------------------------------------------------------------------------------------------
+# --- writers --------------------------------------------------------------------------------------
 
 WRITER = """
 import sys, torch
 from pathlib import Path
 from minikeras.checkpoint.file import dump, write
 for number in range(60):
-    write(Path(sys.argv[1]), dump({"number": number, "values": torch.full((20_000,), float(number))}))
+    value = {"number": number, "values": torch.full((20_000,), float(number))}
+    write(Path(sys.argv[1]), dump(value))
 """
 
 
-def test_two_processes_that_write_one_path_never_damage_it(tmp_path):
+def test_file_written_by_two_processes_is_never_damaged(tmp_path):
     path = tmp_path / "w.pt"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) for _ in range(2)]
     seen = 0
@@ -211,14 +210,16 @@ def test_two_processes_that_write_one_path_never_damage_it(tmp_path):
         time.sleep(0.005)
     assert [writer.returncode for writer in writers] == [0, 0]
     assert seen > 10
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pt.prev"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(
+def test_temporary_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_not(
     tmp_path, monkeypatch
 ):
     path = tmp_path / "w.pt"
-    left, alive, users = atomic.temporary(path), atomic.temporary(path), tmp_path / "w.pt.tmp"
+    left = atomic.temporary(path)
+    alive = atomic.temporary(path)
+    users = tmp_path / "w.pt.tmp"
     for file in (left, users):
         file.write_bytes(b"half")
     with atomic.claim(alive):
@@ -226,12 +227,12 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
         assert left.exists()  # it may be only just begun
         monkeypatch.setattr(atomic, "SETTLED", -1.0)
         Net().save(path)
-        assert sorted(one.name for one in tmp_path.iterdir()) == sorted(
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             ["w.pt", "w.pt.prev", alive.name, users.name]
         )
 
 
-def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
+def test_temporary_file_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda size: "0" * 16)
@@ -242,7 +243,7 @@ def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
-def test_ctrl_c_in_save_is_ctrl_c_and_the_file_before_it_stays(tmp_path):
+def test_save_interrupted_by_ctrl_c_keeps_the_file_before_it(tmp_path):
     script = textwrap.dedent("""
     import signal, sys, time, torch, minikeras
     from torch import nn
@@ -274,10 +275,10 @@ def test_ctrl_c_in_save_is_ctrl_c_and_the_file_before_it_stays(tmp_path):
     assert int(done.stdout) > 0
 
 
-# --- names of weights -------------------------------------------------------------------------------------------------
+# --- names of weights -----------------------------------------------------------------------------
 
 
-def test_names_of_compiled_networks_load_into_plain_ones_and_back(tmp_path):
+def test_load_takes_names_of_compiled_networks_into_plain_ones_and_back(tmp_path):
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     torch.save(torch.compile(inner, backend="eager").state_dict(), tmp_path / "whole.pt")
@@ -300,7 +301,7 @@ def test_names_of_compiled_networks_load_into_plain_ones_and_back(tmp_path):
         assert torch.equal(back.state_dict()["net.0.weight"], inner[0].weight)
 
 
-def test_a_file_with_one_name_of_tied_weights_is_loaded(tmp_path):
+def test_load_takes_a_file_with_one_name_of_tied_weights(tmp_path):
     from safetensors.torch import save_model
 
     def tied():
@@ -308,7 +309,8 @@ def test_a_file_with_one_name_of_tied_weights_is_loaded(tmp_path):
         model.net[1].weight = model.net[0].weight
         return model
 
-    first, second = tied(), tied()
+    first = tied()
+    second = tied()
     save_model(first, str(tmp_path / "tied.safetensors"))
     second.load(tmp_path / "tied.safetensors")
     assert torch.equal(second.net[1].weight, first.net[0].weight)
@@ -319,7 +321,7 @@ def test_a_file_with_one_name_of_tied_weights_is_loaded(tmp_path):
         )
 
 
-# --- values that do not fit -------------------------------------------------------------------------------------------
+# --- values that do not fit -----------------------------------------------------------------------
 
 MISFITS = {
     "a number": 3.0,
@@ -336,8 +338,9 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
-    model, path = Net(), tmp_path / "w.pt"
+def test_load_of_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
+    model = Net()
+    path = tmp_path / "w.pt"
     before = copy.deepcopy(model.state_dict())
     torch.save(
         {key: torch.ones_like(value) for key, value in before.items()}
@@ -346,10 +349,10 @@ def test_a_value_that_does_not_fit_changes_no_weight(name, tmp_path):
     )
     with pytest.raises(CheckpointError):
         model.load(path)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
-def test_a_hook_that_fails_midway_leaves_the_model_as_it_was(tmp_path):
+def test_load_with_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path):
     class Failing(nn.Linear):
         def _load_from_state_dict(self, *args):
             super()._load_from_state_dict(*args)
@@ -360,23 +363,24 @@ def test_a_hook_that_fails_midway_leaves_the_model_as_it_was(tmp_path):
     torch.save({key: value + 1 for key, value in before.items()}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no The model is as it was"):
         model.load(tmp_path / "w.pt")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("value", [torch.full((1,), torch.nan), torch.ones(1, dtype=torch.float64)])
-def test_nan_and_other_floats_are_loaded(value, tmp_path):
+def test_load_takes_nan_and_other_floats(value, tmp_path):
     model = Net()
     torch.save(model.state_dict() | {"fc2.bias": value}, tmp_path / "w.pt")
     model.load(tmp_path / "w.pt")
     assert torch.allclose(model.fc2.bias, value.float(), equal_nan=True)
 
 
-# --- crafted files ----------------------------------------------------------------------------------------------------
+# --- crafted files --------------------------------------------------------------------------------
 
 
 class Call:
     def __init__(self, function, *args):
-        self.function, self.args = function, args
+        self.function = function
+        self.args = args
 
     def __reduce__(self):
         return self.function, self.args
@@ -433,9 +437,10 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_small_file_takes_little_memory_and_time(name, tmp_path):
+def test_load_of_a_small_file_takes_little_memory_and_time(name, tmp_path):
     torch.save(Net().state_dict(), tmp_path / "good.pt")
-    path, limit = tmp_path / "w.pt", sys.getrecursionlimit()
+    path = tmp_path / "w.pt"
+    limit = sys.getrecursionlimit()
     sys.setrecursionlimit(100_000)
     try:
         program = pickled({"a": BOMBS[name]()})
@@ -450,7 +455,7 @@ def test_a_small_file_takes_little_memory_and_time(name, tmp_path):
         Net().load(path)
 
 
-def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path):
+def test_load_refuses_tensors_that_claim_more_than_the_file_has(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         contents = {entry.filename: good.read(entry) for entry in good.infolist()}
@@ -594,7 +599,7 @@ def is_refused(good, place, new, folder):
         assert torch.equal(now[0], drawn[0]), (place, new)
         assert now[1:] == drawn[1:], (place, new)
         assert path.read_bytes() == content
-        assert [one.name for one in folder.iterdir()] == ["run.pt"]
+        assert [path.name for path in folder.iterdir()] == ["run.pt"]
         return True
     except UserWarning:  # taken, and told
         return False
@@ -603,7 +608,7 @@ def is_refused(good, place, new, folder):
     return False
 
 
-def test_no_changed_value_of_a_run_is_taken_half(tmp_path):
+def test_checkpoint_with_any_changed_value_is_never_loaded_halfway(tmp_path):
     """Refused with all as it was, or harmless."""
     with pytest.raises(SystemExit):
         fit_of(tmp_path / "run.pt", Cut())[2]()
@@ -614,7 +619,7 @@ def test_no_changed_value_of_a_run_is_taken_half(tmp_path):
     assert sum(refused) > 40
 
 
-def test_values_that_no_run_has_written_are_refused(tmp_path):
+def test_checkpoint_values_that_no_run_has_written_are_refused(tmp_path):
     with pytest.raises(SystemExit):
         fit_of(tmp_path / "run.pt", Cut())[2]()
     good = read(tmp_path / "run.pt")
@@ -622,7 +627,7 @@ def test_values_that_no_run_has_written_are_refused(tmp_path):
         assert is_refused(good, place, new, tmp_path), (place, new)
 
 
-def test_a_file_of_another_network_is_not_called_damaged(tmp_path):
+def test_checkpoint_of_another_network_is_not_called_damaged(tmp_path):
     path = tmp_path / "run.pt"
     with pytest.raises(SystemExit):
         fit_of(path, Cut())[2]()
@@ -634,7 +639,7 @@ def test_a_file_of_another_network_is_not_called_damaged(tmp_path):
         other.fit(3, points(60), batch_size=20, verbose=0, checkpoint=path)
 
 
-def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
+def test_checkpoint_position_that_would_crash_numpy_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run_file(path, epochs=1)
     state = read(path)
@@ -648,14 +653,18 @@ def test_a_position_that_would_crash_numpy_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_damaged_weights_are_refused_or_harmless(name, tmp_path):
+def test_checkpoint_with_damaged_weights_is_refused_or_harmless(name, tmp_path):
     """Bytes set, removed, doubled and swapped: what is loaded is what was saved."""
-    path, draw = tmp_path / name, random.Random(0)
+    path = tmp_path / name
+    draw = random.Random(0)
     model = Net()
     model.save(path)
-    whole, true, refused = path.read_bytes(), copy.deepcopy(model.state_dict()), 0
+    whole = path.read_bytes()
+    true = copy.deepcopy(model.state_dict())
+    refused = 0
     for number in range(200):
-        damaged, at = bytearray(whole), draw.randrange(len(whole))
+        damaged = bytearray(whole)
+        at = draw.randrange(len(whole))
         if number % 4 == 0:
             damaged[at] = draw.randrange(256)
         elif number % 4 == 1:
@@ -671,7 +680,7 @@ def test_damaged_weights_are_refused_or_harmless(name, tmp_path):
             other.load(path)
         except CheckpointError:
             refused += 1
-            assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+            assert_equal_tensors(other.state_dict(), before)
         else:
-            assert all(torch.equal(value, true[key]) for key, value in other.state_dict().items())
+            assert_equal_tensors(other.state_dict(), true)
     assert refused > 100

@@ -1,13 +1,14 @@
-"""Parameters in parts, on the CPU under torchrun: the numbers of one process, and of whole parameters."""
+"""distributed="fsdp" under torchrun, on the CPU: the numbers of one process and of "ddp"."""
 
 import re
 import shutil
 
 import pytest
-import shards
 import torch
-from conftest import compiled
-from launch import ROOT, assert_same, torchrun
+from helpers import launch, shards
+from helpers.compare import assert_same, copy_weights
+from helpers.launch import launch_cases, torchrun
+from helpers.models import compiled
 
 from minikeras.errors import CheckpointError
 
@@ -26,15 +27,7 @@ SAME = [
 
 
 def results_of(folder, cases, processes=2, **env):
-    """Of each case, what each rank found."""
-    done = torchrun(
-        [ROOT / "tests" / "shards.py", folder, *cases], processes, {"FOLDER": str(folder)} | env
-    )
-    assert done.returncode == 0, done.stderr
-    return {
-        case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(processes)]
-        for case in cases
-    }
+    return launch.results_of("helpers.shards", folder, cases, processes, **env)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(
+def test_fsdp_on_two_processes_finds_what_one_finds_with_twice_the_batch(
     case, in_parts, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("FOLDER", str(tmp_path))
@@ -58,26 +51,32 @@ def test_two_processes_with_parts_find_what_one_finds_with_twice_the_batch(
 
 
 @pytest.mark.parametrize("case", [*SAME, "half"])
-def test_and_what_two_find_with_whole_parameters(case, in_parts, whole):
+def test_fsdp_finds_what_two_processes_find_with_whole_parameters(case, in_parts, whole):
     assert_same(in_parts[case], whole[case])
 
 
-def test_three_processes_some_of_which_have_no_part_of_a_bias_do_too(tmp_path, monkeypatch):
+def test_fsdp_on_three_processes_without_a_part_of_each_bias_finds_what_one_finds(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = {case: shards.CASES[case](1) for case in ("arrays", "penalties")}
     for case, found in results_of(tmp_path, list(expected), 3).items():
-        for one in found:
-            assert_same(one, expected[case])
+        for result in found:
+            assert_same(result, expected[case])
 
 
 @pytest.mark.parametrize("number", ["15", "9"], ids=["SIGTERM", "SIGKILL"])
-def test_a_fit_goes_on_bit_by_bit_the_same_from_its_folder(number, in_parts, tmp_path):
-    env = {"FOLDER": str(tmp_path), "PART": "9"}
-    script = [ROOT / "tests" / "shards.py", tmp_path, "carried_on"]
-    assert torchrun(script, 2, env | {"KILL": f"1 {number} 2 3"}).returncode != 0
+def test_fsdp_run_resumes_bit_for_bit_from_its_folder(number, in_parts, tmp_path):
+    done = launch_cases(
+        "helpers.shards", tmp_path, ["carried_on"], PART="9", KILL=f"1 {number} 2 3"
+    )
+    assert done.returncode != 0
     assert sorted(path.name for path in (tmp_path / "run.pt").iterdir()) == [
-        ".metadata", "__0_0.distcp", "__1_0.distcp", "run.pt"
-    ]  # fmt: skip
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "run.pt",
+    ]
     found = results_of(tmp_path, ["carried_on"], PART="9")
     torch.testing.assert_close(found["carried_on"], in_parts["carried_on"], rtol=0, atol=0)
 
@@ -99,7 +98,7 @@ print(next(model.parameters()).device, *dfhistory.to_numpy().flatten())
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_one_process_trains_on_its_gpu_and_where_there_is_one_on_the_cpu(kind, tmp_path):
+def test_fsdp_and_ddp_of_one_process_train_on_its_gpu_and_on_the_cpu(kind, tmp_path):
     (tmp_path / "script.py").write_text(ON_A_GPU)
     found = {}
     for device in ("cpu", torch.accelerator.current_accelerator().type):
@@ -120,21 +119,24 @@ def broken_off(tmp_path_factory):
     return folder
 
 
-def test_a_fit_goes_from_two_processes_to_one_and_back(broken_off, tmp_path, monkeypatch):
+def test_fsdp_run_resumes_from_two_processes_to_one_and_back(broken_off, tmp_path, monkeypatch):
     monkeypatch.setenv("FOLDER", str(tmp_path))
     expected = shards.carried_on(1)
     shutil.copytree(broken_off / "run.pt", tmp_path / "run.pt")
     monkeypatch.setenv("PART", "3")
     assert shards.carried_on(1) == {}
     assert (tmp_path / "run.pt").is_file()
-    for one in results_of(tmp_path, ["carried_on"], PART="9")["carried_on"]:
-        assert_same(one, expected)
+    for result in results_of(tmp_path, ["carried_on"], PART="9")["carried_on"]:
+        assert_same(result, expected)
     assert (tmp_path / "run.pt").is_dir()
 
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", "run.pt"])
-def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_off, tmp_path):
-    folder, model = tmp_path / "run.pt", shards.Deep().double()
+def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
+    name, broken_off, tmp_path
+):
+    folder = tmp_path / "run.pt"
+    model = shards.Deep().double()
     for one in ("run.pt", "run.pt.prev"):
         shutil.copytree(broken_off / one, tmp_path / one)
     model.load(folder)
@@ -150,47 +152,48 @@ def test_a_damaged_folder_is_refused_and_the_one_before_it_taken(name, broken_of
     model.load(folder)
     shutil.move(tmp_path / "aside", folder)
     shutil.rmtree(tmp_path / "run.pt.prev")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copy_weights(model)
     with pytest.raises(CheckpointError, match=r"is damaged in .* There is none written before it"):
         model.load(folder)
     assert_same(dict(model.state_dict()), before)
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "run.pt").mkdir()
-    said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\. There is none written before it"
+    said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\."
     with pytest.raises(CheckpointError, match=said):
         compiled().fit(
             1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0
         )
 
 
-def test_what_cannot_be_had_with_parts_is_refused_with_a_remedy(in_parts):
-    assert in_parts["refused"][0]["said"] == in_parts["refused"][1]["said"] == [
+def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
+    said = [
         'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
         'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
         "fsdp_blocks: no part of Net is a Conv1d. It has Linear.",
         "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
-        "A step of your own called a layer whose weights are in parts, outside the forward of the block that puts them "
-        'together. Name its class among the blocks: compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).',
-        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in train_step.",
-    ]  # fmt: skip
+        "A step of your own called a layer whose weights are in parts, outside the forward of "
+        "the block that puts them "
+        'together. Name its class among the blocks: compile(distributed="fsdp", '
+        "fsdp_blocks=(nn.Linear,)).",
+        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
+        "train_step.",
+    ]
+    assert [found["said"] for found in in_parts["refused"]] == [said, said]
 
 
 def test_fsdp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    said = (
-        'distributed="fsdp" needs several processes, and this one was started alone. Start the script with '
-        "torchrun --nproc-per-node=2 script.py, or leave distributed out."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+    said = 'distributed="fsdp" needs several processes, and this one was started alone'
+    with pytest.raises(ValueError, match=f"^{said}"):
         compiled(distributed="fsdp")
     said = "fsdp_blocks needs distributed=\"fsdp\", got distributed='auto'. Pass both or none."
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         compiled(fsdp_blocks=torch.nn.Linear)
 
 
-def test_one_process_under_torchrun_trains_alone_with_whole_parameters(monkeypatch):
+def test_fsdp_of_one_process_under_torchrun_trains_with_whole_parameters(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     model = compiled(distributed="fsdp")
     assert model._run.world.size == 1

@@ -1,4 +1,4 @@
-"""A model saved to a folder and built from it again, as huggingface_hub does it. Nothing here goes to the network."""
+"""A model saved to a folder and built from it again by huggingface_hub, without the network."""
 
 import copy
 import itertools
@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import compiled
-from launch import torchrun
+from helpers.launch import torchrun
+from helpers.models import compiled
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,9 +21,12 @@ class Net(HubModel):
 
     def __init__(self, hidden, widths=(1, 2), *, act=None):
         super().__init__()
-        self.hidden, self.widths = hidden, widths
-        self.fc1, self.norm = nn.Linear(2, hidden), nn.BatchNorm1d(hidden)
-        self.act, self.drop = act or nn.ReLU(), nn.Dropout()
+        self.hidden = hidden
+        self.widths = widths
+        self.fc1 = nn.Linear(2, hidden)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.act = act or nn.ReLU()
+        self.drop = nn.Dropout()
         self.fc2 = nn.Linear(hidden, 1)
 
     def forward(self, x):
@@ -36,7 +39,7 @@ def trained():
     return model
 
 
-def test_a_model_comes_back_from_its_folder_with_arguments_and_weights(tmp_path):
+def test_hub_model_comes_back_from_its_folder_with_arguments_and_weights(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path / "net")
     twin = Net.from_pretrained(tmp_path / "net")
@@ -49,7 +52,7 @@ def test_a_model_comes_back_from_its_folder_with_arguments_and_weights(tmp_path)
     assert torch.equal(twin.predict(x), model.predict(x))
 
 
-def test_the_arguments_are_kept_as_they_were_given_though_the_constructor_changes_them(tmp_path):
+def test_hub_model_keeps_its_arguments_as_given_though_the_constructor_changes_them(tmp_path):
     class Stack(HubModel):
         def __init__(self, sizes):
             super().__init__()
@@ -63,7 +66,7 @@ def test_the_arguments_are_kept_as_they_were_given_though_the_constructor_change
     assert len(Stack.from_pretrained(tmp_path).layers) == 2
 
 
-def test_the_folder_holds_what_the_hub_shows(tmp_path):
+def test_hub_model_folder_holds_what_the_hub_shows(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -88,13 +91,15 @@ class Around(HubModel):
 
     def __init__(self, layer, act=nn.Identity, **more):
         super().__init__()
-        self.layer, self.act, self.more = layer, act(), more
+        self.layer = layer
+        self.act = act()
+        self.more = more
 
     def forward(self, x):
         return self.act(self.layer(x))
 
 
-def test_what_json_cannot_hold_is_given_anew(tmp_path):
+def test_hub_model_arguments_that_json_cannot_hold_are_passed_again(tmp_path):
     model = Around(nn.Linear(2, 1), nn.Identity, width=3)
     model.save_pretrained(tmp_path / "plain")
     twin = Around.from_pretrained(tmp_path / "plain", layer=nn.Linear(2, 1))
@@ -126,12 +131,13 @@ class Stacked(HubModel):
     ],
     ids=["module", "array", "dict", "class", "number", "several", "net", "copy"],
 )
-def test_a_model_that_would_come_back_as_another_one_is_not_saved(make, name, what, tmp_path):
+def test_hub_model_that_would_come_back_as_another_one_is_not_saved(make, name, what, tmp_path):
     model = make()
     message = (
-        f"{name} was {what}, which config.json cannot hold: from_pretrained would build {type(model).__name__} without "
-        f"it. Let the constructor take numbers, strings, lists or dicts, under names, and make of them what it needs; "
-        f"or pass config=..., a dict for config.json, and to from_pretrained what is not in it."
+        f"{name} was {what}, which config.json cannot hold: from_pretrained would build "
+        f"{type(model).__name__} without it. Let the constructor take numbers, strings, lists or "
+        "dicts, under names, and make of them what it needs; or pass config=..., a dict for "
+        "config.json, and to from_pretrained what is not in it."
     )
     for write in (model.save_pretrained, model.push_to_hub):
         with pytest.raises(TypeError) as error:
@@ -140,7 +146,7 @@ def test_a_model_that_would_come_back_as_another_one_is_not_saved(make, name, wh
     assert not (tmp_path / "net").exists()
 
 
-def test_a_subclass_may_say_how_its_arguments_become_json(tmp_path):
+def test_hub_model_subclass_may_say_how_its_arguments_become_json(tmp_path):
     def layer(name):
         return getattr(nn, name)()
 
@@ -153,7 +159,7 @@ def test_a_subclass_may_say_how_its_arguments_become_json(tmp_path):
     assert isinstance(Coded.from_pretrained(tmp_path).act, nn.Tanh)
 
 
-def test_the_model_is_compiled_and_trained_before_and_after(tmp_path):
+def test_hub_model_is_compiled_and_trained_before_and_after(tmp_path):
     model = trained()
     before = set(model.state_dict())
     model.save_pretrained(tmp_path)
@@ -163,11 +169,12 @@ def test_the_model_is_compiled_and_trained_before_and_after(tmp_path):
     assert len(twin.fit(1, (torch.randn(40, 2), torch.rand(40, 1).round()), verbose=0)) == 1
 
 
-def test_weights_shared_by_two_layers_come_back_shared(tmp_path):
+def test_hub_model_weights_shared_by_two_layers_come_back_shared(tmp_path):
     class Tied(HubModel):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
             self.b.weight = self.a.weight
 
     model = Tied()
@@ -177,7 +184,7 @@ def test_weights_shared_by_two_layers_come_back_shared(tmp_path):
     assert torch.equal(twin.a.weight, model.a.weight)
 
 
-def test_a_folder_of_another_architecture_is_refused(tmp_path):
+def test_hub_model_of_another_architecture_is_refused(tmp_path):
     trained().save_pretrained(tmp_path)
     with pytest.raises(minikeras.CheckpointError) as caught:
         Net.from_pretrained(tmp_path, hidden=8)
@@ -187,7 +194,7 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
     )
 
 
-def test_a_folder_without_weights_is_an_error(tmp_path):
+def test_hub_model_folder_without_weights_is_an_error(tmp_path):
     trained().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError) as caught:
@@ -223,7 +230,7 @@ assert torch.allclose(Net.from_pretrained(sys.argv[1]).predict(torch.eye(3)), ou
 
 
 @pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
-def test_of_two_processes_one_writes_and_the_weights_are_whole(distributed, tmp_path):
+def test_hub_model_on_two_processes_is_written_by_one_with_whole_weights(distributed, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = torchrun([tmp_path / "script.py", tmp_path / "net", distributed])
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Batches fetched whole are those of the loader, and leave every random generator as the loader does."""
+"""Batches fetched whole are those of the loader, with the same random states after them."""
 
 import itertools
 import random
@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.seeds import seeded
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -33,7 +34,7 @@ ROWS = 23
 
 
 class DrawsAllTheTime(Sampler):
-    """Draws from the global generator when asked for an iterator, at each row, and once more at its end."""
+    """Draw from the global generator when iteration begins, at each row, and at its end."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -70,7 +71,7 @@ class Backwards(BatchSampler):
 
 
 class OneListAgainAndAgain:
-    """A batch sampler that is no Sampler, and hands out one list that it fills anew."""
+    """A batch sampler that is no Sampler, and yields one list that it fills again."""
 
     def __len__(self):
         return 5
@@ -98,10 +99,6 @@ def images():
     )
 
 
-def seeded(seed=7):
-    return torch.Generator().manual_seed(seed)
-
-
 DATASETS = {
     "tensors": plain,
     "images": images,
@@ -110,14 +107,14 @@ DATASETS = {
     "tuple": lambda: StackDataset(*tensors()),
     "dict": lambda: StackDataset(**dict(zip(("X", "y", "z"), tensors(), strict=True))),
     "list": lambda: Subset(plain(), list(range(3, 20))),
-    "tensor": lambda: Subset(plain(), torch.randperm(ROWS, generator=seeded())),
+    "tensor": lambda: Subset(plain(), torch.randperm(ROWS, generator=seeded(7))),
     "numpy": lambda: Subset(plain(), np.arange(20, 3, -1, dtype=np.int32)),
     "range": lambda: Subset(plain(), range(0, ROWS, 2)),
     "negative, repeated": lambda: Subset(plain(), (5, -1, -1, 5, -23, 0, 2, -2, 8)),
     "nested": lambda: Subset(
         Subset(plain(), torch.arange(22, 2, -1)), [-1, 0, 3, 3, -5, 10, 2, 7, 1]
     ),
-    "nested dict": lambda: random_split(StackDataset(a=tensors()[0]), [9, 14], generator=seeded())[
+    "nested dict": lambda: random_split(StackDataset(a=tensors()[0]), [9, 14], generator=seeded(7))[
         1
     ],
 }
@@ -125,27 +122,30 @@ SAMPLING = {
     "in order": lambda d: {},
     "shuffle": lambda d: {"shuffle": True},
     "drop_last": lambda d: {"shuffle": True, "drop_last": True},
-    "own generator": lambda d: {"shuffle": True, "generator": seeded()},
+    "own generator": lambda d: {"shuffle": True, "generator": seeded(7)},
     "own generator, drop_last": lambda d: {
         "shuffle": True,
-        "generator": seeded(),
+        "generator": seeded(7),
         "drop_last": True,
     },
-    "generator of the loader alone": lambda d: {"sampler": RandomSampler(d), "generator": seeded()},
-    "generator of the sampler alone": lambda d: {"sampler": RandomSampler(d, generator=seeded())},
+    "generator of the loader alone": lambda d: {
+        "sampler": RandomSampler(d),
+        "generator": seeded(7),
+    },
+    "generator of the sampler alone": lambda d: {"sampler": RandomSampler(d, generator=seeded(7))},
     "replacement": lambda d: {"sampler": RandomSampler(d, replacement=True)},
     "replacement, generator": lambda d: {
-        "sampler": RandomSampler(d, replacement=True, generator=seeded())
+        "sampler": RandomSampler(d, replacement=True, generator=seeded(7))
     },
     "fewer samples": lambda d: {"sampler": RandomSampler(d, num_samples=5)},
     "more samples": lambda d: {"sampler": RandomSampler(d, num_samples=2 * len(d) + 3)},
     "weighted": lambda d: {"sampler": WeightedRandomSampler(torch.arange(len(d)) + 1.0, 40)},
     "weighted, generator": lambda d: {
-        "sampler": WeightedRandomSampler([1.0] * len(d), 40, generator=seeded())
+        "sampler": WeightedRandomSampler([1.0] * len(d), 40, generator=seeded(7))
     },
     "subset sampler": lambda d: {"sampler": SubsetRandomSampler([0, 5, -1, 2, 2])},
     "subset sampler, generator": lambda d: {
-        "sampler": SubsetRandomSampler(range(8), generator=seeded())
+        "sampler": SubsetRandomSampler(range(8), generator=seeded(7))
     },
     "distributed": lambda d: {"sampler": DistributedSampler(d, num_replicas=2, rank=1)},
     "list as sampler": lambda d: {"sampler": [3, 1, -2, 1]},
@@ -176,7 +176,7 @@ def loader_of(dataset, sampling, num_workers=0, batch_size=4, **kwargs):
 
 
 def seen(batches, epochs=3, stop=None, draw=False):
-    """Batches of some epochs, the second one cut short after `stop`, with the random states after each epoch."""
+    """Return batches of some epochs, the second cut short after `stop`, and the random states."""
     torch.manual_seed(3)
     for epoch in range(epochs):
         iterator = iter(batches)
@@ -225,14 +225,14 @@ def assert_alike(make, **kwargs):
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_batches_and_random_states_are_those_of_the_loader(dataset, sampling):
+def test_in_memory_batches_and_random_states_are_those_of_the_loader(dataset, sampling):
     assert_alike(lambda: loader_of(dataset, sampling), draw=sampling == "more samples")
 
 
 @pytest.mark.parametrize("draw", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 2])
 @pytest.mark.parametrize("sampling", SAMPLING)
-def test_a_break_and_draws_of_ones_own_in_mid_epoch_change_nothing(sampling, stop, draw):
+def test_in_memory_batches_are_the_same_after_a_break_and_draws_in_mid_epoch(sampling, stop, draw):
     assert_alike(lambda: loader_of("list", sampling), stop=stop, draw=draw)
 
 
@@ -240,14 +240,14 @@ def test_a_break_and_draws_of_ones_own_in_mid_epoch_change_nothing(sampling, sto
 @pytest.mark.parametrize(
     "sampling", [name for name in SAMPLING if name != "one list again and again"]
 )
-def test_a_loader_with_workers_draws_the_same_though_none_is_started(sampling):
+def test_in_memory_loader_with_workers_draws_the_same_though_none_is_started(sampling):
     assert_alike(
         lambda: loader_of("nested", sampling, 1, prefetch_factor=2), epochs=2, stop=1, draw=True
     )
 
 
 @pytest.mark.parametrize("dataset", ["images", "nested dict"])
-def test_with_workers_that_fetch_further_ahead_than_there_are_batches(dataset):
+def test_in_memory_loader_with_workers_may_prefetch_more_than_there_are_batches(dataset):
     assert_alike(
         lambda: loader_of(dataset, "draws all the time", 2, prefetch_factor=9),
         epochs=2,
@@ -259,7 +259,7 @@ def test_with_workers_that_fetch_further_ahead_than_there_are_batches(dataset):
 @pytest.mark.parametrize("batch_size", [3, 16, 33, 64, 100, 299, 300, 301])
 @pytest.mark.parametrize("block", [1, 4096, 2**18])
 @pytest.mark.parametrize("sampling", ["in order", "shuffle", "drop_last", "more samples"])
-def test_whatever_the_batch_size_and_however_many_are_gathered_at_once(
+def test_in_memory_batches_are_the_same_for_any_batch_size_and_block(
     monkeypatch, batch_size, block, sampling
 ):
     monkeypatch.setattr(in_memory, "BLOCK", block)
@@ -267,38 +267,38 @@ def test_whatever_the_batch_size_and_however_many_are_gathered_at_once(
 
 
 @pytest.mark.parametrize("dataset", ["tensors", "dict"])
-def test_a_sampler_of_lists_gives_batches_of_lists(dataset):
+def test_in_memory_sampler_of_lists_gives_batches_of_lists(dataset):
     data = DATASETS[dataset]()
     assert_alike(lambda: DataLoader(data, sampler=BatchSampler(SequentialSampler(data), 4, False)))
 
 
-def test_the_order_is_still_the_loaders_where_a_later_torch_shuffles_in_another_way(monkeypatch):
+def test_in_memory_order_is_the_loaders_if_a_later_torch_shuffles_in_another_way(monkeypatch):
     monkeypatch.setattr(in_memory, "_shuffles_as_we_do", lambda: False)
     assert_alike(lambda: loader_of("many rows", "shuffle"))
 
 
-def test_the_installed_torch_shuffles_in_the_way_known_here():
+def test_in_memory_order_knows_how_the_installed_torch_shuffles():
     before = torch.get_rng_state()
     in_memory._shuffles_as_we_do.cache_clear()
     assert in_memory._shuffles_as_we_do()
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_random_states_of_python_and_numpy_are_untouched():
+def test_in_memory_batches_leave_the_random_states_of_python_and_numpy_alone():
     before = random.getstate(), repr(np.random.get_state())
     for sampling in SAMPLING:
         list(InMemoryBatches(loader_of("list", sampling, 2)))
     assert (random.getstate(), repr(np.random.get_state())) == before
 
 
-def test_no_worker_is_started(monkeypatch):
+def test_in_memory_batches_start_no_worker(monkeypatch):
     monkeypatch.setattr(
         torch.multiprocessing.Process, "start", lambda self: pytest.fail("a worker was started")
     )
     assert len(list(InMemoryBatches(loader_of("list", "shuffle", 2)))) == 5
 
 
-def test_what_the_user_changes_between_epochs_is_in_the_next_one():
+def test_in_memory_data_changed_between_epochs_is_in_the_next_one():
     X = torch.zeros(200, 1)
     dataset = Subset(TensorDataset(X), list(range(100)))
     batches = InMemoryBatches(DataLoader(dataset, batch_size=10))
@@ -310,14 +310,14 @@ def test_what_the_user_changes_between_epochs_is_in_the_next_one():
     assert sum(batch.sum() for (batch,) in batches) == 200
 
 
-def test_the_length_and_the_loader_can_be_asked_for():
+def test_in_memory_batches_have_a_length_and_their_loader():
     loader = loader_of("list", "drop_last")
     assert len(InMemoryBatches(loader)) == len(loader) == 4
     assert InMemoryBatches(loader).loader is loader
 
 
 @pytest.mark.parametrize("sampling", ["in order", "own generator"])
-def test_writing_into_a_batch_reaches_neither_the_data_nor_another_batch(sampling):
+def test_in_memory_batches_may_be_written_into(sampling):
     loader = loader_of("many rows", sampling)
     before = [tensor.clone() for tensor in loader.dataset.tensors]
     expected = [facts(batch) for batch in seen(loader, epochs=1)]
@@ -329,7 +329,7 @@ def test_writing_into_a_batch_reaches_neither_the_data_nor_another_batch(samplin
     assert all(map(torch.equal, loader.dataset.tensors, before))
 
 
-def test_a_layer_may_work_in_place_on_its_input_as_on_a_loaders_batch():
+def test_in_memory_batches_may_be_changed_in_place_by_a_layer():
     scale = nn.Parameter(torch.ones(1))
     first, second = itertools.islice(InMemoryBatches(loader_of("many rows", "shuffle")), 2)
     kept = (first[0] * scale.exp()).sum()
@@ -339,14 +339,14 @@ def test_a_layer_may_work_in_place_on_its_input_as_on_a_loaders_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
-def test_each_batch_begins_where_memory_of_its_own_would(dtype):
+def test_in_memory_batches_are_aligned_as_memory_of_their_own(dtype):
     # a matrix product differs in its last bit from one alignment to another
     dataset = TensorDataset(torch.zeros(500, 3, dtype=dtype), torch.zeros(500, 1))
     for batch in InMemoryBatches(DataLoader(dataset, batch_size=33, shuffle=True)):
         assert [tensor.data_ptr() % 64 for tensor in batch] == [0, 0]
 
 
-# --- what is left as it is --------------------------------------------------------------------------------------------
+# --- what is left as it is ------------------------------------------------------------------------
 
 
 class OwnLoader(DataLoader):
@@ -416,7 +416,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("kind", LEFT)
-def test_what_may_do_something_of_its_own_is_left_as_it_is(kind):
+def test_in_memory_is_not_used_for_loaders_with_custom_parts(kind):
     assert not is_in_memory(LEFT[kind]())
 
 
@@ -429,7 +429,7 @@ def test_what_may_do_something_of_its_own_is_left_as_it_is(kind):
         {"pin_memory": True},
     ],
 )
-def test_how_workers_are_run_does_not_matter_where_none_is(options):
+def test_in_memory_ignores_options_of_workers(options):
     loader = DataLoader(plain(), batch_size=4, num_workers=2, **options)
     assert is_in_memory(loader)
     assert len(list(InMemoryBatches(loader))) == 6
@@ -437,7 +437,7 @@ def test_how_workers_are_run_does_not_matter_where_none_is(options):
 
 @pytest.mark.parametrize("rows", [[-24], [23], [[]]])
 @pytest.mark.parametrize("key", ["sampler", "batch_sampler"])
-def test_a_row_that_is_not_there_is_an_index_error_as_with_the_loader(rows, key):
+def test_in_memory_row_that_does_not_exist_is_an_index_error(rows, key):
     loader = DataLoader(plain(), **{key: rows if key == "sampler" or not rows[0] else [rows]})
     for batches in (loader, InMemoryBatches(loader)):
         if key == "sampler" and rows == [[]]:
@@ -447,11 +447,11 @@ def test_a_row_that_is_not_there_is_an_index_error_as_with_the_loader(rows, key)
                 next(iter(batches))
 
 
-# --- arrays handed in, devices ----------------------------------------------------------------------------------------
+# --- arrays handed in, devices --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100, 1000])
-def test_rows_are_gathered_in_their_order_unless_one_is_given(batch_size):
+def test_in_memory_rows_are_gathered_in_their_order_unless_one_is_given(batch_size):
     whole = tensors(700)
     order = torch.randperm(700)
     for given, rows in ((None, torch.arange(700)), (order, order)):
@@ -467,11 +467,11 @@ def test_rows_are_gathered_in_their_order_unless_one_is_given(batch_size):
             )
 
 
-def test_no_rows_give_no_batch():
+def test_in_memory_data_without_rows_gives_no_batch():
     assert list(gathered([torch.zeros(0, 2)], None, 4)) == []
 
 
-def test_a_gradient_flows_back_into_arrays_that_are_trained():
+def test_in_memory_data_that_is_trained_gets_its_gradient():
     X = torch.ones(100, 2, requires_grad=True)
     for (batch,) in gathered([X], None, 10):
         batch.sum().backward()
@@ -479,7 +479,7 @@ def test_a_gradient_flows_back_into_arrays_that_are_trained():
 
 
 @pytest.mark.parametrize("sampling", ["shuffle", "own generator"])
-def test_batches_come_on_the_device(sampling):
+def test_in_memory_batches_come_on_the_device(sampling):
     loader = loader_of("dict", sampling)
     shapes = [{name: part.shape for name, part in batch.items()} for batch in loader]
     batches = list(InMemoryBatches(loader, torch.device("meta")))
@@ -491,7 +491,7 @@ def test_batches_come_on_the_device(sampling):
     ("free", "rows", "moved"),
     [(400, 10, True), (399, 10, False), (10**9, 5, True), (10**9, 4, False)],
 )
-def test_data_moves_whole_only_where_it_fills_a_quarter_of_the_free_memory_and_half_is_wanted(
+def test_in_memory_data_moves_to_the_device_only_if_it_fits_and_half_is_used(
     monkeypatch, free, rows, moved
 ):
     class Tracked(torch.Tensor):
@@ -511,7 +511,7 @@ def test_data_moves_whole_only_where_it_fills_a_quarter_of_the_free_memory_and_h
 @pytest.mark.parametrize("free", [0, 10**12])
 @pytest.mark.parametrize("sampling", ["shuffle", "own generator", "drop_last"])
 @pytest.mark.parametrize("dataset", ["many rows", "images", "nested"])
-def test_batches_on_a_gpu_are_those_of_the_loader(monkeypatch, dataset, sampling, free):
+def test_in_memory_batches_on_a_gpu_are_those_of_the_loader(monkeypatch, dataset, sampling, free):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))

@@ -1,8 +1,8 @@
-"""What may be called inside a fit, by a callback or a step, and what is refused."""
+"""What a callback or a step may call inside a fit, and what is refused."""
 
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras
@@ -41,7 +41,7 @@ def state_of(model):
 
 @pytest.mark.parametrize("verb", ["fit", "compile"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_fit_and_a_compile_of_the_same_model_are_refused_at_every_moment(moment, verb):
+def test_fit_and_compile_inside_a_fit_of_the_same_model_are_refused_at_every_moment(moment, verb):
     model = compiled()
     run, optimizer = model._run, model.optimizer
     actions = {
@@ -59,7 +59,7 @@ def test_a_fit_and_a_compile_of_the_same_model_are_refused_at_every_moment(momen
     assert len(model.history) == (0 if verb == "compile" else len(run.epochs))
 
 
-def test_a_step_that_fits_its_own_model_is_refused():
+def test_fit_inside_a_train_step_of_the_same_model_is_refused():
     class Nested(minikeras.Model):
         def train_step(self, features, labels):
             self.fit(1, (features, labels), verbose=0)
@@ -71,14 +71,15 @@ def test_a_step_that_fits_its_own_model_is_refused():
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_evaluate_predict_and_a_fit_of_another_model_change_nothing(moment):
+def test_evaluate_predict_and_a_fit_of_another_model_inside_a_fit_change_nothing(moment):
     def expected():
         torch.manual_seed(0)
         return compiled()
 
     plain = expected()
     history = fitted(plain, at(moment, lambda: None))
-    other, model = compiled(), expected()
+    other = compiled()
+    model = expected()
     seen = []
 
     def act():
@@ -96,7 +97,7 @@ def test_evaluate_predict_and_a_fit_of_another_model_change_nothing(moment):
         assert torch.equal(mine, theirs)
 
 
-def test_after_a_fit_that_an_error_ended_the_model_can_be_fitted_and_compiled():
+def test_fit_that_an_error_ended_leaves_a_model_to_fit_and_compile():
     model = compiled()
     with pytest.raises(ZeroDivisionError):
         fitted(model, at("on_batch_end", lambda: 1 / 0))

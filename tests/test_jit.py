@@ -1,4 +1,4 @@
-"""jit=True: the same numbers from one graph, and a way down, said once, for what does not trace."""
+"""jit=True: the numbers of eager from one graph; what cannot be traced falls back and warns."""
 
 import copy
 import shutil
@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from conftest import Net, accuracy, points
+from helpers.compare import assert_same_weights
+from helpers.compiling import FAST
+from helpers.models import Net, accuracy, points
+from helpers.reference import accuracy64, reference_fit
 from sklearn.metrics import accuracy_score
-from test_loop import accuracy64, reference_fit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,9 +21,6 @@ import minikeras
 from minikeras import LambdaCallback
 from minikeras.jit.graphs import Graphs, captured, chosen
 
-FAST = {
-    "backend": "aot_eager"
-}  # traces and differentiates as ever, and leaves out the C++ compiler
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -56,20 +55,11 @@ def pair(kind=Net, **kwargs):
     return model, copy.deepcopy(model)
 
 
-def assert_same(model, twin, tolerance=1e-6):
-    for (name, found), expected in zip(
-        twin.state_dict().items(), model.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(
-            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 def way(model):
     return model._run.engine.train.way
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
+# --- the numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +67,7 @@ def way(model):
     list(zip(OPTIMIZERS.values(), [*PATHS.values()] * 3, strict=True)),
     ids=OPTIMIZERS,
 )
-def test_history_and_weights_equal_eager(make, path):
+def test_jit_history_and_weights_equal_eager(make, path):
     model, twin = pair()
     compiled(model, optimizer=make(model.parameters()))
     compiled(twin, optimizer=make(twin.parameters()), **path)
@@ -85,7 +75,7 @@ def test_history_and_weights_equal_eager(make, path):
     found = twin.fit(2, batches(), batches(30, 11), verbose=0)
     found = twin.fit(2, batches(), batches(30, 11), verbose=0)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     assert way(twin) == "one graph"
 
 
@@ -93,7 +83,7 @@ def test_history_and_weights_equal_eager(make, path):
 @pytest.mark.parametrize(
     ("rows", "batch_size", "drop_last"), [(70, 8, False), (41, 8, True), (9, 7, False)]
 )
-def test_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path):
+def test_jit_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path):
     X, y = (tensor.double() for tensor in points(rows))
     model = Net().double()
     bare = copy.deepcopy(model)
@@ -109,12 +99,12 @@ def test_history_equals_a_bare_loop_in_float64(rows, batch_size, drop_last, path
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
 )
-def test_the_compiled_code_gives_the_numbers_of_eager():
+def test_jit_code_of_the_compiler_gives_the_numbers_of_eager():
     model, twin = pair()
     compiled(model)
     compiled(twin, jit=True, steps_per_execution=2)
     expected, found = (
-        one.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for one in (model, twin)
+        net.fit(3, batches(20, 20, 20, 20), batches(20), verbose=0) for net in (model, twin)
     )
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
@@ -122,18 +112,18 @@ def test_the_compiled_code_gives_the_numbers_of_eager():
     assert twin._run.engine.forwards["whole"].worked
 
 
-def test_a_penalty_that_holds_on_to_the_parameters_keeps_its_gradient():
+def test_jit_penalty_on_the_parameters_keeps_its_gradient():
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
+    for net, jit in ((model, False), (twin, FAST)):
 
-        def loss_func(y_pred, y_true, one=one):
-            return F.binary_cross_entropy(y_pred, y_true) + minikeras.l2_penalty(one, 1.0)
+        def loss_func(y_pred, y_true, net=net):
+            return F.binary_cross_entropy(y_pred, y_true) + minikeras.l2_penalty(net, 1.0)
 
-        compiled(one, loss_func, jit=jit).fit(3, batches(), verbose=0)
-    assert_same(model, twin)
+        compiled(net, loss_func, jit=jit).fit(3, batches(), verbose=0)
+    assert_same_weights(model, twin)
 
 
-def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
+def test_jit_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
     class Odd(Net):
         def __init__(self):
             super().__init__()
@@ -147,11 +137,11 @@ def test_batch_norm_frozen_and_unused_parameters_are_as_in_eager():
     model, twin = pair(Odd)
     compiled(model).fit(2, batches(), verbose=0)
     compiled(twin, jit=FAST).fit(2, batches(), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert twin.norm.num_batches_tracked == 16
 
 
-def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
+def test_jit_graph_takes_sample_weights_several_inputs_and_averages():
     class Two(Net):
         def forward(self, a, b):
             return super().forward(torch.cat([a, b], 1))
@@ -169,23 +159,23 @@ def test_weights_of_rows_several_inputs_and_averages_go_through_the_graph():
     pd.testing.assert_frame_equal(
         twin.fit(2, data, data, verbose=0), model.fit(2, data, data, verbose=0), rtol=1e-5
     )
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
-def test_several_optimizers_step_in_one_graph():
+def test_jit_graph_steps_several_optimizers():
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
+    for net, jit in ((model, False), (twin, FAST)):
         optimizers = {
-            name: torch.optim.SGD(getattr(one, name).parameters(), lr=0.1)
+            name: torch.optim.SGD(getattr(net, name).parameters(), lr=0.1)
             for name in ("fc1", "fc2")
         }
-        compiled(one, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
-    assert_same(model, twin)
+        compiled(net, optimizer=optimizers, jit=jit).fit(2, batches(), verbose=0)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
-def test_callbacks_see_every_so_many_steps():
+def test_jit_callbacks_see_every_so_many_steps():
     seen = []
     model = compiled(Net(), jit=FAST, steps_per_execution=3)
     model.fit(
@@ -197,10 +187,10 @@ def test_callbacks_see_every_so_many_steps():
     assert seen == [1, 4, 7, 8]  # the first by itself, and what is left at the end
 
 
-# --- what may change between steps ------------------------------------------------------------------------------------
+# --- what may change between steps ----------------------------------------------------------------
 
 
-def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
+def test_jit_follows_schedulers_and_rates_set_by_hand_without_compiling_again():
     def train(one, **kwargs):
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), **kwargs)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(one.optimizer, 0.9)
@@ -208,13 +198,14 @@ def test_schedulers_and_rates_set_by_hand_are_followed_without_compiling_anew():
         return one.fit(5, batches(), callbacks=[step], verbose=0)
 
     model, twin = pair()
-    expected, found = train(model), train(twin, jit=FAST)
+    expected = train(model)
+    found = train(twin, jit=FAST)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert isinstance(twin.optimizer.param_groups[0]["lr"], float)
     assert way(twin) == "one graph"
 
 
-def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
+def test_jit_follows_a_learning_rate_in_a_tensor():
     def set_rate(one, epoch):
         group = one.optimizer.param_groups[0]
         if epoch == 2:
@@ -223,15 +214,15 @@ def test_a_rate_that_is_put_in_a_tensor_and_changed_there_is_followed():
             group["lr"].mul_(0.1)
 
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
-        compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.5), jit=jit)
-        change = LambdaCallback(on_epoch_begin=lambda epoch, one=one: set_rate(one, epoch))
-        one.fit(4, batches(), callbacks=[change], verbose=0)
-    assert_same(model, twin)
+    for net, jit in ((model, False), (twin, FAST)):
+        compiled(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.5), jit=jit)
+        change = LambdaCallback(on_epoch_begin=lambda epoch, net=net: set_rate(net, epoch))
+        net.fit(4, batches(), callbacks=[change], verbose=0)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
-def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said_once():
+def test_jit_follows_another_setting_of_the_optimizer_outside_the_graph_and_warns_once():
     def train(one, **kwargs):
         compiled(one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9), **kwargs)
 
@@ -248,17 +239,17 @@ def test_another_setting_of_the_optimizer_is_followed_outside_the_graph_and_said
         found = train(twin, jit=FAST)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
-def test_batches_of_many_sizes_take_two_graphs():
+def test_jit_batches_of_many_sizes_take_two_graphs():
     model = compiled(Net(), jit=FAST)
     model.fit(1, batches(*range(20, 40)), verbose=0)
     assert set(model._run.engine.train.graphs.compiled) == {True, False}
     assert way(model) == "one graph"
 
 
-def test_ten_models_in_one_process_share_no_limit():
+def test_jit_of_ten_models_in_one_process_shares_no_limit():
     for _ in range(10):
         model = compiled(Net(), jit=FAST)
         with warnings.catch_warnings():
@@ -267,15 +258,15 @@ def test_ten_models_in_one_process_share_no_limit():
         assert way(model) == "one graph"
 
 
-def test_a_layer_thawed_between_fits_is_trained():
+def test_jit_trains_a_layer_thawed_between_fits():
     model, twin = pair()
-    for one, jit in ((model, False), (twin, FAST)):
-        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
-        one.fc1.requires_grad_(False)
-        compiled(one, optimizer=optimizer, jit=jit).fit(1, batches(), verbose=0)
-        one.fc1.requires_grad_(True)
-        one.fit(1, batches(), verbose=0)
-    assert_same(model, twin)
+    for net, jit in ((model, False), (twin, FAST)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net.fc1.requires_grad_(False)
+        compiled(net, optimizer=optimizer, jit=jit).fit(1, batches(), verbose=0)
+        net.fc1.requires_grad_(True)
+        net.fit(1, batches(), verbose=0)
+    assert_same_weights(model, twin)
 
 
 def thaw(model):
@@ -308,7 +299,8 @@ class Detour(Net):
 
     def __init__(self):
         super().__init__()
-        self.fc3, self.long_way = nn.Linear(2, 2), False
+        self.fc3 = nn.Linear(2, 2)
+        self.long_way = False
         self.fc1.requires_grad_(False)
 
     def forward(self, x):
@@ -332,34 +324,34 @@ class Detour(Net):
         (take_another_way, "batch", "jit", "RMSprop"),
     ],
 )
-def test_what_a_callback_does_to_parameters_and_optimizers_holds_in_the_graph_too(
+def test_jit_graph_follows_what_a_callback_does_to_parameters_and_optimizers(
     change, moment, path, kind
 ):
     model, twin = pair(Detour)
-    for one, kwargs in ((model, {}), (twin, PATHS[path])):
-        late = list(one.fc1.parameters()) if change is add_group else []
+    for net, kwargs in ((model, {}), (twin, PATHS[path])):
+        late = list(net.fc1.parameters()) if change is add_group else []
         early = [
             parameter
-            for parameter in one.parameters()
+            for parameter in net.parameters()
             if not any(parameter is other for other in late)
         ]
-        compiled(one, optimizer=OPTIMIZERS[kind](early), **kwargs)
-        vars(one).update(late=late, kept=copy.deepcopy(one.optimizer.state_dict()))
+        compiled(net, optimizer=OPTIMIZERS[kind](early), **kwargs)
+        vars(net).update(late=late, kept=copy.deepcopy(net.optimizer.state_dict()))
 
-        def at(number, logs=None, one=one):
+        def at(number, logs=None, net=net):
             if number == {"epoch": 2, "batch": 4}[moment]:
-                change(one)
+                change(net)
 
         changing = LambdaCallback(**{f"on_{moment}_{'begin' if moment == 'epoch' else 'end'}": at})
-        one.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
-    assert_same(model, twin, 1e-5)
+        net.fit(3 if moment == "epoch" else 1, batches(), callbacks=[changing], verbose=0)
+    assert_same_weights(model, twin, 1e-5)
     torch.testing.assert_close(
         twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5
     )
     assert way(twin) == "one graph"
 
 
-def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said_once(monkeypatch):
+def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(monkeypatch):
     def train(one, **kwargs):
         compiled(one, optimizer=OPTIMIZERS["SGD"](one.parameters()), **kwargs)
         clear = LambdaCallback(on_epoch_begin=lambda epoch: forget(one))
@@ -370,11 +362,11 @@ def test_a_state_that_is_forgotten_each_epoch_is_worth_no_graph_and_that_is_said
     train(model)
     with pytest.warns(UserWarning, match="jit") as caught:
         train(twin, jit=FAST)
-    assert [str(one.message) for one in caught] == [
-        "jit: train_step is not one graph: forward and loss, since the parameters that the loss reaches, or the "
-        "optimizer's state, are others again and again"
+    assert [str(warning.message) for warning in caught] == [
+        "jit: train_step is not one graph: forward and loss, since the parameters that the loss "
+        "reaches, or the optimizer's state, are others again and again"
     ]
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
 class Annealed(nn.BCELoss):
@@ -386,7 +378,7 @@ class Annealed(nn.BCELoss):
         return super().forward(y_pred, y_true) + self.share * y_pred.mean()
 
 
-def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_told_of():
+def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
     def train(one, **kwargs):
         loss_func = Annealed()
         lower = LambdaCallback(on_epoch_begin=lambda epoch: setattr(loss_func, "share", 1 / epoch))
@@ -398,10 +390,11 @@ def test_a_number_of_the_loss_that_changes_each_epoch_goes_on_in_eager_and_is_to
     with pytest.warns(UserWarning, match="jit") as caught:
         found = train(twin, jit=FAST)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin, 1e-5)
-    assert [str(one.message) for one in caught] == [
-        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the model, the loss, "
-        "a metric or the data, has changed too often. Keep it in a tensor, and it stays one graph"
+    assert_same_weights(model, twin, 1e-5)
+    assert [str(warning.message) for warning in caught] == [
+        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the "
+        "model, the loss, a metric or the data, has changed too often. Keep it in a tensor, and it "
+        "stays one graph"
         for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))
     ]
 
@@ -424,7 +417,7 @@ class Counting(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
-def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_of(per_parameter):
+def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_warns(per_parameter):
     model, twin = pair()
     compiled(model, optimizer=Counting(model.parameters(), per_parameter)).fit(
         2, batches(), verbose=0
@@ -432,11 +425,11 @@ def test_an_optimizer_that_counts_in_python_steps_outside_the_graph_and_is_told_
     compiled(twin, optimizer=Counting(twin.parameters(), per_parameter), jit=FAST)
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
-    assert [str(one.message) for one in caught] == [
-        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes a Python number, "
-        "'count'. A tensor would be in the graph"
+    assert [str(warning.message) for warning in caught] == [
+        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes "
+        "a Python number, 'count'. A tensor would be in the graph"
     ]
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     assert twin.optimizer.state_dict() == model.optimizer.state_dict()
 
 
@@ -454,7 +447,7 @@ class Unrated(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lr": None}])
-def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(settings):
+def test_jit_takes_an_optimizer_without_a_learning_rate(settings):
     model, twin = pair()
     expected = compiled(model, optimizer=Unrated(model.parameters(), **settings)).fit(
         2, batches(), verbose=0
@@ -464,15 +457,15 @@ def test_an_optimizer_without_a_learning_rate_trains_in_eager_and_in_the_graph(s
     )
     assert list(expected) == ["loss", "accuracy"]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
     assert way(twin) == "one graph"
 
 
-# --- what the user's own objects look like ----------------------------------------------------------------------------
+# --- what the user's own objects look like --------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_two(make):
+def test_jit_state_dicts_are_those_without_jit(make):
     model, twin = pair()
     states = []
     keep = LambdaCallback(
@@ -497,10 +490,10 @@ def test_state_dicts_look_as_without_jit_so_that_checkpoints_move_between_the_tw
     compiled(model, optimizer=model.optimizer)
     model.fit(1, batches(), verbose=0)
     twin.fit(1, batches(), verbose=0)
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
 
 
-def test_deepcopy_gives_an_uncompiled_model():
+def test_jit_model_copied_by_deepcopy_is_not_compiled():
     model = compiled(Net(), jit=FAST)
     model.fit(1, batches(20, 20, 20), verbose=0)
     twin = copy.deepcopy(model)
@@ -509,7 +502,7 @@ def test_deepcopy_gives_an_uncompiled_model():
     torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
 
 
-# --- the ways down ----------------------------------------------------------------------------------------------------
+# --- the ways down --------------------------------------------------------------------------------
 
 
 def sklearn_accuracy(y_pred, y_true):
@@ -522,7 +515,7 @@ def branching(y_pred, y_true):
     return loss * 2 if loss.item() > 0.6 else loss
 
 
-def test_a_metric_that_leaves_torch_runs_outside_and_the_step_stays_one_graph():
+def test_jit_runs_a_metric_that_leaves_torch_outside_the_one_graph():
     model, twin = pair()
     metrics = {"accuracy": sklearn_accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
@@ -532,12 +525,15 @@ def test_a_metric_that_leaves_torch_runs_outside_and_the_step_stays_one_graph():
         found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(
             2, batches(), batches(), verbose=0
         )
-    assert [str(one.message).split()[1] for one in caught] == ["train_step", "evaluate_step"]
+    assert [str(warning.message).split()[1] for warning in caught] == [
+        "train_step",
+        "evaluate_step",
+    ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert way(twin) == "metrics outside"
 
 
-def test_a_metric_object_is_updated_outside_the_graph():
+def test_jit_updates_a_metric_object_outside_the_graph():
     model, twin = pair()
     metrics = {"f1": torchmetrics.classification.BinaryF1Score(), "accuracy": accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
@@ -548,17 +544,17 @@ def test_a_metric_object_is_updated_outside_the_graph():
     assert way(twin) == "one graph"
 
 
-def test_a_loss_whose_flow_depends_on_the_data_falls_back_by_parts_and_says_where():
+def test_jit_falls_back_by_parts_for_a_loss_whose_flow_depends_on_the_data_and_says_where():
     model, twin = pair()
     expected = compiled(model, branching).fit(2, batches(), verbose=0)
     with pytest.warns(UserWarning, match="forward and loss, since in branching: ") as caught:
         found = compiled(twin, branching, jit=FAST).fit(2, batches(), verbose=0)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
-def test_an_adaptive_softmax_trains_under_jit():
+def test_jit_trains_an_adaptive_softmax():
     def make():
         torch.manual_seed(0)
         loss_func = nn.AdaptiveLogSoftmaxWithLoss(8, 30, cutoffs=[5, 20], div_value=2)
@@ -575,7 +571,7 @@ def test_an_adaptive_softmax_trains_under_jit():
     pd.testing.assert_frame_equal(*results, rtol=1e-5)
 
 
-def test_without_a_compiler_everything_runs_in_eager():
+def test_jit_without_a_compiler_runs_in_eager():
     def backend(graph, inputs):
         raise RuntimeError("no compiler here")
 
@@ -584,10 +580,10 @@ def test_without_a_compiler_everything_runs_in_eager():
     with pytest.warns(UserWarning, match="no compiler here"):
         found = compiled(twin, jit={"backend": backend}).fit(2, batches(), batches(), verbose=0)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
-def test_a_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_taken_twice():
+def test_jit_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_taken_twice():
     calls = []
 
     def backend(graph, inputs):
@@ -604,7 +600,7 @@ def test_a_failure_after_the_first_compiled_step_is_an_error_and_no_step_is_take
         model.fit(1, batches(), verbose=0)
 
 
-def test_a_way_that_fails_in_its_first_call_leaves_no_trace():
+def test_jit_failure_in_the_first_call_leaves_no_trace():
     def backend(graph, inputs):
         def run(*args):
             graph(*args)  # the step is taken, and then something breaks
@@ -616,13 +612,13 @@ def test_a_way_that_fails_in_its_first_call_leaves_no_trace():
     compiled(model).fit(1, batches(20, 20, 20), verbose=0)
     with pytest.warns(UserWarning, match="broken graph"):
         compiled(twin, jit={"backend": backend}).fit(1, batches(20, 20, 20), verbose=0)
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
-# --- hooks and steps of one's own -------------------------------------------------------------------------------------
+# --- hooks and steps of one's own -----------------------------------------------------------------
 
 
-def test_hooks_of_parameters_and_optimizers_fire():
+def test_jit_fires_hooks_of_parameters_and_optimizers():
     seen = []
     model, twin = pair()
     compiled(model).fit(1, batches(), verbose=0)
@@ -631,10 +627,10 @@ def test_hooks_of_parameters_and_optimizers_fire():
     twin.optimizer.register_step_post_hook(lambda *_: seen.append("step"))
     twin.fit(1, batches(), verbose=0)
     assert seen.count("gradient") == seen.count("step") == 8
-    assert_same(model, twin)
+    assert_same_weights(model, twin)
 
 
-def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
+def test_jit_of_a_custom_step_compiles_forward_and_loss():
     steps = []
 
     class Own(Net):
@@ -651,14 +647,14 @@ def test_a_step_of_ones_own_stays_eager_with_forward_and_loss_compiled():
     assert twin._run.engine.forwards["whole"].worked
 
 
-def test_a_bad_batch_is_refused_in_the_users_words_also_when_it_comes_later():
+def test_jit_refuses_a_bad_batch_with_the_same_error_also_when_it_comes_later():
     X, y = points(20)
     model = compiled(Net(), jit=FAST)
     with pytest.raises(ValueError, match="layer fc1 takes rows of 2 values"):
         model.fit(1, [(X, y), (X[:, :1], y)], verbose=0)
 
 
-def test_a_fit_that_fails_leaves_the_optimizer_as_it_should_be():
+def test_jit_fit_that_fails_leaves_the_optimizer_as_it_should_be():
     def stop(batch, logs):
         if batch == 3:
             raise KeyboardInterrupt
@@ -671,24 +667,24 @@ def test_a_fit_that_fails_leaves_the_optimizer_as_it_should_be():
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
 
-def test_compiling_is_shown_with_its_seconds(capsys):
+def test_jit_shows_that_it_compiles_with_the_seconds(capsys):
     compiled(Net(), jit=FAST).fit(1, batches(20, 20, 20))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "compiling the train step ..."
     assert lines[1].startswith("compiled in ")
 
 
-def test_a_shuffled_loader_draws_the_same_batches_under_jit():
+def test_jit_draws_the_same_batches_from_a_shuffled_loader():
     X, y = points(50)
     model, twin = pair()
     loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
-    for one, jit in ((model, False), (twin, FAST)):
+    for net, jit in ((model, False), (twin, FAST)):
         torch.manual_seed(3)
-        compiled(one, jit=jit).fit(2, loader, verbose=0)
-    assert_same(model, twin)
+        compiled(net, jit=jit).fit(2, loader, verbose=0)
+    assert_same_weights(model, twin)
 
 
-def test_several_steps_per_execution_need_jit():
+def test_steps_per_execution_needs_jit():
     with pytest.raises(ValueError, match="steps") as error:
         compiled(Net(), steps_per_execution=4)
     assert (
@@ -707,18 +703,19 @@ def test_several_steps_per_execution_need_jit():
         (None, "jit must be True, False or a dict of torch.compile's arguments, got None."),
         (
             {"fullgraph": True},
-            "jit={'fullgraph': True}: fullgraph is set by minikeras, which makes one graph where it can and says with "
-            "a warning where it cannot. Leave it out; mode, backend and options are yours.",
+            "jit={'fullgraph': True}: fullgraph is set by minikeras, which makes one graph where "
+            "it can and says with a warning where it cannot. Leave it out; mode, backend and "
+            "options are yours.",
         ),
     ],
 )
-def test_what_compile_cannot_give_the_compiler_is_refused(jit, message):
+def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
     with pytest.raises((TypeError, ValueError)) as error:
         compiled(Net(), jit=jit)
     assert str(error.value) == message
 
 
-# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+# --- CUDA graphs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -734,7 +731,7 @@ def test_what_compile_cannot_give_the_compiler_is_refused(jit, message):
         (FAST, None, None),
     ],
 )
-def test_what_the_user_asks_of_the_compiler_comes_before_our_choice(options, on_cpu, on_cuda):
+def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda):
     assert chosen(options).get("options") == on_cpu
     assert captured(chosen(options)).get("options") == on_cuda
     assert {key: value for key, value in captured(chosen(options)).items() if key != "options"} == {
@@ -742,10 +739,9 @@ def test_what_the_user_asks_of_the_compiler_comes_before_our_choice(options, on_
     }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit:DeprecationWarning"
-)  # torch's own, as it loads its CUDA graphs
-def test_results_are_kept_though_the_next_replay_writes_over_them():
+# torch's own, as it loads its CUDA graphs
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_jit_results_are_kept_though_the_next_replay_overwrites_them():
     buffer = torch.zeros(1)
 
     def replay(batch):
@@ -755,36 +751,37 @@ def test_results_are_kept_though_the_next_replay_writes_over_them():
     results = [graphs(None, other=False)[0]["loss"].item() for _ in range(3)]
     kept = [graphs(None, other=False)[0]["loss"] for _ in range(3)]
     assert results == [1, 2, 3]
-    assert [one.item() for one in kept] == [4, 5, 6]
+    assert [value.item() for value in kept] == [4, 5, 6]
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("together", [1, 3])
-def test_a_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together):
+def test_jit_step_captured_as_a_cuda_graph_takes_the_steps_of_eager(kind, together):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     model, twin = pair()
     histories = []
-    for one, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
+    for net, options in ((model, {}), (twin, {"jit": True, "steps_per_execution": together})):
+        # AUROC keeps all outputs
         metrics_dict = {
             "accuracy": accuracy,
             "auroc": torchmetrics.AUROC(task="binary"),
-        }  # AUROC keeps all outputs
-        one.to("cuda").compile(
-            nn.BCELoss(), OPTIMIZERS[kind](one.parameters()), metrics_dict, **options
+        }
+        net.to("cuda").compile(
+            nn.BCELoss(), OPTIMIZERS[kind](net.parameters()), metrics_dict, **options
         )
-        histories.append(one.fit(3, batches(), batches(20, 20, 7), verbose=0))
+        histories.append(net.fit(3, batches(), batches(20, 20, 7), verbose=0))
     assert way(twin) == "one graph"
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    assert_same(model, twin, 1e-5)
+    assert_same_weights(model, twin, 1e-5)
     pd.testing.assert_frame_equal(*histories, rtol=1e-5)
-    states = [one.optimizer.state_dict()["state"] for one in (model, twin)]
+    states = [net.optimizer.state_dict()["state"] for net in (model, twin)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
 
 
-# --- a loss that is not finite ----------------------------------------------------------------------------------------
+# --- a loss that is not finite --------------------------------------------------------------------
 
 
 def spoiled(batch, batches=9):
@@ -795,10 +792,9 @@ def spoiled(batch, batches=9):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize(
-    "kind", ["RMSprop", "Adagrad", "Adam"]
-)  # of which the last alone reads its count
-def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
+# of which the last alone reads its count
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adam"])
+def test_jit_counts_the_steps_except_those_held_back(kind, steps):
     model = Net()
     compiled(
         model,
@@ -813,8 +809,9 @@ def test_the_steps_are_counted_but_for_those_held_back(kind, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
-    model, weights = Net(), []
+def test_jit_graph_moves_no_weight_by_a_nan_loss(steps):
+    model = Net()
+    weights = []
     compiled(
         model,
         nn.MSELoss(),
@@ -829,7 +826,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, data, callbacks=[keep], verbose=0)
     batch, ago = (6, 0) if steps == 1 else (7, 1)  # batches 5 to 7 go together
-    began = f" (it began {ago} steps before)" * (ago > 0)
+    began = f" (it began {ago} steps before)" if ago > 0 else ""
     assert str(raised.value).startswith(
         f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number."
     )
@@ -843,7 +840,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight_in_the_graph_either(steps):
     assert model.fc1.weight.isfinite().all()
 
 
-def test_on_nan_ignore_lets_the_graph_go_on_and_the_next_fit_looks_again():
+def test_jit_graph_continues_under_on_nan_ignore_and_the_next_fit_looks_again():
     model = Net()
     compiled(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), jit=FAST)
     kept = copy.deepcopy(model.state_dict())

@@ -1,4 +1,4 @@
-"""jit=True: a fit that resumes is the one never stopped, and what a graph would lose gets eager's numbers."""
+"""jit=True: a resumed fit is exact, and what a graph would lose gets the numbers of eager."""
 
 import random
 import warnings
@@ -6,21 +6,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers.compiling import FAST
+from helpers.interruptions import Stopped
 from torch import nn
 
 import minikeras
 from minikeras import LambdaCallback
 
-JIT = {"backend": "aot_eager"}
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) + 1
 BATCHES = list(zip(X.split(10), X[:, :1].split(10), strict=True))
 
 
-class KilledError(Exception):
-    pass
-
-
-# --- the step that is only looked at ----------------------------------------------------------------------------------
+# --- the step that is only looked at --------------------------------------------------------------
 
 
 class Drawing(nn.Module):
@@ -37,7 +34,7 @@ class Drawing(nn.Module):
 
 
 class Centred(nn.Module):
-    """Assigns its buffers anew, one of which was None."""
+    """Assign new buffers, one of which was None."""
 
     def __init__(self):
         super().__init__()
@@ -139,14 +136,15 @@ def train(kind, path=None, every=None, kill=None):
     np.random.seed(0)
     random.seed(0)
     net, optimizer, loss, options = KINDS[kind]
-    model, loss_func = minikeras.Model(net()), loss()
-    model.compile(loss_func, optimizer(model.parameters()), device="cpu", jit=JIT, **options)
+    model = minikeras.Model(net())
+    loss_func = loss()
+    model.compile(loss_func, optimizer(model.parameters()), device="cpu", jit=FAST, **options)
     batches = []
 
     def die(batch, logs):
         batches.append(batch)
         if len(batches) == kill:
-            raise KilledError
+            raise Stopped
 
     saving = {} if path is None else {"checkpoint": path, "checkpoint_every": every}
     with warnings.catch_warnings():
@@ -171,9 +169,9 @@ def train(kind, path=None, every=None, kill=None):
 
 @pytest.mark.parametrize(("every", "kill"), [(None, 8), (1, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path):
+def test_jit_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path):
     expected = train(kind)
-    with pytest.raises(KilledError):
+    with pytest.raises(Stopped):
         train(kind, tmp_path / "run.pt", every, kill)
     found = train(kind, tmp_path / "run.pt", every)
     assert found[0].equals(expected[0])
@@ -182,17 +180,17 @@ def test_a_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_path
     assert found[3] == expected[3]
 
 
-def test_the_attributes_of_a_module_are_put_back_too(tmp_path):
+def test_jit_puts_the_attributes_of_a_module_back(tmp_path):
     def model_of():
         torch.manual_seed(0)
         model = minikeras.Model(nn.Sequential(Counted(), linear()))
-        model.compile(nn.MSELoss(), sgd(model.parameters()), device="cpu", jit=JIT)
+        model.compile(nn.MSELoss(), sgd(model.parameters()), device="cpu", jit=FAST)
         return model
 
     saving = {"checkpoint": tmp_path / "run.pt", "verbose": 0}
     whole = model_of()
     whole.fit(2, BATCHES, callbacks=[LambdaCallback()], verbose=0)
-    with pytest.raises(KilledError):
+    with pytest.raises(Stopped):
         model_of().fit(2, BATCHES, callbacks=[LambdaCallback(on_batch_end=raise_at_8())], **saving)
     model = model_of()
     model.fit(2, BATCHES, callbacks=[LambdaCallback()], **saving)
@@ -208,12 +206,12 @@ def raise_at_8():
     def die(batch, logs):
         count.append(batch)
         if len(count) == 8:
-            raise KilledError
+            raise Stopped
 
     return die
 
 
-def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
+def test_jit_resumes_a_sparse_optimizer(tmp_path):
     rows = torch.arange(24).reshape(6, 4) % 9
     data = [(row[None], torch.ones(1, 2)) for row in rows]
 
@@ -229,7 +227,7 @@ def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
         torch.manual_seed(0)
         model = minikeras.Model(Embedded())
         model.compile(
-            nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=JIT
+            nn.MSELoss(), torch.optim.SparseAdam(model.parameters(), lr=0.1), device="cpu", jit=FAST
         )
         callbacks = [] if kill is None else [LambdaCallback(on_batch_end=raise_at_8())]
         with warnings.catch_warnings():
@@ -238,7 +236,7 @@ def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
         return model
 
     expected = fit()
-    with pytest.raises(KilledError):
+    with pytest.raises(Stopped):
         fit(kill=8, checkpoint=tmp_path / "run.pt", checkpoint_every=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -247,7 +245,7 @@ def test_a_sparse_optimizer_resumes_under_jit(tmp_path):
     assert [state["step"] for state in found.optimizer.state.values()] == [12]
 
 
-# --- what a graph would lose ------------------------------------------------------------------------------------------
+# --- what a graph would lose ----------------------------------------------------------------------
 
 
 class Reading(torch.optim.Optimizer):
@@ -276,7 +274,7 @@ class Reading(torch.optim.Optimizer):
 def both(model_of, loss_of, optimizer_of, dtype=torch.float32, **options):
     """The same fit in eager and under jit: models, and the warnings of the second."""
     models = []
-    for jit in (False, JIT):
+    for jit in (False, FAST):
         torch.manual_seed(0)
         model = minikeras.Model(model_of().to(dtype))
         loss_func = loss_of().to(dtype)
@@ -299,28 +297,30 @@ def assert_as_in_eager(models):
 
 
 @pytest.mark.parametrize("how", ["branch", "value", "float"])
-def test_an_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(how):
+def test_jit_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(how):
     models, told = both(linear, nn.MSELoss, lambda p: Reading(p, how))
     assert_as_in_eager(models)
     outside = ["jit: train_step is not one graph: forward and loss, since in step"]
+    # torch can trace some
     assert [text.partition(": U")[0].partition(": G")[0] for text in told] in (
         [],
         outside,
-    )  # torch can trace some
+    )
     assert bool(told) or how != "branch"
 
 
-def test_an_optimizer_that_assigns_its_state_steps_outside_the_graph_and_is_told_of():
+def test_jit_leaves_an_optimizer_that_assigns_its_state_outside_the_graph_and_warns():
     models, told = both(linear, nn.MSELoss, Assigning)
     assert_as_in_eager(models)
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the optimizer puts another "
-        "tensor into its state, 'm'. Filled in place, it would be in the graph"
+        "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the "
+        "optimizer puts another tensor into its state, 'm'. Filled in place, it would be in the "
+        "graph"
     ]
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
-def test_the_averages_of_asgd_are_those_of_eager(foreach):
+def test_jit_averages_of_asgd_are_those_of_eager(foreach):
     models, told = both(
         linear, nn.MSELoss, lambda p: torch.optim.ASGD(p, lr=0.05, t0=3, foreach=foreach)
     )
@@ -328,8 +328,8 @@ def test_the_averages_of_asgd_are_those_of_eager(foreach):
     state = models[1][0].optimizer.state[models[1][0].net.weight]
     assert state["mu"].item() == pytest.approx(1 / 9)  # 12 steps, 3 of them before the averaging
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its state, which a graph "
-        "would hold as they were"
+        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its "
+        "state, which a graph would hold as they were"
     ]
 
 
@@ -379,12 +379,12 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
+def test_jit_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
     models, told = both(Scaled, nn.MSELoss, optimizer, dtype)
     assert_as_in_eager(models)
     lost = (
-        "jit: train_step is not one graph: forward and loss, since a parameter is one number in float64, to which "
-        "torch.compile loses changes on the CPU"
+        "jit: train_step is not one graph: forward and loss, since a parameter is one number in "
+        "float64, to which torch.compile loses changes on the CPU"
     )
     assert told == ([lost] if dtype == torch.float64 else [])
 
@@ -393,19 +393,20 @@ def test_a_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
 @pytest.mark.parametrize(
     ("model", "loss"), [(Averaged, nn.MSELoss), (linear, AveragedLoss)], ids=["model", "loss"]
 )
-def test_a_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
+def test_jit_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     models, told = both(model, loss, sgd, dtype)
     assert_as_in_eager(models)
     name = "net.mean" if loss is nn.MSELoss else "mean"
     lost = (
-        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in float64, to which "
-        "torch.compile loses changes on the CPU. With shape (1,) it would be in the graph"
+        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in "
+        "float64, to which torch.compile loses changes on the CPU. With shape (1,) it would be in "
+        "the graph"
     )
     assert told == ([lost] if dtype == torch.float64 else [])
 
 
 @pytest.mark.parametrize("name", ["Rprop", "Adadelta", "RMSprop", "AdamW", "NAdam"])
-def test_steps_are_counted_where_float64_is_torchs_default(name):
+def test_jit_counts_steps_if_float64_is_torchs_default(name):
     torch.set_default_dtype(torch.float64)
     try:
         models, told = both(linear, nn.MSELoss, getattr(torch.optim, name), torch.float64)

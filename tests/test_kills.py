@@ -1,12 +1,12 @@
-"""SIGKILL at any moment, in real processes; kills.py does it."""
+"""SIGKILL at any moment, in real processes; helpers/kills.py does it."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import TESTS
 
-KILLS = Path(__file__).parent / "kills.py"
+KILLS = TESTS / "helpers" / "kills.py"
 
 
 def stress(kills, seed):
@@ -22,5 +22,5 @@ def test_runs_killed_again_and_again_end_as_runs_never_stopped():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_so_they_do_for_many_more(seed):
+def test_runs_killed_hundreds_of_times_end_as_runs_never_stopped(seed):
     stress(kills=100, seed=seed)

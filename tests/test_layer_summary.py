@@ -1,4 +1,4 @@
-"""What a user sees of `summary`: the table, the counts that add up, errors that name the layer, a model left alone."""
+"""`summary`: the table, counts that add up, errors that name the layer, a model left alone."""
 
 import dataclasses
 import random
@@ -46,7 +46,7 @@ class Tied(nn.Module):
 
 
 class Reused(nn.Module):
-    """One block under two names, and called three times; parameters of its own; a layer it never calls."""
+    """One block under two names, called three times; parameters of its own; an uncalled layer."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Reused(nn.Module):
 
 
 class Constants(nn.Module):
-    """Plain tensors as attributes, one with a history as forward leaves it, and draws of every kind."""
+    """Plain tensors as attributes, one of them an output of forward, and draws of every kind."""
 
     def __init__(self):
         super().__init__()
@@ -220,13 +220,11 @@ def state_of(model, data):
         *model.buffers(),
         *(leaf for leaf in (data,) if isinstance(leaf, torch.Tensor)),
     ]
-    attributes = [
-        {
-            key: list(held.items()) if isinstance(held, dict) else id(held)
-            for key, held in vars(module).items()
-        }
-        for module in model.modules()
-    ]  # parameters, hooks and children are in dicts
+    attributes = []
+    for module in model.modules():
+        for key, value in vars(module).items():
+            # parameters, hooks and children are in dicts
+            attributes.append((key, list(value.items()) if isinstance(value, dict) else id(value)))
     return (
         [(id(tensor), tensor.device, tensor.detach().clone()) for tensor in tensors],
         attributes,
@@ -248,11 +246,11 @@ def same(left, right):
     return left == right
 
 
-# --- laws -----------------------------------------------------------------------------------------------------------
+# --- laws -----------------------------------------------------------------------------------------
 
 
 @cases
-def test_total_is_the_number_of_distinct_elements(build, arguments):
+def test_summary_total_is_the_number_of_distinct_elements(build, arguments):
     model = build()
     assert summary(model, **arguments).total_params == sum(
         held.numel() for held in set(model.parameters())
@@ -260,7 +258,7 @@ def test_total_is_the_number_of_distinct_elements(build, arguments):
 
 
 @cases
-def test_rows_add_up_to_the_totals(build, arguments):
+def test_summary_rows_add_up_to_the_totals(build, arguments):
     result = summary(build(), **arguments)
     assert sum(row.params for row in result.rows) == result.total_params
     assert sum(row.trainable_params for row in result.rows) == result.trainable_params
@@ -268,7 +266,7 @@ def test_rows_add_up_to_the_totals(build, arguments):
 
 
 @cases
-def test_the_model_and_the_random_state_are_left_alone(build, arguments):
+def test_summary_leaves_the_model_and_the_random_state_alone(build, arguments):
     model = build()
     children = list(model.children())
     if children:
@@ -279,7 +277,7 @@ def test_the_model_and_the_random_state_are_left_alone(build, arguments):
 
 
 @cases
-def test_every_layer_has_a_row_and_the_model_a_shape(build, arguments):
+def test_summary_has_a_row_for_every_layer_and_a_shape_for_the_model(build, arguments):
     model = build()
     result = summary(model, **arguments)
     assert {name for name, _ in model.named_modules()} <= set(rows_of(result))
@@ -287,7 +285,7 @@ def test_every_layer_has_a_row_and_the_model_a_shape(build, arguments):
 
 
 @cases
-def test_the_table_has_a_line_for_each_row_within_eighty_columns(build, arguments, capsys):
+def test_summary_table_has_a_line_for_each_row_within_eighty_columns(build, arguments, capsys):
     result = summary(build(), **arguments)
     printed = capsys.readouterr().out
     assert printed == f"{result}\n"
@@ -296,7 +294,7 @@ def test_the_table_has_a_line_for_each_row_within_eighty_columns(build, argument
     assert max(map(len, table)) <= 80
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 ARTICLE = """\
@@ -317,17 +315,17 @@ Multiply-adds, 1 row: 48
 """
 
 
-def test_the_table_of_the_article(capsys):
+def test_summary_table_is_that_of_the_article(capsys):
     summary(Net(), input_shape=(2,))
     assert capsys.readouterr().out == ARTICLE
 
 
-def test_torchkeras_call_with_a_legacy_tensor_type(capsys):
+def test_summary_takes_the_legacy_tensor_type_of_torchkeras(capsys):
     summary(Net(), input_shape=(2,), input_dtype=torch.FloatTensor, batch_size=-1)
     assert capsys.readouterr().out == ARTICLE
 
 
-def test_batch_size_is_shown_and_the_sizes_are_for_it():
+def test_summary_shows_the_batch_size_and_the_sizes_for_it():
     result = summary(Net(), (2,), batch_size=32)
     assert [row.output_shape for row in result.rows] == [[32, 1], [32, 4], [32, 8], [32, 1]]
     assert (result.input_bytes, result.output_bytes, result.multiply_adds) == (
@@ -338,7 +336,7 @@ def test_batch_size_is_shown_and_the_sizes_are_for_it():
     assert "Multiply-adds, 32 rows: 1,536" in str(result)
 
 
-def test_sizes_use_the_real_dtypes():
+def test_summary_sizes_use_the_real_dtypes():
     whole, half = (
         summary(Net().to(dtype), (2,), dtype) for dtype in (torch.float32, torch.bfloat16)
     )
@@ -346,11 +344,11 @@ def test_sizes_use_the_real_dtypes():
     assert (half.params_bytes, half.input_bytes, half.output_bytes) == (2 * 61, 4, 28)
 
 
-def test_returned_object_shows_one_line_in_a_console():
+def test_summary_object_shows_one_line_in_a_console():
     assert repr(summary(Net(), (2,))) == "<Summary of Net: 4 rows, 61 params>"
 
 
-def test_to_dataframe_has_a_row_per_layer():
+def test_summary_to_dataframe_has_a_row_per_layer():
     frame = summary(Net(), (2,)).to_dataframe()
     columns = ["layer", "type", "depth", "output_shape", "params", "trainable_params", "note"]
     assert list(frame.columns) == columns
@@ -359,7 +357,7 @@ def test_to_dataframe_has_a_row_per_layer():
 
 
 @pytest.mark.parametrize("where", ["notebook", "console", "script"])
-def test_the_table_is_shown_once(where, monkeypatch, capsys):
+def test_summary_table_is_shown_once(where, monkeypatch, capsys):
     shown = []
     notebook = types.SimpleNamespace(kernel=1, execution_count=7)
     shell = {"notebook": notebook, "console": types.SimpleNamespace(), "script": None}[where]
@@ -369,9 +367,8 @@ def test_the_table_is_shown_once(where, monkeypatch, capsys):
     result = summary(Net(), (2,))
     assert capsys.readouterr().out == ("" if where == "notebook" else ARTICLE)
     assert len(shown) == (where == "notebook")
-    assert (result._repr_html_() is None) == (
-        where == "notebook"
-    )  # as a cell's last line it would be shown twice
+    # as a cell's last line it would be shown twice
+    assert (result._repr_html_() is None) == (where == "notebook")
     if shown:
         assert "<td>&nbsp;&nbsp;fc1 (Linear)</td>" in shown[0]["text/html"]
         assert "Total params: 61" in shown[0]["text/html"]
@@ -380,7 +377,7 @@ def test_the_table_is_shown_once(where, monkeypatch, capsys):
         assert result._repr_html_() == shown[0]["text/html"]
 
 
-# --- shapes ---------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -397,7 +394,7 @@ def test_the_table_is_shown_once(where, monkeypatch, capsys):
         ("two inputs", [-1, 4]),
     ],
 )
-def test_any_output_has_a_shape(name, shape):
+def test_summary_shows_the_shape_of_any_output(name, shape):
     build, arguments = CASES[name]
     assert summary(build(), **arguments).rows[0].output_shape == shape
 
@@ -420,16 +417,16 @@ def test_any_output_has_a_shape(name, shape):
         },
     ],
 )
-def test_several_inputs_in_order_or_by_name(arguments):
+def test_summary_takes_several_inputs_in_order_or_by_name(arguments):
     result = summary(TwoInputs(), **arguments)
     assert [row.output_shape for row in result.rows] == [[-1, 4], [-1, 4, 4], [-1, 4]]
 
 
-def test_input_data_shows_the_given_batch_size():
+def test_summary_of_input_data_shows_its_batch_size():
     assert summary(Net(), input_data=torch.zeros(5, 2), batch_size=7).rows[1].output_shape == [7, 4]
 
 
-def test_time_first_outputs_show_the_batch_in_its_place():
+def test_summary_of_time_first_outputs_shows_the_batch_in_its_place():
     class TimeFirst(nn.Module):
         def forward(self, x):
             return x.transpose(0, 1)
@@ -438,16 +435,16 @@ def test_time_first_outputs_show_the_batch_in_its_place():
     assert summary(TimeFirst(), input_data=torch.zeros(5, 9, 3)).rows[0].output_shape == [9, 5, 3]
 
 
-# --- marks ----------------------------------------------------------------------------------------------------------
+# --- marks ----------------------------------------------------------------------------------------
 
 
-def test_tied_weights_are_marked_and_counted_once():
+def test_summary_marks_tied_weights_and_counts_them_once():
     rows = rows_of(summary(Tied(), (6,), LONG))
     assert (rows["embed"].params, rows["embed"].note) == (400, "")
     assert (rows["out"].params, rows["out"].note) == (0, "tied to embed.weight")
 
 
-def test_reused_and_uncalled_layers_and_own_parameters_are_marked():
+def test_summary_marks_reused_and_uncalled_layers_and_own_parameters():
     rows = rows_of(summary(Reused(), (4,)))
     assert (rows[""].params, rows[""].note) == (4, "")
     assert (rows["block.0"].params, rows["block.0"].note) == (20, "called 3 times")
@@ -464,21 +461,21 @@ def test_reused_and_uncalled_layers_and_own_parameters_are_marked():
     assert "same.0" not in rows
 
 
-def test_containers_are_not_marked_as_uncalled():
+def test_summary_does_not_mark_containers_as_uncalled():
     rows = rows_of(summary(Containers(), (2,)))
     assert (rows["scales"].params, rows["scales"].note, rows["layers"].note) == (4, "", "")
 
 
-def test_frozen_layers_are_told_apart():
+def test_summary_marks_frozen_layers():
     result = summary(frozen_net(), (2,))
     assert [row.note for row in result.rows] == ["", "frozen", "partly frozen", ""]
     assert (result.trainable_params, result.non_trainable_params) == (41, 20)
 
 
-# --- how it is run --------------------------------------------------------------------------------------------------
+# --- how it is run --------------------------------------------------------------------------------
 
 
-def test_two_billion_parameters_are_summarised_without_their_memory():
+def test_summary_of_two_billion_parameters_takes_little_memory():
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(8192, 8192) for _ in range(30)))
     result = summary(model, (8192,))
@@ -487,7 +484,7 @@ def test_two_billion_parameters_are_summarised_without_their_memory():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_real_model_is_run_on_meta_only():
+def test_summary_runs_a_real_model_on_meta_only():
     devices = set()
 
     class Spy(nn.Linear):
@@ -500,7 +497,7 @@ def test_a_real_model_is_run_on_meta_only():
     assert result.note == ""
 
 
-def test_hooks_of_the_user_do_not_fire():
+def test_summary_does_not_fire_hooks_of_the_user():
     fired = []
     net = Net()
     net.fc1.register_forward_hook(lambda *_: fired.append(1))
@@ -510,22 +507,22 @@ def test_hooks_of_the_user_do_not_fire():
     assert fired == []
 
 
-def test_a_forward_that_reads_values_runs_on_a_real_copy_and_says_so():
+def test_summary_of_a_forward_that_reads_values_runs_on_a_real_copy_and_says_so():
     result = summary(ReadsValues(), (3,))
     assert str(result).endswith(
-        "\nNote: run on a real copy, since the meta one failed: RuntimeError: Tensor.item() cannot be called on meta "
-        "tensors"
+        "\nNote: run on a real copy, since the meta one failed: RuntimeError: Tensor.item() cannot "
+        "be called on meta tensors"
     )
     assert result.multiply_adds == 6
 
 
-def test_a_forward_that_differentiates_has_shapes_but_no_multiply_adds():
+def test_summary_of_a_forward_that_differentiates_has_shapes_but_no_multiply_adds():
     result = summary(Derivative(), (3,))
     assert result.rows[0].output_shape == [-1, 3]
     assert result.multiply_adds is None
 
 
-def test_input_data_is_not_written_into():
+def test_summary_does_not_write_into_input_data():
     class InPlace(nn.Module):
         def forward(self, x):
             x += x.sum().item()
@@ -536,19 +533,20 @@ def test_input_data_is_not_written_into():
     assert torch.equal(data, torch.ones(2, 3))
 
 
-def test_a_model_that_cannot_be_copied_is_counted():
+def test_summary_counts_a_model_that_cannot_be_copied():
     model = Net()
     model.lock = threading.Lock()
     result = summary(model, (2,))
     assert result.total_params == 61
     assert [row.output_shape for row in result.rows] == [None] * 4
     assert result.note == (
-        "Note: no output shapes, since the model cannot be copied: TypeError: cannot pickle '_thread.lock' object"
+        "Note: no output shapes, since the model cannot be copied: TypeError: cannot pickle "
+        "'_thread.lock' object"
     )
     assert "Multiply-adds" not in str(result)
 
 
-def test_torchscript_shows_its_output_and_says_what_it_is():
+def test_summary_of_torchscript_shows_its_output_and_says_what_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates it
         script = torch.jit.script(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
@@ -561,7 +559,7 @@ def test_torchscript_shows_its_output_and_says_what_it_is():
     assert summary(nn.Sequential(script, nn.Linear(3, 1)), (2,)).rows[0].output_shape == [-1, 1]
 
 
-def test_a_compiled_model_is_seen_through():
+def test_summary_of_a_compiled_model_shows_its_layers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # raised while torch imports its compiler
         model = torch.compile(Net())
@@ -570,17 +568,17 @@ def test_a_compiled_model_is_seen_through():
     assert result.note == ""
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
-def test_a_failing_layer_is_named_with_its_input_and_the_rows_so_far():
+def test_summary_names_a_failing_layer_with_its_input_and_the_rows_so_far():
     net = Net()
     net.fc2 = nn.Linear(5, 8)
     with pytest.raises(ForwardError) as caught:
         summary(net, (2,))
     assert str(caught.value) == (
-        "fc2: Linear(in_features=5, out_features=8, bias=True) was given (2, 4) float32: mat1 and mat2 shapes cannot "
-        "be multiplied (2x4 and 5x8)\n"
+        "fc2: Linear(in_features=5, out_features=8, bias=True) was given (2, 4) float32: mat1 and "
+        "mat2 shapes cannot be multiplied (2x4 and 5x8)\n"
         "The input, with 2 rows, was Tensor (2, 2) float32. The layers up to there:\n\n"
         "layer (type)    output shape      params\n"
         "--------------  --------------  --------\n"
@@ -591,7 +589,7 @@ def test_a_failing_layer_is_named_with_its_input_and_the_rows_so_far():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_failure_of_the_model_itself_tells_what_the_model_was_given():
+def test_summary_of_a_model_that_fails_says_what_it_was_given():
     class Rebinds(Net):
         def forward(self, x):
             x = self.fc1(x)
@@ -603,7 +601,7 @@ def test_a_failure_of_the_model_itself_tells_what_the_model_was_given():
         summary(Rebinds(), (2,))
 
 
-def test_a_missing_input_is_told_in_torchs_words():
+def test_summary_without_an_input_raises_the_error_of_torch():
     with pytest.raises(
         ForwardError,
         match=r"^TwoInputs was given \(2, 4\) float32: TypeError: .*missing 1 required",
@@ -611,7 +609,7 @@ def test_a_missing_input_is_told_in_torchs_words():
         summary(TwoInputs(), (4,))
 
 
-def test_the_model_is_left_alone_when_the_forward_fails():
+def test_summary_leaves_the_model_alone_when_the_forward_fails():
     model = ReadsValues()
     before = state_of(model, None)
     with pytest.raises(ForwardError):
@@ -624,13 +622,13 @@ def test_the_model_is_left_alone_when_the_forward_fails():
     [
         (
             {},
-            "summary takes either input_shape or input_data, got neither. Pass input_shape=(2,), the shape of one row, "
-            "or input_data=features, a batch of what forward takes.",
+            "summary takes either input_shape or input_data, got neither. Pass input_shape=(2,), "
+            "the shape of one row, or input_data=features, a batch of what forward takes.",
         ),
         (
             {"input_shape": (2,), "input_data": torch.zeros(1, 2)},
-            "summary takes either input_shape or input_data, got both. Pass input_shape=(2,), the shape of one row, "
-            "or input_data=features, a batch of what forward takes.",
+            "summary takes either input_shape or input_data, got both. Pass input_shape=(2,), the "
+            "shape of one row, or input_data=features, a batch of what forward takes.",
         ),
         (
             {"input_shape": (2,), "batch_size": 0},
@@ -639,9 +637,11 @@ def test_the_model_is_left_alone_when_the_forward_fails():
         *(
             (
                 arguments,
-                f"got input_shape={arguments['input_shape']!r}, input_dtype={arguments['input_dtype']!r}. Pass as "
-                "input_shape the shape of one row without the batch, such as (3, 32, 32), or a list or dict of such "
-                "shapes; as input_dtype a dtype such as torch.float32, or a list or dict of dtypes like input_shape.",
+                f"got input_shape={arguments['input_shape']!r}, "
+                f"input_dtype={arguments['input_dtype']!r}. Pass as input_shape the shape of one "
+                "row without the batch, such as (3, 32, 32), or a list or dict of such shapes; as "
+                "input_dtype a dtype such as torch.float32, or a list or dict of dtypes like "
+                "input_shape.",
             )
             for arguments in (
                 {"input_shape": (-1, 2), "input_dtype": torch.float32},
@@ -655,13 +655,13 @@ def test_the_model_is_left_alone_when_the_forward_fails():
         ),
     ],
 )
-def test_wrong_arguments_say_what_to_pass(arguments, message):
+def test_summary_with_wrong_arguments_says_what_to_pass(arguments, message):
     with pytest.raises(ValueError, match=r"^(got|summary|batch_size) ") as caught:
         summary(Net(), **arguments)
     assert str(caught.value) == message
 
 
-def test_lazy_layers_say_what_to_do():
+def test_summary_of_lazy_layers_says_what_to_do():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lazy modules announce themselves
         models = {"0": nn.Sequential(nn.LazyLinear(3), nn.ReLU()), "model": nn.LazyLinear(3)}
@@ -669,11 +669,12 @@ def test_lazy_layers_say_what_to_do():
         with pytest.raises(ValueError, match="lazy") as caught:
             summary(model, (2,))
         assert str(caught.value) == (
-            f"lazy layers have no parameters to count yet: ['{name}']. Run a batch first: model(features)."
+            f"lazy layers have no parameters to count yet: ['{name}']. Run a batch first: "
+            "model(features)."
         )
 
 
-def test_something_else_than_a_module_is_refused():
+def test_summary_refuses_what_is_not_a_module():
     with pytest.raises(TypeError) as caught:
         summary(lambda x: x, (2,))
     assert (

@@ -1,4 +1,4 @@
-"""What an epoch and a fit do: the same numbers as a bare loop, in the right order, with everything put back."""
+"""Epochs and fits: the numbers of a bare loop, in the right order, with all modes restored."""
 
 import copy
 import math
@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Net, accuracy, compiled, points
+from helpers.compare import assert_equal_tensors
+from helpers.models import Net, accuracy, compiled, points
+from helpers.reference import accuracy64, reference_fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,41 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import minikeras
 from minikeras import LambdaCallback
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def reference_fit(net, X, y, epochs, batch_size, drop_last, lr):
-    """A bare loop in float64; every mean is a sum over rows divided by the rows, at the very end."""
-    history = []
-    for _ in range(epochs):
-        rows, losses, right = 0, 0.0, 0.0
-        for start in range(0, len(X), batch_size):
-            features, labels = X[start : start + batch_size], y[start : start + batch_size]
-            if drop_last and len(features) < batch_size:
-                break
-            outputs = net(features)
-            loss = ((outputs - labels) ** 2).mean()
-            grads = torch.autograd.grad(loss, list(net.parameters()))
-            rows += len(features)
-            losses += ((outputs - labels) ** 2).mean(1).sum().item()
-            right += ((outputs > 0.5) == (labels > 0.5)).double().sum().item()
-            with torch.no_grad():
-                for parameter, grad in zip(net.parameters(), grads, strict=True):
-                    parameter -= lr * grad
-        outputs = net(X)
-        history.append(
-            {
-                "loss": losses / rows,
-                "accuracy": right / rows,
-                "val_loss": ((outputs - y) ** 2).mean().item(),
-                "val_accuracy": ((outputs > 0.5) == (y > 0.5)).double().mean().item(),
-            }
-        )
-    return pd.DataFrame(history, index=pd.RangeIndex(epochs))
-
-
-def accuracy64(y_pred, y_true):
-    return ((y_pred > 0.5) == (y_true > 0.5)).double().mean()
+# --- the numbers ----------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -85,7 +53,7 @@ def test_loss_is_the_mean_over_rows_when_the_last_batch_is_short():
     assert by_80 == pytest.approx(by_100, rel=1e-6)
 
 
-def test_a_short_last_batch_weighs_less_in_a_metric():
+def test_metric_weighs_a_short_last_batch_less():
     model = compiled(metrics_dict={"label": lambda y_pred, y_true: y_true.mean()})
     y = torch.tensor([[1.0], [1.0], [1.0], [1.0], [0.0]])
     assert (
@@ -94,7 +62,7 @@ def test_a_short_last_batch_weighs_less_in_a_metric():
     )
 
 
-def test_the_batches_and_random_draws_are_those_of_a_hand_written_loop():
+def test_fit_draws_the_batches_and_random_numbers_of_a_hand_written_loop():
     X, y = points(50)
     loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)
 
@@ -104,7 +72,8 @@ def test_the_batches_and_random_draws_are_those_of_a_hand_written_loop():
 
     torch.manual_seed(1)
     model = compiled(Noisy())
-    bare, optimizer = copy.deepcopy(model), None
+    bare = copy.deepcopy(model)
+    optimizer = None
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
     torch.manual_seed(2)
     model.fit(3, loader, verbose=0)
@@ -120,7 +89,7 @@ def test_the_batches_and_random_draws_are_those_of_a_hand_written_loop():
         assert torch.equal(trained, expected)
 
 
-def test_no_batch_is_read_ahead_of_its_turn():
+def test_fit_reads_no_batch_ahead_of_its_turn():
     seen = []
 
     class Batches:
@@ -135,7 +104,7 @@ def test_no_batch_is_read_ahead_of_its_turn():
     assert seen == ["read 0", "step 0", "read 1", "step 1", "read 2", "step 2"]
 
 
-def test_forward_runs_once_per_batch_and_hooks_fire():
+def test_fit_runs_forward_once_per_batch_and_hooks_fire():
     model = compiled()
     calls = []
     model.fc1.register_forward_hook(lambda *_: calls.append("fc1"))
@@ -158,9 +127,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["loader", "arrays", "batches"])
 @pytest.mark.parametrize("on_nan", ["ignore", "raise"])
-def test_the_host_reads_as_often_in_a_long_epoch_as_in_a_short_one_but_for_a_loss_that_is_looked_at(
-    kind, on_nan
-):
+def test_fit_reads_from_the_device_as_often_in_a_long_epoch_as_in_a_short_one(kind, on_nan):
     counts = []
     for rows in (40, 400):
         X, y = points(rows)
@@ -181,16 +148,15 @@ def test_the_host_reads_as_often_in_a_long_epoch_as_in_a_short_one_but_for_a_los
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-def test_no_step_waits_for_the_gpu():
+def test_fit_has_no_step_that_waits_for_the_gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     X, y = points(400)
     model = Net()
     model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), {"accuracy": accuracy})
 
-    def watch(
-        batch, logs
-    ):  # from the second batch, the first is looked at closely, to the last but one
+    # from the second batch, the first is looked at closely, to the last but one
+    def watch(batch, logs):
         torch.cuda.set_sync_debug_mode("error" if batch < 9 else "default")
 
     try:
@@ -201,10 +167,10 @@ def test_no_step_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --- the history -----------------------------------------------------------------------------------------------------
+# --- the history ----------------------------------------------------------------------------------
 
 
-def test_columns_are_loss_metrics_extras_then_the_same_with_val():
+def test_history_columns_are_loss_metrics_extras_then_the_same_with_val():
     class Extra(Net):
         def train_step(self, features, labels):
             return {"zeta": 1.0, "alpha": 2, **super().train_step(features, labels)}
@@ -226,7 +192,7 @@ def test_columns_are_loss_metrics_extras_then_the_same_with_val():
     assert dfhistory["zeta"].item() == 1.0
 
 
-def test_history_goes_on_over_fits_and_starts_anew_with_compile():
+def test_history_continues_over_fits_and_starts_again_with_compile():
     model = compiled()
     first = model.fit(2, points(), verbose=0)
     both = model.fit(1, points(), points(), verbose=0)
@@ -244,7 +210,7 @@ def test_validation_freq_leaves_nan_where_validation_was_skipped():
     assert list(dfhistory["val_loss"].notna()) == [False, True, False, True, False]
 
 
-def test_lr_is_a_column_once_a_scheduler_has_changed_it():
+def test_history_has_lr_once_a_scheduler_has_changed_it():
     model = compiled(lr=0.1)
     assert "lr" not in model.fit(2, points(), verbose=0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(model.optimizer, gamma=0.5)
@@ -254,7 +220,7 @@ def test_lr_is_a_column_once_a_scheduler_has_changed_it():
     assert list(dfhistory["lr"]) == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
 
 
-def test_what_a_callback_adds_to_the_logs_reaches_the_history():
+def test_history_has_what_a_callback_adds_to_the_logs():
     add = LambdaCallback(
         on_epoch_end=lambda epoch, logs: logs.update(gap=logs["val_loss"] - logs["loss"])
     )
@@ -262,7 +228,7 @@ def test_what_a_callback_adds_to_the_logs_reaches_the_history():
     assert np.allclose(dfhistory["gap"], dfhistory["val_loss"] - dfhistory["loss"])
 
 
-def test_the_history_is_there_when_a_fit_ends():
+def test_history_is_complete_when_a_fit_ends():
     lengths = []
     model = compiled()
     model.fit(
@@ -274,7 +240,7 @@ def test_the_history_is_there_when_a_fit_ends():
     assert lengths == [3]
 
 
-def test_a_metric_named_as_a_learning_rate_keeps_its_column():
+def test_history_keeps_the_column_of_a_metric_named_as_a_learning_rate():
     model = Net()
     optimizers = {"a": torch.optim.SGD(model.parameters(), lr=0.1)}
     model.compile(nn.BCELoss(), optimizers, {"lr_a": nn.L1Loss()}, device="cpu")
@@ -284,7 +250,7 @@ def test_a_metric_named_as_a_learning_rate_keeps_its_column():
     assert list(model.fit(3, points(), callbacks=[slower], verbose=0)) == ["loss", "lr_a"]
 
 
-def test_the_last_running_means_of_an_epoch_are_its_row():
+def test_history_row_is_the_last_running_means_of_its_epoch():
     last = {}
     keep = LambdaCallback(on_batch_end=lambda batch, logs: last.update(logs))
     dfhistory = compiled(metrics_dict={"accuracy": accuracy}).fit(
@@ -293,10 +259,10 @@ def test_the_last_running_means_of_an_epoch_are_its_row():
     assert last == dict(dfhistory.iloc[0])
 
 
-# --- steps_per_epoch -------------------------------------------------------------------------------------------------
+# --- steps_per_epoch ------------------------------------------------------------------------------
 
 
-def test_steps_per_epoch_goes_on_where_the_last_epoch_stopped_and_starts_anew_at_the_end():
+def test_steps_per_epoch_continues_where_the_last_epoch_stopped_and_starts_again_at_the_end():
     X = torch.arange(5.0).reshape(5, 1)
     seen = []
 
@@ -314,7 +280,7 @@ def test_steps_per_epoch_goes_on_where_the_last_epoch_stopped_and_starts_anew_at
     assert seen == [0, 1, 2, 3, 4, 0, 1, 2, 3]
 
 
-def test_an_endless_generator_trains_with_steps_per_epoch():
+def test_steps_per_epoch_trains_from_an_endless_generator():
     def endless():
         while True:
             yield points(8)
@@ -322,10 +288,10 @@ def test_an_endless_generator_trains_with_steps_per_epoch():
     assert len(compiled().fit(3, endless(), steps_per_epoch=4, verbose=0)) == 3
 
 
-# --- modes and state -------------------------------------------------------------------------------------------------
+# --- modes and state ------------------------------------------------------------------------------
 
 
-def test_each_submodules_mode_is_put_back():
+def test_modes_of_submodules_are_restored_after_fit():
     model = compiled()
     model.fc1.eval()
     modes = [module.training for module in model.modules()]
@@ -335,7 +301,7 @@ def test_each_submodules_mode_is_put_back():
     assert [module.training for module in model.modules()] == modes
 
 
-def test_fit_is_in_train_mode_with_gradient_and_the_rest_in_eval_mode_without():
+def test_modes_are_train_with_gradient_in_fit_and_eval_without_in_the_rest():
     seen = []
     model = compiled()
     model.fc1.register_forward_hook(
@@ -347,7 +313,7 @@ def test_fit_is_in_train_mode_with_gradient_and_the_rest_in_eval_mode_without():
     assert seen == [(True, True), (False, False), (False, False), (False, False)]
 
 
-def test_a_callback_may_evaluate_in_the_middle_of_an_epoch():
+def test_evaluate_may_be_called_by_a_callback_in_the_middle_of_an_epoch():
     batches = [points(rows) for rows in (30, 50, 20)]
     model = compiled(metrics_dict={"accuracy": accuracy})
     twin = compiled(copy.deepcopy(model), metrics_dict={"accuracy": accuracy})
@@ -367,7 +333,7 @@ def fail_at(batch, error):
 @pytest.mark.parametrize(
     "error", [RuntimeError("mine"), KeyboardInterrupt()], ids=["error", "Ctrl-C"]
 )
-def test_a_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_model_usable(error):
+def test_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_model_usable(error):
     ended = []
     ends = LambdaCallback(on_fit_end=lambda: ended.append("end"))
     model = compiled()
@@ -381,28 +347,29 @@ def test_a_fit_cut_short_keeps_whole_epochs_ends_its_callbacks_and_leaves_the_mo
     assert list(model.fit(1, points(100), verbose=0).index) == [0, 1, 2]
 
 
-def test_an_error_says_in_which_epoch_and_batch_it_came():
+def test_fit_error_says_in_which_epoch_and_batch_it_came():
     with pytest.raises(RuntimeError, match="mine") as error:
         compiled().fit(2, points(100), callbacks=[fail_at(3, RuntimeError("mine"))], verbose=0)
     assert error.value.__notes__ == ["LambdaCallback.on_batch_end", "dl_train, batch 3", "epoch 1"]
 
 
-def test_gradients_from_before_the_fit_do_not_enter_its_first_step():
+def test_fit_clears_gradients_from_before_its_first_step():
     X, y = points(32)
-    model, twin = compiled(), None
+    model = compiled()
+    twin = None
     twin = copy.deepcopy(model)
     compiled(twin)
     nn.BCELoss()(twin(X), y).backward()
-    for one in (model, twin):
-        one.fit(1, [(X, y)], verbose=0)
+    for net in (model, twin):
+        net.fit(1, [(X, y)], verbose=0)
     for found, expected in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(found, expected)
 
 
-# --- sample weights --------------------------------------------------------------------------------------------------
+# --- sample weights -------------------------------------------------------------------------------
 
 
-def test_a_third_part_of_a_batch_is_a_weight_per_row():
+def test_sample_weight_is_the_third_part_of_a_batch():
     X, y = points(64)
     weight = torch.rand(64)
     model = compiled(loss_func=nn.BCELoss(reduction="none"))
@@ -411,10 +378,10 @@ def test_a_third_part_of_a_batch_is_a_weight_per_row():
     assert model.evaluate((X, y, weight))["val_loss"] == pytest.approx(expected, rel=1e-6)
     before = copy.deepcopy(model.state_dict())
     model.fit(1, (X, y, torch.zeros(64)), verbose=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
-def test_labels_say_how_many_rows_a_batch_has():
+def test_rows_of_a_batch_are_counted_by_its_labels():
     class TimeFirst(minikeras.Model):
         def __init__(self):
             super().__init__()
@@ -433,7 +400,7 @@ def test_labels_say_how_many_rows_a_batch_has():
     assert model.evaluate(batches)["val_loss"] == pytest.approx(errors.mean().item(), rel=1e-6)
 
 
-def test_a_loss_with_modes_is_in_eval_mode_for_validation_and_put_back():
+def test_modes_of_a_loss_are_eval_for_validation_and_restored():
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -448,7 +415,7 @@ def test_a_loss_with_modes_is_in_eval_mode_for_validation_and_put_back():
     assert loss_func.norm.training
 
 
-# --- predict ---------------------------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
 def test_predict_needs_no_compile_and_keeps_the_rows_in_order():
@@ -474,12 +441,13 @@ def test_predict_refuses_rows_that_are_not_first():
     with pytest.raises(ValueError, match="rows") as error:
         minikeras.Model(nn.LSTM(4, 3, batch_first=True)).predict(torch.randn(64, 5, 4))
     assert str(error.value) == (
-        "the model returned a tensor of shape (1, 32, 3) in its outputs[1][0] for 32 rows; predict joins batches along "
-        "the first dimension, and the rows are in dimension 1. Return it with .transpose(0, 1)."
+        "the model returned a tensor of shape (1, 32, 3) in its outputs[1][0] for 32 rows; predict "
+        "joins batches along the first dimension, and the rows are in dimension 1. Return it with "
+        ".transpose(0, 1)."
     )
 
 
-def test_a_layer_that_works_in_place_does_not_reach_the_users_data():
+def test_fit_keeps_layers_that_work_in_place_from_the_users_data():
     X, y = points(10)
     kept = X.clone(), y.clone()
     model = minikeras.Model(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 1), nn.Sigmoid()))

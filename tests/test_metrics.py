@@ -1,4 +1,4 @@
-"""Metrics are means over rows, whatever kind of answer they give."""
+"""Metrics are means over rows, whatever they return."""
 
 import re
 
@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torchmetrics
-from conftest import Net, accuracy, compiled, points
+from helpers.models import Net, accuracy, compiled, points
 from sklearn.metrics import accuracy_score, f1_score, recall_score, roc_auc_score
 from torch import nn
 
@@ -40,7 +40,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("metric", KINDS.values(), ids=KINDS)
-def test_each_kind_of_metric_gives_the_value_over_the_whole_set(metric):
+def test_metric_of_each_kind_gives_the_value_over_the_whole_set(metric):
     X, y = points(101)
     model = compiled(metrics_dict={"metric": metric})
     model.fit(2, (X, y), (X, y), verbose=0)
@@ -55,9 +55,7 @@ WHOLE_SET = {
 
 
 @pytest.mark.parametrize(("metric", "expected"), WHOLE_SET.values(), ids=WHOLE_SET)
-def test_an_object_with_update_and_compute_gives_scikit_learns_value_on_the_whole_set(
-    metric, expected
-):
+def test_metric_object_gives_scikit_learns_value_on_the_whole_set(metric, expected):
     X, y = points(101)
     model = compiled(metrics_dict={"metric": metric})
     dfhistory = model.fit(2, (X, y), (X, y), verbose=0)
@@ -66,7 +64,7 @@ def test_an_object_with_update_and_compute_gives_scikit_learns_value_on_the_whol
     assert dfhistory["metric"].notna().all()
 
 
-def test_training_and_validation_have_a_copy_each_of_a_metric_object():
+def test_metric_object_has_a_copy_each_for_training_and_validation():
     class Rows:
         def __init__(self):
             self.reset()
@@ -95,20 +93,20 @@ def test_metrics_see_outputs_without_gradient_after_backward():
     twin = compiled()
     model = compiled(metrics_dict={"zero": metric})
     model.load_state_dict(twin.state_dict())
-    for one in (model, twin):
-        one.fit(1, [points(32)], verbose=0)
+    for net in (model, twin):
+        net.fit(1, [points(32)], verbose=0)
     assert seen == [(False, False)]
     assert torch.equal(model.fc1.weight, twin.fc1.weight)
 
 
-def test_a_metric_is_called_once_per_batch():
+def test_metric_is_called_once_per_batch():
     calls = []
     model = compiled(metrics_dict={"n": lambda y_pred, y_true: calls.append(len(y_true)) or 0.0})
     model.fit(1, points(70), batch_size=32, verbose=0)
     assert calls == [32, 32, 6]
 
 
-def test_counts_are_exact_beyond_what_float32_can_hold():
+def test_metric_counts_are_exact_beyond_what_float32_can_hold():
     totals = Totals({}, torch.device("cpu"), OneProcess())
     for _ in range(3):
         totals.add(
@@ -124,14 +122,14 @@ def test_counts_are_exact_beyond_what_float32_can_hold():
     assert totals["loss"] == totals["units"] == 3 * 2**24 / (3 * 2**24 + 1)
 
 
-def test_nothing_counted_is_nan():
+def test_metric_that_counts_nothing_is_nan():
     model = compiled(
         metrics_dict={"none": lambda y_pred, y_true: Average(torch.tensor(0.0), torch.tensor(0))}
     )
     assert np.isnan(model.evaluate(points(10))["val_none"])
 
 
-def test_a_metric_may_look_at_several_outputs():
+def test_metric_may_look_at_several_outputs():
     class Two(Net):
         def forward(self, x):
             return {"p": super().forward(x), "x": x}
@@ -146,11 +144,11 @@ def test_a_metric_may_look_at_several_outputs():
     )
 
 
-# --- objects that give several numbers ----------------------------------------------------------
+# --- objects that give several numbers ------------------------------------------------------------
 
 
 class Gives:
-    """A metric object that answers what it is told to, and notes when it is asked."""
+    """A metric object with a given answer, which records when it is asked."""
 
     def __init__(self, answer, asked=None):
         self.answer = answer
@@ -194,7 +192,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("answer", "columns"), ANSWERS.values(), ids=ANSWERS)
-def test_each_number_of_an_objects_answer_is_a_column_in_its_place(answer, columns):
+def test_metric_object_has_a_column_for_each_number_of_its_answer(answer, columns):
     model = compiled(metrics_dict={"before": nn.L1Loss(), "m": Gives(answer), "after": nn.L1Loss()})
     dfhistory = model.fit(2, points(20), points(10), verbose=0)
     names = ["loss", "before", *columns, "after"]
@@ -223,16 +221,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("answer", "said"), REFUSED.values(), ids=REFUSED)
-def test_an_answer_that_is_no_numbers_is_an_error_at_the_end_of_the_pass(answer, said):
+def test_metric_object_whose_answer_is_no_number_is_an_error_at_the_end_of_the_pass(answer, said):
     model = compiled(metrics_dict={"m": Gives(answer)})
-    expected = "; expected a number, or a dict, list or tensor of numbers, which becomes a column for each (at most 1000). "
+    expected = (
+        "; expected a number, or a dict, list or tensor of numbers, which becomes a column for "
+        "each (at most 1000). "
+    )
     with pytest.raises(ValueError, match=re.escape(f"metric 'm': compute() {said}")) as error:
         model.evaluate(points(20))
     assert expected in str(error.value)
     assert error.value.__notes__[0] == "metric 'm', computed at the end of a pass"
 
 
-def test_the_remedy_for_a_pair_is_a_dict_and_works():
+def test_metric_object_whose_answer_is_a_pair_may_return_a_dict():
     with pytest.raises(
         ValueError, match=r'return a dict of name -> number, such as {"precision": p, "recall": r}'
     ):
@@ -243,8 +244,11 @@ def test_the_remedy_for_a_pair_is_a_dict_and_works():
     assert (found["val_m_precision"], found["val_m_recall"]) == (0.5, 0.25)
 
 
-def test_columns_of_one_name_are_refused_with_what_to_do():
-    message = "metric 'm' gives a column 'm_a', and there is a column of this name. Give the metric another name in "
+def test_metric_columns_of_one_name_are_refused_with_what_to_do():
+    message = (
+        "metric 'm' gives a column 'm_a', and there is a column of this name. Give the metric "
+        "another name in "
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         compiled(metrics_dict={"m_a": nn.L1Loss(), "m": Gives({"a": 1.0})}).evaluate(points(20))
     message = "metric 'm_a' gives a column 'm_a_b', and metric 'm' gives a column of this name."
@@ -257,7 +261,7 @@ def test_columns_of_one_name_are_refused_with_what_to_do():
         compiled(metrics_dict={"val": Gives({"a": 1.0})}).evaluate(points(20))
 
 
-def test_callbacks_and_the_table_take_the_columns_as_any_other(capsys, tmp_path):
+def test_metric_columns_of_an_object_reach_callbacks_and_the_table(capsys, tmp_path):
     improving = Gives(lambda rows: {"f1": 0.5, "recall": 0.25})
     stop = minikeras.EarlyStopping("val_m_f1", patience=1)
     best = minikeras.ModelCheckpoint(tmp_path / "best.pt", monitor="val_m_recall", mode="max")
@@ -275,10 +279,10 @@ def test_callbacks_and_the_table_take_the_columns_as_any_other(capsys, tmp_path)
     assert any("val_m_f1" in line for line in lines)
 
 
-# --- when an object is asked --------------------------------------------------------------------
+# --- when an object is asked ----------------------------------------------------------------------
 
 
-def test_compute_is_called_once_at_the_end_of_each_pass():
+def test_metric_object_computes_once_at_the_end_of_each_pass():
     asked = []
     model = compiled(metrics_dict={"m": Gives(0.5, asked)})
     # deepcopy would copy the list as well
@@ -312,7 +316,7 @@ def sorted_points(rows):
     return X[order], y[order]
 
 
-def test_an_object_that_cannot_answer_yet_is_not_yet_known():
+def test_metric_object_that_cannot_compute_yet_is_left_out_of_the_running_means():
     X, y = sorted_points(100)
     model = compiled(metrics_dict={"recall": Recall()}, lr=0.0)
     expected = recall_score(y, model.predict(X) > 0.5)
@@ -329,7 +333,7 @@ def test_an_object_that_cannot_answer_yet_is_not_yet_known():
     assert seen[-1][1] == ["loss", "recall"]
 
 
-def test_an_error_of_compute_at_the_end_of_a_pass_is_raised_with_the_metrics_name():
+def test_metric_object_that_fails_at_the_end_of_a_pass_raises_with_its_name():
     X, _ = points(20)
     model = compiled(metrics_dict={"recall": Recall()})
     with pytest.raises(ZeroDivisionError) as error:
@@ -337,7 +341,7 @@ def test_an_error_of_compute_at_the_end_of_a_pass_is_raised_with_the_metrics_nam
     assert error.value.__notes__[0] == "metric 'recall', computed at the end of a pass"
 
 
-def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanwhile():
+def test_metric_object_that_clears_its_rows_as_it_computes_gives_running_means_too():
     class Emptied:
         def __init__(self):
             self.reset()
@@ -349,7 +353,8 @@ def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanw
             self.rows += ((y_pred > 0.5) == (y_true > 0.5)).flatten().tolist()
 
         def compute(self):
-            rows, self.rows = self.rows, []
+            rows = self.rows
+            self.rows = []
             return sum(rows) / len(rows)
 
     X, y = points(100)
@@ -369,7 +374,7 @@ def test_an_object_that_hands_out_its_rows_as_it_computes_may_be_looked_at_meanw
     assert len(seen) == 10
 
 
-def test_running_means_are_not_computed_where_nobody_looks():
+def test_metric_object_computes_no_running_means_if_nothing_shows_them():
     asked = []
 
     class Asked(Gives):

@@ -1,4 +1,4 @@
-"""compile, the step and what surprises people about them."""
+"""compile, devices, optimizers and custom steps of a Model."""
 
 import copy
 import io
@@ -8,16 +8,18 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, accuracy, compiled, points
+from helpers.compare import assert_equal_tensors
+from helpers.metrics import cosine
+from helpers.models import Net, accuracy, compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 
-# --- scripts written for torchkeras -----------------------------------------------------------------------------------
+# --- scripts written for torchkeras ---------------------------------------------------------------
 
 
-def test_a_torchkeras_script_with_a_subclass_runs(capsys):
+def test_torchkeras_script_with_a_subclass_runs(capsys):
     from minikeras import Model, summary
 
     class DNNModel(Model):
@@ -48,7 +50,7 @@ def test_a_torchkeras_script_with_a_subclass_runs(capsys):
     assert "Linear" in capsys.readouterr().out
 
 
-def test_a_torchkeras_script_that_wraps_a_network_runs():
+def test_torchkeras_script_that_wraps_a_network_runs():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1), nn.Sigmoid())
     model = minikeras.Model(net)
     model.compile(
@@ -59,7 +61,7 @@ def test_a_torchkeras_script_that_wraps_a_network_runs():
     assert model.net is net
 
 
-# --- compile ----------------------------------------------------------------------------------------------------------
+# --- compile --------------------------------------------------------------------------------------
 
 
 class Holds(nn.Module):
@@ -82,14 +84,15 @@ def test_compile_never_changes_the_state_dict():
     metrics = {"acc": torchmetrics.classification.BinaryAccuracy(), "mae": nn.L1Loss()}
     model.compile(Holds(), metrics_dict=metrics, device="cpu")
     assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
     assert [name for name, _ in model.named_modules()] == ["", "fc1", "fc2"]
     model.fit(1, points(), verbose=0)
     assert list(model.state_dict()) == list(before)
 
 
-def test_the_default_optimizer_is_adam_on_the_model_and_the_parameters_of_the_loss():
-    model, loss_func = Net(), Holds()
+def test_default_optimizer_is_adam_on_the_parameters_of_model_and_loss():
+    model = Net()
+    loss_func = Holds()
     model.fc1.bias.requires_grad_(False)
     model.compile(loss_func)
     (group,) = model.optimizer.param_groups
@@ -101,7 +104,7 @@ def test_the_default_optimizer_is_adam_on_the_model_and_the_parameters_of_the_lo
     ]
 
 
-def test_the_default_device_is_the_accelerator_that_works(monkeypatch):
+def test_default_device_is_the_accelerator_that_works(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")
@@ -120,7 +123,7 @@ def test_the_default_device_is_the_accelerator_that_works(monkeypatch):
     assert len(model.fit(1, points(), verbose=0)) == 1
 
 
-def test_model_loss_metrics_and_nested_batches_land_on_the_device():
+def test_device_gets_model_loss_metrics_and_nested_batches():
     import torchmetrics
 
     seen = []
@@ -130,7 +133,9 @@ def test_model_loss_metrics_and_nested_batches_land_on_the_device():
             seen.extend(leaf.device.type for leaf in (features["a"][0], features["b"], labels))
             return {"n": 1.0}
 
-    model, loss_func, metric = Watch(), Holds(), torchmetrics.classification.BinaryAccuracy()
+    model = Watch()
+    loss_func = Holds()
+    metric = torchmetrics.classification.BinaryAccuracy()
     model.compile(loss_func, metrics_dict={"acc": metric}, device=torch.device("meta"))
     X, y = points(8)
     with pytest.raises(RuntimeError, match="meta"):  # nothing can be read from there
@@ -143,7 +148,7 @@ def test_model_loss_metrics_and_nested_batches_land_on_the_device():
 
 
 @pytest.mark.gpu
-def test_the_state_of_an_optimizer_moves_with_its_parameters():
+def test_device_gets_the_state_of_an_optimizer_with_its_parameters():
     model = Net()
     optimizer = torch.optim.Adam(model.parameters())
     model(points()[0]).sum().backward()
@@ -156,7 +161,7 @@ def test_the_state_of_an_optimizer_moves_with_its_parameters():
 
 
 @pytest.mark.gpu
-def test_training_runs_on_the_accelerator_and_predict_answers_on_the_cpu():
+def test_device_runs_training_and_predict_returns_on_the_cpu():
     model = Net()
     model.compile(nn.BCELoss(), metrics_dict={"accuracy": accuracy})
     X, y = points(100)
@@ -167,7 +172,7 @@ def test_training_runs_on_the_accelerator_and_predict_answers_on_the_cpu():
 
 
 @pytest.mark.gpu
-def test_training_goes_on_after_the_model_was_moved_away_by_hand():
+def test_device_gets_a_model_back_that_was_moved_away_by_hand():
     model = Net()
     model.compile(nn.BCELoss())
     model.fit(1, points(), verbose=0)
@@ -175,10 +180,10 @@ def test_training_goes_on_after_the_model_was_moved_away_by_hand():
     assert len(model.fit(1, points(), verbose=0)) == 2
 
 
-# --- what surprises and must not --------------------------------------------------------------------------------------
+# --- what surprises and must not ------------------------------------------------------------------
 
 
-def test_a_subclass_keeps_its_own_history_optimizer_and_device():
+def test_subclass_keeps_its_own_history_optimizer_and_device():
     class Own(Net):
         device = "mine"
 
@@ -212,19 +217,17 @@ def test_deepcopy_and_pickle_give_an_uncompiled_model():
     assert len(model.history) == 1
 
 
-def test_a_compiled_network_keeps_its_names_clean():
+def test_compiled_network_keeps_its_names_in_the_state_dict():
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Sigmoid())
-    plain, model = (
-        minikeras.Model(copy.deepcopy(net)),
-        minikeras.Model(torch.compile(net, backend="eager")),
-    )
+    plain = minikeras.Model(copy.deepcopy(net))
+    model = minikeras.Model(torch.compile(net, backend="eager"))
     assert list(model.state_dict()) == list(plain.state_dict())
     for parameter in plain.parameters():
         nn.init.constant_(parameter, 0.5)
     model.load_state_dict(plain.state_dict())
     assert all(
-        torch.equal(one, other)
-        for one, other in zip(model.parameters(), plain.parameters(), strict=True)
+        torch.equal(parameter, other)
+        for parameter, other in zip(model.parameters(), plain.parameters(), strict=True)
     )
     plain.load_state_dict(model.state_dict())
     nn.Sequential(model).load_state_dict(nn.Sequential(plain).state_dict())
@@ -232,7 +235,7 @@ def test_a_compiled_network_keeps_its_names_clean():
     assert compiled(copy.deepcopy(model)).predict(points()[0]).shape == (100, 1)
 
 
-def test_a_compiled_network_of_several_inputs_gets_them_unpacked():
+def test_compiled_network_of_several_inputs_gets_them_unpacked():
     class Add(nn.Module):
         def __init__(self):
             super().__init__()
@@ -249,17 +252,13 @@ def test_a_compiled_network_of_several_inputs_gets_them_unpacked():
         assert model.predict({"a": X, "b": X}).shape == (20, 1)
 
 
-def test_wrapping_nothing_and_writing_no_forward_is_said():
+def test_model_without_a_network_or_a_forward_raises_an_error_that_says_so():
     with pytest.raises(NotImplementedError) as error:
         minikeras.Model()(torch.ones(1))
     assert str(error.value) == "Model has no forward. Write it, or wrap a network: Model(net)."
 
 
-# --- every loss of the article ----------------------------------------------------------------------------------------
-
-
-def cosine(y_pred, y_true):
-    return 1 - nn.CosineSimilarity()(y_pred, y_true).mean()
+# --- every loss of the article --------------------------------------------------------------------
 
 
 LOSSES = {
@@ -282,7 +281,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(("loss_func", "width", "end"), LOSSES.values(), ids=LOSSES)
-def test_every_loss_of_the_article_trains_as_it_is(loss_func, width, end):
+def test_loss_of_each_kind_in_the_article_trains_as_it_is(loss_func, width, end):
     X, y = points(64)
     labels = {1: y, 2: X, 3: y[:, 0].long(), 8: y[:, 0].long() * 20}[width]
     net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, width), end or nn.Identity())
@@ -293,7 +292,7 @@ def test_every_loss_of_the_article_trains_as_it_is(loss_func, width, end):
     assert dfhistory["val_loss"].iloc[-1] < dfhistory["val_loss"].iloc[0]
 
 
-def test_the_parameters_of_a_loss_are_trained_by_the_default_optimizer():
+def test_default_optimizer_trains_the_parameters_of_a_loss():
     loss_func = nn.AdaptiveLogSoftmaxWithLoss(2, 10, cutoffs=[5], div_value=1)
     before = copy.deepcopy(loss_func.state_dict())
     model = minikeras.Model(nn.Linear(2, 2))
@@ -302,12 +301,13 @@ def test_the_parameters_of_a_loss_are_trained_by_the_default_optimizer():
     assert not torch.equal(before["head.weight"], loss_func.head.weight)
 
 
-def test_a_loss_may_return_an_average_if_rows_are_not_the_unit():
+def test_loss_may_return_an_average_if_rows_are_not_the_unit():
     def per_token(y_pred, y_true):  # labels of -1 are padding
         mask = y_true >= 0
         return minikeras.Average((((y_pred - y_true) ** 2) * mask).sum(), mask.sum())
 
-    X, y = torch.randn(10, 4), torch.randn(10, 4).abs()
+    X = torch.randn(10, 4)
+    y = torch.randn(10, 4).abs()
     y[torch.rand(10, 4) < 0.4] = -1
     y[9] = -1  # a batch of nothing but padding
     model = compiled(minikeras.Model(nn.Linear(4, 4)), per_token)
@@ -323,7 +323,7 @@ def test_a_loss_may_return_an_average_if_rows_are_not_the_unit():
     assert model.net.weight.isfinite().all()
 
 
-# --- steps of one's own -----------------------------------------------------------------------------------------------
+# --- steps of one's own ---------------------------------------------------------------------------
 
 
 class Pair(minikeras.Model):
@@ -336,7 +336,8 @@ class Pair(minikeras.Model):
 
     def train_step(self, features, labels):
         fake = self.generator(torch.randn(len(features), 4))
-        d_real, d_fake = self.discriminator(features), self.discriminator(fake.detach())
+        d_real = self.discriminator(features)
+        d_fake = self.discriminator(fake.detach())
         d_loss = self.compute_loss(d_real, torch.ones_like(d_real)) + self.compute_loss(
             d_fake, torch.zeros_like(d_fake)
         )
@@ -363,7 +364,7 @@ def adversarial():
     return model
 
 
-def test_an_adversarial_pair_trains_with_two_optimizers_and_its_keys_reach_the_history():
+def test_two_optimizers_train_an_adversarial_pair_and_its_keys_reach_the_history():
     model = adversarial()
     dfhistory = model.fit(3, torch.randn(64, 1) + 3, verbose=0)
     assert list(dfhistory) == ["d_loss", "g_loss"]
@@ -372,14 +373,16 @@ def test_an_adversarial_pair_trains_with_two_optimizers_and_its_keys_reach_the_h
 
 def test_two_optimizers_take_the_steps_of_a_bare_loop():
     X = torch.randn(16, 1) + 3
-    model, bare = adversarial(), adversarial()
+    model = adversarial()
+    bare = adversarial()
     torch.manual_seed(1)
     model.fit(3, [(X,)], verbose=0)
     torch.manual_seed(1)
     bce = nn.BCEWithLogitsLoss()
     for _ in range(3):
         fake = bare.generator(torch.randn(16, 4))
-        d_real, d_fake = bare.discriminator(X), bare.discriminator(fake.detach())
+        d_real = bare.discriminator(X)
+        d_fake = bare.discriminator(fake.detach())
         bare.zero_grad()
         (bce(d_real, torch.ones(16, 1)) + bce(d_fake, torch.zeros(16, 1))).backward()
         bare.optimizer["d"].step()
@@ -390,7 +393,7 @@ def test_two_optimizers_take_the_steps_of_a_bare_loop():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_the_default_step_moves_every_optimizer_of_a_dict():
+def test_two_optimizers_are_both_stepped_by_the_default_step():
     model = Net()
     optimizers = {
         name: torch.optim.SGD(getattr(model, name).parameters(), lr=0.1) for name in ("fc1", "fc2")
@@ -398,14 +401,15 @@ def test_the_default_step_moves_every_optimizer_of_a_dict():
     model.compile(nn.BCELoss(), optimizers, device="cpu")
     twin = compiled(copy.deepcopy(model), lr=0.1)
     X, y = points(32)
-    for one in (model, twin):
-        one.fit(2, [(X, y)], verbose=0)
+    for net in (model, twin):
+        net.fit(2, [(X, y)], verbose=0)
     for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(found, expected)
 
 
-def test_one_of_several_optimizers_may_hold_what_is_not_in_the_model():
-    model, temperature = Net(), torch.ones((), requires_grad=True)
+def test_two_optimizers_may_hold_what_is_not_in_the_model():
+    model = Net()
+    temperature = torch.ones((), requires_grad=True)
     optimizers = {
         "net": torch.optim.SGD(model.parameters(), lr=0.1),
         "temperature": torch.optim.SGD([temperature]),
@@ -435,7 +439,7 @@ def test_lbfgs_trains_with_a_step_of_its_own():
     assert dfhistory["loss"].iloc[-1] < dfhistory["loss"].iloc[0]
 
 
-def test_an_evaluate_step_of_ones_own_names_the_columns():
+def test_custom_evaluate_step_names_the_columns():
     class Own(Net):
         def evaluate_step(self, features, labels):
             return {"rows": float(len(features))}

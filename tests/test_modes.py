@@ -1,10 +1,12 @@
-"""What the user has put into eval mode stays there while the rest trains."""
+"""Layers that the user has put into eval mode stay there while the rest trains."""
 
 import copy
 
 import pytest
 import torch
-from conftest import points
+from helpers.compare import assert_same_weights
+from helpers.interruptions import Stopped
+from helpers.models import points
 from torch import nn
 
 import minikeras
@@ -39,24 +41,20 @@ def trained_by_hand(net, epochs=2, frozen=True):
     return net
 
 
-def assert_same(net, expected, rtol=0.0):
-    torch.testing.assert_close(net.state_dict(), expected.state_dict(), rtol=rtol, atol=rtol)
-
-
 @pytest.mark.parametrize("jit", [False, {"backend": "eager"}], ids=["eager", "jit"])
-def test_a_part_in_eval_mode_stays_so_as_in_a_hand_written_loop(jit):
+def test_eval_mode_of_a_part_stays_as_in_a_hand_written_loop(jit):
     net = body_and_head()
     expected = trained_by_hand(copy.deepcopy(net))
     net[0].eval()
     fitted(net, jit=jit, dl_val=[(X, y)])
-    assert_same(net, expected, rtol=1e-6 if jit else 0.0)  # a graph rounds otherwise
+    assert_same_weights(net, expected, 1e-6 if jit else 0)  # a graph rounds otherwise
     assert [net.training, net[0].training, net[1].training] == [True, False, True]
 
 
 @pytest.mark.parametrize(
     "wholly", [lambda net: net.eval(), lambda net: minikeras.Model(net).eval()]
 )
-def test_a_model_that_is_wholly_in_eval_mode_is_trained_in_train_mode(wholly):
+def test_eval_mode_of_the_whole_model_is_train_mode_in_fit(wholly):
     net = body_and_head()
     twin = copy.deepcopy(net)
     torch.manual_seed(1)
@@ -64,11 +62,11 @@ def test_a_model_that_is_wholly_in_eval_mode_is_trained_in_train_mode(wholly):
     wholly(net)
     torch.manual_seed(1)
     fitted(net)
-    assert_same(net, expected)
+    assert_same_weights(net, expected, 0)
     assert not any(module.training for module in net.modules())
 
 
-def test_a_child_in_train_mode_of_a_part_in_eval_mode_stays_in_train_mode():
+def test_train_mode_of_a_child_of_a_part_in_eval_mode_stays():
     net = body_and_head()
     net[0].eval()
     net[0][2].train()
@@ -80,8 +78,9 @@ def test_a_child_in_train_mode_of_a_part_in_eval_mode_stays_in_train_mode():
     assert seen == [[False, False, True]] * 2
 
 
-def test_what_a_callback_puts_into_eval_mode_or_back_into_train_mode_stays_so():
-    net, seen = body_and_head(), []
+def test_eval_mode_or_train_mode_set_by_a_callback_stays():
+    net = body_and_head()
+    seen = []
 
     def decide(epoch):
         if epoch == 2:
@@ -96,8 +95,9 @@ def test_what_a_callback_puts_into_eval_mode_or_back_into_train_mode_stays_so():
     assert seen == [True, False, False, True, True]
 
 
-def test_a_callback_that_leaves_the_whole_model_in_eval_mode_does_not_end_the_training():
-    net, seen = body_and_head(), []
+def test_eval_mode_of_the_whole_model_left_by_a_callback_does_not_end_the_training():
+    net = body_and_head()
+    seen = []
     net[0].eval()
     look = LambdaCallback(
         on_epoch_end=lambda epoch, logs: net.eval(),
@@ -120,14 +120,15 @@ class Thawing(minikeras.Model):
         return self
 
 
-def test_the_users_own_train_method_decides():
-    net, seen = body_and_head(), []
+def test_train_method_of_the_user_decides_the_modes():
+    net = body_and_head()
+    seen = []
     look = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(net[0].training))
     fitted(net, epochs=4, model=Thawing(net), callbacks=[look])
     assert seen == [False, False, True, True]
 
 
-def test_a_line_says_what_stays_in_eval_mode(capsys):
+def test_eval_mode_that_stays_is_printed_in_a_line(capsys):
     net = body_and_head()
     fitted(net, verbose=2)
     assert "eval" not in capsys.readouterr().out
@@ -136,12 +137,8 @@ def test_a_line_says_what_stays_in_eval_mode(capsys):
     assert "in eval mode, as you left them: net.0\n" in capsys.readouterr().out
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("every", [None, 1])
-def test_a_resumed_fit_has_the_modes_that_a_callback_had_decided(tmp_path, every):
+def test_modes_that_a_callback_set_are_those_of_the_resumed_fit(tmp_path, every):
     batches = [(X[:32], y[:32]), (X[32:], y[32:])]
 
     def fit(path, stop_in=None):
@@ -167,4 +164,4 @@ def test_a_resumed_fit_has_the_modes_that_a_callback_had_decided(tmp_path, every
     expected = fit(tmp_path / "whole.pt")
     with pytest.raises(Stopped):
         fit(tmp_path / "run.pt", stop_in=(3, 2))
-    assert_same(fit(tmp_path / "run.pt"), expected)
+    assert_same_weights(fit(tmp_path / "run.pt"), expected, 0)

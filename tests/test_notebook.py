@@ -1,4 +1,4 @@
-"""What a person sees in a notebook: the notebooks of the examples run in a real kernel, and what is drawn there."""
+"""What a notebook shows; the notebooks of the examples run in a real kernel."""
 
 import html
 import re
@@ -7,23 +7,23 @@ import time
 import types
 import xml.etree.ElementTree as ET
 from datetime import datetime
-from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from conftest import Net, accuracy, compiled, points
+from helpers.models import Net, accuracy, compiled, points
+from helpers.paths import ROOT
 from nbclient import NotebookClient
 from torch import nn
 
 import minikeras
 from minikeras.report import notebook
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 NAN = float("nan")
 
 
-# --- the notebooks of the examples ------------------------------------------------------------------------------------
+# --- the notebooks of the examples ----------------------------------------------------------------
 
 
 class Reader(NotebookClient):
@@ -38,7 +38,7 @@ class Reader(NotebookClient):
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def executed(request):
-    """The cells of a notebook that has run, on one thread as is best for networks this small, and those messages."""
+    """Run a notebook on one thread; return its cells and their messages."""
     book = nbformat.read(request.param, as_version=4)
     client = Reader(book, timeout=240, kernel_name="python3")
     client.kinds = {}
@@ -48,12 +48,12 @@ def executed(request):
     return book.cells, client.kinds
 
 
-def test_there_are_notebooks():
+def test_notebooks_exist_among_the_examples():
     assert [path.stem for path in NOTEBOOKS] == ["digits", "ring"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebooks_are_kept_without_outputs(path):
+def test_notebooks_are_kept_without_outputs(path):
     cells = nbformat.read(path, as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
@@ -68,7 +68,7 @@ def fit_of(cells):
     return number
 
 
-def test_a_fit_in_a_notebook_is_one_output_that_is_redrawn_a_few_times_a_second(executed):
+def test_notebook_fit_is_one_output_that_is_redrawn_a_few_times_a_second(executed):
     cells, kinds = executed
     fit = fit_of(cells)
     times = cells[fit].metadata["execution"]
@@ -88,7 +88,7 @@ def test_a_fit_in_a_notebook_is_one_output_that_is_redrawn_a_few_times_a_second(
     assert len(cells[fit].outputs) == 1
 
 
-def test_what_stays_of_a_fit_in_a_notebook_is_its_table_and_its_charts(executed):
+def test_notebook_fit_leaves_its_table_and_its_charts(executed):
     cells, _ = executed
     fit = fit_of(cells)
     page = ET.fromstring(cells[fit].outputs[0]["data"]["text/html"].replace("&nbsp;", " "))
@@ -100,23 +100,22 @@ def test_what_stays_of_a_fit_in_a_notebook_is_its_table_and_its_charts(executed)
     assert not page.findall(".//progress")
 
 
-def test_figures_the_model_and_its_summary_are_shown_in_the_notebooks(executed):
+def test_notebooks_show_figures_the_model_and_its_summary(executed):
     cells, _ = executed
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     shown = [output["data"].get("text/html", "") for output in outputs]
     assert sum("image/png" in output["data"] for output in outputs) == 3
-    assert (
-        sum("Total params: " in page for page in shown) == 1
-    )  # once, though it is the cell's last line as well
+    # once, though it is the cell's last line as well
+    assert sum("Total params: " in page for page in shown) == 1
     assert not [output for output in outputs if output["output_type"] in ("stream", "error")]
 
 
-# --- one live output --------------------------------------------------------------------------------------------------
+# --- one live output ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def page(monkeypatch):
-    """The outputs that a fit makes under a notebook's IPython: [first, redrawn, ...], by display."""
+    """Return the outputs of a fit under a notebook's IPython: [first, redrawn, ...], by display."""
     made = []
 
     def display(data, raw, display_id=False):
@@ -135,7 +134,7 @@ def text_of(output):
     return html.unescape(re.sub(r"<[^>]+>", " ", output["text/html"]))
 
 
-def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is(
+def test_notebook_live_output_shows_the_bar_the_running_means_and_the_validation(
     page, monkeypatch, capsys
 ):
     monkeypatch.setattr(notebook, "REFRESH", 0.0)
@@ -153,7 +152,7 @@ def test_the_live_output_shows_the_bar_the_running_means_and_where_validation_is
     assert capsys.readouterr().out == ""
 
 
-def test_columns_that_alternate_are_all_in_the_table(page):
+def test_notebook_table_has_all_columns_that_alternate(page):
     def logged(epoch, logs):
         logs["odd" if epoch % 2 else "even"] = epoch
 
@@ -164,7 +163,7 @@ def test_columns_that_alternate_are_all_in_the_table(page):
     assert rows == [["1.000", ""], ["", "2.000"], ["3.000", ""], ["", "4.000"]]
 
 
-def test_many_short_epochs_do_not_flood_the_page(page):
+def test_notebook_page_is_not_flooded_by_many_short_epochs(page):
     begin = time.monotonic()
     dfhistory = compiled().fit(200, points(32), points(32))
     seconds = time.monotonic() - begin
@@ -176,7 +175,7 @@ def test_many_short_epochs_do_not_flood_the_page(page):
     assert f"<b>{dfhistory['val_loss'].idxmin() + 1}</b>" in table
 
 
-def test_the_best_epoch_stays_in_the_table_though_it_is_long_past():
+def test_notebook_table_keeps_the_best_epoch_though_it_is_long_past():
     rows = {epoch: {"loss": 1.0, "val_loss": abs(epoch - 3) + 1.0} for epoch in range(1, 101)}
     table = notebook.epochs_table(["loss", "val_loss"], rows)
     numbers = [int(number) for number in re.findall(r"<tr><td [^>]*>(?:<b>)?(\d+)", table)]
@@ -185,7 +184,7 @@ def test_the_best_epoch_stays_in_the_table_though_it_is_long_past():
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_fit_that_is_cut_short_says_after_which_step(page, number):
+def test_notebook_fit_that_is_cut_short_says_after_which_step(page, number):
     def interrupt(batch, logs):
         if batch == number:
             raise KeyboardInterrupt
@@ -197,7 +196,7 @@ def test_a_fit_that_is_cut_short_says_after_which_step(page, number):
     )
 
 
-def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
+def test_notebook_fit_that_was_stopped_early_says_after_which_epoch(page):
     model = compiled()
 
     def stop(epoch, logs):
@@ -207,7 +206,7 @@ def test_a_fit_that_was_stopped_early_says_after_which_epoch(page):
     assert re.match(r" +2 epochs in \S+ s +stopped after epoch 2 of 5 ", text_of(page[0][-1]))
 
 
-def test_a_fit_that_its_checkpoint_says_is_finished_does_not_look_like_one_that_starts(
+def test_notebook_fit_that_its_checkpoint_has_finished_does_not_look_like_one_that_starts(
     page, tmp_path, capsys
 ):
     for _ in range(2):
@@ -219,7 +218,7 @@ def test_a_fit_that_its_checkpoint_says_is_finished_does_not_look_like_one_that_
     assert capsys.readouterr().out == ""
 
 
-def test_a_later_fit_counts_its_own_epochs(page):
+def test_notebook_fit_counts_its_own_epochs(page):
     model = compiled()
     model.fit(2, points(64))
     model.fit(3, points(64))
@@ -230,7 +229,7 @@ def test_a_later_fit_counts_its_own_epochs(page):
 
 
 @pytest.mark.parametrize(("verbose", "displays"), [("auto", 1), (1, 1), (2, 0), (0, 0)])
-def test_verbose_means_in_a_notebook_what_it_means_elsewhere(page, capsys, verbose, displays):
+def test_notebook_verbose_means_what_it_means_elsewhere(page, capsys, verbose, displays):
     compiled().fit(1, points(32), verbose=verbose)
     assert len(page) == displays
     assert bool(capsys.readouterr().out) == (verbose == 2)
@@ -247,7 +246,7 @@ def test_verbose_means_in_a_notebook_what_it_means_elsewhere(page, capsys, verbo
         ({"loss": [2.0, 2.0]}, 1, 1),
     ],
 )
-def test_a_chart_has_a_line_for_training_and_one_for_validation(columns, lines, dots):
+def test_notebook_chart_has_a_line_for_training_and_one_for_validation(columns, lines, dots):
     rows = {
         epoch: dict(zip(columns, row, strict=True))
         for epoch, row in enumerate(zip(*columns.values(), strict=True))
@@ -266,17 +265,18 @@ def test_a_chart_has_a_line_for_training_and_one_for_validation(columns, lines, 
         ({"loss": [3.0, 2, 1], "val_loss": [NAN, 3, 4]}, 2),
     ],
 )
-def test_a_chart_rings_the_best_epoch_of_validation_where_there_is_one(columns, epoch):
+def test_notebook_chart_rings_the_best_epoch_of_validation_if_there_is_one(columns, epoch):
     rows = {
         number + 1: {name: values[number] for name, values in columns.items()}
         for number in range(3)
     }
     *_, ring = ET.fromstring(notebook.chart(next(iter(columns)), rows)).findall("circle")
-    left, right = notebook.LEFT, notebook.WIDTH - 6
+    left = notebook.LEFT
+    right = notebook.WIDTH - 6
     assert float(ring.attrib["cx"]) == left + (right - left) * (epoch - 1) / 2
 
 
-def test_redrawing_what_is_slow_to_draw_takes_a_small_share_of_the_time(page, monkeypatch):
+def test_notebook_redraws_take_a_small_share_of_the_time(page, monkeypatch):
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(notebook, "time", clock)
@@ -297,7 +297,7 @@ def test_redrawing_what_is_slow_to_draw_takes_a_small_share_of_the_time(page, mo
     assert 9 <= len(page[0]) <= 13  # 0.2 s of each 10
 
 
-def test_a_chart_keeps_every_number_inside_it():
+def test_notebook_chart_keeps_every_number_inside_it():
     drawn = ET.fromstring(
         notebook.chart("<loss>", {epoch: {"<loss>": 1 / (epoch + 1)} for epoch in range(1000)})
     )
@@ -310,22 +310,20 @@ def test_a_chart_keeps_every_number_inside_it():
     assert drawn.find("text").text == "<loss>"
 
 
-# --- a model ----------------------------------------------------------------------------------------------------------
+# --- a model --------------------------------------------------------------------------------------
 
 
-def test_a_model_is_shown_as_a_table_of_its_layers():
+def test_notebook_shows_a_model_as_a_table_of_its_layers():
     model = Net()
     model.fc1.requires_grad_(False)
     cells = re.findall(r"<td [^>]*>(.*?)</td>", model._repr_html_())
-    first, second = (
-        ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"],
-        ["&nbsp;&nbsp;fc2 (Linear)", "9", ""],
-    )
+    first = ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"]
+    second = ["&nbsp;&nbsp;fc2 (Linear)", "9", ""]
     assert cells == ["Net", "33", "partly frozen", *first, *second]
     assert repr(model).startswith("Net(\n  (fc1)")
 
 
-def test_a_big_model_is_shown_as_deep_as_a_short_table_goes():
+def test_notebook_shows_a_big_model_as_deep_as_a_short_table_goes():
     block = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(20)]
     shown = minikeras.Model(nn.Sequential(*block))._repr_html_()
     assert shown.count("<tr>") == 1 + 22
@@ -336,13 +334,13 @@ def test_a_big_model_is_shown_as_deep_as_a_short_table_goes():
     )
 
 
-def test_a_lazy_layer_is_shown_without_a_count():
+def test_notebook_shows_a_lazy_layer_without_a_count():
     shown = minikeras.Model(nn.LazyLinear(3))._repr_html_()
     assert "net (LazyLinear)" in shown
     assert "lazy" in shown
 
 
-def test_a_tied_layer_is_counted_once_in_the_whole():
+def test_notebook_counts_a_tied_layer_once_in_the_whole():
     layer = nn.Linear(2, 2)
     cells = re.findall(
         r"<td [^>]*>(.*?)</td>",

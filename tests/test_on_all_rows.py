@@ -1,4 +1,4 @@
-"""OnAllRows: a function of all rows, called once at the end of a pass, is scikit-learn's value on the whole set."""
+"""OnAllRows: a function of all rows gives scikit-learn's value on the whole set."""
 
 import copy
 import re
@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics as skm
 import torch
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,20 +33,21 @@ def on_all_rows():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 101])
-def test_the_value_is_scikit_learns_on_the_whole_set_at_any_batch_size(batch_size):
+def test_on_all_rows_gives_scikit_learns_value_on_the_whole_set_at_any_batch_size(batch_size):
     X, y = points(101)
     model = compiled(metrics_dict=on_all_rows(), lr=0.0)
     p = model.predict(X).numpy()
     evaluated = model.evaluate((X, y), batch_size=batch_size)
     dfhistory = model.fit(2, (X, y), (X[:50], y[:50]), batch_size=batch_size, verbose=0)
     for name, function in SCORES.items():
-        expected, of_half = function(p, y.numpy()), function(p[:50], y[:50].numpy())
+        expected = function(p, y.numpy())
+        of_half = function(p[:50], y[:50].numpy())
         assert evaluated[f"val_{name}"] == pytest.approx(expected, rel=1e-5)
         assert list(dfhistory[name]) == pytest.approx([expected] * 2, rel=1e-5)
         assert list(dfhistory[f"val_{name}"]) == pytest.approx([of_half] * 2, rel=1e-5)
 
 
-def test_in_training_it_gets_the_outputs_that_each_batch_had_before_its_step():
+def test_on_all_rows_in_training_gets_the_outputs_that_each_batch_had_before_its_step():
     X, y = points(64)
     batches = list(zip(X.split(16), y.split(16), strict=True))
     model = compiled(metrics_dict={"rmse": OnAllRows(SCORES["rmse"])}, lr=0.5)
@@ -62,7 +63,7 @@ def test_in_training_it_gets_the_outputs_that_each_batch_had_before_its_step():
     assert model.fit(1, batches, verbose=0)["rmse"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_function_is_called_once_a_pass_with_numpy_arrays_of_all_rows():
+def test_on_all_rows_calls_the_function_once_a_pass_with_numpy_arrays_of_all_rows():
     X, y = points(50)
     seen = []
 
@@ -80,13 +81,12 @@ def test_the_function_is_called_once_a_pass_with_numpy_arrays_of_all_rows():
     )
     assert seen == [(np.ndarray, (50, 1), np.float32, (50, 1))] * 4
     assert list(dfhistory["m"]) == [50, 50]
-    assert [names for names, _ in shown] == [
-        ["loss"]
-    ] * 6  # nothing is shown before the end of a pass
+    # nothing is shown before the end of a pass
+    assert [names for names, _ in shown] == [["loss"]] * 6
     assert all(np.isnan(value) for _, value in shown)
 
 
-def test_a_dict_of_values_is_a_column_for_each():
+def test_on_all_rows_has_a_column_for_each_value_of_a_dict():
     def precision_recall(y_pred, y_true):
         precision, recall, _, _ = skm.precision_recall_fscore_support(
             y_true > 0.5, y_pred > 0.5, average="binary"
@@ -155,7 +155,7 @@ class Several(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "scores"), MAKERS.values(), ids=MAKERS)
-def test_outputs_and_labels_come_in_the_structure_that_they_have(make, scores):
+def test_on_all_rows_passes_outputs_and_labels_in_their_structure(make, scores):
     X, y = points(50)
     labels = {"y": y, "id": [torch.arange(50)]}
     rows = DataLoader(TensorDataset(X, torch.arange(50)), batch_size=16)
@@ -174,7 +174,7 @@ def test_outputs_and_labels_come_in_the_structure_that_they_have(make, scores):
     assert model.evaluate(batches)["val_rmse"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_labels_that_are_lists_with_an_item_for_each_row_are_joined_by_rows():
+def test_on_all_rows_joins_labels_in_lists_by_rows():
     X, y = points(10)
     names = [f"row {number}" for number in range(10)]
     boxes = [torch.full((number % 3, 4), float(number)) for number in range(10)]
@@ -188,8 +188,8 @@ def test_labels_that_are_lists_with_an_item_for_each_row_are_joined_by_rows():
 
     def rows(y_pred, y_true):
         assert y_true["name"] == names
-        assert [len(one) for one in y_true["boxes"]] == [number % 3 for number in range(10)]
-        assert all(isinstance(one, np.ndarray) for one in y_true["boxes"])
+        assert [len(boxes) for boxes in y_true["boxes"]] == [number % 3 for number in range(10)]
+        assert all(isinstance(boxes, np.ndarray) for boxes in y_true["boxes"])
         return len(y_pred)
 
     model = compiled(
@@ -200,7 +200,7 @@ def test_labels_that_are_lists_with_an_item_for_each_row_are_joined_by_rows():
     assert model.evaluate(batches)["val_n"] == 10
 
 
-def test_later_changes_of_a_batch_do_not_reach_the_rows_that_are_kept():
+def test_on_all_rows_keeps_rows_that_later_changes_of_a_batch_do_not_reach():
     y = torch.zeros(4, 1)
 
     def reused():  # a loader that fills the same memory again
@@ -227,7 +227,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_it_goes_with_the_options_of_compile(options):
+def test_on_all_rows_works_with_each_option_of_compile(options):
     X, y = points(101)
     kinds = []
 
@@ -245,7 +245,7 @@ def test_it_goes_with_the_options_of_compile(options):
     assert kinds == [(np.float32, 101)] * 4
 
 
-def test_outputs_in_bfloat16_come_as_float32():
+def test_on_all_rows_passes_outputs_in_bfloat16_as_float32():
     X, y = points(20)
     model = minikeras.Model(nn.Linear(2, 1)).bfloat16()
     compiled(
@@ -256,7 +256,7 @@ def test_outputs_in_bfloat16_come_as_float32():
     assert model.evaluate((X.bfloat16(), y.bfloat16()))["val_m"] == 1.0
 
 
-def test_a_fit_resumed_within_an_epoch_counts_all_rows_of_it(tmp_path):
+def test_on_all_rows_in_a_fit_resumed_within_an_epoch_counts_all_rows_of_it(tmp_path):
     X, y = points(64)
 
     def fit(**kwargs):
@@ -278,7 +278,7 @@ def test_a_fit_resumed_within_an_epoch_counts_all_rows_of_it(tmp_path):
         pd.testing.assert_frame_equal(fit(**file), expected, check_exact=True)
 
 
-def test_a_fit_resumed_after_an_epochs_last_batch_needs_no_further_batch():
+def test_on_all_rows_in_a_fit_resumed_after_an_epochs_last_batch_needs_no_further_batch():
     metric = OnAllRows(lambda p, t: float(p.scores.sum() + t["y"].sum()))
     metric.update(Answer(torch.ones(3, 1), torch.zeros(())), {"y": torch.ones(3, 1)})
     other = OnAllRows(metric.function)
@@ -286,7 +286,7 @@ def test_a_fit_resumed_after_an_epochs_last_batch_needs_no_further_batch():
     assert metric.compute() == other.compute() == 6
 
 
-def test_training_and_validation_have_rows_of_their_own_and_share_the_function():
+def test_on_all_rows_keeps_rows_of_training_and_validation_apart_and_shares_the_function():
     class Table:
         def __deepcopy__(self, memo):
             raise AssertionError("the function's own data are not copied")
@@ -300,7 +300,7 @@ def test_training_and_validation_have_rows_of_their_own_and_share_the_function()
     assert list(dfhistory["val_n"]) == [40, 40]
 
 
-def test_early_stopping_and_the_best_weights_follow_it(tmp_path):
+def test_on_all_rows_can_be_monitored_by_early_stopping(tmp_path):
     values = iter([0.5, 0.5, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7])
     metric = OnAllRows(lambda p, t: next(values))
     stop = minikeras.EarlyStopping("val_auc", patience=2)
@@ -310,23 +310,23 @@ def test_early_stopping_and_the_best_weights_follow_it(tmp_path):
     assert list(dfhistory["val_auc"]) == [0.5, 0.9, 0.8, 0.7]
 
 
-# --- mistakes -----------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_an_error_in_the_function_says_which_metric_and_what_it_was_given():
+def test_on_all_rows_names_the_metric_and_its_arguments_when_the_function_fails():
     X, _ = points(20)
     model = compiled(metrics_dict={"auc": OnAllRows(lambda p, t: {}["missing"])})
     with pytest.raises(KeyError, match="missing") as error:
         model.evaluate((X, torch.zeros(20, 1)))
     assert error.value.__notes__[:2] == [
-        "OnAllRows gave the function all rows as NumPy arrays: y_pred ndarray (20, 1) float32, y_true ndarray (20, 1) "
-        "float32",
+        "OnAllRows gave the function all rows as NumPy arrays: y_pred ndarray (20, 1) float32, "
+        "y_true ndarray (20, 1) float32",
         "metric 'auc', computed at the end of a pass",
     ]
 
 
 @pytest.mark.parametrize("answer", [None, "0.5", (0.5, 0.25)], ids=str)
-def test_a_function_that_gives_no_number_is_refused(answer):
+def test_on_all_rows_refuses_a_function_that_returns_no_number(answer):
     model = compiled(metrics_dict={"m": OnAllRows(lambda p, t: answer)})
     with pytest.raises(
         ValueError, match=r"metric 'm': its function gave .*; expected a number, or a dict"
@@ -334,10 +334,11 @@ def test_a_function_that_gives_no_number_is_refused(answer):
         model.evaluate(points(20))
 
 
-def test_a_function_that_takes_the_labels_first_is_refused_and_the_remedy_works():
+def test_on_all_rows_refuses_a_function_that_takes_the_labels_first_and_the_remedy_works():
     message = (
-        "r2_score takes y_true first, as functions of scikit-learn do, and minikeras calls a metric with (y_pred, "
-        "y_true). Pass OnAllRows(lambda y_pred, y_true: r2_score(y_true, y_pred))."
+        "r2_score takes y_true first, as functions of scikit-learn do, and minikeras calls a "
+        "metric with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: r2_score(y_true, "
+        "y_pred))."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         OnAllRows(skm.r2_score)
@@ -348,7 +349,7 @@ def test_a_function_that_takes_the_labels_first_is_refused_and_the_remedy_works(
     assert model.evaluate((X, y))["val_r2"] == pytest.approx(skm.r2_score(y, model.predict(X)))
 
 
-def test_what_is_no_function_is_refused():
+def test_on_all_rows_refuses_what_is_no_function():
     import torchmetrics
 
     with pytest.raises(
@@ -363,20 +364,20 @@ def test_what_is_no_function_is_refused():
         OnAllRows(torchmetrics.R2Score())
 
 
-def test_rows_of_different_shapes_are_refused_when_they_come():
+def test_on_all_rows_refuses_rows_of_different_shapes_when_they_come():
     batches = [(torch.zeros(2, 3), torch.zeros(2, 3)), (torch.zeros(2, 4), torch.zeros(2, 4))]
     net = nn.PReLU()
     model = compiled(minikeras.Model(net), nn.MSELoss(), {"m": OnAllRows(lambda p, t: 0.0)})
     message = (
-        "OnAllRows joins the rows of all batches, and this batch is (Tensor (2, 4) float32, Tensor (2, 4) float32), "
-        "but the first was (Tensor (2, 3) float32, Tensor (2, 3) float32). Pad the rows of outputs and labels to one "
-        "shape."
+        "OnAllRows joins the rows of all batches, and this batch is (Tensor (2, 4) float32, Tensor "
+        "(2, 4) float32), but the first was (Tensor (2, 3) float32, Tensor (2, 3) float32). Pad "
+        "the rows of outputs and labels to one shape."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         model.evaluate(batches)
 
 
-def test_an_estimator_of_scikit_learn_and_a_step_of_ones_own_take_it():
+def test_on_all_rows_works_in_a_scikit_learn_estimator_and_a_custom_step():
     class Own(minikeras.Model):
         def train_step(self, features, labels, sample_weight=None):
             return super().train_step(features, labels, sample_weight)

@@ -1,11 +1,11 @@
-"""Whether a step is the user's own or the default, however it has been put in place."""
+"""A custom step is distinguished from the default, however it is set."""
 
 import functools
 import types
 
 import pytest
 import torch
-from conftest import points
+from helpers.models import points
 from torch import nn
 
 import minikeras
@@ -60,7 +60,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
-def test_a_step_of_the_users_is_told_from_the_default(make):
+def test_custom_step_is_distinguished_from_the_default(make):
     model = make()
     assert overrides(model, "train_step")
     assert overrides(model, "train_step")
@@ -68,7 +68,7 @@ def test_a_step_of_the_users_is_told_from_the_default(make):
 
 
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
-def test_a_bare_backward_in_any_of_them_is_refused_under_accumulate(make):
+def test_custom_step_with_a_bare_backward_is_refused_under_accumulate(make):
     model = make()
     optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
     model.compile(nn.MSELoss(), optimizer, device="cpu", accumulate=2)
@@ -76,7 +76,7 @@ def test_a_bare_backward_in_any_of_them_is_refused_under_accumulate(make):
         model.fit(1, (X, y), verbose=0)
 
 
-def test_a_default_step_that_a_decorator_calls_through_is_the_users_and_trains_the_same():
+def test_custom_step_by_a_decorator_of_the_default_trains_the_same():
     torch.manual_seed(0)
     plain = Model(nn.Linear(2, 1))
     decorated = on_the_instance(lambda model: logged(model.train_step))
@@ -89,7 +89,7 @@ def test_a_default_step_that_a_decorator_calls_through_is_the_users_and_trains_t
     assert torch.equal(plain.net.weight, decorated.net.weight)
 
 
-def test_the_default_method_assigned_to_its_own_instance_stays_the_default():
+def test_default_step_assigned_to_its_own_instance_stays_the_default():
     assert not overrides(on_the_instance(lambda model: model.train_step), "train_step")
 
 
@@ -100,7 +100,7 @@ class Reconstruction(minikeras.Model):
         return (outputs**2).mean()
 
 
-def test_features_alone_are_enough_where_the_step_or_the_loss_is_the_users():
+def test_custom_step_or_loss_may_train_on_features_alone():
     def step(self, features, labels):
         return wrapped_step(self, features, features[:, :1])
 
@@ -114,7 +114,7 @@ def test_features_alone_are_enough_where_the_step_or_the_loss_is_the_users():
         plain.fit(1, X, verbose=0)
 
 
-def test_jit_leaves_a_decorated_step_in_eager():
+def test_custom_step_by_a_decorator_stays_eager_under_jit():
     model = in_a_class(wrapped_step)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.compile(nn.MSELoss(), optimizer, device="cpu", jit={"backend": "eager"})

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, accuracy, compiled, points
-from test_jit import FAST
+from helpers.compare import assert_same_weights
+from helpers.compiling import FAST
+from helpers.models import Net, accuracy, compiled, points
 from torch import nn
 
 import minikeras
@@ -31,7 +32,7 @@ class Scores(Net):
 
 
 def precision_of(model):
-    """The part of the stepper that has the loss scale."""
+    """Return the part of the stepper that has the loss scale."""
     (part,) = [part for part in model._run.stepper.parts if hasattr(part, "scaler")]
     return part
 
@@ -63,27 +64,18 @@ def bare_fit(model, data, epochs=2, lr=0.1, loss_func=F.binary_cross_entropy):
     return model
 
 
-def assert_same(one, other, tolerance=1e-6):
-    for (name, found), expected in zip(
-        one.state_dict().items(), other.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(
-            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-# --- accumulate -------------------------------------------------------------------------------------------------------
+# --- accumulate -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 3, 7, 10])
-def test_k_batches_make_the_step_of_the_big_batch_they_are(k):
+def test_accumulate_makes_the_step_of_the_big_batch(k):
     model = Net().double()
     expected = bare_fit(copy.deepcopy(model), windows(batches(double=True), k))
     compiled(model, accumulate=k).fit(2, batches(double=True), verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
-def test_the_history_is_of_rows_and_no_gradient_is_left():
+def test_accumulate_leaves_a_history_of_rows_and_no_gradient():
     data = batches()
     model = compiled(lr=0.0, accumulate=3)
     expected = model.evaluate(data)["val_loss"]
@@ -99,7 +91,7 @@ def per_token(y_pred, y_true):
     )
 
 
-def test_an_average_weighs_by_its_count():
+def test_accumulate_weighs_an_average_by_its_count():
     data = [(X, torch.where(torch.rand(y.shape) < 0.5, -1.0, y)) for X, y in batches(double=True)]
     data[2] = (data[2][0], torch.full_like(data[2][1], -1))  # nothing counts in it
     model = Net().double()
@@ -110,26 +102,27 @@ def test_an_average_weighs_by_its_count():
 
     expected = bare_fit(copy.deepcopy(model), windows(data, 3), loss_func=mean)
     compiled(model, per_token, accumulate=3).fit(2, data, verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
-def test_a_window_in_which_nothing_counts_moves_nothing():
+def test_accumulate_window_in_which_nothing_counts_moves_nothing():
     data = [(X, torch.full_like(y, -1)) for X, y in batches()]
     model = Net()
     before = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(model, per_token, accumulate=3).fit(1, data, verbose=0)
-    assert_same(model, before, 0)
+    assert_same_weights(model, before, 0)
 
 
-def test_weights_of_rows_are_those_of_the_big_batch():
+def test_accumulate_weighs_rows_by_sample_weight_as_the_big_batch_does():
     data = [(X, y, torch.rand(len(X)).double()) for X, y in batches(double=True)]
-    model, twin = Net().double(), Net().double()
+    model = Net().double()
+    twin = Net().double()
     twin.load_state_dict(model.state_dict())
     compiled(model, nn.BCELoss(reduction="none"), accumulate=3).fit(2, data, verbose=0)
     compiled(twin, nn.BCELoss(reduction="none")).fit(2, windows(data, 3), verbose=0)
-    assert_same(model, twin, 1e-12)
+    assert_same_weights(model, twin, 1e-12)
 
 
 class Twice(Net):
@@ -144,7 +137,7 @@ class Twice(Net):
         return {"loss": penalty}
 
 
-def test_a_step_that_calls_backward_twice_counts_its_rows_once():
+def test_accumulate_counts_rows_once_if_a_step_calls_backward_twice():
     model = Twice().double()
     expected = bare_fit(
         copy.deepcopy(model),
@@ -152,10 +145,10 @@ def test_a_step_that_calls_backward_twice_counts_its_rows_once():
         loss_func=lambda p, y: 0.5 * F.binary_cross_entropy(p, y) + (p**2).mean(),
     )
     compiled(model, accumulate=3).fit(2, batches(double=True), verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
-def test_two_losses_of_different_weight_are_refused():
+def test_accumulate_refuses_two_losses_of_different_weight():
     class Mixed(Net):
         def train_step(self, features, labels):
             outputs = self(features)
@@ -167,8 +160,9 @@ def test_two_losses_of_different_weight_are_refused():
     with pytest.raises(ValueError, match="units") as error:
         compiled(Mixed(), accumulate=2).fit(1, batches(), verbose=0)
     assert str(error.value) == (
-        "backward was called for one batch with losses over 3 and 7 units, which accumulate cannot divide apart. "
-        "Give each loss an optimizer of its own, or make both means over the batch's rows."
+        "backward was called for one batch with losses over 3 and 7 units, which accumulate cannot "
+        "divide apart. Give each loss an optimizer of its own, or make both means over the batch's "
+        "rows."
     )
 
 
@@ -177,8 +171,10 @@ class Pair(minikeras.Model):
 
     def __init__(self, every=1):
         super().__init__()
-        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
-        self.every, self.batch = every, 0
+        self.a = nn.Linear(2, 1)
+        self.b = nn.Linear(2, 1)
+        self.every = every
+        self.batch = 0
 
     def forward(self, x):
         return torch.sigmoid(self.a(x) + self.b(x))
@@ -203,7 +199,7 @@ def pair_of(model, **kwargs):
     return model
 
 
-def test_each_optimizer_has_a_window_of_its_own():
+def test_accumulate_has_a_window_for_each_optimizer():
     data = batches([8, 3, 8, 5, 6, 7], double=True)
     model = Pair(every=2).double()
     nets = {"a": copy.deepcopy(model.a), "b": copy.deepcopy(model.b)}
@@ -226,11 +222,11 @@ def test_each_optimizer_has_a_window_of_its_own():
                 close(name)
     close("b")  # of batch 5 alone
     pair_of(model, accumulate=2).fit(1, data, verbose=0)
-    assert_same(model.a, nets["a"], 1e-12)
-    assert_same(model.b, nets["b"], 1e-12)
+    assert_same_weights(model.a, nets["a"], 1e-12)
+    assert_same_weights(model.b, nets["b"], 1e-12)
 
 
-def test_stop_training_closes_the_window():
+def test_accumulate_closes_its_window_at_stop_training():
     model = Net().double()
     data = batches(double=True)
     expected = bare_fit(copy.deepcopy(model), [*windows(data[:3], 3), data[3]], epochs=1)
@@ -240,31 +236,33 @@ def test_stop_training_closes_the_window():
         model.stop_training = batch == 4
 
     model.fit(5, data, callbacks=[LambdaCallback(on_batch_end=stop)], verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
-def test_a_fit_that_fails_in_a_window_leaves_nothing_to_the_next():
-    model, data = Net().double(), batches(double=True)
+def test_accumulate_leaves_nothing_of_a_fit_that_fails_in_a_window():
+    model = Net().double()
+    data = batches(double=True)
     compiled(model, nn.MSELoss(), accumulate=3)
     with pytest.raises(FloatingPointError):
         model.fit(1, [data[0], (data[1][0] * torch.nan, data[1][1])], verbose=0)
     expected = bare_fit(copy.deepcopy(model), windows(data, 3), loss_func=F.mse_loss)
     model.fit(2, data, verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
-def test_a_loss_that_is_not_finite_is_found_before_it_enters_a_window():
-    model, data = Net(), batches()
+def test_accumulate_finds_a_nan_loss_before_it_enters_a_window():
+    model = Net()
+    data = batches()
     before = copy.deepcopy(model)
     bad = (data[1][0] * torch.nan, data[1][1])
     with pytest.warns(UserWarning, match="held NaN or inf already"):
         compiled(model, nn.MSELoss(), accumulate=3).fit(
             1, [data[0], bad, data[2]], on_nan="stop", verbose=0
         )
-    assert_same(model, before, 0)
+    assert_same_weights(model, before, 0)
 
 
-def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
+def test_accumulate_steps_a_scheduler_once_for_each_step_of_its_optimizer():
     rates = {}
     for k, data in ((3, batches(double=True)), (1, windows(batches(double=True), 3))):
         torch.manual_seed(0)
@@ -282,7 +280,7 @@ def test_a_scheduler_steps_once_for_each_step_of_its_optimizer():
         torch.testing.assert_close(value, rates[1][1][key], rtol=1e-12, atol=1e-12)
 
 
-def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_stopped(tmp_path):
+def test_accumulate_resumed_in_mid_window_continues_the_scheduler_exactly(tmp_path):
     def run(stop_at=None):
         torch.manual_seed(0)
         model = compiled(Net(), accumulate=3)
@@ -311,12 +309,13 @@ def test_a_scheduler_carried_on_in_the_middle_of_a_window_goes_on_as_if_never_st
     pd.testing.assert_frame_equal(run(0), run(), rtol=0, atol=0)
 
 
-def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
+def test_accumulate_resumed_in_mid_window_must_be_the_same(tmp_path):
     def stop(batch, logs):
         if batch == 3:
             raise KeyError
 
-    data, path = batches(), tmp_path / "run.pt"
+    data = batches()
+    path = tmp_path / "run.pt"
     with pytest.raises(KeyError):
         compiled(accumulate=3).fit(
             1,
@@ -329,12 +328,12 @@ def test_a_file_from_the_middle_of_a_window_wants_the_same_accumulate(tmp_path):
     with pytest.raises(minikeras.CheckpointError, match="between two steps") as error:
         compiled().fit(1, data, verbose=0, checkpoint=path)
     assert str(error.value).startswith(
-        f"{path} was written between two steps of accumulate=3, and the model was compiled with accumulate=1. "
-        f"Compile as it was compiled then."
+        f"{path} was written between two steps of accumulate=3, and the model was compiled with "
+        f"accumulate=1. Compile as it was compiled then."
     )
 
 
-def test_a_file_from_before_there_was_accumulate_is_carried_on(tmp_path):
+def test_accumulate_resumes_a_file_from_before_it_existed(tmp_path):
     path = tmp_path / "run.pt"
     compiled().fit(1, batches(), verbose=0, checkpoint=path)
     state = torch.load(path, weights_only=True)
@@ -346,11 +345,12 @@ def test_a_file_from_before_there_was_accumulate_is_carried_on(tmp_path):
     assert list(history.index) == [0]
 
 
-# --- clipping ---------------------------------------------------------------------------------------------------------
+# --- clipping -------------------------------------------------------------------------------------
 
 
-def test_the_norm_of_the_windows_gradient_is_clipped():
-    model, data = Net().double(), batches(double=True)
+def test_accumulate_clips_the_norm_of_the_windows_gradient():
+    model = Net().double()
+    data = batches(double=True)
     expected = copy.deepcopy(model)
     for X, y in windows(data, 3):
         gradients = torch.autograd.grad(
@@ -362,7 +362,7 @@ def test_the_norm_of_the_windows_gradient_is_clipped():
             for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
                 parameter -= 0.1 * gradient * 0.01 / (norm + 1e-6)
     compiled(model, accumulate=3, clip_grad_norm=0.01).fit(1, data, verbose=0)
-    assert_same(model, expected, 1e-12)
+    assert_same_weights(model, expected, 1e-12)
 
 
 @pytest.mark.parametrize("jit", [False, FAST])
@@ -372,7 +372,8 @@ def test_the_norm_of_the_windows_gradient_is_clipped():
     ids=str,
 )
 def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
-    model, data = Net(), batches([20, 20, 20, 7])
+    model = Net()
+    data = batches([20, 20, 20, 7])
     expected = copy.deepcopy(model)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     for X, y in data * 2:
@@ -383,18 +384,18 @@ def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
         optimizer.step()
         optimizer.zero_grad()
     compiled(model, jit=jit, **options).fit(2, data, verbose=0)
-    assert_same(model, expected)
+    assert_same_weights(model, expected)
     assert not jit or model._run.engine.train.way == "one graph"
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_forward_is_half_and_what_the_user_sees_is_float32(precision):
+def test_half_precision_is_in_forward_and_what_the_user_sees_is_float32(precision):
     seen = []
 
     def looked(y_pred, y_true):
@@ -435,12 +436,13 @@ def test_bf16_is_torchs_own_loop_with_autocast():
         optimizer.step()
         optimizer.zero_grad()
     compiled(model, nn.BCEWithLogitsLoss(), precision="bf16").fit(1, batches(), verbose=0)
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
 
 
 def test_fp16_is_torchs_own_loop_with_a_scaler():
     model = Scores()
-    expected, scaler = copy.deepcopy(model), torch.amp.GradScaler("cpu")
+    expected = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu")
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     for X, y in batches():
         with torch.autocast("cpu", torch.float16):
@@ -450,21 +452,21 @@ def test_fp16_is_torchs_own_loop_with_a_scaler():
         scaler.update()
         optimizer.zero_grad()
     compiled(model, nn.BCEWithLogitsLoss(), precision="fp16").fit(1, batches(), verbose=0)
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
     assert scaler_of(model).state_dict() == scaler.state_dict()
 
 
-def test_a_gradient_too_large_for_fp16_skips_its_step_and_lowers_the_scale():
+def test_fp16_skips_the_step_of_a_gradient_too_large_and_lowers_the_scale():
     model = Scores()
     before = copy.deepcopy(model)
     X, y = points(8)
     data = [(X, y * 1e4)]  # a loss that is finite, with a scaled gradient that is not
     compiled(model, nn.MSELoss(), precision="fp16").fit(1, data, verbose=0)
-    assert_same(model, before, 0)
+    assert_same_weights(model, before, 0)
     assert scaler_of(model).get_scale() == 2.0**15
 
 
-def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_after_it(monkeypatch):
+def test_fp16_lets_a_bad_loss_hold_back_the_steps_after_it(monkeypatch):
     """As on a device."""
     look = FiniteLoss.__init__
 
@@ -473,18 +475,19 @@ def test_where_the_loss_is_not_read_at_each_step_a_bad_one_holds_back_those_afte
         self.reads_each = False
 
     monkeypatch.setattr(FiniteLoss, "__init__", later)
-    model, data = Scores(), batches()
+    model = Scores()
+    data = batches()
     expected = copy.deepcopy(model)
     compiled(expected, nn.MSELoss(), precision="fp16").fit(1, data[:2], verbose=0)
     bad = (data[2][0] * torch.nan, data[2][1])
     compiled(model, nn.MSELoss(), precision="fp16")
     with pytest.raises(FloatingPointError, match="it began 4 steps before"):
         model.fit(1, [*data[:2], bad, *data[3:]], verbose=0)
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
 
 
 @pytest.mark.parametrize("rows", [8, 256])
-def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
+def test_fp16_does_not_overflow_the_first_scale_when_rows_are_added_up(rows):
     model = compiled(
         minikeras.Model(nn.Linear(2, 1)), nn.BCEWithLogitsLoss(), precision="fp16", accumulate=2
     )
@@ -492,7 +495,7 @@ def test_rows_that_are_added_up_do_not_overflow_the_first_scale(rows):
     assert scaler_of(model).get_scale() == 2**16 / rows
 
 
-def test_layers_that_find_their_size_in_the_first_batch_can_be_accumulated():
+def test_accumulate_takes_lazy_layers():
     class Lazy(Scores):
         def __init__(self):
             super().__init__()
@@ -508,7 +511,7 @@ def test_layers_that_find_their_size_in_the_first_batch_can_be_accumulated():
 
 
 class Own(Scores):
-    """A step of one's own that calls the module itself, and steps in its middle."""
+    """A custom step that calls the module, and steps in its middle."""
 
     def train_step(self, features, labels):
         with torch.no_grad():
@@ -520,7 +523,7 @@ class Own(Scores):
         return {"loss": loss, **self.compute_metrics(self(features), labels)}
 
 
-def test_a_step_of_ones_own_is_under_autocast_as_a_whole_and_sees_each_new_weight():
+def test_half_precision_runs_a_custom_step_under_autocast_and_sees_each_new_weight():
     model = Own()
     expected = copy.deepcopy(model)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
@@ -535,10 +538,10 @@ def test_a_step_of_ones_own_is_under_autocast_as_a_whole_and_sees_each_new_weigh
         1, batches(), verbose=0
     )
     assert set(model.seen) == {torch.bfloat16}
-    assert_same(model, expected, 0)
+    assert_same_weights(model, expected, 0)
 
 
-def test_gradients_that_wait_in_a_window_follow_the_scale():
+def test_fp16_rescales_the_gradients_that_wait_in_a_window():
     """The scale halves as optimizer a steps, while b is in the middle of its window."""
 
     class Scored(Pair):
@@ -557,26 +560,28 @@ def test_gradients_that_wait_in_a_window_follow_the_scale():
             )
         one.fit(2, batches([8, 8, 8, 8, 8, 8]), verbose=0)
     assert scaler_of(model).get_scale() > 64
-    assert_same(model, twin, 5e-3)
+    assert_same_weights(model, twin, 5e-3)
 
 
 @pytest.mark.parametrize("jit", [False, FAST])
 @pytest.mark.parametrize(
     "loss_func", [nn.BCELoss(), FocalLoss(), F.binary_cross_entropy], ids=lambda f: str(f)[:12]
 )
-def test_a_loss_of_probabilities_is_refused_with_its_remedy(loss_func, jit):
+def test_half_precision_refuses_a_loss_of_probabilities_with_a_remedy(loss_func, jit):
     model = compiled(Net(), loss_func, precision="bf16", jit=jit)
     for verb in (lambda: model.fit(1, batches(), verbose=0), lambda: model.evaluate(batches())):
         with pytest.raises(ValueError, match="probabilities") as error:
             verb()
         assert str(error.value) == (
-            "the loss takes probabilities, and the model's outputs are Tensor (7, 1) bfloat16 under autocast: those "
-            "near 1 become 1, with a loss of 100 or none. Leave the sigmoid out of the model and take "
-            'nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile with precision="fp32".'
+            "the loss takes probabilities, and the model's outputs are Tensor (7, 1) bfloat16 "
+            "under autocast: those near 1 become 1, with a loss of 100 or none. Leave the sigmoid "
+            "out of the model and take "
+            "nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile with "
+            'precision="fp32".'
         )
 
 
-def test_what_torch_refuses_on_a_gpu_is_said_in_the_same_words():
+def test_half_precision_on_a_gpu_raises_the_same_error_for_a_loss_of_probabilities():
     def loss_func(y_pred, y_true):
         raise RuntimeError(
             "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast."
@@ -588,7 +593,7 @@ def test_what_torch_refuses_on_a_gpu_is_said_in_the_same_words():
         compiled(Scores(), loss_func, precision="bf16").fit(1, batches(), verbose=0)
 
 
-def test_probabilities_made_in_float32_are_taken():
+def test_half_precision_takes_probabilities_computed_in_float32():
     class Careful(Scores):
         def forward(self, x):
             return torch.sigmoid(super().forward(x).float())
@@ -597,15 +602,15 @@ def test_probabilities_made_in_float32_are_taken():
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
 
-def test_auto_is_float32_on_the_cpu():
+def test_precision_auto_is_float32_on_the_cpu():
     assert not compiled(precision="auto")._run.stepper.parts
 
 
-def test_nothing_is_made_where_nothing_is_asked_for():
+def test_precision_object_is_not_created_if_no_option_needs_it():
     assert not compiled()._run.stepper.parts
 
 
-# --- steps that go past us --------------------------------------------------------------------------------------------
+# --- steps that go past us ------------------------------------------------------------------------
 
 
 def bare(*, backward, step):
@@ -631,7 +636,9 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("called", "instead"), [("backward", "self.backward(loss)"), ("step", "self.optimizer_step()")]
 )
-def test_a_bare_backward_or_step_is_an_error_that_names_ours(option, called, instead):
+def test_accumulate_with_a_bare_backward_or_step_raises_an_error_that_names_ours(
+    option, called, instead
+):
     model = compiled(
         bare(backward=called == "backward", step=called == "step"),
         nn.BCEWithLogitsLoss(),
@@ -648,34 +655,36 @@ def test_a_bare_backward_or_step_is_an_error_that_names_ours(option, called, ins
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}], ids=str)
-def test_elsewhere_a_bare_step_is_as_good(options):
+def test_bare_backward_and_step_train_without_those_options(options):
     model = compiled(bare(backward=True, step=True), nn.BCEWithLogitsLoss(), **options)
     assert len(model.fit(1, batches(), verbose=0)) == 1
 
 
-# --- jit --------------------------------------------------------------------------------------------------------------
+# --- jit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_bf16_is_in_the_one_graph(together):
+def test_bf16_is_in_the_one_graph_of_jit(together):
     model = Scores()
     twin = copy.deepcopy(model)
     model.__dict__["seen"] = twin.__dict__["seen"] = []
     histories = []
     data = batches([20, 20, 20, 20, 20, 7])
-    for one, options in ((model, {}), (twin, {"jit": FAST, "steps_per_execution": together})):
-        type(one).forward = lambda self, x: self.fc2(torch.relu(self.fc1(x)))
-        compiled(one, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16", **options)
-        histories.append(one.fit(3, data, data, verbose=0))
+    for net, options in ((model, {}), (twin, {"jit": FAST, "steps_per_execution": together})):
+        type(net).forward = lambda self, x: self.fc2(torch.relu(self.fc1(x)))
+        compiled(net, nn.BCEWithLogitsLoss(), {"accuracy": accuracy}, precision="bf16", **options)
+        histories.append(net.fit(3, data, data, verbose=0))
     pd.testing.assert_frame_equal(*histories, rtol=1e-2)
-    assert_same(model, twin, 5e-3)
+    assert_same_weights(model, twin, 5e-3)
     assert twin._run.engine.train.way == "one graph"
     assert twin.predict(data).dtype == torch.float32
 
 
 @pytest.mark.parametrize("option", ["accumulate=3", 'precision="fp16"'])
 @pytest.mark.parametrize("together", [1, 2])
-def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, together):
+def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_of_once(
+    option, together
+):
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
     twin = copy.deepcopy(model)
     data = batches([20, 20, 20, 20, 7])
@@ -686,14 +695,15 @@ def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, togethe
     expected = model.fit(3, data, verbose=0)
     with pytest.warns(UserWarning, match="jit:") as caught:
         found = twin.fit(3, data, verbose=0)
-    assert [str(one.message) for one in caught] == [
-        f"jit: train_step is not one graph: forward and loss, since {option} needs backward and step outside it"
+    assert [str(warning.message) for warning in caught] == [
+        f"jit: train_step is not one graph: forward and loss, since {option} needs backward and "
+        "step outside it"
     ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
-    assert_same(model, twin, 1e-3 if "fp16" in option else 1e-6)
+    assert_same_weights(model, twin, 1e-3 if "fp16" in option else 1e-6)
 
 
-# --- refused at compile -----------------------------------------------------------------------------------------------
+# --- refused at compile ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -708,24 +718,25 @@ def test_what_a_graph_cannot_hold_goes_by_parts_and_is_said_once(option, togethe
         ({"clip_grad_value": "1"}, "clip_grad_value must be a number above 0, or None, got '1'."),
         (
             {"accumulate": 2, "loss_func": nn.MSELoss(reduction="sum")},
-            'loss_func has reduction="sum", and accumulate=2 weighs each batch by its rows, which such a sum has '
-            'counted already. Build it with reduction="mean", or return minikeras.Average(total, count).',
+            'loss_func has reduction="sum", and accumulate=2 weighs each batch by its rows, which '
+            'such a sum has counted already. Build it with reduction="mean", or return '
+            "minikeras.Average(total, count).",
         ),
         (
             {"precision": "fp16", "model": Net().half()},
-            "precision='fp16' keeps the parameters in float32 and casts within the step, and they are float16. "
-            "Call model.float() before you make the optimizer.",
+            "precision='fp16' keeps the parameters in float32 and casts within the step, and they "
+            "are float16. Call model.float() before you make the optimizer.",
         ),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_means_nothing_is_refused_at_compile(options, message):
+def test_precision_options_that_mean_nothing_are_refused_at_compile(options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         compiled(**options)
     assert str(error.value) == message
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------------
+# --- on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -753,7 +764,7 @@ def test_half_precision_trains_on_a_gpu(precision, options):
 
 
 @pytest.mark.gpu
-def test_the_default_optimizer_and_the_scaler_of_fp16_share_what_holds_a_step_back():
+def test_fp16_scaler_and_the_default_optimizer_share_what_holds_a_step_back():
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1)))
@@ -768,7 +779,7 @@ def test_the_default_optimizer_and_the_scaler_of_fp16_share_what_holds_a_step_ba
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss_func", [nn.BCELoss(), FocalLoss()], ids=["BCELoss", "FocalLoss"])
-def test_a_loss_of_probabilities_is_refused_on_a_gpu_too(loss_func):
+def test_half_precision_on_a_gpu_refuses_a_loss_of_probabilities(loss_func):
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()))
     model.compile(loss_func, precision="fp16")
     with pytest.raises(ValueError, match=r"^the loss takes probabilities"):

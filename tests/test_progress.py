@@ -1,4 +1,4 @@
-"""What a person sees while it trains."""
+"""The progress bar and the table that a fit prints."""
 
 import fcntl
 import functools
@@ -10,23 +10,23 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
+from helpers.paths import TESTS
 
 from minikeras import Callback
 from minikeras.report.progress import Progress
 
 SCRIPT = """
 import torch
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 torch.manual_seed(0)
 compiled(metrics_dict={"accuracy": accuracy}).fit(3, points(64), points(64))
 """
 
 
-def test_a_pipe_gets_rows_and_log_lines_and_no_control_characters(capsys):
+def test_progress_in_a_pipe_is_rows_and_log_lines_without_control_characters(capsys):
     compiled(metrics_dict={"accuracy": accuracy}).fit(3, points(96), points(64), log_step_freq=2)
     lines = capsys.readouterr().out.splitlines()
     number = r" +\d\.\d{2,4}"
@@ -44,7 +44,7 @@ def test_a_pipe_gets_rows_and_log_lines_and_no_control_characters(capsys):
     assert not re.search(r"[\r\x1b]", "".join(lines))
 
 
-def test_the_table_shows_what_the_history_holds(capsys):
+def test_progress_table_shows_what_the_history_holds(capsys):
     dfhistory = compiled().fit(2, points(64), points(64))
     rows = [line.replace("*", "").split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [
@@ -53,7 +53,7 @@ def test_the_table_shows_what_the_history_holds(capsys):
     ]
 
 
-def test_the_best_validation_loss_so_far_is_marked(capsys):
+def test_progress_table_marks_the_best_validation_loss_so_far(capsys):
     losses = iter([3.0, 4.0, 2.0, 2.0])
     model = compiled()
     model.evaluate_step = lambda features, labels: {"loss": next(losses)}
@@ -67,7 +67,7 @@ def test_the_best_validation_loss_so_far_is_marked(capsys):
     assert marks == [True, False, True, False]
 
 
-def test_the_header_comes_once_though_validation_comes_now_and_then(capsys):
+def test_progress_header_comes_once_if_validation_is_not_in_every_epoch(capsys):
     compiled().fit(5, points(8), points(8), validation_freq=2)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "loss" in line] == [["epoch", "loss", "val_loss"]]
@@ -81,7 +81,7 @@ class Alternates(Callback):
         logs["odd" if epoch % 2 else "even"] = epoch
 
 
-def test_the_header_comes_once_though_columns_alternate(capsys):
+def test_progress_header_comes_once_if_columns_alternate(capsys):
     compiled().fit(6, points(8), callbacks=[Alternates()])
     lines = capsys.readouterr().out.splitlines()
     first, second = (line for line in lines if "loss" in line)
@@ -93,7 +93,7 @@ def test_the_header_comes_once_though_columns_alternate(capsys):
     assert [len(line) for line in lines[-4:]] == ends * 2  # each number under its name
 
 
-def test_the_bar_counts_the_time_of_each_epoch_from_its_beginning(capsys):
+def test_progress_bar_counts_the_time_of_each_epoch_from_its_beginning(capsys):
     bar = Progress(True, epochs=2, steps=3, log_step_freq=None, validates=False, best=math.inf)
     bar.on_epoch_begin(1)
     bar.bar.start_t -= 1000  # seconds
@@ -103,13 +103,13 @@ def test_the_bar_counts_the_time_of_each_epoch_from_its_beginning(capsys):
     bar.on_fit_end()
 
 
-def test_ipython_that_cannot_be_imported_is_no_notebook(monkeypatch, capsys):
+def test_progress_takes_ipython_that_cannot_be_imported_for_no_notebook(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "IPython", None)
     compiled().fit(1, points(8), verbose=1)
     assert "loss" in capsys.readouterr().out
 
 
-def test_verbose_0_prints_nothing(capsys):
+def test_progress_with_verbose_0_prints_nothing(capsys):
     compiled().fit(2, points(8), points(8), 1, verbose=0)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
@@ -129,7 +129,7 @@ class Kept:
 
 
 @pytest.mark.parametrize("verbose", ["auto", 1, 2])
-def test_standard_output_may_be_an_object_that_knows_write_and_flush_alone(verbose, monkeypatch):
+def test_progress_prints_to_an_object_with_write_and_flush_alone(verbose, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Kept())
     compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)
     assert re.findall(r"^ +(\d) +\d\.\d+ ", sys.stdout.text.replace("\r", "\n"), re.MULTILINE) == [
@@ -140,13 +140,13 @@ def test_standard_output_may_be_an_object_that_knows_write_and_flush_alone(verbo
 
 
 @pytest.mark.parametrize("verbose", ["auto", 0, 1, 2])
-def test_a_program_without_standard_output_trains_and_shows_nothing(verbose, monkeypatch):
+def test_progress_without_standard_output_shows_nothing(verbose, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert len(compiled().fit(2, points(8), points(8), log_step_freq=1, verbose=verbose)) == 2
 
 
-def test_an_epoch_number_goes_on_over_several_fits(capsys):
+def test_progress_epoch_numbers_continue_over_several_fits(capsys):
     model = compiled()
     model.fit(1, points(8))
     model.fit(1, points(8))
@@ -160,7 +160,7 @@ def on_a_terminal(code, columns, encoding="utf-8"):
     """What a script writes to a terminal of that many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(TESTS)}
     environment |= {"PYTHONIOENCODING": encoding, "NO_COLOR": "1" if encoding == "ascii" else ""}
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment
@@ -181,7 +181,7 @@ def on_a_terminal(code, columns, encoding="utf-8"):
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_a_terminal_gets_a_bar_that_gives_way_to_the_row_of_the_table(columns):
+def test_progress_on_a_terminal_is_a_bar_that_gives_way_to_the_row_of_the_table(columns):
     written = on_a_terminal(SCRIPT, columns)
     lines = written.replace("\r\n", "\n").split("\n")
     assert re.search(r"epoch 1/3 \|.{12}\| \d/2", written)
@@ -192,7 +192,7 @@ def test_a_terminal_gets_a_bar_that_gives_way_to_the_row_of_the_table(columns):
 
 
 MANY = """
-from conftest import compiled, points
+from helpers.models import compiled, points
 names = ["precision", "recall", "sensitivity", "specificity"]
 metrics = {name: lambda y_pred, y_true: 0.123456 for name in names}
 compiled(metrics_dict=metrics).fit(2, points(64), log_step_freq=1)
@@ -200,7 +200,7 @@ compiled(metrics_dict=metrics).fit(2, points(64), log_step_freq=1)
 
 
 @pytest.mark.parametrize("columns", [60, 120])
-def test_the_bar_shows_whole_numbers_and_its_time_however_narrow_the_terminal(columns):
+def test_progress_bar_shows_whole_numbers_and_its_time_on_a_narrow_terminal(columns):
     written = on_a_terminal(MANY, columns)
     bars = [part.rstrip() for part in re.split(r"[\r\n]", written) if "loss 0." in part]
     assert bars
@@ -213,7 +213,7 @@ def test_the_bar_shows_whole_numbers_and_its_time_however_narrow_the_terminal(co
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_the_bar_is_of_characters_that_the_terminal_has(encoding):
+def test_progress_bar_uses_characters_that_the_terminal_has(encoding):
     written = on_a_terminal(SCRIPT, 80, encoding)
     bars = re.findall(r"\|(.{12})\|", written)
     assert bars
@@ -221,16 +221,16 @@ def test_the_bar_is_of_characters_that_the_terminal_has(encoding):
     assert any("#" in bar for bar in bars) == (encoding != "utf-8")
 
 
-def test_no_colour_is_used_so_that_light_and_dark_and_no_color_look_alike():
+def test_progress_uses_no_colour():
     assert not re.search(
         r"\x1b\[[\d;]*m", on_a_terminal(SCRIPT, 80) + on_a_terminal(SCRIPT, 80, "ascii")
     )
 
 
-def test_a_pipe_in_ascii_gets_ascii():
+def test_progress_in_a_pipe_in_ascii_is_ascii():
     environment = os.environ | {
         "PYTHONIOENCODING": "ascii",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(TESTS),
     }
     code = f"{SCRIPT}\nimport torch, minikeras\nminikeras.summary(torch.nn.Linear(2, 1), (2,))"
     done = subprocess.run(

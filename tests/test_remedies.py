@@ -1,4 +1,4 @@
-"""Each remedy that a message about data, layers or losses gives is followed here, and works."""
+"""The remedies in errors about data, layers and losses work."""
 
 import copy
 import warnings
@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compiled
+from helpers.compare import assert_equal_tensors
+from helpers.models import compiled
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
 import minikeras
 
-X, Y = torch.randn(64, 3), torch.randn(64, 1)
+X = torch.randn(64, 3)
+Y = torch.randn(64, 1)
 CLASSES = torch.randint(0, 4, (64,))
 
 
@@ -24,14 +26,14 @@ def model_of(net, loss=None, **kwargs):
 
 
 def told(model, data, *words, kind=ValueError):
-    """The fit's first batch is refused with these words, and no weight has moved; gives the whole message."""
+    """Check that the first batch raises an error with these words; return the whole message."""
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(kind) as error:
         model.fit(1, data, verbose=0)
     message = " ".join([str(error.value), *getattr(error.value, "__notes__", ())])
     for word in words:
         assert word in message
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
     return message
 
 
@@ -42,7 +44,7 @@ def trains(model, data):
     return losses.iloc[-1]
 
 
-# ---------------------------------------------------------------- shapes of features
+# --- shapes of features ---------------------------------------------------------------------------
 
 LINE = np.linspace(0, 1, 64, dtype="float32")
 AS_COLUMN = {
@@ -57,7 +59,7 @@ AS_COLUMN = {
 
 
 @pytest.mark.parametrize(("x", "column", "labels"), AS_COLUMN.values(), ids=AS_COLUMN)
-def test_one_number_a_row_is_told_to_be_a_column(x, column, labels):
+def test_features_of_one_number_a_row_raise_an_error_that_says_to_make_a_column(x, column, labels):
     y = 2 * x + 1
     message = told(
         model_of(nn.Linear(1, 1)), (x, y), "was given (32,). Pass X as a column, X.reshape(-1, 1)"
@@ -75,7 +77,7 @@ def test_one_number_a_row_is_told_to_be_a_column(x, column, labels):
     assert model.evaluate((column(x), labels(y)))["val_loss"] < 1e-3
 
 
-def test_one_number_a_row_for_a_wider_layer_names_both_ways_out():
+def test_features_of_one_number_a_row_for_a_wider_layer_raise_an_error_with_both_remedies():
     message = told(
         model_of(nn.Linear(3, 1)), (X[:, 0], Y), "in_features=1 and pass X as a column", "(rows, 3)"
     )
@@ -89,7 +91,7 @@ CONVOLUTION = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 1))
 OF_ONE_CHANNEL = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(36, 1))
 
 
-def test_pictures_with_the_channels_last_are_told_to_move_them():
+def test_images_with_the_channels_last_raise_an_error_that_says_to_move_them():
     told(
         model_of(CONVOLUTION),
         (PICTURES.permute(0, 2, 3, 1), Y),
@@ -105,7 +107,7 @@ def test_pictures_with_the_channels_last_are_told_to_move_them():
     assert trains(model_of(CONVOLUTION), (in_numpy, Y)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_sequences_with_the_channels_last_are_told_to_move_them():
+def test_sequences_with_the_channels_last_raise_an_error_that_says_to_move_them():
     net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(16, 1))
     told(
         model_of(net),
@@ -115,7 +117,7 @@ def test_sequences_with_the_channels_last_are_told_to_move_them():
     trains(model_of(net), (torch.randn(64, 5, 3).movedim(-1, 1), Y))
 
 
-def test_pictures_without_a_channel_are_told_to_have_one():
+def test_images_without_a_channel_raise_an_error_that_says_to_add_one():
     grey = PICTURES[:, 0]
     told(
         model_of(OF_ONE_CHANNEL),
@@ -126,7 +128,7 @@ def test_pictures_without_a_channel_are_told_to_have_one():
     trains(model_of(OF_ONE_CHANNEL), (grey.numpy()[:, None], Y))
 
 
-def test_other_channels_than_the_layers_name_both_ways_out():
+def test_images_of_other_channels_than_the_layers_raise_an_error_with_both_remedies():
     told(
         model_of(CONVOLUTION),
         (PICTURES[:, :1], Y),
@@ -135,7 +137,7 @@ def test_other_channels_than_the_layers_name_both_ways_out():
     trains(model_of(OF_ONE_CHANNEL), (PICTURES[:, :1], Y))
 
 
-def test_pictures_for_a_linear_layer_are_told_to_be_flat():
+def test_images_for_a_linear_layer_raise_an_error_that_says_to_flatten_them():
     told(model_of(nn.Linear(75, 1)), (PICTURES, Y), "Put nn.Flatten() before it.")
     trains(model_of(nn.Sequential(nn.Flatten(), nn.Linear(75, 1))), (PICTURES, Y))
     told(
@@ -145,12 +147,13 @@ def test_pictures_for_a_linear_layer_are_told_to_be_flat():
     )
 
 
-# ---------------------------------------------------------------- dtypes of features
+# --- dtypes of features ---------------------------------------------------------------------------
 
 
-def test_numpy_floats_for_a_float64_model_are_told_a_way_that_keeps_them():
+def test_numpy_floats_for_a_float64_model_raise_an_error_with_a_remedy_that_keeps_them():
     net = nn.Linear(3, 1).double()
-    features, labels = X.double().numpy(), Y.double().numpy()
+    features = X.double().numpy()
+    labels = Y.double().numpy()
     rows = DataLoader(StackDataset(torch.as_tensor(features), torch.as_tensor(labels)), 32)
     expected = model_of(net, lr=0.0).evaluate(rows)["val_loss"]
     for data in (
@@ -183,10 +186,11 @@ def in_float64():
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_where_float64_is_the_default_numpy_floats_and_integers_arrive_in_it():
+def test_numpy_floats_and_integers_arrive_in_float64_if_that_is_the_default():
     net = nn.Linear(3, 1)
     model = model_of(net, lr=0.0)
-    features, labels = X.double(), Y.double()
+    features = X.double()
+    labels = Y.double()
     expected = ((model.net(features) - labels) ** 2).mean().item()
     assert model.evaluate((features.numpy(), labels.numpy()))["val_loss"] == pytest.approx(
         expected, rel=1e-14
@@ -195,10 +199,11 @@ def test_where_float64_is_the_default_numpy_floats_and_integers_arrive_in_it():
     trains(model_of(net), (X.long().numpy().astype("float64"), labels))
 
 
-def test_complex_features_are_told_to_become_real():
+def test_features_of_complex_numbers_raise_an_error_that_says_to_make_them_real():
     features = torch.complex(X, X)
     told(model_of(nn.Linear(3, 1)), (features, Y), "Pass features.real or features.abs(), in NumPy")
-    array, frame = features.numpy(), pd.DataFrame(features.numpy())
+    array = features.numpy()
+    frame = pd.DataFrame(features.numpy())
     for real in (
         features.real,
         features.abs(),
@@ -210,14 +215,14 @@ def test_complex_features_are_told_to_become_real():
         assert np.isfinite(model_of(nn.Linear(3, 1)).fit(1, (real, Y), verbose=0)["loss"].item())
 
 
-def test_half_features_and_integers_are_told_to_be_floats():
+def test_features_of_half_precision_or_integers_raise_an_error_that_says_float():
     for features in (X.half(), X.bfloat16(), X.long()):
         message = told(model_of(nn.Linear(3, 1)), (features, Y), "Pass features.float()")
         assert "model.to(torch.bfloat16)" not in message
         trains(model_of(nn.Linear(3, 1)), (features.float(), Y))
 
 
-# ---------------------------------------------------------------- labels
+# --- labels ---------------------------------------------------------------------------------------
 
 ZERO_ONE = torch.randint(0, 2, (64, 1))
 LOSSES = {
@@ -235,7 +240,7 @@ LOSSES = {
 @pytest.mark.parametrize(
     "kwargs", [{}, {"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str
 )
-def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_does(
+def test_labels_of_another_dtype_train_as_float32_or_raise_an_error_with_a_cast_that_does(
     loss, dtype, kwargs
 ):
     labels = ZERO_ONE.to(dtype)
@@ -257,7 +262,7 @@ def test_labels_of_another_dtype_train_as_float32_does_or_are_told_a_cast_that_d
     )
 
 
-def test_a_bfloat16_model_is_told_of_labels_in_its_own_dtype():
+def test_labels_for_a_bfloat16_model_raise_an_error_with_its_own_dtype():
     net = nn.Linear(3, 1).bfloat16()
     words = (
         "Pass labels.to(torch.bfloat16); from NumPy and pandas floats arrive as float32, so pass "
@@ -269,7 +274,7 @@ def test_a_bfloat16_model_is_told_of_labels_in_its_own_dtype():
     trains(model_of(net, nn.BCEWithLogitsLoss()), (X.bfloat16(), labels))
 
 
-def test_labels_with_one_dimension_more_are_told_the_way_back():
+def test_labels_of_one_dimension_too_many_raise_an_error_with_a_remedy():
     labels = torch.randn(64, 12, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -282,7 +287,7 @@ def test_labels_with_one_dimension_more_are_told_the_way_back():
     trains(model_of(nn.Linear(3, 12)), (X, labels.squeeze(-1)))
 
 
-def test_labels_outside_the_classes_are_told_what_numbers_them_or_leaves_them_out():
+def test_labels_outside_the_classes_raise_an_error_with_a_remedy():
     told(
         model_of(nn.Linear(3, 4), nn.CrossEntropyLoss()),
         (X, CLASSES + 1),
@@ -300,13 +305,14 @@ def test_labels_outside_the_classes_are_told_what_numbers_them_or_leaves_them_ou
 class Squeezed(minikeras.Model):
     def __init__(self, *dims):
         super().__init__()
-        self.fc, self.dims = nn.Linear(3, 1), dims
+        self.fc = nn.Linear(3, 1)
+        self.dims = dims
 
     def forward(self, x):
         return self.fc(x).squeeze(*self.dims)
 
 
-def test_a_last_row_that_is_squeezed_is_told_to_name_the_dimension():
+def test_squeeze_of_a_last_row_raises_an_error_that_says_to_name_the_dimension():
     data = (X[:33], ZERO_ONE[:33, 0].float())
     with pytest.raises(ValueError, match=r"have lost the dimension of the rows.*squeeze\(-1\)"):
         compiled(Squeezed(), nn.BCEWithLogitsLoss()).evaluate(data)
@@ -316,7 +322,7 @@ def test_a_last_row_that_is_squeezed_is_told_to_name_the_dimension():
     assert model.evaluate(data)["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-# ---------------------------------------------------------------- scores whose classes are last
+# --- scores whose classes are last ----------------------------------------------------------------
 
 
 def sequences(steps, classes):
@@ -352,11 +358,16 @@ def reference(model, data):
 
 @pytest.mark.parametrize("labels", ["classes", "probabilities"])
 @pytest.mark.parametrize(("steps", "classes"), [(6, 4), (3, 4)])
-def test_classes_that_are_last_are_refused_and_both_ways_out_train(steps, classes, labels):
+def test_classes_in_the_last_dimension_are_refused_and_both_remedies_train(steps, classes, labels):
     X, y = sequences(steps, classes)
     given = y if labels == "classes" else F.one_hot(y, classes).float()
-    told(compiled(Last(classes), nn.CrossEntropyLoss()), (X, given), "over" if labels != "classes" else "are last",
-         "End forward with .movedim(-1, 1)", "nn.functional.cross_entropy(y_pred.movedim(-1, 1), y_true")  # fmt: skip
+    told(
+        compiled(Last(classes), nn.CrossEntropyLoss()),
+        (X, given),
+        "are last" if labels == "classes" else "over",
+        "End forward with .movedim(-1, 1)",
+        "nn.functional.cross_entropy(y_pred.movedim(-1, 1), y_true",
+    )
     moved = given if labels == "classes" else given.movedim(-1, 1)
     for model, loss in ((Moved(classes), nn.CrossEntropyLoss()), (Last(classes), LOSS_OF_LAST)):
         trains(compiled(model, loss), (X, moved))
@@ -381,7 +392,7 @@ SQUARE = sequences(4, 4)
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
-def test_as_many_steps_as_classes_are_warned_of_once_where_the_classes_are_last(verb):
+def test_classes_in_the_last_dimension_are_warned_of_once_if_there_are_as_many_steps(verb):
     assert warned(Last(4), SQUARE, verb) == 1
     words = torch.randint(0, 4, (64, 4))
     assert (
@@ -402,7 +413,8 @@ class Contiguous(Last):
 class Recurrent(minikeras.Model):
     def __init__(self):
         super().__init__()
-        self.lstm, self.fc = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 4)
+        self.lstm = nn.LSTM(4, 8, batch_first=True)
+        self.fc = nn.Linear(8, 4)
 
     def forward(self, x):
         return self.fc(self.lstm(x)[0]).permute(0, 2, 1)
@@ -460,11 +472,11 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
-def test_scores_with_the_classes_in_dimension_1_are_neither_refused_nor_warned_of(make):
+def test_classes_in_dimension_1_are_neither_refused_nor_warned_of(make):
     assert warned(*make()) == 0
 
 
-def test_log_probabilities_over_the_last_dimension_are_refused_though_the_shapes_fit():
+def test_classes_of_log_probabilities_in_the_last_dimension_are_refused_though_the_shapes_fit():
     net = nn.Sequential(nn.Linear(4, 4), nn.LogSoftmax(-1))
     message = told(model_of(net, nn.NLLLoss()), SQUARE, "log-probabilities over the last dimension")
     assert "nn.functional.nll_loss(y_pred.movedim(-1, 1), y_true)" in message
@@ -475,21 +487,27 @@ def test_log_probabilities_over_the_last_dimension_are_refused_though_the_shapes
     )
 
 
-# ---------------------------------------------------------------- one loss for several outputs
+# --- one loss for several outputs -----------------------------------------------------------------
 
 
 class Two(minikeras.Model):
     def __init__(self, kind):
         super().__init__()
-        self.a, self.b, self.kind = nn.Linear(3, 1), nn.Linear(3, 4), kind
+        self.a = nn.Linear(3, 1)
+        self.b = nn.Linear(3, 4)
+        self.kind = kind
 
     def forward(self, x):
         return {"a": self.a(x), "b": self.b(x)} if self.kind is dict else (self.a(x), self.b(x))
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
-@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), F.mse_loss], ids=str)
-def test_one_loss_for_several_outputs_is_told_to_be_one_for_each(kind, loss):
+@pytest.mark.parametrize(
+    "loss",
+    [nn.MSELoss(), nn.CrossEntropyLoss(), F.mse_loss],
+    ids=["MSELoss", "CrossEntropyLoss", "mse_loss"],
+)
+def test_loss_for_one_of_several_outputs_raises_an_error_that_says_one_for_each(kind, loss):
     labels = {"a": Y, "b": CLASSES} if kind is dict else (Y, CLASSES)
     first, second = ("a", "b") if kind is dict else (0, 1)
     words = "takes one tensor of predictions and one of labels, and the model gave"
@@ -508,7 +526,7 @@ def test_one_loss_for_several_outputs_is_told_to_be_one_for_each(kind, loss):
     trains(compiled(Two(kind), both), (X, labels))
 
 
-def test_several_labels_for_one_output_are_told():
+def test_labels_in_several_parts_for_one_output_raise_an_error():
     told(
         model_of(nn.Linear(3, 1)),
         (X, {"a": Y, "b": Y}),
@@ -518,7 +536,7 @@ def test_several_labels_for_one_output_are_told():
     trains(model_of(nn.Linear(3, 1)), (X, Y))
 
 
-def test_a_nested_tensor_without_a_shape_says_how_to_build_one_that_has_it():
+def test_nested_tensor_without_a_shape_raises_an_error_that_says_how_to_build_one():
     rows = [torch.randn(2), torch.randn(1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -537,7 +555,7 @@ def test_a_nested_tensor_without_a_shape_says_how_to_build_one_that_has_it():
     assert torch.equal(torch.nested.to_padded_tensor(jagged, 0.0), padded)
 
 
-def test_batches_of_scipy_matrices_say_to_pass_the_matrix():
+def test_scipy_matrices_as_batches_raise_an_error_that_says_to_pass_the_matrix():
     scipy_sparse = pytest.importorskip("scipy.sparse")
     dense = np.eye(6, 2, dtype="float32")
     matrix = scipy_sparse.csr_matrix(dense)

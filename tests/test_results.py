@@ -1,22 +1,19 @@
-"""What losses, metrics and steps return: one number, or an Average; two numbers in a tuple are neither."""
+"""What losses, metrics and steps return: one number or an Average, and no tuple of two."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, compiled, points
-from test_jit import FAST
+from helpers.compiling import FAST
+from helpers.metrics import mse
+from helpers.models import Net, compiled, points
 from torch import nn
 
 import minikeras
 from minikeras import Average
 
 WEIGHT = torch.tensor([0.3, 2.5, 1.7], dtype=torch.float64)
-
-
-def mse(y_pred, y_true):
-    return ((y_pred - y_true) ** 2).mean()
 
 
 def contrastive(embeddings, labels):
@@ -35,8 +32,9 @@ WAYS_OUT = {"[0]": lambda p, t: contrastive(p, t)[0], "Average(total, count)": t
 
 
 @pytest.mark.parametrize("loss_func", WAYS_OUT.values(), ids=WAYS_OUT)
-def test_both_ways_out_of_a_tuple_train_as_a_bare_loop_does(loss_func):
-    X, labels = torch.randn(60, 4), torch.arange(60) % 4
+def test_loss_in_a_tuple_has_two_remedies_that_train_as_a_bare_loop(loss_func):
+    X = torch.randn(60, 4)
+    labels = torch.arange(60) % 4
     net = nn.Linear(4, 2)
     twin = copy.deepcopy(net)
     model = minikeras.Model(net)
@@ -85,19 +83,22 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("loss_func", "options"), FORMS.values(), ids=FORMS)
-def test_a_count_may_be_a_sum_of_class_weights(loss_func, options):
-    X, labels = torch.randn(50, 5, dtype=torch.float64), torch.randint(0, 3, (50,))
+def test_average_count_may_be_a_sum_of_class_weights(loss_func, options):
+    X = torch.randn(50, 5, dtype=torch.float64)
+    labels = torch.randint(0, 3, (50,))
     batches = [(X[start : start + 8], labels[start : start + 8]) for start in range(0, 50, 8)]
     model = minikeras.Model(nn.Linear(5, 3).double())
     twin = copy.deepcopy(model.net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.compile(loss_func, optimizer, {"again": loss_func}, device="cpu", **options)
     history = model.fit(1, batches, verbose=0)
-    step, every = torch.optim.SGD(twin.parameters(), lr=0.1), options.get("accumulate", 1)
+    step = torch.optim.SGD(twin.parameters(), lr=0.1)
+    every = options.get("accumulate", 1)
     total = count = 0.0
     for start in range(0, len(batches), every):
         window = batches[start : start + every]
-        inputs, targets = torch.cat([x for x, _ in window]), torch.cat([t for _, t in window])
+        inputs = torch.cat([x for x, _ in window])
+        targets = torch.cat([t for _, t in window])
         loss = F.cross_entropy(twin(inputs), targets, WEIGHT)
         loss.backward()
         step.step()
@@ -130,8 +131,9 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("metric", COUNTS.values(), ids=COUNTS)
-def test_a_count_of_0_counts_for_nothing_even_with_a_total_that_is_nan(metric):
-    X, y = torch.randn(12, 3), torch.rand(12, 1)
+def test_average_of_count_0_counts_for_nothing_even_if_its_total_is_nan(metric):
+    X = torch.randn(12, 3)
+    y = torch.rand(12, 1)
     y[4:8] = -1.0
     model = compiled(minikeras.Model(nn.Linear(3, 1)), mse, {"positive": metric})
     with torch.no_grad():
@@ -139,8 +141,9 @@ def test_a_count_of_0_counts_for_nothing_even_with_a_total_that_is_nan(metric):
     assert model.evaluate((X, y), batch_size=4)["val_positive"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_batch_of_count_0_moves_no_weight():
-    X, y = torch.randn(4, 3), -torch.ones(4, 1)
+def test_average_of_count_0_moves_no_weight():
+    X = torch.randn(4, 3)
+    y = -torch.ones(4, 1)
     model = compiled(minikeras.Model(nn.Linear(3, 1)), lambda p, t: Average(p.sum(), 0))
     before = model.net.weight.clone()
     model.fit(1, (X, y), verbose=0)
@@ -148,7 +151,7 @@ def test_a_batch_of_count_0_moves_no_weight():
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
-def test_a_count_below_0_in_a_later_batch_is_refused_before_its_step(options):
+def test_average_of_a_count_below_0_in_a_later_batch_is_refused_before_its_step(options):
     class Once(minikeras.Model):
         def optimizer_step(self, optimizer=None):
             super().optimizer_step(optimizer)
@@ -166,7 +169,7 @@ def test_a_count_below_0_in_a_later_batch_is_refused_before_its_step(options):
     assert torch.equal(model.net.weight, model.kept)
 
 
-def test_a_metric_whose_tuple_comes_in_a_later_batch_is_refused_too():
+def test_metric_whose_tuple_comes_in_a_later_batch_is_refused():
     calls = []
 
     def metric(y_pred, y_true):
@@ -188,7 +191,7 @@ class Step(Net):
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
-def test_a_step_may_return_an_average_and_no_tuple(verb):
+def test_custom_step_may_return_an_average_and_no_tuple(verb):
     data = points(8)
     model = compiled(Step())
     with pytest.raises(ValueError, match=r"_step's 'part' gave a tuple, \(float, float\)"):
@@ -210,7 +213,7 @@ def test_backward_takes_an_average_and_no_tuple():
         compiled(Own()).fit(1, points(8), verbose=0)
 
 
-def test_an_object_whose_compute_gives_a_tuple_is_refused_at_the_end_of_the_pass():
+def test_metric_object_that_computes_a_tuple_is_refused_at_the_end_of_the_pass():
     class Both:
         def reset(self):
             self.values = []
@@ -228,7 +231,7 @@ def test_an_object_whose_compute_gives_a_tuple_is_refused_at_the_end_of_the_pass
     assert 0 < model.evaluate(points(8))["val_m"] < 1
 
 
-def test_a_penalty_on_a_loss_with_parts_is_refused_with_both_ways_out():
+def test_regularized_refuses_a_loss_with_parts_with_both_remedies():
     model = minikeras.Model(nn.Linear(3, 2))
     loss_func = minikeras.Regularized(lambda p, t: (mse(p, t), 1.0), model, l2=0.1)
     with pytest.raises(ValueError, match=r"the loss gave a tuple, \(Tensor \(\) float32, float\)"):

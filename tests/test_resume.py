@@ -1,41 +1,21 @@
-"""A fit broken off and carried on in another process gives, bit by bit, what it gives never stopped."""
+"""A fit that is interrupted and resumed is bit-for-bit the fit that is never stopped."""
 
 import shutil
 
 import pandas as pd
 import pytest
 import torch
-from conftest import compiled, points
-from runs import LOADERS, Mean, Noisy, call_of, differences, result_of, seed
+from helpers.interruptions import Killed, killed_after
+from helpers.models import compiled, points
+from helpers.runs import LOADERS, Mean, Noisy, call_of, differences, result_of
+from helpers.seeds import seed
 from torch.utils.data import DataLoader
 from torchmetrics import AUROC
 
 import minikeras
 from minikeras import CheckpointError, LambdaCallback, LRScheduler
 
-pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own")
-
-
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    """Waiting for the disk is what test_kill.py is for."""
-    monkeypatch.setattr("minikeras.support.atomic.flush", lambda path: None)
-
-
-class Killed(BaseException):
-    """Ends a fit as SIGKILL does: nothing that follows is saved."""
-
-
-def killed_after(count):
-    """Dies as the batch of that number, counted over all epochs, has been saved."""
-
-    def count_down(batch, logs):
-        nonlocal count
-        count -= 1
-        if count < 0:
-            raise Killed
-
-    return LambdaCallback(on_batch_end=count_down)
+pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own", "quick_disk")
 
 
 def whole(**kwargs):
@@ -45,7 +25,7 @@ def whole(**kwargs):
 
 
 def broken_off(path, kills, every=1, **kwargs):
-    """The same call, killed after so many more batches, each time carried on in what might be another process."""
+    """Run the same call, killed after so many more batches, and resumed each time."""
     for number, kill in enumerate([*kills, None]):  # without a file the script begins as it began
         seed(100 + number if path.exists() else 1)
         model, arguments = call_of(**kwargs)
@@ -66,7 +46,7 @@ def broken_off(path, kills, every=1, **kwargs):
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's
 @pytest.mark.parametrize("kills", [[3], [5], [6], [2, 1], [0, 1, 1, 4], [14]], ids=str)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_fit_carried_on_is_the_fit_never_stopped(loader, kills, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped(loader, kills, tmp_path):
     assert (
         differences(whole(loader=loader), broken_off(tmp_path / "run.pt", kills, loader=loader))
         == []
@@ -112,7 +92,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("kills", [[4], [2, 1], [6], [8, 1], [3, 0, 0]], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_so_it_is_in_each_setting(setting, kills, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped_in_each_setting(setting, kills, tmp_path):
     kwargs = SETTINGS[setting].copy()
     every = kwargs.pop("checkpoint_every", 1)
     assert (
@@ -124,7 +104,7 @@ def test_so_it_is_in_each_setting(setting, kills, tmp_path):
     not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
 )
 @pytest.mark.parametrize(("loader", "steps"), [("in memory", 1), ("noisy", 3)])
-def test_so_it_is_under_jit(loader, steps, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped_under_jit(loader, steps, tmp_path):
     kwargs = {"loader": loader, "compile": {"jit": True, "steps_per_execution": steps}}
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
 
@@ -132,18 +112,19 @@ def test_so_it_is_under_jit(loader, steps, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"jit": True}], ids=str)
-def test_so_it_is_on_an_accelerator(options, tmp_path):
+def test_resumed_fit_is_the_fit_never_stopped_on_an_accelerator(options, tmp_path):
     kwargs = {"loader": "noisy", "compile": {"device": None, **options}}
     assert differences(whole(**kwargs), broken_off(tmp_path / "run.pt", [2, 3], **kwargs)) == []
 
 
-# --- which call of fit a file is of -----------------------------------------------------------------------------------
+# --- which call of fit a file is of ---------------------------------------------------------------
 
 
 def fits(path, *epochs, kill=None):
     """A script of several fits with one file; the histories they return, and the model."""
     torch.manual_seed(1)
-    model, histories = compiled(), []
+    model = compiled()
+    histories = []
     for number, count in enumerate(epochs):
         callbacks = [killed_after(kill[1])] if kill and kill[0] == number else []
         histories.append(
@@ -152,7 +133,7 @@ def fits(path, *epochs, kill=None):
     return histories, model
 
 
-def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to_it(
+def test_resumed_fit_that_was_finished_returns_its_history_and_more_epochs_are_added(
     tmp_path, capsys
 ):
     path = {"checkpoint": tmp_path / "run.pt"}
@@ -166,7 +147,7 @@ def test_a_finished_run_returns_its_history_at_once_and_more_epochs_are_added_to
 
 
 @pytest.mark.parametrize("kill", [(0, 4), (1, 0), (1, 5), (2, 2)], ids=str)
-def test_a_script_of_several_fits_may_use_one_file(kill, tmp_path):
+def test_resumed_script_of_several_fits_may_use_one_file(kill, tmp_path):
     path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
     expected, model = fits({}, 2, 3, 1)
     with pytest.raises(Killed):
@@ -177,7 +158,7 @@ def test_a_script_of_several_fits_may_use_one_file(kill, tmp_path):
     assert torch.equal(other.fc1.weight, model.fc1.weight)
 
 
-def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tmp_path):
+def test_resumed_fit_in_the_same_process_continues_when_it_is_called_again(tmp_path):
     path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
     (expected,), model = fits({}, 4)
     torch.manual_seed(1)
@@ -193,7 +174,7 @@ def test_a_fit_broken_off_goes_on_when_it_is_called_again_in_the_same_process(tm
     assert torch.equal(other.fc1.weight, model.fc1.weight)
 
 
-def test_a_run_that_was_stopped_stays_stopped(tmp_path):
+def test_resumed_fit_that_was_stopped_stays_stopped(tmp_path):
     path = {"checkpoint": tmp_path / "run.pt"}
     stop = LambdaCallback(
         on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2)
@@ -208,7 +189,9 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path):
 @pytest.mark.parametrize(
     "metric", [Mean(), lambda y_pred, y_true: y_pred.mean()], ids=["object", "function"]
 )
-def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, tmp_path):
+def test_resumed_fit_takes_other_metrics_between_epochs_and_refuses_them_within_one(
+    metric, tmp_path
+):
     path = {
         "checkpoint": tmp_path / "run.pt",
         "checkpoint_every": 1,
@@ -223,15 +206,15 @@ def test_other_metrics_are_taken_between_epochs_and_refused_within_one(metric, t
     with pytest.raises(CheckpointError) as raised:
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
-        f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it would be loss. "
-        f"Compile as it was compiled then. To start anew, delete {path['checkpoint']} and {path['checkpoint']}.prev, "
-        f"or give another path."
+        f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it "
+        "would be loss. Compile as it was compiled then. To start anew, delete "
+        f"{path['checkpoint']} and {path['checkpoint']}.prev, or give another path."
     )
     dfhistory = compiled(metrics_dict={"other": metric}).fit(2, points(60), **path)
     assert dfhistory["mean"].isna().tolist() == [False, True]
 
 
-def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
+def test_resumed_fit_says_where_it_continues_in_a_line(tmp_path, capsys):
     path = tmp_path / "run.pt"
 
     def fit(kill=None):
@@ -248,7 +231,7 @@ def test_where_it_goes_on_is_said_in_a_line(tmp_path, capsys):
     assert fit() == f"{path}: finished after epoch 2, nothing is left to train\n"
 
 
-def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
+def test_resumed_fit_keeps_the_mark_of_the_best_epoch(tmp_path, capsys):
     def fit(epochs):
         model = compiled(loss_func=lambda y_pred, y_true: losses.pop(0) + 0 * y_pred.sum())
         model.fit(epochs, points(8), points(8), checkpoint=tmp_path / "run.pt")
@@ -262,21 +245,24 @@ def test_the_mark_of_the_best_epoch_goes_on_too(tmp_path, capsys):
     assert "*" not in fit(2)[-1]
 
 
-# --- what is not exact, and said so -----------------------------------------------------------------------------------
+# --- what is not exact, and said so ---------------------------------------------------------------
 
 
-def test_persistent_workers_that_may_draw_are_warned_of_as_the_fit_begins(tmp_path):
+def test_checkpoint_with_persistent_workers_that_may_draw_warns_as_the_fit_begins(tmp_path):
     loader = DataLoader(Noisy(), batch_size=20, num_workers=1, persistent_workers=True)
     with pytest.warns(UserWarning, match="persistent_workers") as warned:
         compiled().fit(1, loader, verbose=0, checkpoint=tmp_path / "run.pt")
-    assert [str(one.message) for one in warned] == [
-        "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the dataset draws random "
-        "numbers, a resumed run draws others. Set persistent_workers=False for an exact resume."
+    assert [str(warning.message) for warning in warned] == [
+        "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the "
+        "dataset draws random numbers, a resumed run draws others. Set persistent_workers=False "
+        "for an exact resume."
     ]
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(40, 5), (80, 10)])
-def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_size, tmp_path):
+def test_resumed_fit_warns_of_other_rows_or_another_batch_size_within_an_epoch(
+    rows, batch_size, tmp_path
+):
     path = tmp_path / "run.pt"
 
     def fit(rows, batch_size, after=None):
@@ -292,20 +278,23 @@ def test_other_rows_or_another_batch_size_within_an_epoch_are_told(rows, batch_s
         fit(rows, batch_size)
     assert len(told) == (1 if rows == 40 else 2)
     assert str(told[-1].message) == (
-        "the checkpoint stands in an epoch of 4 batches, and dl_train has 8 here: it has other rows, or another "
-        "batch_size. The first 1 are left out, and others than those that were trained on. Give the same data and "
-        "batch_size as before; from an epoch's end on any will do."
+        "the checkpoint stands in an epoch of 4 batches, and dl_train has 8 here: it has other "
+        "rows, or another batch_size. The first 1 are left out, and others than those that were "
+        "trained on. Give the same data and batch_size as before; from an epoch's end on any will "
+        "do."
     )
 
 
-def test_another_batch_size_from_an_epochs_end_on_is_nothing_to_tell_of(tmp_path):
+def test_resumed_fit_does_not_warn_of_another_batch_size_from_an_epochs_end_on(tmp_path):
     for epochs, batch_size in ((1, 10), (2, 5)):
         compiled().fit(
             epochs, points(40), batch_size=batch_size, checkpoint=tmp_path / "run.pt", verbose=0
         )
 
 
-def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not(tmp_path):
+def test_resumed_fit_warns_of_another_learning_rate_in_the_script_and_not_of_one_that_moved(
+    tmp_path,
+):
     path = tmp_path / "run.pt"
 
     def fit(epochs, lr, warmed=True):
@@ -324,13 +313,16 @@ def test_another_rate_in_the_script_is_told_and_one_that_moved_in_the_run_is_not
     with pytest.warns(UserWarning, match="was begun") as told:
         fit(2, 0.2)
     assert str(told[0].message) == (
-        f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and not 0.02, initial_lr "
-        f"0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a callback to change them in the run."
+        f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and "
+        "not 0.02, initial_lr 0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a "
+        "callback to change them in the run."
     )
 
 
 @pytest.mark.parametrize("epochs", [3, 5])
-def test_a_fit_that_failed_as_an_epoch_ended_is_gone_on_with_in_the_same_process(epochs, tmp_path):
+def test_resumed_fit_continues_in_the_same_process_after_an_error_at_an_epochs_end(
+    epochs, tmp_path
+):
     path = {"checkpoint": tmp_path / "run.pt", "verbose": 0}
     broken = LambdaCallback(on_epoch_end=lambda epoch, logs: 1 // (epoch != 2))
     torch.manual_seed(1)
@@ -346,7 +338,7 @@ def test_a_fit_that_failed_as_an_epoch_ended_is_gone_on_with_in_the_same_process
     assert len(model.fit(1, points(40), **path)) == epochs + 1  # that one had come to its end
 
 
-def test_the_milestones_of_a_schedule_outlive_the_process(tmp_path):
+def test_resumed_fit_keeps_the_milestones_of_a_schedule(tmp_path):
     def rates(*calls):
         for epochs, path in calls:
             model = compiled(lr=1.0)
@@ -365,7 +357,9 @@ class Thaws(minikeras.Callback):
             self.model.fc1.requires_grad_(True)
 
 
-def test_what_a_callback_has_thawed_stays_so_and_what_the_script_thaws_is_taken(tmp_path):
+def test_resumed_fit_keeps_layers_thawed_by_a_callback_and_takes_those_thawed_by_the_script(
+    tmp_path,
+):
     def fit(epochs, path=None, frozen=True):
         torch.manual_seed(1)
         model = compiled()
@@ -395,7 +389,7 @@ class Cached(torch.nn.Module):
         return torch.sigmoid(self.layer(x - self.mean))
 
 
-def test_buffers_that_grow_or_come_late_are_restored_as_they_were(tmp_path):
+def test_resumed_fit_restores_buffers_that_grow_or_come_late(tmp_path):
     def fit(epochs, path=None):
         torch.manual_seed(1)
         model = compiled(minikeras.Model(Cached()))
@@ -411,7 +405,7 @@ def test_buffers_that_grow_or_come_late_are_restored_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("kinds", [(), (minikeras.Timer, minikeras.EMA, minikeras.EMA)], ids=len)
-def test_callbacks_that_the_states_may_not_belong_to_are_told(kinds, tmp_path):
+def test_resumed_fit_warns_of_callbacks_that_the_states_may_not_belong_to(kinds, tmp_path):
     path = tmp_path / "run.pt"
 
     def fit(epochs, kinds):
@@ -424,12 +418,12 @@ def test_callbacks_that_the_states_may_not_belong_to_are_told(kinds, tmp_path):
         fit(3, kinds)
     assert str(told[0].message) == (
         f"the checkpoint has the state of Timer, EMA, and those that keep one are "
-        f"{'Timer, EMA, EMA 2' if kinds else 'none'} here. It goes to the callback of its class and number. Give the "
-        f"same ones in the same order."
+        f"{'Timer, EMA, EMA 2' if kinds else 'none'} here. It goes to the callback of its class "
+        f"and number. Give the same ones in the same order."
     )
 
 
-def test_a_scheduler_may_come_in_as_a_run_goes_on(tmp_path):
+def test_resumed_fit_may_have_a_new_scheduler(tmp_path):
     compiled(lr=0.5).fit(1, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
     model = compiled(lr=0.5)
     scheduler = torch.optim.lr_scheduler.StepLR(model.optimizer, 1, 0.1)
@@ -444,18 +438,18 @@ class Versioned(torch.nn.Linear):
 
     def _load_from_state_dict(self, state, prefix, metadata, *rest):
         if metadata.get("version", 1) < 2:
-            state[prefix + "weight"] = (
-                state[prefix + "weight"] * 100
-            )  # as it would have been written then
+            # as it would have been written then
+            state[prefix + "weight"] = state[prefix + "weight"] * 100
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
-def test_a_layer_finds_the_version_that_its_weights_were_written_by(tmp_path):
+def test_resumed_fit_gives_a_layer_the_version_that_its_weights_were_written_by(tmp_path):
     def made():
         torch.manual_seed(0)
         return compiled(minikeras.Model(torch.nn.Sequential(Versioned(2, 1), torch.nn.Sigmoid())))
 
-    model, other = made(), made()
+    model = made()
+    other = made()
     best = minikeras.EarlyStopping("loss", patience=9, restore_best_weights=True)
     model.fit(2, points(40), checkpoint=tmp_path / "run.pt", callbacks=[best], verbose=0)
     other.fit(2, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
@@ -465,7 +459,7 @@ def test_a_layer_finds_the_version_that_its_weights_were_written_by(tmp_path):
     assert torch.equal(other.net[0].weight, model.net[0].weight)
 
 
-def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):
+def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(tmp_path):
     path = {
         "checkpoint": tmp_path / "run.pt",
         "checkpoint_every": 1,
@@ -477,5 +471,6 @@ def test_data_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):
     with pytest.raises(RuntimeError) as raised:
         compiled().fit(2, points(20), **path)
     assert str(raised.value) == (
-        "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as before."
+        "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as "
+        "before."
     )

@@ -1,4 +1,4 @@
-"""A function of metrics_dict that is no mean over rows is told once; a mean never is."""
+"""A metric function that is no mean over rows is warned of once; a mean never is."""
 
 import copy
 import functools
@@ -11,7 +11,8 @@ import sklearn.metrics as skm
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional as tmf
-from conftest import compiled, points
+from helpers.metrics import r2
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras
@@ -43,13 +44,13 @@ def warned(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    assert {type(one.message) for one in caught} <= {UserWarning}
-    said = [str(one.message) for one in caught]
+    assert {type(warning.message) for warning in caught} <= {UserWarning}
+    said = [str(warning.message) for warning in caught]
     assert all("is no mean over rows" in message for message in said), said
     return [message.split("'")[1] for message in said]
 
 
-# --- data: predictions and labels ---------------------------------------------------------------
+# --- data: predictions and labels -----------------------------------------------------------------
 
 
 def binary(rows, generator):
@@ -205,7 +206,7 @@ MEANS = {
 
 
 @pytest.mark.parametrize(("data", "function"), MEANS.values(), ids=MEANS)
-def test_a_mean_over_rows_is_never_told(data, function):
+def test_metric_that_is_a_mean_over_rows_is_never_warned_of(data, function):
     for rows in (4, 5, 16, 33, 128):
         for seed in range(3):
             generator = torch.Generator().manual_seed(100 * seed + rows)
@@ -216,24 +217,22 @@ def test_a_mean_over_rows_is_never_told(data, function):
             ), (rows, seed)
 
 
-def r2(y_pred, y_true):
-    return 1 - ((y_pred - y_true) ** 2).sum() / ((y_true - y_true.mean()) ** 2).sum()
-
-
 def f1(y_pred, y_true):
     found = ((y_pred > 0.5) & (y_true > 0.5)).sum()
     return 2 * found / ((y_pred > 0.5).sum() + (y_true > 0.5).sum())
 
 
 def auc(y_pred, y_true):
-    positive, negative = y_pred[y_true > 0.5], y_pred[y_true < 0.5]
+    positive = y_pred[y_true > 0.5]
+    negative = y_pred[y_true < 0.5]
     return (positive[:, None] > negative).float().mean()
 
 
 def macro_f1(y_pred, y_true):
     scores = []
     for label in range(5):
-        guessed, true = y_pred.argmax(1) == label, y_true == label
+        guessed = y_pred.argmax(1) == label
+        true = y_true == label
         scores.append(2 * (guessed & true).sum() / (guessed.sum() + true.sum()).clamp(1))
     return torch.stack(scores).mean()
 
@@ -284,7 +283,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("data", "function"), OTHERS.values(), ids=OTHERS)
-def test_what_is_no_mean_over_rows_is_told_at_any_batch_size_and_order(data, function):
+def test_metric_that_is_no_mean_over_rows_is_warned_of_at_any_batch_size_and_order(data, function):
     for rows in (16, 33, 256):
         for seed in range(2):
             generator = torch.Generator().manual_seed(100 * seed + rows)
@@ -296,24 +295,25 @@ def test_what_is_no_mean_over_rows_is_told_at_any_batch_size_and_order(data, fun
             )
 
 
-# --- when, how often and what it says -----------------------------------------------------------
+# --- when, how often and what it says -------------------------------------------------------------
 
 
-def test_the_warning_says_what_is_wrong_and_what_to_do():
+def test_row_means_warning_says_what_is_wrong_and_what_to_do():
     X, y = numbers(32, torch.Generator().manual_seed(0))
     said = (
-        "metric 'm' is no mean over rows: on a batch of 32 rows its value is not the mean of its values on two halves "
-        "of them, so the value of an epoch, the mean over the batches, depends on batch_size. For the value on all "
-        "rows pass minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics object. If the "
-        "value is a total divided by a count, such as a mean over tokens or a recall, return "
+        "metric 'm' is no mean over rows: on a batch of 32 rows its value is not the mean of its "
+        "values on two halves of them, so the value of an epoch, the mean over the batches, "
+        "depends on batch_size. For the value on all rows pass minikeras.OnAllRows(function), "
+        "whose function gets NumPy arrays, or a torchmetrics object. If the value is a total "
+        "divided by a count, such as a mean over tokens or a recall, return "
         "minikeras.Average(total, count)."
     )
     with pytest.warns(UserWarning, match="no mean over rows") as caught:
         given(r2).evaluate((X, y))
-    assert [str(one.message) for one in caught] == [said]
+    assert [str(warning.message) for warning in caught] == [said]
 
 
-def test_each_remedy_gives_the_value_on_all_rows_at_any_batch_size():
+def test_row_means_remedies_give_the_value_on_all_rows_at_any_batch_size():
     import torchmetrics
 
     X, y = numbers(101, torch.Generator().manual_seed(0))
@@ -333,7 +333,7 @@ def test_each_remedy_gives_the_value_on_all_rows_at_any_batch_size():
     )
 
 
-def test_it_is_told_once_for_training_and_validation_and_all_fits():
+def test_row_means_warning_comes_once_for_training_and_validation_and_all_fits():
     data = numbers(64, torch.Generator().manual_seed(0))
     model = given(r2)
     assert warned(lambda: model.fit(2, data, data, batch_size=16, verbose=0)) == ["m"]
@@ -341,21 +341,21 @@ def test_it_is_told_once_for_training_and_validation_and_all_fits():
     assert warned(lambda: model.evaluate(data)) == []
 
 
-def test_it_is_told_of_evaluate_where_that_comes_first():
+def test_row_means_warning_comes_in_evaluate_if_that_is_first():
     data = numbers(64, torch.Generator().manual_seed(0))
     model = given(r2)
     assert warned(lambda: model.evaluate(data)) == ["m"]
     assert warned(lambda: model.fit(1, data, data, verbose=0)) == []
 
 
-def test_each_metric_is_told_under_its_own_name():
+def test_row_means_warning_names_each_metric():
     data = numbers(64, torch.Generator().manual_seed(0))
     metrics = {"mae": nn.L1Loss(), "r2": r2, "rmse": OTHERS["RMSE"][1], "bias": MEANS["bias"][1]}
     model = compiled(minikeras.Model(Same()), nn.MSELoss(), metrics)
     assert warned(lambda: model.fit(1, data, verbose=0)) == ["r2", "rmse"]
 
 
-def test_the_warnings_filter_silences_it():
+def test_row_means_warning_can_be_silenced_by_a_filter():
     data = numbers(64, torch.Generator().manual_seed(0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -365,19 +365,17 @@ def test_the_warnings_filter_silences_it():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_batches_of_fewer_than_four_rows_are_looked_at_together(batch_size):
+def test_row_means_check_joins_batches_of_fewer_than_four_rows(batch_size):
     X, y = numbers(24, torch.Generator().manual_seed(0))
     batches = list(zip(X.split(batch_size), y.split(batch_size), strict=True))
     assert warned(lambda: given(OTHERS["RMSE"][1]).evaluate(batches)) == ["m"]
     assert warned(lambda: given(nn.L1Loss()).evaluate(batches)) == []
 
 
-def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
+def test_row_means_warning_comes_in_a_later_epoch_if_the_first_batches_do_not_show_it():
     y = torch.cat([torch.zeros(32, 1), torch.ones(32, 1)])
-    nothing, something = (
-        torch.zeros(64, 1),
-        torch.rand(64, 1, generator=torch.Generator().manual_seed(0)),
-    )
+    nothing = torch.zeros(64, 1)
+    something = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
 
     class Learns(nn.Module):
         def __init__(self):
@@ -405,7 +403,7 @@ def test_what_the_first_batches_do_not_show_is_told_in_a_later_epoch():
     assert seen == [0, 0, 0, 1]
 
 
-def test_rows_are_split_in_outputs_and_labels_of_any_structure():
+def test_row_means_check_splits_outputs_and_labels_of_any_structure():
     generator = torch.Generator().manual_seed(0)
     X, y = numbers(32, generator)
 
@@ -430,16 +428,16 @@ def test_rows_are_split_in_outputs_and_labels_of_any_structure():
     assert warned(lambda: model.evaluate([(X, {"y": [y], "text": "a name"})])) == ["r2"]
 
 
-def test_rows_in_a_list_are_split_by_item():
+def test_row_means_check_splits_rows_in_a_list_by_item():
     X, y = numbers(8, torch.Generator().manual_seed(0))
     lengths = [3, 1, 4, 1, 5, 2, 6, 5]
     boxes = [torch.full((length, 4), float(length)) for length in lengths]
 
     def mean_boxes(y_pred, y_true):
-        return sum(len(one) for one in y_true["boxes"]) / len(y_pred)
+        return sum(len(boxes) for boxes in y_true["boxes"]) / len(y_pred)
 
     def longest(y_pred, y_true):
-        return float(max(len(one) for one in y_true["boxes"]))
+        return float(max(len(boxes) for boxes in y_true["boxes"]))
 
     model = compiled(
         minikeras.Model(Same()), lambda p, t: p.mean(), {"boxes": mean_boxes, "longest": longest}
@@ -447,17 +445,17 @@ def test_rows_in_a_list_are_split_by_item():
     assert warned(lambda: model.evaluate([(X, {"y": y, "boxes": boxes})])) == ["longest"]
 
 
-# --- it leaves no trace -------------------------------------------------------------------------
+# --- it leaves no trace ---------------------------------------------------------------------------
 
 
-def test_the_look_draws_no_random_numbers_and_one_that_draws_is_not_told():
+def test_row_means_check_draws_no_random_numbers_and_skips_a_metric_that_draws():
     data = numbers(64, torch.Generator().manual_seed(0))
     drawn = []
 
     def noisy(y_pred, y_true):
         noise = torch.rand(()), np.random.rand(), random.random()
         drawn.append(noise)
-        return float(r2(y_pred, y_true)) + sum(float(one) for one in noise)
+        return float(r2(y_pred, y_true)) + sum(float(value) for value in noise)
 
     def seed():
         torch.manual_seed(0)
@@ -479,9 +477,11 @@ def module_level(y_pred, y_true):
     return y_pred.mean()
 
 
-def test_what_a_function_keeps_is_as_if_it_was_called_once_a_batch():
+def test_row_means_check_leaves_what_a_function_keeps_as_if_called_once_a_batch():
     CALLS.clear()
-    calls, total, default = [], 0, []
+    calls = []
+    total = 0
+    default = []
 
     def closure(y_pred, y_true):
         nonlocal total
@@ -514,7 +514,9 @@ def test_what_a_function_keeps_is_as_if_it_was_called_once_a_batch():
             self.rows += len(y_true)
             return y_pred.mean()
 
-    counts, other, running = Counts(), Counts(), Running()
+    counts = Counts()
+    other = Counts()
+    running = Running()
     closure.calls = []
     metrics = {
         "closure": closure,
@@ -530,7 +532,7 @@ def test_what_a_function_keeps_is_as_if_it_was_called_once_a_batch():
     assert [total, counts.rows, other.rows, running.rows] == [70] * 4
 
 
-def test_a_metric_that_edits_in_place_is_looked_at_on_copies():
+def test_row_means_check_gives_copies_to_a_metric_that_edits_in_place():
     data = points(64)
     seen = []
 
@@ -546,11 +548,12 @@ def test_a_metric_that_edits_in_place_is_looked_at_on_copies():
     assert seen == [pytest.approx(expected, rel=1e-5)]
 
 
-def test_a_metric_that_cannot_be_copied_is_called_once_a_batch_and_not_told():
+def test_row_means_check_skips_a_metric_that_cannot_be_copied():
     def lines():
         yield from range(100)
 
-    numbered, calls = lines(), []
+    numbered = lines()
+    calls = []
 
     def r2_and_a_line(y_pred, y_true):
         calls.append(next(numbered))
@@ -561,7 +564,7 @@ def test_a_metric_that_cannot_be_copied_is_called_once_a_batch_and_not_told():
     assert calls == [0, 1, 2, 3]
 
 
-def test_an_error_in_a_half_is_not_known_and_no_error():
+def test_row_means_check_ignores_an_error_in_a_half():
     def several(y_pred, y_true):
         if len(y_true) < 16:
             raise ValueError("too few rows")
@@ -571,13 +574,13 @@ def test_an_error_in_a_half_is_not_known_and_no_error():
     assert warned(lambda: given(several).evaluate(data)) == []
 
 
-def test_the_fit_is_bit_for_bit_that_without_the_metric():
+def test_row_means_check_leaves_the_fit_bit_for_bit_the_same():
     X, y = points(64)
     model = compiled(metrics_dict={"m": nn.L1Loss()})
     twin = compiled(copy.deepcopy(model))
-    for one in (model, twin):
+    for net in (model, twin):
         torch.manual_seed(1)
-        one.fit(2, (X, y), batch_size=16, verbose=0)
+        net.fit(2, (X, y), batch_size=16, verbose=0)
     for name, value in model.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name])
 
@@ -585,7 +588,7 @@ def test_the_fit_is_bit_for_bit_that_without_the_metric():
 @pytest.mark.parametrize(
     "options", [{"precision": "bf16"}, {"accumulate": 2}, {"jit": {"backend": "eager"}}], ids=str
 )
-def test_it_is_told_with_the_options_of_compile(options):
+def test_row_means_warning_comes_with_each_option_of_compile(options):
     X, y = points(64)
     metrics = {"rmse": lambda p, t: ((p - t) ** 2).mean().sqrt(), "mae": nn.L1Loss()}
     net = nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""The rows of a batch, whatever it is made of: means, steps and predictions are those over all rows."""
+"""The rows of a batch of any structure: means, steps and predictions are over all rows."""
 
 import copy
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compiled
-from test_jit import FAST
+from helpers.compare import assert_equal_tensors
+from helpers.compiling import FAST
+from helpers.models import compiled
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -34,7 +35,8 @@ class Bag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bag, self.fc = nn.EmbeddingBag(20, 4), nn.Linear(4, 1)
+        self.bag = nn.EmbeddingBag(20, 4)
+        self.fc = nn.Linear(4, 1)
 
     def forward(self, tokens, offsets):
         return self.fc(self.bag(tokens, offsets))[:, 0]
@@ -84,7 +86,7 @@ class Packed(Rows):
 
 
 class Boxed(dict):
-    """A batch of one's own that tells its rows."""
+    """A custom batch that says how many rows it has."""
 
 
 @dataclass
@@ -247,7 +249,7 @@ def errors_of(net, batches, as_tensor):
 
 
 @pytest.mark.parametrize(("kind", "batches", "as_tensor"), KINDS.values(), ids=KINDS)
-def test_evaluate_and_history_are_means_over_the_rows(kind, batches, as_tensor):
+def test_rows_weigh_alike_in_evaluate_and_history(kind, batches, as_tensor):
     net = kind()
     model = minikeras.Model(net)
     model.compile(
@@ -269,7 +271,7 @@ def test_evaluate_and_history_are_means_over_the_rows(kind, batches, as_tensor):
 
 
 @pytest.mark.parametrize(("kind", "batches", "as_tensor"), KINDS.values(), ids=KINDS)
-def test_accumulated_batches_make_the_step_of_all_their_rows(kind, batches, as_tensor):
+def test_rows_of_accumulated_batches_make_one_step(kind, batches, as_tensor):
     net = kind()
     twin = copy.deepcopy(net)
     model = minikeras.Model(net)
@@ -284,7 +286,7 @@ def test_accumulated_batches_make_the_step_of_all_their_rows(kind, batches, as_t
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_a_dict_of_labels_is_counted_under_jit_as_well(together):
+def test_rows_of_labels_in_a_dict_are_counted_under_jit(together):
     kind, batches, as_tensor = KINDS["time first, labels in a dict"]
     batches = [*batches[:1] * 3, *batches[1:]]
     net = kind()
@@ -309,7 +311,7 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("time", [lambda n: 5, lambda n: 2 + n], ids=["fixed", "padded by batch"])
-def test_labels_flattened_by_the_collate_function_are_counted_each(time):
+def test_rows_of_labels_flattened_by_the_collate_function_are_counted_each(time):
     batches = [(torch.randn(n, time(n), 2), torch.randn(n * time(n))) for n in SIZES]
     model = compiled(minikeras.Model(Flat()), mse(bare))
     with torch.no_grad():
@@ -317,11 +319,11 @@ def test_labels_flattened_by_the_collate_function_are_counted_each(time):
     assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-# --- what cannot be told -----------------------------------------------------------------------------
+# --- what cannot be told --------------------------------------------------------------------------
 
 
 def found_boxes(counts):
-    """Images in a tensor, and the boxes of all of them in one, as detectors of one stage have it."""
+    """Images in a tensor, and all their boxes in one tensor, as one-stage detectors have them."""
     return [(torch.rand(8, 3, 6, 6), torch.rand(count, 6)) for count in counts]
 
 
@@ -347,29 +349,31 @@ TOLD = "the rows of a batch, over which the means are taken, cannot be told"
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
 @pytest.mark.parametrize("counts", [(13, 9), (5, 7), (0, 3), (16, 9), (8, 5)], ids=str)
-def test_labels_of_other_units_than_the_features_are_refused_and_an_average_helps(verb, counts):
+def test_rows_of_labels_in_other_units_than_the_features_are_refused_and_an_average_helps(
+    verb, counts
+):
     batches = found_boxes(counts)
     model = compiled(minikeras.Model(Detector()), box_loss)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=TOLD):
         model.fit(1, batches, verbose=0) if verb == "fit" else model.evaluate(batches)
     if counts[0] not in (8, 16):  # which may be a number for each image
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert_equal_tensors(model.state_dict(), before)
     compiled(model, as_average)
     counted = [(x, y) for x, y in batches if len(y)]
     expected = sum(box_loss(model(x), y).item() for x, y in counted) / len(counted)
     assert model.evaluate(counted)["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_metric_that_is_no_average_needs_the_rows_too():
+def test_rows_are_needed_by_a_metric_that_is_no_average():
     model = compiled(minikeras.Model(Detector()), as_average, {"m": lambda p, t: p.mean()})
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=TOLD):
         model.fit(1, found_boxes((13, 9)), verbose=0)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_equal_tensors(model.state_dict(), before)
 
 
-def test_a_batch_size_on_the_batch_is_taken():
+def test_rows_are_counted_by_a_batch_size_of_the_batch():
     class OfDict(Detector):
         def forward(self, batch):
             return super().forward(batch["images"])
@@ -387,7 +391,7 @@ def test_a_batch_size_on_the_batch_is_taken():
     assert model.evaluate(told)["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_labels_with_the_rows_first_are_the_other_remedy():
+def test_rows_first_in_the_labels_are_the_other_remedy():
     batches = [(x, y) for x, y in found_boxes((13, 9))]
     padded = [(x, {"boxes": torch.zeros(8, 20, 6), "count": torch.ones(8)}) for x, _ in batches]
     model = compiled(
@@ -398,7 +402,7 @@ def test_labels_with_the_rows_first_are_the_other_remedy():
     assert model.evaluate(padded)["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_targets_in_one_tensor_beside_time_first_features_are_refused():
+def test_rows_of_targets_in_one_tensor_beside_time_first_features_are_refused():
     batch = (
         (torch.randn(7, 4, 2), torch.full((4,), 7)),
         (torch.randint(5, (11,)), torch.tensor([3, 5, 1, 2])),
@@ -408,7 +412,7 @@ def test_targets_in_one_tensor_beside_time_first_features_are_refused():
     assert count_rows((x.transpose(0, 1), lengths), labels) == 4  # rows first: the features tell
 
 
-def test_a_list_that_is_taken_one_way_and_turns_out_the_other_is_said():
+def test_rows_in_a_list_that_is_taken_one_way_and_turns_out_the_other_raise_an_error():
     """Two lists of two tensors of one first size: two inputs and two outputs, or two rows."""
     counter = RowCounter()
     assert (
@@ -422,7 +426,7 @@ def test_a_list_that_is_taken_one_way_and_turns_out_the_other_is_said():
     assert "number of its items" in rows.why
 
 
-def test_a_single_image_is_one_row_after_batches_that_were_clear():
+def test_rows_of_a_single_image_are_one_after_batches_that_were_clear():
     counter = RowCounter()
     assert (
         counter.count(
@@ -434,7 +438,7 @@ def test_a_single_image_is_one_row_after_batches_that_were_clear():
     assert counter.count(images(1), [torch.zeros(3, 4)]) == 1
 
 
-# --- predict -----------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
 class Of(minikeras.Model):
@@ -491,7 +495,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("function", JOINED.values(), ids=JOINED)
 @pytest.mark.parametrize("size", SPLITS)
-def test_outputs_are_joined_in_the_same_way_for_every_batch_size(function, size):
+def test_predict_joins_outputs_in_the_same_way_for_every_batch_size(function, size):
     assert same(Of(function).predict(X, batch_size=size), function(X))
 
 
@@ -510,12 +514,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("size", SPLITS)
-def test_outputs_that_are_not_one_a_row_are_refused_for_every_batch_size(function, size):
+def test_predict_refuses_outputs_that_are_not_one_a_row_for_every_batch_size(function, size):
     with pytest.raises(ValueError, match=r"the model returned|rows of different shapes"):
         Of(function).predict(X, batch_size=size)
 
 
-def test_the_ways_out_of_a_table_work():
+def test_predict_of_a_table_has_remedies_that_work():
     class Table(minikeras.Model):
         def forward(self, x):
             return (x, torch.ones(4, 3)) if self.training else x
@@ -527,7 +531,7 @@ def test_the_ways_out_of_a_table_work():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_part_that_is_none_in_some_batches_is_refused_and_never_dropped(first):
+def test_predict_refuses_a_part_that_is_none_in_some_batches(first):
     model = Of(lambda x: {"x": x, "aux": None if bool(x[0, 0] == 1) == first else x})
     with pytest.raises(
         ValueError, match=r"is None in one batch and Tensor \(4, 2\) float32 in another"
@@ -560,7 +564,7 @@ def test_predict_of_one_batch_runs_the_model_once():
     assert calls == [12, 1, 5, 5, 2]
 
 
-def test_labels_do_not_hinder_predict():
+def test_predict_ignores_labels():
     X = torch.rand(8, 3, 6, 6)
     model = minikeras.Model(Detector())
     loader = [(X[:4], torch.rand(13, 6)), (X[4:], torch.rand(9, 6))]
@@ -571,7 +575,8 @@ def test_labels_do_not_hinder_predict():
 class Squeezed(nn.Module):
     def __init__(self, dim=None):
         super().__init__()
-        self.fc, self.dim = nn.Linear(2, 1), dim
+        self.fc = nn.Linear(2, 1)
+        self.dim = dim
 
     def forward(self, x):
         return self.fc(x).squeeze() if self.dim is None else self.fc(x).squeeze(self.dim)
@@ -583,7 +588,7 @@ LOSSES = [nn.BCEWithLogitsLoss(), nn.MSELoss(), lambda p, t: ((p - t) ** 2).mean
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
 @pytest.mark.parametrize("loss_func", LOSSES)
-def test_a_last_row_that_was_squeezed_is_told_with_a_remedy_that_works(verb, loss_func):
+def test_squeeze_of_a_last_row_raises_an_error_with_a_remedy_that_works(verb, loss_func):
     y = (torch.arange(9) % 2).float()
     data = [(X[start : start + 4], y[start : start + 4]) for start in range(0, 9, 4)]
     data[2] = (X[8:9], y[8:9])
@@ -602,13 +607,12 @@ def test_a_last_row_that_was_squeezed_is_told_with_a_remedy_that_works(verb, los
 
 
 @pytest.mark.parametrize("rows", [9, 1])
-def test_predict_tells_of_a_squeezed_row_as_well(rows):
+def test_squeeze_of_a_last_row_in_predict_raises_an_error(rows):
     with pytest.raises(ValueError, match=r"Name the dimension in forward: squeeze\(-1\)"):
         minikeras.Model(Squeezed()).predict(X[:rows], batch_size=4)
     assert minikeras.Model(Squeezed(-1)).predict(X[:rows], batch_size=4).shape == (rows,)
-    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (
-        12,
-    )  # no batch of one row
+    # no batch of one row
+    assert minikeras.Model(Squeezed()).predict(X, batch_size=4).shape == (12,)
 
 
 class Cache:
@@ -621,18 +625,18 @@ class Cache:
         return self.keys.shape[-1]
 
 
-def test_key_value_caches_are_left_out():
+def test_predict_leaves_key_value_caches_out():
     outputs = Of(lambda x: {"logits": x, "past_key_values": Cache(x)}).predict(X, batch_size=5)
     assert torch.equal(outputs["logits"], X)
     assert outputs["past_key_values"] is None
 
 
-def test_an_object_that_cannot_be_joined_is_said():
+def test_predict_refuses_an_object_that_cannot_be_joined():
     with pytest.raises(ValueError, match="the model returned object in its outputs"):
         Of(lambda x: (x, object())).predict(X, batch_size=5)
 
 
-def test_predict_refuses_a_number_of_rows_that_nothing_tells_and_takes_it_from_labels():
+def test_predict_refuses_rows_that_nothing_counts_and_takes_the_count_from_labels():
     time_first = torch.randn(7, 4, 2), torch.randn(7, 3, 2)
     model = minikeras.Model(TimeFirst())
     with pytest.raises(ValueError, match=r"shape \(4,\) for 7 rows.* give labels that have"):
@@ -642,7 +646,7 @@ def test_predict_refuses_a_number_of_rows_that_nothing_tells_and_takes_it_from_l
 
 
 def transcripts(rows, time=9):
-    """Time-first features, with the targets of all rows in one tensor next to the lengths, as CTC takes them."""
+    """Time-first features; targets of all rows in one tensor, and lengths, as CTC takes them."""
     lengths = torch.tensor([1 + row % 3 for row in range(rows)])
     targets = torch.randint(1, 5, (int(lengths.sum()),))
     return torch.randn(time, rows, 2), (targets, torch.full((rows,), time), lengths)
@@ -657,7 +661,7 @@ class Scores(nn.Module):
         return self.fc(x).log_softmax(-1)
 
 
-def test_targets_and_lengths_in_a_tuple_are_no_rows_and_an_average_helps():
+def test_rows_are_not_counted_by_targets_and_lengths_in_a_tuple_and_an_average_helps():
     batches = [transcripts(rows) for rows in (4, 4, 3, 2)]
     model = compiled(minikeras.Model(Scores()), lambda p, t: F.ctc_loss(p, *t))
     with pytest.raises(ValueError, match=TOLD):
@@ -667,12 +671,11 @@ def test_targets_and_lengths_in_a_tuple_are_no_rows_and_an_average_helps():
         losses = [F.ctc_loss(model(x), *t, reduction="none") / t[2] for x, t in batches]
     expected = torch.cat(losses).mean().item()
     assert model.evaluate(batches)["val_loss"] == pytest.approx(expected, rel=1e-5)
-    assert isinstance(
-        count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows
-    )  # 12 is a multiple of 3
+    # 12 is a multiple of 3
+    assert isinstance(count_rows(torch.zeros(12, 5, 2), transcripts(5)[1]), UnknownRows)
 
 
-def test_a_third_part_has_a_number_for_each_row_and_settles_them():
+def test_rows_are_counted_by_sample_weight():
     """Batches of (label, tokens, offsets), for a step of the user's own."""
 
     class Texts(minikeras.Model):
@@ -691,7 +694,7 @@ def test_a_third_part_has_a_number_for_each_row_and_settles_them():
 
 
 @pytest.mark.parametrize("size", [12, 4, 3, 2])
-def test_outputs_with_the_time_first_are_refused_where_the_labels_tell_the_rows(size):
+def test_predict_refuses_time_first_outputs_if_the_labels_count_the_rows(size):
     features = torch.randn(5, 12, 2)
     batches = [(x, torch.zeros(size)) for x in features.split(size, 1)]
     model = Of(lambda x: 2 * x)
@@ -703,7 +706,7 @@ def test_outputs_with_the_time_first_are_refused_where_the_labels_tell_the_rows(
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2), (3, 1), (4,)])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_the_detections_of_each_image_stay_apart_at_any_batch_size(sizes, stacked):
+def test_predict_keeps_the_detections_of_each_image_apart_at_any_batch_size(sizes, stacked):
     def detect(images):
         return [{"boxes": image[0, :2], "scores": image[0, 0, :2]} for image in images]
 
@@ -714,11 +717,13 @@ def test_the_detections_of_each_image_stay_apart_at_any_batch_size(sizes, stacke
             batch = torch.stack(batch)
         batches.append((batch, boxes(size)))
     found = Of(detect).predict(batches)
-    expected = [detection for batch, _ in batches for detection in detect(batch)]
+    expected = []
+    for batch, _ in batches:
+        expected += detect(batch)
     assert same(found, expected)
 
 
-def test_a_last_bag_of_one_instance_is_joined():
+def test_predict_joins_a_last_bag_of_one_instance():
     class Bags(Rows):
         def forward(self, bag):
             return self.fc(bag.mean(0))
@@ -730,10 +735,9 @@ def test_a_last_bag_of_one_instance_is_joined():
         assert torch.equal(model.predict(batches), expected)
 
 
-def test_rows_without_a_dimension_for_the_rows_are_not_run_together():
-    samples = [
-        (torch.randn(3), torch.tensor(0.0)) for _ in range(4)
-    ]  # as batch_size=None gives them
+def test_predict_does_not_concatenate_outputs_without_a_dimension_for_the_rows():
+    # as batch_size=None gives them
+    samples = [(torch.randn(3), torch.tensor(0.0)) for _ in range(4)]
     model = minikeras.Model(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"returned shape \(2,\) for 1 rows"):
         model.predict(samples)
@@ -741,11 +745,12 @@ def test_rows_without_a_dimension_for_the_rows_are_not_run_together():
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_a_hook_of_the_users_sees_the_batches_of_a_predict_and_no_others(size):
+def test_predict_fires_hooks_of_the_user_for_its_batches_alone(size):
     model = minikeras.Model(
         nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0))
     )
-    X, seen = torch.randn(8, 3), []
+    X = torch.randn(8, 3)
+    seen = []
     model.net[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
     outputs = model.predict(X, batch_size=size)
     assert outputs.shape == (8,)

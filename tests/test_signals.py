@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: with a checkpoint the batch is finished and the state written first; real signals throughout."""
+"""SIGTERM and Ctrl-C: with a checkpoint, the batch is finished and the state written first."""
 
 import multiprocessing
 import os
@@ -8,11 +8,12 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from conftest import compiled, points
-from runs import call_of, differences, result_of, seed
+from helpers.models import compiled, points
+from helpers.paths import TESTS
+from helpers.runs import call_of, differences, result_of
+from helpers.seeds import seed
 
 from minikeras import Callback, LambdaCallback
 from minikeras.checkpoint.file import read
@@ -43,7 +44,7 @@ class Ends(Callback):
     [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
     ids=["SIGTERM", "Ctrl-C"],
 )
-def test_a_signal_after_the_last_writing_is_heard_too(number, error, tmp_path):
+def test_signal_after_the_last_write_is_acted_on(number, error, tmp_path):
     late = LambdaCallback(on_fit_end=lambda: os.kill(os.getpid(), number))
     with pytest.raises(error):
         compiled().fit(1, points(8), checkpoint=tmp_path / "run.pt", callbacks=[late], verbose=0)
@@ -56,7 +57,7 @@ def sleeps(begun):
         time.sleep(0.05)
 
 
-def test_a_child_that_a_callback_starts_ends_when_it_is_told_to(tmp_path):
+def test_signal_ends_a_child_that_a_callback_starts(tmp_path):
     found = []
 
     def start():
@@ -81,10 +82,11 @@ def test_a_child_that_a_callback_starts_ends_when_it_is_told_to(tmp_path):
     ids=["SIGTERM", "Ctrl-C"],
 )
 @pytest.mark.parametrize("at", [1, 3, 5, 7, 10])
-def test_the_batch_is_finished_the_state_written_and_the_run_carried_on(
+def test_signal_lets_the_batch_finish_the_state_be_written_and_the_run_resume(
     number, error, at, tmp_path
 ):
-    before, path = signal.getsignal(number), tmp_path / "run.pt"
+    before = signal.getsignal(number)
+    path = tmp_path / "run.pt"
     seed(1)
     model, arguments = call_of("noisy")
     expected = result_of(model, model.fit(**arguments))
@@ -104,8 +106,9 @@ def test_the_batch_is_finished_the_state_written_and_the_run_carried_on(
 
 
 @pytest.mark.parametrize("steps_per_epoch", [None, 3])
-def test_in_the_middle_of_validation_too(steps_per_epoch, tmp_path):
-    path, calls = tmp_path / "run.pt", []
+def test_signal_in_the_middle_of_validation_lets_the_run_resume(steps_per_epoch, tmp_path):
+    path = tmp_path / "run.pt"
+    calls = []
     seed(1)
     model, arguments = call_of("noisy", steps_per_epoch=steps_per_epoch)
     expected = result_of(model, model.fit(**arguments))
@@ -128,29 +131,36 @@ def test_in_the_middle_of_validation_too(steps_per_epoch, tmp_path):
     assert differences(expected, result_of(model, model.fit(**arguments, checkpoint=path))) == []
 
 
-def test_it_is_said_in_a_line(tmp_path, capsys):
+def test_signal_is_reported_in_a_line(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         compiled().fit(
             1, points(96), checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGINT, at=2)]
         )
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from there\n"
+        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from "
+        "there\n"
     )
 
 
-def test_a_second_one_acts_at_once(tmp_path):
+def test_signal_that_comes_twice_acts_at_once(tmp_path):
     seen = []
     after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))
     with pytest.raises(SystemExit) as raised:
-        compiled().fit(1, points(96), verbose=0, checkpoint=tmp_path / "run.pt",
-                       callbacks=[send(signal.SIGTERM, at=2, times=2), after])  # fmt: skip
+        compiled().fit(
+            1,
+            points(96),
+            verbose=0,
+            checkpoint=tmp_path / "run.pt",
+            callbacks=[send(signal.SIGTERM, at=2, times=2), after],
+        )
     assert raised.value.code == 143
     assert seen == [1]
     assert not (tmp_path / "run.pt").exists()
 
 
-def test_a_handler_that_was_there_is_called_when_the_state_is_written(tmp_path):
-    path, seen = tmp_path / "run.pt", []
+def test_signal_handler_of_the_user_is_called_when_the_state_is_written(tmp_path):
+    path = tmp_path / "run.pt"
+    seen = []
 
     def handler(number, frame):
         seen.append((number, read(path)["position"]["step"]))
@@ -167,7 +177,7 @@ def test_a_handler_that_was_there_is_called_when_the_state_is_written(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+def test_signal_that_is_ignored_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         dfhistory = compiled().fit(
@@ -182,8 +192,9 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_without_a_checkpoint_ctrl_c_acts_at_once_and_keeps_the_history():
-    seen, model = [], compiled()
+def test_ctrl_c_without_a_checkpoint_acts_at_once_and_keeps_the_history():
+    seen = []
+    model = compiled()
     after = LambdaCallback(on_batch_end=lambda batch, logs: seen.append(batch))
     with pytest.raises(KeyboardInterrupt):
         model.fit(2, points(64), verbose=0, callbacks=[send(signal.SIGINT, at=3), after])
@@ -191,7 +202,7 @@ def test_without_a_checkpoint_ctrl_c_acts_at_once_and_keeps_the_history():
     assert list(model.history.index) == [0]
 
 
-def test_a_fit_in_a_thread_leaves_signals_alone(tmp_path):
+def test_signal_handlers_are_left_alone_by_a_fit_in_a_thread(tmp_path):
     model = compiled()
     thread = threading.Thread(
         target=model.fit, args=(2, points(64)), kwargs={"verbose": 0, "checkpoint": tmp_path / "r"}
@@ -201,17 +212,18 @@ def test_a_fit_in_a_thread_leaves_signals_alone(tmp_path):
     assert len(model.history) == 2
 
 
-def test_a_process_ends_with_status_143_and_its_workers_let_it_finish_the_batch(tmp_path):
+def test_signal_ends_a_process_with_status_143_and_its_workers_let_it_finish_the_batch(tmp_path):
     """Ctrl-C reaches the whole group of processes, workers included."""
     script = textwrap.dedent(f"""
         import os, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(TESTS)!r})
         import signal
-        from runs import *
+        from helpers.runs import *
         model, arguments = call_of("noisy, 2 workers")
         ended = minikeras.LambdaCallback(on_fit_end=lambda: print("ended", flush=True))
         def send(batch, logs):
-            if batch == 2 and len(sys.argv) == 2: os.killpg(os.getpgid(0), getattr(signal, sys.argv[1]))
+            if batch == 2 and len(sys.argv) == 2:
+                os.killpg(os.getpgid(0), getattr(signal, sys.argv[1]))
         both = [ended, minikeras.LambdaCallback(on_batch_end=send)]
         model.fit(**arguments, checkpoint={str(tmp_path / "run.pt")!r}, callbacks=both)
         print(len(model.history))

@@ -18,21 +18,18 @@ import minikeras
 from minikeras.integrations.sklearn import Classifier, Regressor
 
 CPU = {"device": "cpu", "random_state": 0}
-# scikit-learn compares to 1e-7. What float32 gives to that digit depends on the processor, so these checks may fail or
-# pass; the tests below them compare to 1e-5.
+pytestmark = pytest.mark.usefixtures("one_thread")
+# scikit-learn compares to 1e-7. What float32 gives to that digit depends on the processor, so these
+# checks may fail or pass; the tests below them compare to 1e-5.
 ROUNDING = {
-    "check_sample_weight_equivalence_on_dense_data": "a row of weight 2 and the row twice: steps in float32",
-    "check_methods_subset_invariance": "a row alone and the row in a batch: matrix products in float32",
+    "check_sample_weight_equivalence_on_dense_data": (
+        "a row of weight 2 and the row twice: steps in float32"
+    ),
+    "check_methods_subset_invariance": (
+        "a row alone and the row in a batch: matrix products in float32"
+    ),
     "check_methods_sample_order_invariance": "rows in another order: matrix products in float32",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @parametrize_with_checks(
@@ -40,14 +37,14 @@ def _one_thread():
     expected_failed_checks=lambda estimator: ROUNDING,
     xfail_strict=False,
 )
-def test_an_estimator_does_what_scikit_learn_expects_of_one(estimator, check):
+def test_estimator_passes_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
 
 @pytest.mark.parametrize(
     ("Estimator", "method"), [(Classifier, "predict_proba"), (Regressor, "predict")]
 )
-def test_a_prediction_depends_on_its_row_alone_to_1e_5(Estimator, method):
+def test_estimator_prediction_depends_on_its_row_alone_to_1e_5(Estimator, method):
     X, y = load_iris(return_X_y=True)
     estimator = Estimator(epochs=3, **CPU).fit(X, y)
     predict = getattr(estimator, method)
@@ -59,7 +56,7 @@ def test_a_prediction_depends_on_its_row_alone_to_1e_5(Estimator, method):
 
 
 @pytest.mark.parametrize("Estimator", [Classifier, Regressor])
-def test_a_row_of_weight_2_trains_as_the_row_twice_to_1e_5(Estimator):
+def test_estimator_trains_a_row_of_weight_2_as_the_row_twice_to_1e_5(Estimator):
     X, y = load_iris(return_X_y=True)
     y = y if Estimator is Classifier else y.astype(float)
     weights = np.where(np.arange(len(X)) % 3 == 0, 2.0, 1.0)
@@ -84,7 +81,7 @@ def iris():
     return X, np.array(["setosa", "versicolor", "virginica"])[y]
 
 
-def test_a_classifier_learns_labels_of_any_kind_in_a_pipeline():
+def test_classifier_learns_labels_of_any_kind_in_a_pipeline():
     X, y = iris()
     pipeline = make_pipeline(StandardScaler(), Classifier(network, epochs=30, **CPU)).fit(X, y)
     assert pipeline.score(X, y) > 0.95
@@ -94,7 +91,7 @@ def test_a_classifier_learns_labels_of_any_kind_in_a_pipeline():
     np.testing.assert_allclose(proba.sum(1), 1)
 
 
-def test_a_regressor_learns_one_number_or_several():
+def test_regressor_learns_one_number_or_several():
     X, y = load_diabetes(return_X_y=True)
     y = (y - y.mean()) / y.std()
     one = make_pipeline(StandardScaler(), Regressor(epochs=20, lr=0.003, **CPU))
@@ -107,7 +104,7 @@ def test_a_regressor_learns_one_number_or_several():
 @pytest.mark.parametrize(
     "turned", [lambda y: y[::-1], lambda y: y.astype(">f4"), lambda y: np.stack([y, -y], 1)[::-1]]
 )
-def test_a_regressor_takes_targets_however_they_lie_in_memory(turned):
+def test_regressor_takes_targets_of_any_memory_layout(turned):
     X, y = load_diabetes(return_X_y=True)
     expected = (
         Regressor(epochs=1, **CPU)
@@ -117,7 +114,7 @@ def test_a_regressor_takes_targets_however_they_lie_in_memory(turned):
     np.testing.assert_array_equal(Regressor(epochs=1, **CPU).fit(X, turned(y)).predict(X), expected)
 
 
-def test_a_fit_that_fails_leaves_the_model_before_it_with_its_labels():
+def test_estimator_keeps_its_model_and_labels_if_the_next_fit_fails():
     X, y = iris()
     classifier = Classifier(epochs=1, **CPU).fit(X, y)
     predicted = classifier.predict(X)
@@ -143,7 +140,7 @@ def test_estimators_in_threads_are_what_they_are_one_by_one():
     np.testing.assert_array_equal(found, [proba(seed) for seed in range(8)])
 
 
-def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():
+def test_estimator_search_goes_over_the_factorys_arguments_and_over_factories():
     X, y = iris()
     search = GridSearchCV(
         Classifier(network, epochs=5, **CPU),
@@ -160,7 +157,7 @@ def test_a_search_goes_over_the_factorys_own_arguments_and_over_factories():
     assert searched.best_estimator_.model_.net[0].out_features == 5
 
 
-def test_arguments_are_told_set_and_cloned():
+def test_estimator_arguments_can_be_read_set_and_cloned():
     classifier = Classifier(network, width=3, epochs=2)
     assert classifier.get_params()["width"] == 3
     assert classifier.get_params()["depth"] == 1  # the factory's default
@@ -171,14 +168,14 @@ def test_arguments_are_told_set_and_cloned():
     assert not hasattr(twin, "model_")
 
 
-def test_an_argument_of_the_estimators_own_is_not_the_factorys_of_that_name():
+def test_estimator_argument_is_not_the_factorys_of_that_name():
     def rated(n_features, n_outputs, lr=5.0):
         return nn.Linear(n_features, n_outputs)
 
     assert Classifier(rated, lr=0.5).get_params()["lr"] == 0.5
 
 
-def test_an_argument_of_the_factory_may_end_with_an_underscore():
+def test_estimator_factory_may_have_an_argument_that_ends_with_an_underscore():
     def scaled(n_features, n_outputs, lambda_=1.0):
         layer = nn.Linear(n_features, n_outputs)
         layer.scale = lambda_
@@ -190,7 +187,7 @@ def test_an_argument_of_the_factory_may_end_with_an_underscore():
     assert "classes_" not in classifier.get_params()
 
 
-def test_a_factory_may_have_arguments_without_a_default():
+def test_estimator_factory_may_have_arguments_without_a_default():
     def wide(n_features, n_outputs, *, width):
         return network(n_features, n_outputs, width)
 
@@ -203,9 +200,10 @@ def weights(estimator):
     return torch.nn.utils.parameters_to_vector(estimator.model_.parameters())
 
 
-def test_the_same_random_state_gives_the_same_network_and_leaves_the_global_one_alone():
+def test_estimator_random_state_gives_the_same_network_and_leaves_the_global_one_alone():
     X, y = iris()
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = torch.get_rng_state()
+    numpy_before = np.random.get_state()[1].copy()
     first = Classifier(network, epochs=2, **CPU).fit(X, y)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == numpy_before).all()
@@ -216,7 +214,7 @@ def test_the_same_random_state_gives_the_same_network_and_leaves_the_global_one_
     assert not torch.equal(weights(first), weights(other))
 
 
-def test_a_fitted_classifier_can_be_pickled():
+def test_classifier_can_be_pickled_after_fit():
     X, y = iris()
     classifier = Classifier(network, epochs=2, **CPU).fit(X, y)
     assert (
@@ -224,7 +222,7 @@ def test_a_fitted_classifier_can_be_pickled():
     ).all()
 
 
-def test_a_model_a_loss_and_an_optimizer_of_ones_own_are_used():
+def test_estimator_uses_a_custom_model_loss_and_optimizer():
     class Net(minikeras.Model):
         def __init__(self, n_features, n_classes, start=0.0):
             super().__init__()
@@ -249,13 +247,14 @@ def test_a_model_a_loss_and_an_optimizer_of_ones_own_are_used():
     assert isinstance(classifier.model_, Net)
     assert seen == [((150, 3), torch.int64)]
     reference = torch.full((3, 4), 0.25, requires_grad=True)
-    rows, labels = torch.tensor(X, dtype=torch.float32), torch.tensor(load_iris().target)
+    rows = torch.tensor(X, dtype=torch.float32)
+    labels = torch.tensor(load_iris().target)
     nn.functional.cross_entropy(rows @ reference.T, labels).backward()
     torch.testing.assert_close(classifier.model_.fc.weight, reference - 0.5 * reference.grad)
     assert list(classifier.history_.columns) == ["loss"]
 
 
-def test_weights_weigh_the_rows():
+def test_estimator_sample_weight_weighs_the_rows():
     X, y = iris()
     weight = np.where(y == "setosa", 0.0, 1.0)
     classifier = Classifier(network, epochs=10, **CPU).fit(X, y, sample_weight=weight)
@@ -273,14 +272,15 @@ MISTAKES = {
     "a network instead of its factory": (
         Classifier(nn.Linear(4, 3)),
         TypeError,
-        "model must be a function of (n_features, n_outputs) that makes a new network for each fit, got Linear. "
-        "Pass lambda n_features, n_outputs: ..., or the network's class.",
+        "model must be a function of (n_features, n_outputs) that makes a new network for each "
+        "fit, got Linear. Pass lambda n_features, n_outputs: ..., or the network's class.",
     ),
     "a misspelt argument": (
         Classifier(network, epoch=3),
         TypeError,
-        "Classifier got 'epoch', which is no argument of its own and none of the model's factory. Expected batch_size, "
-        "device, epochs, loss_func, lr, model, optimizer, random_state, verbose, width, depth.",
+        "Classifier got 'epoch', which is no argument of its own and none of the model's factory. "
+        "Expected batch_size, device, epochs, loss_func, lr, model, optimizer, random_state, "
+        "verbose, width, depth.",
     ),
     "a factory without a return": (
         Classifier(lambda n_features, n_outputs: None),
@@ -290,27 +290,27 @@ MISTAKES = {
     "a factory that takes one number": (
         Classifier(lambda n_features: nn.Linear(n_features, 3)),
         TypeError,
-        "model is called with (n_features, n_outputs), and <lambda> cannot be: too many positional arguments. Let it "
-        "take the two, and give what else it needs a default.",
+        "model is called with (n_features, n_outputs), and <lambda> cannot be: too many positional "
+        "arguments. Let it take the two, and give what else it needs a default.",
     ),
     "an optimizer instead of its class": (
         Classifier(network, optimizer=torch.optim.SGD(nn.Linear(4, 3).parameters())),
         TypeError,
-        "optimizer must be a function of (parameters, lr=) that makes one for each fit, got SGD. Pass the class, "
-        "torch.optim.SGD, or functools.partial of it.",
+        "optimizer must be a function of (parameters, lr=) that makes one for each fit, got SGD. "
+        "Pass the class, torch.optim.SGD, or functools.partial of it.",
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_an_error_that_says_what_to_pass(mistake):
+def test_estimator_raises_errors_that_say_what_to_pass(mistake):
     estimator, kind, message = MISTAKES[mistake]
     with pytest.raises(kind) as caught:
         estimator.fit(*iris())
     assert str(caught.value) == message
 
 
-def test_one_class_alone_is_nothing_to_tell_apart():
+def test_classifier_refuses_one_class_alone():
     X, y = iris()
     with pytest.raises(ValueError, match="one class") as caught:
         Classifier(network, **CPU).fit(X[:50], y[:50])
@@ -320,7 +320,7 @@ def test_one_class_alone_is_nothing_to_tell_apart():
     )
 
 
-def test_outputs_for_other_classes_are_an_error():
+def test_classifier_refuses_outputs_for_other_classes():
     X, y = iris()
     classifier = Classifier(
         lambda n_features, n_classes: nn.Linear(n_features, 7), epochs=1, **CPU
@@ -328,7 +328,8 @@ def test_outputs_for_other_classes_are_an_error():
     with pytest.raises(ValueError, match="needs outputs") as caught:
         classifier.predict(X)
     assert str(caught.value) == (
-        "Classifier needs outputs of shape (150, 3), got (150, 7). Let the model's factory make n_outputs outputs."
+        "Classifier needs outputs of shape (150, 3), got (150, 7). Let the model's factory make "
+        "n_outputs outputs."
     )
 
 
@@ -337,15 +338,17 @@ def test_outputs_for_other_classes_are_an_error():
     [
         (
             np.ones((150, 2)),
-            "sample_weight must be one number a row, of shape (150,), got (150, 2). Pass one weight for each.",
+            "sample_weight must be one number a row, of shape (150,), got (150, 2). Pass one "
+            "weight for each.",
         ),
         (
             np.zeros(150),
-            "sample_weight is zero for every row, and there is nothing to learn. Give some rows a weight.",
+            "sample_weight is zero for every row, and there is nothing to learn. Give some rows a "
+            "weight.",
         ),
     ],
 )
-def test_weights_that_cannot_be_are_refused(weight, message):
+def test_estimator_refuses_impossible_sample_weights(weight, message):
     with pytest.raises(ValueError, match="sample_weight") as caught:
         Classifier(epochs=1, **CPU).fit(*iris(), sample_weight=weight)
     assert str(caught.value) == message

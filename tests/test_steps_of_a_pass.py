@@ -1,10 +1,10 @@
-"""How many batches a validation, an evaluation and a prediction take, and data that never ends."""
+"""steps and validation_steps, and data that never ends."""
 
 import itertools
 
 import pytest
 import torch
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -66,7 +66,7 @@ def test_validation_steps_take_as_many_batches_each_time(kind):
         assert (data.begun, data.given) == (2, 6)
 
 
-def test_more_steps_than_batches_take_them_all():
+def test_steps_beyond_the_last_batch_take_all_batches():
     model = compiled()
     assert model.evaluate(BATCHES, steps=100) == model.evaluate(BATCHES)
     assert len(model.predict((X, y), steps=100)) == len(X)
@@ -88,7 +88,7 @@ VERBS = {
 
 @pytest.mark.parametrize(("call", "argument"), VERBS.values(), ids=VERBS)
 @pytest.mark.parametrize("make", [itertools.cycle, lambda batches: itertools.repeat(batches[0])])
-def test_data_that_surely_never_ends_is_refused_and_the_remedy_works(call, argument, make):
+def test_endless_data_is_refused_and_the_remedy_works(call, argument, make):
     model = compiled()
     with pytest.raises(ValueError, match=f"never ends.*Pass {argument}=") as raised:
         call(model, make(BATCHES))
@@ -96,13 +96,13 @@ def test_data_that_surely_never_ends_is_refused_and_the_remedy_works(call, argum
     call(model, make(BATCHES), **{argument: 2})
 
 
-def test_a_repeat_with_an_end_is_data():
+def test_repeat_with_an_end_is_not_refused_as_endless():
     model = compiled()
     assert model.evaluate(itertools.repeat(BATCHES[0], 3)) == model.evaluate(BATCHES[:1])
 
 
 @pytest.mark.parametrize("kind", ["a cycle", "a generator"])
-def test_an_iterator_for_several_passes_is_refused_and_validation_steps_are_the_remedy(kind):
+def test_iterator_for_several_passes_is_refused_and_validation_steps_are_the_remedy(kind):
     model = compiled()
     with pytest.raises(ValueError, match="validation_steps"):
         model.fit(2, (X, y), ENDLESS[kind](), verbose=0)
@@ -121,7 +121,7 @@ def test_an_iterator_for_several_passes_is_refused_and_validation_steps_are_the_
         (lambda m, data: m.evaluate(data), 10_000, "steps"),
     ],
 )
-def test_a_pass_that_goes_on_for_long_is_told_with_the_remedy(call, limit, argument):
+def test_long_pass_of_unknown_length_is_warned_of_with_a_remedy(call, limit, argument):
     class Ended(Exception):
         pass
 
@@ -138,12 +138,12 @@ def test_a_pass_that_goes_on_for_long_is_told_with_the_remedy(call, limit, argum
         call(compiled(), Long())
 
 
-def test_a_long_pass_of_known_length_is_not_told_of():
+def test_long_pass_of_known_length_is_not_warned_of():
     compiled().fit(1, BATCHES, BATCHES[:1] * 150, steps_per_epoch=5, verbose=0)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "3"])
-def test_a_number_that_is_none_is_refused(steps):
+def test_steps_that_are_no_number_are_refused(steps):
     model = compiled()
     for call, argument in VERBS.values():
         with pytest.raises(ValueError, match=f"{argument} must be a whole number of 1 or more"):

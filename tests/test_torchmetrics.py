@@ -1,4 +1,4 @@
-"""Any of torchmetrics in metrics_dict gives scikit-learn's value on the whole set."""
+"""Metrics of torchmetrics give scikit-learn's value on the whole set."""
 
 import re
 
@@ -10,14 +10,16 @@ import torchmetrics
 import torchmetrics.classification as tmc
 import torchmetrics.clustering as tmcluster
 import torchmetrics.nominal as tmnominal
-from conftest import compiled, points
+from helpers.models import compiled, points
 from torch import nn
 
 import minikeras
 from minikeras.columns import columns_of
 
 CLASSES = 5
-ROWS, BATCH = 101, 32  # the last batch has 5 rows
+# the last batch has 5 rows
+ROWS = 101
+BATCH = 32
 
 
 def wrapped(net, loss_func, metrics_dict):
@@ -28,9 +30,8 @@ def wrapped(net, loss_func, metrics_dict):
 def both(model, data):
     """The values of a fit's epoch, of its validation, and of evaluate."""
     dfhistory = model.fit(2, data, data, batch_size=BATCH, verbose=0)
-    assert list(dfhistory.iloc[0]) == pytest.approx(
-        list(dfhistory.iloc[1]), rel=1e-6
-    )  # each epoch counts anew
+    # each epoch counts anew
+    assert list(dfhistory.iloc[0]) == pytest.approx(list(dfhistory.iloc[1]), rel=1e-6)
     evaluated = model.evaluate(data, batch_size=BATCH)
     row = dfhistory.iloc[-1]
     return {
@@ -51,7 +52,7 @@ def macro(function):
 def specificity(y, p):
     """Of one class against the rest, the recall of the rest; the mean over the classes."""
     guess = p.argmax(1)
-    return np.mean([skm.recall_score(y != one, guess != one) for one in range(CLASSES)])
+    return np.mean([skm.recall_score(y != label, guess != label) for label in range(CLASSES)])
 
 
 MULTICLASS = {
@@ -88,7 +89,7 @@ MULTICLASS = {
 
 @pytest.fixture(scope="module")
 def classified():
-    """A classifier's values of all those metrics at once, its labels, and the probabilities it gives."""
+    """Return a classifier's values of all those metrics, its labels and its probabilities."""
     torch.manual_seed(1)
     X = torch.randn(ROWS, 4, dtype=torch.float64)
     y = (X[:, 0] * 1.5 + torch.randn(ROWS) + 2).long().clamp(0, CLASSES - 1)
@@ -102,7 +103,7 @@ def log_loss(y_pred, y_true):
 
 
 @pytest.mark.parametrize("name", MULTICLASS)
-def test_a_metric_of_classes_is_scikit_learns_on_the_whole_set(name, classified):
+def test_torchmetrics_of_classes_are_scikit_learns_on_the_whole_set(name, classified):
     values, y, p = classified
     assert_near(values[name], MULTICLASS[name][1](y, p))
 
@@ -134,7 +135,7 @@ def estimated():
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_metric_of_numbers_is_scikit_learns_on_the_whole_set(name, estimated):
+def test_torchmetrics_of_numbers_are_scikit_learns_on_the_whole_set(name, estimated):
     values, y, p = estimated
     assert_near(values[name], NUMBERS[name][1](y, p))
 
@@ -147,7 +148,7 @@ def summed(y_pred, y_true):
     )
 
 
-def test_perplexity_is_that_of_all_tokens_without_the_padding():
+def test_torchmetrics_perplexity_is_that_of_all_tokens_without_the_padding():
     tokens = torch.randint(0, 7, (ROWS, 6))
     labels = torch.where(torch.rand(ROWS, 6) < 0.3, -100, torch.randint(0, 7, (ROWS, 6)))
     model = wrapped(
@@ -155,12 +156,13 @@ def test_perplexity_is_that_of_all_tokens_without_the_padding():
         summed,
         {"perplexity": torchmetrics.text.Perplexity(ignore_index=-100)},
     )
-    p, kept = model.predict(tokens).softmax(-1).numpy(), labels.numpy() != -100
+    p = model.predict(tokens).softmax(-1).numpy()
+    kept = labels.numpy() != -100
     expected = np.exp(skm.log_loss(labels.numpy()[kept], p[kept], labels=range(7)))
     assert_near(both(model, (tokens, labels))["perplexity"], expected)
 
 
-# --- collections ------------------------------------------------------------------------------------------------------
+# --- collections ----------------------------------------------------------------------------------
 
 
 def scores(**kwargs):
@@ -180,14 +182,15 @@ def spread_out(metrics_dict):
 
 
 def expected_scores(model, X, y):
-    truth, guess = y.numpy(), model.predict(X).numpy() > 0.5
+    truth = y.numpy()
+    guess = model.predict(X).numpy() > 0.5
     assert 0.2 < guess.mean() < 0.8
     return [
         function(truth, guess) for function in (skm.precision_score, skm.recall_score, skm.f1_score)
     ]
 
 
-def test_a_collection_is_a_column_for_each_member_under_its_own_name():
+def test_metric_collection_has_a_column_for_each_member_under_its_own_name():
     X, y = points(ROWS)
     model = spread_out({"scores": scores(), "mae": nn.L1Loss()})
     dfhistory = model.fit(2, (X, y), (X, y), batch_size=BATCH, verbose=0)
@@ -199,7 +202,7 @@ def test_a_collection_is_a_column_for_each_member_under_its_own_name():
         )
 
 
-def test_a_collections_own_names_and_its_prefix_are_in_the_columns():
+def test_metric_collection_has_its_own_names_and_prefix_in_the_columns():
     named = torchmetrics.MetricCollection(
         {"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()}, prefix="ring_"
     )
@@ -207,16 +210,17 @@ def test_a_collections_own_names_and_its_prefix_are_in_the_columns():
     assert list(dfhistory) == ["loss", "ring_auroc", "ring_f1"]
 
 
-def test_two_metrics_of_one_name_are_refused_with_what_to_do():
+def test_metric_collection_with_two_metrics_of_one_name_is_refused_with_what_to_do():
     message = (
-        "metrics_dict gives two metrics the name 'BinaryF1Score': a MetricCollection has a column for each of its "
+        "metrics_dict gives two metrics the name 'BinaryF1Score': a MetricCollection has a column "
+        "for each of its "
         'members, under their own names. Give it a prefix: MetricCollection(..., prefix="scores_").'
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         compiled(metrics_dict={"BinaryF1Score": tmc.BinaryF1Score(), "scores": scores()})
 
 
-def test_a_members_name_that_history_uses_itself_is_refused():
+def test_metric_collection_with_a_name_that_history_uses_is_refused():
     with pytest.raises(ValueError, match="metrics_dict has the name 'loss'"):
         compiled(
             metrics_dict={
@@ -225,14 +229,14 @@ def test_a_members_name_that_history_uses_itself_is_refused():
         )
 
 
-def test_the_users_own_collection_is_left_alone():
+def test_metric_collection_of_the_user_is_left_alone():
     collection = scores()
     compiled(metrics_dict={"scores": collection}).fit(1, points(20), points(10), verbose=0)
     assert not any(metric.update_called for metric in collection.values())
 
 
 @pytest.mark.gpu
-def test_a_collection_follows_the_model_to_the_accelerator():
+def test_metric_collection_follows_the_model_to_the_accelerator():
     X, y = points(ROWS)
     model = spread_out({"scores": scores()})
     model.compile(nn.BCELoss(), model.optimizer, {"scores": scores()})
@@ -241,7 +245,7 @@ def test_a_collection_follows_the_model_to_the_accelerator():
     assert values == pytest.approx(expected_scores(model, X, y))
 
 
-def test_a_metric_that_needs_several_rows_takes_them_one_by_one():
+def test_torchmetrics_that_need_several_rows_take_them_one_by_one():
     X, y = points(12)
     model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()}, lr=0.0)
     expected = skm.r2_score(y.numpy(), model.predict(X).numpy())
@@ -254,14 +258,14 @@ def test_a_metric_that_needs_several_rows_takes_them_one_by_one():
     assert seen[-1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_metric_that_has_too_few_rows_at_the_end_says_so():
+def test_torchmetrics_with_too_few_rows_at_the_end_raise_an_error():
     X, y = points(1)
     model = compiled(loss_func=nn.MSELoss(), metrics_dict={"r2": torchmetrics.R2Score()})
     with pytest.raises(ValueError, match="Needs at least two samples to calculate r2 score"):
         model.evaluate((X, y))
 
 
-# --- several values, and every kind of object ---------------------------------------------------
+# --- several values, and every kind of object -----------------------------------------------------
 
 
 def classifier(metrics_dict):
@@ -273,7 +277,7 @@ def classifier(metrics_dict):
     return model, (X, y), model.predict(X).numpy(), y.numpy()
 
 
-def test_a_value_per_class_is_a_column_per_class():
+def test_torchmetrics_value_per_class_is_a_column_per_class():
     metric = tmc.MulticlassF1Score(CLASSES, average=None)
     names = [f"class {number}" for number in range(CLASSES)]
     wrapper = torchmetrics.ClasswiseWrapper(
@@ -287,7 +291,7 @@ def test_a_value_per_class_is_a_column_per_class():
     assert len(values) == 1 + 2 * CLASSES
 
 
-def test_a_confusion_matrix_is_a_column_for_each_cell():
+def test_torchmetrics_confusion_matrix_is_a_column_for_each_cell():
     model, data, p, y = classifier({"cells": tmc.MulticlassConfusionMatrix(CLASSES)})
     values = both(model, data)
     expected = skm.confusion_matrix(y, p.argmax(1))
@@ -296,7 +300,7 @@ def test_a_confusion_matrix_is_a_column_for_each_cell():
             assert_near(values[f"cells_{row}_{column}"], expected[row, column])
 
 
-def test_members_of_a_collection_may_give_several_values_too():
+def test_metric_collection_members_may_return_several_values():
     members = {
         "f1": tmc.MulticlassF1Score(CLASSES, average=None),
         "top": tmc.MulticlassAccuracy(CLASSES, average="micro"),
@@ -319,7 +323,7 @@ def two_targets(metrics_dict):
     return wrapped(net, nn.MSELoss(), metrics_dict), (X, y)
 
 
-def test_raw_values_of_several_targets_are_a_column_each():
+def test_torchmetrics_raw_values_of_several_targets_are_a_column_each():
     metric = torchmetrics.R2Score(multioutput="raw_values").set_dtype(torch.float64)
     model, data = two_targets({"r2": metric})
     values = both(model, data)
@@ -388,14 +392,15 @@ class Column(nn.Module):
 
 
 def whole(metric, y_pred, y_true):
-    """torchmetrics's own value of all rows in one update, as the columns that a history has of it."""
+    """Return torchmetrics's value of all rows in one update, as columns of a history."""
     metric.update(y_pred, y_true)
     return columns_of("m", metric.compute())
 
 
+# theirs
 @pytest.mark.filterwarnings(
     "ignore:Metric `SpearmanCorrcoef` will save", "ignore:Sparse invariant checks"
-)  # theirs
+)
 @pytest.mark.parametrize(
     ("metric", "change", "label"),
     [
@@ -413,7 +418,7 @@ def whole(metric, y_pred, y_true):
         ),
     ],
 )
-def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(metric, change, label):
+def test_torchmetrics_object_gives_its_value_of_all_rows_in_one_update(metric, change, label):
     X = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(3))
     y = X[:, 0] + X[:, 1]
     if label == "class":
@@ -430,7 +435,7 @@ def test_an_object_of_torchmetrics_gives_its_value_of_all_rows_in_one_update(met
 @pytest.mark.parametrize(
     "metric", [torchmetrics.MeanMetric(), torchmetrics.SumMetric(), torchmetrics.MaxMetric()]
 )
-def test_an_aggregator_takes_what_its_subclass_gives_it(metric):
+def test_torchmetrics_aggregator_takes_what_its_subclass_gives_it(metric):
     class OfOutputs(type(metric)):
         def update(self, y_pred, y_true):
             super().update(y_pred)
@@ -444,7 +449,7 @@ def test_an_aggregator_takes_what_its_subclass_gives_it(metric):
     assert model.evaluate((X, y), batch_size=BATCH)["val_m"] == pytest.approx(expected, rel=1e-5)
 
 
-# --- raw scores ---------------------------------------------------------------------------------
+# --- raw scores -----------------------------------------------------------------------------------
 
 
 def scored(metrics_dict, rows=ROWS):
@@ -460,19 +465,21 @@ def scored(metrics_dict, rows=ROWS):
     return compiled(minikeras.Model(net), nn.BCEWithLogitsLoss(), metrics_dict, lr=0.0), (X, y)
 
 
-def test_raw_scores_are_told_with_what_to_do():
+def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
     model, data = scored({"f1": tmc.BinaryF1Score()})
-    lowest, highest = data[0].min().item(), data[0].max().item()
+    lowest = data[0].min().item()
+    highest = data[0].max().item()
     said = (
-        f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. BinaryF1Score applies a sigmoid "
-        f"to a batch only if a score in it is below 0 or above 1, and takes any other batch for probabilities, so the "
-        f"value may depend on batch_size. Give it probabilities in each batch: a subclass whose update(self, y_pred, "
-        f"y_true) calls super().update(y_pred.sigmoid(), y_true), or a model that ends in a sigmoid; or pass "
-        f"minikeras.OnAllRows(function)."
+        f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. "
+        "BinaryF1Score applies a sigmoid to a batch only if a score in it is below 0 or above 1, "
+        "and takes any other batch for probabilities, so the value may depend on batch_size. Give "
+        "it probabilities in each batch: a subclass whose update(self, y_pred, y_true) calls "
+        "super().update(y_pred.sigmoid(), y_true), or a model that ends in a sigmoid; or pass "
+        "minikeras.OnAllRows(function)."
     )
     with pytest.warns(UserWarning, match="raw scores") as caught:
         model.fit(1, [data], [data], verbose=0)
-    assert [str(one.message) for one in caught] == [said]
+    assert [str(warning.message) for warning in caught] == [said]
     model.evaluate(data, batch_size=BATCH)  # it is not told twice
 
 
@@ -486,14 +493,19 @@ class AUROCOfScores(tmc.BinaryAUROC):
         super().update(y_pred.sigmoid(), y_true.long())
 
 
-def test_each_remedy_for_raw_scores_is_scikit_learns_value_at_any_batch_size():
-    model, (X, y) = scored({
-        "f1": F1OfScores(),
-        "auroc": AUROCOfScores(),
-        "also f1": minikeras.OnAllRows(lambda y_pred, y_true: skm.f1_score(y_true, y_pred > 0)),
-        "also auroc": minikeras.OnAllRows(lambda y_pred, y_true: skm.roc_auc_score(y_true, y_pred)),
-    })  # fmt: skip
-    f1, auroc = skm.f1_score(y, X > 0), skm.roc_auc_score(y, X)
+def test_torchmetrics_remedies_for_raw_scores_give_scikit_learns_value_at_any_batch_size():
+    model, (X, y) = scored(
+        {
+            "f1": F1OfScores(),
+            "auroc": AUROCOfScores(),
+            "also f1": minikeras.OnAllRows(lambda y_pred, y_true: skm.f1_score(y_true, y_pred > 0)),
+            "also auroc": minikeras.OnAllRows(
+                lambda y_pred, y_true: skm.roc_auc_score(y_true, y_pred)
+            ),
+        }
+    )
+    f1 = skm.f1_score(y, X > 0)
+    auroc = skm.roc_auc_score(y, X)
     for batch_size in (1, 4, BATCH, ROWS):
         found = model.evaluate((X, y), batch_size=batch_size)
         values = [found[f"val_{name}"] for name in ("f1", "auroc", "also f1", "also auroc")]
@@ -506,8 +518,9 @@ def test_each_remedy_for_raw_scores_is_scikit_learns_value_at_any_batch_size():
     assert probabilities.evaluate((X, y), batch_size=1)["val_f1"] == pytest.approx(f1, rel=1e-5)
 
 
-def test_raw_scores_of_several_classes_are_told_where_more_than_the_highest_counts():
-    X, y = torch.randn(ROWS, 3), torch.randint(0, 3, (ROWS,))
+def test_torchmetrics_with_raw_scores_of_several_classes_warn_if_more_than_the_highest_counts():
+    X = torch.randn(ROWS, 3)
+    y = torch.randint(0, 3, (ROWS,))
     metrics = {"f1": tmc.MulticlassF1Score(3), "auroc": tmc.MulticlassAUROC(3)}
     model = compiled(minikeras.Model(nn.Linear(3, 3)), nn.CrossEntropyLoss(), metrics)
     with pytest.warns(UserWarning, match="raw scores") as caught:
@@ -517,6 +530,6 @@ def test_raw_scores_of_several_classes_are_told_where_more_than_the_highest_coun
     assert "y_pred.softmax(1)" in str(caught[0].message)
 
 
-def test_probabilities_and_class_numbers_are_not_told():
+def test_torchmetrics_with_probabilities_or_class_numbers_do_not_warn():
     model = compiled(metrics_dict={"f1": tmc.BinaryF1Score(), "auroc": tmc.BinaryAUROC()})
     model.fit(1, points(ROWS), points(ROWS), verbose=0)

@@ -1,7 +1,6 @@
-"""The run that TensorBoard, MLflow and W&B hold is the history, however often it was broken off."""
+"""TensorBoard, MLflow and W&B hold the history, however often the run was resumed."""
 
 import math
-import struct
 import sys
 import time
 
@@ -11,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 import wandb
-from conftest import Net, accuracy, compiled, points
-from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+from helpers.models import Net, accuracy, compiled, points
+from helpers.trackers import Board, Files, Store, events, scalars
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
@@ -21,172 +20,8 @@ from minikeras.integrations.mlflow import MLflow
 from minikeras.integrations.tensorboard import TensorBoard
 from minikeras.integrations.wandb import WandB
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy"
-)  # SQLAlchemy's, of MLflow
-
-STATES = {
-    0: "FINISHED",
-    1: "FAILED",
-    255: "KILLED",
-    "STATUS_SUCCESS": "FINISHED",
-    "STATUS_FAILURE": "FAILED",
-}
-
-
-# --- one way to make each tracker, and to read back what it has written -----------------------------------------------
-
-
-class Board:
-    def __init__(self, folder):
-        self.folder = folder / "board"
-
-    def callback(self):
-        return TensorBoard(self.folder, every=2, hparams={"lr": 0.1, "kind": "ring"})
-
-    def table(self):
-        return scalars(self.folder)
-
-    def state(self):
-        return STATES[status(self.folder)]
-
-    def runs(self):
-        return 1  # there is one for each folder
-
-
-def events(folder):
-    return EventAccumulator(str(folder), size_guidance={HISTOGRAMS: 0}).Reload()
-
-
-def scalars(folder):
-    """Names -> the values in order, each step once."""
-    held = events(folder)
-    points = {name: held.Scalars(name) for name in held.Tags()["scalars"]}
-    for name, found in points.items():
-        steps = [point.step for point in found]
-        assert steps == sorted(set(steps)), name
-    return {name: {point.step: point.value for point in found} for name, found in points.items()}
-
-
-def status(folder):
-    held = events(folder)
-    content = held.SummaryMetadata("_hparams_/session_end_info").plugin_data.content
-    return session_status(HParamsPluginData.FromString(content).session_end_info.status)
-
-
-def session_status(number):
-    from tensorboard.plugins.hparams.api_pb2 import Status
-
-    return Status.Name(number)
-
-
-class Store:
-    """An SQLite file, that MLflow takes seconds to make: a copy of one."""
-
-    made = None
-
-    def __init__(self, folder):
-        self.uri = f"sqlite:///{folder}/mlflow.db"
-        if Store.made is None:
-            self.client().search_experiments()
-            Store.made = (folder / "mlflow.db").read_bytes()
-        (folder / "mlflow.db").write_bytes(Store.made)
-
-    def callback(self):
-        return MLflow("rings", "first", self.uri, {"lr": 0.1, "kind": "ring"})
-
-    def client(self):
-        from mlflow import MlflowClient
-
-        return MlflowClient(self.uri)
-
-    def found(self):
-        experiment = self.client().get_experiment_by_name("rings")
-        return self.client().search_runs([experiment.experiment_id])
-
-    def run(self):
-        (run,) = self.found()
-        return run
-
-    def table(self):
-        run, table = self.run(), {}
-        for name in run.data.metrics:
-            found = self.client().get_metric_history(run.info.run_id, name)
-            table[name] = {point.step: point.value for point in found}
-            assert len(table[name]) == len(found), name
-        return table
-
-    def state(self):
-        return self.run().info.status
-
-    def runs(self):
-        return len(self.found())
-
-
-class Files:
-    """W&B offline: a folder for each part of a run, all with its id."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def callback(self):
-        return WandB(
-            "rings", "first", {"lr": 0.1, "kind": "ring"}, mode="offline", dir=str(self.folder)
-        )
-
-    def records(self, kind):
-        files = sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))
-        return [
-            getattr(record, kind)
-            for file in files
-            for record in ended(file)
-            if record.HasField(kind)
-        ]
-
-    def table(self):
-        table = {}
-        for row in self.records("history"):
-            items = {item.key or item.nested_key[0]: float(item.value_json) for item in row.item}
-            for name, value in items.items():
-                if not name.startswith("_"):
-                    assert items["_step"] not in table.setdefault(name, {}), name
-                    table[name][int(items["_step"])] = value
-        return table
-
-    def state(self):
-        return STATES[self.records("exit")[-1].exit_code]
-
-    def runs(self):
-        return len({run.run_id for run in self.records("run")})
-
-
-def ended(path):
-    """The records up to that of the end: W&B's own process may still be writing them."""
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        found = list(records(path))
-        if found and found[-1].HasField("exit"):
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{path} has no end")
-
-
-def records(path):
-    """The records in a .wandb file: LevelDB's log, in blocks of 32 KiB, of protobuf messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, whole, at = path.read_bytes(), b"", 7
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-        if at + 7 + size > len(data):
-            return
-        whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
-        if kind in (1, 4):  # whole, or the last part of one
-            yield Record.FromString(whole)
-            whole = b""
+# SQLAlchemy's, of MLflow
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
 
 @pytest.fixture(autouse=True)
@@ -226,10 +61,7 @@ def assert_holds(table, dfhistory):
         assert table[name] == pytest.approx(expected, rel=1e-6), name
 
 
-# --- what each of them does -------------------------------------------------------------------------------------------
-
-
-def test_the_run_is_the_history_under_its_columns_names(tracker):
+def test_tracker_run_is_the_history_under_its_columns_names(tracker):
     model = ring()
     dfhistory = fit(model, [halving(model), tracker.callback()], validation_freq=2)
     assert list(dfhistory["lr"]) == [0.1, 0.05, 0.025]
@@ -237,8 +69,9 @@ def test_the_run_is_the_history_under_its_columns_names(tracker):
     assert tracker.state() == "FINISHED"
 
 
-def test_learning_rates_are_there_even_where_they_do_not_change(tracker):
-    generator, critic = nn.Linear(1, 1), nn.Linear(1, 1)
+def test_tracker_logs_learning_rates_even_if_they_do_not_change(tracker):
+    generator = nn.Linear(1, 1)
+    critic = nn.Linear(1, 1)
     model = ring()
     model.both = nn.ModuleList([generator, critic])
     optimizers = {
@@ -253,7 +86,7 @@ def test_learning_rates_are_there_even_where_they_do_not_change(tracker):
     }
 
 
-def test_an_optimizer_without_a_learning_rate_has_none_to_log(tracker):
+def test_tracker_logs_no_learning_rate_of_an_optimizer_without_one(tracker):
     class Unrated(torch.optim.Optimizer):
         def step(self, closure=None):
             pass
@@ -268,7 +101,9 @@ class Breaks(minikeras.Callback):
     """Raises in the middle of an epoch, or after it."""
 
     def __init__(self, error, epoch, batch=None):
-        self.error, self.epoch, self.batch = error, epoch, batch
+        self.error = error
+        self.epoch = epoch
+        self.batch = batch
 
     def on_epoch_begin(self, epoch):
         self.now = epoch
@@ -283,10 +118,11 @@ class Breaks(minikeras.Callback):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(1, 3), (3, 4), (2, None)], ids=str)
-def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(
+def test_tracker_of_a_resumed_fit_continues_its_run_without_doubled_points(
     tracker, epoch, batch, tmp_path
 ):
-    model, run = ring(), {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
+    model = ring()
+    run = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
     with pytest.raises(RuntimeError, match="broken"):
         fit(
             model,
@@ -302,13 +138,13 @@ def test_a_fit_carried_on_goes_on_in_its_run_without_doubled_points(
     assert tracker.runs() == 1
 
 
-def test_an_error_ends_the_run_as_failed(tracker):
+def test_tracker_ends_the_run_of_a_failed_fit_as_failed(tracker):
     with pytest.raises(ValueError, match="no"):
         fit(ring(), [tracker.callback(), Breaks(ValueError("no"), 2, 1)])
     assert tracker.state() == "FAILED"
 
 
-def test_a_fit_that_is_called_where_an_error_is_handled_has_not_failed(tracker):
+def test_tracker_does_not_take_a_fit_inside_an_except_block_for_failed(tracker):
     try:
         raise ValueError("an older one")
     except ValueError:
@@ -316,8 +152,9 @@ def test_a_fit_that_is_called_where_an_error_is_handled_has_not_failed(tracker):
     assert tracker.state() == "FINISHED"
 
 
-def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(tracker):
-    model, callback = ring(), tracker.callback()
+def test_tracker_of_a_second_fit_continues_the_run_and_compile_starts_a_new_one(tracker):
+    model = ring()
+    callback = tracker.callback()
     fit(model, [callback], epochs=1)
     dfhistory = fit(model, [callback], epochs=2)
     assert_holds(
@@ -330,8 +167,9 @@ def test_a_second_fit_goes_on_in_the_run_and_one_after_compile_is_a_new_one(trac
     assert tracker.runs() == (1 if isinstance(tracker, Board) else 3)
 
 
-def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
-    model, callback = ring(), tracker.callback()
+def test_tracker_of_a_fit_that_failed_in_its_first_epoch_is_a_separate_run(tracker):
+    model = ring()
+    callback = tracker.callback()
     with pytest.raises(ValueError, match="no"):
         fit(model, [callback, Breaks(ValueError("no"), 1, 2)])
     model.compile(nn.BCELoss(), model.optimizer, device="cpu")
@@ -352,7 +190,7 @@ def test_a_fit_that_failed_in_its_first_epoch_is_a_run_of_its_own(tracker):
     ],
     ids=["TensorBoard", "MLflow", "WandB"],
 )
-def test_a_missing_package_is_one_line_that_says_what_to_install(
+def test_tracker_without_its_package_raises_an_error_that_says_what_to_install(
     make, missing, packages, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -371,7 +209,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     ],
     ids=["TensorBoard", "MLflow", "WandB"],
 )
-def test_what_a_run_was_made_with_is_a_dict(make, name):
+def test_tracker_takes_a_dict_of_parameters(make, name):
     with pytest.raises(TypeError) as error:
         make(["lr", 0.1])
     assert (
@@ -380,10 +218,7 @@ def test_what_a_run_was_made_with_is_a_dict(make, name):
     )
 
 
-# --- TensorBoard ------------------------------------------------------------------------------------------------------
-
-
-def test_running_means_are_points_over_the_batches(tmp_path):
+def test_tensorboard_logs_running_means_over_the_batches(tmp_path):
     seen = []
     log = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: seen.append(logs["loss"]))
     fit(ring(), [TensorBoard(tmp_path, every=2), log], epochs=2)
@@ -392,8 +227,9 @@ def test_running_means_are_points_over_the_batches(tmp_path):
     )
 
 
-def test_points_over_the_batches_go_on_where_the_checkpoint_stands(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+def test_tensorboard_points_over_the_batches_continue_where_the_checkpoint_is(tmp_path):
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     run = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
     fit(ring(), [TensorBoard(whole, every=1)])
     with pytest.raises(RuntimeError):
@@ -403,8 +239,9 @@ def test_points_over_the_batches_go_on_where_the_checkpoint_stands(tmp_path):
     assert len(scalars(whole / "steps")["loss"]) == 15
 
 
-def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_points(tmp_path):
-    model, board = ring(), TensorBoard(tmp_path, every=1)
+def test_tensorboard_points_of_an_epoch_run_again_without_a_checkpoint_are_replaced(tmp_path):
+    model = ring()
+    board = TensorBoard(tmp_path, every=1)
     with pytest.raises(RuntimeError):
         fit(model, [board, Breaks(RuntimeError("broken"), 2, 3)])
     fit(model, [board], epochs=2)
@@ -412,7 +249,7 @@ def test_an_epoch_called_again_without_a_checkpoint_takes_the_place_of_its_point
 
 
 @pytest.mark.parametrize("every", [1, None])
-def test_a_second_fit_with_a_callback_of_its_own_goes_on_in_the_folder(every, tmp_path):
+def test_tensorboard_of_a_second_fit_with_its_own_callback_continues_in_the_folder(every, tmp_path):
     model = ring()
     fit(model, [TensorBoard(tmp_path, every=every)], epochs=2)
     with pytest.raises(RuntimeError):
@@ -422,17 +259,17 @@ def test_a_second_fit_with_a_callback_of_its_own_goes_on_in_the_folder(every, tm
     assert list(scalars(tmp_path / "steps")["loss"]) == list(range(1 if every else 11, 26))
 
 
-def test_fits_in_quick_succession_are_read_in_their_order(tmp_path):
-    model, board = ring(), TensorBoard(tmp_path)
+def test_tensorboard_reads_fits_in_quick_succession_in_their_order(tmp_path):
+    model = ring()
+    board = TensorBoard(tmp_path)
     time.sleep(1 - time.time() % 1)  # there is time for two in a second
     fit(model, [board], epochs=1)
     fit(model, [board], epochs=1)
-    assert (
-        len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2
-    )  # files are in order of seconds
+    # files are in order of seconds
+    assert len({file.name.split(".")[3] for file in tmp_path.glob("events.*")}) == 2
 
 
-def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
+def test_tensorboard_histograms_hold_each_parameter_after_each_epoch(tmp_path):
     model = ring()
     fit(model, [TensorBoard(tmp_path, histograms=True)], epochs=2)
     held = events(tmp_path)
@@ -445,7 +282,7 @@ def test_histograms_hold_each_parameter_after_each_epoch(tmp_path):
     assert points[-1].histogram_value.sum == pytest.approx(model.fc1.weight.sum().item(), rel=1e-5)
 
 
-def test_weights_that_are_not_finite_are_left_out_of_histograms(tmp_path):
+def test_tensorboard_histograms_leave_out_weights_that_are_not_finite(tmp_path):
     model = ring()
     model.unused = nn.Parameter(torch.tensor([math.nan, math.inf, 1.0]))
     model.nothing = nn.Parameter(torch.tensor(math.nan))
@@ -479,7 +316,7 @@ def noisy(callbacks):
     return fit(model, callbacks, epochs=2)
 
 
-def test_the_graph_shows_the_layers_and_moves_nothing(tmp_path):
+def test_tensorboard_graph_shows_the_layers_and_moves_nothing(tmp_path):
     drawn = noisy([TensorBoard(tmp_path, graph=points(3)[0])])
     pd.testing.assert_frame_equal(drawn, noisy([]), check_exact=True)
     nodes = [node.name for node in graph_of(tmp_path).node]
@@ -492,14 +329,14 @@ def graph_of(folder):
     return GraphDef.FromString(events(folder).Graph().SerializeToString())
 
 
-def test_a_graph_that_cannot_be_drawn_leaves_no_file_open(tmp_path):
+def test_tensorboard_graph_that_cannot_be_drawn_leaves_no_file_open(tmp_path):
     board = TensorBoard(tmp_path, graph=torch.zeros(1, 7))
     with pytest.raises(ValueError, match="cannot draw"):
         fit(ring(), [board])
     assert [writer.file_writer for writer in board.writers] == [None]
 
 
-def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
+def test_tensorboard_hparams_are_in_the_table_next_to_the_columns(tmp_path):
     board = Board(tmp_path)
     for _ in range(2):  # the second takes the place of the first
         fit(ring(), [board.callback()], epochs=1)
@@ -518,15 +355,16 @@ def test_hparams_are_in_the_table_beside_the_columns(tmp_path):
     assert len(list(board.folder.glob("*.hparams"))) == 1
 
 
-def test_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path):
+def test_tensorboard_hparams_that_the_table_cannot_show_are_refused_before_the_fit(tmp_path):
     with pytest.raises(ValueError, match="hparams") as error:
         TensorBoard(tmp_path, hparams={"lr": 0.1, "widths": [8, 8]})
     assert str(error.value) == (
-        "hparams has [int, int] under 'widths'; expected a number, a string or a bool. Pass it as a string, str(...)."
+        "hparams has [int, int] under 'widths'; expected a number, a string or a bool. Pass it as "
+        "a string, str(...)."
     )
 
 
-def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
+def test_tensorboard_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
     numbers = {
         "lr": np.float32(0.5),
         "width": np.int64(8),
@@ -544,7 +382,7 @@ def test_hparams_may_be_numbers_of_numpy_and_torch(tmp_path):
     }
 
 
-def test_a_graph_of_something_else_than_tensors_is_refused(tmp_path):
+def test_tensorboard_graph_of_something_else_than_tensors_is_refused(tmp_path):
     with pytest.raises(TypeError) as error:
         TensorBoard(tmp_path, graph="X")
     assert (
@@ -553,26 +391,25 @@ def test_a_graph_of_something_else_than_tensors_is_refused(tmp_path):
     )
 
 
-def test_a_graph_that_the_model_cannot_take_is_said_in_one_error(tmp_path, capsys):
+def test_tensorboard_graph_that_the_model_cannot_take_is_one_error(tmp_path, capsys):
     with pytest.raises(ValueError, match="graph") as error:
         fit(ring(), [TensorBoard(tmp_path, graph=torch.zeros(1, 3))], epochs=1)
     assert str(error.value) == (
-        "TensorBoard cannot draw the model with graph=(Tensor (1, 3) float32): mat1 and mat2 shapes cannot be "
-        "multiplied (1x3 and 2x8). Pass features as forward takes them, such as X[:1], or leave graph out."
+        "TensorBoard cannot draw the model with graph=(Tensor (1, 3) float32): mat1 and mat2 "
+        "shapes cannot be multiplied (1x3 and 2x8). Pass features as forward takes them, such as "
+        "X[:1], or leave graph out."
     )
     assert "No graph saved" not in capsys.readouterr().out
 
 
-def test_every_must_be_a_whole_number(tmp_path):
+def test_tensorboard_every_must_be_a_whole_number(tmp_path):
     with pytest.raises(ValueError, match=r"^every must be a whole number of 1 or more, got 0\.$"):
         TensorBoard(tmp_path, every=0)
 
 
-# --- MLflow and W&B ---------------------------------------------------------------------------------------------------
-
-
 def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
-    store, model = Store(tmp_path), ring()
+    store = Store(tmp_path)
+    model = ring()
     summary = model.summary(input_shape=(2,))
     fit(
         model,
@@ -587,14 +424,14 @@ def test_mlflow_holds_the_parameters_and_the_summary(tmp_path, capsys):
         assert file.read() == str(summary)
 
 
-def test_a_run_that_fails_as_it_begins_has_failed(tmp_path):
+def test_mlflow_run_that_fails_as_it_begins_has_failed(tmp_path):
     stored = Store(tmp_path)
     with pytest.raises(Exception, match="rate@"):
         fit(ring(), [MLflow("rings", tracking_uri=stored.uri, params={"rate@": 1})])
     assert stored.state() == "FAILED"
 
 
-def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
+def test_mlflow_takes_a_metric_with_a_name_that_it_refuses(tmp_path):
     model = ring()
     model.compile(
         nn.BCELoss(), model.optimizer, {"top5 (acc@1)": lambda y_pred, y_true: 0.25}, device="cpu"
@@ -604,7 +441,7 @@ def test_a_metric_may_have_a_name_that_mlflow_refuses(tmp_path):
     assert stored.table()["val_top5 _acc_1_"] == {1: 0.25}
 
 
-def test_metrics_whose_names_differ_in_what_mlflow_refuses_stay_two(tmp_path):
+def test_mlflow_keeps_metrics_apart_whose_names_differ_in_what_it_refuses(tmp_path):
     class Counts(minikeras.Callback):
         def on_epoch_end(self, epoch, logs):
             logs |= (
@@ -613,7 +450,8 @@ def test_metrics_whose_names_differ_in_what_mlflow_refuses_stay_two(tmp_path):
                 else {"n<1": 2 * epoch}
             )
 
-    stored, run = Store(tmp_path), {"checkpoint": tmp_path / "run.pt"}
+    stored = Store(tmp_path)
+    run = {"checkpoint": tmp_path / "run.pt"}
     with pytest.raises(RuntimeError, match="broken"):
         fit(ring(), [Counts(), stored.callback(), Breaks(RuntimeError("broken"), 2, 1)], **run)
     fit(ring(), [Counts(), stored.callback()], **run)
@@ -642,7 +480,8 @@ def test_mlflow_takes_the_experiment_that_the_user_has_set_and_in_its_store_alon
 ):
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
-    store, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    store = Store(tmp_path / "one")
+    other = Store(tmp_path / "other")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # set_experiment sets it
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     mlflow.set_experiment("rings")
@@ -674,12 +513,13 @@ def test_wandb_holds_the_project_the_name_and_the_config(tmp_path):
     assert (config["lr"], config["kind"]) == ("0.1", '"ring"')
 
 
-def test_a_run_that_the_user_has_begun_with_wandb_goes_on_beside_that_of_the_fit(tmp_path):
+def test_wandb_run_of_the_user_continues_next_to_that_of_the_fit(tmp_path):
     files = Files(tmp_path)
     with wandb.init(project="mine", mode="offline", dir=str(tmp_path)) as own:
         for row in range(5):
             wandb.log({"before": row})
-        model, callback = ring(), files.callback()
+        model = ring()
+        callback = files.callback()
         dfhistory = fit(model, [callback], epochs=2)
         wandb.log({"after": 1})
         dfhistory = fit(model, [callback], epochs=2)  # goes on in its own
@@ -691,7 +531,7 @@ def test_a_run_that_the_user_has_begun_with_wandb_goes_on_beside_that_of_the_fit
     assert files.runs() == 2
 
 
-def test_wandb_goes_by_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):
+def test_wandb_follows_the_mode_of_the_environment_and_may_be_off(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # it has read the environment already
     fit(ring(), [WandB("rings", dir=str(tmp_path))], epochs=1)

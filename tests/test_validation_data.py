@@ -1,11 +1,11 @@
-"""What is wrong with dl_val is said before the first step, and what is right changes nothing."""
+"""Wrong validation data is refused before the first step; the check changes nothing."""
 
 import io
 
 import numpy as np
 import pytest
 import torch
-from conftest import accuracy, compiled, points
+from helpers.models import accuracy, compiled, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,8 +40,9 @@ WRONG = {
 @pytest.mark.parametrize(
     "train", [(X, y), DataLoader(TensorDataset(X, y), 8, shuffle=True)], ids=["arrays", "loader"]
 )
-def test_what_is_wrong_with_dl_val_is_said_before_a_step(dl_val, error, message, train):
-    model, steps = compiled(), []
+def test_validation_data_that_is_wrong_is_refused_before_a_step(dl_val, error, message, train):
+    model = compiled()
+    steps = []
     before = [parameter.detach().clone() for parameter in model.parameters()]
     count = LambdaCallback(on_batch_end=lambda batch, logs: steps.append(batch))
     with pytest.raises(error, match=message) as raised:
@@ -67,7 +68,7 @@ def dropout_net():
     return compiled(model, metrics_dict={"accuracy": accuracy})
 
 
-def test_signals_of_another_length_are_validated_as_without_the_look():
+def test_validation_data_of_signals_of_another_length_is_evaluated_as_without_the_check():
     """Evaluated once more before the first step, they change no number, mode or random state."""
     signals = torch.randn(64, 1, 10)
     longer = torch.randn(32, 1, 14)
@@ -100,7 +101,7 @@ def iter_only(batches):
     return Batches()
 
 
-def test_a_batch_made_as_the_trainings_is_not_evaluated_before_its_turn():
+def test_validation_batch_like_those_of_training_is_not_evaluated_before_its_turn():
     calls = []
     model = compiled()
     model.register_forward_pre_hook(lambda module, args: calls.append(module.training))
@@ -108,7 +109,7 @@ def test_a_batch_made_as_the_trainings_is_not_evaluated_before_its_turn():
     assert calls == [True, True, False]
 
 
-def test_a_step_of_the_users_is_not_called_before_its_turn():
+def test_validation_by_a_custom_step_is_not_called_before_its_turn():
     class Own(minikeras.Model):
         def evaluate_step(self, features, labels):
             order.append("validation")
@@ -142,7 +143,7 @@ class GivesLoss(nn.Module):
 
 
 @pytest.mark.parametrize("end", [(None,), ()])
-def test_a_loss_that_ignores_labels_needs_none(end):
+def test_loss_that_ignores_labels_needs_none(end):
     batches = []
     for rows in (5, 3):
         batches.append(({"x": torch.rand(rows, 2), "labels": torch.rand(rows, 1)}, *end))
@@ -157,7 +158,7 @@ def test_a_loss_that_ignores_labels_needs_none(end):
     )
 
 
-def test_a_loss_that_fails_without_labels_says_that_there_are_none():
+def test_loss_that_fails_without_labels_says_that_there_are_none():
     model = compiled(minikeras.Model(nn.Linear(2, 1)), lambda p, t: (p - t).square().mean())
     with pytest.raises(TypeError, match="NoneType") as caught:
         model.fit(1, [X[:8, :2]], verbose=0)

@@ -1,4 +1,4 @@
-"""Whether a type checker knows the type of everything that minikeras exports, as it is installed: pyright tells.
+"""Check with pyright that everything that the installed minikeras exports has a type.
 
 Only what is public counts: the names in __all__, and the attributes and methods of those classes.
 """
@@ -31,8 +31,7 @@ unknown = {
     for symbol in public
     if not symbol["isTypeKnown"] and symbol["category"] != "class"
 }
-if (
-    unseen or unknown
-):  # a class counts by its members: by itself it is unknown for what it holds in private
+# a class counts by its members: by itself it is unknown for what it holds in private
+if unseen or unknown:
     sys.exit(f"pyright does not know the types of: {', '.join(sorted(unseen | unknown))}")
 print(f"{len(public)} public names, all typed")

@@ -1,6 +1,7 @@
 """What a user's type checker must refuse. Read by ./check, and not run.
 
-Each wrong line is marked with the error that mypy and pyright must give there; a mark without its error is an error.
+Each wrong line is marked with the error that mypy and pyright must give there. A mark without its
+error is an error.
 """
 
 import torch
@@ -15,7 +16,8 @@ model.compile(nn.MSELoss(), metrics_dict=[len])  # type: ignore[arg-type]  # pyr
 model.compile(nn.MSELoss(), metrics={"one": len})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 model.compile(nn.MSELoss(), None, None, None, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
-X, y = torch.zeros(8, 2), torch.zeros(8, 1)
+X = torch.zeros(8, 2)
+y = torch.zeros(8, 1)
 model.fit("3", (X, y))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 model.fit(3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 model.fit(3, (X, y), None, None, 32)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

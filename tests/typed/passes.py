@@ -61,7 +61,8 @@ model.compile(
     jit={"mode": "default"},
 )
 
-X, y = torch.zeros(8, 2), torch.zeros(8, 1)
+X = torch.zeros(8, 2)
+y = torch.zeros(8, 1)
 callbacks = [
     Shout(),
     minikeras.LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs)),

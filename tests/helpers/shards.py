@@ -1,6 +1,8 @@
-"""Fits with parameters in parts, that torchrun runs for test_fsdp.py, and one process or "ddp" without parts.
+"""Fits with sharded parameters, which torchrun runs for test_fsdp.py.
 
-torchrun --nproc-per-node=2 shards.py FOLDER CASE ...     as ranks.py; KIND=ddp leaves the parameters whole
+torchrun --nproc-per-node=2 -m helpers.shards FOLDER CASE ...     as helpers/ranks
+
+On one process, or with KIND=ddp, the parameters are whole.
 """
 
 import os
@@ -8,21 +10,25 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import Net
-from ranks import METRICS, RANK, Scaled, Two, Uneven, doubles, seed
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import minikeras
+from helpers.launch import cases_of, save_results
+from helpers.metrics import Scaled
+from helpers.models import Net
+from helpers.ranks.common import METRICS, RANK, Two, Uneven, doubles, uneven_batches
+from helpers.seeds import seed
 
 
 class Deep(minikeras.Model):
-    """Blocks in a ModuleList, one in another, and layers beside them."""
+    """Blocks in a ModuleList, one in another, and layers next to them."""
 
     def __init__(self):
         super().__init__()
-        self.begin, self.end = nn.Linear(2, 5), nn.Linear(5, 1)
+        self.begin = nn.Linear(2, 5)
+        self.end = nn.Linear(5, 1)
         inner = nn.ModuleList([nn.Linear(5, 5), nn.Tanh()])
         self.blocks = nn.ModuleList([Chain(inner), nn.Sequential(nn.Linear(5, 5), nn.Tanh())])
 
@@ -57,7 +63,7 @@ def compiled(model=None, loss_func=None, optimizer=None, metrics_dict=METRICS, *
 
 
 def found(model, dfhistory, dl=None, **more):
-    """What is to be the same, with whole weights under their plain names."""
+    """Return what must be the same, with whole weights under their plain names."""
     path = Path(os.environ["FOLDER"], f"{os.environ.get('WORLD_SIZE', '1')}.pt")
     model.save(path)
     outputs = None if dl is None else model.predict(dl)
@@ -95,7 +101,8 @@ def local(tensor):
 
 def penalties(size):
     seed()
-    model, loss = Deep().double(), Scaled()
+    model = Deep().double()
+    loss = Scaled(torch.float64)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     model = compiled(
         model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer, clip_grad_norm=0.1
@@ -121,7 +128,7 @@ def half(size):
 
 
 def by_the_user(size):
-    """fully_shard before compile, which takes the model as it comes."""
+    """The user calls fully_shard before compile."""
     seed()
     model = Deep().double()
     if size > 1 and os.environ.get("KIND") != "ddp":
@@ -152,15 +159,7 @@ def uneven(size):
         return found(
             model, model.fit(2, DataLoader(Uneven(), 4), DataLoader(Uneven(), 4), verbose=0)
         )
-    steps = [
-        [*range(4), *range(8, 12)],
-        [*range(4, 8), *range(12, 16)],
-        range(16, 20),
-        range(20, 24),
-        range(24, 27),
-    ]
-    X, y = doubles(27)
-    batches = [(X[list(rows)], y[list(rows)]) for rows in steps]
+    batches = uneven_batches()
     return found(model, model.fit(2, batches, batches, verbose=0))
 
 
@@ -196,7 +195,7 @@ def callbacks(size):
 
 
 def compiled_again(size):
-    """An optimizer with state of its own, then parts that stay parts."""
+    """compile with an optimizer that has state, then compile again with sharded parameters."""
     seed()
     model = Deep().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -223,7 +222,7 @@ def nan_on_one(size):
 
 
 def refused(size):
-    """What cannot be had is said."""
+    """Return the errors of what sharded parameters cannot do."""
     said = []
     for more in (
         {"jit": True},
@@ -255,7 +254,7 @@ def refused(size):
 
 
 class Bare(Net):
-    """Gradients are not weighted by rows."""
+    """A step with a bare backward."""
 
     def train_step(self, features, labels):
         self.compute_loss(self(features), labels).backward()
@@ -263,7 +262,7 @@ class Bare(Net):
 
 
 def carried_on(size):
-    """The same file, by one process or several; KILL is "RANK SIGNAL EPOCH BATCH"."""
+    """Resume the same file, by one process or several; KILL is "RANK SIGNAL EPOCH BATCH"."""
     seed()
     model = compiled(accumulate=2)
     at = Path(os.environ["FOLDER"], "run.pt")
@@ -290,18 +289,9 @@ def carried_on(size):
     return found(model, dfhistory)
 
 
-CASES = {
-    name: case
-    for name, case in list(globals().items())
-    if callable(case) and case.__module__ == __name__
-}
+CASES = cases_of(sys.modules[__name__])
 
 if __name__ == "__main__":
-    sys.setswitchinterval(
-        60
-    )  # a thread that waits for the GIL as the process ends, waits its longest
-    for name in sys.argv[2:]:
-        torch.save(
-            CASES[name](int(os.environ["WORLD_SIZE"])),
-            Path(sys.argv[1], f"{name}.{os.environ['RANK']}.pt"),
-        )
+    # a thread that waits for the GIL as the process ends, waits its longest
+    sys.setswitchinterval(60)
+    save_results(CASES, sys.argv[1], sys.argv[2:])

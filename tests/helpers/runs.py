@@ -1,10 +1,9 @@
-"""Runs of many kinds, for the tests of resuming: the same call of fit, whole or broken off and carried on."""
+"""Calls of fit of many kinds, to be run whole, or interrupted and resumed."""
 
 import random
 
 import numpy as np
 import torch
-from conftest import accuracy, points
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -20,13 +19,19 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.compare import copy_weights
+from helpers.datasets import AsItGoes, ShuffledPairs
+from helpers.metrics import Scaled
+from helpers.models import accuracy, points
+from helpers.samplers import Buckets, Pool
+from helpers.seeds import seeded
 
 X, Y = points(90)
 EPOCHS = 3
 
 
 class Noisy(Dataset):
-    """Each row drawn anew at each reading, from all three generators."""
+    """Draw noise for a row at each reading, from all three generators."""
 
     def __len__(self):
         return len(X)
@@ -43,7 +48,7 @@ class Shuffled(IterableDataset):
 
 
 class Batches:
-    """An iterable of one's own, with a generator of its own."""
+    """A custom iterable with its own generator."""
 
     def __init__(self):
         self.generator = np.random.default_rng(3)
@@ -55,13 +60,14 @@ class Batches:
 
 
 class Mean:
-    """A metric object of one's own, which keeps what it has seen."""
+    """A custom metric object, which keeps what it has seen."""
 
     def __init__(self):
         self.reset()
 
     def reset(self):
-        self.seen, self.total = [], 0.0
+        self.seen = []
+        self.total = 0.0
 
     def update(self, outputs, labels):
         self.seen.append(outputs.cpu().numpy())
@@ -103,19 +109,8 @@ class Scores(Net):
         return self.layers[:-1](x)
 
 
-class Scaled(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, y_pred, y_true):
-        return nn.functional.binary_cross_entropy(y_pred, y_true) * self.scale.exp() + self.scale**2
-
-
 class Centered(Scaled):
-    """... and with buffers, one of which no state_dict holds."""
+    """A loss with a parameter, and with buffers, one of which no state_dict holds."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +128,8 @@ class Pair(minikeras.Model):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.a = nn.Linear(2, 1)
+        self.b = nn.Linear(2, 1)
 
     def forward(self, x):
         return torch.sigmoid(self.a(x) + self.b(x))
@@ -148,7 +144,7 @@ class Pair(minikeras.Model):
 
 
 class Jittered(Dataset):
-    """Each row drawn anew from generators of its own, which only attributes and containers reach."""
+    """Draw noise for each row from generators that only attributes and containers reach."""
 
     def __init__(self):
         self.transforms = [{"rng": np.random.default_rng(0)}, random.Random(0)]
@@ -162,31 +158,8 @@ class Jittered(Dataset):
         ]
 
 
-class Pool(Sampler):
-    """Draws a row at a time, without replacement, from a generator that rows draw from as well."""
-
-    def __len__(self):
-        return len(X)
-
-    def __iter__(self):
-        left = list(range(len(X)))
-        while left:
-            yield left.pop(random.randrange(len(left)))
-
-
-class Buckets(Sampler):
-    """A batch sampler that shuffles a bucket of rows when it comes to it."""
-
-    def __len__(self):
-        return 6
-
-    def __iter__(self):
-        for bucket in torch.arange(len(X)).split(30):
-            yield from bucket[torch.randperm(30)].split(15)
-
-
 class ByEpoch(Sampler):
-    """Shuffles by the epoch's number alone."""
+    """Shuffle by the epoch's number alone."""
 
     def __init__(self):
         self.epoch = 0
@@ -203,30 +176,8 @@ class ByEpoch(Sampler):
         )
 
 
-class AsItGoes:
-    """An iterable that draws each batch when it is asked for it, from generators that the model draws from as well."""
-
-    def __iter__(self):
-        for _ in range(5):
-            rows = torch.randint(len(X), (18,))
-            yield X[rows] + 0.1 * np.random.rand() + 0.1 * random.random(), Y[rows]
-
-
-class ShuffledPairs:
-    """An iterable that shuffles a list of pairs of its own in place."""
-
-    def __init__(self):
-        self.pairs = list(zip(X, Y, strict=True))
-
-    def __iter__(self):
-        random.shuffle(self.pairs)
-        for start in range(0, len(self.pairs), 20):
-            features, labels = zip(*self.pairs[start : start + 20], strict=True)
-            yield torch.stack(features), torch.stack(labels)
-
-
 def noisy_collate():
-    """A collate function that closes over a generator."""
+    """Return a collate function that closes over a generator."""
     rng = random.Random(0)
 
     def collate(rows):
@@ -242,10 +193,6 @@ def memory(**kwargs):
 
 def noisy(**kwargs):
     return DataLoader(Noisy(), batch_size=20, **kwargs)
-
-
-def seeded():
-    return torch.Generator().manual_seed(5)
 
 
 def stateful():
@@ -282,28 +229,28 @@ LOADERS = {
     ),
     "counting sampler": lambda: noisy(sampler=DistributedSampler(Noisy(), num_replicas=1, rank=0)),
     "generators of its own": lambda: DataLoader(Jittered(), batch_size=20, shuffle=True),
-    "noisy, drawn row by row": lambda: noisy(sampler=Pool()),
-    "in memory, drawn row by row": lambda: memory(sampler=Pool()),
-    "noisy, buckets": lambda: DataLoader(Noisy(), batch_sampler=Buckets()),
+    "noisy, drawn row by row": lambda: noisy(sampler=Pool(len(X))),
+    "in memory, drawn row by row": lambda: memory(sampler=Pool(len(X))),
+    "noisy, buckets": lambda: DataLoader(Noisy(), batch_sampler=Buckets(len(X), 15)),
     "sampler by the epoch": lambda: noisy(sampler=ByEpoch()),
     "collate, a closure": lambda: memory(shuffle=True, collate_fn=noisy_collate()),
     "iterable, own generator": Batches,
-    "iterable, drawn as it goes": AsItGoes,
-    "iterable, shuffled in place": ShuffledPairs,
+    "iterable, drawn as it goes": lambda: AsItGoes(X, Y, 5, 18),
+    "iterable, shuffled in place": lambda: ShuffledPairs(X, Y),
     "iterable dataset": lambda: DataLoader(Shuffled(), batch_size=20),
     "stateful": stateful,
 }
 
 
 def call_of(loader="in memory", **changes):
-    """The model and the arguments of a call of fit."""
-    changes = {
-        key: value() if callable(value) else value for key, value in changes.items()
-    }  # new ones each time
+    """Return the model and the arguments of a call of fit."""
+    # new ones each time
+    changes = {key: value() if callable(value) else value for key, value in changes.items()}
     kind = changes.pop("model", "net")
     model, loss = (Pair(), nn.BCELoss()) if kind == "pair" else (Net(), Scaled())
     if kind == "scores":
-        model, loss = Scores(), nn.BCEWithLogitsLoss()
+        model = Scores()
+        loss = nn.BCEWithLogitsLoss()
     if kind == "centered":
         loss = Centered()
     if kind == "growing":  # a callback thaws its first layer
@@ -328,20 +275,14 @@ def call_of(loader="in memory", **changes):
     return model, arguments | changes
 
 
-def seed(number):
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
-
-
 def result_of(model, dfhistory):
-    """All that must be the same: history, weights, and what is drawn next."""
+    """Return what must be the same: history, weights, and what is drawn next."""
     drawn = torch.rand(()).item(), np.random.rand(), random.random()
-    return dfhistory, {key: value.clone() for key, value in model.state_dict().items()}, drawn
+    return dfhistory, copy_weights(model), drawn
 
 
 def differences(a, b):
-    """What differs between two results, bit by bit."""
+    """List what differs between two results, bit for bit."""
     found = (
         []
         if a[0].equals(b[0])

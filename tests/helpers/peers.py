@@ -1,6 +1,6 @@
-"""Processes that make their group themselves, without a launcher's variables, for test_distributed.py.
+"""Processes that make their group themselves, without a launcher's variables.
 
-python peers.py FOLDER RANK     each of two leaves FOLDER/RANK.pt, and rank 1 stands still in the end
+python -m helpers.peers FOLDER RANK     each of two writes FOLDER/RANK.pt; rank 1 stops at the end
 """
 
 import os
@@ -10,25 +10,25 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import ranks
 import torch
-from conftest import compiled, points
 
 import minikeras
+from helpers.models import compiled, points
+from helpers.ranks import common
 from minikeras.checkpoint import weights
 
 TIMEOUT = 8  # seconds: a busy machine may take some of them between two calls
 
 
 def met(folder, rank):
-    """Both are there: what Python loads must not count as their silence."""
+    """Wait until both processes run: the time to import must not count as their silence."""
     (folder / f"{rank}.here").touch()
     while not (folder / f"{1 - rank}.here").exists():
         time.sleep(0.01)
 
 
 def trained():
-    """Weights after a fit."""
+    """Return a model after a fit."""
     model = compiled()
     model.summary(input_shape=(2,))
     model.fit(2, points(30), batch_size=5, verbose=0)
@@ -36,7 +36,7 @@ def trained():
 
 
 def saved(model, folder):
-    """Whether each reads what rank 0 writes, which takes its time; and what each hears when it cannot."""
+    """Return what each process loads after a slow save by rank 0, and its error if rank 0 fails."""
     write = weights.write
     weights.write = lambda *args, **kwargs: (time.sleep(0.5), write(*args, **kwargs))
     path = folder / "new" / "weights.pt"
@@ -47,11 +47,11 @@ def saved(model, folder):
         model.save(path / "in a file.pt")
     except (OSError, RuntimeError) as error:
         failed = f"{type(error).__name__}: {error}"
-    return ranks.found(same, model.history), failed
+    return common.found(same, model.history), failed
 
 
 def left_alone(model, rank):
-    """What rank 0 hears of the other, and after how many seconds."""
+    """Return the error that rank 0 gets when the other stops, and after how many seconds."""
 
     def stand_still(batch, logs):
         if rank == 1:

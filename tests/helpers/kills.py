@@ -1,12 +1,15 @@
-"""Kill fits with SIGKILL again and again, carry them on, compare: `python tests/kills.py --kills 100` prints the count.
+"""Kill fits with SIGKILL again and again, resume them, and compare.
+
+`python tests/helpers/kills.py --kills 100` prints the count.
 
 for each round:
-    a call of fit of a random kind, in a process of its own, never stopped: history, weights and what is drawn next
-    the same call with checkpoint=, in processes that are killed: at a random time, or by themselves at an epoch's edge,
-        or in the middle of writing the file, until the last one comes to its end; sometimes two of them at once
-    the two results bit by bit, and no file next to the checkpoint that is not its own
+    run a random call of fit in its own process, never stopped: history, weights, what is drawn next
+    run the same call with checkpoint= in processes that are killed, until one reaches the end:
+        at a random time, or by themselves at an epoch's end or in the middle of writing the file;
+        sometimes two processes at once
+    compare the two results bit for bit, and look for files next to the checkpoint
 
-One process imports everything once and forks the others, so that a kill costs milliseconds and not an import.
+One process imports everything once and forks the others: a kill costs milliseconds, no import.
 """
 
 import argparse
@@ -22,9 +25,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from runs import EPOCHS, LOADERS, Y, call_of, differences, noisy, result_of, seed
 
 import minikeras
+
+sys.path.append(str(Path(__file__).parents[1]))  # when this file is run as a script
+from helpers.runs import EPOCHS, LOADERS, Y, call_of, differences, noisy, result_of
+from helpers.seeds import seed
 
 LEFT_OUT = ("stateful",)  # it warns; test_resume.py has it
 MODELS = ["net", "net", "centered", "pair", "growing"]
@@ -39,7 +45,8 @@ WAYS = [
 ]
 PLACES = ["a file", "a file", "a link", "a relative path"]
 FILES = re.compile(
-    r"elsewhere|whole|carried on|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
+    r"elsewhere|whole|carried on"
+    r"|(whole\.csv|carried on\.csv|(run|target)\.pt(\.prev)?)(\.[0-9a-f]{16}\.tmp)?"
 )
 
 
@@ -49,14 +56,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    draw, kills, rounds, different = random.Random(args.seed), 0, 0, 0
+    draw = random.Random(args.seed)
+    kills = 0
+    rounds = 0
+    different = 0
     while kills < args.kills:
         choice = draw.randrange(10**9)
         with tempfile.TemporaryDirectory() as folder:
             killed, found = one_round(Path(folder), choice, draw)
-        kills, rounds, different = kills + killed, rounds + 1, different + bool(found)
+        kills += killed
+        rounds += 1
+        different += bool(found)
         print(
-            f"round {rounds}, choice {choice}: {killed} kills, {', '.join(map(str, found)) or 'same'}",
+            f"round {rounds}, choice {choice}: {killed} kills, "
+            f"{', '.join(map(str, found)) or 'same'}",
             flush=True,
         )
     print(f"{kills} kills over {rounds} runs, {different} differences")
@@ -64,21 +77,22 @@ def main():
 
 
 def one_round(folder, choice, draw):
-    """The number of kills, and what differed."""
+    """Run one round; return the number of kills, and what differed."""
     begin = time.monotonic()
     assert wait(fork(folder, choice, "whole", checkpoint=False)) == 0, (
         "the run that is never stopped has failed"
     )
-    seconds, kills, ended = time.monotonic() - begin, 0, False
+    seconds = time.monotonic() - begin
+    kills = 0
+    ended = False
     for number in range(12):
         way = draw.choice(WAYS) if number < 11 else "none"
         children = [
             fork(folder, choice, "carried on", checkpoint=True, way=way, at=draw.randrange(1, 5))
         ]
         if draw.random() < 0.1:
-            children.append(
-                fork(folder, choice, "carried on too", checkpoint=True)
-            )  # another start of the script
+            # another start of the script
+            children.append(fork(folder, choice, "carried on too", checkpoint=True))
         if way == "time":
             time.sleep(draw.random() * seconds)
             for child in children:
@@ -100,7 +114,7 @@ def one_round(folder, choice, draw):
 
 
 def strange_files(folder):
-    """What lies where a run with a checkpoint has no business."""
+    """List files that a run with a checkpoint should not have written."""
     found = [
         f"a file {path.name}"
         for path in folder.iterdir()
@@ -132,7 +146,7 @@ def fork(folder, choice, name, **kwargs):
 
 
 def wait(child):
-    """Its exit status, negative for a signal."""
+    """Wait for a process; return its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -166,7 +180,7 @@ def run(folder, choice, name, checkpoint, way="none", at=1):
 
 
 def callbacks_of(draw, kind, model, arguments, table):
-    """Some callbacks, those that go with the model."""
+    """Choose some callbacks that suit the model."""
     monitor = "loss" if arguments["dl_val"] is None else "val_loss"
     callbacks = [
         minikeras.EMA(0.9, evaluate=draw.random() < 0.5),
@@ -183,7 +197,7 @@ def callbacks_of(draw, kind, model, arguments, table):
 
 
 class Thaws(minikeras.Callback):
-    """Gives the optimizer the frozen first layer in the second epoch."""
+    """Unfreeze the first layer in the second epoch, and give it to the optimizer."""
 
     def on_epoch_begin(self, epoch):
         if epoch == 2:
@@ -192,7 +206,7 @@ class Thaws(minikeras.Callback):
 
 
 def goes_elsewhere(folder):
-    """Changes the working directory as the first epoch begins."""
+    """Return a callback that changes the working directory as the first epoch begins."""
 
     def change(epoch):
         folder.mkdir(exist_ok=True)
@@ -211,7 +225,7 @@ def path_of(place, folder):
 
 
 def deadly(way, at):
-    """What makes this process kill itself at its `at`-th moment of a kind."""
+    """Make this process kill itself at its `at`-th moment of a kind."""
 
     def die():
         nonlocal at
@@ -221,7 +235,8 @@ def deadly(way, at):
 
     if way == "epoch's edge":
         return [minikeras.LambdaCallback(on_epoch_end=lambda epoch, logs: die())]
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
+    replace = os.replace
 
     def dying_fsync(descriptor):
         die()

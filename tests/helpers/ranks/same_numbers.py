@@ -1,0 +1,261 @@
+"""Cases of data, models and optimizers: several processes find what one finds."""
+
+import json
+import os
+
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    TensorDataset,
+)
+
+import minikeras
+from helpers.metrics import Scaled
+from helpers.models import Net
+from helpers.ranks.common import RANK, Two, compiled, doubles, fitted, found, row_by_row
+from helpers.seeds import seed
+
+
+def arrays(size):
+    seed()
+    model = compiled()
+    dfhistory = model.fit(3, doubles(100), doubles(37), batch_size=12 // size, verbose=0)
+    return found(model, dfhistory, doubles(37))
+
+
+class Boxes(nn.Module):
+    """Images of any size in a list; a dict for each in eval mode and not for the loss alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, images):
+        return [
+            {"score": self.fc(image.mean((1, 2))), "size": torch.tensor(image.shape)}
+            for image in images
+        ]
+
+
+def box_loss(y_pred, y_true):
+    scores = torch.stack([found["score"][0] for found in y_pred])
+    return ((scores - torch.stack([found["value"] for found in y_true])) ** 2).mean()
+
+
+def detection(size):
+    """Lists of images and of dicts, and a list of dicts for the rows."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for row in range(29):
+        image = torch.rand(3, 4 + row % 5, 5, generator=generator, dtype=torch.float64)
+        rows.append((image, {"boxes": torch.zeros(1 + row % 4, 4), "value": image.sum() / 50}))
+    data = DataLoader(
+        rows, 12 // size, collate_fn=lambda found: tuple(map(list, zip(*found, strict=True)))
+    )
+    seed()
+    model = compiled(minikeras.Model(Boxes()), box_loss, metrics_dict={"again": box_loss})
+    return found(model, model.fit(2, data, data, verbose=0), data, evaluated=model.evaluate(data))
+
+
+def loader_in_memory(size):
+    train = DataLoader(TensorDataset(*doubles(100)), 12 // size, shuffle=True)
+    return fitted(train, DataLoader(TensorDataset(*doubles(37)), 12 // size))
+
+
+def loader_by_rows(size):
+    return fitted(
+        DataLoader(row_by_row(100), 12 // size, shuffle=True),
+        DataLoader(row_by_row(37), 12 // size),
+    )
+
+
+def loader_with_workers(size):
+    train = DataLoader(row_by_row(100), 12 // size, shuffle=True, num_workers=2)
+    return fitted(train, DataLoader(row_by_row(37), 12 // size, num_workers=1))
+
+
+def loader_with_a_generator(size):
+    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+    return fitted(
+        DataLoader(row_by_row(50), 12 // size, shuffle=True, generator=generator),
+        drop(50, 12 // size),
+    )
+
+
+def drop(rows, batch):
+    return DataLoader(row_by_row(rows), batch, drop_last=True)
+
+
+def fewer_rows_than_processes(size):
+    return fitted(
+        DataLoader(row_by_row(5), 6 // size), DataLoader(TensorDataset(*doubles(1)), 6 // size)
+    )
+
+
+def odd(size, world=None):
+    """Run what hypothesis has drawn; `world` is the number of processes that one stands for."""
+    return [odd_one(size, world or size, **case) for case in json.loads(os.environ["ODD"])]
+
+
+def odd_one(size, world, kind, rows, val, batch, shuffle, drop_last):
+    batch = batch * world // size
+    try:
+        if kind == "arrays":
+            seed()
+            model = compiled()
+            return found(
+                model,
+                model.fit(2, doubles(rows), doubles(val), batch_size=batch, verbose=0),
+                doubles(val),
+            )
+        data = row_by_row(rows) if kind == "rows" else TensorDataset(*doubles(rows))
+        train = DataLoader(data, batch, shuffle, drop_last=drop_last)
+        return fitted(train, DataLoader(row_by_row(val), batch))
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def batch_sampler(size):
+    seed()
+    sampler = Pieces(60, 12 // size)
+    model = compiled()
+    return found(model, model.fit(2, DataLoader(row_by_row(60), batch_sampler=sampler), verbose=0))
+
+
+def shared_out_by_the_user(size):
+    """Samplers that know the ranks: in a batch sampler, or of a custom class."""
+    seed()
+    model = compiled()
+    rank = 0 if size == 1 else RANK
+    by_batches = BatchSampler(
+        DistributedSampler(range(48), size, rank, shuffle=False), 12 // size, False
+    )
+    model.fit(1, DataLoader(row_by_row(48), batch_sampler=by_batches), verbose=0)
+    loader = DataLoader(row_by_row(48), 12 // size, sampler=Strided(48, size, rank))
+    return found(model, model.fit(1, loader, verbose=0))
+
+
+class Strided:
+    def __init__(self, rows, size, rank):
+        self.rows = rows
+        self.num_replicas = size
+        self.rank = rank
+
+    def __len__(self):
+        return self.rows // self.num_replicas
+
+    def __iter__(self):
+        return iter(range(self.rank, self.rows, self.num_replicas))
+
+
+def odd_buffers(size):
+    seed()
+    model = Net()
+    model.register_buffer("small", torch.tensor([1, 2, 3], dtype=torch.int16))
+    model.register_buffer("one", torch.tensor(7, dtype=torch.uint16))
+    model = compiled(model)
+    return found(model, model.fit(1, doubles(24), batch_size=12 // size, verbose=0))
+
+
+class Pieces:
+    """A custom batch sampler."""
+
+    def __init__(self, rows, batch):
+        self.rows = rows
+        self.batch = batch
+
+    def __len__(self):
+        return self.rows // self.batch
+
+    def __iter__(self):
+        return iter([part.tolist() for part in torch.randperm(self.rows).split(self.batch)])
+
+
+def list_of_batches(size):
+    X, y = doubles(64)
+    return fitted(list(zip(X.split(8 // size), y.split(8 // size), strict=True)), doubles(9))
+
+
+def steps_per_epoch(size):
+    seed()
+    model = compiled()
+    data = DataLoader(row_by_row(50), 12 // size, shuffle=True)
+    return found(model, model.fit(4, data, steps_per_epoch=3, verbose=0))
+
+
+def two_optimizers(size):
+    seed()
+    model = Two().double()
+    optimizers = {
+        "g": torch.optim.Adam(model.g.parameters()),
+        "d": torch.optim.SGD(model.d.parameters(), lr=0.1),
+    }
+    model = compiled(model, optimizer=optimizers, metrics_dict={})
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
+
+
+def own_parameters(size):
+    seed()
+    model = Net().double()
+    loss = Scaled(torch.float64)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    model = compiled(model, minikeras.Regularized(loss, model, l1=0.01, l2=0.01), optimizer)
+    return found(
+        model,
+        model.fit(2, doubles(45), batch_size=12 // size, verbose=0),
+        scale=loss.scale.detach(),
+    )
+
+
+class Sometimes(Net):
+    """A layer used in some batches of a process only, and one never used; penalties reach both."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(2, 8)
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x):
+        hidden = self.fc1(x) + (self.extra(x) if x.shape[0] % 2 else 0)
+        return torch.sigmoid(self.fc2(torch.relu(hidden)))
+
+
+def layers_that_come_and_go(size):
+    """Weights are those of one process that takes the halves of each batch by themselves."""
+    seed()
+    model = Sometimes().double()
+    model = compiled(
+        model, minikeras.Regularized(nn.BCELoss(), model, l2=0.01), accumulate=2 // size
+    )
+    X, y = doubles(20)
+    parts = [
+        (X[start : start + rows], y[start : start + rows])
+        for start, rows in ((0, 4), (4, 5), (9, 5), (14, 4))
+    ]
+    dfhistory = model.fit(2, parts, verbose=0)
+    return found(model, dfhistory)
+
+
+class Complex(minikeras.Model):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, dtype=torch.complex128) * (1 + 2j))
+
+    def forward(self, x):
+        return torch.sigmoid((x.to(self.weight.dtype) @ self.weight).abs())
+
+
+def complex_weights(size):
+    seed()
+    model = Complex()
+    model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
+
+
+def big_steps(size):
+    seed()
+    model = compiled(accumulate=2, clip_grad_norm=0.1)
+    return found(model, model.fit(2, doubles(61), batch_size=12 // size, verbose=0))
