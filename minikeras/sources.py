@@ -119,6 +119,8 @@ def is_batched(data: Any) -> bool:
 class ArrayBatches:
     """Batches cut from arrays that are whole in memory, in a new random order at each iteration when shuffled."""
 
+    is_exact = True  # reading again from the same random state gives the same batches
+
     def __init__(
         self,
         data: Any,

@@ -18,9 +18,6 @@ CORE = sorted(path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE
 
 # Imports from room to room, each with its reason. All others are of the core, or of `support`.
 ROOM_TO_ROOM = {
-    ("checkpoint", "data"): "a position is passed over as the batches were drawn",
-    ("checkpoint", "distributed"): "the part of a process is passed over by its own numbers",
-    ("distributed", "data"): "the rows of a process are fetched as those of one are",
     ("distributed", "on_all_rows"): "its rows are gathered from all processes",
     ("losses", "distributed"): "a penalty adds up what each process has in parts",
     ("__main__", "export"): "the command exports",

@@ -29,6 +29,7 @@ from torch.utils.data import (
 
 from minikeras.data import in_memory
 from minikeras.data.in_memory import InMemoryBatches, gathered, is_in_memory
+from minikeras.support import loaders
 
 ROWS = 23
 
@@ -273,14 +274,14 @@ def test_in_memory_sampler_of_lists_gives_batches_of_lists(dataset):
 
 
 def test_in_memory_order_is_the_loaders_if_a_later_torch_shuffles_in_another_way(monkeypatch):
-    monkeypatch.setattr(in_memory, "_shuffles_as_we_do", lambda: False)
+    monkeypatch.setattr(loaders, "_shuffles_as_we_do", lambda: False)
     assert_alike(lambda: loader_of("many rows", "shuffle"))
 
 
 def test_in_memory_order_knows_how_the_installed_torch_shuffles():
     before = torch.get_rng_state()
-    in_memory._shuffles_as_we_do.cache_clear()
-    assert in_memory._shuffles_as_we_do()
+    loaders._shuffles_as_we_do.cache_clear()
+    assert loaders._shuffles_as_we_do()
     assert torch.equal(before, torch.get_rng_state())
 
 

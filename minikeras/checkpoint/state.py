@@ -365,7 +365,7 @@ class Checkpoint(Hook):
             if getattr(loader, "persistent_workers", False) and past_first_epoch and not in_first:
                 # in the run before, the seed of its workers was drawn in an iteration that is over
                 self.run.world.draw_first_seed(loader)
-        self.train.carry_on(position)
+        self.train.resume_at(position)
 
     def _of_rank(self, state: Any) -> Any:
         """The state with what this process had of its own, where there are as many processes as then."""
