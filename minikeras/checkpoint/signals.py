@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C in a fit with a checkpoint: the batch is finished and the state written; a second acts at once."""
+"""SIGTERM and Ctrl-C in a fit with a checkpoint.
+
+The current batch is finished and the state written. A second signal acts at once.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ TERMINATED = 128 + signal.SIGTERM  # the exit status that schedulers expect
 
 
 class Interruptions:
-    """SIGTERM and Ctrl-C, held back until a fit has written its state. For use in `with`.
+    """Hold back SIGTERM and Ctrl-C until a fit has written its state. For use in `with`.
 
-    Handlers that were there are called in their turn, and put back at the end.
+    Earlier handlers are called then, and put back at the end.
     """
 
     def __init__(self) -> None:
@@ -24,11 +27,13 @@ class Interruptions:
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
         self.received: int | None = None
-        self.agreed: int | None = None  # of several processes: one of them has received it
-        self.alone = True
+        self.agreed: int | None = None  # what one of several processes has received
+        self.alone = True  # there is one process
 
     def __enter__(self) -> Interruptions:
-        for number in (signal.SIGTERM, signal.SIGINT) if self.active else ():
+        if not self.active:
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(number)
             if handler not in (None, signal.SIG_IGN):  # whoever ignores it wants it ignored
                 self.before[number] = handler
@@ -38,9 +43,8 @@ class Interruptions:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if (
-            self.received is not None and error[0] is None
-        ):  # it came after the last state was written
+        # it came after the last state was written
+        if self.received is not None and error[0] is None:
             self._act(self.received, None)
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -48,17 +52,18 @@ class Interruptions:
             if get_worker_info() is None:  # another child: as if this handler were not there
                 signal.signal(number, self.before[number])
                 os.kill(os.getpid(), number)
-            return  # a DataLoader's worker, which Ctrl-C reaches too: it goes on, and the batch can be finished
+            # a DataLoader's worker, which Ctrl-C reaches too: it continues, so that the batch can
+            # be finished
+            return
         if self.received is not None:
             self._act(number, frame)
         self.received = number
-        if hasattr(
-            signal, "SIGCHLD"
-        ):  # the workers may have got it as well: torch must not complain of them now
+        # the workers may have received it as well: torch must not complain of them now
+        if hasattr(signal, "SIGCHLD"):
             self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def act(self, save: Callable[[], None]) -> None:
-        """Where a signal has come: write the state, then do what the signal asks for."""
+        """If a signal has come, write the state, then do what the signal asks for."""
         due = self.received if self.alone else self.agreed
         if due is not None:
             save()

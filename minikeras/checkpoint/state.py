@@ -1,8 +1,10 @@
-"""The whole state of a run <-> one file, so that a fit can be killed at any instant and carried on bit by bit the same.
+"""Save the whole state of a run to one file, and resume from it, bit-for-bit identical.
 
-opened      is there a file, is it whole, is it of this call of fit, does it fit this model? nothing is changed yet
-restored    weights, optimizers, totals, history, callbacks, random state; then the fit goes on where the file stands
-written     at each epoch's end, every so many steps, and when the process is asked to end
+open      read the file, check that it is complete and belongs to this call of fit and this model;
+          nothing is changed yet
+restore   take over weights, optimizers, totals, history, callbacks and random states; the fit
+          resumes where the file stands
+save      at the end of each epoch, every so many steps, and when the process is asked to end
 """
 
 from __future__ import annotations
@@ -75,10 +77,10 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Hook):
-    """One fit's file.
+    """The file of one fit.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         every: steps between two writings within an epoch, None for none.
     """
 
@@ -86,15 +88,16 @@ class Checkpoint(Hook):
         self.path = path_of_run(path)
         self.place = fix(self.path)  # a callback may chdir
         self.every = None if every is None else positive_int("checkpoint_every", every)
-        self.state: Any = None  # what is to be carried on from
-        self.whole = True  # the newest file is; else it is not worth keeping as the one before
-        self.written = ""  # the last writing, for people
-        self.random: Any = None  # as it was before the validation under way
-        self.saved_step = 0  # of the epoch under way
-        self.again: Any = None  # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
+        self.state: Any = None  # what to resume from
+        self.whole = True  # the newest file is complete; else it is not worth keeping as NAME.prev
+        self.written = ""  # the last writing, for messages
+        self.random: Any = None  # the random state before the current validation
+        self.saved_step = 0  # of the current epoch
+        # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
+        self.resumed_state: Any = None
         self.interruptions = Interruptions()
 
-    # --- before a fit -------------------------------------------------------------------------------------------------
+    # --- before a fit -----------------------------------------------------------------------------
 
     def watched(
         self,
@@ -104,60 +107,65 @@ class Checkpoint(Hook):
         run: Run,
         callbacks: list[Callback],
     ) -> Iterable[Any]:
-        """The same training batches, knowing where they stand."""
-        pairs = [
-            (getattr(batches, "loader", batches), name)
-            for batches, name in ((train, "dl_train"), (val, "dl_val"))
-        ]
-        for loader, name in pairs:
-            if model.is_main_process:
-                warn_of_hidden_draws(loader, name)
-        self.loaders: list[Any] = [loader for loader, _ in pairs]
+        """Return the training batches as a source that knows where it stands."""
+        # what the user passed
+        train_loader = getattr(train, "loader", train)
+        val_loader = getattr(val, "loader", val)
+        self.loaders: list[Any] = [train_loader, val_loader]
+        if model.is_main_process:
+            warn_of_hidden_draws(train_loader, "dl_train")
+            warn_of_hidden_draws(val_loader, "dl_val")
+        data = {"dl_train": train_loader}
+        if val_loader is not None:
+            data["dl_val"] = val_loader
+        roots = {**data, "model": model, "loss_func": run.loss_func, **dict(named(callbacks))}
         self.given = callbacks
-        data = {name: loader for loader, name in pairs if loader is not None}
-        others = {"model": model, "loss_func": run.loss_func, **dict(named(callbacks))}
         self.randomness = Randomness(
-            run.device, self.loaders, data | others, data, (run,), (model, *callbacks)
+            run.device,
+            self.loaders,
+            roots,
+            counted=data,
+            without=(run,),
+            uncounted=(model, *callbacks),
         )
         self.attributes = PlainAttributes(holders_in(model, run.loss_func))
-        self.data = data_of(self.loaders[0])
+        self.data = data_of(train_loader)
         self.train = Positioned(train, "dl_train", self.randomness)
         return self.train
 
     def open(self, model: Model, run: Run, epochs: int) -> int:
-        """The number of the last epoch of this call of fit, the file looked at.
+        """Read and check the file; return the number of the last epoch of this call of fit.
 
         Raises:
-            CheckpointError: the file is damaged, or of another run, model or optimizer; or another fit of this process
-                has used it.
-            OSError: none can be written there.
+            CheckpointError: the file is damaged, or of another run, model or optimizer; or another
+                fit of this process has used it.
+            OSError: no file can be written there.
         """
-        self.model, self.run = model, run
+        self.model = model
+        self.run = run
         self.interruptions.alone = run.world.size == 1
         # of a fit that did not come to its end: its checkpoint's path, and its first epoch
-        before, run.kept["unfinished"] = run.kept.get("unfinished"), None
-        self.first, self.last = len(run.epochs) + 1, len(run.epochs) + epochs
-        # what cannot be held is said before anything moves
+        before = run.kept.get("unfinished")
+        run.kept["unfinished"] = None
+        self.first = len(run.epochs) + 1
+        # what cannot be saved is an error before anything changes
         plain(self.run.train.totals.state_dict(), "metrics")
         place = follow_links(self.path)
         refuse_folders(previous(place))
         found = read_newest(self.path, reader(model))
-        is_again = before is not None and before[0] == self.path
-        if (
-            found is not None and before is not None and is_again
-        ):  # broken off, and called once more
-            self.first, self.last = before[1], before[1] - 1 + epochs
+        if found is not None and before is not None and before[0] == self.path:
+            self.first = before[1]  # the same call again, after an error or an interruption
+        self.last = self.first - 1 + epochs
         # optimizers' settings and what is frozen, as the first fit with a checkpoint began
         run.kept["begun"] = run.kept.get("begun") or beginning(model, run)
         if found is not None:
             check_run(found[0], model, run, found[1])
-        self.use = use(
-            self.path, model, run, self.loaders, self.given, self.last, found is not None
-        )
+        has_file = found is not None
+        self.use = use(self.path, model, run, self.loaders, self.given, self.last, has_file)
         if found is not None:
             state, path = found
             self.whole = path == place
-            self.state = self._mine(state, path)
+            self.state = self._state_of_this_call(state, path)
             self._compare_beginnings(state.get("begun"))
         run.world.by_main(self._check_writable)
         run.kept["unfinished"] = self.path, self.first
@@ -168,20 +176,20 @@ class Checkpoint(Hook):
             check_writable(self.path, "fit(checkpoint=...)")
 
     def check_length(self, batches: int | None) -> None:
-        """Refuse a position beyond an epoch's end, where the number of its batches is known.
+        """Refuse a position beyond an epoch's end, if the number of its batches is known.
 
         Raises:
-            CheckpointError: it is.
+            CheckpointError: the position is beyond it.
         """
         step = 0 if self.state is None else self.state["position"]["step"]
         if batches is not None and step > batches:
             raise CheckpointError(
-                f"the checkpoint stands after batch {step} and dl_train ended after {batches}. Give the same data as "
-                f"before."
+                f"the checkpoint stands after batch {step} and dl_train ended after {batches}. "
+                f"Give the same data as before."
             )
 
     def _compare_beginnings(self, begun: Any) -> None:
-        """What the script froze when the run began, and has thawed since, is not to be frozen by the file."""
+        """Forget what the file would freeze if the script has changed what it freezes itself."""
         self.now = self.run.kept["begun"]
         if begun is None:  # an older file has none
             return
@@ -192,21 +200,27 @@ class Checkpoint(Hook):
             if begun.get(key, self.now[key]) != self.now[key]:
                 self.state[key] = None
 
-    def _mine(self, state: Any, path: Path) -> Any:
-        """The state where this call of fit goes on with it, else None."""
-        done, rows = len(self.run.epochs), len(state["history"])
+    def _state_of_this_call(self, state: Any, path: Path) -> Any:
+        """Return the file's state if this call of fit resumes from it, else None.
+
+        Raises:
+            CheckpointError: the file is of another fit.
+        """
+        epochs_in_history = len(self.run.epochs)
+        epochs_in_file = len(state["history"])
         if state["first"] == self.first:  # the same call
             return state
-        if done == rows:  # a call before this one, whose file this one takes over
+        if epochs_in_history == epochs_in_file:  # an earlier call, whose file this one takes over
             return None
-        if state["first"] > self.last:  # a call after this one: this one was done long ago
+        if state["first"] > self.last:  # a later call: this one came to its end long ago
             return state
         raise CheckpointError(
-            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is of epochs "
-            f"{self.first} to {self.last}. Give each fit a file of its own. {remedy_of_fit(path)}"
+            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is of "
+            f"epochs {self.first} to {self.last}. Give each fit a file of its own. "
+            f"{remedy_of_fit(path)}"
         )
 
-    # --- as it begins -------------------------------------------------------------------------------------------------
+    # --- at the beginning of a fit ----------------------------------------------------------------
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
@@ -220,109 +234,127 @@ class Checkpoint(Hook):
 
     @untouched
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
-        """Take over the file's state if it is of this call; return where the fit begins, said in a line.
+        """Take over the file's state if it is of this call; return where the fit begins.
 
-        All that can be refused is refused before the first weight is changed.
+        A line says where. Everything that can be refused is refused before the first weight
+        changes.
 
         Raises:
             CheckpointError: data, callbacks or metrics cannot take over what the file has of them.
         """
-        self.callbacks, self.say = callbacks, say
+        self.callbacks = callbacks
+        self.say = say
         self._note_groups()
-        # what cannot be held is said before anything moves
-        plain({name: callback.state_dict() for name, callback in named(callbacks)}, "callbacks")
-        others = {}
-        for key, value in self.model.state_dict().items():
-            if not isinstance(value, Tensor):
-                others[key] = value
-        plain(others, "the state_dict")
+        self._check_plain()
         if self.state is None:
             return Position(self.first)
-        state, self.state = self.state, None
-        later = state["first"] > self.last
+        state = self.state
+        self.state = None
+        is_later_call = state["first"] > self.last
         at = Position(self.last + 1)
-        if not later:
+        if not is_later_call:
             self._check_course(state)
-            at = at if stopped(state) else Position(**state["position"])
-        finished = at.epoch > self.last
+            if not was_stopped(state):
+                at = Position(**state["position"])
+        is_finished = at.epoch > self.last
         if self.model.is_main_process:
-            self._warn(state, finished, later)
+            self._warn(state, is_finished, is_later_call)
         self._load_weights(with_copy(state, "optimizers"), whole=not at.step)
-        if later:
+        if is_later_call:
             self.run.epochs = self.run.epochs[: self.last]
         else:
             self._begin_course(state)
             self._load_course(with_copy(state, "callbacks"))
             self.model.stop_training = state["stopped"]
-        if finished:
+        if is_finished:
             self.run.kept["unfinished"] = None
             self.use.came_to = "its end"
-            say(
-                f"{self.path}: finished after epoch {len(self.run.epochs)}, nothing is left to train"
-            )
+            epoch = len(self.run.epochs)
+            say(f"{self.path}: finished after epoch {epoch}, nothing is left to train")
         else:
             say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
             if at.step:
-                self.again = state
+                self.resumed_state = state
         return at
 
+    def _check_plain(self) -> None:
+        """Raise an error, before anything changes, for what cannot be saved."""
+        states = {name: callback.state_dict() for name, callback in named(self.callbacks)}
+        plain(states, "callbacks")
+        others = {}
+        for key, value in self.model.state_dict().items():
+            if not isinstance(value, Tensor):
+                others[key] = value
+        plain(others, "the state_dict")
+
     def _check_course(self, state: Any) -> None:
-        """Refuse what cannot be taken over; callbacks and metrics try it, and are put back if one cannot."""
+        """Refuse what cannot be taken over.
+
+        Callbacks and metrics try it, and get their own state back if one of them cannot.
+        """
         self.randomness.check(state["random"])
         if state["train"] is not None and state["position"]["epoch"] <= self.last:
             self.train.check(restored(state["train"]))
         tried: list[tuple[Callback, Any]] = []
+        totals = self.run.train.totals
         try:
             for name, callback in named(self.callbacks):
                 if name in state["callbacks"]:
                     tried.append((callback, copy.deepcopy(callback.state_dict())))
-                    self._try(
-                        f"callback {name}", callback.load_state_dict, state["callbacks"][name]
-                    )
-            if state["position"]["step"] and self.run.train.totals.objects:
-                self._try("metrics", self.run.train.totals.load_state_dict, state["totals"])
+                    written = state["callbacks"][name]
+                    self._try(f"callback {name}", callback.load_state_dict, written)
+            if state["position"]["step"] and totals.objects:
+                self._try("metrics", totals.load_state_dict, state["totals"])
         except CheckpointError:
             for callback, before in reversed(tried):
                 with contextlib.suppress(Exception):
                     callback.load_state_dict(before)
             raise
         finally:
-            self.run.train.totals.reset()
+            totals.reset()
 
-    def _try(self, what: str, take: Callable[[Any], Any], state: Any) -> None:
+    def _try(self, what: str, load: Callable[[Any], Any], state: Any) -> None:
         try:
-            take(restored(copy.deepcopy(state)))
+            load(restored(copy.deepcopy(state)))
         except Exception as error:
             raise CheckpointError(
-                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: {error}. The model is "
-                f"as it was. Give what was given when the file was written. "
+                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: "
+                f"{error}. The model is as it was. Give what was given when the file was written. "
                 f"{remedy_of_fit(self.path)}"
             ) from error
 
-    def _warn(self, state: Any, finished: bool, later: bool) -> None:
-        """Say what the script has changed since the run began, and which is taken."""
-        callbacks, states = dict(named(self.callbacks)), state["callbacks"]
-        if later:  # the file's callbacks and data are those of another call
-            callbacks, states = {}, {}
+    def _warn(self, state: Any, is_finished: bool, is_later_call: bool) -> None:
+        """Warn of what the script has changed since the run began, and say which is taken."""
+        callbacks = dict(named(self.callbacks))
+        states = state["callbacks"]
+        if is_later_call:  # the file's callbacks and data are those of another call
+            callbacks = {}
+            states = {}
         schedules = other_schedules(states, callbacks)
-        if state.get("begun") is not None:
-            begun, now = state["begun"], self.now
+        begun = state.get("begun")
+        if begun is not None:
+            has_schedules = bool(schedules)
             warn_of_other_settings(
-                begun["optimizers"], now["optimizers"], self.path, bool(schedules)
+                begun["optimizers"], self.now["optimizers"], self.path, has_schedules
             )
-            warn_of_another_script(begun, now, self.path)
-        if later:
+            warn_of_another_script(begun, self.now, self.path)
+        if is_later_call:
             return
         warn_of_other_schedules(schedules, self.path)
         warn_of_other_monitors(states, callbacks, self.path)
-        if not finished:
+        if not is_finished:
             warn_of_other_callbacks(states, callbacks)
         warn_of_other_generators(self.randomness.others(state["random"]), self.path)
-        warn_of_other_data(state, self.data, finished, self.path)
+        warn_of_other_data(state, self.data, is_finished, self.path)
 
     def _load_weights(self, state: Any, whole: bool = True) -> None:
-        """Weights, optimizers and history; unless `whole`, optimizers have the groups that the epoch began with."""
-        run, loss = self.run, self.run.loss_func
+        """Load weights, optimizers and history.
+
+        Args:
+            whole: with all groups of the optimizers; else with those that the epoch began with.
+        """
+        run = self.run
+        loss = run.loss_func
         fill_late_buffers(self.model, late_buffers(self.model, state["model"]), run.device)
         load_whole(self.model, state["model"])
         set_buffers(self.model, state["buffers"], run.device)
@@ -345,53 +377,60 @@ class Checkpoint(Hook):
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
 
     def _begin_course(self, state: Any) -> None:
-        """What is taken over once: where the data stand, and which steps have been seen."""
-        validated = any(
-            name.startswith("val_")
-            for logs, _ in self.run.epochs[self.first - 1 :]
-            for name in logs
-        )
-        self.run.engine.expect_steps(
-            ["train_step", "evaluate_step"] if validated else ["train_step"]
-        )
+        """Take over once where the data stands, and which steps have been compiled."""
+        steps = ["train_step"]
+        if self._has_validated():
+            steps.append("evaluate_step")
+        self.run.engine.expect_steps(steps)
         position = restored(self._of_rank(state)["train"])
-        past_first_epoch = len(self.run.epochs) >= self.first
-        begun = 2 if position is None else position.get("iterations", 2)  # older files do not tell
-        self.train.iterations = begun if past_first_epoch or position is not None else 0
+        is_past_first_epoch = len(self.run.epochs) >= self.first
+        # older files do not say how many iterations have begun
+        iterations = 2 if position is None else position.get("iterations", 2)
+        self.train.iterations = 0
+        if is_past_first_epoch or position is not None:
+            self.train.iterations = iterations
         for number, loader in enumerate(self.loaders):
-            in_first = (
-                number == 0 and begun < 2
-            )  # steps_per_epoch: the first iteration may be under way still
-            if getattr(loader, "persistent_workers", False) and past_first_epoch and not in_first:
+            # with steps_per_epoch the first iteration may not be over yet
+            is_in_first = number == 0 and iterations < 2
+            has_workers = getattr(loader, "persistent_workers", False)
+            if has_workers and is_past_first_epoch and not is_in_first:
                 # in the run before, the seed of its workers was drawn in an iteration that is over
                 self.run.world.draw_first_seed(loader)
         self.train.resume_at(position)
 
+    def _has_validated(self) -> bool:
+        """Tell whether an epoch of this call of fit has been validated."""
+        for logs, _ in self.run.epochs[self.first - 1 :]:
+            if any(name.startswith("val_") for name in logs):
+                return True
+        return False
+
+    def _has_own_part(self, state: Any) -> bool:
+        """Tell whether a state has a part of each process, for as many processes as here."""
+        size = self.run.world.size
+        return size > 1 and len(state.get("ranks", [])) == size
+
     def _of_rank(self, state: Any) -> Any:
-        """The state with what this process had of its own, where there are as many processes as then."""
-        world, ranks = self.run.world, state.get("ranks", [])
-        if world.size > 1 and len(ranks) == world.size:
-            return state | ranks[world.rank]
+        """Return the state with this process's own part in it, if there is one."""
+        if self._has_own_part(state):
+            return state | state["ranks"][self.run.world.rank]
         return state
 
     def _load_course(self, state: Any) -> None:
-        world, ranks = self.run.world, state.get("ranks", [])
-        rank = world.rank
-        same = world.size > 1 and len(ranks) == world.size
+        """Load buffers of this process, totals, parts of the stepper, callbacks, random states."""
+        run = self.run
+        has_own_part = self._has_own_part(state)
+        takes_shared = has_own_part or run.world.rank == 0  # else rank 0 takes it for all
         state = self._of_rank(state)
-        set_buffers(self.model, state["own buffers"] if same else {}, self.run.device)
-        if isinstance(self.run.loss_func, nn.Module):
-            set_buffers(
-                self.run.loss_func,
-                state.get("own loss buffers", {}) if same else {},
-                self.run.device,
-            )
-        self.run.train.totals.reset()
+        buffers = state["own buffers"] if has_own_part else {}
+        set_buffers(self.model, buffers, run.device)
+        if isinstance(run.loss_func, nn.Module):
+            buffers = state.get("own loss buffers", {}) if has_own_part else {}
+            set_buffers(run.loss_func, buffers, run.device)
+        run.train.totals.reset()
         if state["position"]["step"]:
-            self.run.train.totals.load_state_dict(
-                restored(state["totals"]), counted=same or rank == 0
-            )  # by it for all
-        stepper = self.run.stepper
+            run.train.totals.load_state_dict(restored(state["totals"]), counted=takes_shared)
+        stepper = run.stepper
         if stepper.compiled_parts and state.get("precision"):  # older files have none
             stepper.load_state_dict(restored(state["precision"]))
         stepper.load_steps(steps_in(state))
@@ -399,7 +438,7 @@ class Checkpoint(Hook):
             if name in state["callbacks"]:
                 callback.load_state_dict(restored(state["callbacks"][name]))
         self.attributes.restore(restored(state.get("attributes", {})))
-        if same or rank == 0:
+        if takes_shared:
             self.randomness.restore(restored(state["random"]))
 
     def before_epoch(self, fit: Fit) -> None:
@@ -407,18 +446,20 @@ class Checkpoint(Hook):
         self._note_groups()
 
     def _note_groups(self) -> None:
-        self.groups = {
-            name: len(optimizer.param_groups) for name, optimizer in self.run.optimizers.items()
-        }
+        self.groups = {}
+        for name, optimizer in self.run.optimizers.items():
+            self.groups[name] = len(optimizer.param_groups)
 
     def on_epoch_begin(self, fit: Fit) -> None:
-        """After on_epoch_begin of an epoch: one that is resumed in its middle has had it already.
+        """Put the file's state back, if the epoch is resumed in its middle.
 
-        What it did to the model, the optimizers, the random states and callbacks with a state_dict is undone: the state
-        of the file is put back. What it set up in callbacks without one stays.
+        on_epoch_begin of the callbacks has run before, in the interrupted run. What it has done
+        now to the model, the optimizers, the random states and callbacks with a state_dict is
+        undone. What it set up in callbacks without one stays.
         """
         self.saved_step = fit.at.step
-        state, self.again = self.again, None
+        state = self.resumed_state
+        self.resumed_state = None
         if state is not None:
             epochs = self.run.epochs
             self._load_weights(state)
@@ -426,46 +467,56 @@ class Checkpoint(Hook):
             self._load_course(state)
             self.groups = state.get("groups", self.groups)
 
-    # --- as it goes on ------------------------------------------------------------------------------------------------
+    # --- during a fit -----------------------------------------------------------------------------
 
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Write if it is due, or if the process is asked to end."""
         at = fit.at
-        if at.logs is None and not self.model.stop_training and self.every is not None:
+        is_training = at.logs is None
+        if is_training and not self.model.stop_training and self.every is not None:
             if number - self.saved_step >= self.every:
                 self.save(at)
-        if not (at.logs is None and self.model.stop_training):
-            self.interruptions.act(lambda: self.left(at))
+        if not (is_training and self.model.stop_training):
+            self.interruptions.act(lambda: self._leave(at))
 
     def on_validation_begin(self, fit: Fit) -> None:
-        """Note the random state: validation is not resumed in its middle, but begun again."""
+        """Note the random state: validation is not resumed in its middle, but runs again."""
         self.random = self.randomness.states()
 
     def on_epoch_end(self, fit: Fit) -> None:
-        """Write the state. The fit's last state must be written, or it is an error."""
+        """Write the state; for the last one of a fit it is an error if that fails."""
         at = fit.at
         self.random = None
         self.save(at, last=at.epoch > self.last or self.model.stop_training)
-        self.interruptions.act(lambda: self.left(at, saved=True))
+        self.interruptions.act(lambda: self._leave(at, is_saved=True))
 
-    def left(self, at: Position, saved: bool = False) -> None:
-        """A signal has come: write, and say how to go on."""
-        if not saved:
+    def _leave(self, at: Position, is_saved: bool = False) -> None:
+        """Write the state after a signal, and say how to resume."""
+        if not is_saved:
             self.save(at)
         self.say(
-            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on from there"
+            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on "
+            f"from there"
         )
 
     def save(self, at: Position, last: bool = False) -> None:
+        """Write the state of the run.
+
+        Args:
+            last: it is the last state of the fit.
+
+        Raises:
+            CheckpointError: the last state could not be written. For another one it is a warning.
+        """
         if not self.run.allows_writing(self.path, with_state=True):
             return
         error = self._write(self.place, plain(self._state(at), "the state of the run"))
-        failed = error is not None
-        failed = bool(self.run.world.agree(failed)[0])  # all must know, since all try again
-        if failed and last:
-            problem: Any = (
-                "another process has failed, and its message says more" if error is None else error
-            )
+        # all processes must know, since all try again
+        has_failed = bool(self.run.world.agree(error is not None)[0])
+        if has_failed and last:
+            problem: Any = error
+            if error is None:
+                problem = "another process has failed, and its message says more"
             why = "Make room or give another file: these last weights are not saved."
             raise CheckpointError(f"{self._unwritten(problem)} {why}") from error
         if error is not None:
@@ -473,7 +524,7 @@ class Checkpoint(Hook):
             warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
         if last:
             self.use.came_to = "its end"
-        if not failed:
+        if not has_failed:
             if last:
                 self.run.kept["unfinished"] = None
             self.whole = True
@@ -481,7 +532,10 @@ class Checkpoint(Hook):
             self.saved_step = at.step
 
     def _write(self, path: Path, state: Any) -> OSError | None:
-        """By rank 0, where there are several processes, and what is in parts by all; the error, if it failed."""
+        """Write a state, and return the error if that failed.
+
+        With several processes rank 0 writes, and all write their parts of sharded tensors.
+        """
         state, parts = apart(state)
         folder = None
         try:
@@ -489,7 +543,8 @@ class Checkpoint(Hook):
                 folder = Path(self.run.world.broadcast(str(temporary(follow_links(path)))))
                 state["parts"] = save_parts(folder, parts, self.run.world)
             if self.model.is_main_process:
-                write(path, dump_rest(state) if parts else dump(state), keep=self.whole, new=folder)
+                write_file = dump_rest(state) if parts else dump(state)
+                write(path, write_file, keep=self.whole, new=folder)
         except OSError as error:
             if folder is not None and self.model.is_main_process:
                 with contextlib.suppress(OSError):
@@ -498,11 +553,9 @@ class Checkpoint(Hook):
         return None
 
     def _unwritten(self, error: Any) -> str:
-        before = (
-            f"The state of {self.written} is still there"
-            if self.written
-            else "Nothing was written before"
-        )
+        before = "Nothing was written before"
+        if self.written:
+            before = f"The state of {self.written} is still there"
         return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
     @contextlib.contextmanager
@@ -514,13 +567,25 @@ class Checkpoint(Hook):
             self.use.came_to = "an error"
             if self.written:
                 error.add_note(
-                    f"The last state is in {self.path}: {self.written}. Call fit again to go on from there."
+                    f"The last state is in {self.path}: {self.written}. Call fit again to go on "
+                    f"from there."
                 )
             raise
 
     def _state(self, at: Position) -> dict[str, Any]:
-        model, run, loss = self.model, self.run, self.run.loss_func
-        weights, mine = weights_of(model), self._of_process()
+        """Return the whole state of the run."""
+        model = self.model
+        run = self.run
+        loss = run.loss_func
+        weights = weights_of(model)
+        optimizers = {}
+        for name, optimizer in run.optimizers.items():
+            optimizers[name] = {
+                "class": type(optimizer).__name__,
+                "state": optimizer.state_dict(),
+                "names": group_names(optimizer, model, loss),
+            }
+        of_process = self._of_process()
         state = {
             RUN: VERSION,
             "first": self.first,
@@ -535,33 +600,23 @@ class Checkpoint(Hook):
             "frozen": frozen(model),
             "in_eval": run.modes.look(),
             "model": weights,
-            "buffers": {
-                name: buffer for name, buffer in buffers_of(model).items() if name not in weights
-            },
+            "buffers": buffers_beside(model, weights),
             "loss": {},
-            "optimizers": {
-                name: {
-                    "class": type(optimizer).__name__,
-                    "state": optimizer.state_dict(),
-                    "names": group_names(optimizer, model, loss),
-                }
-                for name, optimizer in run.optimizers.items()
-            },
+            "optimizers": optimizers,
             "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
-            **mine,
+            **of_process,
         }
         if isinstance(loss, nn.Module):
-            of_loss = weights_of(loss)
-            hidden = {
-                name: buffer for name, buffer in buffers_of(loss).items() if name not in of_loss
-            }
-            state |= {"loss": of_loss, "loss buffers": hidden, "loss frozen": frozen(loss)}
+            loss_weights = weights_of(loss)
+            state["loss"] = loss_weights
+            state["loss buffers"] = buffers_beside(loss, loss_weights)
+            state["loss frozen"] = frozen(loss)
         if run.world.size > 1:
-            state |= self._of_ranks(run.world, mine)
+            state |= self._of_ranks(run.world, of_process)
         return state
 
     def _of_process(self) -> dict[str, Any]:
-        """What each process has of its own."""
+        """Return what each process has of its own."""
         stepper = self.run.stepper
         return {
             "precision": layout_of(stepper),
@@ -571,23 +626,33 @@ class Checkpoint(Hook):
             "train": self.train.position(),
         }
 
-    def _of_ranks(self, world: OneProcess, mine: dict[str, Any]) -> dict[str, Any]:
-        """What each of several processes has of its own; and the totals of all of them together."""
-        together, totals = dict(mine["totals"]), self.run.train.totals
+    def _of_ranks(self, world: OneProcess, of_process: dict[str, Any]) -> dict[str, Any]:
+        """Return what each of several processes has of its own, and the totals over all."""
+        totals = self.run.train.totals
+        totals_of_all = dict(of_process["totals"])
         if totals.sums:
             sums, counts = totals.summed()
-            together |= {"sums": dict(zip(totals.sums, sums, strict=True)), "counts": counts}
-        mine["own buffers"] = buffers_of(self.model)
+            totals_of_all["sums"] = dict(zip(totals.sums, sums, strict=True))
+            totals_of_all["counts"] = counts
+        of_process["own buffers"] = buffers_of(self.model)
         if isinstance(self.run.loss_func, nn.Module):
-            mine["own loss buffers"] = buffers_of(self.run.loss_func)
-        rest, _ = apart(
-            plain(mine, "the state of a process")
-        )  # parts are in the whole state under the same names
-        return {"totals": together, "ranks": world.gather(rest)}
+            of_process["own loss buffers"] = buffers_of(self.run.loss_func)
+        # sharded tensors are in the whole state under the same names
+        rest, _ = apart(plain(of_process, "the state of a process"))
+        return {"totals": totals_of_all, "ranks": world.gather(rest)}
+
+
+def buffers_beside(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the buffers that are not among the weights, as they are not persistent."""
+    buffers = {}
+    for name, buffer in buffers_of(module).items():
+        if name not in weights:
+            buffers[name] = buffer
+    return buffers
 
 
 def layout_of(stepper: Stepper) -> dict[str, Any] | None:
-    """What the parts of the stepper hold, as it lies in a file: each optimizer has a window."""
+    """Return the state of the stepper's parts as a file has it: a window for each optimizer."""
     state = stepper.state_dict()
     if state is None:
         return None
@@ -599,7 +664,10 @@ def layout_of(stepper: Stepper) -> dict[str, Any] | None:
 
 
 def steps_in(state: Any) -> dict[str, int]:
-    """The steps that each optimizer had taken; older files tell them of windows alone."""
+    """Return the number of steps that each optimizer had taken.
+
+    Older files have it in the windows alone.
+    """
     if "optimizer_steps" in state:
         return dict(state["optimizer_steps"])
     windows = (state.get("precision") or {}).get("windows", {})
@@ -607,43 +675,53 @@ def steps_in(state: Any) -> dict[str, int]:
 
 
 def path_of_run(path: Any) -> Path:
-    """The user's path of a file for the state of a run.
+    """Return the path of a file for the state of a run.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: the user's path cannot be one.
     """
     checked = user_path(path, "checkpoint")
     if checked.suffix == ".safetensors":
         raise ValueError(
-            f'checkpoint="{path}": a .safetensors file holds tensors alone, and not the state of a run. '
-            f'Pass "{checked.with_suffix(".pt")}".'
+            f'checkpoint="{path}": a .safetensors file holds tensors alone, and not the state of a '
+            f'run. Pass "{checked.with_suffix(".pt")}".'
         )
     return checked
 
 
 def holders_in(model: nn.Module, loss_func: Any) -> dict[str, Any]:
-    """The objects whose plain attributes are held: layers of the model and the loss."""
+    """Return the objects whose plain attributes are saved: layers of the model and the loss."""
     holders: dict[str, Any] = {}
     for root, value in (("model", model), ("loss_func", loss_func)):
         if isinstance(value, nn.Module):
             for name, module in value.named_modules():
                 holders[f"{root}.{name}".rstrip(".")] = module
-        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
-            value, types.FunctionType
-        ):
+            continue
+        has_attributes = isinstance(getattr(value, "__dict__", None), dict)
+        if has_attributes and not isinstance(value, types.FunctionType):
             holders[root] = value
     return holders
 
 
 def with_copy(state: Any, key: str) -> Any:
-    """A state whose part of that name may be changed: it is needed once more if an epoch is resumed in its middle."""
+    """Return a state whose part `key` may be changed.
+
+    If an epoch is resumed in its middle, the original is needed once more.
+    """
     if not state["position"]["step"]:
         return state
     return state | {key: copy.deepcopy(state[key])}
 
 
 def regroup(optimizer: Optimizer, written: Any, count: int, parameters: Mapping[str, Any]) -> None:
-    """Give an optimizer the groups of the file: those that a callback had added, and not those that it added here."""
+    """Give an optimizer the groups of the file.
+
+    A callback may have added groups then, and others now.
+
+    Args:
+        count: how many groups.
+        parameters: name -> parameter.
+    """
     own = optimizer.param_groups
     for group in own[count:]:
         for parameter in group["params"]:
@@ -656,20 +734,25 @@ def regroup(optimizer: Optimizer, written: Any, count: int, parameters: Mapping[
 
 
 def of_groups(state: Any, count: int) -> Any:
-    """An optimizer's state_dict with its first groups alone."""
+    """Return an optimizer's state_dict with its first `count` groups alone."""
     groups = state["param_groups"][:count]
-    numbers = {number for group in groups for number in group["params"]}
-    kept = {number: values for number, values in state["state"].items() if number in numbers}
-    return {**state, "param_groups": groups, "state": kept}
+    numbers = set()
+    for group in groups:
+        numbers.update(group["params"])
+    states = {}
+    for number, values in state["state"].items():
+        if number in numbers:
+            states[number] = values
+    return {**state, "param_groups": groups, "state": states}
 
 
-def stopped(state: Any) -> bool:
-    """Whether the fit was stopped before its last epoch, and that epoch is over."""
+def was_stopped(state: Any) -> bool:
+    """Tell whether the fit was stopped before its last epoch, and that epoch is over."""
     return bool(state["stopped"] and not state["position"]["step"])
 
 
 def named(callbacks: Iterable[Callback]) -> list[tuple[str, Callback]]:
-    """Each callback under its class's name, numbered from the second of a class on."""
+    """Return each callback with its class's name, numbered from the second of a class on."""
     seen: dict[str, int] = {}
     pairs = []
     for callback in callbacks:

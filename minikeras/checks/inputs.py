@@ -1,9 +1,9 @@
-"""What compile, a fit and its first batch are given: refused where it cannot train, or trains in silence on the wrong.
+"""Refuse what cannot train, or would silently train wrongly.
 
-first batch    outputs and labels that broadcast each other, losses that are always 0, softmax taken twice,
-               weights that are not one a row, metrics that are not a number
-a fit          optimizers that do not hold the model's parameters
-compile        classes where instances are meant, names that history uses
+first batch    outputs and labels that broadcast, losses that are always 0, softmax applied twice,
+               weights that are not one per row, metrics that are not a number
+fit            optimizers that do not hold the model's parameters
+compile        classes instead of instances, names that history uses
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ from minikeras.results import check_number, inner_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import parameters_of
 
-# --- losses and metrics, looked at ------------------------------------------------------------------------------------
+# --- losses and metrics, looked at ----------------------------------------------------------------
 
 
 def guarded(
     function: Callable[..., Any], outputs: Any, labels: Any, name: str, *, scalar: bool = True
 ) -> Any:
-    """`function(outputs, labels)`, refused when it broadcasts them; a result that is not a number is said first."""
+    """Call `function(outputs, labels)`, and raise an error if it broadcasts them.
+
+    Args:
+        scalar: the result must be a number; that error comes first.
+    """
     guard = BroadcastGuard(outputs, labels)
     try:
         with guard:
@@ -45,11 +49,14 @@ def guarded(
     except Exception as error:
         if guard.found:
             raise ValueError(f"{name}: {guard.found}") from None
-        hint = ". Let forward return the first part alone." * (
-            isinstance(outputs, tuple) and "'tuple'" in str(error)
-        )
+        hint = ""
+        if isinstance(outputs, tuple) and "'tuple'" in str(error):
+            hint = ". Let forward return the first part alone."
         if labels is None:
-            hint += ". The batches are features alone: give (features, labels), for an autoencoder (X, X)."
+            hint += (
+                ". The batches are features alone: give (features, labels), for an autoencoder "
+                "(X, X)."
+            )
         error.add_note(
             f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}"
         )
@@ -61,38 +68,40 @@ def guarded(
     return result
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def check_loss_inputs(
     loss_func: Any, outputs: Any, labels: Any, warn: bool, model: nn.Module, fitting: bool
 ) -> None:
-    """What torch accepts in silence, or answers from an accelerator too late.
+    """Refuse what torch silently accepts, or an accelerator reports too late.
 
-    What the model's layers tell of the outputs is warned of once: in training, or in an evaluation without any.
+    Warn once of what the model's layers tell about the outputs: in training, or in an evaluation
+    outside a fit.
+
+    Args:
+        warn: whether the batch is of the training.
+        fitting: whether a fit is running.
     """
     loss_func = inner_loss(loss_func)
     check_not_half(loss_func, outputs)
     check_one_tensor(loss_func, outputs, labels)
-    forward = getattr(
-        type(loss_func), "forward", None
-    )  # a subclass may do something else with labels
+    # by its forward: a subclass may do something else with labels
+    forward = getattr(type(loss_func), "forward", None)
     takes_scores = forward is nn.CrossEntropyLoss.forward or loss_func is F.cross_entropy
     takes_classes = takes_scores or forward is nn.NLLLoss.forward or loss_func is F.nll_loss
-    if not (
-        takes_classes
-        and isinstance(outputs, Tensor)
-        and isinstance(labels, Tensor)
-        and outputs.ndim > 1
-    ):
+    if not takes_classes or not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        return
+    if outputs.ndim <= 1:
         return
     function = "cross_entropy" if takes_scores else "nll_loss"
     check_class_dimension(function, outputs, labels, model, warn or not fitting)
     classes = outputs.shape[1]
     if classes == 1:
         raise ValueError(
-            f"predictions {tuple(outputs.shape)} have one class, so the loss is always 0. Give the model as many "
-            f"outputs as there are classes, or use BCEWithLogitsLoss for a yes-or-no question."
+            f"predictions {tuple(outputs.shape)} have one class, so the loss is always 0. Give the "
+            f"model as many outputs as there are classes, or use BCEWithLogitsLoss for a yes-or-no "
+            f"question."
         )
     if not labels.is_floating_point() and labels.ndim == outputs.ndim - 1:
         ignored = getattr(loss_func, "ignore_index", -100)
@@ -101,8 +110,9 @@ def check_loss_inputs(
             raise ValueError(no_class(int(outside[0]), classes))
     if warn and takes_scores and outputs.ndim == 2 and _sums_to_one(outputs):
         warnings.warn(
-            "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies softmax itself. "
-            "Give it raw scores: leave the softmax out of the model, or take log_softmax and NLLLoss.",
+            "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies "
+            "softmax itself. Give it raw scores: leave the softmax out of the model, or take "
+            "log_softmax and NLLLoss.",
             stacklevel=2,
         )
 
@@ -116,19 +126,24 @@ def is_of_torch(loss_func: Any) -> bool:
 
 
 def needs_labels(model: nn.Module, loss_func: Any, step: str) -> bool:
-    """Tell whether batches without labels cannot be used: a loss or step of the user's own may ignore labels."""
+    """Tell whether batches need labels: a custom loss or step may ignore them."""
     return is_of_torch(loss_func) and not overrides(model, step, "compute_loss")
 
 
 def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
-    """torch's own losses compare one tensor with one tensor."""
+    """Check that a loss of torch gets one tensor of outputs and one of labels.
+
+    Raises:
+        ValueError: it gets something else.
+    """
     if not is_of_torch(loss_func) or (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return
     name = getattr(loss_func, "__name__", type(loss_func).__name__)
     if any(isinstance(label, str) for label in leaves(labels)):
         raise ValueError(
-            f"the labels are text, {described(labels)}, and {name} compares numbers. Number the classes first, for "
-            f"instance with numbers, classes = pandas.factorize(labels), and pass torch.tensor(numbers)."
+            f"the labels are text, {described(labels)}, and {name} compares numbers. Number the "
+            f"classes first, for instance with numbers, classes = pandas.factorize(labels), and "
+            f"pass torch.tensor(numbers)."
         )
     if isinstance(outputs, Tensor):
         which = f"the labels are {described(labels)}"
@@ -138,10 +153,13 @@ def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
         remedy = "Let forward return the part that is compared"
         if isinstance(outputs, tuple):
             remedy = "Let forward return the first part alone, if that is compared"
-    key = repr(next(iter(outputs))) if isinstance(outputs, Mapping) and outputs else "0"
+    key = "0"
+    if isinstance(outputs, Mapping) and outputs:
+        key = repr(next(iter(outputs)))
     raise ValueError(
-        f"{name} takes one tensor of predictions and one of labels, and {which}. {remedy}; or pass a function as "
-        f"loss_func that adds up the losses of all parts, beginning with loss(y_pred[{key}], y_true[{key}])."
+        f"{name} takes one tensor of predictions and one of labels, and {which}. {remedy}; or pass "
+        f"a function as loss_func that adds up the losses of all parts, beginning with "
+        f"loss(y_pred[{key}], y_true[{key}])."
     )
 
 
@@ -150,16 +168,20 @@ def _sums_to_one(outputs: Tensor) -> bool:
     return bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all())
 
 
-# --- metrics and weights ----------------------------------------------------------------------------------------------
+# --- metrics and weights --------------------------------------------------------------------------
 
 
 def check_results(results: Any, step: Callable[..., Any]) -> None:
-    """A step must return a dict of name -> number."""
+    """Check that a step has returned a dict of name -> number.
+
+    Raises:
+        TypeError: it has not.
+    """
     name = getattr(step, "__name__", "the step")
     if not isinstance(results, Mapping) or not results:
         raise TypeError(
-            f"{name} returned {described(results)}; expected a dict of name -> number for the history. "
-            f'Return for instance {{"loss": loss}}.'
+            f"{name} returned {described(results)}; expected a dict of name -> number for the "
+            f'history. Return for instance {{"loss": loss}}.'
         )
     for key, value in results.items():
         check_name(f"{name} returned", key, ("lr", "epoch"))
@@ -174,133 +196,171 @@ def check_batch(
     rows: int | UnknownRows,
     needs_labels: bool = True,
 ) -> None:
-    """Check a pass's first batch: its labels, and its third part, which must be one weight a row.
+    """Check the parts of a pass's first batch.
 
-    `rows` is how many rows the batch has. `needs_labels` is False for a step or a loss computation of the user's own.
+    Args:
+        rows: how many rows the batch has.
+        needs_labels: False for a custom step or loss computation.
+
+    Raises:
+        ValueError: features or labels are missing, or the third part is not one weight per row.
+        TypeError: the step does not take a sample_weight.
     """
     if features is None and needs_labels:
         raise ValueError(
-            "the first part of a batch is None; expected (features, labels). Give the features there."
+            "the first part of a batch is None; expected (features, labels). Give the features "
+            "there."
         )
     if labels is None and needs_labels:
-        are, remedy = "features alone", "arrays as a tuple (X, y), for an autoencoder (X, X)"
-        if isinstance(features, Mapping) and len(features) > 1:
-            key = (
-                [key for key in features if key in ("labels", "label", "targets", "target")]
-                or list(features)
-            )[-1]
-            are = f"dicts of {', '.join(map(str, features))}, all of them features"
-            remedy = f"(batch, batch.pop({key!r})) where they are made"
-        raise ValueError(
-            f"the batches are {are}, and the loss compares with labels. Give batches of (features, labels), "
-            f"{remedy}; or override {step.__name__}."
-        )
+        raise _without_labels(step, features)
     if sample_weight is None:
         return
-    if isinstance(rows, UnknownRows):  # there is nothing to compare with: the weights are one a row
-        rows = getattr(sample_weight, "numel", lambda: 0)()
-    if (
-        not isinstance(sample_weight, Tensor)
-        or sample_weight.numel() != rows
-        or len(sample_weight) != rows
-    ):
-        raise ValueError(
-            f"the third part of a batch is a weight per row: expected shape ({rows},), got {described(sample_weight)}. "
-            f"Put several inputs into a tuple of their own: ((a, b), labels)."
-        )
+    _check_weight(sample_weight, rows)
     try:
         inspect.signature(step).bind(None, None, None)
     except TypeError:
         raise TypeError(
-            f"the batches carry a sample_weight, and {step.__qualname__} does not take one. "
-            f"Write it as {step.__name__}(self, features, labels, sample_weight=None)."
+            f"the batches carry a sample_weight, and {step.__qualname__} does not take one. Write "
+            f"it as {step.__name__}(self, features, labels, sample_weight=None)."
         ) from None
 
 
-# --- before a fit -----------------------------------------------------------------------------------------------------
+def _without_labels(step: Callable[..., Any], features: Any) -> ValueError:
+    """Return the error for batches that are features alone."""
+    are = "features alone"
+    remedy = "arrays as a tuple (X, y), for an autoencoder (X, X)"
+    if isinstance(features, Mapping) and len(features) > 1:
+        key = list(features)[-1]
+        for name in features:
+            if name in ("labels", "label", "targets", "target"):
+                key = name
+        are = f"dicts of {', '.join(map(str, features))}, all of them features"
+        remedy = f"(batch, batch.pop({key!r})) where they are made"
+    return ValueError(
+        f"the batches are {are}, and the loss compares with labels. Give batches of (features, "
+        f"labels), {remedy}; or override {step.__name__}."
+    )
+
+
+def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
+    """Check that a sample_weight has one weight per row."""
+    if isinstance(rows, UnknownRows):  # there is nothing to compare with
+        rows = getattr(sample_weight, "numel", lambda: 0)()
+    if isinstance(sample_weight, Tensor):
+        if sample_weight.numel() == rows and len(sample_weight) == rows:
+            return
+    raise ValueError(
+        f"the third part of a batch is a weight per row: expected shape ({rows},), got "
+        f"{described(sample_weight)}. Put several inputs into a tuple of their own: ((a, b), "
+        f"labels)."
+    )
+
+
+# --- before a fit ---------------------------------------------------------------------------------
 
 
 def check_optimizers(
     model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: set[int]
 ) -> None:
-    """Something must be there to train, and the optimizers must hold it as it is now.
+    """Check that there is something to train, and that the optimizers hold it as it is now.
 
-    `compiled` has the ids of the parameters that there were at compile.
+    Args:
+        compiled: the ids of the parameters that the model had at compile.
+
+    Raises:
+        ValueError: there is nothing to train, or an optimizer holds other parameters.
     """
     name = type(model).__name__
     own = {id(parameter): parameter for parameter in parameters_of(model, loss_func)}
     if not any(parameter.requires_grad for parameter in own.values()):
-        why, remedy = f"{name} has no parameters", "Add a layer that has some"
+        why = f"{name} has no parameters"
+        remedy = "Add a layer that has some"
         if own:
-            why, remedy = (
-                f"all {len(own)} parameters of {name} are frozen",
-                "Set requires_grad=True on some",
-            )
+            why = f"all {len(own)} parameters of {name} are frozen"
+            remedy = "Set requires_grad=True on some"
         raise ValueError(f"there is nothing to train: {why}. {remedy}, then compile again.")
     again = f"Make a new optimizer from model.parameters() and call {name}.compile again."
-    held = {
-        id(parameter): parameter
-        for optimizer in optimizers.values()
-        for parameter in _held(optimizer)
-    }
+    in_optimizers: set[int] = set()
+    for optimizer in optimizers.values():
+        in_optimizers |= _ids_in(optimizer)
     for key, optimizer in optimizers.items():
         which = f"optimizer {key!r}" if key else "the optimizer"
-        ids = {id(parameter) for parameter in _held(optimizer)}
-        if not ids & own.keys() and (ids & compiled or not held.keys() & own.keys()):
+        ids = _ids_in(optimizer)
+        holds_none = not ids & own.keys()
+        if holds_none and (ids & compiled or not in_optimizers & own.keys()):
             raise ValueError(
-                f"{which} holds none of the parameters of {name}: it was made from another model, or the network was "
-                f"replaced after compile. {again}"
+                f"{which} holds none of the parameters of {name}: it was made from another model, "
+                f"or the network was replaced after compile. {again}"
             )
         stale = _stale_state(optimizer)
-        if stale:
+        if stale is not None:
             what = f"it is {stale[0]} from earlier steps and the parameters are {stale[1]} now"
             raise ValueError(f"{which} holds stale state: {what}. {again}")
-    replaced = any(key in compiled and key not in own for key in held)
-    untrained = sum(
-        p.requires_grad and key not in held and key not in compiled for key, p in own.items()
-    )
+    untrained = 0
+    known = in_optimizers | compiled
+    for number, parameter in own.items():
+        if parameter.requires_grad and number not in known:
+            untrained += 1
     if untrained:
-        what = (
-            "holds stale parameters: a layer was replaced"
-            if replaced
-            else "lacks parameters: a layer was added"
-        )
+        what = "lacks parameters: a layer was added"
+        if any(number in compiled and number not in own for number in in_optimizers):
+            what = "holds stale parameters: a layer was replaced"
         raise ValueError(
-            f"the optimizer {what} after compile, and {untrained} new parameters would not be trained. {again}"
+            f"the optimizer {what} after compile, and {untrained} new parameters would not be "
+            f"trained. {again}"
         )
 
 
 def _stale_state(optimizer: Optimizer) -> tuple[str, str] | None:
-    """The dtypes of a state and its parameter that differ; only torch's own optimizers always keep them alike."""
-    if type(optimizer).__module__.startswith("torch.optim"):
-        for parameter, state in optimizer.state.items():
-            for value in state.values():
-                alike = isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape
-                if alike and value.is_floating_point() and value.dtype != parameter.dtype:
-                    return dtype_name(value), dtype_name(parameter)
+    """Return the dtypes of a state and its parameter if they differ.
+
+    Only torch's own optimizers always keep them the same.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return None
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if not isinstance(value, Tensor) or not value.ndim or value.shape != parameter.shape:
+                continue
+            if value.is_floating_point() and value.dtype != parameter.dtype:
+                return dtype_name(value), dtype_name(parameter)
     return None
 
 
 def check_closures(optimizers: dict[str, Optimizer]) -> None:
-    """The default step cannot serve an optimizer that calls the model itself, several times a step."""
+    """Refuse an optimizer that calls the model itself, which the default step does not allow.
+
+    Raises:
+        ValueError: its step needs a closure.
+    """
     for optimizer in optimizers.values():
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"{type(optimizer).__name__} needs a closure that computes the loss anew, which the default train_step "
-                f"does not give. Override train_step and call self.optimizer.step(closure) there."
+                f"{type(optimizer).__name__} needs a closure that computes the loss anew, which "
+                f"the default train_step does not give. Override train_step and call "
+                f"self.optimizer.step(closure) there."
             )
 
 
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _ids_in(optimizer: Optimizer) -> set[int]:
+    """Return the ids of an optimizer's parameters."""
+    ids = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            ids.add(id(parameter))
+    return ids
 
 
-# --- what Model and compile are given ---------------------------------------------------------------------------------
+# --- what Model and compile are given -------------------------------------------------------------
 
 
 def network(net: nn.Module) -> nn.Module:
-    """What Model wraps, which must be a module."""
+    """Return what Model wraps.
+
+    Raises:
+        TypeError: it is no module.
+    """
     if isinstance(net, nn.Module):
         return net
     got = f"{described(net)}. Pass nn.Sequential(*layers), or subclass Model and write its forward."
@@ -310,29 +370,34 @@ def network(net: nn.Module) -> nn.Module:
 
 
 def check_callable(name: str, function: Any) -> None:
-    """A loss or a metric must be a function or an instance, not a class, and a module must have been initialised."""
+    """Check that a loss or a metric is a function or an instance, and a module initialised.
+
+    Raises:
+        TypeError: it is something else, such as a class.
+    """
     if isinstance(function, type):
         raise TypeError(
-            f"{name} is the class {function.__name__}; expected an instance. Pass {function.__name__}()."
+            f"{name} is the class {function.__name__}; expected an instance. Pass "
+            f"{function.__name__}()."
         )
     if isinstance(function, nn.Module):
         try:
             list(function.parameters())
         except AttributeError:
             raise TypeError(
-                f"{name} is a {type(function).__name__} whose __init__ did not call super().__init__(). "
-                f"Call it there, before anything else."
+                f"{name} is a {type(function).__name__} whose __init__ did not call "
+                f"super().__init__(). Call it there, before anything else."
             ) from None
     if isinstance(function, str):
-        line = LOSS_LINES.get(function.lower(), "nn.MSELoss()")
-        order = ""
         if name == "loss_func":
+            line = LOSS_LINES.get(function.lower(), "nn.MSELoss()")
             order = "; the optimizer comes second, torch.optim.Adam(model.parameters(), lr=1e-3)"
         else:
             line = METRIC_LINES.get(function.lower(), "nn.L1Loss()")
+            order = ""
         raise TypeError(
-            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Names stand for nothing "
-            f"here: pass for instance {line}{order}."
+            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Names "
+            f"stand for nothing here: pass for instance {line}{order}."
         )
     if isinstance(function, Optimizer):
         raise TypeError(
@@ -347,7 +412,11 @@ def check_callable(name: str, function: Any) -> None:
 
 
 def check_metrics_dict(metrics_dict: Any) -> None:
-    """Names of columns -> functions or objects; the names that history uses itself are taken."""
+    """Check names of columns -> functions or objects; history uses some names itself.
+
+    Raises:
+        TypeError, ValueError: a name or a metric is something else.
+    """
     if not isinstance(metrics_dict, Mapping):
         raise TypeError(
             f"metrics_dict must be a dict of name -> metric, got {type(metrics_dict).__name__}. "

@@ -1,4 +1,4 @@
-"""Passes over data that may never end: a number of batches as their limit, an error or a warning."""
+"""Passes over data that may never end: limit the batches, raise an error or warn."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from minikeras.sources import length
 
 SURELY_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 LEAST = 1000  # batches of a pass of unknown length before it is called long
-LEAST_OF_STEPS = 100  # the same, where steps_per_epoch says that the training data may be endless
-TIMES = 10  # as many batches as the training has in an epoch
+LEAST_OF_STEPS = 100  # the same with steps_per_epoch: the training data may be endless
+TIMES = 10  # this many times the batches of a training epoch
 OUTSIDE_A_FIT = 10_000
 
 
 class FirstBatches:
-    """At most `steps` batches of each pass; every pass begins with a new `iter()`.
+    """At most `steps` batches of each pass. Every pass begins with a new `iter()`.
 
     >>> list(FirstBatches([1, 2, 3], steps=2)), list(FirstBatches([1, 2, 3], steps=5))
     ([1, 2], [1, 2, 3])
@@ -27,7 +27,7 @@ class FirstBatches:
 
     def __init__(self, batches: Iterable[Any], steps: int) -> None:
         self.batches = batches
-        self.loader: Any = getattr(batches, "loader", batches)  # what the user handed over
+        self.loader: Any = getattr(batches, "loader", batches)  # what the user passed
         self.steps = steps
 
     def __len__(self) -> int:
@@ -46,19 +46,22 @@ class FirstBatches:
 
 
 class Watched:
-    """Batches of unknown number; a pass that goes on for long warns, since it may never end."""
+    """Batches of unknown number. A long pass warns, since it may never end."""
 
     def __init__(self, batches: Iterable[Any], name: str, argument: str, limit: int) -> None:
         self.batches = batches
-        self.loader: Any = getattr(batches, "loader", batches)  # what the user handed over
-        self.name, self.argument, self.limit = name, argument, limit
+        self.loader: Any = getattr(batches, "loader", batches)  # what the user passed
+        self.name = name
+        self.argument = argument
+        self.limit = limit
 
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self.batches, start=1):
             if number == self.limit:
                 warnings.warn(
-                    f"{self.name} has no length, has given {number} batches in this pass and goes on. If it never "
-                    f"ends, pass {self.argument}=... to say how many batches make a pass.",
+                    f"{self.name} has no length, has given {number} batches in this pass and goes "
+                    f"on. If it never ends, pass {self.argument}=... to say how many batches make "
+                    f"a pass.",
                     stacklevel=2,
                 )
             yield batch
@@ -71,7 +74,7 @@ def limited(
     argument: str,
     limit: int = OUTSIDE_A_FIT,
 ) -> Iterable[Any]:
-    """The batches of a pass: the first `steps`, or all of them under the watch of a warning.
+    """Return the batches of a pass: the first `steps`, or all, with a warning after many.
 
     Args:
         batches: what a pass iterates.
@@ -88,7 +91,7 @@ def limited(
 
 
 def check_ends(data: Any, name: str, steps: int | None, argument: str) -> None:
-    """Refuse data that surely never ends where no number of batches is given.
+    """Refuse data that surely never ends if no number of batches is given.
 
     Raises:
         ValueError: it is an itertools.count, cycle or repeat without an end.
@@ -96,13 +99,14 @@ def check_ends(data: Any, name: str, steps: int | None, argument: str) -> None:
     endless = isinstance(data, SURELY_ENDLESS) and operator.length_hint(data, -1) < 0
     if endless and steps is None:
         raise ValueError(
-            f"{name} is an itertools.{type(data).__name__}, which never ends: expected data that ends, or the number "
-            f"of batches in a pass. Pass {argument}=..., for instance {argument}=100."
+            f"{name} is an itertools.{type(data).__name__}, which never ends: expected data that "
+            f"ends, or the number of batches in a pass. Pass {argument}=..., for instance "
+            f"{argument}=100."
         )
 
 
 def long_pass(training: Iterable[Any], steps_per_epoch: int | None) -> int:
-    """Batches after which a pass of validation is longer than the training makes plausible."""
+    """Return after how many batches a pass of validation is longer than the training suggests."""
     if steps_per_epoch is not None:
         return max(LEAST_OF_STEPS, TIMES * steps_per_epoch)
     return max(LEAST, TIMES * (length(training) or 0))

@@ -17,9 +17,10 @@ from minikeras.stepper import Part, Restore, StepLoss, trainable_parameters_of
 
 
 class AllReduce(Part, Hook):
-    """One message for the gradients of all optimizers that step, and for the numbers of other parts.
+    """Add up the gradients of all optimizers that step, and the numbers of other parts.
 
-    In a default step the first gradients are sent while backward still fills the others.
+    They go in one message. In a default step the first gradients are sent while backward still
+    fills the others.
     """
 
     def __init__(self, world: World) -> None:
@@ -32,12 +33,14 @@ class AllReduce(Part, Hook):
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
         """Listen to the gradients as they are filled."""
-        self.order = {one: number for number, one in enumerate(fit.model.parameters())}
+        self.order = {}
+        for number, parameter in enumerate(fit.model.parameters()):
+            self.order[parameter] = number
         self.sends_early = not overrides(fit.model, "train_step", "backward", "optimizer_step")
         handles = []
         if self.sends_early:
-            for parameter in self._sums_of(self.stepper.optimizers.values()).bucket_of:
-                handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+            for tensor in self._sums_of(self.stepper.optimizers.values()).bucket_of:
+                handles.append(tensor.register_post_accumulate_grad_hook(self._arrived))
         try:
             yield
         finally:
@@ -51,9 +54,9 @@ class AllReduce(Part, Hook):
             self.sums.arrived(parameter)
 
     def _sums_of(self, optimizers: Iterable[Optimizer]) -> GradientSums:
-        """The gradients to add up, in the order of the layers; a loss's parameters come after them.
+        """Return the gradients to add up, in the order of the layers; those of the loss last.
 
-        Those of parameters in parts have been added up in backward.
+        Those of sharded parameters have been added up in backward.
         """
         trained: dict[Tensor, None] = {}
         for optimizer in optimizers:
@@ -61,7 +64,8 @@ class AllReduce(Part, Hook):
                 if not is_sharded(parameter):
                     trained[parameter] = None
         last = len(self.order)
-        return GradientSums(self.world, sorted(trained, key=lambda one: self.order.get(one, last)))
+        in_order = sorted(trained, key=lambda parameter: self.order.get(parameter, last))
+        return GradientSums(self.world, in_order)
 
     def on_loss(self, loss: StepLoss) -> None:
         """Get ready to send, if this is the last backward before a step of all optimizers."""

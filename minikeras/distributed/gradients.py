@@ -1,10 +1,14 @@
-"""The gradients of all processes, added up in buckets; what backward fills first is sent while it is still at work.
+"""Add up the gradients of all processes in buckets, while backward is still running.
+
+You may skip this file. Without buckets one message would be sent after backward.
 
     of the last layers                                           of the first
-    bucket 0, bucket 1, ... each sent as soon as it is full      the last one, sent at the end with the other numbers
+    bucket 0, bucket 1, ... each sent as soon as it is full      the last bucket, sent at the end
+                                                                 with the other numbers
 
-Each bucket carries which of its gradients are there, so that one that nobody has stays None. All processes send the
-buckets in this one order, whatever the order in which gradients come. A model of one bucket sends it at the end.
+Each bucket says which of its gradients exist, so that a gradient that no process has stays None.
+All processes send the buckets in this order, whatever the order in which gradients are filled. A
+model of one bucket sends it at the end.
 """
 
 from __future__ import annotations
@@ -30,61 +34,67 @@ class GradientSums:
     def __init__(self, world: World, parameters: Sequence[Tensor]) -> None:
         self.world = world
         self.buckets = buckets_of(parameters)
-        self.bucket_of = {
-            p: number for number, bucket in enumerate(self.buckets[:-1]) for p in bucket
-        }
+        self.bucket_of = {}
+        for number, bucket in enumerate(self.buckets[:-1]):
+            for parameter in bucket:
+                self.bucket_of[parameter] = number
         self.missing = [len(bucket) for bucket in self.buckets]
-        self.sent: list[
-            tuple[Tensor, Any, list[bool]]
-        ] = []  # what is added up, torch's handle, which are there
+        # for each bucket what is added up, torch's handle, and which gradients exist here
+        self.sent: list[tuple[Tensor, Any, list[bool]]] = []
 
     def arrived(self, parameter: Tensor) -> None:
-        """Backward has filled its gradient; buckets that are full now are sent.
+        """Note that backward has filled a gradient; send buckets that are full now.
 
         Raises:
-            RuntimeError: backward had filled it before, and it is on its way already.
+            RuntimeError: backward had filled it before, and it has been sent.
         """
         number = self.bucket_of.get(parameter)
         if number is None:
             return
         if number < len(self.sent):
             raise RuntimeError(
-                "backward filled the gradient of a parameter twice, after several processes had added it up, as "
-                "torch.utils.checkpoint does with use_reentrant=True. Pass use_reentrant=False."
+                "backward filled the gradient of a parameter twice, after several processes had "
+                "added it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
+                "use_reentrant=False."
             )
         self.missing[number] -= 1
         while len(self.sent) < len(self.buckets) - 1 and self.missing[len(self.sent)] <= 0:
             self._send()
 
     def finish(self, *numbers: Any) -> list[Tensor]:
-        """Send the rest: gradients become their sums, None where nobody has one; and so do the numbers, returned."""
+        """Send the rest, set the gradients to their sums, and return the sums of the numbers.
+
+        A gradient that no process has stays None.
+        """
         while len(self.sent) < len(self.buckets) - 1:
             self._send()
         self._send(*numbers)
-        for bucket, (flat, work, mine) in zip(self.buckets, self.sent, strict=True):
+        totals: tuple[Tensor, ...] = ()
+        for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
             with self.world.answered():
                 work.wait()
             sizes = [as_real(parameter).numel() for parameter in bucket]
-            sums, present, totals = flat.split(
-                [sum(sizes), len(bucket), len(flat) - sum(sizes) - len(bucket)]
-            )
-            # read from the device only where one is missing here
-            there = mine if all(mine) else (present > 0).tolist()
-            for parameter, total, some in zip(bucket, sums.split(sizes), there, strict=True):
-                if some:
-                    parameter.grad = shaped(total, parameter)
+            rest = len(flat) - sum(sizes) - len(bucket)
+            sums, counts, totals = flat.split([sum(sizes), len(bucket), rest])
+            # read from the device only if a gradient is missing here
+            exists = own if all(own) else (counts > 0).tolist()
+            gradients = sums.split(sizes)
+            for parameter, gradient, has_one in zip(bucket, gradients, exists, strict=True):
+                if has_one:
+                    parameter.grad = shaped(gradient, parameter)
         return list(totals)
 
     def _send(self, *numbers: Any) -> None:
         bucket = self.buckets[len(self.sent)]
-        mine = [parameter.grad is not None for parameter in bucket]
-        flat = joined(bucket, [*map(float, mine), *numbers])
+        own = [parameter.grad is not None for parameter in bucket]
+        flat = joined(bucket, [*map(float, own), *numbers])
         with self.world.answered():
-            self.sent.append((flat, self.world.dist.all_reduce(flat, async_op=True), mine))
+            work = self.world.dist.all_reduce(flat, async_op=True)
+        self.sent.append((flat, work, own))
 
 
 def buckets_of(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The parameters from the last to the first, in buckets of one device each; at least one bucket."""
+    """Return the parameters from the last to the first, in buckets of one device each."""
     buckets: list[list[Tensor]] = [[]]
     size = 0
     for parameter in reversed(parameters):
@@ -97,26 +107,36 @@ def buckets_of(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def joined(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
-    """The bucket's gradients and some numbers, (n,), in float32, or float64 where one is."""
+    """Return the bucket's gradients and some numbers as one tensor, (n,).
+
+    It is float32, or float64 if a parameter is.
+    """
     if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in bucket):
         raise ValueError(
             "gradients of several processes must be dense. Build the embedding with sparse=False."
         )
     device = bucket[0].device if bucket else torch.device("cpu")
-    wide = (
-        torch.float64 if any(as_real(p).dtype == torch.float64 for p in bucket) else torch.float32
-    )
-    parts = [as_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in bucket]
-    parts += [torch.as_tensor(number, device=device) for number in numbers]
-    return torch.cat([part.detach().to(wide).reshape(-1) for part in parts])
+    dtype = torch.float32
+    parts = []
+    for parameter in bucket:
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        if as_real(parameter).dtype == torch.float64:
+            dtype = torch.float64
+        parts.append(as_real(gradient))
+    for number in numbers:
+        parts.append(torch.as_tensor(number, device=device))
+    return torch.cat([part.detach().to(dtype).reshape(-1) for part in parts])
 
 
 def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of real numbers, and any other as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def shaped(flat: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter's gradient from its numbers, (n,)."""
+    """Return a parameter's gradient from its numbers, (n,)."""
     flat = flat.to(as_real(parameter).dtype)
     if parameter.is_complex():
         return torch.view_as_complex(flat.view(*parameter.shape, 2))

@@ -17,11 +17,12 @@ from minikeras.rows import UnknownRows
 
 
 def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None:
-    """The outputs of all processes, by step and rank; None where they are not wanted."""
+    """Return the outputs of all processes, by step and rank; None if they are not wanted here."""
     template, _ = unfilled(outputs.pieces[0])
-    own = [
-        None if is_filler else plain(piece) for piece, is_filler in map(unfilled, outputs.pieces)
-    ]
+    own = []
+    for filled in outputs.pieces:
+        piece, is_filler = unfilled(filled)
+        own.append(None if is_filler else plain(piece))
     why = None if outputs.unknown is None else outputs.unknown.why
     found = world.gather([own, outputs.rows, why], everywhere)
     if found is None:
@@ -41,14 +42,17 @@ def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None
 
 
 def by_step(found: list[Any]) -> Iterator[tuple[int, int]]:
-    """The rank and the step of each piece, in the order of the rows."""
+    """Yield the rank and the step of each piece, in the order of the rows."""
     for step in range(len(found[0][0])):
         for rank in range(len(found)):
             yield rank, step
 
 
 def plain(nest: Any) -> Any:
-    """A nest as values that can be sent: ["parts", ...] of a container, ["leaf", value] of anything else."""
+    """Return a nest as values that can be sent.
+
+    ["parts", ...] for a container, ["leaf", value] for anything else.
+    """
     if isinstance(nest, PackedSequence):
         return ["packed", list(nest)]
     if isinstance(nest, np.ndarray):
@@ -60,7 +64,7 @@ def plain(nest: Any) -> Any:
 
 
 def rebuilt(sent: Any, template: Any) -> Any:
-    """... and back, in containers like those of the template."""
+    """Return a nest from values that were sent, in containers like those of the template."""
     kind, value = sent
     if kind == "packed":
         return PackedSequence(*value)
@@ -70,7 +74,8 @@ def rebuilt(sent: Any, template: Any) -> Any:
         return value
     found = parts(template)
     if found is not None and len(found[0]) == len(value):
-        return found[1]([rebuilt(part, like) for part, like in zip(value, found[0], strict=True)])
+        items = [rebuilt(part, like) for part, like in zip(value, found[0], strict=True)]
+        return found[1](items)
     like = found[0][0] if found is not None and found[0] else None
     items = [rebuilt(part, like) for part in value]
     return type(template)(items) if isinstance(template, (list, tuple)) else items

@@ -1,12 +1,11 @@
-"""A model's parameters in parts, one part in each process, by torch's fully_shard.
+"""Shard a model's parameters over the processes, by torch's fully_shard.
 
 shard          each block, then the model; optimizers follow by name, with their state
-whole          a tensor with the parts of all processes
-as_part        ... and back: this process's part
-sum_of_parts   a number that each process has of its own parts, added up
+sum_of_parts   add up a number that each process has of its own shard
 
-Between forward passes a model holds its parts alone. A block's are put together for its forward and its backward, after
-which each process has its part of the gradients' sum over all: nothing is left to send in `optimizer_step`.
+Between forward passes a process holds its own shard of each parameter alone. The parameters of a
+block are whole during its forward and its backward; after that each process has its shard of the
+gradients' sum over all, and `optimizer_step` has nothing left to send.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ def shard(
     own_step: bool,
     device: torch.device,
 ) -> None:
-    """Put a model into parts, which must be alike in all processes before; one that is in parts stays as it is.
+    """Shard a model, which must be alike in all processes before; a sharded one stays as it is.
 
     Args:
         blocks: a class of modules or several, None for the children of each ModuleList.
-        own_step: blocks may be called one by one. A model without parameters beside them is left as it is then, since
-            torch wants the outermost to be called first.
+        own_step: a custom step may call blocks one by one. A model without parameters beside them
+            is then not sharded as a whole, since torch wants the outermost to be called first.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -45,22 +44,21 @@ def shard(
 
     if not hasattr(FSDPModule, "set_gradient_divide_factor"):
         raise RuntimeError(
-            f'distributed="fsdp" needs torch 2.8 or newer, and this is {torch.__version__}. Upgrade it.'
+            f'distributed="fsdp" needs torch 2.8 or newer, and this is {torch.__version__}. '
+            f"Upgrade it."
         )
     chosen = blocks_of(model, blocks)
     before = dict(model.named_parameters())
     if not any(map(is_sharded, model.parameters())):
-        mesh = init_device_mesh(
-            device.type, (dist.get_world_size(),)
-        )  # by itself torch takes a GPU where there is one
+        # by itself torch takes a GPU if there is one
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in chosen:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         if not own_step or not all(map(is_sharded, model.parameters())):
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
-        if isinstance(
-            module, FSDPModule
-        ):  # sums and not means: all gradients here are sums until a step divides them
+        if isinstance(module, FSDPModule):
+            # sums and not means: all gradients here are sums until a step divides them
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     after = dict(model.named_parameters())
@@ -69,60 +67,77 @@ def shard(
 
 
 def blocks_of(model: nn.Module, blocks: Any) -> list[nn.Module]:
-    """The modules that are put together one at a time, inner ones first."""
+    """Return the modules that are sharded one by one, inner ones first.
+
+    Raises:
+        TypeError, ValueError: `blocks` are no classes of modules, or of none in the model.
+    """
     modules = [module for module in model.modules() if module is not model]
     if blocks is None:
-        children = {
-            child
-            for module in model.modules()
-            if isinstance(module, nn.ModuleList)
-            for child in module
-        }
-        found = [module for module in modules if module in children]
+        found = children_of_lists(model)
     else:
-        classes = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
-        if not classes or not all(
-            isinstance(one, type) and issubclass(one, nn.Module) for one in classes
-        ):
-            raise TypeError(
-                f"fsdp_blocks must be a class of modules or several, got {blocks!r}. Pass (nn.Linear,)."
-            )
-        found = [module for module in modules if isinstance(module, classes)]
-        if not found:
-            there = ", ".join(sorted({type(module).__name__ for module in modules}))
-            names = ", ".join(one.__name__ for one in classes)
-            raise ValueError(
-                f"fsdp_blocks: no part of {type(model).__name__} is a {names}. It has {there or 'none'}."
-            )
-    containers = (nn.ModuleList, nn.ModuleDict)  # which are never called
-    return [
-        one
-        for one in reversed(found)
-        if not isinstance(one, containers) and any(True for _ in one.parameters())
-    ]
+        found = modules_of_classes(model, modules, blocks)
+    called = []
+    for module in reversed(found):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are never called
+            continue
+        if any(True for _ in module.parameters()):
+            called.append(module)
+    return called
+
+
+def children_of_lists(model: nn.Module) -> list[nn.Module]:
+    """Return the children of each ModuleList, in the order of the model's modules."""
+    children: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            children.update(module)
+    return [module for module in model.modules() if module is not model and module in children]
+
+
+def modules_of_classes(model: nn.Module, modules: list[nn.Module], blocks: Any) -> list[nn.Module]:
+    """Return the modules that are of the user's classes."""
+    classes = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
+    are_classes = all(isinstance(cls, type) and issubclass(cls, nn.Module) for cls in classes)
+    if not classes or not are_classes:
+        raise TypeError(
+            f"fsdp_blocks must be a class of modules or several, got {blocks!r}. Pass (nn.Linear,)."
+        )
+    found = [module for module in modules if isinstance(module, classes)]
+    if not found:
+        existing = ", ".join(sorted({type(module).__name__ for module in modules}))
+        names = ", ".join(cls.__name__ for cls in classes)
+        raise ValueError(
+            f"fsdp_blocks: no part of {type(model).__name__} is a {names}. It has "
+            f"{existing or 'none'}."
+        )
+    return found
 
 
 def follow(optimizer: Optimizer, now: Mapping[Tensor, Tensor]) -> None:
-    """The optimizer trains the parts in place of the parameters that it was made with."""
+    """Let an optimizer train the shards in place of the parameters that it was created with."""
     for group in optimizer.param_groups:
         group["params"] = [now.get(parameter, parameter) for parameter in group["params"]]
-    for parameter in [parameter for parameter in optimizer.state if parameter in now]:
-        state = optimizer.state.pop(parameter)
-        optimizer.state[now[parameter]] = {
-            name: as_part(value, now[parameter]) for name, value in state.items()
-        }
+    for parameter in list(optimizer.state):
+        if parameter not in now:
+            continue
+        shard_of_parameter = now[parameter]
+        states = {}
+        for name, value in optimizer.state.pop(parameter).items():
+            states[name] = as_part(value, shard_of_parameter)
+        optimizer.state[shard_of_parameter] = states
 
 
 class ShardedBackward(Part, Hook):
-    """Fills the gradients of parameters in parts, and puts a model into parts again after an error.
+    """Fill the gradients of sharded parameters, and shard a model again after an error.
 
-    A custom train_step must call `self.backward`: gradients of parts call no hook as they are filled.
+    A custom train_step must call `self.backward`: no hook is called as the gradients of shards are
+    filled.
     """
 
     def __init__(self) -> None:
-        self.seen: set[Optimizer] = (
-            set()
-        )  # those that backward was called for since their last step
+        # those that backward was called for since their last step
+        self.seen: set[Optimizer] = set()
 
     def on_loss(self, loss: StepLoss) -> None:
         """Note whose gradients are filled."""
@@ -131,7 +146,7 @@ class ShardedBackward(Part, Hook):
     def backward(self, loss: StepLoss) -> bool:
         """Do what loss.total.backward(inputs=...) would.
 
-        torch does not find parts among its inputs: the gradients of all other parameters are laid
+        torch does not find shards among its inputs: the gradients of all other parameters are set
         aside meanwhile.
         """
         if loss.inputs is None or not any(map(is_sharded, loss.inputs)):
@@ -154,8 +169,8 @@ class ShardedBackward(Part, Hook):
         for optimizer in optimizers:
             if optimizer not in self.seen and any(map(is_sharded, gradients_of(optimizer))):
                 raise RuntimeError(
-                    f"loss.backward() passes {self.stepper.bypassed} by. Call self.backward(loss) in "
-                    f"train_step."
+                    f"loss.backward() passes {self.stepper.bypassed} by. Call self.backward(loss) "
+                    f"in train_step."
                 )
 
     def on_waiting(self, optimizer: Optimizer) -> None:
@@ -172,7 +187,7 @@ class ShardedBackward(Part, Hook):
 
     @contextlib.contextmanager
     def around_epoch(self, fit: Fit) -> Iterator[None]:
-        """Put the model into parts again when an error ends the epoch."""
+        """Shard the model again when an error ends the epoch."""
         try:
             yield
         except BaseException:
@@ -181,34 +196,33 @@ class ShardedBackward(Part, Hook):
 
 
 def sync_batchnorm(model: nn.Module, world: Any, device: torch.device) -> None:
-    """Let BatchNorm take the rows of all processes together; the state_dict's keys stay.
+    """Let BatchNorm use the rows of all processes; the keys of the state_dict stay.
 
     Raises:
         ValueError: on the CPU, for which torch has none.
     """
     if device.type == "cpu":
         raise ValueError(
-            f"sync_batchnorm=True with {world.size} processes needs GPUs: torch has no SyncBatchNorm for "
-            f"the CPU. Leave it out, and choose a batch_size that is enough for the statistics of each "
-            f"process."
+            f"sync_batchnorm=True with {world.size} processes needs GPUs: torch has no "
+            f"SyncBatchNorm for the CPU. Leave it out, and choose a batch_size that is enough for "
+            f"the statistics of each process."
         )
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def settle(model: nn.Module) -> None:
-    """In parts again, after a forward or backward that an error has ended."""
+    """Shard a model again, after an error in its forward or backward."""
     module: Any
     for module in model.modules():
         if hasattr(module, "reset_iter_state"):
-            with contextlib.suppress(
-                AttributeError, RuntimeError
-            ):  # it is not the outermost, or has not been called
+            # errors if it is not the outermost, or has not been called
+            with contextlib.suppress(AttributeError, RuntimeError):
                 module.reset_iter_state()
             module.reshard()
 
 
 def sum_of_parts(number: Tensor, like: Any) -> Tensor:
-    """A 0-d tensor summed over the processes that hold parts of `like`; its gradients are summed, too."""
+    """Add up a 0-d tensor, and its gradient, over the processes that hold shards of `like`."""
     summed: Tensor = _Sum.apply(number, like.device_mesh.get_group())  # type: ignore[no-untyped-call]
     return summed
 

@@ -1,4 +1,4 @@
-"""What keeps processes together during a fit."""
+"""Keep processes together during a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minikeras.support.randomness import Randomness, reseed
 
 
 class KeepTogether(Hook):
-    """Random states of their own during a fit, the buffers of rank 0, and one answer to "stop?".
+    """Separate random states during a fit, the buffers of rank 0, and one decision to stop.
 
     Args:
         signals: what has been received from the operating system; None if nothing listens.
@@ -26,7 +26,10 @@ class KeepTogether(Hook):
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
-        """Let each process draw numbers of its own, for dropout; afterwards all go on as rank 0 does."""
+        """Let each process draw its own numbers, for dropout.
+
+        Afterwards all have the random state of rank 0.
+        """
         world = self.world
         state = Randomness(torch.device("cpu"), [])
         own = torch.get_rng_state().long().sum().item() + torch.initial_seed()

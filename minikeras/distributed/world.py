@@ -1,16 +1,18 @@
-"""Several processes that train one model, started by torchrun or by whatever sets RANK, LOCAL_RANK and WORLD_SIZE.
+"""Several processes that train one model.
 
-world_of      the group: one that is there is taken, else one is made where WORLD_SIZE is above 1, else none
-World         who this process is, and what all processes do together:
-    share         weights and buffers as rank 0 has them
-    broadcast     a plain value of rank 0
-    gather        a plain value of each
-    agree         numbers: the largest of each
-    by_main       something that rank 0 does, and that is done when the others go on
-    add_up        tensors of counts
+They are started by torchrun, or by anything that sets RANK, LOCAL_RANK and WORLD_SIZE.
 
-One that fails ends, and the others then hear of it from torch: `answered` says so in words.
-Every function of this module must be called by all processes at the same place.
+world_of        the process group: an existing one, or a new one if WORLD_SIZE is above 1
+World           who this process is, and what all processes do together:
+    share       give all the weights and buffers of rank 0
+    broadcast   send a plain value of rank 0 to all
+    gather      collect a plain value of each
+    agree       take the largest of each number
+    by_main     let rank 0 act; the others wait until it has
+    add_up      add up tensors
+
+A process that fails ends, and the others then get an error from torch: `answered` explains it.
+All processes must call each function of this module at the same place.
 """
 
 from __future__ import annotations
@@ -35,24 +37,24 @@ from minikeras.nests import is_sharded
 from minikeras.processes import OneProcess
 from minikeras.run import parameters_of
 
-TIMEOUT = timedelta(
-    minutes=2
-)  # after which a lost process is an error; of a group of the user's own, what it has
+# after which a lost process is an error; a group of the user's own has its own timeout
+TIMEOUT = timedelta(minutes=2)
 
 
 def world_of(distributed: str) -> OneProcess:
-    """The processes that compile(distributed=...) asks for.
+    """Return the processes that compile(distributed=...) asks for.
 
     Raises:
-        ValueError: several are asked for, and this one was started alone.
+        ValueError: it asks for several, and this one was started alone.
     """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         if distributed in ("ddp", "fsdp") and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                f'distributed="{distributed}" needs several processes, and this one was started alone. Start the '
-                "script with torchrun --nproc-per-node=2 script.py, or leave distributed out."
+                f'distributed="{distributed}" needs several processes, and this one was started '
+                "alone. Start the script with torchrun --nproc-per-node=2 script.py, or leave "
+                "distributed out."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return OneProcess()
@@ -63,11 +65,12 @@ def world_of(distributed: str) -> OneProcess:
 
 
 def leave() -> None:
-    """End the group that was made here. After an error nothing is waited for.
+    """End the group that `world_of` created. After an error nothing is waited for.
 
-    Its threads end with it, unless parameters in parts hold it: torch keeps those to the end. A thread that frees a
-    tensor waits for the GIL. Were Python to end then, the process would abort; were the group to end then, older torch
-    would wait for the thread, and the thread for it. The pause lets go of the GIL before either.
+    The group's threads end with it, unless sharded parameters keep it alive: torch keeps those to
+    the end. A thread that frees a tensor waits for the GIL. If Python ended then, the process would
+    abort; if the group ended then, older torch would wait for the thread, and the thread for it.
+    The pause releases the GIL before either.
     """
     import torch.distributed as dist
 
@@ -77,48 +80,56 @@ def leave() -> None:
 
 
 class World(OneProcess):
-    """The processes that train together. Small things go through the CPU, so that no device is waited for."""
+    """The processes that train together.
+
+    Small values go through the CPU, so that no device is waited for.
+    """
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
         self.dist = dist
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # where no launcher says it: as many processes on each machine as it has GPUs
-        self.local_rank = int(
-            os.environ.get("LOCAL_RANK", self.rank % (torch.cuda.device_count() or 1))
-        )
-        on_cpu = "cpu:" in dist.get_backend_config()
-        self.control = (
-            None if on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)
-        )  # None: the group of all
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        # without a launcher: as many processes on each machine as it has GPUs
+        gpus = torch.cuda.device_count() or 1
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % gpus))
+        self.control = None  # the group for small values; None for the group of all
+        if "cpu:" not in dist.get_backend_config():
+            self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.has_shared = False  # all have the weights of rank 0
         # a fit is running: the random states of ranks differ, for dropout
         self.draws_apart = False
 
     def device(self, chosen: torch.device) -> torch.device:
-        """This process's device of that kind."""
+        """Return this process's device of a kind.
+
+        Raises:
+            ValueError: the machine has fewer GPUs than processes.
+        """
         if chosen.type != "cuda" or chosen.index is not None:
             return chosen
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"process {self.local_rank} of this machine has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}. Start as many processes as there are GPUs, or pass device."
+                f"{torch.cuda.device_count()}. Start as many processes as there are GPUs, or pass "
+                f"device."
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     @contextlib.contextmanager
     def answered(self) -> Iterator[None]:
-        """An error of a collective, in words."""
+        """Explain an error of a collective operation."""
         try:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"process {self.rank} of {self.size} got no answer from the others: one has ended, or has taken longer "
-                f"than the group's timeout. Look for its own error first. Processes must make the same calls of fit, "
-                f"evaluate, predict and save. For a longer timeout call "
-                f"torch.distributed.init_process_group(timeout=...) before compile. Torch says: {error}"
+                f"process {self.rank} of {self.size} got no answer from the others: one has ended, "
+                f"or has taken longer than the group's timeout. Look for its own error first. "
+                f"Processes must make the same calls of fit, evaluate, predict and save. For a "
+                f"longer timeout call torch.distributed.init_process_group(timeout=...) before "
+                f"compile. Torch says: {error}"
             ) from error
 
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -127,40 +138,41 @@ class World(OneProcess):
             for tensor in tensors:
                 if is_lazy(tensor):
                     raise ValueError(
-                        "the model has lazy layers without weights yet, which each process would draw anew. Call it "
-                        "once on a batch before compile."
+                        "the model has lazy layers without weights yet, which each process would "
+                        "draw anew. Call it once on a batch before compile."
                     )
                 whole = tensor.detach().contiguous()
+                numbers = whole.reshape(-1).view(torch.uint8)  # backends lack some dtypes
                 with self.answered():
-                    self.dist.broadcast(
-                        whole.reshape(-1).view(torch.uint8), 0
-                    )  # not every backend has every dtype
+                    self.dist.broadcast(numbers, 0)
                 tensor.detach().copy_(whole)
 
     def broadcast(self, value: Any) -> Any:
-        """A plain value of rank 0."""
-        packed = pack(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        """Return a plain value of rank 0."""
+        is_main = self.rank == 0
+        packed = pack(value) if is_main else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(packed)])
         with self.answered():
             self.dist.broadcast(size, 0, group=self.control)
-            packed = packed if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            if not is_main:
+                packed = torch.empty(int(size), dtype=torch.uint8)
             self.dist.broadcast(packed, 0, group=self.control)
-        return value if self.rank == 0 else unpack(packed)
+        return value if is_main else unpack(packed)
 
     def gather(self, value: Any, everywhere: bool = True) -> list[Any] | None:
-        """The plain values of all, by rank; None on ranks other than 0 unless `everywhere`."""
+        """Return the plain values of all, by rank.
+
+        Without `everywhere` only rank 0 gets them, and the others None.
+        """
         packed = pack(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self.answered():
             self.dist.all_gather(sizes, torch.tensor([len(packed)]), group=self.control)
             longest = max(map(int, sizes))
             packed = torch.nn.functional.pad(packed, (0, longest - len(packed)))
-            wanted = everywhere or self.rank == 0
-            parts = (
-                [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-                if wanted
-                else None
-            )
+            parts = None
+            if everywhere or self.rank == 0:
+                parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             if everywhere:
                 self.dist.all_gather(parts, packed, group=self.control)
             else:
@@ -170,30 +182,31 @@ class World(OneProcess):
         return [unpack(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
     def agree(self, *numbers: float) -> list[float]:
-        """The largest of each, of all processes."""
-        together = torch.tensor(numbers, dtype=torch.float64)
+        """Return the largest of each number over all processes."""
+        largest = torch.tensor(numbers, dtype=torch.float64)
         with self.answered():
-            self.dist.all_reduce(together, self.dist.ReduceOp.MAX, group=self.control)
-        return together.tolist()
+            self.dist.all_reduce(largest, self.dist.ReduceOp.MAX, group=self.control)
+        return largest.tolist()
 
     def by_main(self, act: Callable[[], None]) -> None:
-        """What rank 0 does alone, done when the others go on; where it fails, all fail."""
+        """Let rank 0 act while the others wait; if it fails, all fail."""
         error = None
         if self.rank == 0:
             try:
                 act()
             except Exception as caught:
                 error = caught
-        failed = self.agree(error is not None)[0]
+        has_failed = self.agree(error is not None)[0]
         if error is not None:
             raise error
-        if failed:
+        if has_failed:
             raise RuntimeError(
-                f"process 0 of {self.size}, which writes the files, has failed. Look for its own error."
+                f"process 0 of {self.size}, which writes the files, has failed. Look for its own "
+                f"error."
             )
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Add up a tensor over all processes, in place, and return it."""
         with self.answered():
             self.dist.all_reduce(tensor)
         return tensor
@@ -205,12 +218,14 @@ class World(OneProcess):
         if not sums:
             return sums, counts
         zero = torch.zeros_like(sums[0])
-        together = self.add_up(torch.stack([*sums, *(zero + count for count in counts.values())]))
-        all_sums, all_counts = together.split(len(sums))
+        numbers = list(sums)
+        for count in counts.values():
+            numbers.append(zero + count)
+        all_sums, all_counts = self.add_up(torch.stack(numbers)).split(len(sums))
         return list(all_sums), dict(zip(counts, all_counts, strict=True))
 
     def share_weights(self, model: nn.Module, loss_func: Any) -> None:
-        """Give all processes the weights and buffers of rank 0, once; parts have come from it already."""
+        """Give all processes the weights and buffers of rank 0, once; shards have them already."""
         if self.has_shared:
             return
         tensors: list[Tensor] = list(parameters_of(model, loss_func))
@@ -221,7 +236,7 @@ class World(OneProcess):
         self.has_shared = True
 
     def settle(self, model: nn.Module) -> None:
-        """Put a model into parts again, after a forward or backward that an error has ended."""
+        """Shard a model again, after an error in its forward or backward."""
         shards.settle(model)
 
     def part_of(self, batches: Iterable[Any], name: str) -> Iterable[Any]:
@@ -231,16 +246,16 @@ class World(OneProcess):
         return sharded(batches, self, name)
 
     def draw_first_seed(self, loader: Any) -> None:
-        """Draw what a loader draws for its persistent workers in its first iteration, which is over."""
+        """Draw what a loader drew for its persistent workers in its first iteration, now over."""
         from minikeras.distributed.sharded import draw_first_seed
 
         draw_first_seed(loader)
 
     def prepare_metric(self, metric: Any, name: str, syncs: Callable[[], bool]) -> None:
-        """Let a torchmetrics object speak with other processes when `syncs()` says so.
+        """Let a torchmetrics object synchronize its state when `syncs()` says so.
 
         Raises:
-            TypeError: it is another object, whose counts cannot be put together.
+            TypeError: it is another object, whose counts cannot be combined.
         """
         if needs_all_rows(metric):
             return
@@ -258,7 +273,7 @@ class World(OneProcess):
     def compute_metric(
         self, metric: Any, read: Callable[[Any], dict[str, float]]
     ) -> dict[str, float]:
-        """Return the columns that `read` finds in a metric object's answer, over all processes."""
+        """Return the columns that `read` finds in the result of a metric over all processes."""
         if not needs_all_rows(metric):
             return read(metric.compute())
         from minikeras.on_all_rows import compute_on_all_processes
@@ -266,7 +281,7 @@ class World(OneProcess):
         return compute_on_all_processes(metric, self, read)
 
     def have_updated(self, metrics: Iterable[Any], updated: bool) -> bool:
-        """Tell whether the metric objects have seen rows: torchmetrics needs that in each, or in none.
+        """Tell whether the metric objects have seen rows: torchmetrics needs all or none to have.
 
         Raises:
             ValueError: the metric objects of one process have seen none, and those of another have.
@@ -274,8 +289,8 @@ class World(OneProcess):
         some, none = self.agree(updated, not updated)
         if some and none and not all(map(needs_all_rows, metrics)):
             raise ValueError(
-                f"there are fewer rows than processes, {self.size}, and the metric objects of one have "
-                f"seen none. Give more rows, or start fewer processes."
+                f"there are fewer rows than processes, {self.size}, and the metric objects of one "
+                f"have seen none. Give more rows, or start fewer processes."
             )
         return bool(some)
 
@@ -291,12 +306,12 @@ class World(OneProcess):
 
 
 def pack(value: Any) -> Tensor:
-    """A plain value as bytes, (n,) uint8."""
+    """Return a plain value as bytes, (n,) uint8."""
     file = io.BytesIO()
     torch.save(value, file)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor) -> Any:
-    """... and back; nothing in it can run."""
+    """Return the value that was packed; no code in it can run."""
     return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
