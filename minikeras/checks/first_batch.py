@@ -1,12 +1,12 @@
-"""What is looked at in the first batches of a fit or an evaluation, and what is said of errors.
+"""Check the first batches of a fit or an evaluation, and explain errors.
 
 Explanations   errors of torch in the user's words, at every batch
-FirstBatch     ... and the first batch: its parts, loss and metrics, results, the first of dl_val
-MetricLooks    ... and a few more: metrics that are no mean over rows
-NoChecks       all other batches: nothing is looked at
+FirstBatch     also the first batch: its parts, loss and metrics, results, the first of dl_val
+MetricLooks    also a few more: metrics that are no mean over rows
+NoChecks       all other batches: nothing is checked
 
-Where does a new hint go? What torch refuses anyway: causes.py (a layer, the loss) or torch_errors.py
-(reading, memory). What trains in silence on the wrong: inputs.py, called from here.
+Where does a new hint belong? If torch raises an error anyway: causes.py (a layer, the loss) or
+torch_errors.py (reading, memory). If it silently trains wrongly: inputs.py, called from here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Explanations(NoChecks):
-    """Explains errors, and looks at nothing."""
+    """Explain errors, and check nothing."""
 
     def __init__(self, phase: Phase, world: OneProcess) -> None:
         super().__init__(phase)
@@ -50,7 +50,7 @@ class Explanations(NoChecks):
         causes.warn_of_squeezed(outputs, labels)
 
     def explain_step(self, error: Exception, batch: Batch) -> None:
-        """Add what torch's words hide: the shapes of a batch for which memory does not suffice."""
+        """Add what torch does not say: the shapes of a batch for which memory does not suffice."""
         torch_errors.explain_step(error, batch.features, batch.labels)
 
     def explain_reading(self, error: Exception, loader: Any) -> None:
@@ -59,7 +59,7 @@ class Explanations(NoChecks):
 
 
 class FirstBatch(Explanations):
-    """Looks at the first batch of one phase, as often as a fit or an evaluation begins."""
+    """Check the first batch of one phase, each time a fit or an evaluation begins."""
 
     is_first = True
 
@@ -67,9 +67,8 @@ class FirstBatch(Explanations):
         super().__init__(phase, run.world)
         self.model = model
         self.run = run
-        looks: Counter[str] = run.kept.setdefault(
-            "metric looks", Counter()
-        )  # train and val share it
+        # shared by train and val
+        looks: Counter[str] = run.kept.setdefault("metric looks", Counter())
         self.row_means = RowMeanCheck(looks, run.device, run.world)
         self.later = MetricLooks(self)
 
@@ -98,7 +97,7 @@ class FirstBatch(Explanations):
             validation.look_ahead(self.model, self.run, fit.val, batch.features, batch.labels)
 
     def loss(self, outputs: Any, labels: Any) -> Any:
-        """Call the loss, and refuse what it would answer in silence on the wrong."""
+        """Call the loss, and refuse what it would silently compute wrongly."""
         is_fitting = not self.run.train.checks.is_first
         inputs.check_loss_inputs(
             self.run.loss_func, outputs, labels, self.phase.is_training, self.model, is_fitting
@@ -107,7 +106,7 @@ class FirstBatch(Explanations):
 
     @torch.no_grad()
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
-        """Call each metric, and refuse one that broadcasts outputs and labels or gives no number."""
+        """Call each metric; refuse one that broadcasts outputs and labels or returns no number."""
         totals = self.phase.totals
         counts = not self.phase.batch.is_filler
         functions = totals.functions if with_functions else {}
@@ -137,7 +136,7 @@ class FirstBatch(Explanations):
 
 
 class MetricLooks(Explanations):
-    """Looks at the functions of metrics_dict in a few batches after the first."""
+    """Check the functions of metrics_dict in a few batches after the first."""
 
     def __init__(self, first: FirstBatch) -> None:
         super().__init__(first.phase, first.world)

@@ -1,4 +1,4 @@
-"""Losses of probabilities under autocast, where those near 1 become 1."""
+"""Refuse losses of probabilities under autocast, where probabilities near 1 become 1."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from minikeras.errors import described
 
 
 def check_not_half(loss_func: Any, outputs: Any) -> None:
-    """Under autocast probabilities have lost what -log(1 - p) needs, unless the model made them in float32.
+    """Refuse probabilities in half precision under autocast.
+
+    They have lost what -log(1 - p) needs. If the model computes them in float32 they have not.
 
     Raises:
-        ValueError: with the loss to take instead.
+        ValueError: the message names the loss to use instead.
     """
-    takes_them = isinstance(loss_func, nn.BCELoss) or loss_func is F.binary_cross_entropy
-    takes_them = takes_them or getattr(loss_func, "takes_probabilities", False)
-    half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
-    if takes_them and half and torch.is_autocast_enabled(outputs.device.type):
+    takes_probabilities = getattr(loss_func, "takes_probabilities", False)
+    if isinstance(loss_func, nn.BCELoss) or loss_func is F.binary_cross_entropy:
+        takes_probabilities = True
+    if not takes_probabilities or not isinstance(outputs, Tensor):
+        return
+    if outputs.dtype not in (torch.bfloat16, torch.float16):
+        return
+    if torch.is_autocast_enabled(outputs.device.type):
         raise ValueError(half_probabilities(outputs))
 
 
 def half_probabilities(outputs: Any) -> str:
-    """What is wrong with a loss of probabilities under autocast, and what to take instead."""
+    """Return what is wrong with a loss of probabilities under autocast, and what to use instead."""
     return (
-        f"the loss takes probabilities, and the model's outputs are {described(outputs)} under autocast: those near 1 "
-        f"become 1, with a loss of 100 or none. Leave the sigmoid out of the model and take nn.BCEWithLogitsLoss() or "
-        f'FocalLoss(from_logits=True); or compile with precision="fp32".'
+        f"the loss takes probabilities, and the model's outputs are {described(outputs)} under "
+        f"autocast: those near 1 become 1, with a loss of 100 or none. Leave the sigmoid out of "
+        f"the model and take nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile "
+        f'with precision="fp32".'
     )

@@ -1,4 +1,4 @@
-"""What is wrong with dl_val, said in the fit's first batch and not after an epoch."""
+"""Find out what is wrong with dl_val in the fit's first batch, and not after an epoch."""
 
 from __future__ import annotations
 
@@ -27,31 +27,35 @@ NOTE = "dl_val, batch 1, looked at before the first step"
 
 
 def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels: Any) -> None:
-    """Evaluate the first batch of dl_val if it is made otherwise than a batch of dl_train.
+    """Evaluate the first batch of dl_val if it differs in kind from a batch of dl_train.
 
-    `features` and `labels` are the first training batch, before its step. Nothing is read ahead:
-    dl_val is looked at only where it is in memory, in an order that is not drawn. A batch that is
-    made as the training's is not evaluated, since the training step checks the same. Modes, random
-    states and metrics are put back.
+    Nothing is read ahead: dl_val is checked only if it is in memory, in an order that is not drawn.
+    A batch of the same kind as the training's is not evaluated, since the training step checks the
+    same. Modes, random states and metrics are put back.
+
+    Args:
+        features, labels: the first training batch, before its step.
 
     Raises:
         ValueError, TypeError: what the evaluation of that batch raises.
     """
     if run.world.size > 1 or run.engine.compiles_parts or overrides(model, *PARTS):
         return
-    if any(map(is_lazy, model.parameters())):  # the evaluation would make them
+    if any(map(is_lazy, model.parameters())):  # the evaluation would initialize them
         return
     try:
         batch = first_rows(val)
         if batch is None:
             return
-        its_features, its_labels, weight = move_to_device(batch, run.device)
-        if made_of((its_features, its_labels)) == made_of((features, labels)) and weight is None:
+        val_features, val_labels, weight = move_to_device(batch, run.device)
+        is_same_kind = kind_of((val_features, val_labels)) == kind_of((features, labels))
+        if is_same_kind and weight is None:
             return
-        evaluate_once(model, run, its_features, its_labels, weight)
+        evaluate_once(model, run, val_features, val_labels, weight)
     except Exception as error:
         error.add_note(NOTE)
-        error.says_where = True  # type: ignore[attr-defined] # for the loop: it is no batch of dl_train
+        # for the loop: it is no batch of dl_train
+        error.says_where = True  # type: ignore[attr-defined]
         raise
 
 
@@ -60,7 +64,8 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
     loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
     phase = run.val
     randomness = Randomness(run.device, [])
-    states, previous = randomness.states(), run.phase
+    states = randomness.states()
+    previous = run.phase
     run.phase = phase
     phase.totals.reset()
     phase.begin_pass()
@@ -72,7 +77,10 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
             batch = phase.take(1, features, labels, weight, is_filler=False)
             needed = needs_labels(model, run.loss_func, "evaluate_step")
             check_batch(step, features, labels, weight, batch.rows, needed)
-            results = step(features, labels) if weight is None else step(features, labels, weight)
+            if weight is None:
+                results = step(features, labels)
+            else:
+                results = step(features, labels, weight)
             check_results(results, step)
     finally:
         phase.totals.reset()
@@ -81,8 +89,8 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
         randomness.restore(states)
 
 
-def made_of(nest: Any) -> str:
-    """What a batch is made of, whatever its number of rows."""
+def kind_of(nest: Any) -> str:
+    """Return containers, shapes of a row and dtypes of a batch, whatever its number of rows."""
 
     def leaf_of(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

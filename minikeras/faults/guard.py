@@ -1,9 +1,11 @@
-"""Keeps NaN and infinities out of weights and files: a part of the stepper, and a hook of the fit.
+"""Keep NaN and infinities out of weights and files: a part of the stepper, and a hook of the fit.
+
+It looks at
 
 each loss               before it moves a weight: see loss.py
 a norm of gradients     if another part computes one, before the step
-an epoch's end          the weights, the state of the optimizers
-before a file is written
+weights, and the state  at the end of an epoch, and before a file is written: see weights.py
+of the optimizers
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ if TYPE_CHECKING:
 
 
 class NaNGuard(Part, Hook):
-    """The watch of one fit over its losses, gradients and weights.
+    """Watch the losses, gradients and weights of one fit.
 
     Args:
-        on_nan: "raise" an error, "stop" the fit with a warning, or "ignore": then it is no part of the
-            stepper, and only keeps such weights out of files.
+        on_nan: "raise" an error, "stop" the fit with a warning, or "ignore": then this is no part
+            of the stepper, and only keeps such weights out of files.
         scales: another part scales the loss, and skips steps whose gradients are infinite.
     """
 
@@ -57,7 +59,7 @@ class NaNGuard(Part, Hook):
         """Whether losses are looked at."""
         return self.on_nan != "ignore"
 
-    # --- the part -----------------------------------------------------------------------------------
+    # --- the part ---------------------------------------------------------------------------------
 
     def on_loss(self, loss: StepLoss) -> None:
         """Raise an error before a loss that is not finite moves a weight."""
@@ -70,7 +72,7 @@ class NaNGuard(Part, Hook):
             loss.total = loss.total * torch.where(losses.found > 0, torch.nan, 1.0)
 
     def on_gradient_norm(self, norm: Tensor, parameters: list[Tensor]) -> None:
-        """Look at a norm that another part has computed."""
+        """Check a norm that another part has computed."""
         if not self.scales:  # else such a step is skipped
             self.losses.look_at_norm(norm, parameters)
 
@@ -79,28 +81,28 @@ class NaNGuard(Part, Hook):
         return [self.losses.own()]
 
     def take_numbers(self, optimizers: list[Any], sums: list[Any]) -> None:
-        """Hear in how many processes it was so, before any of them moves a weight."""
+        """Learn how many processes had such a loss, before any of them moves a weight."""
         self.losses.heard(sums[0])
 
     def on_graph_steps(self, loss: Tensor, steps: int) -> None:
-        """Look back at the steps of a graph, which counts and holds back by itself."""
+        """Check steps that a graph has taken; it counts bad losses and holds steps back itself."""
         self.losses.look_back(loss, steps)
 
     def on_last_batch(self) -> None:
-        """Read what has not been read: a bad loss is said before what is left of a pass is taken."""
+        """Read the losses that have not been read, before the last steps of a pass."""
         self.losses.ended()
 
     def on_pass_end(self) -> None:
-        """Read the norm of the last step, and look at the weights."""
+        """Read the norm of the last step, and check the weights."""
         self.losses.ended()
         if self.weights is not None:
             self.weights.check()
 
     def way_back(self) -> Restore:
-        """Return a function that puts back what has been read until now."""
+        """Return a function that restores what has been read until now."""
         return self.losses.way_back()
 
-    # --- the hook -----------------------------------------------------------------------------------
+    # --- the hook ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
@@ -124,7 +126,7 @@ class NaNGuard(Part, Hook):
 
     @contextlib.contextmanager
     def around_epoch(self, fit: Fit) -> Iterator[None]:
-        """End the fit at a loss that is not finite: with an error, or a warning and the history so far."""
+        """End the fit at a loss that is not finite: with an error, or with a warning."""
         try:
             yield
         except NonFiniteLoss as error:
@@ -137,7 +139,7 @@ class NaNGuard(Part, Hook):
             self.model.stop_training = True
 
     def allows_writing(self, path: Any, with_state: bool) -> bool:
-        """Tell whether weights may be written to a file; an error says that they are not finite."""
+        """Tell whether weights may be written to a file; raise an error if they are not finite."""
         averages: list[Any] = []
         if with_state and self.run.fit is not None:
             for callback in self.run.fit.callbacks:
@@ -146,11 +148,12 @@ class NaNGuard(Part, Hook):
         return allowed
 
     def _explained(self, error: NonFiniteLoss, epoch: int) -> str:
-        """What is known of a loss, a gradient or weights that are not finite."""
+        """Return the message for a loss, a gradient or weights that are not finite."""
         run = self.run
         if run.engine.holds_back_steps:
             self.losses.skipped_elsewhere = True
-        batch, run.train.batch = run.train.batch, NO_BATCH
+        batch = run.train.batch
+        run.train.batch = NO_BATCH
         error.batch = (batch.features, batch.labels, batch.number)
         rates = run.learning_rates()
         try:

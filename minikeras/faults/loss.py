@@ -1,8 +1,8 @@
-"""A loss that is NaN or infinite, found before it moves a weight.
+"""Find a loss that is NaN or infinite before it moves a weight.
 
-on the CPU      the loss is read at each step, where reading waits for nothing
-on a device     a count on the device grows from the first bad loss on; it is read every few steps, without waiting, and
-                holds back the steps of fused optimizers meanwhile
+on the CPU      read the loss at each step; reading waits for nothing there
+on a device     a count on the device grows from the first bad loss on; it is read every few steps,
+                without waiting, and meanwhile holds back the steps of fused optimizers
 under jit       the graph holds back its own steps; see jit/steps.py
 """
 
@@ -24,7 +24,10 @@ READ_EVERY = 50  # steps, on a device
 CAUSE = (
     "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean"
 )
-REMEDY = "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning rate."
+REMEDY = (
+    "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning "
+    "rate."
+)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -37,14 +40,10 @@ class NonFiniteLoss(FloatingPointError):
         self.value = value
         self.ago = ago  # steps since the first such loss
         self.elsewhere = False  # it was in another process
-        self.batch: Any = (
-            None,
-            None,
-            0,
-        )  # features, labels and number of the batch at which it was found
-        self.culprit: Any = (
-            None  # features and labels of the batch whose loss it was, where that is another
-        )
+        # features, labels and number of the batch at which it was found
+        self.batch: Any = (None, None, 0)
+        # features and labels of the batch whose loss it was, if that is another
+        self.culprit: Any = None
 
 
 class NonFiniteGradient(NonFiniteLoss):
@@ -52,8 +51,8 @@ class NonFiniteGradient(NonFiniteLoss):
 
     Args:
         value: the norm.
-        parameter: the first whose gradient is not finite, None where that is not known.
-        overflown: each gradient is finite.
+        parameter: the first whose gradient is not finite, None if that is not known.
+        overflown: each gradient is finite, but not the norm of all.
     """
 
     def __init__(
@@ -65,17 +64,17 @@ class NonFiniteGradient(NonFiniteLoss):
 
 
 class FiniteLoss:
-    """The watch over a fit's losses. For use in `with`: what it hangs on optimizers is taken off at the end.
+    """Watch the losses of a fit. For use in `with`: at the end the optimizers are as before.
 
-    `bad` counts, on the device, the steps since the first bad loss, itself included; a graph counts by itself. It is
-    the gradient that was bad, and not the loss, where `of_gradient` is 1.
+    `bad` counts, on the device, the steps since the first bad loss, which is included; a graph
+    counts by itself. If `of_gradient` is 1, the gradient was bad, and not the loss.
     """
 
     def __init__(self, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
-        self.alone = True  # else nothing is raised before all processes have heard of it
+        self.alone = True  # else nothing is raised before all processes know of it
         self.value = 0.0  # the last loss that was read
         self.last = math.nan  # the last finite loss that was read
-        self.looked = 0  # losses, those included that no one has read
+        self.looked = 0  # losses so far, read or not
         self.reads_each = device.type == "cpu"
         self.bad = torch.zeros((), device=device)
         self.of_gradient = torch.zeros((), device=device)
@@ -83,11 +82,12 @@ class FiniteLoss:
         self.reading = DelayedRead(self.bad)
         self.steps = 0
         self.optimizers = list(optimizers)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.blocks = all(group.get("fused") for group in groups)
-        self.skipped_elsewhere = (
-            False  # a graph or a scaler skips the steps from the first bad loss on
-        )
+        self.blocks = True  # all optimizers are fused, and can be held back
+        for optimizer in self.optimizers:
+            if not all(group.get("fused") for group in optimizer.param_groups):
+                self.blocks = False
+        # a graph or a scaler skips the steps from the first bad loss on
+        self.skipped_elsewhere = False
 
     def begin(self, counts: tuple[Tensor, Tensor] | None) -> None:
         """Begin a fit; `counts` are those that a graph keeps, `bad` and `of_gradient`."""
@@ -98,7 +98,7 @@ class FiniteLoss:
             self.reading = DelayedRead(self.bad)
 
     def way_back(self) -> Callable[[], None]:
-        """Return a function that puts back what has been read until now."""
+        """Return a function that restores what has been read until now."""
         names = ("value", "last", "looked", "steps")
         numbers = {name: getattr(self, name) for name in names}
         counts = [self.bad, self.of_gradient, self.found]
@@ -114,7 +114,8 @@ class FiniteLoss:
     def __enter__(self) -> FiniteLoss:
         if self.blocks and not self.reads_each:
             for optimizer in self.optimizers:
-                optimizer.found_inf = self.found  # type: ignore[attr-defined] # torch's own way to skip a step
+                # torch's own way to skip a step
+                optimizer.found_inf = self.found  # type: ignore[attr-defined]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -127,7 +128,11 @@ class FiniteLoss:
         return self.reads_each or self.blocks or self.skipped_elsewhere
 
     def look(self, loss: Tensor) -> None:
-        """Before a step moves a weight: raise NonFiniteLoss where the loss, 0-dim, is not finite."""
+        """Check a loss, a 0-d tensor, before a step moves a weight.
+
+        Raises:
+            NonFiniteLoss: it is not finite.
+        """
         self.looked += 1
         if self.reads_each:
             value = loss.item()
@@ -138,18 +143,20 @@ class FiniteLoss:
             else:
                 self.value = value
             return
-        with (
-            torch.no_grad()
-        ):  # in few operations: 0 times a number is 0, and NaN where that is not finite
+        # in few operations: 0 times a number is 0, or NaN if the number is not finite
+        with torch.no_grad():
             self.found.copy_(self.bad + loss * 0 != 0)
             self.bad += self.found
         if self.alone:
             self._read_now_and_then(1)
 
     def look_at_norm(self, norm: Tensor, parameters: Iterable[Tensor]) -> None:
-        """Before a step: raise NonFiniteGradient where the norm of these parameters' gradients is not finite.
+        """Check the norm of these parameters' gradients before a step.
 
         It is the same in all processes, which have added up their gradients.
+
+        Raises:
+            NonFiniteGradient: it is not finite.
         """
         if is_sharded(norm):
             norm = norm.full_tensor()  # type: ignore[attr-defined]
@@ -164,11 +171,11 @@ class FiniteLoss:
             self.found.copy_(self.bad > 0)
 
     def own(self) -> Any:
-        """1 where a loss of this process was not finite, else 0."""
+        """Return 1 if a loss of this process was not finite, else 0."""
         return float(not math.isfinite(self.value)) if self.reads_each else self.bad > 0
 
     def heard(self, bad: Tensor) -> None:
-        """In how many processes it was so, before any of them moves a weight."""
+        """Take the number of processes with such a loss, before any of them moves a weight."""
         if not self.reads_each:
             self.bad.copy_(torch.where((bad > 0) & (self.bad == 0), 1.0, self.bad))
             self.found.copy_(self.bad > 0)
@@ -179,7 +186,11 @@ class FiniteLoss:
             raise error
 
     def look_back(self, loss: Tensor, steps: int) -> None:
-        """After so many steps of a graph that counts and blocks by itself; `loss` is their mean."""
+        """Check steps that a graph has taken, which counts and blocks by itself.
+
+        Args:
+            loss: the mean over these steps.
+        """
         self.looked += steps
         if not self.reads_each:
             self._read_now_and_then(steps)
@@ -198,7 +209,14 @@ class FiniteLoss:
             self.reading.start()
 
     def ended(self, bad: float | None = None) -> None:
-        """Raise NonFiniteLoss where the count is not 0; without one given it is read, which waits for the device."""
+        """Raise an error if the count of bad losses is not 0.
+
+        Args:
+            bad: the count; None to read it, which waits for the device.
+
+        Raises:
+            NonFiniteLoss, NonFiniteGradient: it is not 0.
+        """
         bad = float(self.bad) if bad is None else bad
         if bad and float(self.of_gradient):
             raise NonFiniteGradient(math.nan, ago=int(bad) - 1)
@@ -207,7 +225,7 @@ class FiniteLoss:
 
 
 def first_non_finite(parameters: Iterable[Tensor]) -> Tensor | None:
-    """The first parameter whose gradient holds NaN or inf."""
+    """Return the first parameter whose gradient holds NaN or inf."""
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -220,7 +238,7 @@ def first_non_finite(parameters: Iterable[Tensor]) -> Tensor | None:
 
 
 class DelayedRead:
-    """A number on a device, read without waiting: copied when asked for, looked at when the copy has arrived."""
+    """Read a number on a device without waiting: copy it, and look when the copy has arrived."""
 
     def __init__(self, source: Tensor) -> None:
         self.source = source
@@ -228,13 +246,18 @@ class DelayedRead:
         self.arrived: Any = None
 
     def start(self) -> None:
+        """Start to copy the number."""
         self.copy.copy_(self.source, non_blocking=True)
         if self.source.device.type != "cpu":
             self.arrived = torch.Event(device=self.source.device)
             self.arrived.record()
 
     def result(self, wait: bool = False) -> float:
-        """The number when it was copied last; 0 while the copy is under way, unless that is to be waited for."""
+        """Return the number as it was last copied; 0 while the copy has not arrived.
+
+        Args:
+            wait: wait for the copy.
+        """
         if wait and self.arrived is not None:
             self.arrived.synchronize()
         return self.copy.item() if self.arrived is None or self.arrived.query() else 0.0
@@ -249,29 +272,31 @@ def explained(
     watch: FiniteLoss,
     suspects: tuple[list[str], list[str]],
 ) -> str:
-    """What is known of the cause: where, the rates, the last finite loss, the data, the weights; and what to do.
+    """Return the message: where, rates, last finite loss, data, weights, and what to do.
 
-    `suspects`: names of weights and buffers that are not finite and were as the fit began; and of those that were NaN
-    as it began.
+    Args:
+        suspects: names of weights and buffers that are not finite now and were as the fit began;
+            and of those that were NaN as it began.
     """
     features, labels, number = error.batch
-    is_at_hand = error.ago == 0 or error.culprit is not None
+    has_batch = error.ago == 0 or error.culprit is not None  # of the bad loss
     if error.culprit is not None:
         features, labels = error.culprit
     spoiled: list[str] = []
-    if is_at_hand:
-        spoiled = [
-            name
-            for name, nest in (("features", features), ("labels", labels))
-            if has_non_finite(nest)
-        ]
+    if has_batch and has_non_finite(features):
+        spoiled.append("features")
+    if has_batch and has_non_finite(labels):
+        spoiled.append("labels")
     buffer_names = {name for name, _ in model.named_buffers()}
     since, before = suspects
     weights = [name for name in (*before, *since) if name not in buffer_names]
     buffers = [name for name in (*before, *since) if name in buffer_names]
-    began = f" (it began {error.ago} steps before)" if error.ago else ""
+    began = ""
+    if error.ago:
+        began = f" (it began {error.ago} steps before)"
     sentences = [
-        f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite number.",
+        f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite "
+        f"number.",
         f"{last_loss(error, watch)} at {shown_rates(rates)}.",
     ]
     if spoiled:
@@ -280,26 +305,29 @@ def explained(
         )
     elif error.elsewhere:
         sentences.append("It was in the batch of another process: its message says more.")
-    elif not is_at_hand:
+    elif not has_batch:
         sentences.append(
-            'The batch of that loss is not kept, so its data was not looked at: compile with device="cpu" to find it, '
-            "where each loss is read at once, or look for NaN and inf in the data."
+            "The batch of that loss is not kept, so its data was not looked at: compile with "
+            'device="cpu" to find it, where each loss is read at once, or look for NaN and inf in '
+            "the data."
         )
     elif all_ignored(loss_func, labels):
         sentences.append(
-            f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss ignores, and its "
-            f"mean over none is nan. Let the loss return minikeras.Average(total, count)."
+            f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss "
+            f"ignores, and its mean over none is nan. Let the loss return "
+            f"minikeras.Average(total, count)."
         )
     elif not weights:
         sentences.append(
-            "Features, labels and weights are finite: lower the rate, clip gradients, or look into the loss."
+            "Features, labels and weights are finite: lower the rate, clip gradients, or look into "
+            "the loss."
         )
     if weights:
         sentences.append(f"Weights are NaN or inf: {', '.join(weights[:3])}.")
-        if is_at_hand and not before and watch.reads_each:
+        if has_batch and not before and watch.reads_each:
             sentences.append(
-                "They were finite as the fit began: the loss of a step before was finite and its gradient was not, or "
-                f"a step was too large. Possible causes: {CAUSE}. {REMEDY}"
+                "They were finite as the fit began: the loss of a step before was finite and its "
+                f"gradient was not, or a step was too large. Possible causes: {CAUSE}. {REMEDY}"
             )
         sentences.append("Go back to a checkpoint.")
     elif watch.holds_back:
@@ -308,35 +336,44 @@ def explained(
         sentences.append("The optimizer has taken steps since: go back to a checkpoint.")
     if buffers:
         sentences.append(
-            f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint before you go on."
+            f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint "
+            f"before you go on."
         )
     return " ".join(sentences)
 
 
 def shown_rates(rates: Mapping[str, float]) -> str:
-    """The learning rates for a message."""
+    """Return the learning rates for a message."""
     return ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items()) or "an unknown rate"
 
 
 def last_loss(error: NonFiniteLoss, watch: FiniteLoss | None) -> str:
-    """The last finite loss, where it was read or there was none."""
+    """Return the beginning of a sentence about the last finite loss, if it is known."""
     if watch is not None and math.isfinite(watch.last):
         return f"The last finite loss was {watch.last:.4g},"
-    first = watch is not None and watch.looked == error.ago + 1
-    return "There was no finite loss before it in this fit," if first else "It was"
+    if watch is not None and watch.looked == error.ago + 1:
+        return "There was no finite loss before it in this fit,"
+    return "It was"
 
 
 def all_ignored(loss_func: Any, labels: Any) -> bool:
-    """Whether every label is the one that the loss leaves out: its ignore_index, or torch's default."""
+    """Tell whether every label is one that the loss ignores: its ignore_index, default -100."""
+    if not isinstance(labels, Tensor) or labels.numel() == 0 or labels.is_floating_point():
+        return False
     parts = loss_func.modules() if isinstance(loss_func, nn.Module) else ()
-    ignored = next((part.ignore_index for part in parts if hasattr(part, "ignore_index")), -100)
-    whole = isinstance(labels, Tensor) and labels.numel() > 0 and not labels.is_floating_point()
-    return whole and bool((labels.long() == ignored).all())
+    ignored: Any = -100
+    for part in parts:
+        if hasattr(part, "ignore_index"):
+            ignored = part.ignore_index
+            break
+    return bool((labels.long() == ignored).all())
 
 
 def has_non_finite(nest: Any) -> bool:
-    """Whether any tensor in a nest holds NaN or inf."""
-    tensors = [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor) and not is_lazy(leaf)]
-    return any(
-        not bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()
-    )
+    """Tell whether any tensor in a nest holds NaN or inf."""
+    for leaf in leaves(nest):
+        if not isinstance(leaf, Tensor) or is_lazy(leaf) or not leaf.is_floating_point():
+            continue
+        if not bool(leaf.isfinite().all()):
+            return True
+    return False

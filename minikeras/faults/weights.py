@@ -1,11 +1,11 @@
-"""Weights and buffers that are NaN or infinite although each loss was finite, found before they reach a file.
+"""Find NaN or infinite weights and buffers after finite losses, before they reach a file.
 
-at a fit's begin          what is not finite already, as a mask of -inf, is noted and left alone from then on
-at each epoch's end       after the last step of training and before validation, callbacks and files
+as a fit begins           note what is not finite already, such as a mask of -inf, and allow it
+at the end of an epoch    after the last step of training; before validation, callbacks and files
 before a file is written  the state of the run, or weights that `save` writes within the fit
-before a clipped step     the norm of the gradients, which is there anyway: see `FiniteLoss.look_at_norm`
+before a clipped step     the norm of the gradients, computed anyway: see `FiniteLoss.look_at_norm`
 
-A look is one reduction of each tensor, and one wait for the device.
+A check is one reduction of each tensor, and waits for the device once.
 """
 
 from __future__ import annotations
@@ -41,13 +41,8 @@ LOOKED_AT = (
     torch.complex128,
 )
 OF_THE_LOSS = "the loss's "  # in front of the names of its parameters and buffers
-KINDS = (
-    "parameter",
-    "gradient",
-    "buffer",
-    "state",
-    "average",
-)  # in the order in which a message looks for the cause
+# in the order in which a message looks for the cause
+KINDS = ("parameter", "gradient", "buffer", "state", "average")
 
 
 class NonFiniteWeights(NonFiniteLoss):
@@ -55,18 +50,17 @@ class NonFiniteWeights(NonFiniteLoss):
 
     def __init__(self, found: list[tuple[str, str]]) -> None:
         super().__init__(float("nan"))
-        self.found = (
-            found  # kind and name of each tensor; empty where they are in another process alone
-        )
+        # kind and name of each tensor; empty if they are in another process alone
+        self.found = found
 
 
 class FiniteWeights:
-    """The watch over the tensors of a fit.
+    """Watch the tensors of a fit.
 
     Args:
         model, loss_func, optimizers: what is trained.
         world: the processes that train together.
-        finite_loss: the watch over the losses; None for on_nan="ignore".
+        finite_loss: watches the losses; None for on_nan="ignore".
         gradients_wait: gradients of several batches wait for a step, and must be finite.
     """
 
@@ -85,9 +79,8 @@ class FiniteWeights:
         self.world = world
         self.finite_loss = finite_loss
         self.gradients_wait = gradients_wait
-        self.begun: dict[
-            str, tuple[Any, Tensor | None]
-        ] = {}  # name -> shape and what was not finite then
+        # name -> shape, and a mask of what was not finite as the fit began
+        self.begun: dict[str, tuple[Any, Tensor | None]] = {}
         named = dict(self._weights())
         spoiled = set(self._find(named))
         for key, tensor in named.items():
@@ -95,20 +88,21 @@ class FiniteWeights:
             self.begun[key[1]] = (tensor.shape, mask)
 
     def check(self) -> None:
-        """Look at everything.
+        """Check weights, buffers and the state of the optimizers.
 
         Raises:
-            NonFiniteWeights: something is not finite that was, in any of the processes.
+            NonFiniteWeights: one is not finite and was as the fit began, in any of the processes.
         """
         found = self._find(dict([*self._weights(), *self._state()]))
         self._raise_if_any(found)
 
     def allow(self, path: Any, averages: Iterable[tuple[str, str, Tensor]] = ()) -> bool:
-        """Whether a file may be written: False, with a warning, where it must not and on_nan is "ignore".
+        """Tell whether a file may be written; with on_nan="ignore" warn if it may not.
 
         Args:
             path: of the file.
-            averages: what else would be in it: a title, the name of the parameter that it is an average of, a tensor.
+            averages: what else would be in it: a title, the name of the parameter that it is an
+                average of, a tensor.
 
         Raises:
             NonFiniteLoss: a loss, or something that would be in the file, is not finite.
@@ -121,8 +115,9 @@ class FiniteWeights:
         if self.finite_loss is None:
             if self._anywhere(bool(found)):
                 warnings.warn(
-                    f"{path} is not written: {listed(found) or 'weights of another process'} would be NaN or infinite "
-                    f'in it. What was there before is there. Pass on_nan="raise" to end the fit where that comes.',
+                    f"{path} is not written: {listed(found) or 'weights of another process'} would "
+                    f"be NaN or infinite in it. What was there before is there. Pass "
+                    f'on_nan="raise" to end the fit where that comes.',
                     stacklevel=7,
                 )
                 return False
@@ -132,21 +127,24 @@ class FiniteWeights:
         return True
 
     def suspects(self) -> tuple[list[str], list[str]]:
-        """What may have made a loss NaN: names that were finite as the fit began, and those that were NaN then."""
+        """Return the names of what may have made a loss NaN.
+
+        First those that are not finite and were as the fit began, then those that were NaN then.
+        """
         since = [name for _, name in self._find(dict(self._weights()))]
-        before = [
-            name
-            for (_, name), tensor in self._weights()
-            if self.begun.get(name, (None, None))[1] is not None and bool(tensor.isnan().any())
-        ]
+        before = []
+        for (_, name), tensor in self._weights():
+            _, mask = self.begun.get(name, (None, None))
+            if mask is not None and bool(tensor.isnan().any()):
+                before.append(name)
         return since, before
 
     def _raise_if_bad_loss(self, finite_loss: FiniteLoss) -> None:
-        """On a device the count is read now, before it is due."""
+        """Raise an error for a bad loss; on a device the count is read now, before it is due."""
         if self.world.size == 1:
             finite_loss.ended()
             return
-        own = bool(finite_loss.own())  # of which the others have not heard
+        own = bool(finite_loss.own())  # which the others do not know yet
         if self._anywhere(own):
             error = NonFiniteLoss(finite_loss.value if finite_loss.reads_each else float("nan"))
             error.elsewhere = not own
@@ -159,7 +157,7 @@ class FiniteWeights:
     def _anywhere(self, here: bool) -> bool:
         return bool(self.world.agree(here)[0])
 
-    # --- what is looked at --------------------------------------------------------------------------------------------
+    # --- what is checked --------------------------------------------------------------------------
 
     def _prefixed_modules(self) -> list[tuple[str, nn.Module]]:
         modules = [("", self.model)]
@@ -180,7 +178,7 @@ class FiniteWeights:
                 yield prefix + name, parameter
 
     def _state(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """Of torch's own optimizers: in those of others an infinity may have a meaning."""
+        """Yield the state of torch's own optimizers; in others an infinity may have a meaning."""
         for optimizer in self.optimizers.values():
             if not type(optimizer).__module__.startswith("torch.optim"):
                 continue
@@ -190,7 +188,7 @@ class FiniteWeights:
                     yield from looked_at("state", title, value)
 
     def _waiting_gradients(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """Of batches that wait for a step. In float16 infinite ones are skipped by the scaler."""
+        """Yield gradients that wait for a step; in float16 the scaler skips infinite ones."""
         if not self.gradients_wait:
             return
         for name, parameter in self._prefixed_parameters():
@@ -199,7 +197,7 @@ class FiniteWeights:
 
     @torch.no_grad()
     def _find(self, named: Mapping[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
-        """The keys of those that hold NaN or infinities which were not there as the fit began."""
+        """Return the keys of tensors with NaN or infinities that they did not have at first."""
         keys = []
         extremes: list[Tensor] = []
         for key, tensor in named.items():
@@ -211,27 +209,26 @@ class FiniteWeights:
         if not keys:
             return []
         device = extremes[0].device
-        together = torch.stack([extreme.to(device) for extreme in extremes])
-        finite = together.isfinite().view(-1, 2).all(1).tolist()  # waits for the device, once
+        stacked = torch.stack([extreme.to(device) for extreme in extremes])
+        finite = stacked.isfinite().view(-1, 2).all(1).tolist()  # waits for the device, once
         return [key for key, is_finite in zip(keys, finite, strict=True) if not is_finite]
 
     def _without_known(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
-        """The tensor without the values that are allowed to be infinite."""
+        """Return a tensor without the values that may be infinite."""
         kind, name = key
         if kind not in ("parameter", "buffer") or not self.begun:
             return tensor
         shape, mask = self.begun.get(name, (None, None))
         if shape == tensor.shape:
             return tensor if mask is None else torch.where(mask, torch.zeros_like(tensor), tensor)
-        if (
-            kind == "buffer"
-        ):  # made since, as a mask for attention of another length: -inf has a meaning there
+        if kind == "buffer":
+            # a new one, such as a mask for attention of another length: -inf has a meaning there
             return tensor.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0)
         return tensor
 
 
 def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """The tensor under its key, this process's part of it; nothing where it cannot be looked at."""
+    """Yield a tensor, or this process's shard, under its key; nothing if it cannot be checked."""
     if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:
         return
     if is_sharded(tensor):
@@ -242,7 +239,7 @@ def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, st
         yield (kind, name), tensor.detach()
 
 
-# --- what is said of it -----------------------------------------------------------------------------------------------
+# --- what is said of it ---------------------------------------------------------------------------
 
 
 def explain_weights(
@@ -252,15 +249,16 @@ def explain_weights(
     rates: Mapping[str, float],
     watch: FiniteLoss,
 ) -> str:
-    """What is not finite, where, the cause as far as it is known, and what to do."""
+    """Return the message: what is not finite, where, the likely cause, and what to do."""
     batch = error.batch[2]
     where = f"epoch {epoch}, batch {batch}" if batch else f"epoch {epoch}"
     if not error.found:
         return (
-            f"weights are NaN or infinite in another process in {where}; expected finite ones. Its message says more. "
-            f"Go back to a checkpoint."
+            f"weights are NaN or infinite in another process in {where}; expected finite ones. Its "
+            f"message says more. Go back to a checkpoint."
         )
-    kind = next(kind for kind in KINDS if kind in [found for found, _ in error.found])
+    kinds = {found for found, _ in error.found}
+    kind = next(kind for kind in KINDS if kind in kinds)
     of_kind = [key for key in error.found if key[0] == kind]
     subject = f"the gradient of {listed(of_kind)}" if kind == "gradient" else listed(of_kind)
     verb = "is" if len(of_kind) == 1 else "are"
@@ -271,27 +269,31 @@ def explain_weights(
         sentences.append(f"{last_loss(error, watch)} at {shown_rates(rates)}.")
     if kind == "buffer":
         sentences.append(
-            "The weights are finite: the forward pass has spoiled it, as a batch with inf spoils the statistics of "
-            "BatchNorm. Clean the data."
+            "The weights are finite: the forward pass has spoiled it, as a batch with inf spoils "
+            "the statistics of BatchNorm. Clean the data."
         )
     elif kind == "state":
         sentences.append(
-            "The weights are finite: a gradient was so large that its square is infinite, and such a weight does not "
-            "move again. Make the loss smaller, or compile with clip_grad_norm=1.0."
+            "The weights are finite: a gradient was so large that its square is infinite, and such "
+            "a weight does not move again. Make the loss smaller, or compile with "
+            "clip_grad_norm=1.0."
         )
     elif kind == "average":
         sentences.append(
-            "The weights are finite now: the average took them in after a step when they were not, and it does not "
-            "become finite again. Find that step, as with compile(clip_grad_norm=1.0)."
+            "The weights are finite now: the average took them in after a step when they were not, "
+            "and it does not become finite again. Find that step, as with "
+            "compile(clip_grad_norm=1.0)."
         )
     elif watch.looked:
         sentences.append(
-            f"Each loss was finite, so a gradient was not, or a step was too large: {CAUSE}. {REMEDY}"
+            f"Each loss was finite, so a gradient was not, or a step was too large: {CAUSE}. "
+            f"{REMEDY}"
         )
     else:
         sentences.append(
-            "No loss was looked at: train_step calls loss.backward() by itself. Call self.backward(loss) there, which "
-            f"finds a bad loss before it moves a weight. If it was finite, a gradient was not: {CAUSE}. {REMEDY}"
+            "No loss was looked at: train_step calls loss.backward() by itself. Call "
+            "self.backward(loss) there, which finds a bad loss before it moves a weight. If it was "
+            f"finite, a gradient was not: {CAUSE}. {REMEDY}"
         )
     if kind in ("parameter", "gradient"):
         sentences.append(
@@ -310,15 +312,17 @@ def explain_gradient(
     rates: Mapping[str, float],
     watch: FiniteLoss,
 ) -> str:
-    """A norm of gradients that is not finite, found before the step."""
+    """Return the message for a norm of gradients that is not finite, found before the step."""
     began = f" (it began {error.ago} steps before)" if error.ago else ""
     sentences = [
-        f"the norm of the gradient is {error.value} in epoch {epoch}, batch {error.batch[2]}{began}; expected a finite "
-        f"number. The loss was finite. {last_loss(error, watch)} at {shown_rates(rates)}."
+        f"the norm of the gradient is {error.value} in epoch {epoch}, batch {error.batch[2]}"
+        f"{began}; expected a finite number. The loss was finite. {last_loss(error, watch)} at "
+        f"{shown_rates(rates)}."
     ]
-    name = next(
-        (name for name, parameter in model.named_parameters() if parameter is error.parameter), None
-    )
+    name = None  # of the first parameter whose gradient is not finite
+    for candidate, parameter in model.named_parameters():
+        if parameter is error.parameter:
+            name = candidate
     if error.overflown:
         sentences.append(
             "Each gradient is finite, and the sum of their squares is not: make the loss smaller."
@@ -339,18 +343,20 @@ def explain_gradient(
 
 
 def layer_of(model: nn.Module, name: str) -> str:
-    """The layer that a parameter is in, as a sentence."""
+    """Return a sentence about the layer that a parameter is in."""
     path = name.rpartition(".")[0]
     if name.startswith(OF_THE_LOSS):
         return "It is a parameter of the loss."
     kind = type(model.get_submodule(path)).__name__
-    return (
-        f"The first layer is {path} ({kind})." if path else f"It is a parameter of {kind} itself."
-    )
+    if path:
+        return f"The first layer is {path} ({kind})."
+    return f"It is a parameter of {kind} itself."
 
 
 def listed(found: Iterable[tuple[str, str]]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     names = [name for _, name in found]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    more = ""
+    if len(names) > 3:
+        more = f" and {len(names) - 3} more"
     return ", ".join(names[:3]) + more

@@ -1,7 +1,9 @@
-"""Parts of the stepper: what lies between a loss and moved weights. Each file is one and knows no other.
+"""Parts of the stepper: what lies between a loss and moved weights.
 
-clip.py              gradients clipped by norm or by value
-accumulate.py        several batches make one step
+Each file is one part, and knows no other.
+
+clip.py              clip gradients by norm or by value
+accumulate.py        make one step of several batches
 mixed_precision.py   autocast, and the loss scale of float16
-bare_calls.py        refuses loss.backward() and optimizer.step() that would pass the others by
+bare_calls.py        refuse loss.backward() and optimizer.step() that would bypass the others
 """

@@ -1,8 +1,8 @@
 """Several batches make one step, by the mean over the rows of all of them.
 
-backward   adds the gradient of loss * rows, or of the total of an Average
-step       counts a batch in the window of its optimizer; a full window is divided by its rows, and closed
-pass end   windows that are partly filled are closed as they are
+backward   add the gradient of loss * rows, or of the total of an Average
+step       count a batch in the window of its optimizer; divide a full window by its rows and step
+pass end   step with windows that are partly filled
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from minikeras.stepper import Part, Restore, StepLoss, gradients_of
 
 @dataclass
 class Window:
-    """What an optimizer's gradients have gathered since its last step."""
+    """What an optimizer's gradients have accumulated since its last step."""
 
     weight: Any = 0  # rows, or counts of Averages, so far: a number or a 0-d tensor
-    current: Any = None  # of them those of the current batch, from its first backward on
+    current: Any = None  # those of the current batch, from its first backward on
     batches: int = 0
 
     def add(self, weight: Any) -> None:
@@ -42,10 +42,10 @@ class Window:
 
 
 class Accumulate(Part):
-    """Keep gradients as sums over rows until a window of `batches` batches is closed.
+    """Keep gradients as sums over rows until a window of `batches` batches is full.
 
-    Each optimizer has a window and counts its own calls of `optimizer_step`. With one batch it only
-    weighs by rows, which several processes need.
+    Each optimizer has a window and counts its own calls of `optimizer_step`. With windows of one
+    batch this only weights by rows, which several processes need.
     """
 
     def __init__(self, batches: int) -> None:
@@ -84,7 +84,7 @@ class Accumulate(Part):
         window.current = None
 
     def on_gradients(self, optimizer: Optimizer) -> None:
-        """Divide the sums by the rows of the window; if nothing was counted they stay 0."""
+        """Divide the sums by the rows of the window; without any rows they stay 0."""
         weight = self._window(optimizer).weight
         if isinstance(weight, Tensor):
             weight = torch.where(weight == 0, 1, weight)
@@ -98,10 +98,12 @@ class Accumulate(Part):
         self.windows[optimizer] = Window()
 
     def on_last_batch(self) -> None:
-        """Close the windows that are partly filled."""
-        self.stepper.close(
-            [optimizer for optimizer, window in self.windows.items() if window.batches]
-        )
+        """Step with the windows that are partly filled."""
+        partly_filled = []
+        for optimizer, window in self.windows.items():
+            if window.batches:
+                partly_filled.append(optimizer)
+        self.stepper.close(partly_filled)
 
     def numbers(self, optimizers: list[Optimizer]) -> list[Any]:
         """Return the weight of each window, to be added up over the processes."""
@@ -134,7 +136,7 @@ class Accumulate(Part):
             self.windows[optimizer] = Window(window["weight"], window["current"], window["batches"])
 
     def way_back(self) -> Restore:
-        """Return a function that puts the windows of now back."""
+        """Return a function that restores the current windows."""
         windows = {optimizer: replace(window) for optimizer, window in self.windows.items()}
 
         def restore() -> None:
@@ -144,14 +146,14 @@ class Accumulate(Part):
 
 
 def check_mean(loss_func: Any, what: str) -> None:
-    """Refuse a loss that is a sum over rows: batches are put together by their rows.
+    """Refuse a loss that is a sum over rows: batches are weighted by their rows.
 
     Raises:
         ValueError: the loss, or the loss that `Regularized` wraps, has reduction="sum".
     """
     if getattr(inner_loss(loss_func), "reduction", None) == "sum":
         raise ValueError(
-            f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such a '
-            f'sum has counted already. Build it with reduction="mean", or return '
+            f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such '
+            f'a sum has counted already. Build it with reduction="mean", or return '
             f"minikeras.Average(total, count)."
         )

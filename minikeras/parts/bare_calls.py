@@ -1,4 +1,4 @@
-"""Refuses calls in a custom train_step that would pass the other parts by."""
+"""Refuse calls in a custom train_step that would bypass the other parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RefuseBareCalls(Part, Hook):
     """Raise an error for `loss.backward()` and `optimizer.step()` in a custom train_step."""
 
     def __init__(self) -> None:
-        self.is_moving = False  # it is the stepper that fills gradients and moves weights
+        self.is_moving = False  # the stepper itself fills gradients or moves weights
 
     def around_moves(self, move: Callable[..., Any]) -> Callable[..., Any]:
         """Mark the stepper's own backward and step."""
@@ -61,5 +61,5 @@ class RefuseBareCalls(Part, Hook):
 
 
 def bare_call(called: str, instead: str, bypassed: str) -> RuntimeError:
-    """Return the error for a call that passes something by."""
+    """Return the error for a call that bypasses something."""
     return RuntimeError(f"{called} passes {bypassed} by. Call {instead} in train_step.")

@@ -1,4 +1,4 @@
-"""Gradients clipped by their norm, by their values, or both."""
+"""Clip gradients by their norm, by their values, or both."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Forward and loss in half precision, by torch's autocast; the loss scale of float16.
+"""Compute forward and loss in half precision, by torch's autocast; the loss scale of float16.
 
 step       forward and loss under autocast; metrics, backward and the optimizer outside it
-backward   in float16 the loss is scaled up, so that small gradients do not vanish
-gradients  scaled down again; a step with infinite gradients is skipped
+backward   in float16, multiply the loss by a scale, so that small gradients do not vanish
+gradients  divide by the scale; skip a step with infinite gradients
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES: dict[str, torch.dtype | None] = {
 
 
 class MixedPrecision(Part):
-    """Compute forward and loss in `dtype` where torch's autocast has it; the rest stays float32."""
+    """Compute forward and loss in `dtype`, as torch's autocast does; the rest stays float32."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, world: OneProcess) -> None:
         self.device = device
@@ -38,7 +38,7 @@ class MixedPrecision(Part):
         if dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(device.type)
             self.outside_graph = 'precision="fp16"'
-        self.is_scale_sized = False  # the first scale allows for gradients that are sums
+        self.is_scale_sized = False  # the first scale has been set for gradients that are sums
         self.has_stepped = False
 
     def around_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +101,10 @@ class MixedPrecision(Part):
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Let the scaler step, or not where a gradient is infinite; it takes no step without a gradient."""
+        """Let the scaler step, or skip the step if a gradient is infinite.
+
+        It does not step without a gradient.
+        """
         if self.scaler is None or not gradients_of(optimizer):
             return False
         self.scaler.step(optimizer)
@@ -136,7 +139,7 @@ class MixedPrecision(Part):
             self.is_scale_sized = True
 
     def way_back(self) -> Restore:
-        """Return a function that puts the scale of now back."""
+        """Return a function that restores the current scale."""
         scale = None if self.scaler is None else self.scaler.state_dict()
         is_scale_sized = self.is_scale_sized
 
@@ -154,7 +157,7 @@ def dtype_of(
     """Return the dtype that compile(precision=...) asks for, None for float32.
 
     Raises:
-        ValueError: another word, or the device does not have the dtype, or the parameters are narrower.
+        ValueError: another word, or the device lacks the dtype, or the parameters are narrower.
     """
     one_of("precision", precision, (*DTYPES, "auto"))
     dtype = best_dtype(device) if precision == "auto" else DTYPES[precision]
@@ -176,10 +179,10 @@ def best_dtype(device: torch.device) -> torch.dtype | None:
 def check_dtype(
     device: torch.device, dtype: torch.dtype, precision: str, optimizers: Iterable[Optimizer]
 ) -> None:
-    """Refuse a dtype that the device does not have, or parameters that are no wider than it.
+    """Check that the device has a dtype, and that the parameters are wider than it.
 
     Raises:
-        ValueError: it is so.
+        ValueError: the device lacks it, or the parameters are not.
     """
     try:
         if not torch.amp.is_autocast_available(device.type):
@@ -187,14 +190,14 @@ def check_dtype(
         torch.autocast(device.type, dtype)
     except RuntimeError as error:
         raise ValueError(
-            f'precision={precision!r} cannot be had on {device}: {error}. Pass precision="auto", or '
-            f"leave it out."
+            f'precision={precision!r} cannot be had on {device}: {error}. Pass precision="auto", '
+            f"or leave it out."
         ) from error
     for optimizer in optimizers:
         for parameter in parameters_of(optimizer):
             if widen(parameter) is not parameter:
                 raise ValueError(
                     f"precision={precision!r} keeps the parameters in float32 and casts within the "
-                    f"step, and they are {dtype_name(parameter)}. Call model.float() before you make "
-                    f"the optimizer."
+                    f"step, and they are {dtype_name(parameter)}. Call model.float() before you "
+                    f"make the optimizer."
                 )
