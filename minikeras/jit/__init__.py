@@ -1,20 +1,32 @@
-"""The steps as compiled graphs: forward, loss, metrics, backward and optimizer in one.
+"""Compile the steps as graphs: forward, loss, metrics, backward and optimizer in one.
 
-a fit's first batch    in eager, as without jit: it is looked at closely, and the optimizers make their state
-the next one           traced and compiled in the first of these ways that works; a lesser one comes with a warning
-    "one graph"        everything
-    "metrics outside"  metrics that leave torch run on the graph's outputs
-    "forward and loss" backward and step in eager: also where hooks of parameters or optimizers must fire
+the first batch of a fit    in eager mode, as without jit: it is checked closely, and the optimizers
+                            create their state
+the next batch              traced and compiled in the first of these ways that works; any but the
+                            first comes with a warning
+    "one graph"             everything
+    "metrics outside"       metrics that leave torch run on the graph's outputs
+    "forward and loss"      backward and step in eager mode: also if hooks of parameters or
+                            optimizers must be called
     "eager"
-every other            that graph for batches of its shape, one more graph for all other shapes
-a batch for which the loss reaches other parameters, or the optimizer has other groups or another state
-                       in eager, as the first; then a new graph
+every other batch           that graph for batches of its shape, one more graph for all other shapes
+a batch for which the loss  in eager mode, as the first; then a new graph
+reaches other parameters,
+or the optimizer has other
+groups or another state
 
-On CUDA the graph for the first shape is captured as a CUDA graph too, unless the user gives a mode or backend, or the
-option "triton.cudagraphs"; its results are copied, for the next replay writes over them. One for all other shapes would
-be captured anew for each of them.
+On CUDA the graph for the first shape is also captured as a CUDA graph, unless the user passes a
+mode, a backend or the option "triton.cudagraphs"; its results are copied, since the next replay
+writes over them. A graph for all other shapes would be captured again for each of them.
 
-Gradients are those of the real parameters: a loss that holds on to them, as a penalty does, keeps its share.
+Gradients are those of the real parameters: a loss that refers to them, such as a penalty, keeps its
+share.
+
+engine.py      `Jit`, in the place of `Eager`
+steps.py       the two steps, each as a graph
+graphs.py      compile a function, and leave no trace if that fails
+optimizer.py   a copy of the optimizer for the graph; you may skip it
+looking.py     take a step only to check it, after a resume; you may skip it
 """
 
 from minikeras.jit.engine import Jit

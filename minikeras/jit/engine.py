@@ -1,4 +1,4 @@
-"""Compiled steps in the place of those that Python runs."""
+"""Run compiled steps in the place of those that Python runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ PARTS = {
 
 
 class Jit(Eager):
-    """The compiled parts of one model: its steps if nothing of them is overridden, else forward and loss."""
+    """Compile the steps of one model; if a part of them is overridden, forward and loss.
+
+    Args:
+        options: the user's arguments for torch.compile.
+        together: steps in one call of the graph.
+    """
 
     def __init__(self, model: Model, run: Run, options: Mapping[str, Any], together: int) -> None:
         super().__init__(model, run)
@@ -53,7 +58,8 @@ class Jit(Eager):
         self.loss_func = OrEager(loss, self.options, [], run.device)
         buffers = run.loss_func.buffers() if isinstance(run.loss_func, nn.Module) else ()
         if any(map(is_lost_in_a_graph, buffers)):
-            self.loss_func.compiled, self.loss_func.worked = loss, True
+            self.loss_func.compiled = loss
+            self.loss_func.has_worked = True
         self.forwards: dict[str, OrEager] = {}
         self.compiles_parts = self.overrides("train_step")
         if self.compiles_parts:
@@ -82,14 +88,15 @@ class Jit(Eager):
         return overrides(self.model, *PARTS[name])
 
     def expect_steps(self, names: list[str]) -> None:
-        """Let the next batch go through the graph, as in the run that is resumed."""
+        """Let the next batch go through the graph, as in the interrupted run."""
         self.expected = set(names)
 
     def forward(self, module: nn.Module, features: Any) -> Any:
-        """Return the model's outputs, compiled if forward is compiled by itself."""
+        """Return the model's outputs; forward may be compiled by itself."""
         if not self.compiles_parts:
             return call_with(module, features)
-        how, model = manner(self.model, features), self.model
+        model = self.model
+        how = manner(model, features)
 
         def forward(features: Any) -> Any:
             return call_as(how, model, features)
@@ -110,11 +117,12 @@ class Jit(Eager):
 
     @contextlib.contextmanager
     def probing(self) -> Iterator[None]:
-        """Compile nothing meanwhile: another size would be compiled anew."""
+        """Compile nothing meanwhile: another size would be compiled again."""
         yield from self._compiling_parts(False)
 
     def _compiling_parts(self, value: bool) -> Iterator[None]:
-        before, self.compiles_parts = self.compiles_parts, value
+        before = self.compiles_parts
+        self.compiles_parts = value
         try:
             yield
         finally:
@@ -122,12 +130,16 @@ class Jit(Eager):
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
-        """Tell the user what is compiled meanwhile, and leave optimizers as without jit at the end."""
+        """Tell the user what is compiled during a fit.
+
+        At the end optimizers are as without jit.
+        """
         self.say = fit.say
         self.expected = set()
         try:
             with warnings.catch_warnings():
-                # said by Dynamo of outputs that reach a loss compiled by itself; nothing reads their .grad
+                # by Dynamo, of outputs that reach a loss compiled by itself; nothing reads their
+                # .grad
                 warnings.filterwarnings(
                     "ignore", "The .grad attribute of a Tensor that is not a leaf"
                 )

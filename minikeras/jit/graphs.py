@@ -1,4 +1,7 @@
-"""Functions compiled: as whole graphs, or part by part. A first call that fails leaves no trace."""
+"""Compile functions as whole graphs, or part by part.
+
+A first call that fails leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,24 @@ from minikeras.support.randomness import device_states, set_device_states
 
 Batch = tuple[Any, Any, Tensor | None]  # features, labels, sample_weight
 Say = Callable[[str], None]  # tells the user that something is being compiled
-Verify = Callable[
-    [], Callable[[], None]
-]  # called before a graph's first step; what it gives, after it: may raise
+# called before a graph's first step; returns a check to be called after it, which may raise
+Verify = Callable[[], Callable[[], None]]
 TOO_OFTEN = (
-    "a Python value that is part of it, in the model, the loss, a metric or the data, has changed too often. "
-    "Keep it in a tensor, and it stays one graph"
+    "a Python value that is part of it, in the model, the loss, a metric or the data, has changed "
+    "too often. Keep it in a tensor, and it stays one graph"
 )
 _numbers = itertools.count()
 
 
 class CompileError(Exception):
-    """Tracing or compiling failed; whatever the attempt had changed has been put back."""
+    """Tracing or compiling failed; what the attempt had changed has been put back."""
 
 
-class Kept(nn.Module):
-    """Tensors that a graph changes, as buffers: those of a module stay where they are, as a CUDA graph wants them."""
+class ChangedTensors(nn.Module):
+    """Tensors that a graph changes, as buffers of a module.
+
+    Those stay where they are, as a CUDA graph needs them to.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Kept(nn.Module):
 
 
 class Graphs:
-    """One function compiled twice at most: for the shapes it is called with first, and for all others."""
+    """Compile a function for the shapes that it is called with first, and once for all others."""
 
     def __init__(
         self,
@@ -69,23 +74,24 @@ class Graphs:
         self.say = say
         self.state = state  # the tensors that the function changes
         self.shapes: list[Any] = []
-        self.compiled: dict[
-            bool, Callable[..., Any]
-        ] = {}  # for other shapes or not -> the compiled function
+        # whether it is for other shapes -> the compiled function
+        self.compiled: dict[bool, Callable[..., Any]] = {}
 
     def fits(self, batches: Sequence[Batch]) -> bool:
-        """Whether the batches have the shapes that the function was called with first."""
+        """Tell whether the batches have the shapes that the function was called with first."""
         return not self.shapes or [shapes_of(batch) for batch in batches] == self.shapes
 
     def __call__(self, *batches: Any, other: bool) -> Any:
-        """The function's answer; `other` says that the batches do not fit."""
+        """Return what the function returns.
+
+        Args:
+            other: the batches have other shapes than the first.
+        """
         if not self.on_cuda:
             return self._call(batches, other)
-        torch.compiler.cudagraph_mark_step_begin()  # the graph may write over the results of the call before
-        results = self._call(batches, other)
-        return map_leaves(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, results
-        )  # ... not these
+        # the graph may now write over the results of the last call, but not over these copies
+        torch.compiler.cudagraph_mark_step_begin()
+        return map_leaves(cloned_tensor, self._call(batches, other))
 
     def _call(self, batches: Sequence[Any], other: bool) -> Any:
         if other in self.compiled:
@@ -94,14 +100,18 @@ class Graphs:
             except Exception as error:
                 if not is_of_tracing(error):
                     raise
-                often = "RecompileLimit" in type(error).__name__
-                raise CompileError(
-                    TOO_OFTEN if often else f"{type(error).__name__}: {error}"
-                ) from error
+                why = f"{type(error).__name__}: {error}"
+                if "RecompileLimit" in type(error).__name__:
+                    why = TOO_OFTEN
+                raise CompileError(why) from error
+        return self._first_call(batches, other)
+
+    def _first_call(self, batches: Sequence[Any], other: bool) -> Any:
+        """Compile the function and call it."""
         begun = time.perf_counter()
-        self.say(
-            f"compiling the {self.function.__name__.replace('_', ' ')}{' for other batch sizes' * other} ..."
-        )
+        name = self.function.__name__.replace("_", " ")
+        for_sizes = " for other batch sizes" if other else ""
+        self.say(f"compiling the {name}{for_sizes} ...")
         options = captured(self.options) if self.on_cuda and not other else self.options
         function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **options)
         with undone_on_error(self.state, self.device):
@@ -117,7 +127,7 @@ class Graphs:
 
 
 class ByParts:
-    """A function compiled part by part: what does not trace runs in eager."""
+    """Compile a function part by part: what does not trace runs in eager mode."""
 
     def __init__(
         self,
@@ -130,36 +140,42 @@ class ByParts:
         self.state = state
         self.device = device
         self.compiled = compiled(own_code(function), **options)
-        self.worked = False
+        self.has_worked = False
 
     def __call__(self, *args: Any) -> Any:
-        if self.worked:
+        if self.has_worked:
             return self.compiled(*args)
         with undone_on_error(self.state, self.device):
             result = self.compiled(*args)
-        self.worked = True
+        self.has_worked = True
         return result
 
 
 class OrEager(ByParts):
-    """A function compiled part by part, or in eager where nothing compiles."""
+    """Compile a function part by part, or run it in eager mode if nothing compiles."""
 
     def __call__(self, *args: Any) -> Any:
         try:
             return super().__call__(*args)
         except CompileError as error:
-            result = self.function(*args)  # raises by itself where the batch is at fault
+            result = self.function(*args)  # raises an error itself if the batch is at fault
             self.give_up(reason(error))
             return result
 
     def give_up(self, why: str) -> None:
-        """From now on in eager, which is said."""
+        """Run in eager mode from now on, with a warning."""
         warnings.warn(f"jit: {self.function.__name__} runs in eager, since {why}", stacklevel=3)
-        self.compiled, self.worked = self.function, True
+        self.compiled = self.function
+        self.has_worked = True
+
+
+def cloned_tensor(leaf: Any) -> Any:
+    """Return a copy of a tensor, and anything else as it is."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The user's arguments for torch.compile, and ours where they leave room."""
+    """Return the user's arguments for torch.compile, with ours added if they do not conflict."""
     if "mode" in options or options.get("backend", "inductor") != "inductor":
         return options
     # the compiler's check of its own work at each call: a tenth of a small step
@@ -167,33 +183,40 @@ def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def captured(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments that also capture the step as a CUDA graph, as mode="reduce-overhead" does."""
+    """Return arguments that also capture the step as a CUDA graph.
+
+    As mode="reduce-overhead" does.
+    """
     if "options" not in options:  # a mode or backend of the user's own
         return options
     return {**options, "options": {"triton.cudagraphs": True, **options["options"]}}
 
 
 def shapes_of(batch: Any) -> Any:
-    """What a graph is made for: the shape of each tensor in a batch."""
-    if isinstance(batch, Tensor) or batch is None:
-        return None if batch is None else batch.shape
+    """Return what a graph is made for: the shape of each tensor in a batch."""
+    if batch is None:
+        return None
+    if isinstance(batch, Tensor):
+        return batch.shape
     if isinstance(batch, tuple):
         return [shapes_of(part) for part in batch]
     return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """torch.compile, without what torch's own modules warn of as they are loaded for it."""
+    """Call torch.compile, without the warnings of torch's own modules as they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.compile(function, **options)
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own: Dynamo limits graphs per code object, which models share."""
-    code = function.__code__.replace(
-        co_name=f"{function.__name__}_{next(_numbers)}"
-    )  # the same from run to run
+    """Return the same function with a code object of its own.
+
+    Dynamo limits graphs per code object, which models would share.
+    """
+    name = f"{function.__name__}_{next(_numbers)}"  # the same from run to run
+    code = function.__code__.replace(co_name=name)
     return types.FunctionType(
         code, function.__globals__, function.__name__, None, function.__closure__
     )
@@ -201,13 +224,15 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Puts tensors and random states back when a first call fails, so that the step can be taken in another way."""
+    """Restore tensors and random states if a first call fails.
+
+    The step can then be taken in another way.
+    """
     restore = way_back(state, device)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # the compiler's of torch; the user's own came with the batch in eager
+            # those of torch's compiler; the user's own came with the batch in eager mode
+            warnings.simplefilter("ignore")
             yield
     except BaseException as error:
         restore()
@@ -217,36 +242,39 @@ def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]
 
 
 def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
-    """What fills the tensors with the values of now, and puts Python's, NumPy's and torch's random states back."""
-    values, own, others = (
-        [one.detach().clone() for one in tensors],
-        torch.get_rng_state(),
-        device_states(device),
-    )
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    """Return a function that restores the current values of tensors, and the random states.
+
+    The random states of Python, NumPy, torch and the device.
+    """
+    values = [tensor.detach().clone() for tensor in tensors]
+    torch_state = torch.get_rng_state()
+    states_of_device = device_states(device)
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
 
     def restore() -> None:
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
-        torch.set_rng_state(own)
-        set_device_states(device, others)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        torch.set_rng_state(torch_state)
+        set_device_states(device, states_of_device)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
     return restore
 
 
 def is_of_tracing(error: Exception) -> bool:
-    """Whether a function that had worked was being traced anew, of which nothing had run yet."""
+    """Tell whether an error comes from tracing again, before anything ran."""
     return any("dynamo" in kind.__module__ for kind in type(error).__mro__)
 
 
 def reason(error: CompileError) -> str:
-    """Why something did not compile: the user's function it came from, and torch's first words."""
+    """Return why something did not compile: the user's function, and torch's first words."""
     text = str(error)
     functions = re.findall(r"^ *File .*, in (\w+)$", text, re.MULTILINE)
-    words = textwrap.shorten(
-        " ".join(line for line in text.splitlines()[:3]), 200, placeholder=" ..."
-    )
-    return f"in {functions[-1]}: {words}" if functions else words
+    first_lines = " ".join(text.splitlines()[:3])
+    words = textwrap.shorten(first_lines, 200, placeholder=" ...")
+    if functions:
+        return f"in {functions[-1]}: {words}"
+    return words

@@ -1,8 +1,10 @@
-"""A step that is taken only to be looked at, and leaves no trace: after a resume the graph takes that batch itself.
+"""Take a step only to check it, and leave no trace. You may skip this file.
 
-put back: weights, buffers and other attributes of modules, also where forward assigns them; the optimizers' state and
-settings; gradients and windows of `accumulate`; the scale of float16; the totals; the watch over the losses; Python's,
-NumPy's and torch's random states, and those of generators that a module holds.
+After a resume the graph must take that batch itself, as it did in the interrupted run.
+
+put back: weights, buffers and other attributes of modules, even if forward assigns them; the state
+and settings of the optimizers; gradients, and what the parts of the stepper count; the totals;
+random states of Python, NumPy, torch, and of generators that a module holds.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextlib.contextmanager
 def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
-    """A step inside leaves everything as it was before it, in the same tensors. After an error nothing is put back."""
+    """Put everything back after a step inside, in the same tensors; nothing after an error."""
     modules = list(model.modules())
     if isinstance(run.loss_func, nn.Module):
         modules += run.loss_func.modules()
@@ -48,9 +50,7 @@ def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
         if parameter.grad is not None:
             tensors.append(parameter.grad)
     ways_back.append(run.stepper.way_back())
-    restore_tensors = way_back(
-        list({id(tensor): tensor for tensor in tensors}.values()), run.device
-    )
+    restore_tensors = way_back(each_once(tensors), run.device)
     counted = copy.deepcopy(totals.state_dict())
     yield
     for restore in ways_back:
@@ -61,30 +61,36 @@ def put_back(model: Model, run: Run, totals: Totals) -> Iterator[None]:
     totals.load_state_dict(counted)
 
 
+def each_once(tensors: list[Tensor]) -> list[Tensor]:
+    """Return each tensor once."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
 def parameters_in(modules: list[nn.Module], run: Run) -> list[Tensor]:
-    """The parameters of the modules and of the optimizers, each once."""
+    """Return the parameters of the modules and of the optimizers, each once."""
     found: list[Tensor] = []
     for module in modules:
         found += module.parameters(recurse=False)
     for optimizer in run.optimizers.values():
         for group in optimizer.param_groups:
             found += group["params"]
-    return list({id(parameter): parameter for parameter in found}.values())
+    return each_once(found)
 
 
 def way_back_of_module(module: nn.Module) -> Restore:
-    """Its attributes, what its own lists and dicts hold, its buffers among them, and its generators."""
+    """Return a function that restores a module: attributes, its lists and dicts, generators."""
     kind = type(module)
     attributes = dict(vars(module))
-    contents = {
-        name: copy.copy(value) for name, value in attributes.items() if type(value) in CONTAINERS
-    }
-    generators = [
-        (value, state_of(value)) for value in attributes.values() if isinstance(value, KINDS)
-    ]
+    contents = {}
+    generators = []
+    for name, value in attributes.items():
+        if type(value) in CONTAINERS:  # the buffers are in one of them
+            contents[name] = copy.copy(value)
+        if isinstance(value, KINDS):
+            generators.append((value, state_of(value)))
 
     def restore() -> None:
-        if type(module) is not kind:  # a lazy layer, which is another from its first batch on
+        if type(module) is not kind:  # a lazy layer, whose class changes in its first batch
             return
         if not same_items(vars(module), attributes):
             vars(module).clear()
@@ -98,12 +104,12 @@ def way_back_of_module(module: nn.Module) -> Restore:
 
 
 def same_items(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    """Whether two dicts hold the same objects under the same names."""
+    """Tell whether two dicts hold the same objects under the same names."""
     return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
 
 
 def put_contents_back(container: Any, before: Any) -> None:
-    """A dict, list or set holds again what its copy holds."""
+    """Fill a dict, list or set with what its copy holds."""
     if isinstance(container, dict):
         if not same_items(container, before):
             container.clear()
@@ -116,13 +122,16 @@ def put_contents_back(container: Any, before: Any) -> None:
 
 
 def way_back_of_optimizer(optimizer: Optimizer) -> Restore:
-    """Its groups, its state and its own numbers; the values of tensors are put back elsewhere."""
+    """Return a function that restores an optimizer: its groups, its state and its own numbers.
+
+    The values of tensors are restored elsewhere.
+    """
     groups = [dict(group) for group in optimizer.param_groups]
     states: dict[Any, Any] = {}
     for parameter, state in optimizer.state.items():
-        states[parameter] = (
-            {key: kept(value) for key, value in state.items()} if isinstance(state, dict) else state
-        )
+        if isinstance(state, dict):
+            state = {key: kept(value) for key, value in state.items()}
+        states[parameter] = state
     counts = {}
     for name, value in vars(optimizer).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -145,12 +154,12 @@ def way_back_of_optimizer(optimizer: Optimizer) -> Restore:
 
 
 def kept(value: Any) -> Any:
-    """A tensor itself, since a graph holds on to it; a copy of anything else."""
+    """Return a tensor itself, since a graph refers to it; a copy of anything else."""
     return value if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def tensors_in_state(optimizer: Optimizer) -> list[Tensor]:
-    """The tensors in an optimizer's state."""
+    """Return the tensors in an optimizer's state."""
     found = []
     for state in optimizer.state.values():
         values = state.values() if isinstance(state, dict) else (state,)

@@ -1,4 +1,7 @@
-"""What an optimizer needs to step inside a graph, without its user seeing a difference."""
+"""Let an optimizer step inside a graph without a visible difference. You may skip this file.
+
+Without it the optimizer would step in eager mode, after the graph.
+"""
 
 from __future__ import annotations
 
@@ -13,145 +16,137 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Double:
-    """A twin of an optimizer for the graph: the same parameters and state, its rate in a tensor, its steps in float64.
+class OptimizerTwin:
+    """A copy of an optimizer for the graph.
 
-    The user's own optimizer looks as it does without jit: a fused flag, a float rate, float32 steps.
+    It has the same parameters and state, but the learning rate in a tensor, and counts of steps in
+    float64. The user's own optimizer looks as it does without jit: a fused flag, a float learning
+    rate, float32 steps.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.state = optimizer.state
-        self.is_of_torch = type(optimizer).__module__.startswith(
-            "torch.optim"
-        )  # else its numbers stay as they are
-        self.twin: Optimizer = object.__new__(type(optimizer))
-        self.twin.__dict__.update(optimizer.__dict__)
-        vars(self.twin).pop(
-            "found_inf", None
-        )  # what holds back a fused step; the graph does that by itself
-        self.twin.param_groups = [dict(group) for group in optimizer.param_groups]
-        self.twin.state = defaultdict(dict)
-        self.step = inspect.unwrap(
-            type(optimizer).step
-        )  # undecorated: hooks and profiling would break the graph
-        self.settings = [
-            [(k, v) for k, v in g.items() if k not in ("params", "lr")]
-            for g in optimizer.param_groups
-        ]
+        # numbers in the state of other optimizers stay as they are
+        self.is_of_torch = type(optimizer).__module__.startswith("torch.optim")
+        self.copy: Optimizer = object.__new__(type(optimizer))
+        self.copy.__dict__.update(optimizer.__dict__)
+        # what holds back a fused step; the graph does that by itself
+        vars(self.copy).pop("found_inf", None)
+        self.copy.param_groups = [dict(group) for group in optimizer.param_groups]
+        self.copy.state = defaultdict(dict)
+        # undecorated: hooks and profiling would break the graph
+        self.step = inspect.unwrap(type(optimizer).step)
+        self.settings = [settings_of(group) for group in optimizer.param_groups]
         self.rates = [group.get("lr") for group in optimizer.param_groups]
         self.handles: list[Any] = []
         self.taken = 0  # steps in the graph since the optimizer's own count was written
-        for group in self.twin.param_groups:
-            if group.get("fused"):
-                group["fused"] = None  # Dynamo refuses it, and the compiler fuses by itself
-            if "capturable" in group and group["params"][0].is_cuda:
-                group["capturable"] = (
-                    True  # a count of steps on the CPU would keep the step out of a CUDA graph
-                )
-            rate = group.get(
-                "lr"
-            )  # a float would be part of the code, compiled anew when it changes
-            if not isinstance(rate, Tensor | None):
-                group["lr"] = torch.tensor(
-                    rate, dtype=torch.float64, device=group["params"][0].device
-                )
+        for group in self.copy.param_groups:
+            prepare_for_graph(group)
         self.read()
 
-    def counts(self, parameter: Tensor, key: str, value: Any) -> bool:
-        """Whether the twin has a number of its own for it. Not of optimizers from elsewhere, which may read theirs as
-        Python numbers: those of float64 would be taken for constants by the compiler, in silence."""
+    def has_own_number(self, parameter: Tensor, key: str, value: Any) -> bool:
+        """Tell whether the copy has a number of its own for a part of the state.
+
+        Not for optimizers from elsewhere, which may read theirs as Python numbers: the compiler
+        would silently take those of float64 for constants.
+        """
         return self.is_of_torch and counts_steps(parameter, key, value)
 
-    def current(self) -> bool:
-        """Whether the optimizer has the groups and the state that the twin was made of, and has not loaded others."""
+    def is_current(self) -> bool:
+        """Tell whether the optimizer still has the groups and the state that were copied."""
         own = self.optimizer
-        return (
-            own.state is self.state
-            and len(own.state) == self.size
-            and len(own.param_groups) == len(self.rates)
-        )
+        if own.state is not self.state or len(own.state) != self.size:
+            return False
+        return len(own.param_groups) == len(self.rates)
 
     def follow(self) -> bool:
-        """Take over the learning rate; False when another setting has changed, which is part of the code."""
+        """Take over the learning rate.
+
+        Return False if another setting has changed, which is part of the graph's code.
+        """
         for number, group in enumerate(self.optimizer.param_groups):
             rate = group.get("lr")
-            followed = rate is self.rates[number] and not isinstance(
-                rate, Tensor
-            )  # a tensor may be changed in place
-            if not followed and rate is not self.twin.param_groups[number].get("lr"):
+            # a tensor may be changed in place
+            is_same = rate is self.rates[number] and not isinstance(rate, Tensor)
+            if not is_same and rate is not self.copy.param_groups[number].get("lr"):
                 if rate is None or self.rates[number] is None:
                     return False
                 self.rates[number] = rate
-                self.twin.param_groups[number]["lr"].fill_(rate)
-            if any(
-                group[key] is not value and group[key] != value
-                for key, value in self.settings[number]
-            ):
-                return False
+                self.copy.param_groups[number]["lr"].fill_(rate)
+            for key, value in self.settings[number]:
+                if group[key] is not value and group[key] != value:
+                    return False
         return True
 
     def read(self) -> bool:
-        """Take over the optimizer's state after a step of its own; False when it is in other tensors than before."""
-        same, self.size = True, len(self.optimizer.state)
+        """Take over the optimizer's state after a step of its own.
+
+        Return False if the state is in other tensors than before.
+        """
+        is_same = True
+        self.size = len(self.optimizer.state)
         for parameter, state in self.optimizer.state.items():
-            twins = self.twin.state[parameter]
+            copied = self.copy.state[parameter]
             for key, value in state.items():
-                if not self.counts(parameter, key, value):
-                    same = same and twins.get(key) is value
-                    twins[key] = value
-                elif key in twins:
-                    twins[key].copy_(value)
+                if not self.has_own_number(parameter, key, value):
+                    if copied.get(key) is not value:
+                        is_same = False
+                    copied[key] = value
+                elif key in copied:
+                    copied[key].copy_(value)
                 else:
                     device = parameter.device if parameter.is_cuda else value.device
-                    twins[key] = value.to(
-                        device, torch.float64, copy=True
-                    )  # beta ** step in float32 would lose four digits
-        return same
+                    # beta ** step in float32 would lose four digits
+                    copied[key] = value.to(device, torch.float64, copy=True)
+        return is_same
 
     def before_a_graph(self) -> Callable[[], None]:
-        """Before a graph's first step; what it gives is to be called after it.
+        """Return a check to be called after a graph's first step; call this before it.
 
         Raises:
-            RuntimeError: from what it gives: a tensor was put in place of another, or changes to one would be lost.
+            RuntimeError: from the check: the step replaces a tensor, or changes to one would be
+                lost.
         """
         before = {}
-        for state in self.twin.state.values():
+        for state in self.copy.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     before[id(state), key] = state, value
 
         def after() -> None:
-            assigned = sorted(
-                key for (_, key), (state, value) in before.items() if state.get(key) is not value
-            )
+            replaced = []
             for (_, key), (state, value) in before.items():
+                if state.get(key) is not value:
+                    replaced.append(key)
                 state[key] = value
-            if assigned:
+            if replaced:
                 raise RuntimeError(
-                    f"a step of the optimizer puts another tensor into its state, {assigned[0]!r}. Filled in place, it "
-                    f"would be in the graph"
+                    f"a step of the optimizer puts another tensor into its state, "
+                    f"{min(replaced)!r}. Filled in place, it would be in the graph"
                 )
             for (_, key), (_, value) in before.items():
                 if not self.is_of_torch and is_lost_in_a_graph(value):
                     raise RuntimeError(
-                        f"{key!r} in the optimizer's state is one number in float64, to which torch.compile loses "
-                        f"changes on the CPU"
+                        f"{key!r} in the optimizer's state is one number in float64, to which "
+                        f"torch.compile loses changes on the CPU"
                     )
 
         return after
 
     def attach(self) -> None:
-        """From now on the twin steps; whoever asks the optimizer for its state gets it as it is then."""
-        if not self.handles:
-            own = self.optimizer  # what it is told to load may hold the tensors that it has
-            self.handles = [
-                own.register_state_dict_pre_hook(lambda _: self.write_back()),
-                own.register_load_state_dict_pre_hook(lambda _, loaded: self.write_back()),
-            ]
+        """Let the copy step from now on; whoever asks the optimizer for its state gets it."""
+        if self.handles:
+            return
+        own = self.optimizer
+        # also before loading: what is loaded may hold the tensors that the optimizer has
+        self.handles = [
+            own.register_state_dict_pre_hook(lambda _: self.write_back()),
+            own.register_load_state_dict_pre_hook(lambda _, loaded: self.write_back()),
+        ]
 
     def detach(self) -> None:
-        """From now on the optimizer steps by itself again."""
+        """Let the optimizer step by itself again."""
         if self.handles:
             self.write_back()
         for handle in self.handles:
@@ -159,63 +154,87 @@ class Double:
         self.handles = []
 
     def write_back(self) -> None:
-        if (
-            self.optimizer.state is not self.state
-        ):  # loaded meanwhile: the twin's steps are those of another run
-            return
+        """Write the counts of steps to the optimizer's own state."""
+        if self.optimizer.state is not self.state:
+            return  # another was loaded meanwhile: the copy's steps are those of another run
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
-                if self.counts(parameter, key, value):
-                    twin = self.twin.state[parameter][key]
-                    if key == "step" and parameter.grad is not None:
-                        twin.copy_(
-                            value + self.taken
-                        )  # the compiler loses some that nothing reads, as RMSprop's
-                    value.copy_(twin)
+                if not self.has_own_number(parameter, key, value):
+                    continue
+                number = self.copy.state[parameter][key]
+                if key == "step" and parameter.grad is not None:
+                    # the compiler loses some that nothing reads, such as RMSprop's
+                    number.copy_(value + self.taken)
+                value.copy_(number)
         self.taken = 0
 
 
+def settings_of(group: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the settings of a group that are part of a graph's code."""
+    return [(key, value) for key, value in group.items() if key not in ("params", "lr")]
+
+
+def prepare_for_graph(group: dict[str, Any]) -> None:
+    """Change the settings of a copied group as a graph needs them."""
+    first = group["params"][0]
+    if group.get("fused"):
+        group["fused"] = None  # Dynamo refuses it, and the compiler fuses by itself
+    if "capturable" in group and first.is_cuda:
+        # a count of steps on the CPU would keep the step out of a CUDA graph
+        group["capturable"] = True
+    rate = group.get("lr")
+    if not isinstance(rate, Tensor | None):
+        # a float would be part of the code, compiled again when it changes
+        group["lr"] = torch.tensor(rate, dtype=torch.float64, device=first.device)
+
+
 def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
-    """Whether a part of an optimizer's state is its count of steps or a product over them, a number on its own.
+    """Tell whether a part of an optimizer's state is its count of steps, or a product over them.
 
-    It is float32, or float64 where that is torch's default dtype.
-
-    An average over a parameter that is itself one number is neither.
+    Such a number is float32, or float64 if that is torch's default dtype. An average over a
+    parameter that is itself one number is neither.
     """
-    number = (
-        isinstance(value, Tensor)
-        and value.ndim == 0
-        and value.dtype in (torch.float32, torch.float64)
-    )
-    return number and (parameter.ndim > 0 or key in ("step", "mu_product"))
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        return False
+    if value.dtype not in (torch.float32, torch.float64):
+        return False
+    return parameter.ndim > 0 or key in ("step", "mu_product")
 
 
 def is_lost_in_a_graph(tensor: Tensor) -> bool:
-    """Whether torch.compile loses what is done to it in place: on the CPU it takes such a one for a Python number."""
+    """Tell whether torch.compile loses changes in place: it takes the tensor for a number."""
     return tensor.ndim == 0 and tensor.dtype == torch.float64 and tensor.device.type == "cpu"
 
 
 def numbers(optimizer: Optimizer) -> dict[tuple[str, int], Any]:
-    """The Python numbers among an optimizer's settings and state, but for lr: a graph holds them as they were."""
-    return {
-        (key, at): value
-        for at, part in enumerate([*optimizer.param_groups, *optimizer.state.values()])
-        for key, value in part.items()
-        if key != "lr" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """Return the Python numbers among an optimizer's settings and state, but for lr.
+
+    A graph would hold them as they were.
+    """
+    found = {}
+    for place, part in enumerate([*optimizer.param_groups, *optimizer.state.values()]):
+        for key, value in part.items():
+            if key != "lr" and isinstance(value, int | float) and not isinstance(value, bool):
+                found[key, place] = value
+    return found
 
 
 def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
-    """torch.autograd.grad of a loss by its first so many parameters as one op of a graph; none of the rest has any."""
+    """Return torch.autograd.grad as one operation of a graph.
+
+    Args:
+        reached: the loss reaches the first so many parameters, and none of the rest.
+    """
 
     def gradients(loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
-        found = torch.autograd.grad(
-            loss, [parameters[number] for number in trained], allow_unused=True
-        )
-        if [number for number, one in zip(trained, found, strict=True) if one is not None] != list(
-            range(reached)
-        ):
+        wanted = [parameters[number] for number in trained]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        with_gradient = []
+        for number, gradient in zip(trained, found, strict=True):
+            if gradient is not None:
+                with_gradient.append(number)
+        if with_gradient != list(range(reached)):
             raise RuntimeError("the loss reaches other parameters than in the batch before")
         return found[:reached]
 
@@ -225,14 +244,19 @@ def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def has_hooks(parameters: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> bool:
-    """Whether somebody waits for gradients or steps, who would not be called. Torch has no public way to ask."""
-    names = (
+    """Tell whether hooks of parameters or optimizers would not be called by a graph.
+
+    torch has no public way to ask.
+    """
+    own = (
         "_backward_hooks",
         "_post_accumulate_grad_hooks",
         "_optimizer_step_pre_hooks",
         "_optimizer_step_post_hooks",
     )
-    own = any(getattr(one, name, None) for one in (*parameters, *optimizers) for name in names)
+    for owner in (*parameters, *optimizers):
+        if any(getattr(owner, name, None) for name in own):
+            return True
     everywhere = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
     module = sys.modules[Optimizer.__module__]
-    return own or any(getattr(module, name, None) for name in everywhere)
+    return any(getattr(module, name, None) for name in everywhere)

@@ -88,12 +88,12 @@ class Randomness:
         gone = [name for name in generators if name not in self.generators and is_of_data(name)]
         if missing or gone or len(states["epochs"]) != len(self.samplers):
             shared = [name for name in generators if name in self.generators]
-            there = ", ".join([*gone, *shared]) or "none"
-            here = ", ".join(self.generators) or "none"
+            in_file = ", ".join([*gone, *shared]) or "none"
+            in_loaders = ", ".join(self.generators) or "none"
             raise CheckpointError(
                 "the checkpoint was written with other random generators or counting samplers in "
-                f"the loaders: generators {there} and {len(states['epochs'])} samplers with "
-                f"set_epoch, and here are {here} and {len(self.samplers)}. Make the loaders as "
+                f"the loaders: generators {in_file} and {len(states['epochs'])} samplers with "
+                f"set_epoch, and here are {in_loaders} and {len(self.samplers)}. Make the loaders as "
                 "they were made then."
             )
         for name, generator in self.generators.items():

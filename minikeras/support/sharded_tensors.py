@@ -1,4 +1,10 @@
-"""Tensors in parts, one part in each process, and whole ones."""
+"""Sharded tensors, one shard in each process, and whole ones.
+
+whole            the tensor that all shards make up
+as_part          this process's shard of a whole tensor
+load_whole       load whole tensors into a sharded model
+load_optimizer   load whole tensors into the optimizer of a sharded model
+"""
 
 from __future__ import annotations
 
@@ -13,45 +19,52 @@ from minikeras.nests import is_sharded
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of all parts, on the CPU where it was in parts; to be called by all processes."""
-    return tensor.detach().full_tensor().cpu() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    """Return the tensor that all shards make up, on the CPU; a tensor without shards itself.
+
+    All processes must call this.
+    """
+    if is_sharded(tensor):
+        return tensor.detach().full_tensor().cpu()  # type: ignore[attr-defined, no-any-return]
+    return tensor
 
 
 def as_part(value: Any, like: Any) -> Any:
-    """This process's part of a whole tensor, where `like` is in parts; anything else as it is."""
-    if (
-        not is_sharded(like)
-        or not isinstance(value, Tensor)
-        or is_sharded(value)
-        or value.shape != like.shape
-    ):
+    """Return this process's shard of a whole tensor if `like` is sharded, else the value itself."""
+    if not is_sharded(like) or not isinstance(value, Tensor):
+        return value
+    if is_sharded(value) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    there = value.detach().to(like.device)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    on_device = value.detach().to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """load_state_dict of whole tensors, each process taking its parts."""
+    """Load a state_dict of whole tensors, of which each process takes its shards."""
     own = model.state_dict()
     if any(map(is_sharded, own.values())):
-        parts: Any = copy.copy(state)  # with torch's version numbers
+        shards: Any = copy.copy(state)  # with torch's version numbers
         for name, value in state.items():
-            parts[name] = as_part(value, own.get(name))
-        state = parts
+            shards[name] = as_part(value, own.get(name))
+        state = shards
     model.load_state_dict(state)
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """load_state_dict of whole tensors, each process taking its parts."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parts = {
-        number: {name: as_part(value, parameters[number]) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    own = optimizer.state_dict()[
-        "param_groups"
-    ]  # with what a scheduler has put into them meanwhile
-    groups = [{**mine, **group} for mine, group in zip(own, state["param_groups"], strict=True)]
-    optimizer.load_state_dict({**state, "state": parts, "param_groups": groups})
+    """Load an optimizer's state_dict of whole tensors, of which each process takes its shards."""
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    states = {}
+    for number, values in state["state"].items():
+        shards = {}
+        for name, value in values.items():
+            shards[name] = as_part(value, parameters[number])
+        states[number] = shards
+    # with what a scheduler has put into the groups meanwhile
+    own_groups = optimizer.state_dict()["param_groups"]
+    groups = []
+    for own, group in zip(own_groups, state["param_groups"], strict=True):
+        groups.append({**own, **group})
+    optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
