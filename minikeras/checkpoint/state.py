@@ -313,9 +313,9 @@ class Checkpoint(Hook):
         finally:
             totals.reset()
 
-    def _try(self, what: str, load: Callable[[Any], Any], state: Any) -> None:
+    def _try(self, what: str, load_state: Callable[[Any], Any], state: Any) -> None:
         try:
-            load(restored(copy.deepcopy(state)))
+            load_state(restored(copy.deepcopy(state)))
         except Exception as error:
             raise CheckpointError(
                 f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: "
