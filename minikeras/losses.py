@@ -151,7 +151,7 @@ class WeightsFoundOnce(Hook):
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
-        """Remember them; those in parts now: between forward and backward some are not in the model."""
+        """Remember them. Sharded weights are collected at once: some leave the model in a step."""
         found = {}
         if any(map(is_sharded, fit.model.parameters())):
             for module in fit.model.modules():

@@ -32,7 +32,7 @@ def source_of(metric: Any) -> str:
 
 
 def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A metric for each column of the history: a torchmetrics.MetricCollection is its members, under their own names.
+    """Give each metric a name; a torchmetrics.MetricCollection becomes its members, by their names.
 
     Raises:
         ValueError: two of them have the same name.
@@ -47,15 +47,17 @@ def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
         twice = sorted(columns.keys() & members.keys())
         if twice:
             raise ValueError(
-                f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a column for each of "
-                f'its members, under their own names. Give it a prefix: MetricCollection(..., prefix="{name}_").'
+                f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a "
+                f"column for each of "
+                f"its members, under their own names. Give it a prefix: MetricCollection(..., "
+                f'prefix="{name}_").'
             )
         columns |= members
     return columns
 
 
 def state_of(metric: Any, name: str) -> dict[str, Any]:
-    """What a metric object has counted: its own state_dict, or its attributes; those of a module's parts as well."""
+    """Return what a metric object has counted: its state_dict, or its and its parts' attributes."""
     if isinstance(metric, nn.Module):
         return {path: attributes(module, name) for path, module in metric.named_modules()}
     return metric.state_dict() if hasattr(metric, "state_dict") else attributes(metric, name)
@@ -75,7 +77,7 @@ def set_state(metric: Any, state: Mapping[str, Any]) -> None:
 
 
 def attributes(holder: Any, name: str) -> dict[str, Any]:
-    """The attributes that may change from batch to batch: tensors, arrays, numbers, strings and containers of them.
+    """Return the attributes that may change: tensors, arrays, numbers, strings, containers of them.
 
     Raises:
         TypeError: one is of another kind, and not plainly a constant as functions and settings are.
@@ -91,7 +93,8 @@ def attributes(holder: Any, name: str) -> dict[str, Any]:
             and not (isinstance(holder, nn.Module) and key.startswith("_"))
         ):
             raise TypeError(
-                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. Give the metric "
+                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot "
+                f"hold. Give the metric "
                 f"state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
             )
     return kept | dict(holder.named_buffers(recurse=False) if isinstance(holder, nn.Module) else {})

@@ -1,4 +1,4 @@
-"""What happens to a predict: every batch through the model, off the device, and all rows joined in order."""
+"""What happens in predict: every batch through the model, off the device, all rows joined."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Outputs:
 def predict(
     model: Model, dl: Any, batch_size: int | None, everywhere: bool, steps: int | None
 ) -> Any:
-    """The model's outputs for every row, in order, on the CPU; of several processes on rank 0 alone or `everywhere`."""
+    """Return the outputs for every row, in order, on the CPU.
+
+    With several processes only rank 0 gets them unless `everywhere`."""
     run = model._run
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -100,7 +102,8 @@ def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
     width = features.shape[0]
     if any(getattr(module, "in_features", None) == width for module in model.modules()):
         raise ValueError(
-            f"the features have shape ({width},), those of one row; expected a batch, (rows, {width}). For one row "
+            f"the features have shape ({width},), those of one row; expected a batch, (rows, "
+            f"{width}). For one row "
             f"pass X[:1], not X[0]; for a list of rows pass torch.stack(rows)."
         ) from error
 
@@ -115,8 +118,8 @@ def on_cpu(model: Model, outputs: Any) -> Any:
 def off_device(leaf: Any) -> Any:
     """A tensor or packed sequence on the CPU, with no graph and in memory of its own.
 
-    A key-value cache, which transformers' models return for the next token, is None: it is no output
-    of the rows, and would fill the device. Anything else stays as it is.
+    A key-value cache, which transformers' models return for the next token, is None: it is no
+    output of the rows, and would fill the device. Anything else stays as it is.
     """
     if isinstance(leaf, Tensor):  # a view would keep all that it is a view of
         return leaf.detach().to("cpu", copy=True)
@@ -130,7 +133,7 @@ def off_device(leaf: Any) -> Any:
 
 
 def note(outputs: Outputs, **found: Any) -> None:
-    """Note the rows of a batch: by the same rule as in `evaluate`, and as the features alone have them."""
+    """Note the rows of a batch: by the rule of `evaluate`, and as the features alone have them."""
     for name, rows in found.items():
         if isinstance(rows, UnknownRows):
             outputs.unknown = outputs.unknown or rows
