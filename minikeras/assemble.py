@@ -299,7 +299,7 @@ def check_jit(jit: Any, steps_per_execution: int) -> None:
     if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
         raise ValueError(
             f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of "
-            f"the steps."
+            "the steps."
         )
 
 
@@ -313,10 +313,8 @@ def engine_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Eag
         if run.world.rank == 0 and steps_per_execution > 1:
             warnings.warn(
                 f"steps_per_execution={steps_per_execution} is 1 on {run.world.size} processes, "
-                f"which "
-                f"add up their gradients between backward and step. The numbers are the same. "
-                f"Leave it "
-                f"out there.",
+                "which add up their gradients between backward and step. The numbers are the "
+                "same. Leave it out there.",
                 stacklevel=5,
             )
         steps_per_execution = 1

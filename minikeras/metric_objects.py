@@ -39,17 +39,15 @@ def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     columns: dict[str, Any] = {}
     for name, metric in metrics_dict.items():
-        members = (
-            dict(metric.items())
-            if isinstance(metric, nn.ModuleDict) and is_stateful(metric)
-            else {name: metric}
-        )
+        members = {name: metric}
+        if isinstance(metric, nn.ModuleDict) and is_stateful(metric):
+            members = dict(metric.items())
         twice = sorted(columns.keys() & members.keys())
         if twice:
             raise ValueError(
                 f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a "
-                f"column for each of "
-                f"its members, under their own names. Give it a prefix: MetricCollection(..., "
+                "column for each of its members, under their own names. Give it a prefix: "
+                "MetricCollection(..., "
                 f'prefix="{name}_").'
             )
         columns |= members
@@ -82,32 +80,37 @@ def attributes(holder: Any, name: str) -> dict[str, Any]:
     Raises:
         TypeError: one is of another kind, and not plainly a constant as functions and settings are.
     """
-    kept = {key: value for key, value in vars(holder).items() if is_countable(value)}
+    is_module = isinstance(holder, nn.Module)
+    kept = {}
     for key, value in vars(holder).items():
-        constant = callable(value) or isinstance(
-            value, (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter)
-        )
-        if (
-            key not in kept
-            and not constant
-            and not (isinstance(holder, nn.Module) and key.startswith("_"))
-        ):
+        if is_countable(value):
+            kept[key] = value
+        elif not (is_constant(value) or (is_module and key.startswith("_"))):
             raise TypeError(
-                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot "
-                f"hold. Give the metric "
-                f"state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
+                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. "
+                f"Give the metric state_dict() and load_state_dict(state) of tensors, numbers, lists "
+                f"and dicts."
             )
-    return kept | dict(holder.named_buffers(recurse=False) if isinstance(holder, nn.Module) else {})
+    if is_module:
+        kept |= dict(holder.named_buffers(recurse=False))
+    return kept
+
+
+def is_constant(value: Any) -> bool:
+    """Tell whether a value is plainly none that a metric counts with."""
+    kinds = (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter)
+    return callable(value) or isinstance(value, kinds)
 
 
 def is_countable(value: Any) -> bool:
+    """Tell whether a metric may count with a value, and a checkpoint can hold it."""
     if type(value) in (list, tuple, set):
         return all(map(is_countable, value))
     if type(value) is dict:
         return all(map(is_countable, (*value, *value.values())))
-    return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(
-        value, (np.ndarray, np.generic)
-    )
+    if isinstance(value, (np.ndarray, np.generic)):
+        return True
+    return type(value) in (Tensor, bool, int, float, str, type(None))
 
 
 def parts_that_sync(metric: Any) -> list[Any]:

@@ -59,8 +59,7 @@ def check_number(name: str, value: Any, wait: bool = False) -> None:
         refuse_several(name, value)
         raise ValueError(
             f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d "
-            f"tensor, "
-            f"or minikeras.Average(total, count). Take the mean over the rows."
+            "tensor, or minikeras.Average(total, count). Take the mean over the rows."
         )
 
 
@@ -75,18 +74,17 @@ def refuse_several(name: str, value: Any) -> None:
         shown = f"[{keys[0]!r}]" if keys else "[...]"
         raise ValueError(
             f"{name} gave a dict, {described(dict(value))}; expected one number. Return one of "
-            f"its values, "
-            f"such as {shown}, or their sum. The others can be metrics under names of their own."
+            f"its values, such as {shown}, or their sum. The others can be metrics under names of "
+            "their own."
         )
     if isinstance(value, (tuple, list)):
         parts = (
             value if isinstance(value, list) else tuple(value)
         )  # a named tuple shows its parts too
         raise ValueError(
-            f"{name} gave a {type(value).__name__}, {described(parts)}; "
-            f"expected one number. Return one part, such as [0], or the sum "
-            f"of several; or minikeras.Average(total, count), if they are a total and the count "
-            f"to divide it by."
+            f"{name} gave a {type(value).__name__}, {described(parts)}; expected one number. "
+            "Return one part, such as [0], or the sum of several; or minikeras.Average(total, "
+            "count), if they are a total and the count to divide it by."
         )
 
 
@@ -96,8 +94,7 @@ def check_average(name: str, average: Average, wait: bool = False) -> None:
     if not is_number(total) or not is_number(count):
         raise ValueError(
             f"{name} gave Average(total={described(total)}, count={described(count)}); expected a "
-            f"number for "
-            f"each: a float or a 0-d tensor. Add up what counts with .sum()."
+            "number for each: a float or a 0-d tensor. Add up what counts with .sum()."
         )
     if isinstance(count, Tensor) and count.requires_grad:
         raise ValueError(
@@ -111,9 +108,8 @@ def check_average(name: str, average: Average, wait: bool = False) -> None:
     if not 0 <= number < math.inf:
         raise ValueError(
             f"{name} gave an Average with count {number:g}; expected a finite number, 0 or more. "
-            f"The count "
-            f"is how many units the total is a sum of. If it is something else, return the number "
-            f"[0] alone."
+            "The count is how many units the total is a sum of. If it is something else, return "
+            "the number [0] alone."
         )
 
 
@@ -216,8 +212,8 @@ def with_gradient(loss: Any) -> Tensor:
         refuse_several("backward was given a loss that", loss)
         raise ValueError(
             f"the loss is {described(loss)} without a gradient: it does not depend on any "
-            f"trainable parameter. "
-            f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
+            "trainable parameter. Compute it from the model's outputs in torch, without detach, "
+            ".item() or NumPy."
         )
     return loss
 

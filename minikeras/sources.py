@@ -103,8 +103,7 @@ def as_batches(
         raise ValueError(
             f"batch_size={batch_size} is for data that is not batched yet, and {name} is a "
             f"{type(data).__name__}, which makes its own batches. Leave batch_size out, or set it "
-            f"where "
-            f"{name} is made."
+            f"where {name} is made."
         )
     if not hasattr(data, "__iter__"):
         remedy = ""
@@ -113,7 +112,8 @@ def as_batches(
             remedy = (
                 " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are "
                 "rows."
-            )raise TypeError(
+            )
+        raise TypeError(
             f"{name} must be a DataLoader, a Dataset, an iterable of (features, labels) batches or "
             f"arrays (X, y), got {type(data).__name__}.{remedy}"
         )
@@ -139,8 +139,8 @@ class ArrayBatches:
     ) -> None:
         if isinstance(data, tuple) and not 1 <= len(data) <= 3:
             raise ValueError(
-                f"{name} is a tuple of {len(data)}; expected (X, y) or (X, y, sample_weight). "
-                f"Put several inputs into a tuple of their own: ((X1, X2), y)."
+                f"{name} is a tuple of {len(data)}; expected (X, y) or (X, y, sample_weight). Put "
+                "several inputs into a tuple of their own: ((X1, X2), y)."
             )
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -316,8 +316,8 @@ def empty(batches: Any, name: str) -> ValueError:
     ):
         each = f" on each of {processes} processes" * (processes > 1)
         reason = (
-            f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. "
-            f"Set drop_last=False"
+            f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set "
+            "drop_last=False"
         )
     elif isinstance(batches, Iterator):
         reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}"

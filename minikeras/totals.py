@@ -148,8 +148,8 @@ class Totals(Mapping[str, float]):
         if self.sums:
             raise ValueError(
                 f"a step returned {', '.join(results) or 'nothing'} and the one before it "
-                f"{', '.join(self.sums)}; "
-                f"expected the same names at each step, since the history has a column for each."
+                f"{', '.join(self.sums)}; expected the same names at each step, since the history "
+                "has a column for each."
             )
         self.sums = {name: _zero(self.device) for name in results}
         self.counts = dict.fromkeys(results, 0)
