@@ -98,9 +98,8 @@ class TrainingModes:
         chosen = set(staying.values())
         for module in staying.values():
             if all(part in chosen for part in module.modules()):
-                set_mode(
-                    module, False
-                )  # the module's own method: a layer may do more than set the mode
+                # the module's own method: a layer may do more than set the mode
+                set_mode(module, False)
             else:
                 module.training = False
 

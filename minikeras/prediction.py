@@ -32,9 +32,8 @@ class Outputs:
     """The model's outputs for some batches, on the CPU, and how many rows each may have."""
 
     pieces: list[Any] = field(default_factory=list)
-    rows: dict[str, list[int | None]] = field(
-        default_factory=dict
-    )  # by the labels, or by the features alone
+    # by the labels, or by the features alone: the rows of each batch
+    rows: dict[str, list[int | None]] = field(default_factory=dict)
     unknown: UnknownRows | None = None  # why they could not be counted, where that is so
     features: Any = None  # of the last batch, to probe the model with
 

@@ -78,9 +78,8 @@ def refuse_several(name: str, value: Any) -> None:
             "their own."
         )
     if isinstance(value, (tuple, list)):
-        parts = (
-            value if isinstance(value, list) else tuple(value)
-        )  # a named tuple shows its parts too
+        # a named tuple shows its parts too
+        parts = value if isinstance(value, list) else tuple(value)
         raise ValueError(
             f"{name} gave a {type(value).__name__}, {described(parts)}; expected one number. "
             "Return one part, such as [0], or the sum of several; or minikeras.Average(total, "

@@ -293,10 +293,8 @@ def length(batches: Any) -> int | None:
     """How many batches there are, or None where that is not known ahead."""
     try:
         return len(batches)
-    except (
-        TypeError,
-        NotImplementedError,
-    ):  # a DataLoader over an IterableDataset has a len that raises
+    # a DataLoader over an IterableDataset has a len that raises
+    except (TypeError, NotImplementedError):
         return None
 
 

@@ -246,9 +246,9 @@ def _on(device: torch.device, metric: Any) -> Any:
 
 
 def _mean(total: Tensor | float, count: Tensor | float) -> float:
-    return (
-        float(total) / float(count) if count else math.nan
-    )  # nothing counted, as when every token is padding
+    if not count:  # as when every token is padding
+        return math.nan
+    return float(total) / float(count)
 
 
 def _zero(device: torch.device) -> Tensor:
