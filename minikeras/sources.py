@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from minikeras.arrays import LISTS, FetchedRows, TensorRows, as_rows, check_no_path, is_array
-from minikeras.errors import described, positive_int
+from minikeras.arrays import FetchedRows, TensorRows, is_array, numbers_as_tensor
+from minikeras.errors import positive_int
 from minikeras.nests import cloned, leaves, map_leaves
 
 ONLY_ONCE = (
@@ -26,6 +27,21 @@ class Fetch:
     def loader(self, loader: Any, device: torch.device | None) -> Any:
         """Return what gives the batches of the user's loader."""
         return loader
+
+    def check(self, data: Any, name: str) -> None:
+        """Refuse what cannot be data, such as a path."""
+
+    def as_rows(self, array: Any, name: str) -> TensorRows | FetchedRows:
+        """Return the rows of a tensor, a NumPy array or a DataFrame of numbers."""
+        if isinstance(array, Tensor):
+            return TensorRows(array)
+        if not isinstance(array, np.ndarray):
+            array = np.asarray(array)
+        return TensorRows(numbers_as_tensor(array, name))
+
+    def unequal_lengths(self, name: str, arrays: Any, lengths: list[int]) -> ValueError:
+        """Return the error for arrays that have not the same number of rows."""
+        return ValueError(f"{name} holds arrays of {lengths} rows; expected as many rows in each.")
 
     def rows(
         self,
@@ -78,7 +94,7 @@ def as_batches(
         ValueError: arrays of different lengths, a batch_size for data that is batched already,
             or a generator for more than one pass.
     """
-    check_no_path(data, name)
+    fetch.check(data, name)
     # a zip or a generator is used up by one; an iterator of the user's may start anew
     if (
         passes > 1
@@ -150,10 +166,10 @@ class ArrayBatches:
             # (X, y, None), as code with optional weights gives it
             while len(data) > 1 and data[-1] is None:
                 data = data[:-1]
-        self.arrays = map_leaves(lambda leaf: as_rows(leaf, name), data)
+        self.arrays = map_leaves(lambda leaf: fetch.as_rows(leaf, name), data)
         lengths = [len(rows) for rows in leaves(self.arrays)]
         if len(set(lengths)) != 1:
-            raise _of_unequal_lengths(name, self.arrays, lengths)
+            raise fetch.unequal_lengths(name, self.arrays, lengths)
         self.rows = lengths[0]
 
     def __len__(self) -> int:
@@ -221,32 +237,6 @@ class ArrayBatches:
                 else:
                     batch.append(next(from_tensors))
             yield batch
-
-
-def _of_unequal_lengths(name: str, arrays: Any, lengths: list[int]) -> ValueError:
-    """The error for arrays that have not the same number of rows."""
-    sizes = [str(length) for length in dict.fromkeys(lengths)]
-    shown = " and ".join(sizes[:3])
-    if len(sizes) > 3:
-        shown += " and ..."
-    got = described(
-        map_leaves(lambda rows: torch.empty(rows.shape, dtype=rows.dtype, device="meta"), arrays)
-    )
-    hint = ""
-    if "[" in got:
-        hint = LISTS
-    elif type(arrays) is tuple and len(arrays) == 2 and 1 in lengths and _is_row(arrays):
-        hint = " A column is shape (rows, 1): pass y.T."
-    return ValueError(
-        f"{name} holds arrays of {shown} rows; expected as many rows in each. Got {got}.{hint}"
-    )
-
-
-def _is_row(arrays: tuple[Any, ...]) -> bool:
-    """Whether the labels have the shape (1, rows)."""
-    features: tuple[int, ...] = getattr(arrays[0], "shape", ())
-    labels: tuple[int, ...] = getattr(arrays[1], "shape", ())
-    return len(labels) == 2 and labels[0] == 1 and features[:1] == labels[1:]
 
 
 class ContinuedBatches:
