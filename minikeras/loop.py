@@ -1,6 +1,6 @@
 """What happens in a fit, in calendar order.
 
-fit:
+run_fit:
     hooks: around_fit; callbacks: on_fit_begin
     hooks: resume                    the fit may stand in a later epoch now
     for each epoch (run_epoch):
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 BatchEnd = Callable[[int], bool]  # of a batch's number; True ends the pass
 
 
-def fit(fit: Fit) -> None:
+def run_fit(fit: Fit) -> None:
     """Train up to the last epoch; each whole epoch leaves its row in `run.epochs`."""
     model, run = fit.model, fit.run
     model.stop_training = False

@@ -1,7 +1,7 @@
 """`Model`: an nn.Module with Keras's verbs. Read `train_step` first, then loop.py, which calls it.
 
 compile     loss, optimizer, metrics and device, held in one object beside the module (`_run`)
-fit         loop.fit: epochs of train_step over batches, validation, history
+fit         loop.run_fit: epochs of train_step over batches, validation, history
 evaluate    loop.evaluate: evaluate_step over batches
 predict     prediction.predict: outputs of every row
 save, load  the weights
@@ -420,7 +420,7 @@ class Model(nn.Module):
             checkpoint_every=checkpoint_every,
             on_nan=on_nan,
         )
-        loop.fit(fit)
+        loop.run_fit(fit)
         return run.history()
 
     @assemble.explained_call
