@@ -380,11 +380,12 @@ def limited(
     """
     if steps is None and length(batches) is not None:
         return batches
-    endless = optional("data.endless")
-    if endless is None and steps is None:
+    if steps is not None:  # asked for: without the room it is an error that names it
+        endless = importlib.import_module("minikeras.data.endless")
+    else:
+        endless = optional("data.endless")
+    if endless is None:
         return batches
-    from minikeras.data import endless
-
     limit = endless.OUTSIDE_A_FIT if training is None else endless.long_pass(*training)
     result: Iterable[Any] = endless.limited(batches, steps, name, argument, limit)
     return result
