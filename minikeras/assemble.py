@@ -94,7 +94,7 @@ def run_of(
     sync_batchnorm: bool,
     fsdp_blocks: Any,
 ) -> Run:
-    """Check what compile was given, and put a Run together; model and loss are on the device then."""
+    """Check the arguments of compile and make a Run; model and loss are on the device then."""
     inputs = optional("checks.inputs")
     metrics_dict = {} if metrics_dict is None else metrics_dict
     if inputs is not None:
@@ -174,7 +174,7 @@ def checks_of(model: Model) -> NoChecks:
 
 
 def takes_several_by(model: nn.Module) -> Callable[[Any], bool]:
-    """A function that tells whether the model's forward takes such features as several arguments."""
+    """Return a function that tells whether forward takes such features as several arguments."""
     return lambda features: manner(model, features) == "unpacked"
 
 
@@ -191,7 +191,7 @@ def named_optimizers(optimizer: Any) -> dict[str, Optimizer]:
 def add_default_optimizer(
     optimizers: dict[str, Optimizer], parameters: list[nn.Parameter], device: torch.device
 ) -> None:
-    """Add Adam(lr=1e-3) on these parameters, also on those that are frozen: they may be thawed later."""
+    """Add Adam(lr=1e-3) on these parameters; frozen ones too, since they may be thawed later."""
     if not any(parameter.requires_grad for parameter in parameters):
         return
     # Fused, it can be held back when a loss is not finite; torch has it for floats alone.
@@ -233,7 +233,8 @@ def check_fsdp(model: nn.Module, world: OneProcess, jit: Any, precision: str) ->
         )
     if world.size == 1 and any(map(is_sharded, model.parameters())):
         raise ValueError(
-            "the model's parameters are in parts in several processes, and distributed=None trains in "
+            "the model's parameters are in parts in several processes, and distributed=None "
+            "trains in "
             'one alone. Compile with distributed="fsdp", or build the model anew.'
         )
 
@@ -292,11 +293,13 @@ def check_jit(jit: Any, steps_per_execution: int) -> None:
     if ours:
         raise ValueError(
             f"jit={jit!r}: {min(ours)} is set by minikeras, which makes one graph where it can and "
-            f"says with a warning where it cannot. Leave it out; mode, backend and options are yours."
+            f"says with a warning where it cannot. Leave it out; mode, backend and options are "
+            f"yours."
         )
     if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
         raise ValueError(
-            f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of the steps."
+            f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of "
+            "the steps."
         )
 
 
@@ -309,9 +312,9 @@ def engine_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Eag
     if run.world.size > 1:
         if run.world.rank == 0 and steps_per_execution > 1:
             warnings.warn(
-                f"steps_per_execution={steps_per_execution} is 1 on {run.world.size} processes, which "
-                f"add up their gradients between backward and step. The numbers are the same. Leave it "
-                f"out there.",
+                f"steps_per_execution={steps_per_execution} is 1 on {run.world.size} processes, "
+                "which add up their gradients between backward and step. The numbers are the "
+                "same. Leave it out there.",
                 stacklevel=5,
             )
         steps_per_execution = 1
@@ -377,11 +380,12 @@ def limited(
     """
     if steps is None and length(batches) is not None:
         return batches
-    endless = optional("data.endless")
-    if endless is None and steps is None:
+    if steps is not None:  # asked for: without the room it is an error that names it
+        endless = importlib.import_module("minikeras.data.endless")
+    else:
+        endless = optional("data.endless")
+    if endless is None:
         return batches
-    from minikeras.data import endless
-
     limit = endless.OUTSIDE_A_FIT if training is None else endless.long_pass(*training)
     result: Iterable[Any] = endless.limited(batches, steps, name, argument, limit)
     return result
@@ -407,7 +411,8 @@ def sources_of_fit(
     if dl_val is None:
         if validation_steps is not None:
             raise ValueError(
-                f"validation_steps={validation_steps} needs data to validate on. Pass dl_val as well."
+                f"validation_steps={validation_steps} needs data to validate on. Pass dl_val as "
+                f"well."
             )
         return train, None
     done = len(run.epochs)
@@ -536,7 +541,7 @@ def check_listed(
 
 
 def names_logged(model: Model, run: Run, validates: bool) -> list[str] | None:
-    """The names that the default steps log in an epoch; None if steps or metrics are custom objects."""
+    """Return the names that the default steps log; None if steps or metrics are custom objects."""
     totals = run.train.totals
     if overrides(model, "train_step", "evaluate_step", "compute_metrics") or totals.objects:
         return None

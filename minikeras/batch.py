@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minikeras.arrays import as_tensor
+from minikeras.arrays import numbers_as_tensor
 from minikeras.errors import described
 from minikeras.nests import can_move, map_leaves
 
@@ -51,7 +51,7 @@ def to_device(nest: Any, device: torch.device) -> Any:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
-            leaf = as_tensor(leaf)
+            leaf = numbers_as_tensor(leaf)
         return leaf.to(device) if can_move(leaf) else leaf
 
     return map_leaves(move, nest)

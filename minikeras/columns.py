@@ -134,7 +134,7 @@ def is_rate(name: str) -> bool:
 
 
 def rate_name(optimizer: str) -> str:
-    """The column of an optimizer's learning rate: lr, or lr_<name> if there are several optimizers."""
+    """Return the column of an optimizer's rate: lr, or lr_<name> with several optimizers."""
     return f"lr_{optimizer}" if optimizer else "lr"
 
 

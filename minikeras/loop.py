@@ -1,6 +1,6 @@
 """What happens in a fit, in calendar order.
 
-fit:
+run_fit:
     hooks: around_fit; callbacks: on_fit_begin
     hooks: resume                    the fit may stand in a later epoch now
     for each epoch (run_epoch):
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 BatchEnd = Callable[[int], bool]  # of a batch's number; True ends the pass
 
 
-def fit(fit: Fit) -> None:
+def run_fit(fit: Fit) -> None:
     """Train up to the last epoch; each whole epoch leaves its row in `run.epochs`."""
     model, run = fit.model, fit.run
     model.stop_training = False
@@ -76,7 +76,7 @@ def fit(fit: Fit) -> None:
 
 
 def run_epoch(fit: Fit) -> None:
-    """Train and validate once; `fit.at` is where the next epoch begins, unless an error was held back."""
+    """Train and validate once, and set `fit.at` to where the next epoch begins."""
     run, at = fit.run, fit.at
     with contextlib.ExitStack() as contexts:
         for hook in fit.hooks:
@@ -108,7 +108,7 @@ def run_epoch(fit: Fit) -> None:
 
 
 def validate(fit: Fit) -> dict[str, float]:
-    """Evaluate dl_val between two moments of the callbacks; the second comes even after an error."""
+    """Evaluate dl_val between on_evaluate_begin and on_evaluate_end, which errors do not skip."""
     assert fit.val is not None
     with contextlib.ExitStack() as contexts:
         for callback in fit.callbacks:

@@ -151,7 +151,7 @@ class WeightsFoundOnce(Hook):
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
-        """Remember them; those in parts now: between forward and backward some are not in the model."""
+        """Remember them. Sharded weights are collected at once: some leave the model in a step."""
         found = {}
         if any(map(is_sharded, fit.model.parameters())):
             for module in fit.model.modules():
@@ -302,8 +302,8 @@ class Regularized(nn.Module):
             raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be a torch.nn.Module, got {described(model)}. "
-                f"Pass the one that is trained."
+                f"model must be a torch.nn.Module, got {described(model)}. Pass the one that is "
+                "trained."
             )
         self.loss_func = loss_func
         self._model_in_tuple = (model,)  # not a submodule: nn.Module does not look into tuples
@@ -356,7 +356,7 @@ def _strength(name: str, value: float) -> float:
     """Return a strength; refuse a negative one and NaN."""
     if not value >= 0:  # NaN is refused as well
         raise ValueError(
-            f"{name} must be 0 or more, got {value}. Less would reward large weights; "
-            f"pass 0 for none."
+            f"{name} must be 0 or more, got {value}. Less would reward large weights; pass 0 for "
+            "none."
         )
     return value

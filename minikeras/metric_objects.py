@@ -32,30 +32,30 @@ def source_of(metric: Any) -> str:
 
 
 def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A metric for each column of the history: a torchmetrics.MetricCollection is its members, under their own names.
+    """Give each metric a name; a torchmetrics.MetricCollection becomes its members, by their names.
 
     Raises:
         ValueError: two of them have the same name.
     """
     columns: dict[str, Any] = {}
     for name, metric in metrics_dict.items():
-        members = (
-            dict(metric.items())
-            if isinstance(metric, nn.ModuleDict) and is_stateful(metric)
-            else {name: metric}
-        )
+        members = {name: metric}
+        if isinstance(metric, nn.ModuleDict) and is_stateful(metric):
+            members = dict(metric.items())
         twice = sorted(columns.keys() & members.keys())
         if twice:
             raise ValueError(
-                f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a column for each of "
-                f'its members, under their own names. Give it a prefix: MetricCollection(..., prefix="{name}_").'
+                f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a "
+                "column for each of its members, under their own names. Give it a prefix: "
+                "MetricCollection(..., "
+                f'prefix="{name}_").'
             )
         columns |= members
     return columns
 
 
 def state_of(metric: Any, name: str) -> dict[str, Any]:
-    """What a metric object has counted: its own state_dict, or its attributes; those of a module's parts as well."""
+    """Return what a metric object has counted: its state_dict, or its and its parts' attributes."""
     if isinstance(metric, nn.Module):
         return {path: attributes(module, name) for path, module in metric.named_modules()}
     return metric.state_dict() if hasattr(metric, "state_dict") else attributes(metric, name)
@@ -75,36 +75,42 @@ def set_state(metric: Any, state: Mapping[str, Any]) -> None:
 
 
 def attributes(holder: Any, name: str) -> dict[str, Any]:
-    """The attributes that may change from batch to batch: tensors, arrays, numbers, strings and containers of them.
+    """Return the attributes that may change: tensors, arrays, numbers, strings, containers of them.
 
     Raises:
         TypeError: one is of another kind, and not plainly a constant as functions and settings are.
     """
-    kept = {key: value for key, value in vars(holder).items() if is_countable(value)}
+    is_module = isinstance(holder, nn.Module)
+    kept = {}
     for key, value in vars(holder).items():
-        constant = callable(value) or isinstance(
-            value, (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter)
-        )
-        if (
-            key not in kept
-            and not constant
-            and not (isinstance(holder, nn.Module) and key.startswith("_"))
-        ):
+        if is_countable(value):
+            kept[key] = value
+        elif not (is_constant(value) or (is_module and key.startswith("_"))):
             raise TypeError(
-                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. Give the metric "
-                f"state_dict() and load_state_dict(state) of tensors, numbers, lists and dicts."
+                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. "
+                f"Give the metric state_dict() and load_state_dict(state) of tensors, numbers, lists "
+                f"and dicts."
             )
-    return kept | dict(holder.named_buffers(recurse=False) if isinstance(holder, nn.Module) else {})
+    if is_module:
+        kept |= dict(holder.named_buffers(recurse=False))
+    return kept
+
+
+def is_constant(value: Any) -> bool:
+    """Tell whether a value is plainly none that a metric counts with."""
+    kinds = (Enum, nn.Module, torch.device, torch.dtype, nn.Parameter)
+    return callable(value) or isinstance(value, kinds)
 
 
 def is_countable(value: Any) -> bool:
+    """Tell whether a metric may count with a value, and a checkpoint can hold it."""
     if type(value) in (list, tuple, set):
         return all(map(is_countable, value))
     if type(value) is dict:
         return all(map(is_countable, (*value, *value.values())))
-    return type(value) in (Tensor, bool, int, float, str, type(None)) or isinstance(
-        value, (np.ndarray, np.generic)
-    )
+    if isinstance(value, (np.ndarray, np.generic)):
+        return True
+    return type(value) in (Tensor, bool, int, float, str, type(None))
 
 
 def parts_that_sync(metric: Any) -> list[Any]:

@@ -1,7 +1,7 @@
-"""`Model`: an nn.Module with Keras's verbs. Read `train_step` first, then loop.py for what calls it.
+"""`Model`: an nn.Module with Keras's verbs. Read `train_step` first, then loop.py, which calls it.
 
 compile     loss, optimizer, metrics and device, held in one object beside the module (`_run`)
-fit         loop.fit: epochs of train_step over batches, validation, history
+fit         loop.run_fit: epochs of train_step over batches, validation, history
 evaluate    loop.evaluate: evaluate_step over batches
 predict     prediction.predict: outputs of every row
 save, load  the weights
@@ -39,12 +39,14 @@ if TYPE_CHECKING:
 
 
 class Model(nn.Module):
-    """A module that can be compiled, fitted, evaluated and asked to predict. Subclass it, or wrap a network.
+    """An `nn.Module` with Keras's `compile`, `fit`, `evaluate` and `predict`.
 
-    Losses and metrics are called with (y_pred, y_true), as torch's are and unlike TensorFlow's.
+    Subclass it and write `forward`, or wrap a network. Losses and metrics are called with
+    (y_pred, y_true), as in torch and unlike in TensorFlow.
 
     Args:
-        net: a network to wrap, then found as `model.net`; leave it out in a subclass that has its own `forward`.
+        net: a network to wrap; you can access it as `model.net`. Leave it out in a subclass that
+            has its own `forward`.
 
     >>> import minikeras
     >>> from torch import nn
@@ -59,11 +61,10 @@ class Model(nn.Module):
     7.0
     """
 
-    _run: Run | None = (
-        None  # at class level: a missing attribute inside an nn.Module is reported as the wrong one
-    )
-    optimizer: Any  # the optimizer or dict of optimizers, from compile on
-    history: Any  # the DataFrame that fit returns, from compile on; as of the last fit that ended
+    # at class level: a missing attribute inside an nn.Module is reported as the wrong one
+    _run: Run | None = None
+    optimizer: Any  # the optimizer or dict of optimizers; set by compile
+    history: Any  # the DataFrame that the last fit returned; empty after compile
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
 
     @assemble.explained_constructor
@@ -74,7 +75,11 @@ class Model(nn.Module):
         hide_compiled_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped network's outputs; a subclass writes its own, or this is a NotImplementedError."""
+        """Return the wrapped network's outputs; a subclass writes its own forward.
+
+        Raises:
+            NotImplementedError: there is neither a network nor a forward.
+        """
         if not hasattr(self, "net"):
             raise NotImplementedError(
                 f"{type(self).__name__} has no forward. Write it, or wrap a network: Model(net)."
@@ -82,31 +87,37 @@ class Model(nn.Module):
         return self.net(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Model:
-        """Set train mode (or eval mode, with `mode` False), as nn.Module does; an exported program keeps its own."""
+        """Set train mode, or eval mode if `mode` is False, as `nn.Module.train` does.
+
+        An exported program keeps its own mode.
+        """
         if any(is_exported(module) for module in self.modules()):
             set_mode(self, mode)
             return self
         return super().train(mode)
 
-    # --- the step: override it for custom training --------------------------------------------------------------------
+    # --- the step: override it for custom training ------------------------------------------------
 
     def train_step(
         self, features: Any, labels: Any, sample_weight: Tensor | None = None
     ) -> Mapping[str, Result]:
-        """One batch: forward, loss, backward, metrics, step. Override it for adversarial or other custom training.
+        """Train on one batch: forward, loss, backward, metrics, optimizer step.
+
+        Override it for custom training, such as adversarial training.
 
         Args:
-            features: what goes into the model, on its device; (batch, ...), or a tuple or dict of several inputs.
-            labels: what the loss compares with; None where the data has none.
-            sample_weight: (batch,), given only where the batches have a third part.
+            features: the inputs, on the model's device: (batch, ...), or a tuple or dict of them.
+            labels: what the loss compares with; None if the data has none.
+            sample_weight: (batch,); passed only if the batches have a third part.
 
         Returns:
-            name -> mean over the batch's rows, or an `Average(total, count)`; the same names at each step. Each is a
-            column of the history, weighted by rows.
+            name -> mean over the batch's rows, or an `Average(total, count)`; the same names in
+            every step. Each name is a column of the history, weighted by rows.
 
         >>> class Noisy(Model):
         ...     def train_step(self, features, labels, sample_weight=None):
-        ...         return super().train_step(features + torch.randn_like(features), labels, sample_weight)
+        ...         noise = torch.randn_like(features)
+        ...         return super().train_step(features + noise, labels, sample_weight)
         >>> model = Noisy(nn.Linear(2, 1))
         >>> model.compile(nn.MSELoss())
         >>> list(model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0))
@@ -115,22 +126,27 @@ class Model(nn.Module):
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
         self.backward(loss)
-        metrics = self.compute_metrics(
-            outputs, labels
-        )  # after backward: a metric may edit in place
-        self.optimizer_step()  # last: whatever was wrong with this batch has been said before a weight moves
+        metrics = self.compute_metrics(outputs, labels)  # after backward: it may edit in place
+        self.optimizer_step()  # last: errors of this batch are raised before a weight moves
         return {"loss": loss, **metrics}
 
     def evaluate_step(
         self, features: Any, labels: Any, sample_weight: Tensor | None = None
     ) -> Mapping[str, Result]:
-        """One batch of validation, in eval mode, without gradients; `features`, `labels`, `sample_weight`: as above."""
+        """Evaluate one batch, in eval mode and without gradients.
+
+        Arguments and result are those of `train_step`.
+        """
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
         return {"loss": loss, **self.compute_metrics(outputs, labels)}
 
     def compute_outputs(self, features: Any) -> Any:
-        """The model called with `features`: whole, or unpacked where `forward` takes several, a dict by its names."""
+        """Call the model with `features`.
+
+        They are passed whole if `forward` takes one argument, unpacked if it takes several, and by
+        name if it takes several and they are a dict.
+        """
         run = self._run
         try:
             if run is None:
@@ -143,11 +159,21 @@ class Model(nn.Module):
     def compute_loss(
         self, outputs: Any, labels: Any, sample_weight: Tensor | None = None
     ) -> Result:
-        """The loss of a batch: `loss_func(outputs, labels)`, a 0-d tensor, or an `Average(total, count)`.
+        """Return the loss of a batch, `loss_func(outputs, labels)`.
 
-        With `sample_weight` (batch,) the loss must be one per row, as with reduction="none"; the result is the mean
-        over the rows of loss * weight, as in Keras; an evaluation without weights takes those of 1. What is no number
-        (a tuple is none), and `outputs` and `labels` that would broadcast each other, are a ValueError.
+        Args:
+            outputs: what the model returned.
+            labels: what the batch has.
+            sample_weight: (batch,), a weight for each row. The loss must be one value per row then,
+                as with reduction="none", and the result is the mean over the rows of loss * weight,
+                as in Keras. An evaluation without weights uses weights of 1.
+
+        Returns:
+            A 0-d tensor, or an `Average(total, count)`.
+
+        Raises:
+            ValueError: the loss is not a number (a tuple is not), or `outputs` and `labels` would
+                broadcast each other.
         """
         phase = self._compiled("compute_loss").phase
         try:
@@ -160,7 +186,10 @@ class Model(nn.Module):
         return scalar_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
-        """Each function of metrics_dict for detached `outputs` and `labels`; objects with an `update` take them in."""
+        """Call each function of metrics_dict with detached `outputs` and `labels`.
+
+        Metric objects are updated; they are read at the end of the epoch.
+        """
         phase = self._compiled("compute_metrics").phase
         metrics: dict[str, Result] = phase.metrics(detached(outputs), labels)
         if isinstance(phase.batch.rows, UnknownRows):
@@ -168,9 +197,14 @@ class Model(nn.Module):
         return metrics
 
     def backward(self, loss: Result, optimizer: str | None = None) -> None:
-        """Fill the gradients of a `loss`, 0-dim or an `Average`: of every parameter, or of one optimizer's.
+        """Fill the gradients of a loss, of every parameter or of those of one optimizer.
 
-        `optimizer` is its name. A ValueError where there is no gradient, or no optimizer of that name.
+        Args:
+            loss: a 0-d tensor or an `Average`.
+            optimizer: the name of one optimizer; default all.
+
+        Raises:
+            ValueError: the loss has no gradient, or there is no optimizer of that name.
         """
         run = self._compiled("backward")
         phase = run.phase
@@ -179,16 +213,20 @@ class Model(nn.Module):
         run.stepper.backward(loss, phase.batch, optimizer)
 
     def optimizer_step(self, optimizer: str | None = None) -> None:
-        """Move the weights and clear their gradients: by every optimizer, or by the `optimizer` of that name alone."""
+        """Take an optimizer step and clear the gradients.
+
+        Args:
+            optimizer: the name of one optimizer; default all.
+        """
         stepper = self._compiled("optimizer_step").stepper
         stepper.close(stepper.due(optimizer))
 
     @property
     def optimizer_steps(self) -> Any:
-        """How many steps the optimizer has taken in the current or last fit, an int.
+        """How many steps the optimizer has taken in the current or last fit; 0 before `compile`.
 
-        A dict of name -> steps if compile was given a dict of optimizers. Under `accumulate` it counts
-        steps and not batches; a step that loss scaling skips in float16 counts too.
+        An int, or a dict of name -> int if `compile` was given a dict of optimizers. With
+        `accumulate` it counts steps, not batches. A step that float16's loss scaling skips counts.
 
         >>> model = Model(nn.Linear(2, 1))
         >>> model.compile(nn.MSELoss(), accumulate=2)
@@ -196,10 +234,12 @@ class Model(nn.Module):
         >>> model.optimizer_steps
         6
         """
-        steps = self._compiled("optimizer_steps").stepper.named_steps()
+        if self._run is None:
+            return 0
+        steps = self._run.stepper.named_steps()
         return steps[""] if list(steps) == [""] else steps
 
-    # --- the verbs ----------------------------------------------------------------------------------------------------
+    # --- the verbs --------------------------------------------------------------------------------
 
     @assemble.explained_call
     def compile(
@@ -219,44 +259,58 @@ class Model(nn.Module):
         sync_batchnorm: bool = False,
         fsdp_blocks: Any = None,
     ) -> None:
-        """Say how to train: loss, optimizer, metrics and device. The history starts anew.
+        """Set how to train: loss, optimizer, metrics and device. The history starts empty.
 
-        `state_dict()` stays the same. This takes the place of nn.Module.compile: its torch.compile is `jit=True` here.
+        It does not train, and adds nothing to `state_dict()`. It replaces nn.Module.compile, whose
+        torch.compile is `jit=True` here.
 
         Args:
-            loss_func: function or module of (y_pred, y_true), in this order, that gives a 0-d tensor, the mean over
-                the batch's rows, or `Average(total, count)` where rows are not the unit. A batch's rows are the first
-                size of its labels, or the items of a list of dicts, numbers or images; an int `batch_size` on the
-                batch wins. If labels and features contradict each other, only an `Average` is taken.
-            optimizer: one, or a dict of name -> optimizer; default Adam(lr=1e-3) on the parameters of the model and,
-                where it has some, of the loss.
-            metrics_dict: column name -> function of (y_pred, y_true) that gives a number, the mean over the batch's
-                rows, or `Average(total, count)`; or an object with update, compute and reset (`minikeras.OnAllRows`,
-                torchmetrics), which gives a number, or a dict or tensor with a column for each number. Outputs (N, 1)
-                against labels (N,) are refused, in the first batch; not in NumPy. A function that is no mean over rows
-                is warned of there.
-            device: where to train; default the accelerator (CUDA, XPU, MPS, ...) where there is one, else the CPU.
-            jit: compile forward, loss, metrics, backward and optimizer into one graph, several times as fast for small
-                models once compiled; or a dict for torch.compile. What cannot be compiled runs in eager, with
-                a warning. Dropout draws other numbers, but with {"options": {"fallback_random": True}}. On CUDA a CUDA
-                graph is made of the step, but with {"options": {"triton.cudagraphs": False}}.
-            steps_per_execution: under jit, optimizer steps in one call of the graph; callbacks see every so many.
-            precision: "bf16" or "fp16" (with its gradients scaled) computes forward and loss in that type where torch's
-                autocast has it; "auto" takes what a CUDA device can, and float32 elsewhere. Parameters, metrics and
-                predictions stay float32. Losses of probabilities are refused: take BCEWithLogitsLoss.
-            clip_grad_norm, clip_grad_value: the most that an optimizer's gradients may be, by their norm and each.
-            accumulate: batches that make one step, by the gradient of all their rows; the last ones of an epoch may be
-                fewer. Each optimizer counts its calls of `optimizer_step`.
-            distributed: "auto" trains together with the other processes that torchrun (or a process group) has started:
-                each takes batch_size rows of every step; None trains alone. "ddp" is an error where there are none;
-                so is "fsdp", where each keeps one part of the weights, gradients and optimizer state.
-            sync_batchnorm: BatchNorm over the rows of all processes, not of each (torch.nn.SyncBatchNorm; no CPU).
-            fsdp_blocks: module classes put together one at a time; default the children of each ModuleList.
+            loss_func: a function or module of (y_pred, y_true), in this order. It returns a 0-d
+                tensor, the mean over the batch's rows, or `Average(total, count)` if rows are not
+                the unit. The number of rows is the first size of the labels, or the number of items
+                in a list of dicts, numbers or images; an int `batch_size` on the batch overrides
+                it. If labels and features contradict each other, only an `Average` is accepted.
+            optimizer: an optimizer, or a dict of name -> optimizer. Default Adam(lr=1e-3) on the
+                parameters of the model, and of the loss if it has some.
+            metrics_dict: column name -> metric. A metric is a function of (y_pred, y_true) that
+                returns the mean over the batch's rows or an `Average(total, count)`; or an object
+                with update, compute and reset (`minikeras.OnAllRows`, torchmetrics) that returns a
+                number, or a dict or tensor with a column for each number. A metric that broadcasts
+                (N, 1) against (N,) raises an error on the first batch; metrics computed in NumPy
+                are not checked. A function that is not a mean over rows gets a warning.
+            device: where to train. Default the accelerator (CUDA, XPU, MPS, ...) if there is one,
+                else the CPU.
+            jit: compile forward, loss, metrics, backward and optimizer step into one graph, several
+                times as fast for small models after compiling; or a dict of arguments for
+                torch.compile. What cannot be compiled runs in eager mode, with a warning. Dropout
+                draws different random numbers than in eager mode unless
+                {"options": {"fallback_random": True}} is set. On CUDA the step is captured in a
+                CUDA graph unless {"options": {"triton.cudagraphs": False}} is set.
+            steps_per_execution: with jit, optimizer steps per call of the graph; callbacks are
+                called once per call.
+            precision: "bf16" or "fp16" (with gradient scaling) computes forward and loss in that
+                type where torch's autocast does; "auto" uses what a CUDA device supports, and
+                float32 elsewhere. Parameters, metrics and predictions stay float32. A loss of
+                probabilities raises an error: use BCEWithLogitsLoss.
+            clip_grad_norm: clip gradients to this total norm per optimizer.
+            clip_grad_value: clip each element of the gradients to this absolute value.
+            accumulate: number of batches per optimizer step; the gradient is the mean over all
+                their rows. The last step of an epoch may have fewer. Each optimizer counts its own
+                calls of `optimizer_step`.
+            distributed: "auto" trains with the other processes that torchrun (or a process group)
+                started: each takes batch_size rows of every step. None trains alone. "ddp" raises
+                an error if there are no other processes, and so does "fsdp", which shards weights,
+                gradients and optimizer state over the processes.
+            sync_batchnorm: compute BatchNorm over the rows of all processes
+                (torch.nn.SyncBatchNorm; not on the CPU).
+            fsdp_blocks: module classes whose weights are gathered one at a time. Default the
+                children of each ModuleList.
 
         Raises:
-            TypeError: a class where an instance is meant, or something of another kind.
-            ValueError: a metric's name that history uses, a device that is not there, or an argument out of its range.
-            RuntimeError: a fit of this model is running, in a callback of which `compile` was called.
+            TypeError: an argument is of the wrong type, such as a class instead of an instance.
+            ValueError: a metric has a name that the history uses, the device does not exist, or an
+                argument is out of range.
+            RuntimeError: called in a callback, during a fit of this model.
         """
         self._check_not_fitting(
             "compile", "A learning rate may be changed inside one, in the optimizer's param_groups."
@@ -300,42 +354,50 @@ class Model(nn.Module):
         checkpoint_every: int | None = None,
         on_nan: str = "raise",
     ) -> pd.DataFrame:
-        """Train, and return the history: one row per epoch since `compile`, index from 0: epoch 1 is row 0.
+        """Train, and return the history: one row per epoch since `compile`; epoch 1 is row 0.
 
-        Columns: loss, metrics in the order of metrics_dict, other names that train_step returns, the same with val_,
-        then lr if it changed. Each value is the mean over the epoch's rows; NaN where validation was skipped. An
-        epoch that an error or Ctrl-C cut short leaves no row; the history up to it stays at `model.history`.
+        Columns: loss, the metrics in the order of metrics_dict, other names that train_step
+        returns, the same with val_, then lr if it changed. Each value is the mean over the epoch's
+        rows; NaN if validation was skipped. An epoch that an error or Ctrl-C interrupts leaves no
+        row; the history up to it is in `model.history`.
 
         Args:
-            epochs: how many more epochs, 1 or more.
-            dl_train: a DataLoader; an iterable of (features, labels) or (features, labels, sample_weight) batches; a
-                Dataset; or arrays (X, y) as tensors, NumPy arrays, DataFrames or Series. Dataset and arrays are
-                shuffled. NumPy and pandas floats are cast to torch's default dtype.
-            dl_val: data of any of these kinds for validation; its columns begin with val_.
-            log_step_freq: steps between two lines of running means (in a pipe), or refreshes of the bar at the latest.
-            batch_size: rows a batch, for a Dataset and arrays; default 32.
-            steps_per_epoch: batches an epoch, default all; the next goes on where this one stopped.
-            validation_steps: batches of a validation at most, default all. Each begins with a new `iter(dl_val)`; a
-                generator goes on where the last one stopped.
-            validation_freq: epochs between two validations, default 1.
+            epochs: epochs to train now, 1 or more; numbering continues from the history.
+            dl_train: a DataLoader; an iterable of (features, labels) or (features, labels,
+                sample_weight) batches; a Dataset; or arrays (X, y) as tensors, NumPy arrays,
+                DataFrames or Series. A Dataset and arrays are shuffled. NumPy and pandas floats are
+                cast to torch's default dtype.
+            dl_val: validation data of any of these kinds; its columns begin with val_.
+            log_step_freq: print running means every this many steps when output is not a terminal;
+                on a terminal, refresh the bar at least this often.
+            batch_size: rows per batch, for a Dataset and arrays; default 32.
+            steps_per_epoch: batches per epoch, default all. The next epoch continues where this one
+                stopped.
+            validation_steps: maximum batches per validation, default all. Each validation begins
+                with a new `iter(dl_val)`; a generator continues where it stopped.
+            validation_freq: validate every this many epochs, default 1.
             callbacks: instances of `minikeras.Callback`.
-            verbose: "auto" a bar on a terminal or in a notebook, lines elsewhere; 0 nothing; 1 bar; 2 lines.
-            checkpoint: a file for the whole state of the run, written at each epoch's end. Where it is there already,
-                the fit goes on from it: weights and history become those of a fit never stopped, bit by bit, unless a
-                warning says why not.
-            checkpoint_every: steps between two writings within an epoch as well.
-            on_nan: what to do about a training loss that is NaN or infinite, before it moves a weight, and about
-                weights that are: "raise" an error, "stop" the fit with a warning, or "ignore" it; such weights are
-                not written to a file then, with a warning. What was so when the fit began is left alone.
+            verbose: "auto" shows a bar on a terminal or in a notebook and prints lines elsewhere;
+                0 shows nothing, 1 the bar, 2 lines.
+            checkpoint: a file for the whole state of the run, written at the end of each epoch. If
+                the file exists, training resumes from it: weights and history are bit-for-bit
+                identical to a fit that was never interrupted, unless a warning says why not.
+            checkpoint_every: also write it every this many steps within an epoch.
+            on_nan: what to do about a NaN or infinite training loss, which is caught before the
+                weights are updated, and about weights that are NaN or infinite: "raise" an error,
+                "stop" the fit with a warning, or "ignore" it. Such weights are never written to a
+                file; "ignore" warns instead. What was NaN or infinite when the fit began is left
+                alone.
 
         Raises:
             NotCompiledError: before `compile`.
-            TypeError, ValueError: bad arguments, or a bad batch before its step moves a weight.
-            CheckpointError: the file is damaged or of another run; or its last writing failed.
-            FloatingPointError: the loss is not finite; or weights are not, at an epoch's end and before a file is
-                written. The message says where, and what is known of the cause.
-            RuntimeError: a fit of this model is running already; or another of several processes has ended or does not
-                answer.
+            TypeError, ValueError: bad arguments; or a bad batch, before its step moves a weight.
+            CheckpointError: the file is damaged or of another run; or the last state of the fit
+                could not be written.
+            FloatingPointError: the loss is NaN or infinite; or weights are, at the end of an epoch
+                or before a file is written. The message says where, and what is known of the cause.
+            RuntimeError: a fit of this model is already running; or another process has ended or
+                does not answer.
         """
         run = self._compiled("fit")
         self._check_not_fitting(
@@ -358,23 +420,24 @@ class Model(nn.Module):
             checkpoint_every=checkpoint_every,
             on_nan=on_nan,
         )
-        loop.fit(fit)
+        loop.run_fit(fit)
         return run.history()
 
     @assemble.explained_call
     def evaluate(
         self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None
     ) -> dict[str, float]:
-        """Loss and metrics over all rows: {"val_loss": ..., "val_accuracy": ...}.
+        """Return loss and metrics over all rows: {"val_loss": ..., "val_accuracy": ...}.
 
         Args:
-            dl_val: as in `fit`.
-            batch_size: rows a batch, for a Dataset and arrays; default 32. Means over rows do not depend on it.
-            steps: batches to evaluate at most, for data that does not end; default all.
+            dl_val: data as in `fit`.
+            batch_size: rows per batch, for a Dataset and arrays; default 32. It does not change
+                means over rows.
+            steps: maximum number of batches, for data that does not end; default all.
 
         Raises:
             NotCompiledError: before `compile`.
-            TypeError, ValueError: no data, or data that the model or the loss cannot take.
+            TypeError, ValueError: there is no data, or the model or the loss cannot use it.
         """
         run = self._compiled("evaluate")
         batches = assemble.source_of_evaluation(run, dl_val, batch_size, steps)
@@ -391,33 +454,38 @@ class Model(nn.Module):
         gather: str = "all",
         steps: int | None = None,
     ) -> Any:
-        """The outputs of every row, in order, on the CPU: a tensor, or the structure that the model returns.
+        """Return the outputs for every row, in order, on the CPU.
 
-        Needs no compile. Labels in the batches only tell how many rows there are. Lists with an item for each row
-        become one list; a key-value cache of transformers is left out.
+        They are a tensor, or the structure that the model returns. No compile is needed. Labels in
+        the batches are used only to count rows. Lists with an item for each row become one list; a
+        key-value cache of transformers is left out.
 
         Args:
-            dl: as in `fit`; X alone will do.
-            batch_size: rows a batch, for a Dataset and arrays; default 32.
-            gather: of several processes "all" get the outputs, or "main", rank 0, alone and the others None.
-            steps: batches to predict at most, for data that does not end; default all.
+            dl: data as in `fit`, or X alone. Inputs need a batch dimension: for one row pass
+                `X[:1]`, not `X[0]`.
+            batch_size: rows per batch, for a Dataset and arrays; default 32.
+            gather: with several processes "all" get the outputs; with "main" only rank 0 gets them,
+                the others get None.
+            steps: maximum number of batches, for data that does not end; default all.
 
         Raises:
-            TypeError, ValueError: no data, data that the model cannot take, or outputs without rows.
+            TypeError, ValueError: there is no data, the model cannot use it, or its outputs have no
+                rows.
         """
         one_of("gather", gather, ("all", "main"))
         return prediction.predict(self, dl, batch_size, gather == "all", steps)
 
     def save(self, path: str | Path) -> None:
-        """Write the weights, `state_dict()`, to a file that is whole or not there; one there before becomes NAME.prev.
+        """Save the weights, `state_dict()`, atomically; an existing file becomes NAME.prev.
 
         Args:
-            path: ends in .safetensors for that format (pip install safetensors), else what torch.save
-                writes; its folder is made. Several processes all make the call and find the file there after it.
+            path: a path that ends in .safetensors for that format (pip install safetensors); any
+                other is written by torch.save. Folders are created. With several processes all of
+                them call it, and find the file when it returns.
 
         Raises:
-            TypeError: the state_dict holds something that `load` could not read back.
-            OSError: the file cannot be written; what was there before is there.
+            TypeError: the state_dict holds something that `load` could not read.
+            OSError: the file cannot be written; an existing file is unchanged.
 
         >>> import minikeras, tempfile
         >>> path = tempfile.mkdtemp() + "/weights.pt"
@@ -428,19 +496,25 @@ class Model(nn.Module):
         self._save(path, keep=True)
 
     def load(self, path: str | Path) -> None:
-        """Take over weights from a file of `save`, torch.save(model.state_dict(), path) or `fit(checkpoint=path)`.
+        """Load weights from a file.
 
-        Every byte is checked, and nothing in the file can run. Where the file is damaged and NAME.prev is whole, that
-        one is taken, with a warning.
+        The file is of `save`, of torch.save(model.state_dict(), path), or a checkpoint of `fit`.
+
+        Every byte is verified, and nothing in the file can run. If the file is damaged and
+        NAME.prev is not, that is loaded, with a warning.
 
         Raises:
-            FileNotFoundError: there is no file.
-            CheckpointError: it is damaged, foreign, or of another architecture; the model is as it was.
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file is damaged, of another kind, or of another architecture; the
+                model is unchanged.
         """
         assemble.load_weights(self, path)
 
     def export(self, path: str | Path, example: Any) -> None:
-        """Write a program that runs without its code to `path`, for rows like `example`: `minikeras.export.export`."""
+        """Write a program that runs without the model's code, for rows like `example`.
+
+        See `minikeras.export.export`.
+        """
         from minikeras.export import export  # on first use, as the next one
 
         export(self, path, example)
@@ -454,7 +528,7 @@ class Model(nn.Module):
         input_data: Any = None,
         batch_size: int = -1,
     ) -> Summary:
-        """Show layers, by `input_shape`, `input_dtype`, `input_data` and `batch_size` as `minikeras.summary` does."""
+        """Show the layers as a table; the arguments are those of `minikeras.summary`."""
         from minikeras.report import layer_summary
 
         return layer_summary.summary(
@@ -469,24 +543,25 @@ class Model(nn.Module):
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process prints and writes files, rank 0 of several; from `compile` on."""
+        """Whether this process prints and writes files, as rank 0 does; True before `compile`."""
         return self._run is None or self._run.world.rank == 0
 
-    # --- what holds them together -------------------------------------------------------------------------------------
+    # --- what holds them together -----------------------------------------------------------------
 
     def _compiled(self, verb: str) -> Run:
         if self._run is None:
             raise NotCompiledError(
-                f"{verb} needs a loss and an optimizer, and {type(self).__name__} has not been compiled. "
-                f"Call model.compile(loss_func, optimizer) first."
+                f"{verb} needs a loss and an optimizer, and {type(self).__name__} has not been "
+                f"compiled. Call model.compile(loss_func, optimizer) first."
             )
         return self._run
 
     def _check_not_fitting(self, verb: str, instead: str) -> None:
         if self._run is not None and self._run.fit is not None:
             raise RuntimeError(
-                f"{verb} was called inside a fit of the same model, in a callback or a step: expected a model that is "
-                f"not being trained. Call {verb} after fit has returned. {instead}"
+                f"{verb} was called inside a fit of the same model, in a callback or a step: "
+                f"expected a model that is not being trained. Call {verb} after fit has returned. "
+                f"{instead}"
             )
 
     def _explanations(self) -> NoChecks:
@@ -499,7 +574,7 @@ class Model(nn.Module):
             assemble.save_weights(self, path, keep)
 
     def _publish(self, name: str, value: Any) -> None:
-        """Set a plain attribute that torchkeras's users know, unless the subclass has one of its own by that name."""
+        """Set a plain attribute that torchkeras's users know, unless the subclass has its own."""
         published = self._compiled(name).published
         if name in published or not hasattr(self, name):
             published[name] = value
@@ -510,11 +585,12 @@ class Model(nn.Module):
         self._publish("history", self._compiled("history").history())
 
     def __getattr__(self, name: str) -> Any:
-        """Say `compile` where `history` or `optimizer` is missing; nn.Module finds anything else."""
+        """Name `compile` if `history` or `optimizer` is missing; nn.Module finds anything else."""
         if name in ("history", "optimizer") and self._run is None:
             raise AttributeError(
-                f"{type(self).__name__} has no {name}: it has not been compiled, or it is a copy or came from "
-                f"torch.load, which keep the weights alone. Call model.compile(loss_func, optimizer) first."
+                f"{type(self).__name__} has no {name}: it has not been compiled, or it is a copy "
+                f"or came from torch.load, which keep the weights alone. Call "
+                f"model.compile(loss_func, optimizer) first."
             )
         try:
             return super().__getattr__(name)
@@ -523,6 +599,6 @@ class Model(nn.Module):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy, which give an uncompiled model."""
+        """Return the state for pickle and deepcopy, which give an uncompiled model."""
         ours = {"_run", *(self._run.published if self._run is not None else ())}
         return {name: value for name, value in self.__dict__.items() if name not in ours}

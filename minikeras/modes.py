@@ -28,7 +28,7 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch, on the CPU and on the device, back at the end."""
+    """Restore the random states of Python, NumPy and torch, on CPU and device, at the end."""
     states = random.getstate(), np.random.get_state()
     devices = [] if device.type in ("cpu", "meta") else [device.index or 0]
     device_type = "cuda" if device.type in ("cpu", "meta") else device.type
@@ -42,7 +42,7 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradients_recorded() -> Iterator[None]:
-    """Record gradients, also where the caller has switched them off: a fit under torch.no_grad() trains."""
+    """Record gradients even if the caller switched them off: a fit under torch.no_grad() trains."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         yield
         return
@@ -98,9 +98,8 @@ class TrainingModes:
         chosen = set(staying.values())
         for module in staying.values():
             if all(part in chosen for part in module.modules()):
-                set_mode(
-                    module, False
-                )  # the module's own method: a layer may do more than set the mode
+                # the module's own method: a layer may do more than set the mode
+                set_mode(module, False)
             else:
                 module.training = False
 

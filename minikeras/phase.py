@@ -158,7 +158,7 @@ class Phase:
     def count_rows(
         self, features: Any, labels: Any, sample_weight: Any = None
     ) -> int | UnknownRows:
-        """Return how many rows a batch has; a weight for each row settles what the rest leaves open."""
+        """Return the rows of a batch; a weight for each row settles what the rest leaves open."""
         rows = self.counter.count(features, labels)
         return settle_by_weight(rows, features, labels, sample_weight)
 
@@ -176,7 +176,7 @@ class Phase:
             self.look_by(checks)
 
     def need_rows(self, *results: Any) -> None:
-        """Raise an error if the current batch's rows are unknown and a result is a mean over them."""
+        """Raise an error if a result is a mean over rows and the batch's rows are unknown."""
         rows = self.batch.rows
         if isinstance(rows, UnknownRows):
             if not all(isinstance(result, Average) for result in results):

@@ -1,4 +1,4 @@
-"""What happens to a predict: every batch through the model, off the device, and all rows joined in order."""
+"""What happens in predict: every batch through the model, off the device, all rows joined."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ class Outputs:
     """The model's outputs for some batches, on the CPU, and how many rows each may have."""
 
     pieces: list[Any] = field(default_factory=list)
-    rows: dict[str, list[int | None]] = field(
-        default_factory=dict
-    )  # by the labels, or by the features alone
+    # by the labels, or by the features alone: the rows of each batch
+    rows: dict[str, list[int | None]] = field(default_factory=dict)
     unknown: UnknownRows | None = None  # why they could not be counted, where that is so
     features: Any = None  # of the last batch, to probe the model with
 
@@ -42,7 +41,10 @@ class Outputs:
 def predict(
     model: Model, dl: Any, batch_size: int | None, everywhere: bool, steps: int | None
 ) -> Any:
-    """The model's outputs for every row, in order, on the CPU; of several processes on rank 0 alone or `everywhere`."""
+    """Return the outputs for every row, in order, on the CPU.
+
+    With several processes only rank 0 gets them unless `everywhere`.
+    """
     run = model._run
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -61,18 +63,18 @@ def predict(
 
 
 def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Outputs:
-    """The model's outputs for each batch."""
+    """Return the model's outputs for each batch."""
     outputs = Outputs()
     compute_outputs = decorated_forward(model)
-    counter, alone = (
-        RowCounter(lambda features: manner(model, features) == "unpacked") for _ in range(2)
-    )
+    counter = RowCounter(lambda features: manner(model, features) == "unpacked")
+    counter_of_features = RowCounter(counter.takes_several)
     with modes_kept(model), torch.no_grad():
         model.eval()
         for batch in batches:
             batch, is_filler = unfilled(batch)
             features, labels, _ = unpack(batch)
-            rows, rows_alone = counter.count(features, labels), alone.count(features)
+            rows = counter.count(features, labels)
+            rows_alone = counter_of_features.count(features)
             if is_second_size(rows, features, rows_alone):
                 rows_alone = rows  # time first: the features alone would tell the wrong number
             note(outputs, labels=rows, features=rows_alone)
@@ -94,29 +96,30 @@ def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Ou
 
 
 def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
-    """Say so where the features are those of one row, without a dimension of the batch."""
+    """Raise a plainer error if the features are those of one row, without a batch dimension."""
     if not isinstance(features, Tensor) or features.ndim != 1:
         return
     width = features.shape[0]
     if any(getattr(module, "in_features", None) == width for module in model.modules()):
         raise ValueError(
-            f"the features have shape ({width},), those of one row; expected a batch, (rows, {width}). For one row "
-            f"pass X[:1], not X[0]; for a list of rows pass torch.stack(rows)."
+            f"the features have shape ({width},), those of one row; expected a batch, (rows, "
+            f"{width}). For one row pass X[:1], not X[0]; for a list of rows pass "
+            "torch.stack(rows)."
         ) from error
 
 
 def on_cpu(model: Model, outputs: Any) -> Any:
-    """The outputs for a batch in float32, on the CPU."""
+    """Return the outputs for a batch in float32, on the CPU."""
     if model._run is not None:
         outputs = model._run.stepper.outputs_for_user(outputs)
     return map_leaves(off_device, outputs)
 
 
 def off_device(leaf: Any) -> Any:
-    """A tensor or packed sequence on the CPU, with no graph and in memory of its own.
+    """Move a tensor or packed sequence to the CPU, with no graph and in memory of its own.
 
-    A key-value cache, which transformers' models return for the next token, is None: it is no output
-    of the rows, and would fill the device. Anything else stays as it is.
+    A key-value cache, which transformers' models return for the next token, is None: it is no
+    output of the rows, and would fill the device. Anything else stays as it is.
     """
     if isinstance(leaf, Tensor):  # a view would keep all that it is a view of
         return leaf.detach().to("cpu", copy=True)
@@ -130,7 +133,7 @@ def off_device(leaf: Any) -> Any:
 
 
 def note(outputs: Outputs, **found: Any) -> None:
-    """Note the rows of a batch: by the same rule as in `evaluate`, and as the features alone have them."""
+    """Note the rows of a batch: by the rule of `evaluate`, and as the features alone have them."""
     for name, rows in found.items():
         if isinstance(rows, UnknownRows):
             outputs.unknown = outputs.unknown or rows
@@ -139,14 +142,14 @@ def note(outputs: Outputs, **found: Any) -> None:
 
 
 def is_second_size(rows: int | UnknownRows, features: Any, rows_alone: int | UnknownRows) -> bool:
-    """Whether the labels' number of rows is the second size of the features, and not the first."""
+    """Tell whether the labels' number of rows is the second size of the features, and not the first."""
     if isinstance(rows, UnknownRows) or rows_alone in (1, rows):
         return False
     return any(rows in shape[1:2] for shape in shapes_of(features))
 
 
 def agreed_size(piece: Any, sizes: set[int]) -> int | None:
-    """The first size of all outputs, if it is one of the features' or these have none."""
+    """Return the first size of all outputs, if it is one of the features' or these have none."""
     found = first_sizes(piece)
     if len(found) == 1 and (not sizes or found <= sizes):
         return next(iter(found))
@@ -157,7 +160,7 @@ def agreed_size(piece: Any, sizes: set[int]) -> int | None:
 
 
 def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = True) -> Any:
-    """The outputs of all batches, by the first way to count the rows that they fit."""
+    """Join the outputs of all batches, by the first way to count the rows that they fit."""
     first_error: ValueError | None = None
     pieces = [unfilled(piece)[0] for piece in outputs.pieces]
     tried: list[list[int]] = []
@@ -182,7 +185,7 @@ def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = T
 
 
 def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple[Any, int] | None:
-    """The model's outputs for another number of rows: two of many, or twice as many.
+    """Return the model's outputs for another number of rows: two of many, or twice as many.
 
     None if the features do not have the rows first, or the model cannot take as many; or if it has
     hooks, which would see a batch that is not the user's. Random states are as before.
@@ -213,14 +216,14 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
 
 
 def decorated_forward(model: Model) -> Callable[[Any], Any]:
-    """What computes outputs, in the precision that compile was asked for."""
+    """Return what computes outputs, as the stepper's parts decorate it."""
     if model._run is None:
         return model.compute_outputs
     return model._run.stepper.decorated("around_step", model.compute_outputs)
 
 
 def has_hooks(model: Model) -> bool:
-    """Whether a layer calls a function of the user's as it is called."""
+    """Tell whether a layer calls a function of the user's as it is called."""
     for module in model.modules():
         for register in (module.register_forward_hook, module.register_forward_pre_hook):
             handle = register(lambda *args: None)

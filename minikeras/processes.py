@@ -36,7 +36,7 @@ class OneProcess:
         return value
 
     def gather(self, value: Any, everywhere: bool = True) -> list[Any] | None:
-        """Return the plain values of all, by rank; None on ranks other than 0 unless `everywhere`."""
+        """Return the plain values of all, by rank; None on ranks above 0 unless `everywhere`."""
         return [value]
 
     def agree(self, *numbers: float) -> list[float]:
@@ -68,7 +68,7 @@ class OneProcess:
         return batches
 
     def draw_first_seed(self, loader: Any) -> None:
-        """Draw what a loader draws for its persistent workers in its first iteration, which is over."""
+        """Draw what a loader draws for persistent workers in its first iteration, which is over."""
         iter(loader)
 
     def prepare_metric(self, metric: Any, name: str, syncs: Callable[[], bool]) -> None:
@@ -94,7 +94,7 @@ class OneProcess:
 
 
 def is_main() -> bool:
-    """Whether this process is alone, or the first of those in its group, or of those that a launcher has started."""
+    """Tell whether this process is alone, or the first of its group or of a launcher's."""
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0

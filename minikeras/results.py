@@ -31,7 +31,8 @@ class Average(NamedTuple):
             such as a sum of class weights. A batch with count 0 adds nothing.
 
     >>> import minikeras, torch
-    >>> losses, mask = torch.tensor([2.0, 4.0, 9.0]), torch.tensor([1.0, 1.0, 0.0])  # one token is padding
+    >>> losses = torch.tensor([2.0, 4.0, 9.0])
+    >>> mask = torch.tensor([1.0, 1.0, 0.0])  # one token is padding
     >>> minikeras.Average((losses * mask).sum(), mask.sum())
     Average(total=tensor(6.), count=tensor(2.))
     """
@@ -57,8 +58,8 @@ def check_number(name: str, value: Any, wait: bool = False) -> None:
     elif not is_number(value):
         refuse_several(name, value)
         raise ValueError(
-            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d tensor, "
-            f"or minikeras.Average(total, count). Take the mean over the rows."
+            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d "
+            "tensor, or minikeras.Average(total, count). Take the mean over the rows."
         )
 
 
@@ -72,17 +73,17 @@ def refuse_several(name: str, value: Any) -> None:
         keys = list(value)
         shown = f"[{keys[0]!r}]" if keys else "[...]"
         raise ValueError(
-            f"{name} gave a dict, {described(dict(value))}; expected one number. Return one of its values, "
-            f"such as {shown}, or their sum. The others can be metrics under names of their own."
+            f"{name} gave a dict, {described(dict(value))}; expected one number. Return one of "
+            f"its values, such as {shown}, or their sum. The others can be metrics under names of "
+            "their own."
         )
     if isinstance(value, (tuple, list)):
-        parts = (
-            value if isinstance(value, list) else tuple(value)
-        )  # a named tuple shows its parts too
+        # a named tuple shows its parts too
+        parts = value if isinstance(value, list) else tuple(value)
         raise ValueError(
-            f"{name} gave a {type(value).__name__}, {described(parts)}; "
-            f"expected one number. Return one part, such as [0], or the sum "
-            f"of several; or minikeras.Average(total, count), if they are a total and the count to divide it by."
+            f"{name} gave a {type(value).__name__}, {described(parts)}; expected one number. "
+            "Return one part, such as [0], or the sum of several; or minikeras.Average(total, "
+            "count), if they are a total and the count to divide it by."
         )
 
 
@@ -91,21 +92,23 @@ def check_average(name: str, average: Average, wait: bool = False) -> None:
     total, count = average
     if not is_number(total) or not is_number(count):
         raise ValueError(
-            f"{name} gave Average(total={described(total)}, count={described(count)}); expected a number for "
-            f"each: a float or a 0-d tensor. Add up what counts with .sum()."
+            f"{name} gave Average(total={described(total)}, count={described(count)}); expected a "
+            "number for each: a float or a 0-d tensor. Add up what counts with .sum()."
         )
     if isinstance(count, Tensor) and count.requires_grad:
         raise ValueError(
             f"{name} gave an Average whose count has a gradient, and a count is a constant. Pass "
-            f"count.detach(); if the second part is another loss, add the two up and return one number."
+            f"count.detach(); if the second part is another loss, add the two up and return one "
+            f"number."
         )
     if not (wait or is_readable(count)):
         return
     number = float(count)
     if not 0 <= number < math.inf:
         raise ValueError(
-            f"{name} gave an Average with count {number:g}; expected a finite number, 0 or more. The count "
-            f"is how many units the total is a sum of. If it is something else, return the number [0] alone."
+            f"{name} gave an Average with count {number:g}; expected a finite number, 0 or more. "
+            "The count is how many units the total is a sum of. If it is something else, return "
+            "the number [0] alone."
         )
 
 
@@ -160,8 +163,10 @@ def weighted_loss(result: Any, sample_weight: Tensor) -> Tensor:
     rows = len(sample_weight)
     if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
         raise ValueError(
-            f"the batches carry a sample_weight, their third part, so the loss must have a value per row: expected "
-            f'shape ({rows},), got {described(result)}. Build it with reduction="none"; two inputs are ((a, b), y).'
+            f"the batches carry a sample_weight, their third part, so the loss must have a value "
+            f"per row: expected "
+            f'shape ({rows},), got {described(result)}. Build it with reduction="none"; two '
+            f"inputs are ((a, b), y)."
         )
     return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
 
@@ -205,8 +210,9 @@ def with_gradient(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         refuse_several("backward was given a loss that", loss)
         raise ValueError(
-            f"the loss is {described(loss)} without a gradient: it does not depend on any trainable parameter. "
-            f"Compute it from the model's outputs in torch, without detach, .item() or NumPy."
+            f"the loss is {described(loss)} without a gradient: it does not depend on any "
+            "trainable parameter. Compute it from the model's outputs in torch, without detach, "
+            ".item() or NumPy."
         )
     return loss
 
@@ -215,7 +221,7 @@ def with_gradient(loss: Any) -> Tensor:
 
 
 def count_bad(bad: Tensor, loss: Tensor) -> None:
-    """Count one more step since the first loss that is not finite, if there was one or this is it."""
+    """Count a step if its loss is not finite, or the loss of an earlier one was not."""
     bad.copy_(torch.where((bad > 0) | ~loss.detach().isfinite(), bad + 1, bad))
 
 

@@ -256,7 +256,7 @@ def count_rows(features: Any, labels: Any = None) -> int | UnknownRows:
 def settle_by_weight(
     rows: int | UnknownRows, features: Any, labels: Any, sample_weight: Any
 ) -> int | UnknownRows:
-    """Return the rows of a batch with a weight for each row, which settles what the rest leaves open."""
+    """Let a weight for each row settle what labels and features leave open."""
     if isinstance(sample_weight, Tensor) and sample_weight.ndim:
         weights = len(sample_weight)
         if isinstance(rows, UnknownRows) or weights in first_sizes((features, labels)):

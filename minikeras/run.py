@@ -1,4 +1,4 @@
-"""What compile sets up, in one plain object beside the module: nothing of it enters the model's state_dict."""
+"""What compile sets up, in one plain object: nothing of it enters the model's state_dict."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Run:
         return rates
 
     def history(self) -> pd.DataFrame:
-        """Return the rows so far: training columns, then validation's, then learning rates that changed."""
+        """Return the epochs so far: training columns, validation's, learning rates that changed."""
         names: dict[str, None] = {}
         for logs, _ in self.epochs:
             names.update(dict.fromkeys(logs))
@@ -98,7 +98,7 @@ def prepare(model: Model, run: Run) -> None:
 def place(
     model: nn.Module, loss_func: Any, optimizers: Mapping[str, Optimizer], device: torch.device
 ) -> None:
-    """Move model, loss and optimizer state to the device; costs nothing if they are there already."""
+    """Move model, loss and optimizer state to the device; free if they are there already."""
     model.to(device)
     if isinstance(loss_func, nn.Module):
         loss_func.to(device)

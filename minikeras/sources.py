@@ -6,23 +6,42 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from minikeras.arrays import LISTS, FetchedRows, TensorRows, as_rows, check_no_path, is_array
-from minikeras.errors import described, positive_int
+from minikeras.arrays import FetchedRows, TensorRows, is_array, numbers_as_tensor
+from minikeras.errors import positive_int
 from minikeras.nests import cloned, leaves, map_leaves
 
-ONLY_ONCE = "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts anew"
+ONLY_ONCE = (
+    "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts "
+    "anew"
+)
 
 
 class Fetch:
-    """How rows in memory become batches: plainly. `data.in_memory` overrides it with what is faster."""
+    """How rows in memory become batches, plainly; `data.in_memory` is faster."""
 
     def loader(self, loader: Any, device: torch.device | None) -> Any:
         """Return what gives the batches of the user's loader."""
         return loader
+
+    def check(self, data: Any, name: str) -> None:
+        """Refuse what cannot be data, such as a path."""
+
+    def as_rows(self, array: Any, name: str) -> TensorRows | FetchedRows:
+        """Return the rows of a tensor, a NumPy array or a DataFrame of numbers."""
+        if isinstance(array, Tensor):
+            return TensorRows(array)
+        if not isinstance(array, np.ndarray):
+            array = np.asarray(array)
+        return TensorRows(numbers_as_tensor(array, name))
+
+    def unequal_lengths(self, name: str, arrays: Any, lengths: list[int]) -> ValueError:
+        """Return the error for arrays that have not the same number of rows."""
+        return ValueError(f"{name} holds arrays of {lengths} rows; expected as many rows in each.")
 
     def rows(
         self,
@@ -60,20 +79,22 @@ def as_batches(
     """An iterable of batches from anything `fit`, `evaluate` and `predict` accept.
 
     Args:
-        data: a DataLoader, a Dataset, a re-iterable of batches, or arrays: X, (X, y) or (X, y, sample_weight).
+        data: a DataLoader, a Dataset, a re-iterable of batches, or arrays: X, (X, y) or (X, y,
+            sample_weight).
         name: what the user calls it, for error messages.
         batch_size: rows a batch of data that is not batched yet, default 32.
         shuffle: whether a Dataset's or the arrays' rows come in a new random order each epoch.
-        device: where the batches are wanted; what is in memory is fetched there, the rest is moved later.
+        device: where the batches are wanted; what is in memory is fetched there, the rest is
+            moved later.
         passes: how often it is to be iterated.
         fetch: how rows in memory become batches.
 
     Raises:
         TypeError: data of another kind, such as a path, or arrays of something other than numbers.
-        ValueError: arrays of different lengths, a batch_size for data that is batched already, or a generator for more
-            than one pass.
+        ValueError: arrays of different lengths, a batch_size for data that is batched already,
+            or a generator for more than one pass.
     """
-    check_no_path(data, name)
+    fetch.check(data, name)
     # a zip or a generator is used up by one; an iterator of the user's may start anew
     if (
         passes > 1
@@ -83,7 +104,8 @@ def as_batches(
         arguments = {"dl_train": "steps_per_epoch", "dl_val": "validation_steps"}
         steps = f", or give {arguments[name]}" if name in arguments else ""
         raise ValueError(
-            f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} epochs."
+            f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} "
+            f"epochs."
         )
     size = 32 if batch_size is None else positive_int("batch_size", batch_size)
     if isinstance(data, Dataset):
@@ -96,14 +118,17 @@ def as_batches(
     if batch_size is not None:
         raise ValueError(
             f"batch_size={batch_size} is for data that is not batched yet, and {name} is a "
-            f"{type(data).__name__}, which makes its own batches. Leave batch_size out, or set it where "
-            f"{name} is made."
+            f"{type(data).__name__}, which makes its own batches. Leave batch_size out, or set it "
+            f"where {name} is made."
         )
     if not hasattr(data, "__iter__"):
         remedy = ""
         if hasattr(data, "__getitem__"):
             # Python would index it on and on: batches past the end never stop
-            remedy = " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are rows."
+            remedy = (
+                " Give it an __iter__, or derive it from torch.utils.data.Dataset if its items are "
+                "rows."
+            )
         raise TypeError(
             f"{name} must be a DataLoader, a Dataset, an iterable of (features, labels) batches or "
             f"arrays (X, y), got {type(data).__name__}.{remedy}"
@@ -112,12 +137,12 @@ def as_batches(
 
 
 def is_batched(data: Any) -> bool:
-    """Whether data comes in batches already, as a DataLoader or a list of batches does: a tuple is (X, y)."""
+    """Tell whether data comes in batches, as a DataLoader does; a tuple is (X, y)."""
     return not (isinstance(data, (Dataset, Mapping, tuple)) or is_array(data))
 
 
 class ArrayBatches:
-    """Batches cut from arrays that are whole in memory, in a new random order at each iteration when shuffled."""
+    """Batches cut from arrays in memory; shuffled anew at each iteration if asked for."""
 
     is_exact = True  # reading again from the same random state gives the same batches
 
@@ -132,8 +157,8 @@ class ArrayBatches:
     ) -> None:
         if isinstance(data, tuple) and not 1 <= len(data) <= 3:
             raise ValueError(
-                f"{name} is a tuple of {len(data)}; expected (X, y) or (X, y, sample_weight). "
-                f"Put several inputs into a tuple of their own: ((X1, X2), y)."
+                f"{name} is a tuple of {len(data)}; expected (X, y) or (X, y, sample_weight). Put "
+                "several inputs into a tuple of their own: ((X1, X2), y)."
             )
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -143,10 +168,10 @@ class ArrayBatches:
             # (X, y, None), as code with optional weights gives it
             while len(data) > 1 and data[-1] is None:
                 data = data[:-1]
-        self.arrays = map_leaves(lambda leaf: as_rows(leaf, name), data)
+        self.arrays = map_leaves(lambda leaf: fetch.as_rows(leaf, name), data)
         lengths = [len(rows) for rows in leaves(self.arrays)]
         if len(set(lengths)) != 1:
-            raise _of_unequal_lengths(name, self.arrays, lengths)
+            raise fetch.unequal_lengths(name, self.arrays, lengths)
         self.rows = lengths[0]
 
     def __len__(self) -> int:
@@ -199,7 +224,7 @@ class ArrayBatches:
     def _fetched(
         self, sources: list[Any], tensors: list[Tensor], order: Tensor | None, batch_size: int
     ) -> Iterator[list[Any]]:
-        """Batches of which some parts are fetched by the rows' numbers, and the others cut from tensors."""
+        """Yield batches: some parts are fetched by row number, others cut from tensors."""
         numbers = torch.arange(self.rows) if order is None else order
         cut: Iterator[list[Tensor]] | None = None
         if tensors:
@@ -216,34 +241,8 @@ class ArrayBatches:
             yield batch
 
 
-def _of_unequal_lengths(name: str, arrays: Any, lengths: list[int]) -> ValueError:
-    """The error for arrays that have not the same number of rows."""
-    sizes = [str(length) for length in dict.fromkeys(lengths)]
-    shown = " and ".join(sizes[:3])
-    if len(sizes) > 3:
-        shown += " and ..."
-    got = described(
-        map_leaves(lambda rows: torch.empty(rows.shape, dtype=rows.dtype, device="meta"), arrays)
-    )
-    hint = ""
-    if "[" in got:
-        hint = LISTS
-    elif type(arrays) is tuple and len(arrays) == 2 and 1 in lengths and _is_row(arrays):
-        hint = " A column is shape (rows, 1): pass y.T."
-    return ValueError(
-        f"{name} holds arrays of {shown} rows; expected as many rows in each. Got {got}.{hint}"
-    )
-
-
-def _is_row(arrays: tuple[Any, ...]) -> bool:
-    """Whether the labels have the shape (1, rows)."""
-    features: tuple[int, ...] = getattr(arrays[0], "shape", ())
-    labels: tuple[int, ...] = getattr(arrays[1], "shape", ())
-    return len(labels) == 2 and labels[0] == 1 and features[:1] == labels[1:]
-
-
 class ContinuedBatches:
-    """`steps` batches at each iteration: the next goes on where the last one stopped, and starts anew at the end."""
+    """`steps` batches per iteration; the next continues where the last one stopped."""
 
     def __init__(self, batches: Iterable[Any], steps: int, name: str) -> None:
         self.batches = batches
@@ -273,9 +272,11 @@ class ContinuedBatches:
                 return batch
             self.iterator = None
         if self.given:
-            why = f"it is a {type(getattr(self.batches, 'loader', self.batches)).__name__}, {ONLY_ONCE}"
+            given = getattr(self.batches, "loader", self.batches)
+            why = f"it is a {type(given).__name__}, {ONLY_ONCE}"
             raise ValueError(
-                f"{self.name} ended after {self.given} batches, and steps_per_epoch={self.steps} needs more: {why}."
+                f"{self.name} ended after {self.given} batches, and steps_per_epoch={self.steps} "
+                f"needs more: {why}."
             )
         raise empty(self.batches, self.name)
 
@@ -284,10 +285,8 @@ def length(batches: Any) -> int | None:
     """How many batches there are, or None where that is not known ahead."""
     try:
         return len(batches)
-    except (
-        TypeError,
-        NotImplementedError,
-    ):  # a DataLoader over an IterableDataset has a len that raises
+    # a DataLoader over an IterableDataset has a len that raises
+    except (TypeError, NotImplementedError):
         return None
 
 
@@ -306,7 +305,10 @@ def empty(batches: Any, name: str) -> ValueError:
         and getattr(batches, "drop_last", False)
     ):
         each = f" on each of {processes} processes" * (processes > 1)
-        reason = f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set drop_last=False"
+        reason = (
+            f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set "
+            "drop_last=False"
+        )
     elif isinstance(batches, Iterator):
         reason = f"it is a {type(batches).__name__}, {ONLY_ONCE}"
     return ValueError(f"{name} gave no batch: {reason}.")

@@ -1,7 +1,7 @@
 """Between a loss and moved weights: the one place where a capability can come in.
 
-    Model.backward         Stepper.backward     loss, through the parts from the first to the last
-    Model.optimizer_step   Stepper.due, close   gradients, through the parts from the last to the first
+    Model.backward         Stepper.backward     loss, from the first part to the last
+    Model.optimizer_step   Stepper.due, close   gradients, from the last part to the first
 
 Parts lie round `backward` like the layers of an onion. A loss goes in through them, gradients come
 out, and each part undoes to the gradients what it did to the loss:
@@ -187,7 +187,7 @@ class Stepper:
         self.close = self.decorated("around_moves", self._close)
 
     def moments(self, name: str) -> list[Callable[..., Any]]:
-        """Return the methods of the parts that do something at a moment, from the first part to the last."""
+        """Return the parts' methods for a moment that override it, from first to last."""
         methods = []
         for part in self.parts:
             if getattr(type(part), name) is not getattr(Part, name):
@@ -195,7 +195,7 @@ class Stepper:
         return methods
 
     def decorated(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function inside what the parts put around it: "around_step", "around_metrics", ..."""
+        """Decorate a function by a moment of the parts: "around_step", "around_metrics", ..."""
         for decorate in self.moments(name):
             function = decorate(function)
         return function
@@ -272,7 +272,7 @@ class Stepper:
 
     @contextlib.contextmanager
     def counting_bare_steps(self) -> Iterator[None]:
-        """Count the steps of a custom train_step that calls `optimizer.step()` by itself as well."""
+        """Also count the steps of a custom train_step that calls `optimizer.step()` by itself."""
         close = self.close
         is_closing = False
 
@@ -365,7 +365,7 @@ class Stepper:
     # --- for a checkpoint -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return what the parts of compile hold, and gradients that may wait; None without parts."""
+        """Return what the parts hold, and gradients that may wait; None without parts."""
         if not self.compiled_parts:
             return None
         state: dict[str, Any] = {}
@@ -385,7 +385,7 @@ class Stepper:
             gradients = state["gradients"][name]
             if len(gradients) < len(parameters):
                 raise ValueError(f"{len(gradients)} gradients for {len(parameters)} parameters")
-            # There are more if on_epoch_begin, which is to come, has added a group: they are taken after it.
+            # There are more if on_epoch_begin, still to come, adds a group: they are taken then.
             for parameter, gradient in zip(parameters, gradients, strict=False):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
 

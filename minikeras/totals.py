@@ -34,7 +34,7 @@ from minikeras.rows import UnknownRows
 
 
 class Totals(Mapping[str, float]):
-    """The running totals of one phase, training or validation; reads as a mapping of name -> mean so far."""
+    """The running totals of training or validation; reads as a mapping of name -> mean so far."""
 
     def __init__(
         self, metrics_dict: Mapping[str, Any], device: torch.device, world: OneProcess
@@ -147,8 +147,9 @@ class Totals(Mapping[str, float]):
     def _start(self, results: Mapping[str, Result]) -> None:
         if self.sums:
             raise ValueError(
-                f"a step returned {', '.join(results) or 'nothing'} and the one before it {', '.join(self.sums)}; "
-                f"expected the same names at each step, since the history has a column for each."
+                f"a step returned {', '.join(results) or 'nothing'} and the one before it "
+                f"{', '.join(self.sums)}; expected the same names at each step, since the history "
+                "has a column for each."
             )
         self.sums = {name: _zero(self.device) for name in results}
         self.counts = dict.fromkeys(results, 0)
@@ -245,9 +246,9 @@ def _on(device: torch.device, metric: Any) -> Any:
 
 
 def _mean(total: Tensor | float, count: Tensor | float) -> float:
-    return (
-        float(total) / float(count) if count else math.nan
-    )  # nothing counted, as when every token is padding
+    if not count:  # as when every token is padding
+        return math.nan
+    return float(total) / float(count)
 
 
 def _zero(device: torch.device) -> Tensor:

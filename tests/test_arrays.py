@@ -1,6 +1,7 @@
 """Arrays of any library become the same batches, or an error whose remedy works."""
 
 import decimal
+import functools
 import pathlib
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from torch import nn
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
 import minikeras
-from minikeras.arrays import as_tensor
+from minikeras import sources
+from minikeras.data.arrays import as_tensor
+from minikeras.data.in_memory import FastFetch
 from minikeras.nests import leaves
-from minikeras.sources import as_batches
 
 ROWS = 20
 DENSE = np.random.default_rng(0).uniform(-1, 1, (ROWS, 3)).astype("float32")
 TARGET = torch.as_tensor(DENSE.sum(1, keepdims=True))
+
+as_batches = functools.partial(sources.as_batches, fetch=FastFetch())
 
 
 def regression(width=3, **kwargs):
@@ -302,7 +306,9 @@ def test_memmap_is_read_batch_by_batch(tmp_path, dtype, mode):
 HANDED_OVER = """
 import resource, sys
 import numpy as np, pandas as pd, torch, minikeras
-from minikeras.sources import as_batches
+from minikeras import sources
+from minikeras.data.in_memory import FastFetch
+as_batches = lambda *args: sources.as_batches(*args, fetch=FastFetch())
 rows, width = 40_000, 512
 kind, dtype = sys.argv[1:]
 array = np.ones((rows, width), dtype)
@@ -489,7 +495,7 @@ def test_arrays_of_text_in_two_columns_become_numbers_by_the_remedy():
 def test_dataframe_of_many_bools_and_a_float_gives_the_same_batches_fetched_or_copied(monkeypatch):
     frame = pd.DataFrame({"a": DENSE[:, 0], "b": DENSE[:, 1] > 0, "c": DENSE[:, 2] > 0})
     expected = trained_on(frame)
-    monkeypatch.setattr("minikeras.arrays.LARGE", 0)
+    monkeypatch.setattr("minikeras.data.arrays.LARGE", 0)
     for theirs, plain in zip(trained_on(frame), expected, strict=True):
         np.testing.assert_array_equal(theirs, plain)
 

@@ -539,6 +539,34 @@ def test_checkpoint_of_each_older_layout_keeps_loading(tmp_path):
         assert torch.equal(model.fc1.weight.sum(), torch.load(DATA / "run_v1_sum.pt"))
 
 
+def fit_with_parts(epochs, precision, callbacks=(), **options):
+    """Fit with all that lies between a loss and a step, and callbacks that count steps."""
+    torch.manual_seed(0)
+    model = minikeras.Model(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = {"accumulate": 2, "clip_grad_norm": 0.5, "precision": precision}
+    model.compile(nn.BCEWithLogitsLoss(), optimizer, device="cpu", **parts)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    counting = [minikeras.EMA(0.8), minikeras.LRScheduler(schedule, step="batch")]
+    data = points(70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: a scaler skipped the first step
+        model.fit(
+            epochs, data, batch_size=10, verbose=0, callbacks=[*counting, *callbacks], **options
+        )
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_checkpoint_written_before_the_stepper_had_parts_resumes_in_its_window(precision, tmp_path):
+    path = tmp_path / "run.pt"
+    shutil.copy(DATA / f"run_in_window_{precision}.pt", path)  # after batch 3 of epoch 2
+    resumed = fit_with_parts(3, precision, checkpoint=path)
+    whole = fit_with_parts(3, precision)
+    torch.testing.assert_close(resumed.net.weight, whole.net.weight, rtol=1e-4, atol=1e-5)
+    assert resumed.history["lr"].iloc[-1] == pytest.approx(whole.history["lr"].iloc[-1])
+
+
 # --- writing that fails ---------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import minikeras
-from minikeras.arrays import as_tensor
 from minikeras.batch import to_device
+from minikeras.data.arrays import as_tensor
 from minikeras.nests import leaves, map_leaves
 from minikeras.rows import count_rows
 

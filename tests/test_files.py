@@ -22,8 +22,9 @@ from helpers.models import Net, compiled, points
 from torch import nn
 
 import minikeras
-from minikeras import CheckpointError, atomic
+from minikeras import CheckpointError
 from minikeras.checkpoint.file import dump, previous, read, write
+from minikeras.support import atomic
 
 DELETE = object()
 

@@ -178,6 +178,8 @@ class LRScheduler(MonitoringCallback):
         self.rate = state["rate"]
         self.steps_seen = state.get("taken", 0)
         if hasattr(self, "model"):
+            if "batch" in state and not self.steps_seen:  # an older file counts batches
+                self.steps_seen = self._steps_taken()
             # a state may be of another fit, and each counts its steps from 0
             self.steps_seen = min(self.steps_seen, self._steps_taken())
 

@@ -99,7 +99,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Result:
+class CallResult:
     """What a call returns: all that is known is the name of what is called."""
 
     function: str
@@ -114,7 +114,7 @@ class Items:
     depth: int
 
 
-CONTAINER = Result("a container")  # any list, dict or set
+CONTAINER = CallResult("a container")  # any list, dict or set
 MARK = object()  # the pickle's mark on the stack
 
 
@@ -250,7 +250,7 @@ def _check_storage(identity: Any, entries: dict[str, int], root: str) -> Storage
     return Storage(numel, ITEM_SIZES[name])
 
 
-def _check_call(function: Any, arguments: Any) -> Result:
+def _check_call(function: Any, arguments: Any) -> CallResult:
     """Check a call by the name of its function.
 
     torch.load itself refuses names that it does not know.
@@ -278,7 +278,7 @@ def _check_call(function: Any, arguments: Any) -> Result:
             )
     if given and isinstance(given[0], Storage):
         _check_view(name, given)
-    return Result(function.text)
+    return CallResult(function.text)
 
 
 def _check_view(name: str, given: tuple[Any, ...]) -> None:
@@ -320,7 +320,7 @@ def _find_item_size(arguments: tuple[Any, ...], default: int) -> int:
 
 def _check_build(target: Any) -> None:
     """Check that no tensor gets a state: it would replace the tensor's storage."""
-    if not isinstance(target, Result) or target.function.startswith("torch"):
+    if not isinstance(target, CallResult) or target.function.startswith("torch"):
         raise ArchiveError(
             "sets the state of a tensor, which torch.save does not do, and was not read"
         )

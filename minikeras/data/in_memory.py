@@ -35,6 +35,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from minikeras.arrays import FetchedRows, TensorRows
+from minikeras.data.arrays import as_rows, check_no_path, unequal_lengths
 from minikeras.sources import Fetch
 from minikeras.support.loaders import asked, base_of, draw_seed, drawn, draws_at_once
 
@@ -380,6 +382,18 @@ class FastFetch(Fetch):
     def loader(self, loader: Any, device: torch.device | None) -> Any:
         """Return `InMemoryBatches` if it yields what the loader yields, else the loader."""
         return InMemoryBatches(loader, device) if is_in_memory(loader) else loader
+
+    def check(self, data: Any, name: str) -> None:
+        """Refuse a path or a text."""
+        check_no_path(data, name)
+
+    def as_rows(self, array: Any, name: str) -> TensorRows | FetchedRows:
+        """Return the rows of an array of any library; read-only, and copied only if needed."""
+        return as_rows(array, name)
+
+    def unequal_lengths(self, name: str, arrays: Any, lengths: list[int]) -> ValueError:
+        """Return the error for arrays that have not the same number of rows, with the reason."""
+        return unequal_lengths(name, arrays, lengths)
 
     def rows(
         self,

@@ -65,11 +65,10 @@ class NaNGuard(Part, Hook):
         """Raise an error before a loss that is not finite moves a weight."""
         if loss.batch.is_filler:
             return
-        losses = self.losses
-        losses.look(loss.total)
-        if self.scales and not losses.reads_each:
+        self.losses.look(loss.total)
+        if self.scales and not self.losses.reads_each:
             # the scaler skips the steps from the first bad loss on
-            loss.total = loss.total * torch.where(losses.found > 0, torch.nan, 1.0)
+            loss.total = loss.total * torch.where(self.losses.found > 0, torch.nan, 1.0)
 
     def on_gradient_norm(self, norm: Tensor, parameters: list[Tensor]) -> None:
         """Check a norm that another part has computed."""
