@@ -109,7 +109,7 @@ def test_jit_code_of_the_compiler_gives_the_numbers_of_eager():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert twin.evaluate(batches(20)) == pytest.approx(model.evaluate(batches(20)), rel=1e-5)
     torch.testing.assert_close(twin.predict(points(20)[0]), model.predict(points(20)[0]))
-    assert twin._run.engine.forwards["whole"].worked
+    assert twin._run.engine.forwards["whole"].has_worked
 
 
 def test_jit_penalty_on_the_parameters_keeps_its_gradient():
@@ -644,7 +644,7 @@ def test_jit_of_a_custom_step_compiles_forward_and_loss():
     found = compiled(twin, jit=FAST).fit(2, batches(), batches(), verbose=0)
     assert len(steps) == 16
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
-    assert twin._run.engine.forwards["whole"].worked
+    assert twin._run.engine.forwards["whole"].has_worked
 
 
 def test_jit_refuses_a_bad_batch_with_the_same_error_also_when_it_comes_later():
