@@ -402,8 +402,8 @@ class Stepper:
 
     def load_steps(self, steps: Mapping[str, int]) -> None:
         """Take what `named_steps` returned; older checkpoints have none."""
-        for name, count in steps.items():
-            self.steps_taken[self.optimizers[name]] = count
+        for name, optimizer in self.optimizers.items():
+            self.steps_taken[optimizer] = steps.get(name, self.steps_taken[optimizer])
 
     def way_back(self) -> Restore:
         """Return a function that puts back what the parts have counted until now."""
