@@ -370,7 +370,11 @@ class Stepper:
             return None
         state: dict[str, Any] = {}
         for part in self.parts:
-            state |= part.state_dict()
+            own = part.state_dict()
+            taken = sorted(own.keys() & state.keys())
+            if taken:
+                raise ValueError(f"{type(part).__name__} has the key {taken[0]!r} of another part.")
+            state |= own
         gradients = {}
         for name, optimizer in self.optimizers.items():
             gradients[name] = [parameter.grad for parameter in parameters_of(optimizer)]
