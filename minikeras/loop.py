@@ -30,6 +30,9 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+# torch prints with it as Python ends. Were it imported then, a Ctrl-C that ended the script would
+# be forgotten: the exit status would be 1, and a shell would go on with the next command.
+import tabulate  # noqa: F401
 import torch
 from torch import nn
 

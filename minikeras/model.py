@@ -135,7 +135,11 @@ class Model(nn.Module):
     ) -> Mapping[str, Result]:
         """Evaluate one batch, in eval mode and without gradients.
 
-        Arguments and result are those of `train_step`.
+        Args:
+            features, labels, sample_weight: as for `train_step`.
+
+        Returns:
+            name -> value, as for `train_step`.
         """
         outputs = self.compute_outputs(features)
         loss = self.compute_loss(outputs, labels, sample_weight)
@@ -511,9 +515,11 @@ class Model(nn.Module):
         assemble.load_weights(self, path)
 
     def export(self, path: str | Path, example: Any) -> None:
-        """Write a program that runs without the model's code, for rows like `example`.
+        """Write a program that runs without the model's code: see `minikeras.export.export`.
 
-        See `minikeras.export.export`.
+        Args:
+            path: the file, .pt2 or .onnx.
+            example: rows such as the program will get.
         """
         from minikeras.export import export  # on first use, as the next one
 
@@ -528,7 +534,11 @@ class Model(nn.Module):
         input_data: Any = None,
         batch_size: int = -1,
     ) -> Summary:
-        """Show the layers as a table; the arguments are those of `minikeras.summary`."""
+        """Show the layers as a table: see `minikeras.summary`.
+
+        Args:
+            input_shape, input_dtype, input_data, batch_size: as for `minikeras.summary`.
+        """
         from minikeras.report import layer_summary
 
         return layer_summary.summary(

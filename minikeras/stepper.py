@@ -370,7 +370,11 @@ class Stepper:
             return None
         state: dict[str, Any] = {}
         for part in self.parts:
-            state |= part.state_dict()
+            own = part.state_dict()
+            taken = sorted(own.keys() & state.keys())
+            if taken:
+                raise ValueError(f"{type(part).__name__} has the key {taken[0]!r} of another part.")
+            state |= own
         gradients = {}
         for name, optimizer in self.optimizers.items():
             gradients[name] = [parameter.grad for parameter in parameters_of(optimizer)]
@@ -402,8 +406,8 @@ class Stepper:
 
     def load_steps(self, steps: Mapping[str, int]) -> None:
         """Take what `named_steps` returned; older checkpoints have none."""
-        for name, count in steps.items():
-            self.steps_taken[self.optimizers[name]] = count
+        for name, optimizer in self.optimizers.items():
+            self.steps_taken[optimizer] = steps.get(name, self.steps_taken[optimizer])
 
     def way_back(self) -> Restore:
         """Return a function that puts back what the parts have counted until now."""

@@ -179,6 +179,9 @@ MISTAKES = {
     ("Model.fit", "RuntimeError"): lambda folder: trained_inside(
         lambda model: model.fit(1, (X, y), verbose=0)
     ),
+    ("Model.forward", "NotImplementedError"): lambda folder: minikeras.Model()(X),
+    ("Model.backward", "ValueError"): lambda folder: compiled().backward(torch.zeros(())),
+    ("Model.compute_loss", "ValueError"): lambda folder: compiled().compute_loss(X[:, 0], y),
     ("Model.evaluate", "NotCompiledError"): lambda folder: plain().evaluate((X, y)),
     ("Model.evaluate", "TypeError"): lambda folder: compiled().evaluate(3),
     ("Model.evaluate", "ValueError"): lambda folder: compiled().evaluate((X[:0], y[:0])),

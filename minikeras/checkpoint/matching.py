@@ -235,15 +235,18 @@ def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
     }
 
 
+# what a file says of a model without parts of the stepper; keys of other parts are left out
+NO_PARTS: dict[str, Any] = {
+    "precision": "float32",
+    "accumulate": 1,
+    "clip_grad_norm": None,
+    "clip_grad_value": None,
+}
+
+
 def settings_of_parts(run: Run) -> dict[str, Any]:
-    """What compile was asked for between a loss and moved weights."""
-    nothing: dict[str, Any] = {
-        "precision": "float32",
-        "accumulate": 1,
-        "clip_grad_norm": None,
-        "clip_grad_value": None,
-    }
-    return nothing | run.stepper.settings()
+    """Return what compile was asked for between a loss and moved weights."""
+    return NO_PARTS | run.stepper.settings()
 
 
 def settings(optimizers: Mapping[str, Optimizer]) -> dict[str, list[dict[str, float]]]:
@@ -293,9 +296,12 @@ def warn_of_other_settings(
 def warn_of_another_script(begun: Mapping[str, Any], now: Mapping[str, Any], path: Any) -> None:
     """Warn that the loss, the precision or the frozen layers have changed, and are used as now."""
     differences = []
-    for key, value in now["compile"].items():
-        was = begun.get("compile", {}).get(key, value)
-        if was != value:
+    written = begun.get("compile", {})
+    for key in {**now["compile"], **written}:
+        value = now["compile"].get(key)
+        was = written.get(key)
+        is_older = key not in written and key in ("loss_func", *NO_PARTS)
+        if was != value and not is_older:
             differences.append(f"{key} {was} and not {value}")
     for key in ("frozen", "loss frozen"):
         names = now[key]

@@ -289,6 +289,9 @@ def _check_process(state: Mapping[str, Any], where: str = "") -> None:
         if train.get("draws") is not None:
             _check_draws(train["draws"], f"{where}train draws")
     _check_precision(state.get("precision"), f"{where}precision")
+    steps_taken = _check_named(state.get("optimizer_steps", {}), f"{where}optimizer_steps")
+    for name, steps in steps_taken.items():
+        _check_count(steps, f"{where}optimizer_steps {name!r}")
 
 
 def _check_totals(totals: Any, where: str) -> None:
@@ -732,6 +735,7 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
     epochs = run.epochs
     stop_training = model.stop_training
     random_states = randomness.states()
+    put_steps_back = run.stepper.way_back()
 
     def put_back() -> None:
         for tensor, before, requires_grad in tensors:
@@ -747,6 +751,7 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
                 continue  # it accepts no state, and starts in its own way
         run.epochs = epochs
         model.stop_training = stop_training
+        put_steps_back()
         run.kept["unfinished"] = None
         run.train.totals.reset()
         run.engine.expect_steps([])
