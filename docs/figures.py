@@ -1,4 +1,4 @@
-"""The figures of these pages and of the README, into docs/img: python docs/figures.py, in the repository's root."""
+"""Draw the figures of the pages and of the README into docs/img: python docs/figures.py."""
 
 import contextlib
 import io

@@ -72,19 +72,19 @@ def is_other_frame(array: Any) -> bool:
     return hasattr(kind, "to_numpy") and hasattr(kind, "columns") and hasattr(kind, "__getitem__")
 
 
-def numbers_as_tensor(array: Array, name: str = "data") -> Tensor:
+def array_to_tensor(array: Array, name: str = "data") -> Tensor:
     """Convert a NumPy array of numbers to a tensor that may be written into.
 
     Floats become torch's default dtype and integers int64 (uint8 stays).
 
-    >>> numbers_as_tensor(np.array([1.0, 2.0])).dtype
+    >>> array_to_tensor(np.array([1.0, 2.0])).dtype
     torch.float32
 
     Raises:
         ValueError: values are masked, or int64 cannot hold a number.
     """
     if array.ndim == 0:  # a batch's label may be one number
-        return numbers_as_tensor(array.reshape(1), name).reshape(())
+        return array_to_tensor(array.reshape(1), name).reshape(())
     if np.ma.isMaskedArray(array):
         array = unmask(array, name)
     check_fits_int64(array, name)

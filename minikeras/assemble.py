@@ -1,13 +1,13 @@
 """From the arguments of compile and fit to the objects that the core runs with.
 
-    run_of                compile -> Run: processes, stepper with its parts, phases, engine
-    fit_of                fit -> Fit: sources of batches, parts and hooks of the fit, callbacks
-    source_of_evaluation  evaluate, predict -> batches
-    checks_of             what looks at first batches, and explains errors
+    make_run            compile -> Run: processes, stepper with its parts, phases, engine
+    make_fit            fit -> Fit: sources of batches, parts and hooks of the fit, callbacks
+    make_source         data of fit, evaluate and predict -> batches
+    make_explanations   what says in the user's words why something failed
 
 This is the only file that knows all capabilities. Each is a room, a folder or a file beside the
 core: it is imported here when it is asked for, and every rule about two of them is here as well.
-A room that works unasked (`optional`) may be missing: the rest works to the bit.
+A room that works unasked (`import_optional`) may be missing: the rest works to the bit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from minikeras.batch import choose_device, manner
+from minikeras.batch import choose_call, choose_device
 from minikeras.callback import Callback, check_callbacks
 from minikeras.columns import rate_name
 from minikeras.engine import Eager
-from minikeras.errors import one_of, positive_int
+from minikeras.errors import check_one_of, check_positive_int
 from minikeras.exported import check_not_exported
 from minikeras.hooks import Fit, Hook, Position
-from minikeras.metric_objects import by_column
+from minikeras.metric_objects import name_metrics
 from minikeras.modes import TrainingModes
 from minikeras.nests import is_sharded
 from minikeras.overrides import overrides
@@ -45,9 +45,9 @@ from minikeras.run import Run, parameters_of, place, prepare
 from minikeras.sources import (
     ContinuedBatches,
     as_batches,
-    empty,
+    find_length,
     is_batched,
-    length,
+    make_empty_error,
 )
 from minikeras.stepper import Part, Stepper
 from minikeras.totals import Totals
@@ -59,7 +59,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def optional(room: str) -> Any:
+def import_optional(room: str) -> Any:
     """Import a room that works unasked; None if it is not there.
 
     It is looked for, not tried: a room that is broken must not look like one that is missing.
@@ -67,7 +67,7 @@ def optional(room: str) -> Any:
     name = f"minikeras.{room}"
     if name not in sys.modules:
         parent = name.rpartition(".")[0]
-        if parent != "minikeras" and optional(parent.removeprefix("minikeras.")) is None:
+        if parent != "minikeras" and import_optional(parent.removeprefix("minikeras.")) is None:
             return None
         if importlib.util.find_spec(name) is None:
             return None
@@ -77,7 +77,7 @@ def optional(room: str) -> Any:
 # --- compile --------------------------------------------------------------------------------------
 
 
-def run_of(
+def make_run(
     model: Model,
     loss_func: Any,
     optimizer: Optimizer | Mapping[str, Optimizer] | None,
@@ -95,17 +95,17 @@ def run_of(
     fsdp_blocks: Any,
 ) -> Run:
     """Check the arguments of compile and make a Run; model and loss are on the device then."""
-    inputs = optional("checks.inputs")
+    inputs = import_optional("checks.inputs")
     metrics_dict = {} if metrics_dict is None else metrics_dict
     if inputs is not None:
         inputs.check_callable("loss_func", loss_func)
         inputs.check_metrics_dict(metrics_dict)
-    metrics = by_column(metrics_dict)
+    metrics = name_metrics(metrics_dict)
     if inputs is not None:
         inputs.check_metrics_dict(metrics)
-    optimizers = named_optimizers(optimizer)
+    optimizers = name_optimizers(optimizer)
     check_jit(jit, steps_per_execution)
-    world = world_of(distributed)
+    world = find_world(distributed)
     chosen = world.device(choose_device(device))
     is_in_parts = distributed == "fsdp" or any(map(is_sharded, model.parameters()))
     if is_in_parts:
@@ -116,13 +116,13 @@ def run_of(
             f"Pass both or none."
         )
     train, val = (
-        Phase(data, Totals(metrics, chosen, world), loss_func, takes_several_by(model))
+        Phase(data, Totals(metrics, chosen, world), loss_func, make_test_of_arguments(model))
         for data in ("dl_train", "dl_val")
     )
     place(model, loss_func, optimizers, chosen)
     if optimizer is None:
         add_default_optimizer(optimizers, parameters_of(model, loss_func), chosen)
-    parts = parts_of(
+    parts = make_parts(
         chosen,
         loss_func,
         optimizers,
@@ -147,40 +147,40 @@ def run_of(
     run.parameters = {id(parameter) for parameter in parameters_of(model, loss_func)}
     for phase in (train, val):
         phase.decorate = functools.partial(stepper.decorated, "around_metrics")
-    look_closely(model, run)
-    run.engine = engine_of(model, run, jit, steps_per_execution)
+    add_first_batch_checks(model, run)
+    run.engine = make_engine(model, run, jit, steps_per_execution)
     return run
 
 
-def look_closely(model: Model, run: Run) -> None:
+def add_first_batch_checks(model: Model, run: Run) -> None:
     """Let the first batches of each fit and evaluation be looked at."""
-    first_batch = optional("checks.first_batch")
+    first_batch = import_optional("checks.first_batch")
     for phase in (run.train, run.val):
         if first_batch is not None:
             phase.explanations = first_batch.FirstBatch(model, run, phase)
         phase.begin()
 
 
-def checks_of(model: Model) -> NoChecks:
+def make_explanations(model: Model) -> NoChecks:
     """What explains the errors of a model that has not been compiled."""
     phase = Phase(
-        "dl", Totals({}, torch.device("cpu"), OneProcess()), None, takes_several_by(model)
+        "dl", Totals({}, torch.device("cpu"), OneProcess()), None, make_test_of_arguments(model)
     )
-    first_batch = optional("checks.first_batch")
+    first_batch = import_optional("checks.first_batch")
     if first_batch is None:
         return phase.no_checks
     explanations: NoChecks = first_batch.Explanations(phase, OneProcess())
     return explanations
 
 
-def takes_several_by(model: nn.Module) -> Callable[[Any], bool]:
+def make_test_of_arguments(model: nn.Module) -> Callable[[Any], bool]:
     """Return a function that tells whether forward takes such features as several arguments."""
-    return lambda features: manner(model, features) == "unpacked"
+    return lambda features: choose_call(model, features) == "unpacked"
 
 
-def named_optimizers(optimizer: Any) -> dict[str, Optimizer]:
+def name_optimizers(optimizer: Any) -> dict[str, Optimizer]:
     """A dict of optimizers from what compile was given; one alone goes by the name ''."""
-    inputs = optional("checks.inputs")
+    inputs = import_optional("checks.inputs")
     if optimizer is None:
         return {}
     if inputs is not None:
@@ -199,11 +199,11 @@ def add_default_optimizer(
     optimizers[""] = torch.optim.Adam(parameters, lr=1e-3, fused=is_fused or None)
 
 
-def world_of(distributed: str | None) -> OneProcess:
+def find_world(distributed: str | None) -> OneProcess:
     """The processes that compile(distributed=...) trains with."""
     if distributed is None:
         return OneProcess()
-    one_of("distributed", distributed, ("auto", "ddp", "fsdp"))
+    check_one_of("distributed", distributed, ("auto", "ddp", "fsdp"))
     starts_several = distributed != "auto" or "WORLD_SIZE" in os.environ
     if starts_several or has_process_group():
         from minikeras.distributed import world
@@ -239,7 +239,7 @@ def check_fsdp(model: nn.Module, world: OneProcess, jit: Any, precision: str) ->
         )
 
 
-def parts_of(
+def make_parts(
     device: torch.device,
     loss_func: Any,
     optimizers: Mapping[str, Optimizer],
@@ -252,7 +252,7 @@ def parts_of(
 ) -> list[Part]:
     """The parts of the stepper that compile asks for, from the outermost to the innermost."""
     parts: list[Part] = []
-    one_of("precision", precision, ("fp32", "bf16", "fp16", "auto"))
+    check_one_of("precision", precision, ("fp32", "bf16", "fp16", "auto"))
     if clip_grad_norm is not None or clip_grad_value is not None:
         from minikeras.parts.clip import ClipGradients, check_clip
 
@@ -262,7 +262,7 @@ def parts_of(
         from minikeras.parts.mixed_precision import MixedPrecision, dtype_of
 
         dtype = dtype_of(precision, device, optimizers.values())
-    if positive_int("accumulate", accumulate) > 1 or world.size > 1:
+    if check_positive_int("accumulate", accumulate) > 1 or world.size > 1:
         from minikeras.parts.accumulate import Accumulate, check_mean
 
         if accumulate > 1:
@@ -296,14 +296,14 @@ def check_jit(jit: Any, steps_per_execution: int) -> None:
             f"says with a warning where it cannot. Leave it out; mode, backend and options are "
             f"yours."
         )
-    if positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
+    if check_positive_int("steps_per_execution", steps_per_execution) > 1 and not jit:
         raise ValueError(
             f"steps_per_execution={steps_per_execution} needs jit=True, which makes a graph of "
             "the steps."
         )
 
 
-def engine_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Eager:
+def make_engine(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Eager:
     """What runs the steps: Python, or compiled graphs."""
     if not jit:
         return Eager(model, run)
@@ -324,7 +324,7 @@ def engine_of(model: Model, run: Run, jit: Any, steps_per_execution: int) -> Eag
 # --- data -----------------------------------------------------------------------------------------
 
 
-def source(
+def make_source(
     data: Any,
     name: str,
     batch_size: int | None,
@@ -334,39 +334,39 @@ def source(
     passes: int = 1,
 ) -> Iterable[Any]:
     """What the user calls `name` as batches; this process's part of them."""
-    fast = optional("data.in_memory")
+    fast = import_optional("data.in_memory")
     options = {} if fast is None else {"fetch": fast.FastFetch()}
     batches = as_batches(data, name, batch_size, shuffle, device, passes, **options)
     return world.part_of(batches, name)
 
 
-def source_of_evaluation(
+def make_source_of_evaluation(
     run: Run, dl_val: Any, batch_size: int | None, steps: int | None
 ) -> Iterable[Any]:
     """The batches of `evaluate`."""
     check_pass(dl_val, "dl_val", steps, "steps")
-    batches = source(dl_val, "dl_val", batch_size, run.device, run.world)
-    return limited(batches, steps, "dl_val", "steps")
+    batches = make_source(dl_val, "dl_val", batch_size, run.device, run.world)
+    return limit_pass(batches, steps, "dl_val", "steps")
 
 
-def source_of_prediction(
+def make_source_of_prediction(
     dl: Any, batch_size: int | None, steps: int | None, device: torch.device, world: OneProcess
 ) -> Iterable[Any]:
     """The batches of `predict`."""
     check_pass(dl, "dl", steps, "steps")
-    return limited(source(dl, "dl", batch_size, device, world), steps, "dl", "steps")
+    return limit_pass(make_source(dl, "dl", batch_size, device, world), steps, "dl", "steps")
 
 
 def check_pass(data: Any, name: str, steps: int | None, argument: str) -> None:
     """Check how many batches a pass is to have; without a number the data must end."""
     if steps is not None:
-        positive_int(argument, steps)
-    endless = optional("data.endless")
+        check_positive_int(argument, steps)
+    endless = import_optional("data.endless")
     if endless is not None:
         endless.check_ends(data, name, steps, argument)
 
 
-def limited(
+def limit_pass(
     batches: Iterable[Any],
     steps: int | None,
     name: str,
@@ -378,20 +378,20 @@ def limited(
     Args:
         training: the fit's training batches and steps_per_epoch, which say how long is long.
     """
-    if steps is None and length(batches) is not None:
+    if steps is None and find_length(batches) is not None:
         return batches
     if steps is not None:  # asked for: without the room it is an error that names it
         endless = importlib.import_module("minikeras.data.endless")
     else:
-        endless = optional("data.endless")
+        endless = import_optional("data.endless")
     if endless is None:
         return batches
     limit = endless.OUTSIDE_A_FIT if training is None else endless.long_pass(*training)
-    result: Iterable[Any] = endless.limited(batches, steps, name, argument, limit)
+    result: Iterable[Any] = endless.limit_batches(batches, steps, name, argument, limit)
     return result
 
 
-def sources_of_fit(
+def make_sources_of_fit(
     run: Run,
     epochs: int,
     dl_train: Any,
@@ -402,12 +402,12 @@ def sources_of_fit(
     validation_freq: int,
 ) -> tuple[Iterable[Any], Iterable[Any] | None]:
     """What a fit trains on, and what it validates on or None; data without a batch is an error."""
-    endless = optional("data.endless")
+    endless = import_optional("data.endless")
     if endless is not None:
         endless.check_ends(dl_train, "dl_train", steps_per_epoch, "steps_per_epoch")
         endless.check_ends(dl_val, "dl_val", validation_steps, "validation_steps")
     passes = 1 if steps_per_epoch else epochs
-    train = source(dl_train, "dl_train", batch_size, run.device, run.world, True, passes)
+    train = make_source(dl_train, "dl_train", batch_size, run.device, run.world, True, passes)
     if dl_val is None:
         if validation_steps is not None:
             raise ValueError(
@@ -420,17 +420,17 @@ def sources_of_fit(
     if validation_steps is not None:
         passes = 1  # a generator goes on where the last pass stopped
     size = None if is_batched(dl_val) else batch_size
-    val = source(dl_val, "dl_val", size, run.device, run.world, passes=passes)
-    if length(val) == 0:
-        raise empty(val, "dl_val")
+    val = make_source(dl_val, "dl_val", size, run.device, run.world, passes=passes)
+    if find_length(val) == 0:
+        raise make_empty_error(val, "dl_val")
     training = (train, steps_per_epoch)
-    return train, limited(val, validation_steps, "dl_val", "validation_steps", training)
+    return train, limit_pass(val, validation_steps, "dl_val", "validation_steps", training)
 
 
 # --- fit ------------------------------------------------------------------------------------------
 
 
-def fit_of(
+def make_fit(
     model: Model,
     run: Run,
     epochs: int,
@@ -449,15 +449,15 @@ def fit_of(
     on_nan: str,
 ) -> Fit:
     """Check what fit was given, and put a Fit together; nothing has been trained then."""
-    saved = checkpoint_of(checkpoint, checkpoint_every)
-    one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
+    saved = make_checkpoint(checkpoint, checkpoint_every)
+    check_one_of("on_nan", on_nan, ("raise", "stop", "ignore"))
     check_epochs(epochs, dl_train)
-    positive_int("validation_freq", validation_freq)
+    check_positive_int("validation_freq", validation_freq)
     if log_step_freq is not None:
-        positive_int("log_step_freq", log_step_freq)
+        check_positive_int("log_step_freq", log_step_freq)
     if validation_steps is not None:
-        positive_int("validation_steps", validation_steps)
-    train, val = sources_of_fit(
+        check_positive_int("validation_steps", validation_steps)
+    train, val = make_sources_of_fit(
         run,
         epochs,
         dl_train,
@@ -471,7 +471,7 @@ def fit_of(
     if saved is not None:
         train = saved.watched(train, val, model, run, listed)
     if steps_per_epoch is not None:
-        steps_per_epoch = positive_int("steps_per_epoch", steps_per_epoch)
+        steps_per_epoch = check_positive_int("steps_per_epoch", steps_per_epoch)
         train = ContinuedBatches(train, steps_per_epoch, "dl_train")
     check_listed(model, run, listed, val is not None, None if saved is None else saved.path)
     check_before_fit(model, run)
@@ -484,8 +484,8 @@ def fit_of(
         run.kept.pop("unfinished", None)
     else:
         last = saved.open(model, run, epochs)
-        saved.check_length(length(train))
-    guard = guard_of(model, run, on_nan)
+        saved.check_length(find_length(train))
+    guard = make_guard(model, run, on_nan)
     fit = Fit(
         model,
         run,
@@ -494,17 +494,17 @@ def fit_of(
         val,
         validation_freq,
         listed,
-        parts=parts_of_fit(model, run, None if on_nan == "ignore" else guard),
+        parts=make_parts_of_fit(model, run, None if on_nan == "ignore" else guard),
         hooks=[],
         say=say_nothing,
         at=Position(first),
     )
-    fit.hooks = hooks_of_fit(fit, saved, guard)
-    show(fit, verbose, log_step_freq)
+    fit.hooks = make_hooks(fit, saved, guard)
+    show_fit(fit, verbose, log_step_freq)
     return fit
 
 
-def checkpoint_of(path: Any, every: int | None) -> Any:
+def make_checkpoint(path: Any, every: int | None) -> Any:
     """The checkpoint of a fit; None without a path."""
     if path is None:
         if every is not None:
@@ -519,9 +519,9 @@ def checkpoint_of(path: Any, every: int | None) -> Any:
 
 def check_epochs(epochs: Any, dl_train: Any) -> None:
     """Refuse a number of epochs that is none, as when the data comes first."""
-    calls = optional("checks.calls")
+    calls = import_optional("checks.calls")
     hint = "" if calls is None else calls.order_of_fit(epochs, dl_train)
-    positive_int("epochs", epochs, hint=hint)
+    check_positive_int("epochs", epochs, hint=hint)
 
 
 def check_listed(
@@ -530,17 +530,17 @@ def check_listed(
     """Refuse callbacks that write to the same places, or wait for names that no epoch will log."""
     if not callbacks:
         return
-    names = optional("callbacks.names")
+    names = import_optional("callbacks.names")
     if names is None:
         return
     from minikeras.callbacks import files
 
     files.check_places(callbacks, path)
     rates = [rate_name(name) for name in run.optimizers]
-    names.check_monitors(callbacks, validates, names_logged(model, run, validates), rates)
+    names.check_monitors(callbacks, validates, find_logged_names(model, run, validates), rates)
 
 
-def names_logged(model: Model, run: Run, validates: bool) -> list[str] | None:
+def find_logged_names(model: Model, run: Run, validates: bool) -> list[str] | None:
     """Return the names that the default steps log; None if steps or metrics are custom objects."""
     totals = run.train.totals
     if overrides(model, "train_step", "evaluate_step", "compute_metrics") or totals.objects:
@@ -559,23 +559,23 @@ def check_before_fit(model: Model, run: Run) -> None:
             "model.optimizer was replaced after compile. Call model.compile with the new optimizer."
         )
     check_not_exported(model)
-    inputs = optional("checks.inputs")
+    inputs = import_optional("checks.inputs")
     if inputs is not None:
         inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
         if not overrides(model, "train_step"):
             inputs.check_closures(run.optimizers)
 
 
-def guard_of(model: Model, run: Run, on_nan: str) -> Any:
+def make_guard(model: Model, run: Run, on_nan: str) -> Any:
     """What keeps NaN and infinities out of weights and files; None if its room is not there."""
-    guard = optional("faults.guard")
+    guard = import_optional("faults.guard")
     if guard is None:
         return None
     scales = any(getattr(part, "scaler", None) is not None for part in run.stepper.compiled_parts)
     return guard.NaNGuard(model, run, on_nan, scales)
 
 
-def parts_of_fit(model: Model, run: Run, guard: Part | None) -> list[Part]:
+def make_parts_of_fit(model: Model, run: Run, guard: Part | None) -> list[Part]:
     """The parts of compile, and those that only a fit has, from the outermost to the innermost."""
     parts = list(run.stepper.compiled_parts)
     if guard is not None:  # it sees the loss before any other part changes it
@@ -599,7 +599,7 @@ def has_custom_moves(model: Model) -> bool:
     return overrides(model, "train_step", "backward", "optimizer_step")
 
 
-def hooks_of_fit(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
+def make_hooks(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
     """The hooks of a fit: of its contexts the first is the outermost."""
     run = fit.run
     hooks: list[Hook] = []
@@ -612,7 +612,7 @@ def hooks_of_fit(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
     losses = sys.modules.get("minikeras.losses")  # if it is not loaded, nobody has a penalty
     if losses is not None:
         hooks.append(losses.WeightsFoundOnce())
-    epochs = optional("data.epochs")
+    epochs = import_optional("data.epochs")
     if epochs is not None:
         hooks.append(epochs.SamplerEpochs())
     if has_custom_moves(fit.model):
@@ -640,7 +640,7 @@ def say_nothing(line: str) -> None:
     """Drop a line that a fit has for the user: nothing is shown."""
 
 
-def show(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
+def show_fit(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
     """Show the fit to the user as it goes on, if that is asked for and there is where to."""
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(
@@ -649,14 +649,14 @@ def show(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
     # under pythonw stdout is None
     if verbose == 0 or sys.stdout is None or not fit.model.is_main_process:
         return
-    if optional("report") is None:
+    if import_optional("report") is None:
         return
     from minikeras.report import notebook
 
     best = fit.run.best_val_loss()
     validates = fit.val is not None
     table = notebook.progress(
-        verbose, fit.last_epoch, length(fit.train), log_step_freq, validates, best
+        verbose, fit.last_epoch, find_length(fit.train), log_step_freq, validates, best
     )
     fit.say = table.say
     fit.callbacks.append(table)
@@ -685,21 +685,21 @@ def load_weights(model: Model, path: str | Path) -> None:
 # --- calls in other words -------------------------------------------------------------------------
 
 
-def checked_network(net: nn.Module) -> nn.Module:
+def check_network(net: nn.Module) -> nn.Module:
     """What Model wraps, which must be a module."""
-    inputs = optional("checks.inputs")
+    inputs = import_optional("checks.inputs")
     if inputs is None:
         return net
     network: nn.Module = inputs.network(net)
     return network
 
 
-def explained_call(method: Callable[P, R]) -> Callable[P, R]:
+def explain_calls(method: Callable[P, R]) -> Callable[P, R]:
     """Let a method raise a TypeError that teaches, if a call does not fit its signature."""
     return _explained(method, "explain_call")
 
 
-def explained_constructor(method: Callable[P, R]) -> Callable[P, R]:
+def explain_constructor_calls(method: Callable[P, R]) -> Callable[P, R]:
     """Let `Model.__init__` refuse what `compile` takes, and say so."""
     return _explained(method, "explain_constructor")
 
@@ -712,7 +712,7 @@ def _explained(method: Callable[P, R], lesson: str) -> Callable[P, R]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            calls = optional("checks.calls")
+            calls = import_optional("checks.calls")
             if calls is None:
                 raise
             text = getattr(calls, lesson)(method.__name__, signature, args[1:], kwargs, error)
@@ -724,14 +724,14 @@ def _explained(method: Callable[P, R], lesson: str) -> Callable[P, R]:
 
 def explain_missing_method(owner: str, name: str) -> None:
     """Raise the error for a method that Keras or torchkeras has and Model has not."""
-    calls = optional("checks.calls")
+    calls = import_optional("checks.calls")
     if calls is not None:
         calls.missing_method(owner, name)
 
 
 def explain_missing_name(name: str) -> Any:
     """Raise the error for a name that minikeras has not."""
-    calls = optional("checks.calls")
+    calls = import_optional("checks.calls")
     if calls is None:
         raise AttributeError(f"module 'minikeras' has no attribute {name!r}")
     return calls.missing_name(name)

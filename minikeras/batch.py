@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minikeras.arrays import numbers_as_tensor
-from minikeras.errors import described
+from minikeras.arrays import array_to_tensor
+from minikeras.errors import describe
 from minikeras.nests import can_move, map_leaves
 
 PAIRS = (tuple, list)
@@ -26,7 +26,7 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
         return batch, None, None
     if not 1 <= len(batch) <= 3:
         raise ValueError(
-            f"a batch has {len(batch)} parts: {described(batch)}; expected (features, labels) or "
+            f"a batch has {len(batch)} parts: {describe(batch)}; expected (features, labels) or "
             "(features, labels, sample_weight). Put several inputs into a tuple of their own: "
             "((a, b), labels)."
         )
@@ -51,7 +51,7 @@ def to_device(nest: Any, device: torch.device) -> Any:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
-            leaf = numbers_as_tensor(leaf)
+            leaf = array_to_tensor(leaf)
         return leaf.to(device) if can_move(leaf) else leaf
 
     return map_leaves(move, nest)
@@ -63,13 +63,13 @@ def call_with(module: nn.Module, features: Any) -> Any:
     They are passed whole if its forward takes one argument, unpacked if it takes several, and by
     name if it takes several and they are a mapping.
     """
-    how = manner(module, features)
+    how = choose_call(module, features)
     if how == "whole":
         return module(features)
     return call_as(how, module, features)
 
 
-def manner(module: nn.Module, features: Any) -> str:
+def choose_call(module: nn.Module, features: Any) -> str:
     """Tell how to call a module with such features: "whole", "unpacked" or "by name"."""
     if isinstance(features, Mapping):
         return "by name" if _takes_several(module, tuple(features.keys())) else "whole"
@@ -83,7 +83,7 @@ def manner(module: nn.Module, features: Any) -> str:
 
 
 def call_as(how: str, module: nn.Module, features: Any) -> Any:
-    """Call `module` with features whole, unpacked or by name, as `manner` tells."""
+    """Call `module` with features whole, unpacked or by name, as `choose_call` tells."""
     if how == "whole":
         return module(features)
     if how == "by name":

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from minikeras.errors import described, is_number
+from minikeras.errors import describe, is_number
 from minikeras.results import Average, check_average
 
 MOST = 1000  # columns of one metric object: a table with more is of no use
 
 
-def columns_of(name: str, value: Any, source: str = "compute()") -> dict[str, float]:
+def find_columns(name: str, value: Any, source: str = "compute()") -> dict[str, float]:
     """Give each number in the result of the metric `name` a column.
 
     `source` is what returned it, for the message.
@@ -30,7 +30,7 @@ def columns_of(name: str, value: Any, source: str = "compute()") -> dict[str, fl
     Raises:
         ValueError: the result holds something else, nothing, or too many numbers.
 
-    >>> columns_of("f1", {"cat": 0.5, "dog": 0.75}), columns_of("f1", [0.5, 0.75])
+    >>> find_columns("f1", {"cat": 0.5, "dog": 0.75}), find_columns("f1", [0.5, 0.75])
     ({'f1_cat': 0.5, 'f1_dog': 0.75}, {'f1_0': 0.5, 'f1_1': 0.75})
     """
     columns: dict[str, float] = {}
@@ -41,7 +41,7 @@ def columns_of(name: str, value: Any, source: str = "compute()") -> dict[str, fl
             break
         columns[column] = number
     if not valid or not columns:
-        raise ValueError(f"metric {name!r}: {source} gave {described(value)}; {_remedy(value)}")
+        raise ValueError(f"metric {name!r}: {source} gave {describe(value)}; {_remedy(value)}")
     return columns
 
 
@@ -118,10 +118,10 @@ def check_columns(columns: Mapping[str, Iterable[str]], others: Iterable[str]) -
             owners[column] = name
 
 
-def column_order(names: Iterable[str]) -> list[str]:
+def sort_columns(names: Iterable[str]) -> list[str]:
     """Sort names as the history does: training, then validation, then learning rates.
 
-    >>> column_order(["loss", "lr", "val_loss", "accuracy"])
+    >>> sort_columns(["loss", "lr", "val_loss", "accuracy"])
     ['loss', 'accuracy', 'val_loss', 'lr']
     """
     # sorting is stable: names of the same kind keep their order
@@ -151,10 +151,10 @@ MINIMIZED = """
 """
 
 
-def mode_of(name: str) -> str | None:
+def infer_mode(name: str) -> str | None:
     """Infer from the words in a name which is better, "min" or "max"; None if they do not tell.
 
-    >>> mode_of("val_MSELoss"), mode_of("val_top5_acc"), mode_of("temperature")
+    >>> infer_mode("val_MSELoss"), infer_mode("val_top5_acc"), infer_mode("temperature")
     ('min', 'max', None)
     """
     # val_top5_acc -> val, top5, top, acc; MSELoss -> mseloss, mse, loss

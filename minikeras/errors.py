@@ -49,15 +49,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def positive_int(name: str, value: object, hint: str = "") -> int:
+def check_positive_int(name: str, value: object, hint: str = "") -> int:
     """Return `value` as an int of 1 or more; refuse a bool, a string or a fraction.
 
     The `hint` is added to the message if `value` is data, such as a tensor.
     """
-    return whole_number(name, value, least=1, hint=hint)
+    return check_whole_number(name, value, least=1, hint=hint)
 
 
-def whole_number(name: str, value: object, least: int, hint: str = "") -> int:
+def check_whole_number(name: str, value: object, least: int, hint: str = "") -> int:
     """Return `value` as an int of `least` or more; refuse a bool, a string or a fraction.
 
     The `hint` is added to the message if `value` is data, such as a tensor.
@@ -70,12 +70,12 @@ def whole_number(name: str, value: object, least: int, hint: str = "") -> int:
         if value is None or isinstance(value, (int, float, str)):
             shown = f"{value!r}."
         else:
-            shown = f"{described(value)}.{hint}"
+            shown = f"{describe(value)}.{hint}"
         raise ValueError(f"{name} must be a whole number of {least} or more, got {shown}")
     return number
 
 
-def real(
+def check_number_in_range(
     name: str, value: object, expected: str, holds: Callable[[float], bool] = lambda number: True
 ) -> float:
     """Return `value` as a float for which `holds` is true; refuse NaN, a bool and a string.
@@ -90,7 +90,7 @@ def real(
     return number
 
 
-def one_of(name: str, value: object, known: Iterable[str]) -> None:
+def check_one_of(name: str, value: object, known: Iterable[str]) -> None:
     """Refuse a value that is not one of the known words."""
     words = list(known)
     if value not in words:
@@ -99,23 +99,23 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be {choices}, got {value!r}.{hint}")
 
 
-def described(value: object) -> str:
+def describe(value: object) -> str:
     """Describe a value for an error message.
 
     Tensors and arrays are shown by shape and dtype, containers by their items.
 
     >>> import torch
-    >>> described((torch.zeros(4, 2), [1, "a"]))
+    >>> describe((torch.zeros(4, 2), [1, "a"]))
     '(Tensor (4, 2) float32, [int, str])'
     """
     if isinstance(value, Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
         shape = tuple(value.shape)
         return f"{type(value).__name__} {shape} {dtype_name(value.dtype)}"
     if isinstance(value, dict):
-        items = [f"{key!r}: {described(item)}" for key, item in value.items()]
+        items = [f"{key!r}: {describe(item)}" for key, item in value.items()]
         return "{" + ", ".join(items) + "}"
     if type(value) is tuple or type(value) is list:
-        shown = [described(item) for item in value[:4]]
+        shown = [describe(item) for item in value[:4]]
         if len(value) > 4:
             shown.append("...")
         text = ", ".join(shown)
@@ -137,7 +137,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating, np.bool_))
 
 
-def failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Module, Any] | None:
+def find_failing_layer(error: BaseException, model: nn.Module) -> tuple[str, nn.Module, Any] | None:
     """Find the innermost layer of `model` in whose forward `error` was raised.
 
     Returns its name, the layer and its first argument.

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from minikeras.batch import manner, to_device
-from minikeras.errors import described
-from minikeras.nests import is_sharded, leaves, map_leaves, parts
+from minikeras.batch import choose_call, to_device
+from minikeras.errors import describe
+from minikeras.nests import is_sharded, leaves, map_leaves, take_apart
 from minikeras.processes import OneProcess
 from minikeras.rows import first_size
 from minikeras.support.atomic import write
@@ -142,7 +142,7 @@ def at_least_two_rows(example: Any) -> Any:
     if not any(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) for leaf in leaves(example)):
         raise TypeError(
             f"example must be a batch of features as forward takes it, one row or more, got "
-            f"{described(example)}. Pass tensors or arrays, X[:2]; of a DataFrame "
+            f"{describe(example)}. Pass tensors or arrays, X[:2]; of a DataFrame "
             f"X[:2].to_numpy('float32')."
         )
     if first_size(example) > 1:
@@ -157,7 +157,7 @@ def has_rows(leaf: Any, rows: int) -> bool:
 
 def arguments_for(model: nn.Module, features: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments that forward is called with, names in the order of its signature."""
-    how = manner(model, features)
+    how = choose_call(model, features)
     if how == "by name":
         bound = inspect.signature(model.forward).bind(**features).arguments
         ordered = {}
@@ -289,7 +289,7 @@ def _check_onnx(outputs: Any, names: list[str]) -> None:
     """Refuse what an .onnx file cannot hold."""
     if any(isinstance(leaf, (int, float, str)) for leaf in leaves(outputs)):
         raise TypeError(
-            f"forward returned {described(outputs)}, and an .onnx file holds tensors alone. "
+            f"forward returned {describe(outputs)}, and an .onnx file holds tensors alone. "
             f"Return no others, or take .pt2."
         )
     repeated = [name for name in names if names.count(name) > 1]
@@ -319,7 +319,7 @@ def names_of(nest: Any, name: str = "") -> list[str]:
     >>> names_of({"x": torch.zeros(1), "more": (torch.zeros(1), torch.zeros(1))})
     ['x', 'more_0', 'more_1']
     """
-    inner = parts(nest)
+    inner = take_apart(nest)
     if inner is None:
         return [name] if isinstance(nest, Tensor) else []
     keys = list(nest) if isinstance(nest, dict) else range(len(inner[0]))

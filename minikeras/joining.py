@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from minikeras.errors import described, is_number
-from minikeras.nests import parts
+from minikeras.errors import describe, is_number
+from minikeras.nests import take_apart
 
 Probe = Callable[[], tuple[Any, int] | None]  # outputs for another number of rows, and that number
 WAY_OUT = (
@@ -72,14 +72,14 @@ class _Joining:
             other = next(piece for piece in pieces if piece is not None)
             raise ValueError(
                 f"a part of the outputs{show_place(path)} is None in one batch and "
-                f"{described(other)} in another, and cannot be joined. Return the same parts for "
+                f"{describe(other)} in another, and cannot be joined. Return the same parts for "
                 "each batch, or predict batch by batch."
             )
         if all(isinstance(piece, (Tensor, np.ndarray)) for piece in pieces):
             return self.join_tensors(pieces, path)
         if all(isinstance(piece, PackedSequence) for piece in pieces):
             return self.join_packed(pieces, path)
-        if any(parts(piece) is None for piece in pieces):
+        if any(take_apart(piece) is None for piece in pieces):
             return self.join_others(pieces, path)
         if all(is_plain_list(piece) for piece in pieces) and self.has_items_by_row(pieces, path):
             return type(pieces[0])(chain.from_iterable(pieces))
@@ -98,7 +98,7 @@ class _Joining:
             outputs, rows = probed
             if is_plain_list(outputs) and len(outputs) in (rows, len(pieces[0])):
                 return len(outputs) == rows
-        if all(parts(item) is not None for item in chain.from_iterable(pieces)):
+        if all(take_apart(item) is not None for item in chain.from_iterable(pieces)):
             return True  # such as a dict for each image
         try:
             self.join_containers(pieces, path)
@@ -113,7 +113,7 @@ class _Joining:
         for piece, parts_of_piece in zip(pieces, named, strict=True):
             if parts_of_piece.keys() != named[0].keys():
                 self.refuse_different(first, piece)
-        container = parts(first)
+        container = take_apart(first)
         assert container is not None
         _, build = container
         joined = []
@@ -125,8 +125,8 @@ class _Joining:
     def refuse_different(self, first: Any, other: Any) -> NoReturn:
         """Raise the error for outputs that are not built alike."""
         raise ValueError(
-            f"the outputs of the batches are made in different ways, {described(first)} and "
-            f"{described(other)}, and cannot be joined. Return the same from each, or predict "
+            f"the outputs of the batches are made in different ways, {describe(first)} and "
+            f"{describe(other)}, and cannot be joined. Return the same from each, or predict "
             "batch by batch."
         )
 
@@ -140,12 +140,12 @@ class _Joining:
             return first
         if is_number(first) or isinstance(first, str):
             raise ValueError(
-                f"the model returned {described(first)}{show_place(path)} for a batch of "
+                f"the model returned {describe(first)}{show_place(path)} for a batch of "
                 f"{self.rows[0]} rows; predict joins tensors that have the rows first, and this "
                 f"has none. {WAY_OUT}."
             )
         raise ValueError(
-            f"the model returned {described(first)}{show_place(path)}, which predict cannot join: "
+            f"the model returned {describe(first)}{show_place(path)}, which predict cannot join: "
             "it joins tensors that have the rows first, in tuples, lists, dicts and dataclasses. "
             "Return such tensors, or predict batch by batch."
         )
@@ -357,7 +357,7 @@ def show_place(path: list[Any]) -> str:
 
 def _name_parts(nest: Any) -> dict[Any, Any]:
     """Return a container's parts by key or position; a leaf has none."""
-    container = parts(nest)
+    container = take_apart(nest)
     if container is None:
         return {}
     inner, _ = container

@@ -40,10 +40,10 @@ from minikeras.batch import move_to_device
 from minikeras.callback import Callback, check_row, with_method
 from minikeras.engine import WAITING
 from minikeras.hooks import Fit, Hook, Position
-from minikeras.modes import gradients_recorded, modes_kept
+from minikeras.modes import keep_modes, record_gradients
 from minikeras.phase import NO_BATCH, FillerBatch, Phase
 from minikeras.run import Run
-from minikeras.sources import empty
+from minikeras.sources import make_empty_error
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -58,14 +58,14 @@ def run_fit(fit: Fit) -> None:
     run.train.begin()
     run.val.begin()
     with contextlib.ExitStack() as contexts:
-        contexts.enter_context(marked_as_fitting(fit))
-        contexts.enter_context(gradients_recorded())
-        contexts.enter_context(modes_kept(model))
-        contexts.enter_context(no_gradients_left(model, run))
-        contexts.enter_context(parts_of_fit(fit))
+        contexts.enter_context(mark_as_fitting(fit))
+        contexts.enter_context(record_gradients())
+        contexts.enter_context(keep_modes(model))
+        contexts.enter_context(clear_gradients(model, run))
+        contexts.enter_context(use_parts_of_fit(fit))
         for hook in fit.hooks:
             contexts.enter_context(hook.around_fit(fit))
-        contexts.enter_context(fit_callbacks(fit))
+        contexts.enter_context(call_fit_callbacks(fit))
         for hook in fit.hooks:
             hook.resume(fit)
         in_eval = run.modes.described()
@@ -84,7 +84,7 @@ def run_epoch(fit: Fit) -> None:
     with contextlib.ExitStack() as contexts:
         for hook in fit.hooks:
             contexts.enter_context(hook.around_epoch(fit))
-        contexts.enter_context(noted(f"epoch {at.epoch}"))
+        contexts.enter_context(note_errors(f"epoch {at.epoch}"))
         run.modes.enter()
         for hook in fit.hooks:
             hook.before_epoch(fit)
@@ -92,8 +92,8 @@ def run_epoch(fit: Fit) -> None:
         for hook in fit.hooks:
             hook.on_epoch_begin(fit)
         if at.logs is None:
-            tell = callbacks_after_batch(fit, run.train)
-            after_batch = hooks_after_batch(fit, is_training=True)
+            tell = make_on_batch_end(fit, run.train)
+            after_batch = make_after_batch(fit, is_training=True)
             at.logs = run_pass(run, run.train, fit.train, at.step, tell, after_batch)
             for hook in fit.hooks:
                 hook.on_train_end(fit)
@@ -117,7 +117,7 @@ def validate(fit: Fit) -> dict[str, float]:
         for callback in fit.callbacks:
             contexts.callback(call, [callback], "on_evaluate_end")
             call([callback], "on_evaluate_begin")
-        after_batch = hooks_after_batch(fit, is_training=False)
+        after_batch = make_after_batch(fit, is_training=False)
         return evaluate(fit.model, fit.run, fit.val, after_batch)
 
 
@@ -126,7 +126,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the means over all rows of the batches, under names with val_."""
     loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
-    with modes_kept(model, loss), torch.no_grad():
+    with keep_modes(model, loss), torch.no_grad():
         model.eval()
         loss.eval()  # its mode in training is the user's affair: a network inside it may be frozen
         means = run_pass(run, run.val, batches, after_batch=after_batch)
@@ -155,7 +155,7 @@ def run_pass(
     step = run.engine.step(phase)
     number = done
     try:
-        for number, given in numbered(batches, done, phase):
+        for number, given in number_batches(batches, done, phase):
             is_filler = isinstance(given, FillerBatch)
             if is_filler:
                 given = given.batch
@@ -174,7 +174,7 @@ def run_pass(
             if after_batch is not None and after_batch(number):
                 break
         if not number:
-            raise empty(batches, phase.data)
+            raise make_empty_error(batches, phase.data)
         rest = run.engine.flush(phase)
         if rest is not None:
             phase.add(step, rest)
@@ -193,7 +193,7 @@ def run_pass(
         run.phase = previous
 
 
-def numbered(batches: Iterable[Any], done: int, phase: Phase) -> Iterator[tuple[int, Any]]:
+def number_batches(batches: Iterable[Any], done: int, phase: Phase) -> Iterator[tuple[int, Any]]:
     """Yield the batches with their numbers; an error in reading one says which."""
     number = done
     try:
@@ -221,7 +221,7 @@ def note_batch(error: Exception, phase: Phase, number: int) -> None:
 # --- callbacks and hooks --------------------------------------------------------------------------
 
 
-def callbacks_after_batch(fit: Fit, phase: Phase) -> Callable[[int], None] | None:
+def make_on_batch_end(fit: Fit, phase: Phase) -> Callable[[int], None] | None:
     """What tells the callbacks of a batch; None if none of them listens."""
     listeners = with_method(fit.callbacks, "on_batch_end")
     if not listeners:
@@ -233,7 +233,7 @@ def callbacks_after_batch(fit: Fit, phase: Phase) -> Callable[[int], None] | Non
     return on_batch_end
 
 
-def hooks_after_batch(fit: Fit, is_training: bool) -> BatchEnd:
+def make_after_batch(fit: Fit, is_training: bool) -> BatchEnd:
     """What tells the hooks of a batch, and whether to end a pass over the training data."""
     model, at = fit.model, fit.at
     listeners = []
@@ -268,7 +268,7 @@ def call(callbacks: Iterable[Callback], moment: str, *args: Any) -> None:
 
 
 @contextlib.contextmanager
-def fit_callbacks(fit: Fit) -> Iterator[None]:
+def call_fit_callbacks(fit: Fit) -> Iterator[None]:
     """Call on_fit_begin at the start, and on_fit_end however the fit ends, of those that began."""
     with contextlib.ExitStack() as contexts:
         for callback in fit.callbacks:
@@ -283,7 +283,7 @@ def fit_callbacks(fit: Fit) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def marked_as_fitting(fit: Fit) -> Iterator[None]:
+def mark_as_fitting(fit: Fit) -> Iterator[None]:
     """Set `run.fit` meanwhile, so that a second fit or compile of the model can be refused."""
     run = fit.run
     run.fit = fit
@@ -295,7 +295,7 @@ def marked_as_fitting(fit: Fit) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def parts_of_fit(fit: Fit) -> Iterator[None]:
+def use_parts_of_fit(fit: Fit) -> Iterator[None]:
     """Give the stepper the parts of this fit, and those of compile back at the end."""
     stepper = fit.run.stepper
     stepper.begin(fit.parts)
@@ -306,7 +306,7 @@ def parts_of_fit(fit: Fit) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_gradients_left(model: nn.Module, run: Run) -> Iterator[None]:
+def clear_gradients(model: nn.Module, run: Run) -> Iterator[None]:
     """Keep gradients from before the fit out of its first step, and leave none of a broken step."""
 
     def clear() -> None:
@@ -322,7 +322,7 @@ def no_gradients_left(model: nn.Module, run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted(note: str) -> Iterator[None]:
+def note_errors(note: str) -> Iterator[None]:
     """Add a note to any error."""
     try:
         yield

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikeras.errors import described, one_of
+from minikeras.errors import check_one_of, describe
 from minikeras.hooks import Fit, Hook
 from minikeras.nests import is_sharded
 from minikeras.results import Average, Loss, refuse_several
@@ -71,7 +71,7 @@ class FocalLoss(nn.Module):
             raise ValueError(
                 f"alpha must be 0 to 1, got {alpha}. Positives weigh alpha and negatives 1 - alpha."
             )
-        one_of("reduction", reduction, ("mean", "sum", "none"))
+        check_one_of("reduction", reduction, ("mean", "sum", "none"))
         self.gamma: float = gamma
         self.alpha: float = alpha
         self.from_logits: bool = from_logits
@@ -302,7 +302,7 @@ class Regularized(nn.Module):
             raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be a torch.nn.Module, got {described(model)}. Pass the one that is "
+                f"model must be a torch.nn.Module, got {describe(model)}. Pass the one that is "
                 "trained."
             )
         self.loss_func = loss_func

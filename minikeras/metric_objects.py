@@ -31,7 +31,7 @@ def source_of(metric: Any) -> str:
     return "its function" if needs_all_rows(metric) else "compute()"
 
 
-def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
+def name_metrics(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Give each metric a name; a torchmetrics.MetricCollection becomes its members, by their names.
 
     Raises:
@@ -54,15 +54,17 @@ def by_column(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def state_of(metric: Any, name: str) -> dict[str, Any]:
+def get_state(metric: Any, name: str) -> dict[str, Any]:
     """Return what a metric object has counted: its state_dict, or its and its parts' attributes."""
     if isinstance(metric, nn.Module):
-        return {path: attributes(module, name) for path, module in metric.named_modules()}
-    return metric.state_dict() if hasattr(metric, "state_dict") else attributes(metric, name)
+        return {path: collect_attributes(module, name) for path, module in metric.named_modules()}
+    return (
+        metric.state_dict() if hasattr(metric, "state_dict") else collect_attributes(metric, name)
+    )
 
 
 def set_state(metric: Any, state: Mapping[str, Any]) -> None:
-    """Give a metric object what `state_of` returned."""
+    """Give a metric object what `get_state` returned."""
     if isinstance(metric, nn.Module):
         for path, module in metric.named_modules():
             buffers = dict(module.named_buffers(recurse=False))
@@ -74,7 +76,7 @@ def set_state(metric: Any, state: Mapping[str, Any]) -> None:
         vars(metric).update(copy.deepcopy(dict(state)))
 
 
-def attributes(holder: Any, name: str) -> dict[str, Any]:
+def collect_attributes(holder: Any, name: str) -> dict[str, Any]:
     """Return the attributes that may change: tensors, arrays, numbers, strings, containers of them.
 
     Raises:
@@ -87,9 +89,9 @@ def attributes(holder: Any, name: str) -> dict[str, Any]:
             kept[key] = value
         elif not (is_constant(value) or (is_module and key.startswith("_"))):
             raise TypeError(
-                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot hold. "
-                f"Give the metric state_dict() and load_state_dict(state) of tensors, numbers, lists "
-                f"and dicts."
+                f"{name} holds a {type(value).__name__} in .{key}, which a checkpoint cannot "
+                "hold. Give the metric state_dict() and load_state_dict(state) of tensors, "
+                "numbers, lists and dicts."
             )
     if is_module:
         kept |= dict(holder.named_buffers(recurse=False))
@@ -113,7 +115,7 @@ def is_countable(value: Any) -> bool:
     return type(value) in (Tensor, bool, int, float, str, type(None))
 
 
-def parts_that_sync(metric: Any) -> list[Any]:
+def find_syncing_parts(metric: Any) -> list[Any]:
     """Those parts of a metric that are torchmetrics objects."""
     modules = metric.modules() if isinstance(metric, nn.Module) else ()
     return [part for part in modules if hasattr(part, "distributed_available_fn")]

@@ -26,11 +26,11 @@ from minikeras import assemble, loop, prediction
 from minikeras.batch import call_with
 from minikeras.callback import Callback
 from minikeras.compiled_names import hide_compiled_names
-from minikeras.errors import NotCompiledError, one_of
+from minikeras.errors import NotCompiledError, check_one_of
 from minikeras.exported import is_exported, set_mode
-from minikeras.nests import detached
+from minikeras.nests import detach_nest
 from minikeras.phase import NoChecks
-from minikeras.results import Result, scalar_loss
+from minikeras.results import Result, reduce_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import Run, prepare
 
@@ -67,11 +67,11 @@ class Model(nn.Module):
     history: Any  # the DataFrame that the last fit returned; empty after compile
     stop_training: bool = False  # set it to True in a callback: the fit ends after that batch
 
-    @assemble.explained_constructor
+    @assemble.explain_constructor_calls
     def __init__(self, net: nn.Module | None = None) -> None:
         super().__init__()
         if net is not None:
-            self.net: nn.Module = assemble.checked_network(net)
+            self.net: nn.Module = assemble.check_network(net)
         hide_compiled_names(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +187,7 @@ class Model(nn.Module):
             raise
         if isinstance(outputs, Tensor) and outputs.ndim == 0:
             phase.explanations.warn_of_squeezed(outputs, labels)
-        return scalar_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
+        return reduce_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Call each function of metrics_dict with detached `outputs` and `labels`.
@@ -195,7 +195,7 @@ class Model(nn.Module):
         Metric objects are updated; they are read at the end of the epoch.
         """
         phase = self._compiled("compute_metrics").phase
-        metrics: dict[str, Result] = phase.metrics(detached(outputs), labels)
+        metrics: dict[str, Result] = phase.metrics(detach_nest(outputs), labels)
         if isinstance(phase.batch.rows, UnknownRows):
             phase.need_rows(*metrics.values())
         return metrics
@@ -245,7 +245,7 @@ class Model(nn.Module):
 
     # --- the verbs --------------------------------------------------------------------------------
 
-    @assemble.explained_call
+    @assemble.explain_calls
     def compile(
         self,
         loss_func: Any,
@@ -319,7 +319,7 @@ class Model(nn.Module):
         self._check_not_fitting(
             "compile", "A learning rate may be changed inside one, in the optimizer's param_groups."
         )
-        run = assemble.run_of(
+        run = assemble.make_run(
             self,
             loss_func,
             optimizer,
@@ -340,7 +340,7 @@ class Model(nn.Module):
         self._publish("optimizer", run.optimizers.get("") if optimizer is None else optimizer)
         self._publish_history()
 
-    @assemble.explained_call
+    @assemble.explain_calls
     def fit(
         self,
         epochs: int,
@@ -407,7 +407,7 @@ class Model(nn.Module):
         self._check_not_fitting(
             "fit", "evaluate, predict and a fit of another model may be called inside one."
         )
-        fit = assemble.fit_of(
+        fit = assemble.make_fit(
             self,
             run,
             epochs,
@@ -427,7 +427,7 @@ class Model(nn.Module):
         loop.run_fit(fit)
         return run.history()
 
-    @assemble.explained_call
+    @assemble.explain_calls
     def evaluate(
         self, dl_val: Any, *, batch_size: int | None = None, steps: int | None = None
     ) -> dict[str, float]:
@@ -444,12 +444,12 @@ class Model(nn.Module):
             TypeError, ValueError: there is no data, or the model or the loss cannot use it.
         """
         run = self._compiled("evaluate")
-        batches = assemble.source_of_evaluation(run, dl_val, batch_size, steps)
+        batches = assemble.make_source_of_evaluation(run, dl_val, batch_size, steps)
         prepare(self, run)
         run.val.begin()
         return loop.evaluate(self, run, batches)
 
-    @assemble.explained_call
+    @assemble.explain_calls
     def predict(
         self,
         dl: Any,
@@ -476,7 +476,7 @@ class Model(nn.Module):
             TypeError, ValueError: there is no data, the model cannot use it, or its outputs have no
                 rows.
         """
-        one_of("gather", gather, ("all", "main"))
+        check_one_of("gather", gather, ("all", "main"))
         return prediction.predict(self, dl, batch_size, gather == "all", steps)
 
     def save(self, path: str | Path) -> None:
@@ -525,7 +525,7 @@ class Model(nn.Module):
 
         export(self, path, example)
 
-    @assemble.explained_call
+    @assemble.explain_calls
     def summary(
         self,
         input_shape: Any = None,
@@ -576,7 +576,9 @@ class Model(nn.Module):
 
     def _explanations(self) -> NoChecks:
         """What says in the user's words why something failed."""
-        return assemble.checks_of(self) if self._run is None else self._run.phase.explanations
+        return (
+            assemble.make_explanations(self) if self._run is None else self._run.phase.explanations
+        )
 
     def _save(self, path: str | Path, keep: bool) -> None:
         """Write the weights; with `keep` the file that was there becomes NAME.prev."""

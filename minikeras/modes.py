@@ -16,7 +16,7 @@ from minikeras.overrides import overrides
 
 
 @contextlib.contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
+def keep_modes(*models: nn.Module) -> Iterator[None]:
     """Put each submodule's train or eval mode back at the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
@@ -27,7 +27,7 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_states_kept(device: torch.device) -> Iterator[None]:
+def keep_random_states(device: torch.device) -> Iterator[None]:
     """Restore the random states of Python, NumPy and torch, on CPU and device, at the end."""
     states = random.getstate(), np.random.get_state()
     devices = [] if device.type in ("cpu", "meta") else [device.index or 0]
@@ -41,7 +41,7 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gradients_recorded() -> Iterator[None]:
+def record_gradients() -> Iterator[None]:
     """Record gradients even if the caller switched them off: a fit under torch.no_grad() trains."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         yield

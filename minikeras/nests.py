@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 
-def parts(nest: Any, inside: bool = False) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+def take_apart(
+    nest: Any, inside: bool = False
+) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """Return a container's parts, and the function that rebuilds it from other parts.
 
     Return None for a leaf. A container with a method `to` is a leaf too, unless `inside` is True.
@@ -88,14 +90,14 @@ def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2), "b": [3]})
     {'a': (2, 3), 'b': [4]}
     """
-    container = parts(nest)
+    container = take_apart(nest)
     if container is None:
         return function(nest)
     inner, build = container
     return build([map_leaves(function, part) for part in inner])
 
 
-def cloned(leaf: Any) -> Any:
+def clone_tensor(leaf: Any) -> Any:
     """Clone a tensor, since a layer or a metric may work in place; return anything else."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
@@ -106,7 +108,7 @@ def leaves(nest: Any, inside: bool = False) -> list[Any]:
     >>> leaves({"a": (1, 2), "b": [3]})
     [1, 2, 3]
     """
-    container = parts(nest, inside)
+    container = take_apart(nest, inside)
     if container is None:
         return [nest]
     found = []
@@ -123,14 +125,14 @@ def widen(leaf: Any) -> Any:
     return leaf
 
 
-def in_float32(nest: Any) -> Any:
+def to_float32(nest: Any) -> Any:
     """Return a nest with its half-precision tensors in float32."""
     if isinstance(nest, Tensor):
         return widen(nest)
     return map_leaves(widen, nest)
 
 
-def detached(nest: Any) -> Any:
+def detach_nest(nest: Any) -> Any:
     """Return a nest whose tensors are cut off from what they were computed from."""
     if isinstance(nest, Tensor):
         return nest.detach()

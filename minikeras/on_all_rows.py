@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.errors import described
-from minikeras.nests import leaves, map_leaves, parts
+from minikeras.errors import describe
+from minikeras.nests import leaves, map_leaves, take_apart
 from minikeras.processes import OneProcess
 
 
@@ -90,7 +90,7 @@ class OnAllRows:
         try:
             return self.function(y_pred, y_true)
         except Exception as error:
-            shown = f"y_pred {described(y_pred)}, y_true {described(y_true)}"
+            shown = f"y_pred {describe(y_pred)}, y_true {describe(y_true)}"
             error.add_note(f"OnAllRows gave the function all rows as NumPy arrays: {shown}")
             raise
 
@@ -181,7 +181,7 @@ def _to_plain(nest: Any) -> Any:
         if dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16
             dtype = torch.float32
         return nest.detach().to("cpu", dtype, copy=True)
-    container = parts(nest, inside=True)
+    container = take_apart(nest, inside=True)
     if container is None:
         return nest
     inner = [_to_plain(part) for part in container[0]]
@@ -199,8 +199,8 @@ def _check_like(batch: Any, first: Any) -> None:
     """Refuse a batch whose rows cannot be joined to those of the first batch."""
     if _get_row_shapes(batch) != _get_row_shapes(first):
         raise ValueError(
-            f"OnAllRows joins the rows of all batches, and this batch is {described(batch)}, but "
-            f"the first was {described(first)}. Pad the rows of outputs and labels to one shape."
+            f"OnAllRows joins the rows of all batches, and this batch is {describe(batch)}, but "
+            f"the first was {describe(first)}. Pad the rows of outputs and labels to one shape."
         )
 
 
@@ -270,7 +270,7 @@ def _to_array(leaf: Any) -> Any:
 
 def _rebuild(template: Any, joined: Any) -> Any:
     """Put what was joined into the containers that the batches had."""
-    container = parts(template, inside=True)
+    container = take_apart(template, inside=True)
     if container is None or isinstance(joined, _Rows):
         return joined
     inner, build = container

@@ -40,7 +40,7 @@ class FillerBatch:
         self.batch = batch
 
 
-def unfilled(batch: Any) -> tuple[Any, bool]:
+def unwrap_filler(batch: Any) -> tuple[Any, bool]:
     """Return a batch, and whether it is a filler."""
     if isinstance(batch, FillerBatch):
         return batch.batch, True

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from minikeras import assemble
-from minikeras.batch import manner, to_device, unpack
+from minikeras.batch import choose_call, to_device, unpack
 from minikeras.joining import join
-from minikeras.modes import modes_kept, random_states_kept
+from minikeras.modes import keep_modes, keep_random_states
 from minikeras.nests import is_sharded, leaves, map_leaves
-from minikeras.phase import FillerBatch, unfilled
+from minikeras.phase import FillerBatch, unwrap_filler
 from minikeras.processes import OneProcess
 from minikeras.rows import RowCounter, UnknownRows, first_sizes, shapes_of
 from minikeras.run import prepare
-from minikeras.sources import empty
+from minikeras.sources import make_empty_error
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -48,50 +48,52 @@ def predict(
     run = model._run
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        batches = assemble.source_of_prediction(dl, batch_size, steps, device, OneProcess())
-        return joined(model, outputs_of(model, batches, device), device)
+        batches = assemble.make_source_of_prediction(dl, batch_size, steps, device, OneProcess())
+        return join_all(model, compute_all_outputs(model, batches, device), device)
     prepare(model, run)
     with run.engine.predicting():
-        batches = assemble.source_of_prediction(dl, batch_size, steps, run.device, run.world)
-        outputs = run.world.join_outputs(outputs_of(model, batches, run.device), everywhere)
+        batches = assemble.make_source_of_prediction(dl, batch_size, steps, run.device, run.world)
+        outputs = run.world.join_outputs(
+            compute_all_outputs(model, batches, run.device), everywhere
+        )
         if outputs is None:
             return None
-        return joined(model, outputs, run.device)
+        return join_all(model, outputs, run.device)
 
 
 # --- forward --------------------------------------------------------------------------------------
 
 
-def outputs_of(model: Model, batches: Iterable[Any], device: torch.device) -> Outputs:
+def compute_all_outputs(model: Model, batches: Iterable[Any], device: torch.device) -> Outputs:
     """Return the model's outputs for each batch."""
     outputs = Outputs()
-    compute_outputs = decorated_forward(model)
-    counter = RowCounter(lambda features: manner(model, features) == "unpacked")
+    compute_outputs = decorate_forward(model)
+    counter = RowCounter(lambda features: choose_call(model, features) == "unpacked")
     counter_of_features = RowCounter(counter.takes_several)
-    with modes_kept(model), torch.no_grad():
+    with keep_modes(model), torch.no_grad():
         model.eval()
         for batch in batches:
-            batch, is_filler = unfilled(batch)
+            batch, is_filler = unwrap_filler(batch)
             features, labels, _ = unpack(batch)
             rows = counter.count(features, labels)
             rows_alone = counter_of_features.count(features)
             if is_second_size(rows, features, rows_alone):
                 rows_alone = rows  # time first: the features alone would tell the wrong number
-            note(outputs, labels=rows, features=rows_alone)
+            note_rows(outputs, labels=rows, features=rows_alone)
             sizes = first_sizes(features)
             features = to_device(features, device)
-            piece = on_cpu(model, compute_outputs(features))
+            piece = move_outputs(model, compute_outputs(features))
             outputs.features = features
             outputs.pieces.append(FillerBatch(piece) if is_filler else piece)
-            outputs.rows.setdefault("outputs", []).append(agreed_size(piece, sizes))
+            outputs.rows.setdefault("outputs", []).append(find_agreed_size(piece, sizes))
             if len(outputs.pieces) == 1:
                 try:
-                    joined(model, outputs, device, final=False)  # says what is wrong at once
+                    join_all(model, outputs, device, final=False)  # says what is wrong at once
                 except ValueError as error:
                     refuse_single_row(model, features, error)
                     raise
     if not outputs.pieces:
-        raise empty(batches, "dl")
+        raise make_empty_error(batches, "dl")
     return outputs
 
 
@@ -108,14 +110,14 @@ def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
         ) from error
 
 
-def on_cpu(model: Model, outputs: Any) -> Any:
+def move_outputs(model: Model, outputs: Any) -> Any:
     """Return the outputs for a batch in float32, on the CPU."""
     if model._run is not None:
         outputs = model._run.stepper.outputs_for_user(outputs)
-    return map_leaves(off_device, outputs)
+    return map_leaves(move_to_cpu, outputs)
 
 
-def off_device(leaf: Any) -> Any:
+def move_to_cpu(leaf: Any) -> Any:
     """Move a tensor or packed sequence to the CPU, with no graph and in memory of its own.
 
     A key-value cache, which transformers' models return for the next token, is None: it is no
@@ -125,14 +127,14 @@ def off_device(leaf: Any) -> Any:
         return leaf.detach().to("cpu", copy=True)
     if isinstance(leaf, PackedSequence):
         return PackedSequence(
-            leaf.data.detach().to("cpu", copy=True), *(off_device(part) for part in leaf[1:])
+            leaf.data.detach().to("cpu", copy=True), *(move_to_cpu(part) for part in leaf[1:])
         )
     if hasattr(leaf, "get_seq_length"):
         return None
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
 
 
-def note(outputs: Outputs, **found: Any) -> None:
+def note_rows(outputs: Outputs, **found: Any) -> None:
     """Note the rows of a batch: by the rule of `evaluate`, and as the features alone have them."""
     for name, rows in found.items():
         if isinstance(rows, UnknownRows):
@@ -142,13 +144,13 @@ def note(outputs: Outputs, **found: Any) -> None:
 
 
 def is_second_size(rows: int | UnknownRows, features: Any, rows_alone: int | UnknownRows) -> bool:
-    """Tell whether the labels' number of rows is the second size of the features, and not the first."""
+    """Tell whether the labels' number of rows is the features' second size, and not the first."""
     if isinstance(rows, UnknownRows) or rows_alone in (1, rows):
         return False
     return any(rows in shape[1:2] for shape in shapes_of(features))
 
 
-def agreed_size(piece: Any, sizes: set[int]) -> int | None:
+def find_agreed_size(piece: Any, sizes: set[int]) -> int | None:
     """Return the first size of all outputs, if it is one of the features' or these have none."""
     found = first_sizes(piece)
     if len(found) == 1 and (not sizes or found <= sizes):
@@ -159,10 +161,10 @@ def agreed_size(piece: Any, sizes: set[int]) -> int | None:
 # --- joined ---------------------------------------------------------------------------------------
 
 
-def joined(model: Model, outputs: Outputs, device: torch.device, final: bool = True) -> Any:
+def join_all(model: Model, outputs: Outputs, device: torch.device, final: bool = True) -> Any:
     """Join the outputs of all batches, by the first way to count the rows that they fit."""
     first_error: ValueError | None = None
-    pieces = [unfilled(piece)[0] for piece in outputs.pieces]
+    pieces = [unwrap_filler(piece)[0] for piece in outputs.pieces]
     tried: list[list[int]] = []
     for name, counts in outputs.rows.items():
         if name == "outputs" and tried:
@@ -207,15 +209,15 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
     run = model._run
     probing = contextlib.nullcontext() if run is None else run.engine.probing()
     try:
-        with random_states_kept(device), modes_kept(model), torch.no_grad(), probing:
+        with keep_random_states(device), keep_modes(model), torch.no_grad(), probing:
             model.eval()
             changed_features = (features * 2)[:fewer] if by_item else map_leaves(changed, features)
-            return on_cpu(model, decorated_forward(model)(changed_features)), fewer
+            return move_outputs(model, decorate_forward(model)(changed_features)), fewer
     except Exception:
         return None  # a model for batches of one size
 
 
-def decorated_forward(model: Model) -> Callable[[Any], Any]:
+def decorate_forward(model: Model) -> Callable[[Any], Any]:
     """Return what computes outputs, as the stepper's parts decorate it."""
     if model._run is None:
         return model.compute_outputs

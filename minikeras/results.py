@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minikeras.errors import described, is_number
+from minikeras.errors import describe, is_number
 
 
 class Average(NamedTuple):
@@ -58,7 +58,7 @@ def check_number(name: str, value: Any, wait: bool = False) -> None:
     elif not is_number(value):
         refuse_several(name, value)
         raise ValueError(
-            f"{name} gave {described(value)}; expected one number: a float, a NumPy scalar, a 0-d "
+            f"{name} gave {describe(value)}; expected one number: a float, a NumPy scalar, a 0-d "
             "tensor, or minikeras.Average(total, count). Take the mean over the rows."
         )
 
@@ -73,7 +73,7 @@ def refuse_several(name: str, value: Any) -> None:
         keys = list(value)
         shown = f"[{keys[0]!r}]" if keys else "[...]"
         raise ValueError(
-            f"{name} gave a dict, {described(dict(value))}; expected one number. Return one of "
+            f"{name} gave a dict, {describe(dict(value))}; expected one number. Return one of "
             f"its values, such as {shown}, or their sum. The others can be metrics under names of "
             "their own."
         )
@@ -81,7 +81,7 @@ def refuse_several(name: str, value: Any) -> None:
         # a named tuple shows its parts too
         parts = value if isinstance(value, list) else tuple(value)
         raise ValueError(
-            f"{name} gave a {type(value).__name__}, {described(parts)}; expected one number. "
+            f"{name} gave a {type(value).__name__}, {describe(parts)}; expected one number. "
             "Return one part, such as [0], or the sum of several; or minikeras.Average(total, "
             "count), if they are a total and the count to divide it by."
         )
@@ -92,7 +92,7 @@ def check_average(name: str, average: Average, wait: bool = False) -> None:
     total, count = average
     if not is_number(total) or not is_number(count):
         raise ValueError(
-            f"{name} gave Average(total={described(total)}, count={described(count)}); expected a "
+            f"{name} gave Average(total={describe(total)}, count={describe(count)}); expected a "
             "number for each: a float or a 0-d tensor. Add up what counts with .sum()."
         )
     if isinstance(count, Tensor) and count.requires_grad:
@@ -122,7 +122,7 @@ def is_readable(number: Any) -> bool:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def scalar_loss(
+def reduce_loss(
     result: Any,
     sample_weight: Tensor | None = None,
     per_row: bool = False,
@@ -134,7 +134,7 @@ def scalar_loss(
     over the rows of value * weight is taken. Without it a value per row is refused, unless
     `per_row`. For `wait` see `check_number`.
 
-    >>> scalar_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
+    >>> reduce_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
     tensor(0.5000)
     """
     if not isinstance(result, Tensor):
@@ -144,56 +144,56 @@ def scalar_loss(
     if per_row and sample_weight is None and isinstance(result, Tensor):
         return result.mean()  # as with weights of 1
     if sample_weight is not None:
-        return weighted_loss(result, sample_weight)
+        return weigh_loss(result, sample_weight)
     if isinstance(result, Average):
         check_average("the loss", result, wait)
-        return Average(flat(result.total), flat(result.count))
+        return Average(flatten(result.total), flatten(result.count))
     if not is_number(result):
         refuse_several("the loss", result)
         raise ValueError(
-            f"the loss gave {described(result)}; expected one number, a 0-d tensor. "
+            f"the loss gave {describe(result)}; expected one number, a 0-d tensor. "
             f'Build it with reduction="mean", or end it with .mean().'
         )
-    loss: Tensor = flat(result)
+    loss: Tensor = flatten(result)
     return loss
 
 
-def weighted_loss(result: Any, sample_weight: Tensor) -> Tensor:
+def weigh_loss(result: Any, sample_weight: Tensor) -> Tensor:
     """The mean over the rows of a loss per row times its weight."""
     rows = len(sample_weight)
     if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
         raise ValueError(
             f"the batches carry a sample_weight, their third part, so the loss must have a value "
             f"per row: expected "
-            f'shape ({rows},), got {described(result)}. Build it with reduction="none"; two '
+            f'shape ({rows},), got {describe(result)}. Build it with reduction="none"; two '
             f"inputs are ((a, b), y)."
         )
     return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
 
 
-def inner_loss(loss_func: Any) -> Any:
+def unwrap_loss(loss_func: Any) -> Any:
     """Return the loss that `Regularized` wraps, or the loss itself."""
     return loss_func.loss_func if getattr(type(loss_func), "wraps_loss", False) else loss_func
 
 
-def flat(number: Any) -> Any:
+def flatten(number: Any) -> Any:
     """A tensor of one element without dimensions; another number as it is."""
     if isinstance(number, Tensor) and number.ndim:
         return number.reshape(())
     return number
 
 
-def mean_of(loss: Any) -> Any:
+def get_mean(loss: Any) -> Any:
     """The number to differentiate: of an `Average` its mean, and 0 where nothing was counted."""
     if not isinstance(loss, Average):
         return loss
     count = loss.count
     if isinstance(count, Tensor):
-        return counted_total(loss) / torch.where(count == 0, 1, count)
-    return counted_total(loss) / (count or 1)
+        return get_total(loss) / torch.where(count == 0, 1, count)
+    return get_total(loss) / (count or 1)
 
 
-def counted_total(average: Average) -> Any:
+def get_total(average: Average) -> Any:
     """The total, or 0 where the count is 0, even if the total is NaN then."""
     total, count = average
     if is_readable(count):
@@ -205,12 +205,12 @@ def counted_total(average: Average) -> Any:
     return total
 
 
-def with_gradient(loss: Any) -> Tensor:
+def check_gradient(loss: Any) -> Tensor:
     """The loss as backward takes it."""
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         refuse_several("backward was given a loss that", loss)
         raise ValueError(
-            f"the loss is {described(loss)} without a gradient: it does not depend on any "
+            f"the loss is {describe(loss)} without a gradient: it does not depend on any "
             "trainable parameter. Compute it from the model's outputs in torch, without detach, "
             ".item() or NumPy."
         )

@@ -22,8 +22,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from minikeras.errors import described, is_number
-from minikeras.nests import leaves, parts
+from minikeras.errors import describe, is_number
+from minikeras.nests import leaves, take_apart
 
 
 class UnknownRows:
@@ -128,7 +128,7 @@ class RowCounter:
             return 1
         if given is None:
             return UnknownRows(
-                f"there is no tensor in features {described(features)}, labels {described(labels)}"
+                f"there is no tensor in features {describe(features)}, labels {describe(labels)}"
             )
         if given.single:
             return 1
@@ -140,7 +140,7 @@ class RowCounter:
         """Choose one of the numbers left: at most the items of a list, and the first size in it."""
         if not candidates:
             return UnknownRows(
-                f"first sizes differ in features {described(features)}, labels {described(labels)}"
+                f"first sizes differ in features {describe(features)}, labels {describe(labels)}"
             )
         is_list = wanted.is_list or given.is_list
         if len(candidates) == 1:
@@ -188,7 +188,7 @@ class RowCounter:
             was, now = now, was
         return UnknownRows(
             f"so far the rows of a list were taken to be the {was}, and this batch has the {now} "
-            f"for it, with features {described(features)}, labels {described(labels)}"
+            f"for it, with features {describe(features)}, labels {describe(labels)}"
         )
 
     def _count_apart(
@@ -236,7 +236,7 @@ class RowCounter:
     def _report_disagreement(self, features: Any, labels: Any) -> UnknownRows:
         """Say that features and labels do not agree."""
         return UnknownRows(
-            f"features {described(features)} and labels {described(labels)} do not agree on them"
+            f"features {describe(features)} and labels {describe(labels)} do not agree on them"
         )
 
 
@@ -283,7 +283,7 @@ def first_size(nest: Any, unknown: int | None = None) -> int:
     if unknown is not None:
         return unknown
     if not all(leaf is None or is_number(leaf) for leaf in all_leaves):
-        UnknownRows(f"there is no tensor in {described(nest)}").refuse()
+        UnknownRows(f"there is no tensor in {describe(nest)}").refuse()
     return 1
 
 
@@ -297,7 +297,7 @@ def get_stated_rows(nest: Any) -> int | None:
         rows = None
     if isinstance(rows, int) and not isinstance(rows, bool):
         return rows
-    container = parts(nest, inside=True)
+    container = take_apart(nest, inside=True)
     if container is None:
         return None
     for part in container[0]:
@@ -320,7 +320,7 @@ def read_sizes(nest: Any) -> Reading | None:
         return Reading({int(nest.shape[0])}) if nest.ndim else Reading(single=True)
     if is_number(nest) or isinstance(nest, (str, bytes)):
         return Reading(single=True)
-    container = parts(nest, inside=True)
+    container = take_apart(nest, inside=True)
     if container is None:
         return None
     inner = container[0]
@@ -355,7 +355,7 @@ def may_be_rows(items: list[Any]) -> bool:
     if all(map(is_array, items)):
         return len({(leaf.dtype, leaf.ndim) for leaf in items}) == 1
     for item in items:
-        if parts(item, inside=True) is None or type(item) is not type(items[0]):
+        if take_apart(item, inside=True) is None or type(item) is not type(items[0]):
             return False
     return True
 

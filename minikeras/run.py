@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.columns import column_order, rate_name
+from minikeras.columns import rate_name, sort_columns
 from minikeras.engine import Eager
 from minikeras.hooks import Fit
 from minikeras.modes import TrainingModes
@@ -73,7 +73,7 @@ class Run:
                 names[name] = None
         rows = [rates | logs for logs, rates in self.epochs]  # a rate that a callback logs stays
         columns = {}
-        for name in column_order(names):
+        for name in sort_columns(names):
             columns[name] = [row.get(name, math.nan) for row in rows]
         return pd.DataFrame(columns, pd.RangeIndex(len(rows)))  # the epoch's number is one more
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from minikeras.arrays import FetchedRows, TensorRows, is_array, numbers_as_tensor
-from minikeras.errors import positive_int
-from minikeras.nests import cloned, leaves, map_leaves
+from minikeras.arrays import FetchedRows, TensorRows, array_to_tensor, is_array
+from minikeras.errors import check_positive_int
+from minikeras.nests import clone_tensor, leaves, map_leaves
 
 ONLY_ONCE = (
     "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts "
@@ -37,7 +37,7 @@ class Fetch:
             return TensorRows(array)
         if not isinstance(array, np.ndarray):
             array = np.asarray(array)
-        return TensorRows(numbers_as_tensor(array, name))
+        return TensorRows(array_to_tensor(array, name))
 
     def unequal_lengths(self, name: str, arrays: Any, lengths: list[int]) -> ValueError:
         """Return the error for arrays that have not the same number of rows."""
@@ -107,10 +107,10 @@ def as_batches(
             f"{name} is a {type(data).__name__}, {ONLY_ONCE}{steps}. It was to last for {passes} "
             f"epochs."
         )
-    size = 32 if batch_size is None else positive_int("batch_size", batch_size)
+    size = 32 if batch_size is None else check_positive_int("batch_size", batch_size)
     if isinstance(data, Dataset):
-        if length(data) == 0:
-            raise empty(data, name)
+        if find_length(data) == 0:
+            raise make_empty_error(data, name)
         shuffle = shuffle and not isinstance(data, IterableDataset)
         return cast(Iterable[Any], fetch.loader(DataLoader(data, size, shuffle=shuffle), device))
     if not is_batched(data):
@@ -185,7 +185,7 @@ class ArrayBatches:
         size = min(self.batch_size, self.rows)
         if self.shuffle or size == 0:
             return None
-        return map_leaves(cloned, next(self.gathered(torch.arange(size), size)))
+        return map_leaves(clone_tensor, next(self.gathered(torch.arange(size), size)))
 
     def order(self) -> Tensor:
         """The row numbers of an epoch, (rows,) int64."""
@@ -278,10 +278,10 @@ class ContinuedBatches:
                 f"{self.name} ended after {self.given} batches, and steps_per_epoch={self.steps} "
                 f"needs more: {why}."
             )
-        raise empty(self.batches, self.name)
+        raise make_empty_error(self.batches, self.name)
 
 
-def length(batches: Any) -> int | None:
+def find_length(batches: Any) -> int | None:
     """How many batches there are, or None where that is not known ahead."""
     try:
         return len(batches)
@@ -290,11 +290,14 @@ def length(batches: Any) -> int | None:
         return None
 
 
-def empty(batches: Any, name: str) -> ValueError:
+def make_empty_error(batches: Any, name: str) -> ValueError:
     """The error for data that gave no batch, with the reason."""
     processes, batches = processes_of(batches), getattr(batches, "loader", batches)
     dataset = batches if isinstance(batches, Dataset) else getattr(batches, "dataset", None)
-    rows, size = None if dataset is None else length(dataset), getattr(batches, "batch_size", None)
+    rows, size = (
+        None if dataset is None else find_length(dataset),
+        getattr(batches, "batch_size", None),
+    )
     reason = "iterating it ended at once"
     if rows == 0 or getattr(batches, "rows", None) == 0:
         reason = "its dataset has no rows" if rows == 0 else "its arrays have no rows"

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from minikeras.errors import did_you_mean
 from minikeras.phase import Batch
-from minikeras.results import mean_of, with_gradient
+from minikeras.results import check_gradient, get_mean
 
 Restore = Callable[[], None]
 
@@ -210,7 +210,7 @@ class Stepper:
 
     def _backward_through_parts(self, result: Any, batch: Batch, name: str | None = None) -> None:
         """Fill the gradients of a loss: of every parameter, or of those of the optimizer `name`."""
-        total = with_gradient(result if isinstance(result, Tensor) else mean_of(result))
+        total = check_gradient(result if isinstance(result, Tensor) else get_mean(result))
         optimizers = self.all
         inputs = None
         if name is not None:

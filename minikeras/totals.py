@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.columns import check_columns, columns_of
+from minikeras.columns import check_columns, find_columns
 from minikeras.metric_objects import (
+    find_syncing_parts,
+    get_state,
     is_stateful,
     needs_all_rows,
-    parts_that_sync,
     set_state,
     source_of,
-    state_of,
 )
-from minikeras.nests import detached, map_leaves
+from minikeras.nests import detach_nest, map_leaves
 from minikeras.processes import OneProcess
 from minikeras.results import Average, Result, check_average, check_number
 from minikeras.rows import UnknownRows
@@ -69,7 +69,7 @@ class Totals(Mapping[str, float]):
     def state_dict(self) -> dict[str, Any]:
         """Where the totals stand."""
         objects = {
-            name: state_of(metric, f"metric {name!r}") for name, metric in self.objects.items()
+            name: get_state(metric, f"metric {name!r}") for name, metric in self.objects.items()
         }
         own = {
             "sums": self.sums,
@@ -130,7 +130,7 @@ class Totals(Mapping[str, float]):
 
     def _add_average(self, name: str, average: Average) -> None:
         check_average(f"{name!r}", average)
-        total, count = detached(average)
+        total, count = detach_nest(average)
         total = total.reshape(()) if isinstance(total, Tensor) else float(total)
         if not isinstance(count, Tensor):
             if count != 0:  # a total over nothing may be NaN
@@ -182,7 +182,7 @@ class Totals(Mapping[str, float]):
         metric = self.objects[name]
 
         def read(answer: Any) -> dict[str, float]:
-            return columns_of(name, answer, source_of(metric))
+            return find_columns(name, answer, source_of(metric))
 
         try:
             return self.world.compute_metric(metric, read)
@@ -204,8 +204,8 @@ class Totals(Mapping[str, float]):
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # of rows that are too few
-                        asked = metric if parts_that_sync(metric) else copy.deepcopy(metric)
-                        columns = columns_of(name, asked.compute())
+                        asked = metric if find_syncing_parts(metric) else copy.deepcopy(metric)
+                        columns = find_columns(name, asked.compute())
                 except Exception:
                     columns = {}
             self.answers[name] = columns

@@ -22,7 +22,7 @@ from helpers.metrics import mse
 from torch import nn
 
 from minikeras import Average
-from minikeras.errors import described
+from minikeras.errors import describe
 
 BCE = nn.BCELoss()
 LOGITS = nn.BCEWithLogitsLoss()
@@ -183,7 +183,7 @@ def test_metric_average_with_a_wrong_count_is_refused_before_a_weight_moves(coun
     "pair", [(0.5, 0.25), (0.0, 0.0), (1.0, 1.0), (torch.tensor(0.5), torch.tensor(8))]
 )
 def test_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
-    message = f"gave a tuple, {described(pair)}; expected one number. Return one part, ..."
+    message = f"gave a tuple, {describe(pair)}; expected one number. Return one part, ..."
     refused_metric(lambda p, t: pair, message)
 
 

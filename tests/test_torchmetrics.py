@@ -14,7 +14,7 @@ from helpers.models import compiled, points
 from torch import nn
 
 import minikeras
-from minikeras.columns import columns_of
+from minikeras.columns import find_columns
 
 CLASSES = 5
 # the last batch has 5 rows
@@ -394,7 +394,7 @@ class Column(nn.Module):
 def whole(metric, y_pred, y_true):
     """Return torchmetrics's value of all rows in one update, as columns of a history."""
     metric.update(y_pred, y_true)
-    return columns_of("m", metric.compute())
+    return find_columns("m", metric.compute())
 
 
 # theirs

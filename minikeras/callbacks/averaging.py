@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from minikeras.callback import Callback
-from minikeras.errors import real
+from minikeras.errors import check_number_in_range
 from minikeras.support.sharded_tensors import as_part
 
 
@@ -66,7 +66,9 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999, evaluate: bool = False) -> None:
-        self.decay: float = real("decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1)
+        self.decay: float = check_number_in_range(
+            "decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1
+        )
         self.evaluate = evaluate
         # not torch's AveragedModel: it waits for the GPU at each update
         self.update_average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)

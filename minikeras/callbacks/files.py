@@ -14,7 +14,7 @@ from typing import Any
 
 from minikeras.callback import Callback
 from minikeras.callbacks.monitor import Monitor, MonitoringCallback, is_skipped, unknown_name
-from minikeras.columns import column_order
+from minikeras.columns import sort_columns
 from minikeras.support.atomic import check_writable, previous, write
 from minikeras.support.paths import fix, follow_links, refuse_special, same_place, user_path
 
@@ -196,7 +196,7 @@ class CSVLogger(Callback):
         self.columns = header
         if not {"epoch", *names} <= set(self.columns):
             names = list(dict.fromkeys([*self.columns, *names]))
-            self.columns = ["epoch", *column_order(name for name in names if name != "epoch")]
+            self.columns = ["epoch", *sort_columns(name for name in names if name != "epoch")]
 
         def dump(new: Path) -> None:
             with new.open("w", newline="", encoding="utf-8") as file:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from minikeras.callback import Callback
-from minikeras.columns import mode_of
-from minikeras.errors import did_you_mean, real
+from minikeras.columns import infer_mode
+from minikeras.errors import check_number_in_range, did_you_mean
 
 
 class MonitoringCallback(Callback):
@@ -40,7 +40,7 @@ class Monitor:
     def __init__(self, owner: str, name: str, mode: str = "auto", min_delta: float = 0.0) -> None:
         self.owner = owner
         self.name = name
-        self.min_delta: float = real(
+        self.min_delta: float = check_number_in_range(
             "min_delta", min_delta, "of 0 or more", lambda delta: 0 <= delta < math.inf
         )
         if mode not in ("auto", "min", "max"):
@@ -52,7 +52,7 @@ class Monitor:
         self.worst: float = -self.sign * math.inf
 
     def _infer_mode(self) -> str:
-        mode = mode_of(self.name)
+        mode = infer_mode(self.name)
         if mode is None:
             raise ValueError(
                 f"{self.owner} cannot tell from the name {self.name!r} whether more or less "

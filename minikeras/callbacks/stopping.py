@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minikeras.callback import Callback
 from minikeras.callbacks.monitor import Monitor, MonitoringCallback
-from minikeras.errors import real, whole_number
+from minikeras.errors import check_number_in_range, check_whole_number
 from minikeras.support.sharded_tensors import load_whole
 
 
@@ -66,12 +66,14 @@ class EarlyStopping(MonitoringCallback):
         start_from_epoch: int = 0,
     ) -> None:
         self.monitor: Monitor = Monitor("EarlyStopping", monitor, mode, min_delta)
-        self.patience: int = max(whole_number("patience", patience, least=0), 1)
+        self.patience: int = max(check_whole_number("patience", patience, least=0), 1)
         self.baseline: float | None = None
         if baseline is not None:
-            self.baseline = real("baseline", baseline, "or None")
+            self.baseline = check_number_in_range("baseline", baseline, "or None")
         self.restore_best_weights = restore_best_weights
-        self.start_from_epoch: int = whole_number("start_from_epoch", start_from_epoch, least=0)
+        self.start_from_epoch: int = check_whole_number(
+            "start_from_epoch", start_from_epoch, least=0
+        )
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
@@ -159,7 +161,7 @@ class Timer(Callback):
     def __init__(self, max_seconds: float | timedelta) -> None:
         if isinstance(max_seconds, timedelta):
             max_seconds = max_seconds.total_seconds()
-        self.max_seconds: float = real(
+        self.max_seconds: float = check_number_in_range(
             "max_seconds", max_seconds, "of seconds above 0, or a timedelta", lambda s: s > 0
         )
         self.on_fit_begin()

@@ -44,7 +44,7 @@ from torch.utils.data import (
 
 from minikeras.checkpoint.checksums import batch_checksum
 from minikeras.errors import CheckpointError
-from minikeras.sources import length
+from minikeras.sources import find_length
 from minikeras.support.loaders import (
     DRAWN_AT_ONCE,
     base_of,
@@ -135,7 +135,7 @@ class Positioned:
             "start": self.start,
             "seen": self.seen,
             "loader": state,
-            "steps": length(self.batches),
+            "steps": find_length(self.batches),
             "epochs": self.epochs,
             "draws": self._position_of_draws(),
             "first": self.first,
@@ -161,7 +161,7 @@ class Positioned:
                 f"the checkpoint holds the position of a loader with state_dict, and {self.name} "
                 f"is a {type(self.loader).__name__} without one. Give the same data as before."
             )
-        now = length(self.batches)
+        now = find_length(self.batches)
         if position["loader"] is None and now is not None and position["seen"] > now:
             raise ended_before(position["seen"], self.name, now)
 
@@ -174,7 +174,9 @@ class Positioned:
         now = self.randomness.states()
         self.start = position["start"]
         self.seen = position["seen"]
-        warn_of_another_epoch(position.get("steps"), length(self.batches), self.seen, self.name)
+        warn_of_another_epoch(
+            position.get("steps"), find_length(self.batches), self.seen, self.name
+        )
         self.randomness.restore(self.start)
         epochs = epochs_of(self.loader)
         # with steps_per_epoch the iteration may have begun in an earlier epoch

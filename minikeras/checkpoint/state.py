@@ -54,7 +54,7 @@ from minikeras.checkpoint.weights import (
     set_buffers,
     weights_of,
 )
-from minikeras.errors import CheckpointError, positive_int
+from minikeras.errors import CheckpointError, check_positive_int
 from minikeras.hooks import Fit, Hook, Position
 from minikeras.processes import OneProcess
 from minikeras.stepper import Stepper
@@ -87,7 +87,7 @@ class Checkpoint(Hook):
     def __init__(self, path: str | Path, every: int | None = None) -> None:
         self.path = path_of_run(path)
         self.place = fix(self.path)  # a callback may chdir
-        self.every = None if every is None else positive_int("checkpoint_every", every)
+        self.every = None if every is None else check_positive_int("checkpoint_every", every)
         self.state: Any = None  # what to resume from
         self.whole = True  # the newest file is complete; else it is not worth keeping as NAME.prev
         self.written = ""  # the last writing, for messages

@@ -28,7 +28,7 @@ from minikeras.callback import Callback
 from minikeras.checkpoint.file import remedy_of_fit
 from minikeras.checkpoint.plain import restored
 from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
-from minikeras.errors import CheckpointError, described, is_number
+from minikeras.errors import CheckpointError, describe, is_number
 from minikeras.support.reachable import is_order, is_plain
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def show(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)[:60]
-    return described(value)[:60]
+    return describe(value)[:60]
 
 
 def check_state(state: Any, path: Path) -> None:

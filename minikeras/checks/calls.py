@@ -116,11 +116,11 @@ def _show_error(error: TypeError) -> str:
 def explain_constructor(
     verb: str, signature: inspect.Signature, args: Any, kwargs: dict[str, Any], error: TypeError
 ) -> str:
-    """Say that `compile` takes the loss and the optimizer, which torchkeras's `KerasModel` takes."""
+    """Say that `compile` takes the loss and the optimizer; torchkeras's `KerasModel` takes them."""
     line = write_compile((), dict(kwargs))
     return (
-        f"Model() {_show_error(error)}; expected a network alone, and compile takes the loss and the "
-        f"optimizer. Write model = minikeras.Model(net), then model.compile({line})."
+        f"Model() {_show_error(error)}; expected a network alone, and compile takes the loss and "
+        f"the optimizer. Write model = minikeras.Model(net), then model.compile({line})."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minikeras.checks.broadcast import CLASS_LOSSES
 from minikeras.checks.classes import explain_class_dimension
 from minikeras.checks.half import half_probabilities
-from minikeras.errors import described, dtype_name, failing_layer
+from minikeras.errors import describe, dtype_name, find_failing_layer
 from minikeras.nests import leaves
 from minikeras.processes import OneProcess
 
@@ -193,7 +193,7 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
 
     Known causes are raised again with their remedy; any other error gets a note.
     """
-    failure = failing_layer(error, model)
+    failure = find_failing_layer(error, model)
     if failure is None:
         _explain_call(error, model, features)
         return
@@ -221,7 +221,7 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
     shown = type(layer).__name__ if list(layer.children()) else str(layer)
     if name:
         shown = f"layer {name}: {shown}"
-    error.add_note(f"{shown} was given {described(given)}{hint}")
+    error.add_note(f"{shown} was given {describe(given)}{hint}")
 
 
 def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikeras.errors import described
+from minikeras.errors import describe
 
 
 def check_not_half(loss_func: Any, outputs: Any) -> None:
@@ -33,7 +33,7 @@ def check_not_half(loss_func: Any, outputs: Any) -> None:
 def half_probabilities(outputs: Any) -> str:
     """Return what is wrong with a loss of probabilities under autocast, and what to use instead."""
     return (
-        f"the loss takes probabilities, and the model's outputs are {described(outputs)} under "
+        f"the loss takes probabilities, and the model's outputs are {describe(outputs)} under "
         f"autocast: those near 1 become 1, with a loss of 100 or none. Leave the sigmoid out of "
         f"the model and take nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile "
         f'with precision="fp32".'

@@ -23,11 +23,11 @@ from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
-from minikeras.errors import described, dtype_name
+from minikeras.errors import describe, dtype_name
 from minikeras.metric_objects import is_stateful
 from minikeras.nests import leaves
 from minikeras.overrides import overrides
-from minikeras.results import check_number, inner_loss
+from minikeras.results import check_number, unwrap_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import parameters_of
 
@@ -57,9 +57,7 @@ def guarded(
                 ". The batches are features alone: give (features, labels), for an autoencoder "
                 "(X, X)."
             )
-        error.add_note(
-            f"{name}, given y_pred {described(outputs)}, y_true {described(labels)}{hint}"
-        )
+        error.add_note(f"{name}, given y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
         raise
     if scalar:
         check_number(name, result, wait=True)
@@ -83,7 +81,7 @@ def check_loss_inputs(
         warn: whether the batch is of the training.
         fitting: whether a fit is running.
     """
-    loss_func = inner_loss(loss_func)
+    loss_func = unwrap_loss(loss_func)
     check_not_half(loss_func, outputs)
     check_one_tensor(loss_func, outputs, labels)
     # by its forward: a subclass may do something else with labels
@@ -119,7 +117,7 @@ def check_loss_inputs(
 
 def is_of_torch(loss_func: Any) -> bool:
     """Tell whether a loss is one of torch's, which all compare with labels."""
-    loss_func = inner_loss(loss_func)
+    loss_func = unwrap_loss(loss_func)
     forward = getattr(type(loss_func), "forward", None)
     of_torch = getattr(forward, "__module__", "") == "torch.nn.modules.loss"
     return of_torch or getattr(loss_func, "__module__", "") == F.__name__
@@ -141,15 +139,15 @@ def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
     name = getattr(loss_func, "__name__", type(loss_func).__name__)
     if any(isinstance(label, str) for label in leaves(labels)):
         raise ValueError(
-            f"the labels are text, {described(labels)}, and {name} compares numbers. Number the "
+            f"the labels are text, {describe(labels)}, and {name} compares numbers. Number the "
             f"classes first, for instance with numbers, classes = pandas.factorize(labels), and "
             f"pass torch.tensor(numbers)."
         )
     if isinstance(outputs, Tensor):
-        which = f"the labels are {described(labels)}"
+        which = f"the labels are {describe(labels)}"
         remedy = "Give the labels as one tensor"
     else:
-        which = f"the model gave {described(outputs)}"
+        which = f"the model gave {describe(outputs)}"
         remedy = "Let forward return the part that is compared"
         if isinstance(outputs, tuple):
             remedy = "Let forward return the first part alone, if that is compared"
@@ -180,7 +178,7 @@ def check_results(results: Any, step: Callable[..., Any]) -> None:
     name = getattr(step, "__name__", "the step")
     if not isinstance(results, Mapping) or not results:
         raise TypeError(
-            f"{name} returned {described(results)}; expected a dict of name -> number for the "
+            f"{name} returned {describe(results)}; expected a dict of name -> number for the "
             f'history. Return for instance {{"loss": loss}}.'
         )
     for key, value in results.items():
@@ -251,7 +249,7 @@ def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
             return
     raise ValueError(
         f"the third part of a batch is a weight per row: expected shape ({rows},), got "
-        f"{described(sample_weight)}. Put several inputs into a tuple of their own: ((a, b), "
+        f"{describe(sample_weight)}. Put several inputs into a tuple of their own: ((a, b), "
         f"labels)."
     )
 
@@ -363,7 +361,7 @@ def network(net: nn.Module) -> nn.Module:
     """
     if isinstance(net, nn.Module):
         return net
-    got = f"{described(net)}. Pass nn.Sequential(*layers), or subclass Model and write its forward."
+    got = f"{describe(net)}. Pass nn.Sequential(*layers), or subclass Model and write its forward."
     if isinstance(net, type):
         got = f"the class {net.__name__}. Pass an instance, {net.__name__}(...)."
     raise TypeError(f"Model wraps a torch.nn.Module, got {got}")

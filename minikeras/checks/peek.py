@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from minikeras.nests import cloned, map_leaves
+from minikeras.nests import clone_tensor, map_leaves
 
 
 def first_rows(batches: Iterable[Any]) -> Any:
@@ -17,6 +17,6 @@ def first_rows(batches: Iterable[Any]) -> Any:
     if type(batches) is list:
         if batches and batches[0] is None:
             raise TypeError("the first batch is None; expected (features, labels).")
-        return map_leaves(cloned, batches[0]) if batches else None
+        return map_leaves(clone_tensor, batches[0]) if batches else None
     first = getattr(batches, "first", None)
     return first() if callable(first) else None

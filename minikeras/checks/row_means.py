@@ -21,7 +21,7 @@ from torch import Tensor
 from minikeras.checks.twin import twin_of
 from minikeras.errors import is_number
 from minikeras.joining import join
-from minikeras.nests import cloned, leaves, map_leaves, parts
+from minikeras.nests import clone_tensor, leaves, map_leaves, take_apart
 from minikeras.processes import OneProcess
 from minikeras.rows import UnknownRows, count_rows
 from minikeras.support.randomness import Randomness
@@ -119,7 +119,7 @@ class RowMeanCheck:
                 return batch, 0
             if rows >= LEAST:
                 return batch, rows
-            self.small.append((map_leaves(cloned, batch), rows))
+            self.small.append((map_leaves(clone_tensor, batch), rows))
             pieces, sizes = zip(*self.small, strict=True)
             return join(list(pieces), list(sizes)), sum(sizes)
         except Exception:  # they cannot be joined, such as sequences of different lengths
@@ -192,7 +192,7 @@ def _judge_function(metric: Any, outputs: Any, labels: Any, rows: int) -> int:
 
 def _compute(function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
     """Call a function on copies, since it may work in place; return a float, a tuple or None."""
-    outputs, labels = map_leaves(cloned, (outputs, labels))
+    outputs, labels = map_leaves(clone_tensor, (outputs, labels))
     with torch.no_grad():
         value = function(outputs, labels)
     if isinstance(value, tuple):
@@ -245,7 +245,7 @@ def _select(nest: Any, index: Tensor, rows: int) -> tuple[Any, bool]:
         return nest.index_select(0, index.to(nest.device)), True
     if isinstance(nest, list) and len(nest) == rows and not _has_columns(nest, rows):
         return [nest[row] for row in index.tolist()], True
-    container = parts(nest)
+    container = take_apart(nest)
     if container is None:
         return nest, False
     inner, build = container

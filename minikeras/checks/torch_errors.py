@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minikeras.errors import described, dtype_name
+from minikeras.errors import describe, dtype_name
 from minikeras.rows import first_size
 
 
@@ -88,7 +88,7 @@ def explain_step(error: Exception, features: Any, labels: Any) -> None:
     half = "smaller inputs"
     if rows > 1:
         half = f"batch_size={rows // 2}, with accumulate=2 for the same gradient"
-    shapes = f"features {described(features)}, labels {described(labels)}"
+    shapes = f"features {describe(features)}, labels {describe(labels)}"
     error.add_note(f'The batch was {shapes}. Try {half}; precision="bf16"; or a smaller model.')
     for frame, _ in traceback.walk_tb(error.__traceback__):
         with contextlib.suppress(RuntimeError):  # those that still run

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from minikeras.batch import move_to_device
 from minikeras.checks.inputs import check_batch, check_results, needs_labels
 from minikeras.checks.peek import first_rows
-from minikeras.modes import modes_kept
+from minikeras.modes import keep_modes
 from minikeras.nests import map_leaves
 from minikeras.overrides import overrides
 from minikeras.phase import NO_BATCH
@@ -70,7 +70,7 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
     phase.totals.reset()
     phase.begin_pass()
     try:
-        with modes_kept(model, loss), torch.no_grad():
+        with keep_modes(model, loss), torch.no_grad():
             model.eval()
             loss.eval()
             step = run.stepper.decorated("around_step", model.evaluate_step)

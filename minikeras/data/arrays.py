@@ -44,7 +44,7 @@ from minikeras.arrays import (
     unmask,
     view_as_tensor,
 )
-from minikeras.errors import described
+from minikeras.errors import describe
 from minikeras.nests import map_leaves
 
 LISTS = (
@@ -566,7 +566,7 @@ def unequal_lengths(name: str, arrays: Any, lengths: list[int]) -> ValueError:
     shown = " and ".join(sizes[:3])
     if len(sizes) > 3:
         shown += " and ..."
-    got = described(
+    got = describe(
         map_leaves(lambda rows: torch.empty(rows.shape, dtype=rows.dtype, device="meta"), arrays)
     )
     hint = ""

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from minikeras.nests import cloned, map_leaves
-from minikeras.sources import length
+from minikeras.nests import clone_tensor, map_leaves
+from minikeras.sources import find_length
 
 SURELY_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 LEAST = 1000  # batches of a pass of unknown length before it is called long
@@ -31,7 +31,7 @@ class FirstBatches:
         self.steps = steps
 
     def __len__(self) -> int:
-        known = length(self.batches)
+        known = find_length(self.batches)
         return self.steps if known is None else min(self.steps, known)
 
     def __iter__(self) -> Iterator[Any]:
@@ -40,7 +40,7 @@ class FirstBatches:
     def first(self) -> Any:
         """Return a copy of the first batch if that needs no reading; else None."""
         if type(self.batches) is list:
-            return map_leaves(cloned, self.batches[0]) if self.batches else None
+            return map_leaves(clone_tensor, self.batches[0]) if self.batches else None
         first = getattr(self.batches, "first", None)
         return first() if callable(first) else None
 
@@ -67,7 +67,7 @@ class Watched:
             yield batch
 
 
-def limited(
+def limit_batches(
     batches: Iterable[Any],
     steps: int | None,
     name: str,
@@ -85,7 +85,7 @@ def limited(
     """
     if steps is not None:
         return FirstBatches(batches, steps)
-    if length(batches) is None:
+    if find_length(batches) is None:
         return Watched(batches, name, argument, limit)
     return batches
 
@@ -109,4 +109,4 @@ def long_pass(training: Iterable[Any], steps_per_epoch: int | None) -> int:
     """Return after how many batches a pass of validation is longer than the training suggests."""
     if steps_per_epoch is not None:
         return max(LEAST_OF_STEPS, TIMES * steps_per_epoch)
-    return max(LEAST, TIMES * (length(training) or 0))
+    return max(LEAST, TIMES * (find_length(training) or 0))

@@ -10,18 +10,18 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from minikeras.distributed.world import World
-from minikeras.nests import parts
-from minikeras.phase import unfilled
+from minikeras.nests import take_apart
+from minikeras.phase import unwrap_filler
 from minikeras.prediction import Outputs
 from minikeras.rows import UnknownRows
 
 
 def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None:
     """Return the outputs of all processes, by step and rank; None if they are not wanted here."""
-    template, _ = unfilled(outputs.pieces[0])
+    template, _ = unwrap_filler(outputs.pieces[0])
     own = []
     for filled in outputs.pieces:
-        piece, is_filler = unfilled(filled)
+        piece, is_filler = unwrap_filler(filled)
         own.append(None if is_filler else plain(piece))
     why = None if outputs.unknown is None else outputs.unknown.why
     found = world.gather([own, outputs.rows, why], everywhere)
@@ -57,7 +57,7 @@ def plain(nest: Any) -> Any:
         return ["packed", list(nest)]
     if isinstance(nest, np.ndarray):
         return ["array", torch.from_numpy(nest)]
-    found = parts(nest)
+    found = take_apart(nest)
     if found is None:
         return ["leaf", nest]
     return ["parts", [plain(part) for part in found[0]]]
@@ -72,7 +72,7 @@ def rebuilt(sent: Any, template: Any) -> Any:
         return value.numpy()
     if kind == "leaf":
         return value
-    found = parts(template)
+    found = take_apart(template)
     if found is not None and len(found[0]) == len(value):
         items = [rebuilt(part, like) for part, like in zip(value, found[0], strict=True)]
         return found[1](items)

@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from minikeras.distributed.world import World
 from minikeras.phase import FillerBatch
-from minikeras.sources import ArrayBatches, length
+from minikeras.sources import ArrayBatches, find_length
 from minikeras.support.loaders import asked, draw_seed, drawn, draws_at_once, with_sampler
 from minikeras.support.randomness import Randomness
 
@@ -128,7 +128,7 @@ class Sharded:
             size = self.batches.rows
             unit = "rows"
         else:
-            size = length(self.loader) or 0
+            size = find_length(self.loader) or 0
             unit = "batches"
         most, negative_least = self.world.agree(size, -size)
         if most != -negative_least:

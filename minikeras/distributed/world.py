@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from minikeras.distributed import shards
-from minikeras.metric_objects import needs_all_rows, parts_that_sync
+from minikeras.metric_objects import find_syncing_parts, needs_all_rows
 from minikeras.nests import is_sharded
 from minikeras.processes import OneProcess
 from minikeras.run import parameters_of
@@ -259,7 +259,7 @@ class World(OneProcess):
         """
         if needs_all_rows(metric):
             return
-        parts = parts_that_sync(metric)
+        parts = find_syncing_parts(metric)
         if not parts:
             raise TypeError(
                 f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several "

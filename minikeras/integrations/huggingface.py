@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import minikeras
-from minikeras.errors import described
+from minikeras.errors import describe
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -166,7 +166,7 @@ def _find_unsaved(
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     for place, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL and len(args) > place:
-            return {f"*{parameter.name}": described(args[place:])}  # these have no names
+            return {f"*{parameter.name}": describe(args[place:])}  # these have no names
     defaults = {parameter.name: parameter.default for parameter in parameters}
     arguments = dict(zip(defaults, args, strict=False)) | kwargs
     unsaved = {}
@@ -174,7 +174,7 @@ def _find_unsaved(
         default = defaults.get(name)
         has_other_default = default is not value and default is not inspect.Parameter.empty
         if has_other_default and not _can_be_restored(value, cls._coder_types):
-            unsaved[name] = described(value)
+            unsaved[name] = describe(value)
     return unsaved
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import minikeras
-from minikeras.errors import described
+from minikeras.errors import describe
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -356,7 +356,7 @@ def check_optimizer(optimizer: Any) -> Callable[..., Any]:
     if not callable(optimizer):
         raise TypeError(
             f"optimizer must be a function of (parameters, lr=) that makes one for each fit, got "
-            f"{described(optimizer)}. Pass the class, torch.optim.SGD, or functools.partial of it."
+            f"{describe(optimizer)}. Pass the class, torch.optim.SGD, or functools.partial of it."
         )
     create: Callable[..., Any] = optimizer
     return create

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.errors import described, is_number, positive_int
+from minikeras.errors import check_positive_int, describe, is_number
 from minikeras.integrations.tracking import Tracker, as_dict, import_optional
 
 EVENTS = "torch.utils.tensorboard"
@@ -27,7 +27,7 @@ def _as_tensors(graph: Any) -> tuple[Tensor, ...]:
     example = tuple(graph) if isinstance(graph, (tuple, list)) else (graph,)
     if not all(isinstance(part, Tensor) for part in example):
         raise TypeError(
-            f"graph must be a tensor or a tuple of them, got {described(graph)}. "
+            f"graph must be a tensor or a tuple of them, got {describe(graph)}. "
             f"Pass features, X[:1]."
         )
     return example
@@ -42,7 +42,7 @@ def _plain_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
     for name, value in hparams.items():
         if not isinstance(value, str) and not is_number(value):
             raise ValueError(
-                f"hparams has {described(value)} under {name!r}; expected a number, a string or a "
+                f"hparams has {describe(value)} under {name!r}; expected a number, a string or a "
                 f"bool. Pass it as a string, str(...)."
             )
         plain[name] = value.item() if hasattr(value, "item") else value
@@ -104,7 +104,7 @@ class TensorBoard(Tracker):
         super().__init__()
         self.package = import_optional(EVENTS, "TensorBoard", "tensorboard")
         self.folder = Path(log_dir)
-        self.every = None if every is None else positive_int("every", every)
+        self.every = None if every is None else check_positive_int("every", every)
         self.histograms = histograms
         self.graph = None if graph is None else _as_tensors(graph)
         self.hparams = None if hparams is None else _plain_hparams(as_dict("hparams", hparams))
@@ -179,7 +179,7 @@ class TensorBoard(Tracker):
                 writer.add_graph(self.model, example)
         except Exception as error:
             raise ValueError(
-                f"TensorBoard cannot draw the model with graph={described(example)}: "
+                f"TensorBoard cannot draw the model with graph={describe(example)}: "
                 f"{str(error).splitlines()[0]}. "
                 f"Pass features as forward takes them, such as X[:1], or leave graph out."
             ) from error

@@ -18,7 +18,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 import minikeras
-from minikeras.errors import described
+from minikeras.errors import describe
 
 
 class Tracker(minikeras.Callback):
@@ -116,7 +116,7 @@ def as_dict(name: str, value: Any) -> dict[str, Any]:
     """Return the settings of a run as a dict; refuse anything but a mapping."""
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"{name} must be a dict of name -> value, got {described(value)}. "
+            f"{name} must be a dict of name -> value, got {describe(value)}. "
             f'Pass such as {{"lr": 0.1}}.'
         )
     return dict(value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from minikeras.batch import call_as, call_with, manner
+from minikeras.batch import call_as, call_with, choose_call
 from minikeras.engine import Eager
 from minikeras.hooks import Fit
 from minikeras.jit.graphs import OrEager, Say, chosen
@@ -96,7 +96,7 @@ class Jit(Eager):
         if not self.compiles_parts:
             return call_with(module, features)
         model = self.model
-        how = manner(model, features)
+        how = choose_call(model, features)
 
         def forward(features: Any) -> Any:
             return call_as(how, model, features)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.batch import call_as, manner
+from minikeras.batch import call_as, choose_call
 from minikeras.engine import WAITING
 from minikeras.jit.graphs import (
     Batch,
@@ -29,15 +29,15 @@ from minikeras.jit.optimizer import (
     is_lost_in_a_graph,
     numbers,
 )
-from minikeras.nests import detached
+from minikeras.nests import detach_nest
 from minikeras.phase import Phase
 from minikeras.results import (
     Average,
     count_bad,
     count_bad_gradient,
-    counted_total,
-    mean_of,
-    scalar_loss,
+    get_mean,
+    get_total,
+    reduce_loss,
 )
 from minikeras.rows import UnknownRows
 from minikeras.stepper import parameters_of
@@ -161,7 +161,7 @@ class EvaluateStep:
         """
         if self.graphs is None:
             self.graphs = Graphs(
-                self.function(manner(self.model, batches[0][0])),
+                self.function(choose_call(self.model, batches[0][0])),
                 self.jit.options,
                 self.jit.say,
                 self.changed(),
@@ -264,7 +264,7 @@ class EvaluateStep:
             features: Any, labels: Any, sample_weight: Tensor | None
         ) -> tuple[Any, Any]:
             outputs = call_as(how, model, features)
-            return outputs, scalar_loss(loss_func(outputs, labels), sample_weight, per_row)
+            return outputs, reduce_loss(loss_func(outputs, labels), sample_weight, per_row)
 
         decorated = stepper.decorated("around_step", forward_and_loss)
         if decorated is forward_and_loss:
@@ -363,7 +363,7 @@ class TrainStep(EvaluateStep):
         for twin in self.twins:
             twin.taken += len(batches)
         try:
-            self.run.stepper.on_graph_steps(mean_of(loss), len(batches))
+            self.run.stepper.on_graph_steps(get_mean(loss), len(batches))
         except Exception as error:
             ago = getattr(error, "ago", None)  # of a loss that was bad in one of these steps
             if ago is not None and ago < len(batches):
@@ -398,12 +398,12 @@ class TrainStep(EvaluateStep):
             features: Any, labels: Any, sample_weight: Tensor | None
         ) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
-            gradients = gradients_of(mean_of(loss), *parameters, *others)
+            gradients = gradients_of(get_mean(loss), *parameters, *others)
             with torch.no_grad():
                 bad, of_gradient, holds, *states = changed()
                 moved = [*parameters, *states]
                 before = [tensor.clone() for tensor in moved]
-                count_bad(bad, mean_of(loss))
+                count_bad(bad, get_mean(loss))
                 # without strict, which does not trace
                 for parameter, gradient in zip(parameters, gradients):  # noqa: B905
                     # to assign it would break the graph
@@ -415,9 +415,9 @@ class TrainStep(EvaluateStep):
                 # the compiler makes no copies of this
                 for tensor, old in zip(moved, before):  # noqa: B905
                     tensor.copy_(torch.where(is_held_back, old, tensor))
-                outputs = detached(outputs)
+                outputs = detach_nest(outputs)
                 results = {name: metric(outputs, labels) for name, metric in functions.items()}
-            return {"loss": detached(loss), **results}, outputs
+            return {"loss": detach_nest(loss), **results}, outputs
 
         return step_of_batch
 
@@ -579,7 +579,7 @@ class TrainStep(EvaluateStep):
     def by_parts(self, batch: Batch) -> dict[str, Any]:
         """Take a step with forward and loss compiled, backward and step in eager mode."""
         if self.parts is None:
-            function = self.forward_and_loss(manner(self.model, batch[0]))
+            function = self.forward_and_loss(choose_call(self.model, batch[0]))
             self.parts = ByParts(
                 function, self.jit.options, list(self.model.buffers()), self.run.device
             )
@@ -629,7 +629,7 @@ def combined(
         rows = count(*batch)
         for name, value in result.items():
             if isinstance(value, Average):
-                totals[name] = totals[name] + counted_total(value)
+                totals[name] = totals[name] + get_total(value)
                 counts[name] = counts[name] + value.count
                 continue
             if isinstance(rows, UnknownRows):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minikeras.nests import widen
-from minikeras.results import Average, counted_total, inner_loss
+from minikeras.results import Average, get_total, unwrap_loss
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of
 
 
@@ -62,7 +62,7 @@ class Accumulate(Part):
         """Turn the mean into a sum over rows, or take the total of an Average."""
         rows: Any = 0 if loss.batch.is_filler else loss.batch.rows
         if isinstance(loss.result, Average):
-            loss.total = widen(counted_total(loss.result))
+            loss.total = widen(get_total(loss.result))
             loss.weight = loss.result.count
         else:
             loss.total = widen(loss.total) * rows
@@ -151,7 +151,7 @@ def check_mean(loss_func: Any, what: str) -> None:
     Raises:
         ValueError: the loss, or the loss that `Regularized` wraps, has reduction="sum".
     """
-    if getattr(inner_loss(loss_func), "reduction", None) == "sum":
+    if getattr(unwrap_loss(loss_func), "reduction", None) == "sum":
         raise ValueError(
             f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such '
             f'a sum has counted already. Build it with reduction="mean", or return '

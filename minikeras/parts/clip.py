@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minikeras.errors import real
+from minikeras.errors import check_number_in_range
 from minikeras.stepper import Part, parameters_of
 
 
@@ -64,5 +64,7 @@ def check_clip(clip_grad_norm: Any, clip_grad_value: Any) -> tuple[float | None,
     limits: dict[str, Any] = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value}
     for name, limit in limits.items():
         if limit is not None:
-            limits[name] = real(name, limit, "above 0, or None", lambda number: number > 0)
+            limits[name] = check_number_in_range(
+                name, limit, "above 0, or None", lambda number: number > 0
+            )
     return limits["clip_grad_norm"], limits["clip_grad_value"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from minikeras.errors import dtype_name, one_of
-from minikeras.nests import in_float32, widen
+from minikeras.errors import check_one_of, dtype_name
+from minikeras.nests import to_float32, widen
 from minikeras.processes import OneProcess
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of, parameters_of
 
@@ -59,7 +59,7 @@ class MixedPrecision(Part):
         @functools.wraps(metrics)
         def in_full_precision(outputs: Any, *args: Any) -> Any:
             with torch.autocast(self.device.type, enabled=False):
-                return metrics(in_float32(outputs), *args)
+                return metrics(to_float32(outputs), *args)
 
         return in_full_precision
 
@@ -75,7 +75,7 @@ class MixedPrecision(Part):
 
     def outputs_for_user(self, outputs: Any) -> Any:
         """Return the outputs in float32."""
-        return in_float32(outputs)
+        return to_float32(outputs)
 
     def on_loss(self, loss: StepLoss) -> None:
         """Scale the loss up."""
@@ -159,7 +159,7 @@ def dtype_of(
     Raises:
         ValueError: another word, or the device lacks the dtype, or the parameters are narrower.
     """
-    one_of("precision", precision, (*DTYPES, "auto"))
+    check_one_of("precision", precision, (*DTYPES, "auto"))
     dtype = best_dtype(device) if precision == "auto" else DTYPES[precision]
     if dtype is not None:
         check_dtype(device, dtype, precision, optimizers)

@@ -35,8 +35,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from minikeras.batch import call_with, to_device
-from minikeras.errors import ForwardError, described, failing_layer, positive_int
-from minikeras.nests import leaves, map_leaves, parts
+from minikeras.errors import ForwardError, check_positive_int, describe, find_failing_layer
+from minikeras.nests import leaves, map_leaves, take_apart
 from minikeras.processes import is_main
 from minikeras.rows import first_size
 
@@ -200,7 +200,7 @@ def summary(
     Multiply-adds, 1 row: 2
     """
     _check(model, input_shape, input_dtype, input_data)
-    size = positive_int("batch_size", batch_size) if batch_size != -1 else 1
+    size = check_positive_int("batch_size", batch_size) if batch_size != -1 else 1
     if input_data is not None:
         row_counts = [max(first_size(input_data, unknown=1), 1)]
 
@@ -240,7 +240,7 @@ def summary(
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {described(model)}. "
+            f"model must be a torch.nn.Module, got {describe(model)}. "
             f"Pass an instance, nn.Linear(2, 1)."
         )
     if hasattr(input_shape, "shape"):
@@ -342,7 +342,7 @@ class _Run:
 
 
 def _describe(value: Any) -> str:
-    return described(value).removeprefix("Tensor ")
+    return describe(value).removeprefix("Tensor ")
 
 
 def _outliving(leaf: Any) -> Any:
@@ -464,7 +464,11 @@ def _copy_to_meta(tensor: Tensor) -> Tensor:
 
 def _explain(model: nn.Module, run: _Run, error: Exception) -> ForwardError:
     """Return the error with its layer, the input of that layer, and the rows so far."""
-    name, layer, first_argument = failing_layer(error, run.model) or ("", run.model, run.features)
+    name, layer, first_argument = find_failing_layer(error, run.model) or (
+        "",
+        run.model,
+        run.features,
+    )
     title = _type_name(layer) if list(layer.children()) else repr(layer)
     if name:
         title = f"{name}: {title}"
@@ -473,7 +477,7 @@ def _explain(model: nn.Module, run: _Run, error: Exception) -> ForwardError:
     rows = [row for row in _layer_rows(model, [run], run.rows) if row.layer in run.inputs]
     return ForwardError(
         f"{title} was given {received}: {words}\n"
-        f"The input, with {run.rows} rows, was {described(run.features)}. "
+        f"The input, with {run.rows} rows, was {describe(run.features)}. "
         f"The layers up to there:\n\n{_table(rows)}"
     )
 
@@ -573,8 +577,8 @@ def _shape(output: Any, other: Any, rows: int, shown: int) -> Any:
         for size, other_size in zip(sizes, other_sizes, strict=False):
             shape.append(size if size == other_size else shown)
         return shape
-    found = parts(output)
-    other_found = parts(other)
+    found = take_apart(output)
+    other_found = take_apart(other)
     if found is None or other_found is None:
         return None if output is None else type(output).__name__
     shapes = []

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.columns import is_rate, mode_of
+from minikeras.columns import infer_mode, is_rate
 from minikeras.report.layer_summary import notebook_cell
 from minikeras.report.progress import Progress, format_logs, wants_bar
 
@@ -244,7 +244,7 @@ def chart(name: str, rows: Rows) -> str:
         return f"{x:.1f}", f"{y:.1f}"
 
     drawn = _svg_line(training, BLUE, "", place) + _svg_line(validation, ORANGE, "5 3", place)
-    mode = mode_of(name)
+    mode = infer_mode(name)
     if mode is not None:
         watched = validation or training
         choose = min if mode == "min" else max

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from minikeras.columns import is_rate, mode_of
+from minikeras.columns import infer_mode, is_rate
 from minikeras.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _draw_panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
 
 
 def _mark_best(axis: Axes, values: pd.Series[float], name: str) -> None:
-    mode = mode_of(name)
+    mode = infer_mode(name)
     if mode is None or values.empty:
         return
     place = int(values.argmin() if mode == "min" else values.argmax())  # the first of equals

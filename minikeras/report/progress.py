@@ -17,7 +17,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from minikeras.callback import Callback
-from minikeras.columns import column_order, is_rate
+from minikeras.columns import is_rate, sort_columns
 from minikeras.report.layer_summary import notebook_cell
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
@@ -151,7 +151,7 @@ class Progress(Callback):
         if set(names) <= set(self.columns):
             return False
         # a column that these logs lack may be needed again
-        self.columns = column_order(dict.fromkeys([*self.columns, *names]))
+        self.columns = sort_columns(dict.fromkeys([*self.columns, *names]))
         return True
 
     def _head(self) -> str:

@@ -93,8 +93,8 @@ class Randomness:
             raise CheckpointError(
                 "the checkpoint was written with other random generators or counting samplers in "
                 f"the loaders: generators {in_file} and {len(states['epochs'])} samplers with "
-                f"set_epoch, and here are {in_loaders} and {len(self.samplers)}. Make the loaders as "
-                "they were made then."
+                f"set_epoch, and here are {in_loaders} and {len(self.samplers)}. Make the loaders "
+                "as they were made then."
             )
         for name, generator in self.generators.items():
             if name not in generators:

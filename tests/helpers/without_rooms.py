@@ -1,7 +1,8 @@
 """Runs a plain script on copies of the package from which rooms are deleted, and prints what came.
 
 Called as a script with the folder of the package and a folder for the copies; prints JSON: for each
-deletion the columns, numbers and outputs, and for each capability asked for the module that is missing.
+deletion the columns, numbers and outputs, and for each capability asked for the module that is
+missing.
 """
 
 import contextlib
@@ -100,7 +101,7 @@ def run(place, asked):
 
 
 def plain(minikeras):
-    """Compile, fit with validation, fit on a loader, evaluate and predict; a digest of all numbers."""
+    """Compile, fit twice, evaluate and predict; return columns and a digest of all numbers."""
     model = compiled_by(minikeras)()
     X, y = rows()
     numbers = [model.fit(2, (X, y), (X[:10], y[:10]), batch_size=8, verbose=0)]
