@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from minikeras.callback import Callback
     from minikeras.model import Model
     from minikeras.run import Run
+    from minikeras.stepper import Part
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Fit:
     val: Iterable[Any] | None
     validation_freq: int
     callbacks: list[Callback]
-    parts: list[Any]  # of the stepper during this fit
+    parts: list[Part]  # that the stepper uses during this fit: those of compile, and some more
     hooks: list[Hook]
     say: Callable[[str], None]  # shows a line to the user
     at: Position = field(default_factory=lambda: Position(1))

@@ -157,7 +157,7 @@ def run_pass(
     try:
         for number, given in number_batches(batches, done, phase):
             is_filler = isinstance(given, FillerBatch)
-            if is_filler:
+            if is_filler:  # repeated to keep in step with other processes: counts for nothing
                 given = given.batch
             features, labels, sample_weight = move_to_device(given, run.device)
             batch = phase.take(number, features, labels, sample_weight, is_filler)
@@ -197,7 +197,9 @@ def number_batches(batches: Iterable[Any], done: int, phase: Phase) -> Iterator[
     """Yield the batches with their numbers; an error in reading one says which."""
     number = done
     try:
-        remaining: Any = batches.after(done) if done else batches  # type: ignore[attr-defined]
+        remaining: Any = batches
+        if done:  # a resumed fit: its source knows where it stands
+            remaining = remaining.after(done)
         for number, batch in enumerate(remaining, start=done + 1):
             yield number, batch
     except Exception as error:

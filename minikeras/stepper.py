@@ -54,9 +54,11 @@ class Part:
 
     stepper: Stepper  # that this part is in
 
-    # What the step cannot be, with this part in it; empty if it can.
-    outside_graph = ""  # why backward and step cannot be in a compiled graph
-    bypassed = ""  # what a bare loss.backward() or optimizer.step() would pass by
+    # Why backward and step cannot be in a compiled graph, such as "accumulate=4"; else empty.
+    # A bare loss.backward() or optimizer.step() would pass it by, too.
+    outside_graph = ""
+    # What else a bare call would pass by, of a part that can be in a graph.
+    bypassed = ""
     holds_graphs = False  # a graph takes no step from the first bad loss on
     delays = False  # a batch may be no step
 
@@ -148,17 +150,26 @@ class Part:
         """Take what `state_dict` of all parts returned."""
 
     def way_back(self) -> Restore:
-        """Return a function that puts back what this part has counted until now."""
+        """Return a function that puts back what this part has counted until now.
+
+        With jit, a resumed fit takes one step only to look at it, and it must leave no trace.
+        """
         return lambda: None
 
 
 class Stepper:
     """All that `Model.backward` and `Model.optimizer_step` do.
 
+    `backward` is `_backward_through_parts`, and `close` is `_close`, inside what the parts put
+    around them (`around_moves`): `use` sets both.
+
     Args:
         optimizers: name -> optimizer; one alone goes by the name "".
         parts: from the outermost to the innermost.
     """
+
+    backward: Callable[..., None]  # of (loss, batch, name of an optimizer): fill the gradients
+    close: Callable[[list[Optimizer]], None]  # step these optimizers, and clear their gradients
 
     def __init__(self, optimizers: Mapping[str, Optimizer], parts: Iterable[Part] = ()) -> None:
         self.optimizers = optimizers
@@ -366,7 +377,7 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what the parts hold, and gradients that may wait; None without parts."""
-        if not self.compiled_parts:
+        if not self.compiled_parts:  # those that only a fit has hold nothing for another process
             return None
         state: dict[str, Any] = {}
         for part in self.parts:

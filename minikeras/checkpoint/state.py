@@ -619,7 +619,7 @@ class Checkpoint(Hook):
         """Return what each process has of its own."""
         stepper = self.run.stepper
         return {
-            "precision": layout_of(stepper),
+            "precision": layout_of(stepper),  # of all parts: files of older versions have the name
             "optimizer_steps": stepper.named_steps(),
             "totals": self.run.train.totals.state_dict(),
             "random": self.random or self.randomness.states(),

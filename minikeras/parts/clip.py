@@ -43,7 +43,10 @@ class ClipGradients(Part):
         return {"clip_grad_norm": self.norm, "clip_grad_value": self.value}
 
     def _clip(self, parameters: list[Tensor], tell_norm: Callable[..., None]) -> None:
-        """Clip each value, then the norm of all, which `tell_norm` sees before it is clipped."""
+        """Clip each value, then the norm of all.
+
+        `tell_norm` shows the norm, before it is clipped, to the parts that look at it.
+        """
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
         if self.value is not None:
             nn.utils.clip_grad_value_(with_gradient, self.value)
