@@ -31,9 +31,9 @@ class EMA(Callback):
     After the first step the average equals the weights. After each later step it is
     average = decay * average + (1 - decay) * weights, as in Tarvainen and Valpola 2017, "Mean
     teachers are better role models". Buffers, such as the running statistics of BatchNorm, are not
-    averaged: they are always those of the training. A step is a batch; with `accumulate`, a batch
-    that updated the weights. With `steps_per_execution=n` the average is updated once every
-    n steps.
+    averaged: they are always those of the training. A step is one of `model.optimizer_steps`, of
+    any optimizer; it is looked at after each batch, and with `steps_per_execution=n` once every n
+    steps.
 
     Args:
         decay: the share of the average that remains at each step, from 0 to 1; default 0.999,

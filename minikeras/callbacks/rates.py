@@ -46,8 +46,8 @@ class LRScheduler(MonitoringCallback):
     Args:
         scheduler: from torch.optim.lr_scheduler, created with an optimizer that the model is
             compiled with. It continues over several fits, as its optimizer does.
-        step: when to step, "epoch" or "batch"; default "epoch". With `accumulate`, "batch" means
-            each step of the optimizer; a step that loss scaling skips in float16 counts too.
+        step: when to step, "epoch" or "batch"; default "epoch". "batch" means each step of the
+            optimizer, as `model.optimizer_steps` counts them.
         monitor: only for ReduceLROnPlateau: the name that it watches. It steps in the epochs that
             log this name. No default.
 
