@@ -1,4 +1,4 @@
-"""Rows that batches are cut from, and NumPy arrays as tensors.
+"""Rows that batches are cut from, and NumPy arrays as tensors. You may skip this file.
 
 Other kinds of arrays, and what is wrong with one, are in data/arrays.py.
 """

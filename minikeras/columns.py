@@ -1,5 +1,7 @@
 """Columns of the history from what a metric object returns at the end of an epoch.
 
+You may skip this file at a first reading.
+
 a number, or an Average    one column, `name`
 a dict                     `name_key` for each key
 a 1-d tensor or a list     `name_0`, `name_1`, ...

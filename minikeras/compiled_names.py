@@ -1,4 +1,7 @@
-"""`Model(torch.compile(net))` saves and loads under the names of `Model(net)`."""
+"""`Model(torch.compile(net))` saves and loads under the names of `Model(net)`.
+
+You may skip this file at a first reading.
+"""
 
 from __future__ import annotations
 

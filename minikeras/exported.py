@@ -1,4 +1,7 @@
-"""Models that are programs of torch.export: they predict and evaluate, but cannot be trained."""
+"""Models that are programs of torch.export: they predict and evaluate, but cannot be trained.
+
+You may skip this file at a first reading.
+"""
 
 from __future__ import annotations
 

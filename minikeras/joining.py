@@ -1,4 +1,4 @@
-"""Join the outputs of many batches along the rows.
+"""Join the outputs of many batches along the rows. You may skip this file.
 
 tensors         a fixed number of rows for each row of the batch, one or more: concatenated
 lists           with an item for each row: one long list; else part by part, as tuples and dicts are

@@ -1,7 +1,9 @@
 """Metric objects: those with update, compute and reset, as torchmetrics has them.
 
-state_of, set_state   what an object has counted, for a checkpoint
-parts_that_sync       the parts of torchmetrics that speak with other processes
+You may skip this file at a first reading.
+
+get_state, set_state   what an object has counted, for a checkpoint
+find_syncing_parts     the parts of torchmetrics that speak with other processes
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nests: what a batch may be made of.
+"""Nests: what a batch may be made of. You may skip this file.
 
 A nest is a leaf, such as a tensor, or a tuple, named tuple, list, mapping or dataclass of nests.
 """

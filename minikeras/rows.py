@@ -1,5 +1,7 @@
 """Count the rows of a batch: the weight of its means in the means over an epoch.
 
+You may skip this file at a first reading.
+
 an int `batch_size` of the batch    wins
 labels                              the first size that all tensors share; 1 for a single number;
                                     the items of a list of dicts, of numbers or of tensors of
