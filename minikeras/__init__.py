@@ -1,6 +1,7 @@
 """minikeras: Keras's compile, fit, evaluate and predict for PyTorch modules."""
 
 import importlib
+import importlib.util
 import typing
 
 from minikeras.callback import Callback, LambdaCallback
@@ -70,6 +71,8 @@ def _find(name: str) -> typing.Any:
         module = importlib.import_module(f"minikeras.{_ROOMS[name]}")
         globals()[name] = getattr(module, name)
         return globals()[name]
+    if not name.startswith("_") and importlib.util.find_spec(f"minikeras.{name}") is not None:
+        return importlib.import_module(f"minikeras.{name}")  # as minikeras.export, a module
     from minikeras import assemble
 
     return assemble.explain_missing_name(name)

@@ -20,6 +20,11 @@ def test_imports_of_the_package_are_those_in_all():
     assert sorted(public) == sorted(minikeras.__all__)
 
 
+def test_imports_of_a_module_are_not_needed_to_reach_it():
+    code = "import minikeras; print(minikeras.export.export.__name__, minikeras.losses.__name__)"
+    assert run_python(["-c", code]).split() == ["export", "minikeras.losses"]
+
+
 def is_module(value):
     return type(value).__name__ == "module"
 
