@@ -41,7 +41,7 @@ from minikeras.nests import is_sharded
 from minikeras.overrides import overrides
 from minikeras.phase import NoChecks, Phase
 from minikeras.processes import OneProcess
-from minikeras.run import Run, parameters_of, place, prepare
+from minikeras.run import Run, has_own_step, parameters_of, place, prepare
 from minikeras.sources import (
     ContinuedBatches,
     as_batches,
@@ -139,8 +139,7 @@ def make_run(
             shards.sync_batchnorm(model, world, chosen)
         if is_in_parts:
             world.share_weights(model, loss_func)
-            has_custom_step = overrides(model, "train_step")
-            shards.shard(model, fsdp_blocks, optimizers.values(), has_custom_step, chosen)
+            shards.shard(model, fsdp_blocks, optimizers.values(), has_own_step(model), chosen)
             parts.append(shards.ShardedBackward())
     stepper = Stepper(optimizers, parts)
     run = Run(loss_func, optimizers, chosen, world, stepper, train, val)
@@ -195,7 +194,7 @@ def add_default_optimizer(
     if not any(parameter.requires_grad for parameter in parameters):
         return
     # Fused, it can be held back when a loss is not finite; torch has it for floats alone.
-    is_fused = device.type == "cuda" and all(one.is_floating_point() for one in parameters)
+    is_fused = device.type == "cuda" and all(p.is_floating_point() for p in parameters)
     optimizers[""] = torch.optim.Adam(parameters, lr=1e-3, fused=is_fused or None)
 
 
@@ -562,7 +561,7 @@ def check_before_fit(model: Model, run: Run) -> None:
     inputs = import_optional("checks.inputs")
     if inputs is not None:
         inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
-        if not overrides(model, "train_step"):
+        if not has_own_step(model):
             inputs.check_closures(run.optimizers)
 
 

@@ -16,6 +16,7 @@ from minikeras.columns import rate_name, sort_columns
 from minikeras.engine import Eager
 from minikeras.hooks import Fit
 from minikeras.modes import TrainingModes
+from minikeras.overrides import overrides
 from minikeras.phase import Phase
 from minikeras.processes import OneProcess
 from minikeras.stepper import Stepper
@@ -114,6 +115,11 @@ def _is_elsewhere(parameter: Tensor, state: Mapping[str, Any]) -> bool:
         if isinstance(value, Tensor) and value.ndim and value.device != parameter.device:
             return True
     return False
+
+
+def has_own_step(model: Model) -> bool:
+    """Tell whether `train_step` is custom."""
+    return overrides(model, "train_step")
 
 
 def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:

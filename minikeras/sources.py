@@ -307,7 +307,9 @@ def make_empty_error(batches: Any, name: str) -> ValueError:
         and rows < size * processes
         and getattr(batches, "drop_last", False)
     ):
-        each = f" on each of {processes} processes" * (processes > 1)
+        each = ""
+        if processes > 1:
+            each = f" on each of {processes} processes"
         reason = (
             f"drop_last=True drops the only batch, {rows} rows of batch_size={size}{each}. Set "
             "drop_last=False"

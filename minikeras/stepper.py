@@ -413,7 +413,7 @@ class Stepper:
 
     def named_steps(self) -> dict[str, int]:
         """Return name of each optimizer -> the steps that it has taken in this fit."""
-        return {name: self.steps_taken[one] for name, one in self.optimizers.items()}
+        return {name: self.steps_taken[given] for name, given in self.optimizers.items()}
 
     def load_steps(self, steps: Mapping[str, int]) -> None:
         """Take what `named_steps` returned; older checkpoints have none."""
