@@ -7,7 +7,7 @@
 
 This is the only file that knows all capabilities. Each is a room, a folder or a file beside the
 core: it is imported here when it is asked for, and every rule about two of them is here as well.
-A room that works unasked (`import_optional`) may be missing: the rest works to the bit.
+A room that works unasked (`import_room`) may be missing: the rest works to the bit.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def import_optional(room: str) -> Any:
+def import_room(room: str) -> Any:
     """Import a room that works unasked; None if it is not there.
 
     It is looked for, not tried: a room that is broken must not look like one that is missing.
@@ -67,7 +67,7 @@ def import_optional(room: str) -> Any:
     name = f"minikeras.{room}"
     if name not in sys.modules:
         parent = name.rpartition(".")[0]
-        if parent != "minikeras" and import_optional(parent.removeprefix("minikeras.")) is None:
+        if parent != "minikeras" and import_room(parent.removeprefix("minikeras.")) is None:
             return None
         if importlib.util.find_spec(name) is None:
             return None
@@ -95,7 +95,7 @@ def make_run(
     fsdp_blocks: Any,
 ) -> Run:
     """Check the arguments of compile and make a Run; model and loss are on the device then."""
-    inputs = import_optional("checks.inputs")
+    inputs = import_room("checks.inputs")
     metrics_dict = {} if metrics_dict is None else metrics_dict
     if inputs is not None:
         inputs.check_callable("loss_func", loss_func)
@@ -153,7 +153,7 @@ def make_run(
 
 def add_first_batch_checks(model: Model, run: Run) -> None:
     """Let the first batches of each fit and evaluation be looked at."""
-    first_batch = import_optional("checks.first_batch")
+    first_batch = import_room("checks.first_batch")
     for phase in (run.train, run.val):
         if first_batch is not None:
             phase.explanations = first_batch.FirstBatch(model, run, phase)
@@ -165,7 +165,7 @@ def make_explanations(model: Model) -> NoChecks:
     phase = Phase(
         "dl", Totals({}, torch.device("cpu"), OneProcess()), None, make_test_of_arguments(model)
     )
-    first_batch = import_optional("checks.first_batch")
+    first_batch = import_room("checks.first_batch")
     if first_batch is None:
         return phase.no_checks
     explanations: NoChecks = first_batch.Explanations(phase, OneProcess())
@@ -179,7 +179,7 @@ def make_test_of_arguments(model: nn.Module) -> Callable[[Any], bool]:
 
 def name_optimizers(optimizer: Any) -> dict[str, Optimizer]:
     """A dict of optimizers from what compile was given; one alone goes by the name ''."""
-    inputs = import_optional("checks.inputs")
+    inputs = import_room("checks.inputs")
     if optimizer is None:
         return {}
     if inputs is not None:
@@ -333,7 +333,7 @@ def make_source(
     passes: int = 1,
 ) -> Iterable[Any]:
     """What the user calls `name` as batches; this process's part of them."""
-    fast = import_optional("data.in_memory")
+    fast = import_room("data.in_memory")
     options = {} if fast is None else {"fetch": fast.FastFetch()}
     batches = as_batches(data, name, batch_size, shuffle, device, passes, **options)
     return world.part_of(batches, name)
@@ -360,7 +360,7 @@ def check_pass(data: Any, name: str, steps: int | None, argument: str) -> None:
     """Check how many batches a pass is to have; without a number the data must end."""
     if steps is not None:
         check_positive_int(argument, steps)
-    endless = import_optional("data.endless")
+    endless = import_room("data.endless")
     if endless is not None:
         endless.check_ends(data, name, steps, argument)
 
@@ -382,7 +382,7 @@ def limit_pass(
     if steps is not None:  # asked for: without the room it is an error that names it
         endless = importlib.import_module("minikeras.data.endless")
     else:
-        endless = import_optional("data.endless")
+        endless = import_room("data.endless")
     if endless is None:
         return batches
     limit = endless.OUTSIDE_A_FIT if training is None else endless.long_pass(*training)
@@ -401,7 +401,7 @@ def make_sources_of_fit(
     validation_freq: int,
 ) -> tuple[Iterable[Any], Iterable[Any] | None]:
     """What a fit trains on, and what it validates on or None; data without a batch is an error."""
-    endless = import_optional("data.endless")
+    endless = import_room("data.endless")
     if endless is not None:
         endless.check_ends(dl_train, "dl_train", steps_per_epoch, "steps_per_epoch")
         endless.check_ends(dl_val, "dl_val", validation_steps, "validation_steps")
@@ -518,7 +518,7 @@ def make_checkpoint(path: Any, every: int | None) -> Any:
 
 def check_epochs(epochs: Any, dl_train: Any) -> None:
     """Refuse a number of epochs that is none, as when the data comes first."""
-    calls = import_optional("checks.calls")
+    calls = import_room("checks.calls")
     hint = "" if calls is None else calls.order_of_fit(epochs, dl_train)
     check_positive_int("epochs", epochs, hint=hint)
 
@@ -529,7 +529,7 @@ def check_listed(
     """Refuse callbacks that write to the same places, or wait for names that no epoch will log."""
     if not callbacks:
         return
-    names = import_optional("callbacks.names")
+    names = import_room("callbacks.names")
     if names is None:
         return
     from minikeras.callbacks import files
@@ -558,7 +558,7 @@ def check_before_fit(model: Model, run: Run) -> None:
             "model.optimizer was replaced after compile. Call model.compile with the new optimizer."
         )
     check_not_exported(model)
-    inputs = import_optional("checks.inputs")
+    inputs = import_room("checks.inputs")
     if inputs is not None:
         inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
         if not has_own_step(model):
@@ -567,7 +567,7 @@ def check_before_fit(model: Model, run: Run) -> None:
 
 def make_guard(model: Model, run: Run, on_nan: str) -> Any:
     """What keeps NaN and infinities out of weights and files; None if its room is not there."""
-    guard = import_optional("faults.guard")
+    guard = import_room("faults.guard")
     if guard is None:
         return None
     scales = any(getattr(part, "scaler", None) is not None for part in run.stepper.compiled_parts)
@@ -611,7 +611,7 @@ def make_hooks(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
     losses = sys.modules.get("minikeras.losses")  # if it is not loaded, nobody has a penalty
     if losses is not None:
         hooks.append(losses.WeightsFoundOnce())
-    epochs = import_optional("data.epochs")
+    epochs = import_room("data.epochs")
     if epochs is not None:
         hooks.append(epochs.SamplerEpochs())
     if has_custom_moves(fit.model):
@@ -648,7 +648,7 @@ def show_fit(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
     # under pythonw stdout is None
     if verbose == 0 or sys.stdout is None or not fit.model.is_main_process:
         return
-    if import_optional("report") is None:
+    if import_room("report") is None:
         return
     from minikeras.report import notebook
 
@@ -686,7 +686,7 @@ def load_weights(model: Model, path: str | Path) -> None:
 
 def check_network(net: nn.Module) -> nn.Module:
     """What Model wraps, which must be a module."""
-    inputs = import_optional("checks.inputs")
+    inputs = import_room("checks.inputs")
     if inputs is None:
         return net
     network: nn.Module = inputs.network(net)
@@ -711,7 +711,7 @@ def _explained(method: Callable[P, R], lesson: str) -> Callable[P, R]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            calls = import_optional("checks.calls")
+            calls = import_room("checks.calls")
             if calls is None:
                 raise
             text = getattr(calls, lesson)(method.__name__, signature, args[1:], kwargs, error)
@@ -723,14 +723,14 @@ def _explained(method: Callable[P, R], lesson: str) -> Callable[P, R]:
 
 def explain_missing_method(owner: str, name: str) -> None:
     """Raise the error for a method that Keras or torchkeras has and Model has not."""
-    calls = import_optional("checks.calls")
+    calls = import_room("checks.calls")
     if calls is not None:
         calls.missing_method(owner, name)
 
 
 def explain_missing_name(name: str) -> Any:
     """Raise the error for a name that minikeras has not."""
-    calls = import_optional("checks.calls")
+    calls = import_room("checks.calls")
     if calls is None:
         raise AttributeError(f"module 'minikeras' has no attribute {name!r}")
     return calls.missing_name(name)

@@ -388,7 +388,7 @@ class Stepper:
             state |= own
         gradients = {}
         for name, optimizer in self.optimizers.items():
-            gradients[name] = [parameter.grad for parameter in parameters_of(optimizer)]
+            gradients[name] = [parameter.grad for parameter in optimizer_parameters(optimizer)]
         return state | {"gradients": gradients}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -396,7 +396,7 @@ class Stepper:
         for part in self.parts:
             part.load_state_dict(state)
         for name, optimizer in self.optimizers.items():
-            parameters = parameters_of(optimizer)
+            parameters = optimizer_parameters(optimizer)
             gradients = state["gradients"][name]
             if len(gradients) < len(parameters):
                 raise ValueError(f"{len(gradients)} gradients for {len(parameters)} parameters")
@@ -438,7 +438,7 @@ def first_text(texts: Iterable[str]) -> str:
     return next((text for text in texts if text), "")
 
 
-def parameters_of(optimizer: Optimizer) -> list[Any]:
+def optimizer_parameters(optimizer: Optimizer) -> list[Any]:
     """The parameters of all groups of an optimizer."""
     found: list[nn.Parameter] = []
     for group in optimizer.param_groups:
@@ -448,9 +448,13 @@ def parameters_of(optimizer: Optimizer) -> list[Any]:
 
 def trainable_parameters_of(optimizer: Optimizer) -> list[Any]:
     """The parameters of an optimizer that need a gradient."""
-    return [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+    return [parameter for parameter in optimizer_parameters(optimizer) if parameter.requires_grad]
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:
     """The gradients that an optimizer would step with."""
-    return [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    return [
+        parameter.grad
+        for parameter in optimizer_parameters(optimizer)
+        if parameter.grad is not None
+    ]

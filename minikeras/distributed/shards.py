@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from minikeras.hooks import Fit, Hook
 from minikeras.nests import is_sharded
-from minikeras.stepper import Part, StepLoss, gradients_of, parameters_of
+from minikeras.stepper import Part, StepLoss, gradients_of, optimizer_parameters
 from minikeras.support.sharded_tensors import as_part
 
 
@@ -155,7 +155,7 @@ class ShardedBackward(Part, Hook):
         wanted = set(loss.inputs)
         aside = {}
         for optimizer in self.stepper.optimizers.values():
-            for parameter in parameters_of(optimizer):
+            for parameter in optimizer_parameters(optimizer):
                 if parameter not in wanted:
                     aside[parameter] = parameter.grad
                     parameter.grad = None

@@ -40,7 +40,7 @@ from minikeras.results import (
     reduce_loss,
 )
 from minikeras.rows import UnknownRows
-from minikeras.stepper import parameters_of
+from minikeras.stepper import optimizer_parameters
 
 if TYPE_CHECKING:
     from minikeras.jit.engine import Jit
@@ -426,7 +426,7 @@ class TrainStep(EvaluateStep):
         reached = {id(parameter) for parameter in self.reached}
         others = []
         for twin in self.twins:
-            for parameter in parameters_of(twin.optimizer):
+            for parameter in optimizer_parameters(twin.optimizer):
                 if id(parameter) not in reached:
                     others.append(parameter)
         return others
@@ -441,7 +441,7 @@ class TrainStep(EvaluateStep):
         parameters_by_optimizer = []
         for twin in self.twins:
             own = []
-            for parameter in parameters_of(twin.optimizer):
+            for parameter in optimizer_parameters(twin.optimizer):
                 if id(parameter) in reached:
                     own.append(parameter)
             parameters_by_optimizer.append(own)
@@ -512,7 +512,7 @@ class TrainStep(EvaluateStep):
         if any(isinstance(optimizer, torch.optim.ASGD) for optimizer in optimizers):
             return "ASGD decides by numbers in its state, which a graph would hold as they were"
         for optimizer in optimizers:
-            if any(map(is_lost_in_a_graph, parameters_of(optimizer))):
+            if any(map(is_lost_in_a_graph, optimizer_parameters(optimizer))):
                 return (
                     "a parameter is one number in float64, to which torch.compile loses changes on "
                     "the CPU"

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.hooks import Fit, Hook
-from minikeras.stepper import Part, parameters_of
+from minikeras.stepper import Part, optimizer_parameters
 
 
 class RefuseBareCalls(Part, Hook):
@@ -41,7 +41,7 @@ class RefuseBareCalls(Part, Hook):
         parameters = set()
         for optimizer in self.stepper.optimizers.values():
             handles.append(optimizer.register_step_pre_hook(self._before_step))
-            parameters.update(parameters_of(optimizer))
+            parameters.update(optimizer_parameters(optimizer))
         for parameter in parameters:
             if parameter.requires_grad and not is_lazy(parameter):
                 handles.append(parameter.register_post_accumulate_grad_hook(self._after_gradient))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.errors import check_number_in_range
-from minikeras.stepper import Part, parameters_of
+from minikeras.stepper import Part, optimizer_parameters
 
 
 class ClipGradients(Part):
@@ -30,7 +30,7 @@ class ClipGradients(Part):
 
     def on_gradients(self, optimizer: Optimizer) -> None:
         """Clip the gradients of an optimizer that steps now."""
-        self._clip(parameters_of(optimizer), self.stepper.tell_norm)
+        self._clip(optimizer_parameters(optimizer), self.stepper.tell_norm)
 
     def on_gradients_in_graph(
         self, parameters: list[Tensor], tell_norm: Callable[..., None]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from minikeras.errors import check_one_of, dtype_name
 from minikeras.nests import to_float32, widen
 from minikeras.processes import OneProcess
-from minikeras.stepper import Part, Restore, StepLoss, gradients_of, parameters_of
+from minikeras.stepper import Part, Restore, StepLoss, gradients_of, optimizer_parameters
 
 DTYPES: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -194,7 +194,7 @@ def check_dtype(
             f"or leave it out."
         ) from error
     for optimizer in optimizers:
-        for parameter in parameters_of(optimizer):
+        for parameter in optimizer_parameters(optimizer):
             if widen(parameter) is not parameter:
                 raise ValueError(
                     f"precision={precision!r} keeps the parameters in float32 and casts within the "

@@ -27,15 +27,6 @@ SHARE = 0.01  # of the time, at most, is spent on refreshing the bar
 NUMBER_WIDTH = "1.234e-05"  # the widest number in the table
 
 
-def show(verbose: str | int) -> bool:
-    """Tell whether to print anything, and whether it is possible; refuse a wrong `verbose`."""
-    if verbose not in ("auto", 0, 1, 2):
-        raise ValueError(
-            f'verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got {verbose!r}.'
-        )
-    return verbose != 0 and sys.stdout is not None  # it is None under pythonw
-
-
 def wants_bar(verbose: str | int) -> bool:
     """Tell whether to draw a bar.
 
@@ -46,10 +37,6 @@ def wants_bar(verbose: str | int) -> bool:
     isatty = getattr(sys.stdout, "isatty", None)  # a custom stdout may have none
     on_terminal = isatty is not None and isatty()
     return bool(on_terminal or notebook_cell() is not None)
-
-
-def say_nothing(line: str) -> None:
-    """Drop a line that a fit has for the user, since nothing is printed."""
 
 
 class Progress(Callback):
