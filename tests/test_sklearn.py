@@ -279,8 +279,8 @@ MISTAKES = {
         Classifier(network, epoch=3),
         TypeError,
         "Classifier got 'epoch', which is no argument of its own and none of the model's factory. "
-        "Expected batch_size, device, epochs, loss_func, lr, model, optimizer, random_state, "
-        "verbose, width, depth.",
+        "Expected batch_size, callbacks, device, epochs, loss_func, lr, metrics_dict, model, "
+        "optimizer, random_state, validation, verbose, width, depth.",
     ),
     "a factory without a return": (
         Classifier(lambda n_features, n_outputs: None),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,6 @@ class EMA(Callback):
             "decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1
         )
         self.evaluate = evaluate
-        # not torch's AveragedModel: it waits for the GPU at each update
-        self.update_average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)
         self._reset()
 
     def _reset(self) -> None:
@@ -122,7 +120,9 @@ class EMA(Callback):
         # the training's weights, even if another EMA has already lent its average to the model
         weights = self._lent.raw or list(self._weights().values())
         if self.averaged:
-            self.update_average(self.averaged, weights, 0)  # torch ignores the count
+            # not torch's AveragedModel: it waits for the GPU at each update
+            update_average = get_ema_multi_avg_fn(self.decay)  # not kept: pickle refuses it
+            update_average(self.averaged, weights, 0)  # torch ignores the count
         else:
             self.averaged = [tensor.clone() for tensor in weights]
 
