@@ -1,4 +1,7 @@
-"""Models as scikit-learn estimators, under scikit-learn's own checks and in its tools."""
+"""Models as scikit-learn estimators, under scikit-learn's own checks and in its tools.
+
+Validation, callbacks, partial_fit and losses with parameters are in test_sklearn_training.py.
+"""
 
 import pickle
 

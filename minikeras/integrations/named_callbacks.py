@@ -205,9 +205,9 @@ def create_changed(name: str, callback: Any, changed: Mapping[str, Any]) -> Any:
     for argument in inspect.signature(type(callback)).parameters:
         if argument not in settings and argument not in changed:
             raise TypeError(
-                f"callbacks__{name}__{next(iter(changed))}: a {type(callback).__name__} with "
-                f"another setting is created from the arguments of its __init__, expected as "
-                f"attributes of the same names, and it has no attribute {argument!r}. Write "
+                f"callbacks__{name}__{next(iter(changed))}: {type(callback).__name__} is created "
+                f"again with the new setting, and all arguments of its __init__ are expected as "
+                f"attributes of the same names; it has no attribute {argument!r}. Write "
                 f"self.{argument} = {argument} in its __init__, or set the whole callback: "
                 f"callbacks__{name}=..."
             )

@@ -281,14 +281,22 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         if self.loss_func is None:
             # a weight per row needs a loss per row
             training.loss_func.reduction = "mean" if len(train) == 2 else "none"
-        history = training.model.fit(
-            epochs,
-            train,
-            val,
-            batch_size=self.batch_size,
-            callbacks=list(training.callbacks.values()),
-            verbose=self.verbose,
-        )
+        try:
+            history = training.model.fit(
+                epochs,
+                train,
+                val,
+                batch_size=self.batch_size,
+                callbacks=list(training.callbacks.values()),
+                verbose=self.verbose,
+            )
+        except ValueError as error:
+            if val is None and "dl_val" in str(error):
+                error.add_note(
+                    f"dl_val is what {type(self).__name__} gets as `validation`: pass "
+                    f"validation=0.1, or validation=(X_val, y_val)."
+                )
+            raise
         if len(training.history_before):
             history = pd.concat([training.history_before, history], ignore_index=True)
         training.history = history
@@ -786,7 +794,7 @@ def create_loss(loss_func: Any) -> Any:
     except TypeError as error:
         raise TypeError(
             f"loss_func {name} is called without arguments to create the loss of each fit, and "
-            f"cannot be: {error}. Pass functools.partial(..., {error.args[0].split()[-1]}=...)."
+            f"cannot be: {error}. Pass functools.partial({name}, ...) with its arguments."
         ) from None
     loss = loss_func()
     if not callable(loss):
