@@ -186,8 +186,15 @@ VALIDATION_MISTAKES = {
     ),
     "another label": (
         {"validation": (np.zeros((2, 4)), ["setosa", "rose"])},
-        "`validation` is (X_val, y_val), which must fit X and y of fit: y has the label rose, "
-        "which is none of the classes: expected setosa, versicolor, virginica. Leave its rows out, "
+        "`validation` is (X_val, y_val), which must fit X and y of fit: y has the label 'rose', "
+        "which is none of the classes: expected 'setosa', 'versicolor', 'virginica'. Leave its "
+        "rows out, or train with all classes: fit with rows of each, or name them in classes of "
+        "the first partial_fit.",
+    ),
+    "numbers for text": (
+        {"validation": (np.zeros((2, 4)), [0, 1])},
+        "`validation` is (X_val, y_val), which must fit X and y of fit: y has the label 0, which "
+        "is none of the classes: expected 'setosa', 'versicolor', 'virginica'. Leave its rows out, "
         "or train with all classes: fit with rows of each, or name them in classes of the first "
         "partial_fit.",
     ),
@@ -633,6 +640,20 @@ def test_classifier_partial_fit_learns_from_chunks_that_lack_classes():
     assert len(classifier.history_) == classifier.n_iter_ == 4
 
 
+@pytest.mark.parametrize("kind", [str, int, float, object])
+def test_classifier_partial_fit_numbers_the_labels_as_fit_does(kind):
+    labels = np.arange(12).astype(str if kind is object else kind).astype(kind)  # "10" before "2"
+    y = np.tile(labels, 10)
+    X = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
+    fitted = Classifier(network, epochs=2, **CPU).fit(X, y)
+    partial = Classifier(network, validation=(X, y), **CPU)
+    partial.partial_fit(X, y, labels).partial_fit(X[::-1][::-1], list(y))
+    assert partial.classes_.tolist() == fitted.classes_.tolist()
+    assert_same_weights(partial.model_, fitted.model_)
+    val_loss = partial.model_.evaluate((X, torch.from_numpy(np.unique(y, return_inverse=True)[1])))
+    assert partial.history_["val_loss"].iloc[-1] == pytest.approx(val_loss["val_loss"])
+
+
 def test_regressor_partial_fit_takes_the_steps_of_a_bare_loop():
     X, _ = rows(90)
     y = X[:, 0] - X[:, 1]
@@ -711,9 +732,9 @@ PARTIAL_MISTAKES = {
     ),
     "a label that is in none": (
         lambda X, y: first_call().partial_fit(X, y, NAMES[:2]),
-        "y has the label virginica, which is none of the classes: expected setosa, versicolor. "
-        "Leave its rows out, or train with all classes: fit with rows of each, or name them in "
-        "classes of the first partial_fit.",
+        "y has the label 'virginica', which is none of the classes: expected 'setosa', "
+        "'versicolor'. Leave its rows out, or train with all classes: fit with rows of each, or "
+        "name them in classes of the first partial_fit.",
     ),
     "a share for validation": (
         lambda X, y: first_call(validation=0.1).partial_fit(X, y, NAMES),
@@ -756,7 +777,7 @@ def test_estimator_partial_fit_after_a_refused_call_is_as_if_it_had_not_been():
     classifier.fit(X, y)
     with pytest.raises(ValueError, match="partial_fit trains for one epoch"):
         classifier.partial_fit(X, y)
-    with pytest.raises(ValueError, match="y has the label rose"):
+    with pytest.raises(ValueError, match="y has the label 'rose'"):
         classifier.partial_fit(X, np.where(y == "setosa", "rose", y))
     assert_same_fit(classifier, written_out((X, numbers_of(y)), epochs=2))
     first = Classifier(network, callbacks=[("stop", EarlyStopping("loss"))], **CPU)

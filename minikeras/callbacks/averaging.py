@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from minikeras.callback import Callback
 from minikeras.errors import check_number_in_range
 from minikeras.support.sharded_tensors import as_part
+
+
+@functools.cache  # not kept by the callback, which could not be pickled then
+def make_update_of_average(decay: float) -> Callable[..., Any]:
+    """Return torch's function that updates averages in place, given new values and a count."""
+    # not torch's AveragedModel: it waits for the GPU at each update
+    update: Callable[..., Any] = get_ema_multi_avg_fn(decay)
+    return update
 
 
 @dataclass
@@ -120,9 +129,8 @@ class EMA(Callback):
         # the training's weights, even if another EMA has already lent its average to the model
         weights = self._lent.raw or list(self._weights().values())
         if self.averaged:
-            # not torch's AveragedModel: it waits for the GPU at each update
-            update_average = get_ema_multi_avg_fn(self.decay)  # not kept: pickle refuses it
-            update_average(self.averaged, weights, 0)  # torch ignores the count
+            # torch ignores the count
+            make_update_of_average(self.decay)(self.averaged, weights, 0)
         else:
             self.averaged = [tensor.clone() for tensor in weights]
 

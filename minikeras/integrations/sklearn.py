@@ -74,6 +74,7 @@ class Training:
     random_states: list[Tensor]  # of torch, at the end of the last epoch
     history: pd.DataFrame  # of all epochs
     history_before: pd.DataFrame  # of the epochs before the model was compiled the last time
+    has_default_loss: bool
     is_compiled: bool = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,12 +274,20 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         optimizer = create_optimizer(parameters, lr=self.lr)
         model.compile(loss_func, optimizer, self.metrics_dict, device=self.device)
         callbacks = create_callbacks(named, model)
-        empty = pd.DataFrame()
-        return Training(model, loss_func, optimizer, callbacks, [], empty, empty)
+        return Training(
+            model,
+            loss_func,
+            optimizer,
+            callbacks,
+            random_states=[],
+            history=pd.DataFrame(),
+            history_before=pd.DataFrame(),
+            has_default_loss=self.loss_func is None,
+        )
 
     def _train(self, training: Training, epochs: int, train: Any, val: Any) -> None:
         """Train for some epochs, and keep what was trained."""
-        if self.loss_func is None:
+        if training.has_default_loss:
             # a weight per row needs a loss per row
             training.loss_func.reduction = "mean" if len(train) == 2 else "none"
         try:
@@ -447,9 +456,10 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """Train for one epoch on these rows, and return the estimator.
 
         The first call creates the network, unless `fit` has done so; later calls continue with it,
-        with the optimizer's state and the random state. lr, optimizer, loss_func and callbacks are
-        those of the first call. k calls with the same rows do what one `fit` of k epochs does,
-        also if the estimator is pickled between them. For the callbacks each call is a fit.
+        with the optimizer's state and the random state. model, loss_func, optimizer, lr, callbacks
+        and metrics_dict are those of the first call. k calls with the same rows do what one `fit`
+        of k epochs does, also if the estimator is pickled between them. For the callbacks each call
+        is a fit.
 
         Args:
             X: (rows, n_features), numbers.
@@ -665,16 +675,25 @@ def class_encoder(classes: np.ndarray) -> Callable[[Any], Tensor]:
 
     def encode(y: Any) -> Tensor:
         labels = column_or_1d(y)
-        unknown = np.setdiff1d(labels, classes)
+        unknown = labels
+        # NumPy would compare "2" and 2 as text, and sort "10" before "2"
+        if is_text(labels) == is_text(classes):
+            unknown = np.setdiff1d(labels, classes)
         if len(unknown):
+            expected = ", ".join(map(repr, classes.tolist()))
             raise ValueError(
-                f"y has the label {unknown[0]!s}, which is none of the classes: expected "
-                f"{', '.join(map(str, classes))}. Leave its rows out, or train with all classes: "
-                f"fit with rows of each, or name them in classes of the first partial_fit."
+                f"y has the label {unknown.tolist()[0]!r}, which is none of the classes: expected "
+                f"{expected}. Leave its rows out, or train with all classes: fit with rows of "
+                f"each, or name them in classes of the first partial_fit."
             )
         return torch.from_numpy(np.searchsorted(classes, labels)).long()
 
     return encode
+
+
+def is_text(labels: np.ndarray) -> bool:
+    """Tell whether labels are text; scikit-learn takes objects only if they are."""
+    return labels.dtype.kind in "OUS"
 
 
 def check_classes(classes: Any, known: np.ndarray | None) -> np.ndarray:
@@ -687,7 +706,7 @@ def check_classes(classes: Any, known: np.ndarray | None) -> np.ndarray:
             )
         return known
     found = np.unique(column_or_1d(classes))
-    if known is not None and not np.array_equal(found, known):
+    if known is not None and found.tolist() != known.tolist():
         raise ValueError(
             f"classes are {', '.join(map(str, found))}, and the network was created for "
             f"{', '.join(map(str, known))}. Leave classes out, or start with a new estimator: "
