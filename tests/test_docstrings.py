@@ -237,6 +237,12 @@ MISTAKES = {
     ("Classifier.fit", "ValueError"): lambda folder: PUBLIC["Classifier"](**CPU).fit(X, y[:3, 0]),
     ("Regressor.fit", "TypeError"): lambda folder: PUBLIC["Regressor"](hiden=3, **CPU).fit(X, y),
     ("Regressor.fit", "ValueError"): lambda folder: PUBLIC["Regressor"](epochs=0, **CPU).fit(X, y),
+    ("Classifier.partial_fit", "ValueError"): lambda folder: PUBLIC["Classifier"](
+        **CPU
+    ).partial_fit(X, y[:, 0]),
+    ("Regressor.partial_fit", "ValueError"): lambda folder: PUBLIC["Regressor"](
+        validation=0.5, **CPU
+    ).partial_fit(X, y),
     ("HubModel", "CheckpointError"): lambda folder: other_weights(folder, PUBLIC["HubModel"]),
     ("HubModel", "FileNotFoundError"): lambda folder: PUBLIC["HubModel"].from_pretrained(folder),
     ("HubModel", "TypeError"): lambda folder: PUBLIC["HubModel"](nn.Linear(2, 1)).save_pretrained(

@@ -65,22 +65,30 @@ class ModelCheckpoint(MonitoringCallback):
         self.path: str = str(path)
         self.folder: Path = Path()  # the current one when a fit begins: a callback may chdir
         self.names: list[str] = _names_in(self.path)
-        self.monitor: Monitor | None = None
-        if save_best_only:
-            self.monitor = Monitor("ModelCheckpoint", monitor, mode)
-        self.best: float = 0.0
+        self.monitor = monitor
+        self.save_best_only = save_best_only
+        self.mode = mode
+        self.best: float = 0.0 if self._watch is None else self._watch.worst
+
+    @property
+    def _watch(self) -> Monitor | None:
+        """What reads and compares the monitored value; None if every epoch is saved."""
+        if not self.save_best_only:
+            return None
+        return Monitor("ModelCheckpoint", self.monitor, self.mode)
 
     def on_fit_begin(self) -> None:
-        self.best = 0.0 if self.monitor is None else self.monitor.worst
+        self.best = 0.0 if self._watch is None else self._watch.worst
         self.folder = Path.cwd()
         if self.model.is_main_process:
             known = self.path.partition("{")[0] + "_" if self.names else self.path
             check_writable(user_path(known), "ModelCheckpoint")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        if self.monitor is not None:
-            value = self.monitor.read(logs, self.validates)
-            if value is None or not self.monitor.better(value, self.best):
+        watch = self._watch
+        if watch is not None:
+            value = watch.read(logs, self.validates)
+            if value is None or not watch.better(value, self.best):
                 return
             self.best = value
         known = {**logs, "epoch": epoch}
@@ -101,12 +109,14 @@ class ModelCheckpoint(MonitoringCallback):
 
     def watched_names(self) -> list[tuple[str, str, str]]:
         watched = [(name, "names its files by", "a path without it") for name in self.names]
-        if self.monitor is not None:
-            watched += self.monitor.watched_names()
+        watch = self._watch
+        if watch is not None:
+            watched += watch.watched_names()
         return watched
 
     def _monitor_state(self) -> list[Any] | None:
-        return None if self.monitor is None else self.monitor.state()
+        watch = self._watch
+        return None if watch is None else watch.state()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "monitor": self._monitor_state()}
