@@ -411,6 +411,7 @@ def test_summary_table_is_shown_once(where, monkeypatch, capsys):
     if where == "notebook":
         result._ipython_display_()  # as the last line of the cell that has shown it
         assert len(shown) == 1
+        assert repr(result) + "\n" == ARTICLE  # what a cell prints is what it asks for
         notebook.execution_count += 1
         result._ipython_display_()
         assert len(shown) == 2

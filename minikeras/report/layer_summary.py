@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from minikeras.arrays import array_to_tensor, is_array
 from minikeras.batch import call_with, to_device
 from minikeras.errors import ForwardError, check_positive_int, describe, find_failing_layer
-from minikeras.nests import leaves, map_leaves, take_apart
+from minikeras.nests import is_sharded, leaves, map_leaves, take_apart
 from minikeras.processes import is_main
 from minikeras.rows import first_size
 
@@ -117,7 +117,9 @@ class Summary:
         return f"{table}\n{'-' * max(map(len, table.splitlines()))}\n{self.totals()}"
 
     def __repr__(self) -> str:
-        return "" if self._is_just_shown() else str(self)
+        # IPython asks `_ipython_display_`, Python's prompt knows nothing but this
+        is_at_prompt = _ipython_shell() is None
+        return "" if is_at_prompt and self._is_just_shown() else str(self)
 
     def _repr_html_(self) -> str:
         return f"{_table_html(self.rows)}\n<pre>{html.escape(self.totals())}</pre>"
@@ -234,7 +236,8 @@ def summary(
             the rows so far.
         ValueError: no input is given, or two; an invalid shape or dtype; a lazy layer without
             parameters yet.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or the input is a DataLoader, a Dataset or a table with
+            columns that are not numbers.
 
     >>> _ = summary(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()), input_shape=(2,))
     layer (type)    output shape      params
@@ -256,6 +259,7 @@ def summary(
     size = check_positive_int("batch_size", batch_size) if batch_size != -1 else 1
     if input_data is not None:
         row_counts = [max(first_size(input_data, unknown=1), 1)]
+        inputs = input_data
 
         def features(device: torch.device, rows: int) -> Any:
             return to_device(copy.deepcopy(input_data), device)  # forward may write into it
@@ -263,7 +267,8 @@ def summary(
     else:
         row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
         features = partial(_make_inputs, input_shape, input_dtype)
-    runs, note = _run_copies(model, features, row_counts)
+        inputs = features(META, max(row_counts))
+    runs, note = _run_copies(model, features, row_counts, inputs)
     parameters = list(model.parameters())
     result = Summary(
         model=_type_name(model),
@@ -302,7 +307,7 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
             f"expected the shape of one row, such as {tuple(input_shape.shape[1:])}. Pass a batch "
             f"by its name: summary(net, input_data=batch)."
         )
-    arrays = [leaf for leaf in leaves(input_shape) if is_data(leaf)]
+    arrays = [leaf for leaf in leaves(input_shape) if _is_data(leaf)]
     if arrays:
         raise ValueError(
             f"input_shape is {describe(input_shape)}; expected the shape of one row, or a list or "
@@ -341,14 +346,14 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
         )
 
 
-def is_data(leaf: Any) -> bool:
+def _is_data(leaf: Any) -> bool:
     """Tell whether a leaf is an array or a frame of any library, and no single number of NumPy."""
     return is_array(leaf) and not isinstance(leaf, np.generic)
 
 
 def _array_to_tensor(leaf: Any) -> Any:
     """Convert an array or a frame to a tensor, as `predict` does; return anything else as it is."""
-    if isinstance(leaf, Tensor) or not is_data(leaf):
+    if isinstance(leaf, Tensor) or not _is_data(leaf):
         return leaf
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
         return array_to_tensor(leaf, "input_data")
@@ -465,9 +470,9 @@ def _outliving(leaf: Any) -> Any:
 
 
 def _run_copies(
-    model: nn.Module, features: Features, row_counts: list[int]
+    model: nn.Module, features: Features, row_counts: list[int], inputs: Any
 ) -> tuple[list[_Run], str]:
-    """Run copies of the model, one for each number of rows.
+    """Run copies of the model, one for each number of rows; `inputs` are as large as the largest.
 
     A small model runs on its own device, another one on the meta device, or if that fails on its
     own. Returns the runs, and a note if one way to run them failed.
@@ -481,7 +486,7 @@ def _run_copies(
     attempts = [(META, True), (device, True), (device, False)]  # device, with flops counted
     if any(isinstance(layer, torch.jit.ScriptModule) for layer in model.modules()):
         attempts = attempts[1:]  # TorchScript modules cannot be copied to meta
-    elif _is_small(model, device, features, row_counts):
+    elif _is_small(model, device, inputs):
         # meta last: it has no values that a forward could refuse
         attempts = [*attempts[1:], attempts[0]]
     first_failure: BaseException | None = None
@@ -515,18 +520,17 @@ def _run_copies(
     return [], f"Note: no output shapes, since the model cannot be copied: {reason}"
 
 
-def _is_small(
-    model: nn.Module, device: torch.device, features: Features, row_counts: list[int]
-) -> bool:
-    """Tell whether a forward on the CPU is fast, and needs little memory, with all these rows."""
-    if device.type != "cpu":
+def _is_small(model: nn.Module, device: torch.device, inputs: Any) -> bool:
+    """Tell whether a forward on the CPU is fast, and needs little memory, with these inputs."""
+    parameters = list(model.parameters())
+    if device.type != "cpu" or any(map(is_sharded, parameters)):
         return False
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     elements = 0
-    for leaf in leaves(features(META, max(row_counts))):
+    for leaf in leaves(inputs, inside=True):
         if isinstance(leaf, (Tensor, PackedSequence)):
             elements += leaf.data.numel()
-    return elements <= SMALL_INPUT and parameters * elements <= SMALL_PRODUCT
+    size = sum(parameter.numel() for parameter in parameters)
+    return elements <= SMALL_INPUT and size * elements <= SMALL_PRODUCT
 
 
 def _device_of(model: nn.Module) -> torch.device:
