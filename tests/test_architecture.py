@@ -19,6 +19,7 @@ CORE = sorted(path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE
 # Imports from room to room, each with its reason. All others are of the core, or of `support`.
 ROOM_TO_ROOM = {
     ("distributed", "on_all_rows"): "its rows are gathered from all processes",
+    ("report", "data"): "summary takes the tables that predict takes",
     ("losses", "distributed"): "a penalty adds up what each process has in parts",
 }
 
