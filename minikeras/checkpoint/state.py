@@ -56,6 +56,7 @@ from minikeras.checkpoint.weights import (
 )
 from minikeras.errors import CheckpointError, check_positive_int
 from minikeras.hooks import Fit, Hook, Position
+from minikeras.modes import names_staying_in_eval, set_staying_in_eval
 from minikeras.processes import OneProcess
 from minikeras.stepper import Stepper
 from minikeras.support.atomic import (
@@ -196,7 +197,7 @@ class Checkpoint(Hook):
         self.run.kept["begun"] = begun
         if self.state is None:
             return
-        for key in ("frozen", "loss frozen", "in_eval"):
+        for key in ("frozen", "loss frozen", "in_eval", "stays_in_eval"):
             if begun.get(key, self.now[key]) != self.now[key]:
                 self.state[key] = None
 
@@ -359,6 +360,8 @@ class Checkpoint(Hook):
         load_whole(self.model, state["model"])
         set_buffers(self.model, state["buffers"], run.device)
         freeze(self.model, state.get("frozen"))
+        if state.get("stays_in_eval") is not None:
+            set_staying_in_eval(self.model, state["stays_in_eval"])
         if state.get("in_eval") is not None:
             run.modes.restore(state["in_eval"])
         if isinstance(loss, nn.Module):
@@ -599,6 +602,7 @@ class Checkpoint(Hook):
             "attributes": self.attributes.states(),
             "frozen": frozen(model),
             "in_eval": run.modes.look(),
+            "stays_in_eval": names_staying_in_eval(model),
             "model": weights,
             "buffers": buffers_beside(model, weights),
             "loss": {},
