@@ -42,7 +42,7 @@ def freeze(module: Module) -> Module:
     """
     check_module(module, "freeze")
     for parameter in module.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # a lazy parameter refuses requires_grad_
         parameter.grad = None  # else the next step would still move it
     stay_in_eval(module)
     return module
@@ -73,7 +73,7 @@ def unfreeze(module: Module) -> Module:
     check_module(module, "unfreeze")
     for parameter in module.parameters():
         if is_lazy(parameter) or parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(True)  # integers, as of a quantized layer, have no gradient
+            parameter.requires_grad = True  # integers, as of a quantized layer, have no gradient
     leave_eval(module)
     return module
 

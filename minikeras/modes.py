@@ -14,7 +14,6 @@ from torch import nn
 from minikeras.exported import set_mode
 from minikeras.overrides import overrides
 
-
 # A plain attribute of a module, so that copies have it too. True: the module stays in eval mode
 # whenever the model is put into train mode. False: it did until now, and its mode says nothing
 # about the rest of the model. It is removed when the model is next put into train mode.

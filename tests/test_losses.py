@@ -562,7 +562,11 @@ def test_weight_decay_groups_spare_what_they_are_told_to(spare, expected):
 @pytest.mark.parametrize(
     ("spare", "error", "message"),
     [
-        ("1D", ValueError, "spare must be 'bias' or '1d', got '1D'. Did you mean '1d'?"),
+        (
+            "biases",
+            ValueError,
+            "spare must be 'bias' or '1d', got 'biases'. Did you mean 'bias'?",
+        ),
         (
             True,
             TypeError,

@@ -38,7 +38,7 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     if version > VERSION:
         raise CheckpointError(
             f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update "
-            "minikeras."
+            f"minikeras. {remedy(path)}"
         )
     check_state(state, path)
     check_weights(model, state["model"], path, remedy)

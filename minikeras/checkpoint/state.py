@@ -41,7 +41,7 @@ from minikeras.checkpoint.matching import (
     warn_of_other_settings,
 )
 from minikeras.checkpoint.plain import plain, restored
-from minikeras.checkpoint.position import Positioned, warn_of_hidden_draws
+from minikeras.checkpoint.position import Positioned, ended_before, warn_of_hidden_draws
 from minikeras.checkpoint.signals import Interruptions
 from minikeras.checkpoint.validate import untouched
 from minikeras.checkpoint.weights import (
@@ -131,7 +131,7 @@ class Checkpoint(Hook):
         )
         self.attributes = PlainAttributes(holders_in(model, run.loss_func))
         self.data = data_of(train_loader)
-        self.train = Positioned(train, "dl_train", self.randomness)
+        self.train = Positioned(train, "dl_train", self.randomness, remedy_of_fit(self.path))
         return self.train
 
     def open(self, model: Model, run: Run, epochs: int) -> int:
@@ -184,10 +184,7 @@ class Checkpoint(Hook):
         """
         step = 0 if self.state is None else self.state["position"]["step"]
         if batches is not None and step > batches:
-            raise CheckpointError(
-                f"the checkpoint stands after batch {step} and dl_train ended after {batches}. "
-                f"Give the same data as before."
-            )
+            raise ended_before(step, "dl_train", batches, remedy_of_fit(self.path))
 
     def _compare_beginnings(self, begun: Any) -> None:
         """Forget what the file would freeze if the script has changed what it freezes itself."""
@@ -293,7 +290,7 @@ class Checkpoint(Hook):
 
         Callbacks and metrics try it, and get their own state back if one of them cannot.
         """
-        self.randomness.check(state["random"])
+        self._check_random(state["random"])
         if state["train"] is not None and state["position"]["epoch"] <= self.last:
             self.train.check(restored(state["train"]))
         tried: list[tuple[Callback, Any]] = []
@@ -313,6 +310,13 @@ class Checkpoint(Hook):
             raise
         finally:
             totals.reset()
+
+    def _check_random(self, states: Any) -> None:
+        """Refuse random states of other loaders."""
+        try:
+            self.randomness.check(states)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {remedy_of_fit(self.path)}") from None
 
     def _try(self, what: str, load_state: Callable[[Any], Any], state: Any) -> None:
         try:
