@@ -19,7 +19,8 @@ def freeze(module: Module) -> Module:
     No optimizer moves its weights, even one with momentum or weight decay that trained them
     before. BatchNorm's running statistics stand still, and dropout is off, also after
     `model.train()` of the `minikeras.Model` that has the module in it. An optimizer may hold frozen
-    parameters: it skips them.
+    parameters: it skips them. The exception is LBFGS, whose steps use earlier gradients: make a new
+    one after freezing.
 
     Args:
         module: a layer or a whole network, such as `model.net[0]`. Freezing it twice is the same
