@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
     from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
     from minikeras.callbacks.rates import LRScheduler
     from minikeras.callbacks.stopping import EarlyStopping, Timer
+    from minikeras.freezing import freeze, unfreeze
     from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
     from minikeras.on_all_rows import OnAllRows
     from minikeras.report.layer_summary import summary
@@ -38,11 +39,13 @@ __all__ = [
     "OnAllRows",
     "Regularized",
     "Timer",
+    "freeze",
     "l1_penalty",
     "l2_penalty",
     "plot_history",
     "plot_metric",
     "summary",
+    "unfreeze",
     "weight_decay_groups",
 ]
 
@@ -55,6 +58,8 @@ _ROOMS = {
     "EarlyStopping": "callbacks.stopping",
     "Timer": "callbacks.stopping",
     "summary": "report.layer_summary",
+    "freeze": "freezing",
+    "unfreeze": "freezing",
     "FocalLoss": "losses",
     "Regularized": "losses",
     "l1_penalty": "losses",

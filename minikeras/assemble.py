@@ -143,7 +143,8 @@ def make_run(
             parts.append(shards.ShardedBackward())
     stepper = Stepper(optimizers, parts)
     run = Run(loss_func, optimizers, chosen, world, stepper, train, val)
-    run.parameters = {id(parameter) for parameter in parameters_of(model, loss_func)}
+    for parameter in parameters_of(model, loss_func):
+        run.parameters[id(parameter)] = parameter.requires_grad
     for phase in (train, val):
         phase.decorate = functools.partial(stepper.decorated, "around_metrics")
     add_first_batch_checks(model, run)

@@ -28,6 +28,7 @@ from minikeras.callback import Callback
 from minikeras.compiled_names import hide_compiled_names
 from minikeras.errors import NotCompiledError, check_one_of
 from minikeras.exported import is_exported, set_mode
+from minikeras.modes import keep_in_eval
 from minikeras.nests import detach_nest
 from minikeras.phase import NoChecks
 from minikeras.results import Result, reduce_loss
@@ -89,12 +90,15 @@ class Model(nn.Module):
     def train(self, mode: bool = True) -> Model:
         """Set train mode, or eval mode if `mode` is False, as `nn.Module.train` does.
 
-        An exported program keeps its own mode.
+        An exported program keeps its own mode, and frozen parts stay in eval mode.
         """
         if any(is_exported(module) for module in self.modules()):
             set_mode(self, mode)
-            return self
-        return super().train(mode)
+        else:
+            super().train(mode)
+        if mode:
+            keep_in_eval(self)
+        return self
 
     # --- the step: override it for custom training ------------------------------------------------
 

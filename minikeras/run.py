@@ -40,7 +40,8 @@ class Run:
     phase: Phase = field(init=False)  # the one that is running, or has run last
     modes: TrainingModes = field(init=False)  # of the current or last fit
     fit: Fit | None = None  # the one that is running
-    parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
+    # the id of each parameter at compile -> whether it was trained then
+    parameters: dict[int, bool] = field(default_factory=dict)
     # the model's plain attributes that are ours, as they were set
     published: dict[str, Any] = field(default_factory=dict)
     # logs and learning rates of each epoch

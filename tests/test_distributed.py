@@ -57,6 +57,7 @@ SAME = [
     "samplers_by_epoch",
     "some_steps",
     "in_eval_mode",
+    "frozen",
     "nests",
     "fetched_rows",
     "early_stopping",
@@ -364,13 +365,16 @@ def test_distributed_auto_on_one_process_has_no_world():
     assert not run.stepper.parts
 
 
-def test_sync_batchnorm_keeps_weights_and_names():
-    model = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+def test_sync_batchnorm_keeps_weights_names_and_what_is_frozen():
+    model = minikeras.Model(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    minikeras.freeze(model.net[0])
     world = SimpleNamespace(size=2)
     before = dict(model.named_parameters())
     sync_batchnorm(model, world, torch.device("cuda"))
-    assert isinstance(model.net[1], nn.SyncBatchNorm)
+    assert isinstance(model.net[2], nn.SyncBatchNorm)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    model.train()
+    assert [module.training for module in model.net] == [False, True, True]
 
 
 # --- a group that is there already, without a launcher's variables --------------------------------

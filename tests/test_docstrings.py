@@ -216,6 +216,11 @@ MISTAKES = {
     ("weight_decay_groups", "ValueError"): lambda folder: minikeras.weight_decay_groups(
         plain(), -1
     ),
+    ("weight_decay_groups", "TypeError"): lambda folder: minikeras.weight_decay_groups(
+        plain(), 0.1, spare=True
+    ),
+    ("freeze", "TypeError"): lambda folder: minikeras.freeze(plain().parameters()),
+    ("unfreeze", "TypeError"): lambda folder: minikeras.unfreeze(nn.Linear),
     ("plot_history", "ModuleNotFoundError"): lambda folder: missing(
         "matplotlib.pyplot", lambda: minikeras.plot_history(compiled().fit(1, (X, y), verbose=0))
     ),

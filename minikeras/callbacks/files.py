@@ -15,6 +15,7 @@ from typing import Any
 from minikeras.callback import Callback
 from minikeras.callbacks.monitor import Monitor, MonitoringCallback, is_skipped, unknown_name
 from minikeras.columns import sort_columns
+from minikeras.errors import check_number_in_range
 from minikeras.support.atomic import check_writable, previous, write
 from minikeras.support.paths import fix, follow_links, refuse_special, same_place, user_path
 
@@ -32,9 +33,11 @@ class ModelCheckpoint(MonitoringCallback):
             is read only in epochs with validation. Without save_best_only it is not used.
         save_best_only: save an epoch only if its value is better than all before; default False.
         mode: "min" or "max"; "auto", the default, infers the direction from the name.
+        initial_value: with save_best_only, the best value so far, such as the `best` of the
+            ModelCheckpoint of an earlier fit: only better values are saved. Default none.
 
-    Each fit starts without a best value. Epochs are numbered from 1, over several fits. NaN is
-    never better.
+    Each fit starts without a best value, or with `initial_value`. Epochs are numbered from 1, over
+    several fits. NaN is never better. `best` is the best value of the current or last fit.
 
     Raises:
         ValueError: a bad argument; when the fit begins, a name with val_ without dl_val; at the end
@@ -60,6 +63,7 @@ class ModelCheckpoint(MonitoringCallback):
         *,
         save_best_only: bool = False,
         mode: str = "auto",
+        initial_value: float | None = None,
     ) -> None:
         user_path(path)
         self.path: str = str(path)
@@ -68,7 +72,8 @@ class ModelCheckpoint(MonitoringCallback):
         self.monitor = monitor
         self.save_best_only = save_best_only
         self.mode = mode
-        self.best: float = 0.0 if self._watch is None else self._watch.worst
+        self.initial_value = initial_value
+        self.best: float = _check_initial(initial_value, self._watch)
 
     @property
     def _watch(self) -> Monitor | None:
@@ -78,7 +83,7 @@ class ModelCheckpoint(MonitoringCallback):
         return Monitor("ModelCheckpoint", self.monitor, self.mode)
 
     def on_fit_begin(self) -> None:
-        self.best = 0.0 if self._watch is None else self._watch.worst
+        self.best = _check_initial(self.initial_value, self._watch)
         self.folder = Path.cwd()
         if self.model.is_main_process:
             known = self.path.partition("{")[0] + "_" if self.names else self.path
@@ -125,6 +130,30 @@ class ModelCheckpoint(MonitoringCallback):
         # the best of another value cannot be compared
         if state.get("monitor", self._monitor_state()) == self._monitor_state():
             self.best = state["best"]
+
+
+def _check_initial(value: Any, monitor: Monitor | None) -> float:
+    """Return the best value that a fit begins with.
+
+    Raises:
+        ValueError: it is no number, no value could be better, or nothing is monitored.
+    """
+    if monitor is None:
+        if value is not None:
+            raise ValueError(
+                f"initial_value={value!r} needs save_best_only=True: without it every epoch is "
+                f"saved. Pass both or none."
+            )
+        return 0.0
+    if value is None:
+        return monitor.worst
+    return check_number_in_range(
+        "initial_value",
+        value,
+        f"that another value of {monitor.name!r} can be better than, such as the `best` of an "
+        f"earlier ModelCheckpoint, or None",
+        lambda number: number != -monitor.worst,
+    )
 
 
 def _names_in(path: str) -> list[str]:

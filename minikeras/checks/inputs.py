@@ -258,12 +258,12 @@ def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
 
 
 def check_optimizers(
-    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: set[int]
+    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: dict[int, bool]
 ) -> None:
     """Check that there is something to train, and that the optimizers hold it as it is now.
 
     Args:
-        compiled: the ids of the parameters that the model had at compile.
+        compiled: the id of each parameter that the model had at compile -> whether it was trained.
 
     Raises:
         ValueError: there is nothing to train, or an optimizer holds other parameters.
@@ -275,7 +275,7 @@ def check_optimizers(
         remedy = "Add a layer that has some"
         if own:
             why = f"all {len(own)} parameters of {name} are frozen"
-            remedy = "Set requires_grad=True on some"
+            remedy = "Call minikeras.unfreeze on the layers to train"
         raise ValueError(f"there is nothing to train: {why}. {remedy}, then compile again.")
     again = f"Make a new optimizer from model.parameters() and call {name}.compile again."
     in_optimizers: set[int] = set()
@@ -285,7 +285,7 @@ def check_optimizers(
         which = f"optimizer {key!r}" if key else "the optimizer"
         ids = _ids_in(optimizer)
         holds_none = not ids & own.keys()
-        if holds_none and (ids & compiled or not in_optimizers & own.keys()):
+        if holds_none and (ids & compiled.keys() or not in_optimizers & own.keys()):
             raise ValueError(
                 f"{which} holds none of the parameters of {name}: it was made from another model, "
                 f"or the network was replaced after compile. {again}"
@@ -295,10 +295,14 @@ def check_optimizers(
             what = f"it is {stale[0]} from earlier steps and the parameters are {stale[1]} now"
             raise ValueError(f"{which} holds stale state: {what}. {again}")
     untrained = 0
-    known = in_optimizers | compiled
+    unfrozen = 0
     for number, parameter in own.items():
-        if parameter.requires_grad and number not in known:
+        if not parameter.requires_grad or number in in_optimizers:
+            continue
+        if number not in compiled:
             untrained += 1
+        elif not compiled[number]:
+            unfrozen += 1
     if untrained:
         what = "lacks parameters: a layer was added"
         if any(number in compiled and number not in own for number in in_optimizers):
@@ -306,6 +310,11 @@ def check_optimizers(
         raise ValueError(
             f"the optimizer {what} after compile, and {untrained} new parameters would not be "
             f"trained. {again}"
+        )
+    if unfrozen:
+        raise ValueError(
+            f"the optimizer lacks parameters: {unfrozen} were frozen when {name}.compile was "
+            f"called, and have been unfrozen since. They would not be trained. {again}"
         )
 
 

@@ -31,6 +31,7 @@ ROOMS = {
     "distributed": "compiled(distributed='ddp')",
     "export.py": "compiled().export(PATH, X)",
     "faults": "",
+    "freezing.py": "minikeras.freeze(compiled())",
     "integrations": "from minikeras.integrations.wandb import WandB",
     "jit": "compiled(jit=True)",
     "losses.py": "minikeras.FocalLoss()",

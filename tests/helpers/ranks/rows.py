@@ -9,6 +9,7 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.compare import copy_weights
 from helpers.models import Net
 from helpers.ranks.common import RANK, Noisy, compiled, doubles, found, row_by_row
 from helpers.seeds import seed
@@ -56,6 +57,35 @@ def in_eval_mode(size):
     dfhistory = model.fit(2, doubles(45), doubles(13), batch_size=12 // size, verbose=0)
     assert not model.net[1].training
     assert model.net[0].training
+    return found(model, dfhistory, doubles(13))
+
+
+def frozen(size):
+    """A frozen part has no gradient in any process, and one that a callback unfreezes has one.
+
+    Momentum and weight decay do not move what is frozen.
+    """
+    seed()
+    block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    net = nn.Sequential(nn.Linear(2, 8), block, nn.Linear(8, 1), nn.Sigmoid())
+    block[1].running_mean.fill_(0.1)
+    minikeras.freeze(block)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model = compiled(minikeras.Model(net), optimizer=optimizer)
+    model.fit(1, doubles(45), batch_size=12 // size, verbose=0)
+    minikeras.freeze(net[0])
+    before = copy_weights(net)
+
+    def unfreeze(epoch):
+        if epoch == 3:
+            minikeras.unfreeze(block[0])
+
+    callbacks = [minikeras.LambdaCallback(on_epoch_begin=unfreeze)]
+    dfhistory = model.fit(
+        2, doubles(45), doubles(13), batch_size=12 // size, callbacks=callbacks, verbose=0
+    )
+    moved = [name for name, value in net.state_dict().items() if not value.equal(before[name])]
+    assert moved == ["1.0.weight", "1.0.bias", "2.weight", "2.bias"]
     return found(model, dfhistory, doubles(13))
 
 
