@@ -8,10 +8,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 import minikeras
-
-
-def accuracy(y_pred, y_true):
-    return (y_pred.argmax(1) == y_true).float().mean()
+from minikeras import accuracy
 
 
 def block(inputs, outputs):
