@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 class BatchLogs(Mapping[str, float]):
     """The logs of `on_batch_end`: name -> mean over the epoch so far.
 
-    Reading a value waits for the device.
+    `batch` has the values of the last batch alone. Reading a value waits for the device.
+
+    >>> import minikeras, torch
+    >>> def show(batch, logs):
+    ...     print(batch, logs["loss"], logs.batch["loss"])
+    >>> model = minikeras.Model(torch.nn.Linear(1, 1, bias=False))
+    >>> _ = torch.nn.init.ones_(model.net.weight)
+    >>> model.compile(torch.nn.L1Loss(), torch.optim.SGD(model.parameters(), lr=0.0))
+    >>> batches = [(torch.full((2, 1), size), torch.zeros(2, 1)) for size in (4.0, 2.0)]
+    >>> shown = minikeras.LambdaCallback(on_batch_end=show)
+    >>> _ = model.fit(1, batches, callbacks=[shown], verbose=0)
+    1 4.0 4.0
+    2 3.0 2.0
     """
 
     @property
@@ -41,18 +53,6 @@ class BatchLogs(Mapping[str, float]):
         are those of this process's rows; NaN for a batch that only keeps it in step with the
         others. Each value is read from the device when you look it up: read what you need, such as
         `logs.batch["loss"]`, within `on_batch_end`.
-
-        >>> import minikeras, torch
-        >>> def show(batch, logs):
-        ...     print(batch, logs["loss"], logs.batch["loss"])
-        >>> model = minikeras.Model(torch.nn.Linear(1, 1, bias=False))
-        >>> _ = torch.nn.init.ones_(model.net.weight)
-        >>> model.compile(torch.nn.L1Loss(), torch.optim.SGD(model.parameters(), lr=0.0))
-        >>> batches = [(torch.full((2, 1), size), torch.zeros(2, 1)) for size in (4.0, 2.0)]
-        >>> shown = minikeras.LambdaCallback(on_batch_end=show)
-        >>> _ = model.fit(1, batches, callbacks=[shown], verbose=0)
-        1 4.0 4.0
-        2 3.0 2.0
         """
 
 

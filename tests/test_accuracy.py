@@ -291,7 +291,8 @@ REFUSED = {
     "a NumPy array": (
         minikeras.accuracy,
         (scores(8, 3), numbers(3, 8).numpy()),
-        """accuracy: y_true must be one tensor, got ndarray (8,) int64. Pass torch.as_tensor(y_true).""",
+        """accuracy: y_true must be one tensor, got ndarray (8,) int64. Pass
+        torch.as_tensor(y_true).""",
     ),
     "a dict": (
         minikeras.accuracy,
