@@ -91,8 +91,8 @@ class Callback:
     def on_batch_begin(self, batch: int) -> None:
         """Called before the training step of `batch`, which has been read and is on the device.
 
-        With `steps_per_execution` called once for each call of the graph, with the number of its
-        first batch.
+        With `steps_per_execution` it is called once for each call of the graph, with the number of
+        the call's first batch.
         """
 
     def on_batch_end(self, batch: int, logs: BatchLogs) -> None:
@@ -100,8 +100,8 @@ class Callback:
 
         `logs` holds the running means of the epoch, and `logs.batch` the values of the last batch
         alone; with several processes, those of this process. Reading a value waits for the device.
-        With `steps_per_execution` called once for each call of the graph, with the number of its
-        last batch.
+        With `steps_per_execution` it is called once for each call of the graph, with the number of
+        the call's last batch.
         """
 
     def on_evaluate_begin(self) -> None:

@@ -120,7 +120,7 @@ class FirstBatch(Explanations):
                 inputs.guarded(metric.update, outputs, labels, f"metric {name!r}", scalar=False)
             totals.mark_updated()
         results = {}
-        with allow_waiting():  # they look at what they are given, if they look at it at all
+        with allow_waiting():  # a metric may read what it is given, in this batch
             for name, metric in functions.items():
                 results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
         if found:
