@@ -7,7 +7,6 @@ all layers, the earlier ones with a lower learning rate.
 import argparse
 
 import torch
-from image_classification import accuracy
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -26,7 +25,7 @@ def create_model():
 
 
 def compile_with(model, groups):
-    model.compile(nn.CrossEntropyLoss(), torch.optim.Adam(groups, lr=1e-3), {"accuracy": accuracy})
+    model.compile(nn.CrossEntropyLoss(), torch.optim.Adam(groups, lr=1e-3), {"accuracy": minikeras.accuracy})
 
 
 def report(stage, model, test):

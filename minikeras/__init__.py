@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import typing
 
-from minikeras.callback import Callback, LambdaCallback
+from minikeras.callback import BatchLogs, Callback, LambdaCallback
 from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
 from minikeras.model import Model
 from minikeras.results import Average
@@ -16,6 +16,7 @@ if typing.TYPE_CHECKING:
     from minikeras.callbacks.stopping import EarlyStopping, Timer
     from minikeras.freezing import freeze, unfreeze
     from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
+    from minikeras.metrics import accuracy, binary_accuracy
     from minikeras.on_all_rows import OnAllRows
     from minikeras.report.layer_summary import summary
     from minikeras.report.plotting import plot_history, plot_metric
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "Average",
+    "BatchLogs",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -39,6 +41,8 @@ __all__ = [
     "OnAllRows",
     "Regularized",
     "Timer",
+    "accuracy",
+    "binary_accuracy",
     "freeze",
     "l1_penalty",
     "l2_penalty",
@@ -65,6 +69,8 @@ _ROOMS = {
     "l1_penalty": "losses",
     "l2_penalty": "losses",
     "weight_decay_groups": "losses",
+    "accuracy": "metrics",
+    "binary_accuracy": "metrics",
     "OnAllRows": "on_all_rows",
     "plot_history": "report.plotting",
     "plot_metric": "report.plotting",

@@ -4,6 +4,7 @@ import ast
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -52,6 +53,7 @@ SAME = [
     "on_all_rows",
     "on_all_rows_carried_on",
     "per_class",
+    "accuracies",
     "tracked",
     "uneven",
     "samplers_by_epoch",
@@ -70,6 +72,7 @@ OTHERS = [
     "one_file",
     "on_all_rows_fails",
     "no_means",
+    "batch_values",
     "odd",
     "told",
     "timer",
@@ -320,6 +323,16 @@ def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
 def test_ddp_warnings_of_metrics_come_from_the_first_process_alone(by_two):
     said = ["metric 'f1': the outputs are raw scores,", "metric 'rmse' is no mean over rows: on a"]
     assert [part["said"] for part in by_two["no_means"]] == [said, []]
+
+
+def test_ddp_batch_values_are_of_this_processs_rows_and_nan_for_a_filler(by_two):
+    first, second = by_two["batch_values"]
+    assert [batch[1] for batch in first] == [batch[0] for batch in first]
+    assert [batch[1] for batch in second[:-1]] == [batch[0] for batch in second[:-1]]
+    assert [len(first), len(second)] == [6, 6]
+    assert math.isnan(second[-1][1])
+    assert second[-1][2] == second[-2][2]  # its running mean does not move
+    assert [batch[0] for batch in first[:-1]] != [batch[0] for batch in second[:-1]]
 
 
 def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):

@@ -22,7 +22,7 @@ from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
 from minikeras.phase import Batch, NoChecks, Phase
 from minikeras.processes import OneProcess
-from minikeras.results import Result
+from minikeras.results import Result, allow_waiting
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -120,8 +120,9 @@ class FirstBatch(Explanations):
                 inputs.guarded(metric.update, outputs, labels, f"metric {name!r}", scalar=False)
             totals.mark_updated()
         results = {}
-        for name, metric in functions.items():
-            results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
+        with allow_waiting():  # a metric may read what it is given, in this batch
+            for name, metric in functions.items():
+                results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
         if found:
             self.row_means.tell(found)
         return results

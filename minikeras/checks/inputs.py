@@ -427,7 +427,7 @@ def check_metrics_dict(metrics_dict: Any) -> None:
     if not isinstance(metrics_dict, Mapping):
         raise TypeError(
             f"metrics_dict must be a dict of name -> metric, got {type(metrics_dict).__name__}. "
-            f'Pass for instance {{"accuracy": accuracy}}.'
+            f'Pass for instance {{"accuracy": minikeras.accuracy}}.'
         )
     for name, metric in metrics_dict.items():
         check_name("metrics_dict has", name, ("loss", "lr", "epoch"))

@@ -35,6 +35,7 @@ ROOMS = {
     "integrations": "from minikeras.integrations.wandb import WandB",
     "jit": "compiled(jit=True)",
     "losses.py": "minikeras.FocalLoss()",
+    "metrics.py": "minikeras.accuracy",
     "on_all_rows.py": "minikeras.OnAllRows(max)",
     "parts/accumulate.py": "compiled(accumulate=2)",
     "parts/bare_calls.py": "bare()",
