@@ -25,7 +25,9 @@ def create_model():
 
 
 def compile_with(model, groups):
-    model.compile(nn.CrossEntropyLoss(), torch.optim.Adam(groups, lr=1e-3), {"accuracy": minikeras.accuracy})
+    model.compile(
+        nn.CrossEntropyLoss(), torch.optim.Adam(groups, lr=1e-3), {"accuracy": minikeras.accuracy}
+    )
 
 
 def report(stage, model, test):
