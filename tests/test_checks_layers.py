@@ -156,7 +156,7 @@ def test_features_in_one_part_for_two_inputs_raise_an_error_that_says_tuple():
         compiled(Tab()).predict(X)
     note = (
         "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
-        "labels."
+        "labels; or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2]))."
     )
     assert error.value.__notes__ == [note]
 

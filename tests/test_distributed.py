@@ -58,6 +58,7 @@ SAME = [
     "some_steps",
     "in_eval_mode",
     "nests",
+    "split_batches",
     "fetched_rows",
     "early_stopping",
     "one_rank_stops",
@@ -97,6 +98,7 @@ ON_THREE = [
     "samplers_by_epoch",
     "some_steps",
     "nests",
+    "split_batches",
 ]
 
 

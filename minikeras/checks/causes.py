@@ -241,7 +241,7 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
             ) from error
     error.add_note(
         "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
-        "labels."
+        "labels; or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2]))."
     )
 
 

@@ -8,6 +8,7 @@ compile        classes instead of instances, names that history uses
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -193,12 +194,14 @@ def check_batch(
     sample_weight: Any,
     rows: int | UnknownRows,
     needs_labels: bool = True,
+    is_split: bool = False,
 ) -> None:
     """Check the parts of a pass's first batch.
 
     Args:
         rows: how many rows the batch has.
         needs_labels: False for a custom step or loss computation.
+        is_split: the user's split_batch has returned the parts.
 
     Raises:
         ValueError: features or labels are missing, or the third part is not one weight per row.
@@ -210,10 +213,10 @@ def check_batch(
             "there."
         )
     if labels is None and needs_labels:
-        raise _without_labels(step, features)
+        raise _without_labels(step, features, is_split)
     if sample_weight is None:
         return
-    _check_weight(sample_weight, rows)
+    _check_weight(sample_weight, rows, is_split)
     try:
         inspect.signature(step).bind(None, None, None)
     except TypeError:
@@ -223,34 +226,77 @@ def check_batch(
         ) from None
 
 
-def _without_labels(step: Callable[..., Any], features: Any) -> ValueError:
+def _without_labels(step: Callable[..., Any], features: Any, is_split: bool) -> ValueError:
     """Return the error for batches that are features alone."""
+    if is_split:
+        return ValueError(
+            f"split_batch returned no labels, ({describe(features)}, None), and the loss compares "
+            f"with labels. Let it return (features, labels); or override {step.__name__}."
+        )
     are = "features alone"
-    remedy = "arrays as a tuple (X, y), for an autoencoder (X, X)"
-    if isinstance(features, Mapping) and len(features) > 1:
-        key = list(features)[-1]
-        for name in features:
-            if name in ("labels", "label", "targets", "target"):
-                key = name
-        are = f"dicts of {', '.join(map(str, features))}, all of them features"
-        remedy = f"(batch, batch.pop({key!r})) where they are made"
+    remedy = (
+        "Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X)"
+    )
+    names = _name_parts(features)
+    if len(names) > 1:
+        kind = "dicts" if isinstance(features, Mapping) else f"{type(features).__name__} objects"
+        are = f"{kind} of {', '.join(map(str, names))}, all of them features"
+        remedy = f"Pass compile(split_batch=lambda batch: {_write_split(features, names)})"
+        remedy += ", with the name of your labels"
+    elif not isinstance(features, (Tensor, Mapping, list, tuple)):
+        are = f"{type(features).__name__} objects, each of them the features"
+        remedy = (
+            "Pass compile(split_batch=lambda batch: (batch.x, batch.y)), with the names of your "
+            "features and labels"
+        )
     return ValueError(
-        f"the batches are {are}, and the loss compares with labels. Give batches of (features, "
-        f"labels), {remedy}; or override {step.__name__}."
+        f"the batches are {are}, and the loss compares with labels. {remedy}; or override "
+        f"{step.__name__}."
     )
 
 
-def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
+def _name_parts(batch: Any) -> list[Any]:
+    """Return the names of a batch's parts, the labels last if they are known by their name."""
+    names: list[Any] = []
+    if isinstance(batch, Mapping):
+        names = list(batch)
+    elif dataclasses.is_dataclass(batch):
+        names = [field.name for field in dataclasses.fields(batch)]
+    return sorted(names, key=lambda name: name in ("labels", "label", "targets", "target"))
+
+
+def _write_split(batch: Any, names: list[Any]) -> str:
+    """Write what a function returns that splits a batch of these parts, of which labels are last.
+
+    One feature is passed by itself: a forward of one argument gets a dict whole.
+    """
+    *features, labels = names
+    if not isinstance(batch, Mapping):
+        inputs = ", ".join(f"batch.{name}" for name in features)
+        return f"({f'({inputs})' if len(features) > 1 else inputs}, batch.{labels})"
+    if len(features) == 1:
+        return f"(batch[{features[0]!r}], batch[{labels!r}])"
+    kept = f"{{name: batch[name] for name in batch if name != {labels!r}}}"
+    return f"({kept}, batch[{labels!r}])"
+
+
+def _check_weight(sample_weight: Any, rows: int | UnknownRows, is_split: bool) -> None:
     """Check that a sample_weight has one weight per row."""
     if isinstance(rows, UnknownRows):  # there is nothing to compare with
         rows = getattr(sample_weight, "numel", lambda: 0)()
     if isinstance(sample_weight, Tensor):
         if sample_weight.numel() == rows and len(sample_weight) == rows:
             return
+    remedy = ""
+    if not is_split:
+        remedy = (
+            ", or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2])) for "
+            "batches (a, b, labels)"
+        )
     raise ValueError(
         f"the third part of a batch is a weight per row: expected shape ({rows},), got "
         f"{describe(sample_weight)}. Put several inputs into a tuple of their own: ((a, b), "
-        f"labels)."
+        f"labels){remedy}."
     )
 
 
