@@ -23,24 +23,18 @@ Parts = tuple[Any, Any, Any, int | None]
 def unpack(batch: Any) -> Parts:
     """Split a batch into (features, labels, sample_weight, rows); missing parts are None.
 
-    A tuple states no number of rows; that of another batch, which is the features, is found there.
+    `rows` is always None here: a batch that states its number of rows is the features as well.
     """
     if type(batch) in PAIRS and len(batch) == 2:  # most are
         return batch[0], batch[1], None, None
     if not isinstance(batch, (tuple, list)) or can_move(batch):
         return batch, None, None, None
     if not 1 <= len(batch) <= 3:
-        inputs = ", ".join(f"batch[{number}]" for number in range(len(batch) - 1))
-        remedy = ""
-        if batch:
-            remedy = (
-                " Put several inputs into a tuple of their own: ((a, b), labels); or say what the "
-                f"parts are: compile(split_batch=lambda batch: (({inputs}), "
-                f"batch[{len(batch) - 1}]))."
-            )
         raise ValueError(
             f"a batch has {len(batch)} parts: {describe(batch)}; expected (features, labels) or "
-            f"(features, labels, sample_weight).{remedy}"
+            "(features, labels, sample_weight). Put several inputs into a tuple of their own: "
+            "((a, b), labels); or, with the labels last, pass compile(split_batch=lambda batch: "
+            "(batch[:-1], batch[-1]))."
         )
     features, labels, sample_weight = (*batch, None, None)[:3]
     return features, labels, sample_weight, None

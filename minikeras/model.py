@@ -485,7 +485,7 @@ class Model(nn.Module):
                 `X[:1]`, not `X[0]`.
             batch_size: rows per batch, for a Dataset and arrays; default 32.
             gather: with several processes "all" get the outputs; with "main" only rank 0 gets them,
-                the others get None.
+                the others get None, or with `return_labels` (None, None).
             steps: maximum number of batches, for data that does not end; default all.
             return_labels: return (outputs, labels), from one pass over `dl`: row i of the labels
                 belongs to row i of the outputs, also if the loader shuffles. The labels are joined

@@ -79,6 +79,7 @@ FIT = {
     "labels as a list": {"data": (X, ONES.tolist())},
     "X and y as lists": {"data": (ONES.tolist(), Y.tolist())},
     "rows of many lengths": {"data": ([np.zeros(3), np.zeros(5), np.zeros(4), np.zeros(6)], Y)},
+    "an empty tuple": {"data": ()},
     "a tuple of 4 arrays": {"data": (X, X, Y, Y)},
     "a batch of 4 parts": {"data": [(X, X, Y, Y)]},
     "a batch that is a lone tensor": {"data": [X]},
@@ -119,12 +120,13 @@ rows of many lengths | ValueError: dl_train holds arrays of 3 and 5 and 4 and ..
     many rows in each. Got ([Tensor (3,) float32, Tensor (5,) float32, Tensor (4,) float32, Tensor
     (6,) float32], Tensor (8, 1) float32). A list is many arrays: pass one array of equal rows,
     numpy.array(rows), or a DataLoader with a collate_fn.
-a tuple of 4 arrays | ValueError: dl_train is a tuple of 4; expected (X, y) or (X, y,
-    sample_weight). Put several inputs into a tuple of their own: ((X1, X2), y).
-a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32, Tensor (8, 4) float32,
-    Tensor (8, 1) float32, Tensor (8, 1) float32); expected (features, labels) or (features, labels,
-    sample_weight). Put several inputs into a tuple of their own: ((a, b), labels); or say what the
-    parts are: compile(split_batch=lambda batch: ((batch[0], batch[1], batch[2]), batch[3])).
+an empty tuple | ValueError: dl_train is an empty tuple; expected arrays. Pass (X, y) or (X, y,
+    sample_weight).
+a tuple of 4 arrays | a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32,
+    Tensor (8, 4) float32, Tensor (8, 1) float32, Tensor (8, 1) float32); expected (features,
+    labels) or (features, labels, sample_weight). Put several inputs into a tuple of their own: ((a,
+    b), labels); or, with the labels last, pass compile(split_batch=lambda batch: (batch[:-1],
+    batch[-1])).
 a batch that is a lone tensor | X alone | a dict of one | ValueError: the batches are features
     alone, and the loss compares with labels. Give batches of (features, labels), arrays as a tuple
     (X, y), for an autoencoder (X, X); or override train_step.

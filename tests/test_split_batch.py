@@ -7,6 +7,7 @@ import re
 import types
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,7 +242,7 @@ def test_split_batch_with_steps_per_epoch_continues_where_the_epoch_stopped():
 
 IN_MEMORY = {
     "arrays": lambda: ((X[:, :1], X[:, 1:], y), 8),
-    "NumPy arrays": lambda: ((X[:, :1].numpy(), X[:, 1:].numpy(), y.numpy()), 8),
+    "four arrays": lambda: ((X[:, :1].numpy(), X[:, 1:], np.arange(22), y.numpy()), 8),
     "loader over tensors": lambda: (
         DataLoader(TensorDataset(X[:, :1], X[:, 1:], torch.arange(22), y), 8, shuffle=True),
         None,
@@ -550,6 +551,7 @@ class Graph:
 
 REMEDIES = {
     "four parts": (Three(), (WIDE, WIDE, WIDE, TARGETS), (WIDE, WIDE, WIDE)),
+    "four arrays": (Three(), (WIDE, WIDE, WIDE, TARGETS), (WIDE, WIDE, WIDE)),
     "triple": (Two(), (WIDE, WIDE, TARGETS), (WIDE, WIDE)),
     "triple whose labels look like weights": (Two(), (WIDE, WIDE, TARGETS[:, 0]), (WIDE, WIDE)),
     "dict of two": (nn.Linear(4, 1), {"x": WIDE, "y": TARGETS}, WIDE),
@@ -571,8 +573,9 @@ def test_split_batch_is_the_remedy_that_errors_about_odd_batches_name(name):
     net = copy.deepcopy(net)
     model = compiled_badly(net, optimizer=sgd)
     before = copy_weights(model)
+    data = batch if name.endswith("arrays") else [batch]
     with pytest.raises((ValueError, TypeError)) as error:
-        model.fit(1, [batch], verbose=0)
+        model.fit(1, data, verbose=0)
     assert_equal_tensors(model.state_dict(), before)
     message = "\n".join([str(error.value), *getattr(error.value, "__notes__", ())])
     text = re.search(r"split_batch=(lambda batch: .*?\))\)(?:[.,;]| for)", message)
@@ -584,10 +587,32 @@ def test_split_batch_is_the_remedy_that_errors_about_odd_batches_name(name):
         labels = TARGETS[:, 0]
         loss_func = lambda outputs, labels: F.mse_loss(outputs[:, 0], labels)  # noqa: E731
     model.compile(loss_func, sgd(model), device="cpu", split_batch=eval(text[1]))
-    model.fit(1, [batch], verbose=0)
+    model.fit(1, data, verbose=0)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     outputs = expected(*inputs) if isinstance(inputs, tuple) else expected(inputs)
     loss_func(outputs, labels).backward()
+    optimizer.step()
+    assert_same_weights(model.net, expected)
+
+
+def test_split_batch_is_the_remedy_for_a_dict_with_keys_that_forward_does_not_take():
+    """A custom loss may do without labels, so the dict reaches forward."""
+
+    def loss_func(y_pred, y_true):
+        return (y_pred - y_true).square().mean()
+
+    batches = [{"second": -WIDE, "labels": TARGETS, "first": WIDE}]
+    model = compiled_badly(Two(), loss_func, sgd)
+    expected = copy.deepcopy(model.net)
+    for verb in (lambda: model.fit(1, batches, verbose=0), lambda: model.predict(batches)):
+        with pytest.raises(ValueError, match=r"forward takes first, second\. Leave") as error:
+            verb()
+    text = re.search(r"split_batch=(lambda batch: .*?\))\),", str(error.value))
+    model.compile(loss_func, sgd(model), device="cpu", split_batch=eval(text[1]))
+    torch.testing.assert_close(model.predict(batches), expected(WIDE, -WIDE).detach())
+    model.fit(1, batches, verbose=0)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    loss_func(expected(WIDE, -WIDE), TARGETS).backward()
     optimizer.step()
     assert_same_weights(model.net, expected)
 

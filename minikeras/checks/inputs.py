@@ -8,7 +8,6 @@ compile        classes instead of instances, names that history uses
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from minikeras.checks.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
+from minikeras.checks.forms import name_parts, write_split
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
 from minikeras.errors import describe, dtype_name
@@ -56,7 +56,8 @@ def guarded(
         if labels is None:
             hint += (
                 ". The batches are features alone: give (features, labels), for an autoencoder "
-                "(X, X)."
+                "(X, X); or, if the labels are in another place, such as in a dict, pass "
+                "compile(split_batch=function), which returns (features, labels)."
             )
         error.add_note(f"{name}, given y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
         raise
@@ -237,12 +238,12 @@ def _without_labels(step: Callable[..., Any], features: Any, is_split: bool) -> 
     remedy = (
         "Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X)"
     )
-    names = _name_parts(features)
+    names = name_parts(features)
     if len(names) > 1:
         kind = "dicts" if isinstance(features, Mapping) else f"{type(features).__name__} objects"
         are = f"{kind} of {', '.join(map(str, names))}, all of them features"
-        remedy = f"Pass compile(split_batch=lambda batch: {_write_split(features, names)})"
-        remedy += ", with the name of your labels"
+        split = write_split(features, names)
+        remedy = f"Pass compile(split_batch={split}), with the name of your labels"
     elif not isinstance(features, (Tensor, Mapping, list, tuple)):
         are = f"{type(features).__name__} objects, each of them the features"
         remedy = (
@@ -253,31 +254,6 @@ def _without_labels(step: Callable[..., Any], features: Any, is_split: bool) -> 
         f"the batches are {are}, and the loss compares with labels. {remedy}; or override "
         f"{step.__name__}."
     )
-
-
-def _name_parts(batch: Any) -> list[Any]:
-    """Return the names of a batch's parts, the labels last if they are known by their name."""
-    names: list[Any] = []
-    if isinstance(batch, Mapping):
-        names = list(batch)
-    elif dataclasses.is_dataclass(batch):
-        names = [field.name for field in dataclasses.fields(batch)]
-    return sorted(names, key=lambda name: name in ("labels", "label", "targets", "target"))
-
-
-def _write_split(batch: Any, names: list[Any]) -> str:
-    """Write what a function returns that splits a batch of these parts, of which labels are last.
-
-    One feature is passed by itself: a forward of one argument gets a dict whole.
-    """
-    *features, labels = names
-    if not isinstance(batch, Mapping):
-        inputs = ", ".join(f"batch.{name}" for name in features)
-        return f"({f'({inputs})' if len(features) > 1 else inputs}, batch.{labels})"
-    if len(features) == 1:
-        return f"(batch[{features[0]!r}], batch[{labels!r}])"
-    kept = f"{{name: batch[name] for name in batch if name != {labels!r}}}"
-    return f"({kept}, batch[{labels!r}])"
 
 
 def _check_weight(sample_weight: Any, rows: int | UnknownRows, is_split: bool) -> None:
