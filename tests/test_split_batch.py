@@ -488,6 +488,14 @@ def test_split_batch_that_returns_no_labels_for_fit_is_an_error():
         model.fit(1, DICTS, verbose=0)
 
 
+def test_split_batch_that_returns_no_labels_for_dl_val_is_an_error_before_a_weight_moves():
+    model = compiled(Net(), split_batch=lambda batch: (batch["x"], batch.get("labels")))
+    message = "ValueError: split_batch returned no labels, (Tensor (22, 2) float32, None), and ..."
+    with refused(message, model) as error:
+        model.fit(1, DICTS, [{"x": X}], verbose=0)
+    assert "dl_val, batch 1, looked at before the first step" in error.value.__notes__
+
+
 def test_split_batch_weight_of_another_shape_is_an_error():
     message = (
         "ValueError: the third part of a batch is a weight per row: expected shape (8,), got "
