@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import types
-from collections import UserDict
+from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
@@ -56,6 +56,9 @@ class Encoded(UserDict):
         return self
 
 
+Four = namedtuple("Four", ["labels", "x", "mask", "name"])
+
+
 @dataclasses.dataclass
 class Named:
     x: torch.Tensor
@@ -84,6 +87,10 @@ FORMS = {
     "four parts": (
         lambda x, labels: (x[:, :1], x[:, 1:], labels, "a name"),
         lambda batch: (torch.cat([batch[0], batch[1]], 1), batch[2]),
+    ),
+    "named tuple": (
+        lambda x, labels: Four(labels, x, None, "a"),
+        lambda batch: (batch.x, batch.labels),
     ),
     "dataclass": (Named, lambda batch: (batch.x, batch.labels)),
     "object": (
@@ -440,6 +447,10 @@ def test_split_batch_that_raises_gets_a_note_with_the_form_of_the_batch():
 
 
 SHOWN = {
+    "named tuple": (
+        "Four {'labels': Tensor (8, 1) float32, 'x': Tensor (8, 2) float32, 'mask': NoneType, "
+        "'name': str}"
+    ),
     "mapping with to": "Encoded {'x': Tensor (8, 2) float32, 'labels': Tensor (8, 1) float32}",
     "dataclass": (
         "Named {'x': Tensor (8, 2) float32, 'labels': Tensor (8, 1) float32, 'name': str}"

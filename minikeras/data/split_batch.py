@@ -96,8 +96,8 @@ def describe_batch(batch: Any) -> str:
     parts: dict[Any, Any] = {}
     if isinstance(batch, Mapping) and type(batch) is not dict:
         parts = dict(batch)
-    elif isinstance(batch, tuple) and hasattr(batch, "_asdict"):
-        parts = batch._asdict()
+    elif isinstance(batch, tuple):
+        parts = dict(zip(getattr(batch, "_fields", ()), batch, strict=False))
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             parts[field.name] = getattr(batch, field.name)
