@@ -164,6 +164,7 @@ def run_pass(
     if not done:
         phase.totals.reset()
     step = run.engine.step(phase)
+    split_batch = run.split_batch
     number = done
     results: Any = None
     try:
@@ -171,8 +172,8 @@ def run_pass(
             is_filler = isinstance(given, FillerBatch)
             if is_filler:  # repeated to keep in step with other processes: counts for nothing
                 given = given.batch
-            features, labels, sample_weight = move_to_device(given, run.device)
-            batch = phase.take(number, features, labels, sample_weight, is_filler)
+            features, labels, sample_weight, rows = move_to_device(given, run.device, split_batch)
+            batch = phase.take(number, features, labels, sample_weight, is_filler, rows)
             phase.checks.batch(step, batch)
             if on_batch_begin is not None and results is not WAITING:
                 on_batch_begin(number)

@@ -188,7 +188,8 @@ def weigh_loss(result: Any, sample_weight: Tensor) -> Tensor:
             f"the batches carry a sample_weight, their third part, so the loss must have a value "
             f"per row: expected "
             f'shape ({rows},), got {describe(result)}. Build it with reduction="none"; two '
-            f"inputs are ((a, b), y)."
+            f"inputs are ((a, b), y); to leave out a third part that is no weight pass "
+            f"compile(split_batch=lambda batch: (batch[0], batch[1]))."
         )
     return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
 

@@ -61,6 +61,7 @@ SAME = [
     "in_eval_mode",
     "frozen",
     "nests",
+    "split_batches",
     "fetched_rows",
     "early_stopping",
     "one_rank_stops",
@@ -101,6 +102,7 @@ ON_THREE = [
     "samplers_by_epoch",
     "some_steps",
     "nests",
+    "split_batches",
 ]
 
 

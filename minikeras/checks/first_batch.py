@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minikeras.batch import unpack
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
@@ -90,7 +91,13 @@ class FirstBatch(Explanations):
         name = "train_step" if phase.is_training else "evaluate_step"
         needs_labels = inputs.needs_labels(self.model, self.run.loss_func, name)
         inputs.check_batch(
-            step, batch.features, batch.labels, batch.sample_weight, batch.rows, needs_labels
+            step,
+            batch.features,
+            batch.labels,
+            batch.sample_weight,
+            batch.rows,
+            needs_labels,
+            is_split=self.run.split_batch is not unpack,
         )
         fit = self.run.fit
         if phase.is_training and fit is not None and fit.val is not None:

@@ -21,6 +21,7 @@ from minikeras.checks.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
+from minikeras.checks.forms import name_parts, write_split
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
 from minikeras.errors import describe, dtype_name
@@ -55,7 +56,8 @@ def guarded(
         if labels is None:
             hint += (
                 ". The batches are features alone: give (features, labels), for an autoencoder "
-                "(X, X)."
+                "(X, X); or, if the labels are in another place, such as in a dict, pass "
+                "compile(split_batch=function), which returns (features, labels)."
             )
         error.add_note(f"{name}, given y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
         raise
@@ -193,12 +195,14 @@ def check_batch(
     sample_weight: Any,
     rows: int | UnknownRows,
     needs_labels: bool = True,
+    is_split: bool = False,
 ) -> None:
     """Check the parts of a pass's first batch.
 
     Args:
         rows: how many rows the batch has.
         needs_labels: False for a custom step or loss computation.
+        is_split: the user's split_batch has returned the parts.
 
     Raises:
         ValueError: features or labels are missing, or the third part is not one weight per row.
@@ -210,10 +214,10 @@ def check_batch(
             "there."
         )
     if labels is None and needs_labels:
-        raise _without_labels(step, features)
+        raise _without_labels(step, features, is_split)
     if sample_weight is None:
         return
-    _check_weight(sample_weight, rows)
+    _check_weight(sample_weight, rows, is_split)
     try:
         inspect.signature(step).bind(None, None, None)
     except TypeError:
@@ -223,34 +227,52 @@ def check_batch(
         ) from None
 
 
-def _without_labels(step: Callable[..., Any], features: Any) -> ValueError:
+def _without_labels(step: Callable[..., Any], features: Any, is_split: bool) -> ValueError:
     """Return the error for batches that are features alone."""
+    if is_split:
+        return ValueError(
+            f"split_batch returned no labels, ({describe(features)}, None), and the loss compares "
+            f"with labels. Let it return (features, labels); or override {step.__name__}."
+        )
     are = "features alone"
-    remedy = "arrays as a tuple (X, y), for an autoencoder (X, X)"
-    if isinstance(features, Mapping) and len(features) > 1:
-        key = list(features)[-1]
-        for name in features:
-            if name in ("labels", "label", "targets", "target"):
-                key = name
-        are = f"dicts of {', '.join(map(str, features))}, all of them features"
-        remedy = f"(batch, batch.pop({key!r})) where they are made"
+    remedy = (
+        "Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X)"
+    )
+    names = name_parts(features)
+    if len(names) > 1:
+        kind = "dicts" if isinstance(features, Mapping) else f"{type(features).__name__} objects"
+        are = f"{kind} of {', '.join(map(str, names))}, all of them features"
+        split = write_split(features, names)
+        remedy = f"Pass compile(split_batch={split}), with the name of your labels"
+    elif not isinstance(features, (Tensor, Mapping, list, tuple)):
+        are = f"{type(features).__name__} objects, each of them the features"
+        remedy = (
+            "Pass compile(split_batch=lambda batch: (batch.x, batch.y)), with the names of your "
+            "features and labels"
+        )
     return ValueError(
-        f"the batches are {are}, and the loss compares with labels. Give batches of (features, "
-        f"labels), {remedy}; or override {step.__name__}."
+        f"the batches are {are}, and the loss compares with labels. {remedy}; or override "
+        f"{step.__name__}."
     )
 
 
-def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
+def _check_weight(sample_weight: Any, rows: int | UnknownRows, is_split: bool) -> None:
     """Check that a sample_weight has one weight per row."""
     if isinstance(rows, UnknownRows):  # there is nothing to compare with
         rows = getattr(sample_weight, "numel", lambda: 0)()
     if isinstance(sample_weight, Tensor):
         if sample_weight.numel() == rows and len(sample_weight) == rows:
             return
+    remedy = ""
+    if not is_split:
+        remedy = (
+            ", or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2])) for "
+            "batches (a, b, labels)"
+        )
     raise ValueError(
         f"the third part of a batch is a weight per row: expected shape ({rows},), got "
         f"{describe(sample_weight)}. Put several inputs into a tuple of their own: ((a, b), "
-        f"labels)."
+        f"labels){remedy}."
     )
 
 

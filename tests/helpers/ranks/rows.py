@@ -120,6 +120,35 @@ def nests(size):
     return found(model, model.fit(2, train, val, verbose=0), val, evaluated=model.evaluate(val))
 
 
+def split_batches(size):
+    """Dicts with the labels inside, of which the last step has fewer than there are processes."""
+    X, y = doubles(27)
+    pairs = zip(X.split(12 // size), y.split(12 // size), strict=True)
+    batches = [{"x": x, "labels": labels} for x, labels in pairs]
+
+    def split(batch):
+        return batch["x"], batch["labels"]
+
+    seed()
+    model = compiled(split_batch=split, accumulate=2)
+    dfhistory = model.fit(2, batches, batches, verbose=0)
+    outputs, labels = model.predict(batches, return_labels=True)
+    assert torch.equal(labels, y)
+    pieces, labels_of_each = model.predict(batches, join=False, return_labels=True)
+    assert [len(piece) for piece in pieces] == [len(batch["x"]) for batch in batches]
+    assert torch.equal(torch.cat(pieces), outputs)
+    assert torch.equal(torch.cat(labels_of_each), y)
+    nothing = model.predict(batches, gather="main", return_labels=True)
+    assert RANK == 0 or nothing == (None, None)
+    shuffled = DataLoader(row_by_row(27), 12 // size, shuffle=True)
+    same = minikeras.Model(nn.Identity())
+    same.compile(nn.MSELoss(), device="cpu")
+    rows, labels = same.predict(shuffled, return_labels=True)
+    assert torch.equal(labels, (rows.norm(dim=1, keepdim=True) > 1).double())
+    assert not torch.equal(rows, X)
+    return found(model, dfhistory, batches, evaluated=model.evaluate(batches), labels=labels)
+
+
 def fetched_rows(size):
     """Features read by batch: a DataFrame of two dtypes, a sparse matrix, a reversed array."""
     import pandas as pd
