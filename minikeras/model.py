@@ -425,7 +425,9 @@ class Model(nn.Module):
             on_nan=on_nan,
         )
         loop.run_fit(fit)
-        return run.history()
+        history = run.history()
+        fit.take_history(history)
+        return history
 
     @assemble.explain_calls
     def evaluate(
