@@ -186,7 +186,7 @@ def hide_once(history: pd.DataFrame) -> None:
         if is_assigned or not is_result or notebook_cell() != cell:
             raise NotImplementedError  # IPython goes on to show it as any other DataFrame
 
-    # not by history.name = ..., which pandas warns of for some values
+    # on this object only, past pandas's own __setattr__; a copy or a pickle lacks it
     object.__setattr__(history, "_ipython_display_", _ipython_display_)
 
 
