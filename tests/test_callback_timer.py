@@ -91,6 +91,13 @@ def test_timer_adds_the_seconds_of_an_epoch_before_and_after_a_resume(monkeypatc
     assert list(dfhistory["seconds"]) == [180.0, 180.0, 180.0]
 
 
+def test_timer_keeps_its_arguments_as_attributes_as_a_clone_needs_them():
+    for timer in (Timer(60), Timer(log=True), Timer(9, log=True)):
+        again = Timer(timer.max_seconds, log=timer.log)
+        assert (again.max_seconds, again.log) == (timer.max_seconds, timer.log)
+    assert Timer(log=True).max_seconds is None
+
+
 def test_timer_takes_a_state_without_the_seconds_of_an_epoch():
     timer = Timer(60)
     timer.load_state_dict({"seconds": 30.0})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -185,7 +184,7 @@ class Timer(Callback):
             )
         if isinstance(max_seconds, timedelta):
             max_seconds = max_seconds.total_seconds()
-        self.max_seconds: float = math.inf
+        self.max_seconds: float | None = None
         if max_seconds is not None:
             self.max_seconds = check_number_in_range(
                 "max_seconds", max_seconds, "of seconds above 0, or a timedelta", lambda s: s > 0
@@ -209,8 +208,9 @@ class Timer(Callback):
         self.epoch_begin = time.monotonic()
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        # with several processes only the clock of rank 0 counts
-        if self.seconds() >= self.max_seconds and self.model.is_main_process:
+        if self.max_seconds is None or self.seconds() < self.max_seconds:
+            return
+        if self.model.is_main_process:  # with several processes only the clock of rank 0 counts
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
