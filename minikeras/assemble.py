@@ -53,6 +53,8 @@ from minikeras.stepper import Part, Stepper
 from minikeras.totals import Totals
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from minikeras.model import Model
 
 P = ParamSpec("P")
@@ -510,6 +512,7 @@ def make_fit(
         parts=make_parts_of_fit(model, run, None if on_nan == "ignore" else guard),
         hooks=[],
         say=say_nothing,
+        take_history=leave_history,
         at=Position(first),
     )
     fit.hooks = make_hooks(fit, saved, guard)
@@ -653,6 +656,10 @@ def say_nothing(line: str) -> None:
     """Drop a line that a fit has for the user: nothing is shown."""
 
 
+def leave_history(history: pd.DataFrame) -> None:
+    """Leave the history that fit returns as it is."""
+
+
 def show_fit(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
     """Show the fit to the user as it goes on, if that is asked for and there is where to."""
     if verbose not in ("auto", 0, 1, 2):
@@ -672,6 +679,7 @@ def show_fit(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
         verbose, fit.last_epoch, find_length(fit.train), log_step_freq, validates, best
     )
     fit.say = table.say
+    fit.take_history = table.take_history
     fit.callbacks.append(table)
 
 

@@ -379,9 +379,9 @@ class Model(nn.Module):
         """Train, and return the history: one row per epoch since `compile`; epoch 1 is row 0.
 
         Columns: loss, the metrics in the order of metrics_dict, other names that train_step
-        returns, the same with val_, then lr if it changed. Each value is the mean over the epoch's
-        rows; NaN if validation was skipped. An epoch that an error or Ctrl-C interrupts leaves no
-        row; the history up to it is in `model.history`.
+        returns, the same with val_, then lr if it changed or a torch scheduler sets it. Each value
+        is the mean over the epoch's rows; NaN if validation was skipped. An epoch that an error or
+        Ctrl-C interrupts leaves no row; the history up to it is in `model.history`.
 
         Args:
             epochs: epochs to train now, 1 or more; numbering continues from the history.
@@ -443,7 +443,9 @@ class Model(nn.Module):
             on_nan=on_nan,
         )
         loop.run_fit(fit)
-        return run.history()
+        history = run.history()
+        fit.take_history(history)
+        return history
 
     @assemble.explain_calls
     def evaluate(
