@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:
     from minikeras.on_all_rows import OnAllRows
     from minikeras.report.layer_summary import summary
     from minikeras.report.plotting import plot_history, plot_metric
+    from minikeras.transformed import Transformed
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "OnAllRows",
     "Regularized",
     "Timer",
+    "Transformed",
     "l1_penalty",
     "l2_penalty",
     "plot_history",
@@ -63,6 +65,7 @@ _ROOMS = {
     "OnAllRows": "on_all_rows",
     "plot_history": "report.plotting",
     "plot_metric": "report.plotting",
+    "Transformed": "transformed",
 }
 
 

@@ -100,7 +100,7 @@ def make_run(
     if inputs is not None:
         inputs.check_callable("loss_func", loss_func)
         inputs.check_metrics_dict(metrics_dict)
-    metrics = name_metrics(metrics_dict)
+    metrics, views = name_metrics(metrics_dict)
     if inputs is not None:
         inputs.check_metrics_dict(metrics)
     optimizers = name_optimizers(optimizer)
@@ -116,7 +116,7 @@ def make_run(
             f"Pass both or none."
         )
     train, val = (
-        Phase(data, Totals(metrics, chosen, world), loss_func, make_test_of_arguments(model))
+        Phase(data, Totals(metrics, chosen, world, views), loss_func, make_test_of_arguments(model))
         for data in ("dl_train", "dl_val")
     )
     place(model, loss_func, optimizers, chosen)

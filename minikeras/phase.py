@@ -75,13 +75,13 @@ class NoChecks:
         phase = self.phase
         totals = phase.totals
         if totals.objects and not phase.batch.is_filler:
-            for metric in totals.objects.values():
-                metric.update(outputs, labels)
+            for update in totals.updates.values():
+                update(outputs, labels)
             totals.mark_updated()
         results: dict[str, Result] = {}
         if with_functions:
-            for name, metric in totals.functions.items():
-                results[name] = metric(outputs, labels)
+            for name, call in totals.calls.items():
+                results[name] = call(outputs, labels)
         return results
 
     def after_batch(self, step: Callable[..., Any], results: Any) -> NoChecks:

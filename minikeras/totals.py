@@ -20,12 +20,14 @@ from torch import Tensor
 
 from minikeras.columns import check_columns, find_columns
 from minikeras.metric_objects import (
+    View,
     find_syncing_parts,
     get_state,
     is_stateful,
     needs_all_rows,
     set_state,
     source_of,
+    with_view,
 )
 from minikeras.nests import detach_nest, map_leaves
 from minikeras.processes import OneProcess
@@ -37,18 +39,30 @@ class Totals(Mapping[str, float]):
     """The running totals of training or validation; reads as a mapping of name -> mean so far."""
 
     def __init__(
-        self, metrics_dict: Mapping[str, Any], device: torch.device, world: OneProcess
+        self,
+        metrics_dict: Mapping[str, Any],
+        device: torch.device,
+        world: OneProcess,
+        views: Mapping[str, View] | None = None,
     ) -> None:
         self.device = device
         self.world = world
         self.names = ["loss", *metrics_dict]  # the order of columns; other names follow
         self.functions: dict[str, Any] = {}
         self.objects: dict[str, Any] = {}
+        self.views = dict(views or {})  # what some of them see of a batch
+        # functions, and the update of objects, called with outputs and labels: they use the views
+        self.calls: dict[str, Any] = {}
+        self.updates: dict[str, Any] = {}
         for name, metric in metrics_dict.items():
+            view = self.views.get(name)
             if is_stateful(metric):
-                self.objects[name] = _on(device, copy.deepcopy(metric))
+                own = _on(device, copy.deepcopy(metric))
+                self.objects[name] = own
+                self.updates[name] = with_view(own.update, view)
             else:
                 self.functions[name] = metric
+                self.calls[name] = with_view(metric, view)
         # torchmetrics objects speak with other processes by themselves: at the end of a pass alone
         self.is_syncing = False
         for name, metric in self.objects.items():

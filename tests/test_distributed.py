@@ -49,6 +49,7 @@ SAME = [
     "big_steps",
     "auroc",
     "collection",
+    "transformed",
     "on_all_rows",
     "on_all_rows_carried_on",
     "per_class",

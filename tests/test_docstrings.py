@@ -208,6 +208,7 @@ MISTAKES = {
     ("OnAllRows", "TypeError"): lambda folder: minikeras.OnAllRows(3),
     ("FocalLoss", "ValueError"): lambda folder: minikeras.FocalLoss()(y, y[:, 0]),
     ("FocalLoss", "RuntimeError"): lambda folder: minikeras.FocalLoss()(y + 1, y),
+    ("Transformed", "TypeError"): lambda folder: minikeras.Transformed(nn.L1Loss(), y_pred=0),
     ("Regularized", "TypeError"): lambda folder: minikeras.Regularized(nn.MSELoss, plain()),
     ("Regularized", "ValueError"): lambda folder: minikeras.Regularized(
         nn.MSELoss(), plain(), l2=-1

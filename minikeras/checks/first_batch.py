@@ -20,9 +20,10 @@ import torch
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
+from minikeras.errors import describe
 from minikeras.phase import Batch, NoChecks, Phase
 from minikeras.processes import OneProcess
-from minikeras.results import Result
+from minikeras.results import Result, unwrap_loss
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -110,29 +111,53 @@ class FirstBatch(Explanations):
         totals = self.phase.totals
         counts = not self.phase.batch.is_filler
         functions = totals.functions if with_functions else {}
+        seen = {}
+        for name in [*totals.objects, *functions]:
+            seen[name] = self._see(name, outputs, labels)
         if counts:
-            self._look_at_scores(totals.objects, outputs)
+            self._look_at_scores(totals.objects, outputs, seen)
         found: dict[str, int] = {}
         if functions and self.row_means.active:
-            found = self.row_means.look(functions, outputs, labels, counts)
+            found = self.row_means.look(totals.calls, outputs, labels, counts, totals.views)
         if counts:
             for name, metric in totals.objects.items():
-                inputs.guarded(metric.update, outputs, labels, f"metric {name!r}", scalar=False)
+                inputs.guarded(metric.update, *seen[name], f"metric {name!r}", scalar=False)
             totals.mark_updated()
         results = {}
         for name, metric in functions.items():
-            results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
+            results[name] = inputs.guarded(metric, *seen[name], f"metric {name!r}")
         if found:
             self.row_means.tell(found)
         return results
 
-    def _look_at_scores(self, objects: dict[str, Any], outputs: Any) -> None:
+    def _see(self, name: str, outputs: Any, labels: Any) -> tuple[Any, Any]:
+        """Return outputs and labels as a metric sees them."""
+        view = self.phase.totals.views.get(name)
+        if view is None:
+            return outputs, labels
+        try:
+            return view(outputs, labels)
+        except Exception as error:
+            given = f"outputs {describe(outputs)}, labels {describe(labels)}"
+            error.add_note(f"metric {name!r}, before it was called, given {given}")
+            raise
+
+    def _look_at_scores(
+        self, objects: dict[str, Any], outputs: Any, seen: dict[str, tuple[Any, Any]]
+    ) -> None:
         if self.world.rank != 0:
             return
         looks = self.row_means.looks
         for name, metric in objects.items():
-            if not looks[name] and warn_of_raw_scores(name, metric, outputs):
+            if looks[name]:
+                continue
+            y_pred = seen[name][0]
+            if warn_of_raw_scores(name, metric, y_pred, self._loss_of(y_pred, outputs)):
                 looks[name] += 1
+
+    def _loss_of(self, y_pred: Any, outputs: Any) -> Any:
+        """Return the loss that is given this very tensor; None if that is not known."""
+        return unwrap_loss(self.run.loss_func) if y_pred is outputs else None
 
 
 class MetricLooks(Explanations):
@@ -149,12 +174,12 @@ class MetricLooks(Explanations):
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
         """Call each metric, and tell of one that is no mean over rows."""
         row_means = self.first.row_means
-        functions = self.phase.totals.functions if with_functions else {}
+        totals = self.phase.totals
         found: dict[str, int] = {}
-        if functions and row_means.active:
+        if with_functions and totals.calls and row_means.active:
             counts = not self.phase.batch.is_filler
             with torch.no_grad():
-                found = row_means.look(functions, outputs, labels, counts)
+                found = row_means.look(totals.calls, outputs, labels, counts, totals.views)
         results = super().metrics(outputs, labels, with_functions)
         if found:
             row_means.tell(found)

@@ -24,7 +24,7 @@ from minikeras.checks.classes import check_class_dimension
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
 from minikeras.errors import describe, dtype_name
-from minikeras.metric_objects import is_stateful
+from minikeras.metric_objects import find_view, is_stateful
 from minikeras.nests import leaves
 from minikeras.overrides import overrides
 from minikeras.results import check_number, unwrap_loss
@@ -422,7 +422,7 @@ def check_metrics_dict(metrics_dict: Any) -> None:
         )
     for name, metric in metrics_dict.items():
         check_name("metrics_dict has", name, ("loss", "lr", "epoch"))
-        check_callable(f"metric {name!r}", metric)
+        check_callable(f"metric {name!r}", find_view(metric)[0])
 
 
 def check_optimizer_argument(optimizer: Any) -> None:

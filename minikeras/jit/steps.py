@@ -280,7 +280,7 @@ class EvaluateStep:
 
     def functions(self) -> dict[str, Any]:
         """Return the metrics that are in the graph."""
-        return self.totals.functions if self.way == "one graph" else {}
+        return self.totals.calls if self.way == "one graph" else {}
 
     def first(self, batch: Batch) -> dict[str, Any]:
         """Take a step in eager mode, after which the graph continues."""

@@ -40,6 +40,7 @@ ROOMS = {
     "parts/clip.py": "compiled(clip_grad_norm=1.0)",
     "parts/mixed_precision.py": "compiled(precision='bf16')",
     "report": "compiled().summary(input_data=X)",
+    "transformed.py": "minikeras.Transformed(max)",
 }
 SHARED = "support"  # of several rooms: it goes when they all go
 ALL = "all rooms"
