@@ -30,7 +30,7 @@ from minikeras.errors import NotCompiledError, check_one_of
 from minikeras.exported import is_exported, set_mode
 from minikeras.nests import detach_nest
 from minikeras.phase import NoChecks
-from minikeras.results import Result, reduce_loss
+from minikeras.results import LossParts, Result, reduce_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import Run, prepare
 
@@ -187,7 +187,9 @@ class Model(nn.Module):
             raise
         if isinstance(outputs, Tensor) and outputs.ndim == 0:
             phase.explanations.warn_of_squeezed(outputs, labels)
-        return reduce_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
+        reduced = reduce_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
+        loss: Result = phase.keep_parts(reduced) if type(reduced) is LossParts else reduced
+        return loss
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Call each function of metrics_dict with detached `outputs` and `labels`.
@@ -196,6 +198,8 @@ class Model(nn.Module):
         """
         phase = self._compiled("compute_metrics").phase
         metrics: dict[str, Result] = phase.metrics(detach_nest(outputs), labels)
+        if phase.loss_parts:
+            metrics = phase.take_parts() | metrics
         if isinstance(phase.batch.rows, UnknownRows):
             phase.need_rows(*metrics.values())
         return metrics

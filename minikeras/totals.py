@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from minikeras.metric_objects import (
 )
 from minikeras.nests import detach_nest, map_leaves
 from minikeras.processes import OneProcess
-from minikeras.results import Average, Result, check_average, check_number
+from minikeras.results import Average, LossParts, Result, check_average, check_number
 from minikeras.rows import UnknownRows
 
 
@@ -44,10 +44,12 @@ class Totals(Mapping[str, float]):
         device: torch.device,
         world: OneProcess,
         views: Mapping[str, View] | None = None,
+        columns_of_loss: Iterable[str] = (),
     ) -> None:
         self.device = device
         self.world = world
-        self.names = ["loss", *metrics_dict]  # the order of columns; other names follow
+        # the order of columns; other names follow
+        self.names = ["loss", *columns_of_loss, *metrics_dict]
         self.functions: dict[str, Any] = {}
         self.objects: dict[str, Any] = {}
         self.views = dict(views or {})  # what some of them see of a batch
@@ -74,6 +76,8 @@ class Totals(Mapping[str, float]):
         """Forget everything counted."""
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Any] = {}
+        # columns that are a weighted sum of others: what is in `sums` under their name is added
+        self.weights: dict[str, dict[str, float]] = {}
         self.updated = False
         # answers of the objects that were asked since their last update
         self.answers: dict[str, dict[str, float]] = {}
@@ -88,6 +92,7 @@ class Totals(Mapping[str, float]):
         own = {
             "sums": self.sums,
             "counts": self.counts,
+            "weights": self.weights,
             "names": self.names,
             "updated": self.updated,
         }
@@ -98,8 +103,9 @@ class Totals(Mapping[str, float]):
 
         Another process has the rest then.
         """
+        self.weights = dict(state.get("weights", {}))  # older files have none
         if not counted:
-            self._start(state["sums"])
+            self._begin(state["sums"])
             return
         self.sums, self.counts = (
             map_leaves(self._placed, state["sums"]),
@@ -124,7 +130,7 @@ class Totals(Mapping[str, float]):
     ) -> None:
         """Add what a step returned for a batch of so many rows; a filler adds nothing."""
         if results.keys() != self.sums.keys():
-            self._start(results)
+            results = self._start(results)
         if is_filler:
             return
         for name, value in results.items():
@@ -134,6 +140,8 @@ class Totals(Mapping[str, float]):
                 self.counts[name] += rows
             elif isinstance(value, Average):
                 self._add_average(name, value)
+            elif isinstance(value, LossParts):
+                self._add_rest(name, value, rows)
             elif isinstance(rows, UnknownRows):
                 rows.refuse()
             else:
@@ -141,6 +149,16 @@ class Totals(Mapping[str, float]):
                     check_number(f"{name!r}", value)
                 self.sums[name] += float(value) * rows
                 self.counts[name] += rows
+
+    def _add_rest(self, name: str, loss: LossParts, rows: int | UnknownRows) -> None:
+        """Add what is added to the weighted sum of parts, which are columns of their own."""
+        if isinstance(loss.added, Average):
+            self._add_average(name, loss.added)
+            return
+        if isinstance(rows, UnknownRows):
+            rows = 1  # a penalty does not depend on the rows
+        self.sums[name] += detach_nest(loss.added) * rows
+        self.counts[name] += rows
 
     def _add_average(self, name: str, average: Average) -> None:
         check_average(f"{name!r}", average)
@@ -158,7 +176,17 @@ class Totals(Mapping[str, float]):
         self.sums[name] = torch.where(nothing, self.sums[name], self.sums[name] + total)
         self.counts[name] += count
 
-    def _start(self, results: Mapping[str, Result]) -> None:
+    def _start(self, results: Mapping[str, Result]) -> Mapping[str, Result]:
+        """Take the names of a step's results, with the parts of a loss that it left out."""
+        complete = dict(results)
+        for value in results.values():
+            if isinstance(value, LossParts):
+                complete = value.parts | complete
+        if complete.keys() != self.sums.keys():
+            self._begin(complete)
+        return complete
+
+    def _begin(self, results: Mapping[str, Any]) -> None:
         if self.sums:
             raise ValueError(
                 f"a step returned {', '.join(results) or 'nothing'} and the one before it "
@@ -167,6 +195,9 @@ class Totals(Mapping[str, float]):
             )
         self.sums = {name: _zero(self.device) for name in results}
         self.counts = dict.fromkeys(results, 0)
+        for name, value in results.items():
+            if isinstance(value, LossParts):
+                self.weights[name] = value.weights
 
     def means(self) -> dict[str, float]:
         """Return every mean so far, of all processes, read from the device together."""
@@ -176,6 +207,8 @@ class Totals(Mapping[str, float]):
             numbers = torch.stack(sums).tolist()  # waits for the device, once
             for name, total in zip(self.sums, numbers, strict=True):
                 read[name] = _mean(total, counts[name])
+            for name, weights in self.weights.items():
+                read[name] += _weighted_sum(weights, read)
         if self.objects and self.world.have_updated(self.objects.values(), self.updated):
             self.is_syncing = True
             for name in self.objects:
@@ -227,7 +260,10 @@ class Totals(Mapping[str, float]):
 
     def __getitem__(self, name: str) -> float:
         if name in self.sums:
-            return _mean(self.sums[name], self.counts[name])
+            mean = _mean(self.sums[name], self.counts[name])
+            if name in self.weights:
+                mean += _weighted_sum(self.weights[name], self)
+            return mean
         for owner in self.objects if self.updated else ():
             if name == owner or name.startswith(f"{owner}_"):
                 columns = self._so_far(owner)
@@ -263,6 +299,11 @@ def _mean(total: Tensor | float, count: Tensor | float) -> float:
     if not count:  # as when every token is padding
         return math.nan
     return float(total) / float(count)
+
+
+def _weighted_sum(weights: Mapping[str, float], means: Mapping[str, float]) -> float:
+    """Add up means by their weights; one of weight 0 may be NaN."""
+    return sum(weight * means[name] for name, weight in weights.items() if weight)
 
 
 def _zero(device: torch.device) -> Tensor:

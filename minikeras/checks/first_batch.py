@@ -20,10 +20,13 @@ import torch
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
+from minikeras.checks.several_outputs import check_extra_labels, find_failing_part, naming
 from minikeras.errors import describe
+from minikeras.nests import names_in, take_apart
+from minikeras.overrides import overrides
 from minikeras.phase import Batch, NoChecks, Phase
 from minikeras.processes import OneProcess
-from minikeras.results import Result, unwrap_loss
+from minikeras.results import Result, has_parts, losses_in, unwrap_loss
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -43,8 +46,16 @@ class Explanations(NoChecks):
 
     def explain_loss(self, error: Exception, outputs: Any, labels: Any) -> None:
         """Raise a plainer error than the loss did, if its cause is known."""
-        causes.explain_squeezed(error, outputs, labels)
-        causes.explain_loss(error, outputs, labels)
+        part = find_failing_part(error)
+        if part is None:
+            causes.explain_squeezed(error, outputs, labels)
+            causes.explain_loss(error, outputs, labels)
+            return
+        name, y_pred, y_true = part
+        with naming(f"loss {name!r}"):
+            causes.explain_squeezed(error, y_pred, y_true)
+            causes.explain_loss(error, y_pred, y_true)
+        error.add_note(f"loss {name!r}")
 
     def warn_of_squeezed(self, outputs: Any, labels: Any) -> None:
         """Warn of outputs that have lost the dimension of the batch."""
@@ -99,11 +110,40 @@ class FirstBatch(Explanations):
 
     def loss(self, outputs: Any, labels: Any) -> Any:
         """Call the loss, and refuse what it would silently compute wrongly."""
+        loss_func = self.run.loss_func
+        several = unwrap_loss(loss_func)
+        if has_parts(several):
+            self._check_extra_labels(labels)
+            with several.calling(self._loss_of_output):
+                return loss_func(outputs, labels)
+        self._check_loss_inputs(loss_func, outputs, labels)
+        return inputs.guarded(loss_func, outputs, labels, "the loss", scalar=False)
+
+    def _check_loss_inputs(self, loss: Any, y_pred: Any, y_true: Any) -> None:
         is_fitting = not self.run.train.checks.is_first
         inputs.check_loss_inputs(
-            self.run.loss_func, outputs, labels, self.phase.is_training, self.model, is_fitting
+            loss, y_pred, y_true, self.phase.is_training, self.model, is_fitting
         )
-        return inputs.guarded(self.run.loss_func, outputs, labels, "the loss", scalar=False)
+
+    def _loss_of_output(self, name: Any, loss: Any, y_pred: Any, y_true: Any) -> Any:
+        """Call the loss of one of several outputs, and check it as one alone."""
+        with naming(f"loss {name!r}"):
+            self._check_loss_inputs(loss, y_pred, y_true)
+        return inputs.guarded(loss, y_pred, y_true, f"loss {name!r}", scalar=False)
+
+    def _check_extra_labels(self, labels: Any) -> None:
+        """Refuse labels that nothing uses, unless a metric or a custom step may use them all."""
+        totals = self.phase.totals
+        step = "train_step" if self.phase.is_training else "evaluate_step"
+        if overrides(self.model, step, "compute_loss", "compute_metrics"):
+            return
+        of_metrics = []
+        for name in [*totals.functions, *totals.objects]:
+            output = getattr(totals.views.get(name), "output", None)
+            if output is None:
+                return
+            of_metrics.append(output)
+        check_extra_labels(labels, losses_in(self.run.loss_func), of_metrics)
 
     @torch.no_grad()
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
@@ -157,7 +197,15 @@ class FirstBatch(Explanations):
 
     def _loss_of(self, y_pred: Any, outputs: Any) -> Any:
         """Return the loss that is given this very tensor; None if that is not known."""
-        return unwrap_loss(self.run.loss_func) if y_pred is outputs else None
+        losses = losses_in(self.run.loss_func)
+        if y_pred is outputs:
+            return losses.get("")
+        container = take_apart(outputs, inside=True)
+        if container is not None:
+            for name, part in zip(names_in(outputs) or (), container[0], strict=False):
+                if part is y_pred:
+                    return losses.get(name)
+        return None
 
 
 class MetricLooks(Explanations):

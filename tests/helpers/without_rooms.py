@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 # what is deleted -> the line that asks for it; "" for what nobody asks for by name
 ROOMS = {
+    "by_name.py": "minikeras.Model().compile({'a': nn.MSELoss()})",
     "callbacks": "minikeras.EMA()",
     "checkpoint": "fit(checkpoint=PATH)",
     "checks": "",
@@ -156,6 +157,7 @@ def missing(minikeras, asked):
 
     names = {
         "minikeras": minikeras,
+        "nn": nn,
         "compiled": compiled,
         "fit": fit,
         "bare": bare,
