@@ -146,6 +146,7 @@ class Phase:
         """Count rows by one rule for all batches of a pass."""
         self.counter = RowCounter(self.takes_several)
         self.kinds_of_parts = []
+        self.loss_parts = {}
         self.look_by(self.explanations.begin_pass(self.checks))
 
     def take(

@@ -44,6 +44,7 @@ SAME = [
     "steps_per_epoch",
     "two_optimizers",
     "own_parameters",
+    "losses_by_name",
     "layers_that_come_and_go",
     "complex_weights",
     "big_steps",

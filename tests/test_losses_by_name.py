@@ -292,7 +292,7 @@ def test_losses_by_name_with_a_weight_per_row_weigh_each_part():
     assert row["val_loss"] == pytest.approx((digit + 0.5 * parity).mean().item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"so loss 'digit_loss' must have a value per row"):
         model_of(both()).fit(1, (X, y, weight), verbose=0)
-    with pytest.raises(ValueError, match="loss 'digit_loss' gave Tensor .* expected one number"):
+    with pytest.raises(ValueError, match=r"loss 'digit_loss' gave Tensor .* expected one number"):
         model_of(losses).fit(1, (X, y), verbose=0)
 
 

@@ -21,7 +21,7 @@ def naming(name: str) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error.__cause__
     for warning in caught:
         warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=3)
 
