@@ -154,6 +154,8 @@ def make_run(
 
 def make_loss(loss_func: Any) -> Any:
     """The loss that compile was given; a dict of losses, for several outputs, as one loss."""
+    if type(loss_func) is nn.ModuleDict:
+        loss_func = dict(loss_func.items())
     if isinstance(loss_func, Mapping):
         from minikeras.by_name import LossesByName
 

@@ -156,6 +156,12 @@ def test_losses_by_name_take_dicts_named_tuples_tuples_and_lists(kind):
     assert dfhistory["val_loss"].tolist() == pytest.approx(expected["val_loss"].tolist())
 
 
+def test_losses_in_a_module_dict_are_those_of_a_dict():
+    losses = {"digit": nn.CrossEntropyLoss(), "parity": nn.BCEWithLogitsLoss()}
+    expected = model_of(losses).evaluate(data())
+    assert model_of(nn.ModuleDict(losses)).evaluate(data()) == expected
+
+
 def test_losses_by_name_of_weight_0_are_logged_and_train_nothing():
     X, y = data()
     y["parity"][:] = torch.nan  # it does not spoil the sum either
@@ -523,6 +529,15 @@ def test_torchmetrics_on_an_output_whose_loss_takes_raw_scores_is_told():
         model.evaluate(data())
     metric = minikeras.Transformed(tmc.BinaryF1Score(), y_pred=torch.sigmoid)
     model_of(both(), {"parity": {"f1": metric}}).evaluate(data())
+
+
+def test_nan_in_one_of_several_losses_names_it():
+    X, y = data()
+    y["parity"][40] = torch.nan
+    with pytest.raises(FloatingPointError) as caught:
+        model_of(both()).fit(1, (X, y), batch_size=70, verbose=0)
+    said = str(caught.value)
+    assert "It is a sum of losses, and parity_loss is not finite. The labels of this batch" in said
 
 
 def test_part_that_returns_an_average_in_some_batches_alone_is_refused():

@@ -209,10 +209,20 @@ def test_raw_scores_within_0_to_1_in_the_first_batch_are_told_if_the_loss_takes_
     assert wrong != pytest.approx(expected, rel=1e-3)
 
 
+def test_focal_loss_of_raw_scores_tells_as_well():
+    model = minikeras.Model(nn.Identity())
+    loss = minikeras.FocalLoss(from_logits=True)
+    model.compile(loss, None, {"f1": tmc.BinaryF1Score()}, device="cpu")
+    p = torch.rand(20, 1)
+    with pytest.warns(UserWarning, match="raw scores, as FocalLoss takes them"):
+        model.evaluate((p, (p > 0.5).float()))
+
+
 @pytest.mark.parametrize(
     ("loss_func", "metric"),
     [
         (nn.BCELoss(), tmc.BinaryF1Score()),
+        (minikeras.FocalLoss(), tmc.BinaryF1Score()),
         (nn.MSELoss(), tmc.BinaryF1Score()),
         (nn.BCEWithLogitsLoss(), Transformed(tmc.BinaryF1Score(), torch.sigmoid)),
         (nn.BCEWithLogitsLoss(), torchmetrics.MeanSquaredError()),

@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minikeras.checks.classes import adds_up_to_one
+
 # words in the names of metrics for which only the order of a row's scores counts
 BY_ORDER = ("Ranking", "Coverage")
 # words in the names of multiclass metrics that use more than the class with the highest score
@@ -46,7 +48,8 @@ def warn_of_raw_scores(name: str, metric: Any, y_pred: Any, loss_func: Any) -> b
     highest = y_pred.max().item()
     reason = f"from {lowest:.4g} to {highest:.4g}"
     if not (lowest < 0 or highest > 1):  # also if they are NaN
-        if not takes_scores(loss_func):
+        is_softmax = kind.startswith("Multiclass") and adds_up_to_one(y_pred, 1)
+        if is_softmax or not takes_scores(loss_func):
             return False
         reason = f"as {getattr(loss_func, '__name__', type(loss_func).__name__)} takes them"
     layer = "sigmoid"
@@ -67,6 +70,8 @@ def warn_of_raw_scores(name: str, metric: Any, y_pred: Any, loss_func: Any) -> b
 def takes_scores(loss_func: Any) -> bool:
     """Tell whether a loss is known to take raw scores."""
     if any(loss_func is function for function in FUNCTIONS_OF_SCORES):
+        return True
+    if getattr(loss_func, "takes_probabilities", None) is False:  # as FocalLoss says
         return True
     # by its forward: a subclass may do something else with the outputs
     forward = getattr(type(loss_func), "forward", None)
