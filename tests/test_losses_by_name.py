@@ -223,7 +223,13 @@ def test_loss_of_an_epoch_is_the_weighted_sum_of_parts_that_count_different_unit
     digit = F.cross_entropy(outputs["digit"], y["digit"], ignore_index=0).item()
     parity = F.binary_cross_entropy_with_logits(outputs["parity"], y["parity"]).item()
     logged = []
-    callback = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: logged.append(dict(logs)))
+    of_batch = []
+
+    def log(batch, logs):
+        logged.append(dict(logs))
+        of_batch.append(dict(logs.batch))
+
+    callback = minikeras.LambdaCallback(on_batch_end=log)
     dfhistory = model.fit(1, (X, y), (X, y), batch_size=9, callbacks=[callback], verbose=0)
     expected = {"loss": 2 * digit + parity, "digit_loss": digit, "parity_loss": parity}
     assert list(dfhistory)[:3] == list(expected)
@@ -231,6 +237,8 @@ def test_loss_of_an_epoch_is_the_weighted_sum_of_parts_that_count_different_unit
         assert dfhistory[name].iloc[0] == pytest.approx(value, rel=1e-6)
         assert dfhistory[f"val_{name}"].iloc[0] == pytest.approx(value, rel=1e-6)
     assert logged[-1] == pytest.approx(expected, rel=1e-6)
+    last = of_batch[-1]
+    assert last["loss"] == pytest.approx(2 * last["digit_loss"] + last["parity_loss"], rel=1e-6)
 
 
 def test_gradient_of_parts_that_count_different_units_is_that_of_the_sum_of_their_means():

@@ -472,5 +472,6 @@ def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(t
         compiled().fit(2, points(20), **path)
     assert str(raised.value) == (
         "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as "
-        "before."
+        f"before. To start anew, delete {tmp_path}/run.pt and {tmp_path}/run.pt.prev, or give "
+        "another path."
     )

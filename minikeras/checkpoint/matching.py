@@ -17,6 +17,7 @@ from minikeras.checkpoint.validate import check_contents, check_state
 from minikeras.checkpoint.weights import RUN, check_weights, frozen
 from minikeras.compiled_names import COMPILED
 from minikeras.errors import CheckpointError, is_number
+from minikeras.modes import names_staying_in_eval
 
 if TYPE_CHECKING:
     from minikeras.run import Run
@@ -37,7 +38,7 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     if version > VERSION:
         raise CheckpointError(
             f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update "
-            "minikeras."
+            f"minikeras. {remedy(path)}"
         )
     check_state(state, path)
     check_weights(model, state["model"], path, remedy)
@@ -231,6 +232,7 @@ def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
         "frozen": frozen(model),
         "loss frozen": frozen(loss_func) if isinstance(loss_func, nn.Module) else [],
         "in_eval": list(run.modes.look()),
+        "stays_in_eval": names_staying_in_eval(model),
         "compile": {"loss_func": loss_name, **settings_of_parts(run)},
     }
 
