@@ -31,35 +31,49 @@ class TableModel(minikeras.Model):
         return self.net(torch.cat([numbers, *embedded], dim=1))
 
 
-def make_inputs(table, categories):
-    numbers = table.drop(columns=[*categories, "target"])
-    standard = (numbers - numbers.mean()) / numbers.std()
-    codes = {name: table[name].cat.codes.to_numpy(dtype="int64") for name in categories}
-    return {"numbers": standard.to_numpy(dtype="float32"), **codes}
+class Inputs:
+    """Turn rows into inputs. Categories, mean and std are those of the training rows, for all."""
+
+    def __init__(self, train, names):
+        self.categories = {name: sorted(train[name].dropna().unique()) for name in names}
+        numbers = train.drop(columns=names)
+        self.mean, self.std = numbers.mean(), numbers.std()
+
+    def __call__(self, table):
+        numbers = (table[self.mean.index] - self.mean) / self.std
+        codes = {}
+        for name, categories in self.categories.items():
+            # 0 is for a category that the training rows do not have
+            codes[name] = pd.Index(categories).get_indexer(table[name]) + 1
+        return {"numbers": numbers, **codes}
 
 
 def main(epochs):
     torch.manual_seed(0)
     table = load_diabetes(as_frame=True, scaled=False).frame.sample(frac=1, random_state=0)
-    table["sex"] = table["sex"].astype("category")
-    table["age"] = pd.cut(table["age"], [0, 30, 40, 50, 60, 120])
     # the limits of the World Health Organization
-    table["bmi"] = pd.cut(table["bmi"], [0, 18.5, 25, 30, 35, 100])
-    categories = ["sex", "age", "bmi"]
-    sizes = {name: len(table[name].cat.categories) for name in categories}
-    X = make_inputs(table, categories)
+    table["bmi"] = pd.cut(
+        table["bmi"], [0, 18.5, 25, 30, 100], labels=["under", "normal", "over", "obese"]
+    )
+    table["sex"] = table["sex"].map({1: "a", 2: "b"})  # scikit-learn does not say which is which
+    X = table.drop(columns="target")
     # (rows, 1), divided by 100 so that they are near 1, as the network's first outputs are
-    y = (table[["target"]] / 100).to_numpy(dtype="float32")
-    train = {name: part[:342] for name, part in X.items()}, y[:342]
-    val = {name: part[342:] for name, part in X.items()}, y[342:]
+    y = (table[["target"]] / 100).astype("float32")
+    make_inputs = Inputs(X[:342], ["sex", "bmi"])
+    train = make_inputs(X[:342]), y[:342]
+    val = make_inputs(X[342:]), y[342:]
 
-    model = TableModel(X["numbers"].shape[1], sizes)
+    sizes = {name: len(known) + 1 for name, known in make_inputs.categories.items()}
+    model = TableModel(len(make_inputs.mean), sizes)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     model.compile(nn.MSELoss(), optimizer, {"mae": nn.L1Loss()})
     model.fit(epochs, train)
     error = model.evaluate(val)["val_mae"]
-    error_of_mean = abs(y[342:] - y[:342].mean()).mean()
+    error_of_mean = (y[342:] - y[:342].mean()).abs().mean().item()
     print(f"mean absolute error {error:.3f}; of the mean as the answer {error_of_mean:.3f}")
+
+    new = X[:2].assign(sex=["b", "unknown"])  # new rows; no training row has the second sex
+    print("two new rows:", (model.predict(make_inputs(new)) * 100).squeeze(1))
 
 
 if __name__ == "__main__":

@@ -383,8 +383,8 @@ ODD_COLUMNS = {
     "categories": (CITY.astype("category"), "columns that are not numbers: c", None),
     "text as codes": (
         CITY,
-        r"column\.astype\('category'\)\.cat\.codes",
-        lambda c: c.astype("category").cat.codes,
+        r"pandas\.Index\(categories\)\.get_indexer\(column\)",
+        lambda c: pd.Index(sorted(CITY.unique())).get_indexer(c),
     ),
     "dates": (
         pd.Series(pd.date_range("2020", periods=ROWS)),

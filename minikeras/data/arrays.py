@@ -51,6 +51,11 @@ LISTS = (
     " A list is many arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with "
     "a collate_fn."
 )
+# codes of `astype('category')` would change with the rows that a table happens to have
+CODES = (
+    "pandas.Index(categories).get_indexer(column). Keep the categories of the training rows, and "
+    "use them for new rows too."
+)
 LARGE = 2**26  # bytes; a DataFrame whose conversion needs more than this stays the only copy
 CHUNK = 2**22  # bytes of a DataFrame that are copied to row-major order at once
 NUMBER_KINDS = "biufc"  # kinds of NumPy dtypes that torch can hold
@@ -358,11 +363,8 @@ def _suggest_for_column(column: pd.Series[Any], is_series: bool) -> str:
     if is_timedelta64_dtype(column.dtype):
         return "Pass a time span as column.dt.total_seconds()."
     if is_series:
-        return "Encode them first: as class numbers, column.astype('category').cat.codes."
-    return (
-        "Encode them first, for instance with pandas.get_dummies(frame, dtype=float) or "
-        "column.astype('category').cat.codes."
-    )
+        return f"Encode them first: as class numbers, {CODES}"
+    return f"Encode them first, for instance with pandas.get_dummies(frame, dtype=float) or {CODES}"
 
 
 def _check_none_missing(frame: pd.DataFrame, name: str, is_series: bool) -> None:
