@@ -173,6 +173,24 @@ def test_metric_that_is_no_number_is_refused_before_a_weight_moves(metric, messa
     refused_metric(metric, message)
 
 
+COLUMNS = {
+    "a vector": lambda p, t: (p - t).abs().mean(0).repeat(3),
+    "a dict": lambda p, t: {"a": p.mean(), "b": p.mean()},
+    "an average of a vector": lambda p, t: Average(torch.ones(3), 8),
+}
+
+
+@pytest.mark.parametrize("metric", COLUMNS.values(), ids=COLUMNS)
+def test_metric_function_of_several_columns_is_refused_with_the_class_that_takes_it(metric):
+    model = compiled(Scale(), nn.MSELoss(), metrics={"m": metric})
+    message = (
+        r"^metric 'm' gave [^\n]* For several columns pass minikeras\.OnAllRows\(function\), whose "
+        r"function gets NumPy arrays\.\ndl_val, batch 1$"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.evaluate((COLUMN, COLUMN))
+
+
 @pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
 def test_metric_average_with_a_wrong_count_is_refused_before_a_weight_moves(count):
     message = f"gave an Average with count {count:g}; expected a finite number, 0 or more. ..."

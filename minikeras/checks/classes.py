@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 REMEDY = (
     "End forward with .movedim(-1, 1); or keep forward and pass as loss_func "
-    "lambda y_pred, y_true: nn.functional.{}(y_pred.movedim(-1, 1), {})."
+    "lambda y_pred, y_true: nn.functional.{}(y_pred.movedim(-1, 1), {}). If the loss ignores "
+    "labels, such as padding, let it return minikeras.Average(total, count)."
 )
 CHANNELS_FIRST = (
     nn.Conv1d,

@@ -9,6 +9,7 @@ compile        classes instead of instances, names that history uses
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,9 +29,17 @@ from minikeras.errors import describe, dtype_name
 from minikeras.metric_objects import find_view, is_stateful
 from minikeras.nests import leaves, names_in
 from minikeras.overrides import overrides
-from minikeras.results import check_number, has_parts, unwrap_loss
+from minikeras.results import Average, check_number, has_parts, unwrap_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import parameters_of
+
+# forward of a loss that broadcasts with no more than a warning -> its function
+BROADCASTING: dict[Any, Any] = {
+    nn.MSELoss.forward: F.mse_loss,
+    nn.L1Loss.forward: F.l1_loss,
+    nn.SmoothL1Loss.forward: F.smooth_l1_loss,
+    nn.HuberLoss.forward: F.huber_loss,
+}
 
 # --- losses and metrics, looked at ----------------------------------------------------------------
 
@@ -65,10 +74,28 @@ def guarded(
         error.add_note(f"{name}, given y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
         raise
     if scalar:
-        check_number(name, result, wait=True)
+        _check_metric(name, result, labels)
     if guard.found:
         raise ValueError(f"{name}: {guard.found}")
     return result
+
+
+def _check_metric(name: str, result: Any, labels: Any) -> None:
+    """Check that a metric function has returned one number; if several, say how to log them."""
+    rows = getattr(labels, "shape", ())[:1]
+    try:
+        check_number(name, result, wait=True)
+    except ValueError as error:
+        parts: list[Any] = list(result) if isinstance(result, Average) else [result]
+        for part in parts:
+            shape = getattr(part, "shape", ())
+            has_columns = math.prod(shape) > 1 and shape[:1] != rows  # else a value per row
+            if has_columns or isinstance(part, Mapping):
+                raise ValueError(
+                    f"{error} For several columns pass minikeras.OnAllRows(function), whose "
+                    "function gets NumPy arrays."
+                ) from None
+        raise
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -89,6 +116,7 @@ def check_loss_inputs(
     loss_func = unwrap_loss(loss_func)
     check_not_half(loss_func, outputs)
     check_one_tensor(loss_func, outputs, labels)
+    _check_columns(loss_func, outputs, labels)
     # by its forward: a subclass may do something else with labels
     forward = getattr(type(loss_func), "forward", None)
     takes_scores = forward is nn.CrossEntropyLoss.forward or loss_func is F.cross_entropy
@@ -132,6 +160,33 @@ def needs_labels(model: nn.Module, loss_func: Any, step: str) -> bool:
     """Tell whether batches need labels: a custom loss or step may ignore them."""
     compares = is_of_torch(loss_func) or has_parts(unwrap_loss(loss_func))
     return compares and not overrides(model, step, "compute_loss")
+
+
+def _check_columns(loss_func: Any, outputs: Any, labels: Any) -> None:
+    """Refuse one prediction per row that a loss of torch would compare with several labels.
+
+    torch only warns. A custom loss may broadcast on purpose, and is not looked at.
+
+    Raises:
+        ValueError: predictions (N, 1) and labels (N, 3).
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        return
+    function = BROADCASTING.get(getattr(type(loss_func), "forward", None))
+    for known in BROADCASTING.values():
+        if loss_func is known:
+            function = known
+    if function is None or not outputs.ndim == labels.ndim > 1:
+        return
+    columns = labels.shape[-1]
+    if outputs.shape[:-1] != labels.shape[:-1] or outputs.shape[-1] != 1 or columns < 2:
+        return
+    raise ValueError(
+        f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: one "
+        f"prediction would be compared with {columns} labels. Give the model {columns} outputs; or "
+        "pass as loss_func lambda y_pred, y_true: "
+        f"nn.functional.{function.__name__}(y_pred.expand_as(y_true), y_true)."
+    )
 
 
 def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
