@@ -200,7 +200,10 @@ def _check_like(batch: Any, first: Any) -> None:
     if _get_row_shapes(batch) != _get_row_shapes(first):
         raise ValueError(
             f"OnAllRows joins the rows of all batches, and this batch is {describe(batch)}, but "
-            f"the first was {describe(first)}. Pad the rows of outputs and labels to one shape."
+            f"the first was {describe(first)}. Pad the rows of outputs and labels to one shape; "
+            "or, to count each token as a row, flatten them: minikeras.Transformed("
+            "minikeras.OnAllRows(function), y_pred=lambda p: p.flatten(0, 1), y_true=lambda t: "
+            "t.flatten(0, 1))."
         )
 
 

@@ -183,4 +183,5 @@ def test_layer_that_is_called_wrongly_by_the_user_is_not_blamed_on_the_keys():
     net.tab = Tab()
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
         compiled(net).predict({"num": X, "cat": X})
-    assert error.value.__notes__ == ["layer net: Inner was given Tensor (8, 4) float32"]
+    shown = "{'num': Tensor (8, 4) float32, 'cat': Tensor (8, 4) float32}"
+    assert error.value.__notes__ == [f"layer net: Inner was given {shown}"]

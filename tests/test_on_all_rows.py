@@ -371,10 +371,19 @@ def test_on_all_rows_refuses_rows_of_different_shapes_when_they_come():
     message = (
         "OnAllRows joins the rows of all batches, and this batch is (Tensor (2, 4) float32, Tensor "
         "(2, 4) float32), but the first was (Tensor (2, 3) float32, Tensor (2, 3) float32). Pad "
-        "the rows of outputs and labels to one shape."
+        "the rows of outputs and labels to one shape; or, to count each token as a row, flatten "
+        "them: minikeras.Transformed(minikeras.OnAllRows(function), y_pred=lambda p: p.flatten(0, "
+        "1), y_true=lambda t: t.flatten(0, 1))."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         model.evaluate(batches)
+    count_tokens = minikeras.Transformed(
+        OnAllRows(lambda p, t: float(len(t))),
+        y_pred=lambda p: p.flatten(0, 1),
+        y_true=lambda t: t.flatten(0, 1),
+    )
+    model.compile(nn.MSELoss(), metrics_dict={"m": count_tokens}, device="cpu")
+    assert model.evaluate(batches)["val_m"] == 14
 
 
 def test_on_all_rows_works_in_a_scikit_learn_estimator_and_a_custom_step():

@@ -564,3 +564,99 @@ def test_scipy_matrices_as_batches_raise_an_error_that_says_to_pass_the_matrix()
     expected = made.predict(dense)
     torch.testing.assert_close(made.predict(matrix), expected)
     torch.testing.assert_close(made.predict([matrix.toarray()]), expected)
+
+
+# --- sequences and several columns ----------------------------------------------------------------
+
+
+class Forecast(minikeras.Model):
+    """Windows (rows, steps, 1) to numbers (rows, columns)."""
+
+    def __init__(self, columns=3):
+        super().__init__()
+        self.rnn = nn.GRU(1, 4, batch_first=True)
+        self.out = nn.Linear(4, columns)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+WINDOWS, STEPS = torch.randn(64, 20, 1), torch.randn(64, 3)
+
+
+def test_one_window_without_a_batch_dimension_is_named_and_the_remedy_works():
+    message = (
+        r"\. The features have shape \(20, 1\), which layer rnn \(GRU\) takes for one sequence "
+        r"without a batch dimension: pass X\[None\]\.$"
+    )
+    window = WINDOWS[0]
+    with pytest.raises(ValueError, match=message):
+        Forecast().predict(window)
+    assert Forecast().predict(window[None]).shape == (1, 3)
+
+
+def test_windows_without_a_feature_dimension_are_shown_as_passed_and_the_remedy_works():
+    X = WINDOWS[..., 0]
+    model = compiled(Forecast(), nn.MSELoss())
+    words = "Tensor (32, 20) float32. Add a dimension for the feature of each step: pass"
+    told(model, (X, STEPS), f"{words} X[..., None]", kind=RuntimeError)
+    trains(model, (X[..., None], STEPS))
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss(), F.smooth_l1_loss, F.huber_loss])
+def test_one_prediction_against_several_labels_is_an_error_and_both_remedies_work(loss):
+    name = {nn.MSELoss: "mse_loss", nn.L1Loss: "l1_loss"}.get(type(loss))
+    name = name or loss.__name__
+    told(
+        compiled(Forecast(1), loss),
+        (WINDOWS, STEPS),
+        "predictions have shape (32, 1) and labels (32, 3): one prediction would be compared with "
+        "3 labels. Give the model 3 outputs; or pass as loss_func lambda y_pred, y_true: "
+        f"nn.functional.{name}(y_pred.expand_as(y_true), y_true).",
+    )
+    trains(compiled(Forecast(3), loss), (WINDOWS, STEPS))
+    function = getattr(F, name)
+    trains(compiled(Forecast(1), lambda p, t: function(p.expand_as(t), t)), (WINDOWS, STEPS))
+
+
+def test_several_inputs_are_all_shown_if_the_network_itself_fails():
+    class Join(minikeras.Model):
+        def forward(self, numbers, city):
+            return torch.cat([numbers, city], dim=1)
+
+    with pytest.raises(RuntimeError) as error:
+        Join().predict({"numbers": X, "city": CLASSES})
+    shown = "{'numbers': Tensor (32, 3) float32, 'city': Tensor (32,) int64}"
+    assert error.value.__notes__[0].endswith(shown)
+
+
+@pytest.mark.parametrize("is_optional", [True, False])
+def test_batches_with_labels_inside_are_explained_if_the_mask_is_optional_too(is_optional):
+    class Tokens(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(4, 2)
+
+    class Optional(Tokens):
+        def forward(self, ids, mask=None):
+            return self.embedding(ids)
+
+    class Required(Tokens):
+        def forward(self, ids, mask):
+            return self.embedding(ids)
+
+    batch = {"ids": CLASSES, "mask": CLASSES, "labels": CLASSES}
+    message = (
+        r"^the features are a dict with the keys ids, mask, labels, and forward takes ids, mask\. "
+        r"Leave out labels; .* pass compile\(split_batch=lambda batch: \(\{name: batch\[name\] "
+        r"for name in \('ids', 'mask'\)\}, batch\['labels'\]\)\)"
+    )
+    model = Optional() if is_optional else Required()
+    with pytest.raises(ValueError, match=message):
+        model.predict([batch])
+
+    def split_batch(batch):
+        return {name: batch[name] for name in ("ids", "mask")}, batch["labels"]
+
+    model.compile(nn.CrossEntropyLoss(), split_batch=split_batch)
+    assert model.predict([batch]).shape == (64, 2)

@@ -8,12 +8,13 @@ import traceback
 import types
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minikeras.batch import choose_call
 from minikeras.checks.broadcast import CLASS_LOSSES
 from minikeras.checks.classes import explain_class_dimension
 from minikeras.checks.forms import put_labels_last
@@ -200,7 +201,9 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
         return
     name, layer, given = failure
     if isinstance(given, Tensor):
-        _explain_layer(error, failure, features, world)
+        _explain_layer(error, failure, model, features, world)
+    if isinstance(features, Mapping) and given is features:
+        _explain_whole_dict(error, model, features)
     hint = ""
     if type(given) is tuple and given is not features and "tuple" in str(error):
         hint = TUPLE
@@ -219,10 +222,32 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
     if isinstance(layer, EMBEDDINGS) and "out of range" in str(error):
         taken = f"takes 0 to {layer.num_embeddings - 1}: number from 0, or build it with more rows"
         hint = f" of {int(given.min())} to {int(given.max())}, and {taken}."
+    if isinstance(layer, nn.RNNBase) and isinstance(features, Tensor) and features.ndim == 2:
+        if layer.input_size == 1 and "input.size(-1)" in str(error):
+            hint = ". Add a dimension for the feature of each step: pass X[..., None]"
+        if given.shape == (1, *features.shape):
+            given = features  # the layer itself has added a batch dimension
+    if _takes_all(layer, model, features) and any(part is given for part in leaves(features)):
+        given = features if isinstance(features, tuple) else dict(features)
     shown = type(layer).__name__ if list(layer.children()) else str(layer)
     if name:
         shown = f"layer {name}: {shown}"
     error.add_note(f"{shown} was given {describe(given)}{hint}")
+
+
+def _takes_all(layer: nn.Module, model: nn.Module, features: Any) -> bool:
+    """Tell whether the network itself was called with several features."""
+    if layer is not model and layer is not getattr(model, "net", None):
+        return False
+    return choose_call(layer, features) != "whole"
+
+
+def _explain_whole_dict(error: Exception, model: nn.Module, features: Mapping[Any, Any]) -> None:
+    """Raise an error again if forward got a dict whole since its keys are not all arguments."""
+    network = getattr(model, "net", model)
+    parameters = inspect.signature(network.forward).parameters
+    if "must be Tensor" in str(error) and len(parameters) > 1:
+        _refuse_keys(error, list(features), list(parameters))
 
 
 def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
@@ -234,16 +259,20 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
         for module in model.modules():
             if getattr(type(module).forward, "__qualname__", "") != missing[1]:
                 continue
-            keys = ", ".join(map(str, features))
             parameters = list(inspect.signature(module.forward).parameters)
-            raise ValueError(
-                f"the features are a dict with the keys {keys}, and forward takes "
-                f"{', '.join(parameters)}. {_suggest_keys(list(features), parameters)}"
-            ) from error
+            _refuse_keys(error, list(features), parameters)
     error.add_note(
         "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
         "labels; or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2]))."
     )
+
+
+def _refuse_keys(error: Exception, keys: list[Any], parameters: list[str]) -> NoReturn:
+    """Raise an error for a dict of features with other keys than the arguments of forward."""
+    raise ValueError(
+        f"the features are a dict with the keys {', '.join(map(str, keys))}, and forward takes "
+        f"{', '.join(parameters)}. {_suggest_keys(keys, parameters)}"
+    ) from error
 
 
 def _suggest_keys(keys: list[Any], parameters: list[str]) -> str:
@@ -260,7 +289,11 @@ def _suggest_keys(keys: list[Any], parameters: list[str]) -> str:
 
 
 def _explain_layer(
-    error: Exception, failure: tuple[str, nn.Module, Any], features: Any, world: OneProcess
+    error: Exception,
+    failure: tuple[str, nn.Module, Any],
+    model: nn.Module,
+    features: Any,
+    world: OneProcess,
 ) -> None:
     """Raise the error of a layer again with what it cannot take and what to give it, if known."""
     name, layer, given = failure
@@ -277,10 +310,11 @@ def _explain_layer(
     if any(not isinstance(size, int) for size in shape):  # of a nested tensor
         return
     given_is_features = any(leaf is given for leaf in leaves(features))
+    unbatched = _find_unbatched(model, features) if len(shape) == 1 else ""
     if isinstance(layer, nn.Linear) and shape and shape[-1] != layer.in_features:
         raise ValueError(
             f"layer {name} takes rows of {layer.in_features} values (in_features) and was given "
-            f"{shape}. {_suggest_for_linear(layer, shape, given_is_features)}"
+            f"{shape}. {unbatched or _suggest_for_linear(layer, shape, given_is_features)}"
         ) from error
     remedy = _suggest_for_convolution(layer, shape)
     if remedy:
@@ -288,6 +322,20 @@ def _explain_layer(
             f"layer {name} ({type(layer).__name__}) takes {layer.in_channels} channels in "
             f"dimension 1, and was given {shape}. {remedy}"
         ) from error
+
+
+def _find_unbatched(model: nn.Module, features: Any) -> str:
+    """Say that a layer took the features for one sequence without a batch dimension, if one did."""
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        return ""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.RNNBase) and layer.input_size == features.shape[-1]:
+            return (
+                f"The features have shape {tuple(features.shape)}, which layer {name} "
+                f"({type(layer).__name__}) takes for one sequence without a batch dimension: pass "
+                "X[None]."
+            )
+    return ""
 
 
 def _explain_dtype(error: Exception, failure: tuple[str, nn.Module, Any], features: Any) -> None:
