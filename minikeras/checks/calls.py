@@ -79,7 +79,11 @@ NOTES = {
         "verbose": "evaluate prints nothing.",
         "return_dict": "evaluate returns a dict.",
     },
-    "predict": {"verbose": "predict prints nothing."},
+    "predict": {
+        "verbose": "predict prints nothing.",
+        "return_ground_truth": "Pass return_labels=True.",
+        "concatenate_returns": "Pass join=False for a list with the outputs of each batch.",
+    },
     "summary": {"input_size": "input_shape is the shape of one row, without the batch."},
 }
 
@@ -330,6 +334,9 @@ METHODS = {
     "save_weights": "Write model.save(path).",
     "load_weights": "Write model.load(path).",
     "load_ckpt": "Write model.load(path).",
+    "freeze": "Write minikeras.freeze(model.net), or a part of it: minikeras.freeze(model.net[0]).",
+    "freeze_to": "Write minikeras.freeze(model.net[:n]), with the layers to freeze.",
+    "unfreeze": "Write minikeras.unfreeze(model.net), or a part of it.",
     "get_weights": "The weights are in model.state_dict().",
     "set_weights": "Write model.load_state_dict(weights).",
 }
