@@ -289,7 +289,7 @@ def check_fsdp(model: nn.Module, world: OneProcess, jit: Any, precision: str) ->
         raise ValueError(
             "the model's parameters are in parts in several processes, and distributed=None "
             "trains in "
-            'one alone. Compile with distributed="fsdp", or build the model anew.'
+            'one alone. Compile with distributed="fsdp", or build the model again.'
         )
 
 
