@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import nn
+
 from minikeras.errors import did_you_mean
 
 # names of arguments, here and in other libraries
@@ -316,6 +318,31 @@ def missing_name(name: str) -> Any:
             f"cannot import name {name!r} from 'minikeras'. {NAMES[name]}", name="minikeras"
         )
     raise AttributeError(f"{message}. {NAMES[name]}")
+
+
+TORCH = ("torch", "torchvision", "minikeras")  # packages whose modules have no `trainable`
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse `module.trainable = False`, which freezes a layer in Keras and nothing here.
+
+    A class of the user's own may have such an attribute, and do what it says.
+
+    Raises:
+        ValueError: a module with parameters to train has it.
+    """
+    for name, module in model.named_modules():
+        is_own = type(module).__module__.partition(".")[0] not in TORCH
+        if is_own or vars(module).get("trainable") is not False:
+            continue
+        trained = sum(parameter.requires_grad for parameter in module.parameters())
+        if trained:
+            place = f"model.get_submodule({name!r})" if name else "model"
+            raise ValueError(
+                f"`trainable` of {name or 'the model'} ({type(module).__name__}) is False, as in "
+                f"Keras; torch does not know it, and {trained} parameters would be trained. Call "
+                f"minikeras.freeze({place}) instead."
+            )
 
 
 METHODS = {
