@@ -736,12 +736,12 @@ def check_classes(classes: Any, known: np.ndarray | None) -> np.ndarray:
             )
         return known
     labels = np.asarray(classes)
-    if labels.ndim != 1:
+    if labels.ndim == 0:  # one label, or a set
         raise ValueError(
             f"`classes` must be a list of all labels, got {describe(classes)}. Pass such as "
             f"classes=numpy.unique(all_labels)."
         )
-    found = np.unique(labels)
+    found = np.unique(column_or_1d(labels))
     if known is not None and found.tolist() != known.tolist():
         raise ValueError(
             f"classes are {', '.join(map(str, found))}, and the network was created for "
