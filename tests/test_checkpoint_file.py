@@ -25,7 +25,7 @@ from minikeras import CheckpointError
 from minikeras.checkpoint.file import dump, previous, read, write
 
 DATA = TESTS / "data"
-REMEDY = "There is none written before it: give another file, or move this one away to start anew."
+REMEDY = "There is none written before it: give another file, or move this one away to start again."
 OF_LOAD = "If it is the wrong file, give another one."
 
 
@@ -432,7 +432,7 @@ def test_checkpoint_that_holds_weights_alone_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         run_file(tmp_path / "w.pt")
     assert str(raised.value) == (
-        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start anew, delete "
+        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start again, delete "
         f"{tmp_path / 'w.pt'}, or give another path."
     )
 
@@ -446,7 +446,7 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
         model.fit(2, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
         f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in "
-        f"each group). Compile as it was compiled then. To start anew, delete {path}, or give "
+        f"each group). Compile as it was compiled then. To start again, delete {path}, or give "
         "another path."
     )
 
@@ -508,7 +508,7 @@ def test_checkpoint_of_a_fit_of_other_epochs_is_refused(tmp_path):
         model.fit(1, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
         f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a "
-        f"file of its own. To start anew, delete {path} and {path}.prev, or give another path."
+        f"file of its own. To start again, delete {path} and {path}.prev, or give another path."
     )
     model.fit(1, points(40), verbose=0, checkpoint=tmp_path / "another.pt")
     path.unlink()

@@ -176,7 +176,7 @@ def batches(number):
 
 
 ONLY_ONCE = "it is a generator, which can be iterated only once. "
-ONLY_ONCE += "Pass a list of batches or an object whose __iter__ starts anew"
+ONLY_ONCE += "Pass a list of batches or an object whose __iter__ starts again"
 
 
 USED_UP = f"a generator, {ONLY_ONCE.removeprefix('it is a generator, ')}"

@@ -177,7 +177,7 @@ def test_checkpoint_of_an_older_script_says_how_to_start_again_and_that_works(tm
     with pytest.raises(CheckpointError) as raised:
         run_file(path, model=other)
     assert str(raised.value).endswith(
-        f"To start anew, delete {path} and {path}.prev, or give another path."
+        f"To start again, delete {path} and {path}.prev, or give another path."
     )
     path.unlink()
     previous(path).unlink()

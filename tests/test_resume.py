@@ -208,7 +208,7 @@ def test_resumed_fit_takes_other_metrics_between_epochs_and_refuses_them_within_
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
         f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it "
-        "would be loss. Compile as it was compiled then. To start anew, delete "
+        "would be loss. Compile as it was compiled then. To start again, delete "
         f"{path['checkpoint']} and {path['checkpoint']}.prev, or give another path."
     )
     dfhistory = compiled(metrics_dict={"other": metric}).fit(2, points(60), **path)
@@ -472,6 +472,6 @@ def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(t
         compiled().fit(2, points(20), **path)
     assert str(raised.value) == (
         "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as "
-        f"before. To start anew, delete {tmp_path}/run.pt and {tmp_path}/run.pt.prev, or give "
+        f"before. To start again, delete {tmp_path}/run.pt and {tmp_path}/run.pt.prev, or give "
         "another path."
     )

@@ -190,7 +190,7 @@ def test_resumed_script_with_another_monitor_does_not_take_the_best_value(tmp_pa
     assert [str(warning.message) for warning in told] == [
         f"{tmp_path / 'run.pt'} was written with {name} that watched 'val_loss' (min), and this "
         "script's watches 'val_accuracy' (max). The script's is taken, and its best value is "
-        "looked for anew from here on."
+        "looked for again from here on."
         for name in ("an EarlyStopping", "a ModelCheckpoint")
     ]
 
@@ -290,7 +290,7 @@ def test_resumed_script_that_does_not_fit_is_refused_before_a_weight_changes(cha
     with pytest.raises(CheckpointError, match=words) as raised:
         start(lambda: second | {"net": remembered}, path)
     files = [file for file in (path, previous(path)) if file.exists()]
-    way_out = f"To start anew, delete {' and '.join(map(str, files))}, or give another path."
+    way_out = f"To start again, delete {' and '.join(map(str, files))}, or give another path."
     assert str(raised.value).endswith(f" {way_out}")
     (model,) = models
     assert_equal_tensors(model.state_dict(), before)

@@ -34,7 +34,7 @@ def test_checkpoint_of_another_fold_is_refused_and_a_file_for_each_trains(seed, 
         f"{path} is the checkpoint of another fit of this process: of another model, or of another "
         "compile. Taking it would give this fit the weights and the history of that one. Give "
         "each fit a file of its own, such as "
-        f'checkpoint="run_2.pt". To start anew, delete {path} and {path}.prev, or give another '
+        f'checkpoint="run_2.pt". To start again, delete {path} and {path}.prev, or give another '
         "path. To resume that fit, call fit of the model that it trained, or start the script "
         "again."
     )

@@ -194,7 +194,7 @@ def remedy(path: Path) -> str:
     if previous(path).exists():
         return f"The one written before it is {previous(path)}."
     return (
-        "There is none written before it: give another file, or move this one away to start anew."
+        "There is none written before it: give another file, or move this one away to start again."
     )
 
 
@@ -215,7 +215,7 @@ def remedy_of_fit(path: Path) -> str:
     files = [str(file) for file in (newest, previous(newest)) if file.exists()]
     if not files:
         files = [str(path)]
-    return f"To start anew, delete {' and '.join(files)}, or give another path."
+    return f"To start again, delete {' and '.join(files)}, or give another path."
 
 
 def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:

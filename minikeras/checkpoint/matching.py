@@ -365,7 +365,7 @@ def warn_of_other_monitors(
             warnings.warn(
                 f"{path} was written with {add_article(name)} that watched {show_monitor(was)}, "
                 f"and this script's watches {show_monitor(own)}. The script's is taken, and its "
-                "best value is looked for anew from here on.",
+                "best value is looked for again from here on.",
                 stacklevel=5,
             )
 
@@ -420,7 +420,7 @@ def warn_of_other_generators(names: list[str], path: Any) -> None:
         warnings.warn(
             f"{path} was written with other random generators in the model, the loss or the "
             f"callbacks than this script's: {', '.join(names[:3])}. Each that is in both goes on; "
-            "the others begin anew.",
+            "the others begin again.",
             stacklevel=5,
         )
 

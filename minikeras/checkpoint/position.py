@@ -406,7 +406,7 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
         warnings.warn(
             f"{', '.join(positions[:3])} has a position or a random state that a checkpoint cannot "
             f"hold: a resumed run may read or draw something else. Keep an index or a seed "
-            f"instead, and open it anew where it is read.",
+            f"instead, and open it again where it is read.",
             stacklevel=2,
         )
     dataset = base_of(getattr(loader, "dataset", None))

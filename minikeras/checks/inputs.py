@@ -370,7 +370,7 @@ def check_closures(optimizers: dict[str, Optimizer]) -> None:
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"{type(optimizer).__name__} needs a closure that computes the loss anew, which "
+                f"{type(optimizer).__name__} needs a closure that computes the loss again, which "
                 f"the default train_step does not give. Override train_step and call "
                 f"self.optimizer.step(closure) there."
             )

@@ -139,7 +139,7 @@ class World(OneProcess):
                 if is_lazy(tensor):
                     raise ValueError(
                         "the model has lazy layers without weights yet, which each process would "
-                        "draw anew. Call it once on a batch before compile."
+                        "draw again. Call it once on a batch before compile."
                     )
                 whole = tensor.detach().contiguous()
                 numbers = whole.reshape(-1).view(torch.uint8)  # backends lack some dtypes
