@@ -350,7 +350,8 @@ def test_worker_that_dies_raises_an_error_with_a_hint_on_memory_and_the_last_che
     if saved:
         step = int(read[1]) - (read[2] is not None)
         known = [
-            f"The last state is in {path}: epoch 1, step {s}. Call fit again to go on from there."
+            f"The last checkpoint is in {path}: epoch 1, step {s}. Call fit again to resume from "
+            "there."
             for s in (step, step - 1)
         ]
         assert saved[0] in known

@@ -145,7 +145,7 @@ def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
     (folder / name).write_bytes(content)
     with pytest.warns(
         UserWarning,
-        match=rf"is damaged in .* The one written before it is {folder}\.prev. It is used",
+        match=rf"is damaged in .* The previous version is {folder}\.prev. The previous version is used",
     ):
         model.load(folder)
     shutil.move(folder, tmp_path / "aside")  # as between two renamings
@@ -153,14 +153,14 @@ def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
     shutil.move(tmp_path / "aside", folder)
     shutil.rmtree(tmp_path / "run.pt.prev")
     before = copy_weights(model)
-    with pytest.raises(CheckpointError, match=r"is damaged in .* There is none written before it"):
+    with pytest.raises(CheckpointError, match=r"is damaged in .* There is no previous version"):
         model.load(folder)
     assert_same(dict(model.state_dict()), before)
 
 
 def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "run.pt").mkdir()
-    said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\."
+    said = rf"^{tmp_path}/run.pt is a folder, but not one with a checkpoint\."
     with pytest.raises(CheckpointError, match=said):
         compiled().fit(
             1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0

@@ -328,8 +328,8 @@ def test_accumulate_resumed_in_mid_window_must_be_the_same(tmp_path):
     with pytest.raises(minikeras.CheckpointError, match="between two steps") as error:
         compiled().fit(1, data, verbose=0, checkpoint=path)
     assert str(error.value).startswith(
-        f"{path} was written between two steps of accumulate=3, and the model was compiled with "
-        f"accumulate=1. Compile as it was compiled then."
+        f"{path} was written in a partly filled window of accumulate=3, and the model is now "
+        "compiled with accumulate=1. Call compile with the same arguments as then."
     )
 
 

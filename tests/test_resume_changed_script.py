@@ -187,9 +187,9 @@ def test_resumed_script_with_another_monitor_does_not_take_the_best_value(tmp_pa
         model, stop, save = best_of("val_accuracy", tmp_path / "run.pt", 5)
     assert stop.best == save.best == model.history["val_accuracy"].iloc[2:].max()
     assert [str(warning.message) for warning in told] == [
-        f"{tmp_path / 'run.pt'} was written with {name} that watched 'val_loss' (min), and this "
-        "script's watches 'val_accuracy' (max). The script's is taken, and its best value is "
-        "looked for anew from here on."
+        f"{tmp_path / 'run.pt'} was written with {name} that monitored 'val_loss' (min), and this "
+        "script's monitors 'val_accuracy' (max). This script's is used, and its best value starts "
+        "over."
         for name in ("an EarlyStopping", "a ModelCheckpoint")
     ]
 

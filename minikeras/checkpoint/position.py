@@ -346,18 +346,19 @@ def can_skip_by_number(batches: Iterable[Any], loader: Any) -> bool:
 def ended_before(count: int, name: str, passed: int) -> CheckpointError:
     """Return the error for data that has fewer batches than have been seen."""
     return CheckpointError(
-        f"the checkpoint stands after batch {count} and {name} ended after {passed}. Give the same "
-        f"data as before."
+        f"the checkpoint was written after batch {count} and {name} ended after {passed}. Give "
+        "the same data as before."
     )
 
 
 def warn_of_other_batches(name: str) -> None:
     """Warn of data that gives other batches when it is read again."""
     warnings.warn(
-        f"{name} gives other batches when it is read again: the checkpoint stands in the middle of "
-        f"an epoch, and the first batch of that epoch is another one here. The batches that are "
-        f"left out are not those that were trained on. Draw from a generator that is an attribute, "
-        f"seeded where the script makes it; or give {name} state_dict and load_state_dict.",
+        f"{name} gives different batches when it is read again: the checkpoint was written in the "
+        "middle of an epoch, and the first batch of that epoch is different now. The batches that "
+        "are skipped are not those that were trained on. Draw from a generator that is an "
+        f"attribute, seeded where the script creates it; or give {name} the methods state_dict "
+        "and load_state_dict.",
         stacklevel=2,
     )
 
@@ -366,10 +367,10 @@ def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: st
     """Warn of other data, or another batch_size, in the middle of an epoch."""
     if then is not None and now is not None and then != now and seen <= now:
         warnings.warn(
-            f"the checkpoint stands in an epoch of {then} batches, and {name} has {now} here: it "
-            f"has other rows, or another batch_size. The first {seen} are left out, and others "
-            f"than those that were trained on. Give the same data and batch_size as before; from "
-            f"an epoch's end on any will do.",
+            f"the checkpoint was written in an epoch of {then} batches, and {name} has {now} now: "
+            f"its rows or its batch_size differ. The first {seen} are skipped, but they are not "
+            "those that were trained on. Give the same data and batch_size as before; a "
+            "checkpoint written at the end of an epoch resumes with any.",
             stacklevel=2,
         )
 
@@ -386,10 +387,10 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
     if name == "dl_train" and not may_read_the_same(loader):
         kind = type(getattr(loader, "dataset", loader)).__name__
         warnings.warn(
-            f"{name} is a {kind}, which has no state_dict: a checkpoint does not hold its "
-            f"position. When a run is resumed in the middle of an epoch, the batches already seen "
-            f"are read again and left out; the run is exact only if they come as before. Give it "
-            f"state_dict and load_state_dict, or use a Dataset with __getitem__.",
+            f"{name} is a {kind}, which has no state_dict: a checkpoint cannot save its position. "
+            "A run that resumes in the middle of an epoch reads the batches already seen again "
+            "and skips them; it is exact only if they are the same as before. Give it the methods "
+            "state_dict and load_state_dict, or use a Dataset with __getitem__.",
             stacklevel=2,
         )
     positions = []
@@ -398,9 +399,9 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
             positions.append(path)
     if positions:
         warnings.warn(
-            f"{', '.join(positions[:3])} has a position or a random state that a checkpoint cannot "
-            f"hold: a resumed run may read or draw something else. Keep an index or a seed "
-            f"instead, and open it anew where it is read.",
+            f"{', '.join(positions[:3])} has a position or a random state that a checkpoint "
+            "cannot save: a resumed run may read or draw something else. Store an index or a seed "
+            "instead, and open it again where it is read.",
             stacklevel=2,
         )
     dataset = base_of(getattr(loader, "dataset", None))
@@ -408,9 +409,9 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
         return
     if getattr(loader, "persistent_workers", False):
         warnings.warn(
-            f"{name} has persistent_workers, whose random states a checkpoint does not hold: if "
-            f"the dataset draws random numbers, a resumed run draws others. Set "
-            f"persistent_workers=False for an exact resume.",
+            f"{name} has persistent_workers, whose random states a checkpoint cannot save: if the "
+            "dataset draws random numbers, a resumed run draws others. Set "
+            "persistent_workers=False for an exact resume.",
             stacklevel=2,
         )
 
@@ -520,9 +521,9 @@ class WatchedDraws:
         if len(self.draws) == MOST_DRAWS:
             warnings.warn(
                 f"dl_train, or its sampler, has drawn {MOST_DRAWS} times in one epoch from a "
-                f"random generator that others draw from in between, and a checkpoint does not "
-                f"hold more: a run resumed later in an epoch is not exact. Give it a generator of "
-                f"its own.",
+                "random generator that other code also draws from, and a checkpoint saves no more "
+                "draws: a run that resumes later in an epoch is not exact. Give it a separate "
+                "generator.",
                 stacklevel=2,
             )
 

@@ -184,8 +184,8 @@ class Checkpoint(Hook):
         step = 0 if self.state is None else self.state["position"]["step"]
         if batches is not None and step > batches:
             raise CheckpointError(
-                f"the checkpoint stands after batch {step} and dl_train ended after {batches}. "
-                f"Give the same data as before."
+                f"the checkpoint was written after batch {step} and dl_train ended after "
+                f"{batches}. Give the same data as before."
             )
 
     def _compare_beginnings(self, begun: Any) -> None:
@@ -215,8 +215,8 @@ class Checkpoint(Hook):
         if state["first"] > self.last:  # a later call: this one came to its end long ago
             return state
         raise CheckpointError(
-            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is of "
-            f"epochs {self.first} to {self.last}. Give each fit a file of its own. "
+            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is "
+            f"of epochs {self.first} to {self.last}. Pass a different path to each fit. "
             f"{remedy_of_fit(path)}"
         )
 
@@ -270,9 +270,9 @@ class Checkpoint(Hook):
             self.run.kept["unfinished"] = None
             self.use.came_to = "its end"
             epoch = len(self.run.epochs)
-            say(f"{self.path}: finished after epoch {epoch}, nothing is left to train")
+            say(f"{self.path}: finished after epoch {epoch}, nothing left to train")
         else:
-            say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
+            say(f"{self.path}: resumed in epoch {at.epoch} after step {at.step}")
             if at.step:
                 self.resumed_state = state
         return at
@@ -318,9 +318,9 @@ class Checkpoint(Hook):
             load_state(restored(copy.deepcopy(state)))
         except Exception as error:
             raise CheckpointError(
-                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: "
-                f"{error}. The model is as it was. Give what was given when the file was written. "
-                f"{remedy_of_fit(self.path)}"
+                f"{self.path} has a state that the {what} cannot load: {type(error).__name__}: "
+                f"{error}. The model is unchanged. Use the same {what} as when the file was "
+                f"written. {remedy_of_fit(self.path)}"
             ) from error
 
     def _warn(self, state: Any, is_finished: bool, is_later_call: bool) -> None:
@@ -495,8 +495,8 @@ class Checkpoint(Hook):
         if not is_saved:
             self.save(at)
         self.say(
-            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on "
-            f"from there"
+            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call "
+            "resumes from there"
         )
 
     def save(self, at: Position, last: bool = False) -> None:
@@ -516,11 +516,11 @@ class Checkpoint(Hook):
         if has_failed and last:
             problem: Any = error
             if error is None:
-                problem = "another process has failed, and its message says more"
-            why = "Make room or give another file: these last weights are not saved."
+                problem = "another process has failed: read its error message"
+            why = "These last weights are not saved. Free disk space or pass another path."
             raise CheckpointError(f"{self._unwritten(problem)} {why}") from error
         if error is not None:
-            why = "The fit goes on, and it is tried again at the next time."
+            why = "The fit continues, and the next checkpoint is tried again."
             warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
         if last:
             self.use.came_to = "its end"
@@ -553,9 +553,9 @@ class Checkpoint(Hook):
         return None
 
     def _unwritten(self, error: Any) -> str:
-        before = "Nothing was written before"
+        before = "No earlier checkpoint was written"
         if self.written:
-            before = f"The state of {self.written} is still there"
+            before = f"The checkpoint of {self.written} is still there"
         return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
     @contextlib.contextmanager
@@ -567,8 +567,8 @@ class Checkpoint(Hook):
             self.use.came_to = "an error"
             if self.written:
                 error.add_note(
-                    f"The last state is in {self.path}: {self.written}. Call fit again to go on "
-                    f"from there."
+                    f"The last checkpoint is in {self.path}: {self.written}. Call fit again to "
+                    "resume from there."
                 )
             raise
 
@@ -683,7 +683,7 @@ def path_of_run(path: Any) -> Path:
     checked = user_path(path, "checkpoint")
     if checked.suffix == ".safetensors":
         raise ValueError(
-            f'checkpoint="{path}": a .safetensors file holds tensors alone, and not the state of a '
+            f'checkpoint="{path}": a .safetensors file holds only tensors, not the state of a '
             f'run. Pass "{checked.with_suffix(".pt")}".'
         )
     return checked
