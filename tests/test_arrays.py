@@ -505,7 +505,7 @@ def test_dataset_of_sparse_tensors_raises_an_error_that_says_what_to_pass():
     with pytest.raises(RuntimeError) as error:
         regression().fit(1, TensorDataset(X, TARGET), verbose=0)
     assert (
-        "Pass the tensors themselves, (X, y): their rows are fetched batch by batch."
+        "Pass the tensors to fit, (X, y): their rows are fetched batch by batch."
         in error.value.__notes__
     )
     trained_on(X)

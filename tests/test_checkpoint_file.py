@@ -106,8 +106,8 @@ def test_save_never_overwrites_a_folder_of_the_user(tmp_path):
             with pytest.raises(IsADirectoryError) as raised:
                 Net().save(tmp_path / name)
             assert (
-                str(raised.value) == f"{tmp_path / folder} is a folder, but not one that contains "
-                "a checkpoint. Give the path of a file."
+                str(raised.value) == f"{tmp_path / folder} is a folder, but not one with a "
+                "checkpoint. Pass the path of a file."
             )
         assert (tmp_path / folder / "data.txt").read_text() == "mine"
 
@@ -208,7 +208,7 @@ def test_checkpoint_damage_is_named_for_what_it_is(tmp_path):
         ), raised.value
     path.unlink()
     path.mkdir()
-    with pytest.raises(CheckpointError, match="is a folder, not a file"):
+    with pytest.raises(CheckpointError, match="is a folder, but not one with a checkpoint"):
         run_file(path)
 
 
@@ -516,8 +516,8 @@ def test_checkpoint_of_a_fit_of_other_epochs_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(1, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Pass a different path to "
-        f"each fit. To start from scratch, delete {path} and {path}.prev, or pass another "
+        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Pass a different "
+        f"path to each fit. To start from scratch, delete {path} and {path}.prev, or pass another "
         "path."
     )
     model.fit(1, points(40), verbose=0, checkpoint=tmp_path / "another.pt")

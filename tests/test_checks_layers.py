@@ -24,16 +24,17 @@ LAYERS = {
     "pictures for rows": {"data": (MAPS, Y), "model": {"net": nn.Linear(25, 1)}},
 }
 LAYERS_SAY = """
-float64 tensors | ValueError: layer net has float32 parameters and was given float64 values. Pass
+float64 tensors | ValueError: layer net has float32 parameters and got float64 values. Pass
     features.float(), or in NumPy and pandas .astype('float32'), or change the model with
     model.to(torch.float64) before compile.
-integers | ValueError: layer net has float32 parameters and was given int64 values. Pass
-    features.float(), or in NumPy and pandas .astype('float32').
-too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3).
-    Pass 4 features a row, or build it with in_features=3.
-layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was
-    given (8, 6). Build it with in_features=6, or make what comes before it give 5 values a row.
-pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1,
+integers | ValueError: layer net has float32 parameters and got int64 values. Pass features.float(),
+    or in NumPy and pandas .astype('float32').
+too few features | ValueError: layer net takes rows of 4 values (in_features) and got shape (8, 3).
+    Pass 4 features per row, or build it with in_features=3.
+layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and got
+    shape (8, 6). Build it with in_features=6, or change the layer before it to give 5 values per
+    row.
+pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and got shape (8, 1,
     5, 5). Put nn.Flatten() before it.
 """
 
@@ -68,7 +69,7 @@ class Widens(nn.Module):
 
 RNN = nn.LSTM(4, 4)
 FIRST = (
-    "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = "
+    "It came from a layer that returns a tuple, as nn.LSTM does: use the first part, outputs, _ = "
     "self.lstm(x)."
 )
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"

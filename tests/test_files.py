@@ -54,7 +54,7 @@ def test_file_behind_a_symbolic_link_is_written_and_the_link_stays(there, tmp_pa
     ]
     Net().load(link)
     real.write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"real\.pt\.prev\. It is used instead"):
+    with pytest.warns(UserWarning, match=r"real\.pt\.prev\. The previous version is used instead"):
         Net().load(link)
 
 

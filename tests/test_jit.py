@@ -364,7 +364,7 @@ def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(m
         train(twin, jit=FAST)
     assert [str(warning.message) for warning in caught] == [
         "jit: train_step is not one graph: forward and loss, since the parameters that the loss "
-        "reaches, or the optimizer's state, are others again and again"
+        "uses, or the optimizer's state, keep changing"
     ]
     assert_same_weights(model, twin)
 
@@ -393,8 +393,8 @@ def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
     assert_same_weights(model, twin, 1e-5)
     assert [str(warning.message) for warning in caught] == [
         f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the "
-        "model, the loss, a metric or the data, has changed too often. Keep it in a tensor, and it "
-        "stays one graph"
+        "model, the loss, a metric or the data, has changed too often. Store it in a tensor to "
+        "keep one graph"
         for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))
     ]
 
@@ -426,8 +426,8 @@ def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_war
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
     assert [str(warning.message) for warning in caught] == [
-        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes "
-        "a Python number, 'count'. A tensor would be in the graph"
+        "jit: train_step is not one graph: forward and loss, since a step of the optimizer "
+        "changes a Python number, 'count'. If it were a tensor, it would be in the graph"
     ]
     assert_same_weights(model, twin, 1e-5)
     assert twin.optimizer.state_dict() == model.optimizer.state_dict()
@@ -826,11 +826,11 @@ def test_jit_graph_moves_no_weight_by_a_nan_loss(steps):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, data, callbacks=[keep], verbose=0)
     batch, ago = (6, 0) if steps == 1 else (7, 1)  # batches 5 to 7 go together
-    began = f" (it began {ago} steps before)" if ago > 0 else ""
+    began = f" (it started {ago} steps before)" if ago > 0 else ""
     assert str(raised.value).startswith(
         f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number."
     )
-    assert "The weights are those of before it." in str(raised.value)
+    assert "The weights are those from before this step." in str(raised.value)
     twin = Net()
     twin.load_state_dict(weights[-1])
     if steps == 3:  # the batch before it, in the same graph, has had its step

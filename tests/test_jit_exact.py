@@ -314,8 +314,8 @@ def test_jit_leaves_an_optimizer_that_assigns_its_state_outside_the_graph_and_wa
     assert_as_in_eager(models)
     assert told == [
         "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the "
-        "optimizer puts another tensor into its state, 'm'. Filled in place, it would be in the "
-        "graph"
+        "optimizer replaces a tensor in its state, 'm'. If the step updated it in place, it would "
+        "be in the graph"
     ]
 
 
@@ -328,8 +328,8 @@ def test_jit_averages_of_asgd_are_those_of_eager(foreach):
     state = models[1][0].optimizer.state[models[1][0].net.weight]
     assert state["mu"].item() == pytest.approx(1 / 9)  # 12 steps, 3 of them before the averaging
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its "
-        "state, which a graph would hold as they were"
+        "jit: train_step is not one graph: forward and loss, since ASGD branches on numbers in "
+        "its state, which would be constants in a graph"
     ]
 
 
@@ -383,8 +383,8 @@ def test_jit_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
     models, told = both(Scaled, nn.MSELoss, optimizer, dtype)
     assert_as_in_eager(models)
     lost = (
-        "jit: train_step is not one graph: forward and loss, since a parameter is one number in "
-        "float64, to which torch.compile loses changes on the CPU"
+        "jit: train_step is not one graph: forward and loss, since a parameter is a 0-d float64 "
+        "tensor, and torch.compile loses changes to it on the CPU"
     )
     assert told == ([lost] if dtype == torch.float64 else [])
 
@@ -398,8 +398,8 @@ def test_jit_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     assert_as_in_eager(models)
     name = "net.mean" if loss is nn.MSELoss else "mean"
     lost = (
-        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in "
-        "float64, to which torch.compile loses changes on the CPU. With shape (1,) it would be in "
+        f"jit: train_step is not one graph: eager, since the buffer {name} is a 0-d float64 "
+        "tensor, and torch.compile loses changes to it on the CPU. With shape (1,) it would be in "
         "the graph"
     )
     assert told == ([lost] if dtype == torch.float64 else [])

@@ -59,9 +59,9 @@ class Watched:
         for number, batch in enumerate(self.batches, start=1):
             if number == self.limit:
                 warnings.warn(
-                    f"{self.name} has no length, has given {number} batches in this pass and goes "
-                    f"on. If it never ends, pass {self.argument}=... to say how many batches make "
-                    f"a pass.",
+                    f"{self.name} has no length and has already given {number} batches in this "
+                    f"pass. If it never ends, pass {self.argument}=..., the number of batches in "
+                    "a pass.",
                     stacklevel=2,
                 )
             yield batch

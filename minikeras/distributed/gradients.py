@@ -53,8 +53,8 @@ class GradientSums:
             return
         if number < len(self.sent):
             raise RuntimeError(
-                "backward filled the gradient of a parameter twice, after several processes had "
-                "added it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
+                "backward computed the gradient of a parameter a second time, after the processes "
+                "had added it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
                 "use_reentrant=False."
             )
         self.missing[number] -= 1
@@ -113,7 +113,8 @@ def joined(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
     """
     if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in bucket):
         raise ValueError(
-            "gradients of several processes must be dense. Build the embedding with sparse=False."
+            "gradients must be dense to be added up over several processes. Build the embedding "
+            "with sparse=False."
         )
     device = bucket[0].device if bucket else torch.device("cpu")
     dtype = torch.float32

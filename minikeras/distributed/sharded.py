@@ -133,8 +133,8 @@ class Sharded:
         most, negative_least = self.world.agree(size, -size)
         if most != -negative_least:
             raise ValueError(
-                f"the processes have from {-negative_least:g} to {most:g} {unit}. Give all the "
-                f"same data: each takes its part of it."
+                f"the processes have from {-negative_least:g} to {most:g} {unit}. Give all "
+                "processes the same data: each uses its share of it."
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -260,7 +260,7 @@ class InStep:
                 continue
             if last is nothing:
                 raise ValueError(
-                    f"{self.name} gave no batch to process {self.world.rank}, and others have "
-                    f"some. Give each process at least one."
+                    f"{self.name} gave process {self.world.rank} no batch, but other processes "
+                    "got some. Give each process at least one."
                 )
             yield FillerBatch(last)

@@ -52,9 +52,9 @@ def world_of(distributed: str) -> OneProcess:
     if not (dist.is_available() and dist.is_initialized()):
         if distributed in ("ddp", "fsdp") and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                f'distributed="{distributed}" needs several processes, and this one was started '
-                "alone. Start the script with torchrun --nproc-per-node=2 script.py, or leave "
-                "distributed out."
+                f'distributed="{distributed}" needs several processes, and only this one was '
+                "started. Start the script with torchrun --nproc-per-node=2 script.py, or omit "
+                "distributed."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return OneProcess()
@@ -125,11 +125,11 @@ class World(OneProcess):
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"process {self.rank} of {self.size} got no answer from the others: one has ended, "
-                f"or has taken longer than the group's timeout. Look for its own error first. "
-                f"Processes must make the same calls of fit, evaluate, predict and save. For a "
-                f"longer timeout call torch.distributed.init_process_group(timeout=...) before "
-                f"compile. Torch says: {error}"
+                f"process {self.rank} of {self.size} got no answer from the others: one has "
+                "ended, or has taken longer than the group's timeout. Look for its error message "
+                "first. Processes must make the same calls of fit, evaluate, predict and save. "
+                "For a longer timeout call torch.distributed.init_process_group(timeout=...) "
+                f"before compile. Torch says: {error}"
             ) from error
 
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -139,7 +139,7 @@ class World(OneProcess):
                 if is_lazy(tensor):
                     raise ValueError(
                         "the model has lazy layers without weights yet, which each process would "
-                        "draw anew. Call it once on a batch before compile."
+                        "initialize differently. Call the model once on a batch before compile."
                     )
                 whole = tensor.detach().contiguous()
                 numbers = whole.reshape(-1).view(torch.uint8)  # backends lack some dtypes
@@ -201,8 +201,8 @@ class World(OneProcess):
             raise error
         if has_failed:
             raise RuntimeError(
-                f"process 0 of {self.size}, which writes the files, has failed. Look for its own "
-                f"error."
+                f"process 0 of {self.size}, which writes the files, has failed. Look for its "
+                "error message."
             )
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -262,9 +262,9 @@ class World(OneProcess):
         parts = find_syncing_parts(metric)
         if not parts:
             raise TypeError(
-                f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several "
-                f"processes cannot be put together. Give a function that returns a mean or an "
-                f"Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object."
+                f"metric {name!r} is a {type(metric).__name__}, an object whose state cannot be "
+                "combined over several processes. Pass a function that returns a mean or an "
+                "Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object."
             )
         for part in parts:
             part.distributed_available_fn = syncs
@@ -290,7 +290,7 @@ class World(OneProcess):
         if some and none and not all(map(needs_all_rows, metrics)):
             raise ValueError(
                 f"there are fewer rows than processes, {self.size}, and the metric objects of one "
-                f"have seen none. Give more rows, or start fewer processes."
+                "process have seen none. Give more rows, or start fewer processes."
             )
         return bool(some)
 
@@ -302,7 +302,7 @@ class World(OneProcess):
 
     def describe_part(self) -> str:
         """Return the words that call a batch this process's part of it."""
-        return f", process {self.rank}'s part of the batch"
+        return f", process {self.rank}'s share of the batch"
 
 
 def pack(value: Any) -> Tensor:

@@ -116,8 +116,8 @@ class FiniteWeights:
             if self._anywhere(bool(found)):
                 warnings.warn(
                     f"{path} is not written: {listed(found) or 'weights of another process'} would "
-                    f"be NaN or infinite in it. What was there before is there. Pass "
-                    f'on_nan="raise" to end the fit where that comes.',
+                    f"be NaN or infinite in it. An existing file is unchanged. Pass "
+                    'on_nan="raise" to stop the fit when that happens.',
                     stacklevel=7,
                 )
                 return False
@@ -254,8 +254,8 @@ def explain_weights(
     where = f"epoch {epoch}, batch {batch}" if batch else f"epoch {epoch}"
     if not error.found:
         return (
-            f"weights are NaN or infinite in another process in {where}; expected finite ones. Its "
-            f"message says more. Go back to a checkpoint."
+            f"weights are NaN or infinite in another process in {where}; expected finite weights. "
+            "See the error message of that process. Restore a checkpoint."
         )
     kinds = {found for found, _ in error.found}
     kind = next(kind for kind in KINDS if kind in kinds)
@@ -269,19 +269,19 @@ def explain_weights(
         sentences.append(f"{last_loss(error, watch)} at {shown_rates(rates)}.")
     if kind == "buffer":
         sentences.append(
-            "The weights are finite: the forward pass has spoiled it, as a batch with inf spoils "
+            "The weights are finite, so the forward pass caused it, as a batch with inf does to "
             "the statistics of BatchNorm. Clean the data."
         )
     elif kind == "state":
         sentences.append(
-            "The weights are finite: a gradient was so large that its square is infinite, and such "
-            "a weight does not move again. Make the loss smaller, or compile with "
+            "The weights are finite: a gradient was so large that its square is infinite, and "
+            "such a weight is never updated again. Make the loss smaller, or compile with "
             "clip_grad_norm=1.0."
         )
     elif kind == "average":
         sentences.append(
-            "The weights are finite now: the average took them in after a step when they were not, "
-            "and it does not become finite again. Find that step, as with "
+            "The weights are finite now: the average included them after a step when they were "
+            "not, and it cannot become finite again. Find that step, for instance with "
             "compile(clip_grad_norm=1.0)."
         )
     elif watch.looked:
@@ -291,16 +291,16 @@ def explain_weights(
         )
     else:
         sentences.append(
-            "No loss was looked at: train_step calls loss.backward() by itself. Call "
-            "self.backward(loss) there, which finds a bad loss before it moves a weight. If it was "
-            f"finite, a gradient was not: {CAUSE}. {REMEDY}"
+            "No loss was checked: train_step calls loss.backward() directly. Call "
+            "self.backward(loss) instead, which finds a bad loss before the weights are updated. "
+            f"If it was finite, a gradient was not: {CAUSE}. {REMEDY}"
         )
     if kind in ("parameter", "gradient"):
         sentences.append(
             f"compile(clip_grad_norm=1.0) finds such a gradient before its step, and {ANOMALY}"
         )
     sentences.append(
-        "Nothing of it was written to a file, and the model holds it: go back to a checkpoint."
+        "Nothing of it was written to a file, but the model contains it: restore a checkpoint."
     )
     return " ".join(sentences)
 
@@ -313,7 +313,7 @@ def explain_gradient(
     watch: FiniteLoss,
 ) -> str:
     """Return the message for a norm of gradients that is not finite, found before the step."""
-    began = f" (it began {error.ago} steps before)" if error.ago else ""
+    began = f" (it started {error.ago} steps before)" if error.ago else ""
     sentences = [
         f"the norm of the gradient is {error.value} in epoch {epoch}, batch {error.batch[2]}"
         f"{began}; expected a finite number. The loss was finite. {last_loss(error, watch)} at "
@@ -330,15 +330,15 @@ def explain_gradient(
     else:
         if name is not None:
             sentences.append(
-                f"The first gradient that is not is that of {name}. {layer_of(model, name)}"
+                f"The first gradient that is not finite is that of {name}. {layer_of(model, name)}"
             )
         sentences.append(
             f"Its gradient was not: {CAUSE}; large numbers overflow. {REMEDY} {ANOMALY}"
         )
     if watch.holds_back:
-        sentences.append("The weights are those of before it.")
+        sentences.append("The weights are those from before this step.")
     else:
-        sentences.append("The optimizer has taken steps since: go back to a checkpoint.")
+        sentences.append("The optimizer has taken steps since: restore a checkpoint.")
     return " ".join(sentences)
 
 

@@ -106,7 +106,7 @@ class Jit(Eager):
             self.forwards[how] = OrEager(forward, self.options, buffers, self.run.device)
             if any(map(is_lost_in_a_graph, buffers)):
                 self.forwards[how].give_up(
-                    "a buffer is one number in float64, to which torch.compile loses changes"
+                    "a buffer is a 0-d float64 tensor, and torch.compile loses changes to it"
                 )
         return self.forwards[how](features)
 

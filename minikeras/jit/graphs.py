@@ -29,7 +29,7 @@ Say = Callable[[str], None]  # tells the user that something is being compiled
 Verify = Callable[[], Callable[[], None]]
 TOO_OFTEN = (
     "a Python value that is part of it, in the model, the loss, a metric or the data, has changed "
-    "too often. Keep it in a tensor, and it stays one graph"
+    "too often. Store it in a tensor to keep one graph"
 )
 _numbers = itertools.count()
 
@@ -164,7 +164,9 @@ class OrEager(ByParts):
 
     def give_up(self, why: str) -> None:
         """Run in eager mode from now on, with a warning."""
-        warnings.warn(f"jit: {self.function.__name__} runs in eager, since {why}", stacklevel=3)
+        warnings.warn(
+            f"jit: {self.function.__name__} runs in eager mode, because {why}", stacklevel=3
+        )
         self.compiled = self.function
         self.has_worked = True
 

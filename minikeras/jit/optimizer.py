@@ -122,14 +122,14 @@ class OptimizerTwin:
                 state[key] = value
             if replaced:
                 raise RuntimeError(
-                    f"a step of the optimizer puts another tensor into its state, "
-                    f"{min(replaced)!r}. Filled in place, it would be in the graph"
+                    f"a step of the optimizer replaces a tensor in its state, {min(replaced)!r}. "
+                    "If the step updated it in place, it would be in the graph"
                 )
             for (_, key), (_, value) in before.items():
                 if not self.is_of_torch and is_lost_in_a_graph(value):
                     raise RuntimeError(
-                        f"{key!r} in the optimizer's state is one number in float64, to which "
-                        f"torch.compile loses changes on the CPU"
+                        f"{key!r} in the optimizer's state is a 0-d float64 tensor, and "
+                        "torch.compile loses changes to it on the CPU"
                     )
 
         return after
@@ -235,7 +235,7 @@ def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
             if gradient is not None:
                 with_gradient.append(number)
         if with_gradient != list(range(reached)):
-            raise RuntimeError("the loss reaches other parameters than in the batch before")
+            raise RuntimeError("the loss uses other parameters than in the batch before")
         return found[:reached]
 
     # the compiler differentiates through it; Dynamo does not look inside

@@ -151,7 +151,7 @@ class EvaluateStep:
     def warn(self, error: CompileError | str) -> None:
         """Warn of the way that is taken now, and why."""
         why = error if isinstance(error, str) else reason(error)
-        warnings.warn(f"jit: {self.name} is not one graph: {self.way}, since {why}", stacklevel=2)
+        warnings.warn(f"jit: {self.name} is not one graph: {self.way}, because {why}", stacklevel=2)
 
     def through_the_graph(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         """Take the steps of these batches in the graph.
@@ -203,7 +203,7 @@ class EvaluateStep:
         else:
             self.others_in_eager = True
             warnings.warn(
-                f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}",
+                f"jit: {self.name} runs other batch sizes in eager mode, because {reason(error)}",
                 stacklevel=2,
             )
         return results
@@ -299,8 +299,8 @@ class EvaluateStep:
         if names and self.way != "eager":
             self.descend("eager")
             self.warn(
-                f"the buffer {names[0]} is one number in float64, to which torch.compile loses "
-                f"changes on the CPU. With shape (1,) it would be in the graph"
+                f"the buffer {names[0]} is a 0-d float64 tensor, and torch.compile loses changes "
+                "to it on the CPU. With shape (1,) it would be in the graph"
             )
 
     def eager(self, batch: Batch) -> dict[str, Any]:
@@ -505,17 +505,17 @@ class TrainStep(EvaluateStep):
             return f"{outside} needs backward and step outside it"
         if counts:
             return (
-                f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would "
-                f"be in the graph"
+                f"a step of the optimizer changes a Python number, {counts[0]!r}. If it were a "
+                "tensor, it would be in the graph"
             )
         optimizers = list(self.run.optimizers.values())
         if any(isinstance(optimizer, torch.optim.ASGD) for optimizer in optimizers):
-            return "ASGD decides by numbers in its state, which a graph would hold as they were"
+            return "ASGD branches on numbers in its state, which would be constants in a graph"
         for optimizer in optimizers:
             if any(map(is_lost_in_a_graph, optimizer_parameters(optimizer))):
                 return (
-                    "a parameter is one number in float64, to which torch.compile loses changes on "
-                    "the CPU"
+                    "a parameter is a 0-d float64 tensor, and torch.compile loses changes to it "
+                    "on the CPU"
                 )
         return ""
 
@@ -552,8 +552,7 @@ class TrainStep(EvaluateStep):
             if self.renewed > RENEWALS:
                 self.descend("forward and loss")
                 self.warn(
-                    "the parameters that the loss reaches, or the optimizer's state, are others "
-                    "again and again"
+                    "the parameters that the loss uses, or the optimizer's state, keep changing"
                 )
                 return
             self.graphs = None

@@ -36,8 +36,8 @@ class Window:
         elif self.current is not weight and bool(self.current != weight):
             raise ValueError(
                 f"backward was called for one batch with losses over {float(self.current):g} and "
-                f"{float(weight):g} units, which accumulate cannot divide apart. Give each loss an "
-                f"optimizer of its own, or make both means over the batch's rows."
+                f"{float(weight):g} units, which accumulate cannot tell apart. Give each loss a "
+                "separate optimizer, or make both means over the rows of the batch."
             )
 
 
@@ -153,7 +153,7 @@ def check_mean(loss_func: Any, what: str) -> None:
     """
     if getattr(unwrap_loss(loss_func), "reduction", None) == "sum":
         raise ValueError(
-            f'loss_func has reduction="sum", and {what} weighs each batch by its rows, which such '
-            f'a sum has counted already. Build it with reduction="mean", or return '
-            f"minikeras.Average(total, count)."
+            f'loss_func has reduction="sum", and {what} weights each batch by its rows, and a '
+            'sum has already counted them. Build it with reduction="mean", or return '
+            "minikeras.Average(total, count)."
         )

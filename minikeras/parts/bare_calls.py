@@ -62,4 +62,4 @@ class RefuseBareCalls(Part, Hook):
 
 def bare_call(called: str, instead: str, bypassed: str) -> RuntimeError:
     """Return the error for a call that bypasses something."""
-    return RuntimeError(f"{called} passes {bypassed} by. Call {instead} in train_step.")
+    return RuntimeError(f"{called} bypasses {bypassed}. Call {instead} in train_step.")

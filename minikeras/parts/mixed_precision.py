@@ -190,14 +190,14 @@ def check_dtype(
         torch.autocast(device.type, dtype)
     except RuntimeError as error:
         raise ValueError(
-            f'precision={precision!r} cannot be had on {device}: {error}. Pass precision="auto", '
-            f"or leave it out."
+            f"precision={precision!r} is not supported on {device}: {error}. Pass "
+            'precision="auto", or omit it.'
         ) from error
     for optimizer in optimizers:
         for parameter in optimizer_parameters(optimizer):
             if widen(parameter) is not parameter:
                 raise ValueError(
-                    f"precision={precision!r} keeps the parameters in float32 and casts within the "
-                    f"step, and they are {dtype_name(parameter)}. Call model.float() before you "
-                    f"make the optimizer."
+                    f"precision={precision!r} needs parameters in float32, which it casts within "
+                    f"the step, but they are {dtype_name(parameter)}. Call model.float() before "
+                    "you create the optimizer."
                 )
