@@ -77,47 +77,46 @@ NOTES = {
     "a flat picture": (
         nn.Sequential(nn.Conv2d(3, 1, 5)),
         X,
-        f"{CONV} was given Tensor (8, 4) float32",
+        f"{CONV} got Tensor (8, 4) float32",
     ),
     "int16 words": (
         nn.Embedding(5, 2),
         CLASSES.short(),
-        "layer net: Embedding(5, 2) was given Tensor (8,) int16",
+        "layer net: Embedding(5, 2) got Tensor (8,) int16",
     ),
     "words past the end": (
         nn.Embedding(2, 2),
         CLASSES,
-        "layer net: Embedding(2, 2) was given Tensor (8,) int64 of 0 to 2, and takes 0 to 1: "
+        "layer net: Embedding(2, 2) got Tensor (8,) int64 of 0 to 2, and takes 0 to 1: "
         "number from 0, or build it with more rows.",
     ),
     "all that an LSTM returns": (
         nn.Sequential(RNN, nn.Linear(4, 1)),
         X,
-        "layer net.1: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) "
+        "layer net.1: Linear(in_features=4, out_features=1, bias=True) got (Tensor (8, 4) "
         f"float32, (Tensor (1, 4) float32, Tensor (1, 4) float32)). {FIRST}",
     ),
     "two inputs for one": (
         nn.Linear(4, 1),
         (X, X),
-        "layer net: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) "
+        "layer net: Linear(in_features=4, out_features=1, bias=True) got (Tensor (8, 4) "
         "float32, Tensor (8, 4) float32)",
     ),
-    "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
+    "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() got Tensor (8,) int64"),
     "a mask of integers in a forward of one's own": (
         Masks(),
         CLASSES,
-        "layer net: Masks was given Tensor (8,) int64",
+        "layer net: Masks got Tensor (8,) int64",
     ),
     "a float64 that forward makes": (
         Widens(),
         X,
-        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) was given Tensor (8, 4) "
-        "float64",
+        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) got Tensor (8, 4) float64",
     ),
     "one number for a row": (
         nn.Linear(4, 1),
         X[0, 0],
-        "layer net: Linear(in_features=4, out_features=1, bias=True) was given Tensor () float32",
+        "layer net: Linear(in_features=4, out_features=1, bias=True) got Tensor () float32",
     ),
 }
 
@@ -171,4 +170,4 @@ def test_layer_that_is_called_wrongly_by_the_user_is_not_blamed_on_the_keys():
     net.tab = Tab()
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
         compiled(net).predict({"num": X, "cat": X})
-    assert error.value.__notes__ == ["layer net: Inner was given Tensor (8, 4) float32"]
+    assert error.value.__notes__ == ["layer net: Inner got Tensor (8, 4) float32"]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.jit.graphs import Graphs, captured, chosen
+from minikeras.jit.graphs import Graphs, add_cuda_graph, chosen
 
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
@@ -733,10 +733,10 @@ def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
 )
 def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda):
     assert chosen(options).get("options") == on_cpu
-    assert captured(chosen(options)).get("options") == on_cuda
-    assert {key: value for key, value in captured(chosen(options)).items() if key != "options"} == {
-        key: value for key, value in options.items() if key != "options"
-    }
+    assert add_cuda_graph(chosen(options)).get("options") == on_cuda
+    assert {
+        key: value for key, value in add_cuda_graph(chosen(options)).items() if key != "options"
+    } == {key: value for key, value in options.items() if key != "options"}
 
 
 # torch's own, as it loads its CUDA graphs

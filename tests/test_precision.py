@@ -161,8 +161,8 @@ def test_accumulate_refuses_two_losses_of_different_weight():
         compiled(Mixed(), accumulate=2).fit(1, batches(), verbose=0)
     assert str(error.value) == (
         "backward was called for one batch with losses over 3 and 7 units, which accumulate "
-        "cannot tell apart. Give each loss a separate optimizer, or make both means over the rows "
-        "of the batch."
+        "cannot divide separately. Give each loss a separate optimizer, or make both means over "
+        "the rows of the batch."
     )
 
 

@@ -1,10 +1,10 @@
-"""Where an iteration of batches stands, and the rest of that iteration in another process.
+"""Save the position in an iteration of batches, and resume from it in another process.
 
-What was drawn before is drawn again: the random state of the iteration's start is put back, the
-batches already seen are passed over, and then the random state is that of the run again.
+The random draws are repeated: the random state at the start of the iteration is restored, the
+batches already seen are skipped, and then the random state of the run is restored.
 
-a source that is_exact           read again, which costs next to nothing, or begun later
-a DataLoader without workers     passed over by number: the sampler draws, no row is read
+a source that is_exact           read again, which costs next to nothing, or started later
+a DataLoader without workers     skipped by number: the sampler draws, no row is read
 a DataLoader with workers        read again, since its workers hold random states of their own
 one with state_dict              resumes by itself
 a custom iterable                read again; a warning says if its first batch differs then
@@ -62,7 +62,7 @@ MOST_DRAWS = 1_000  # states of generators that are kept of one iteration
 
 
 class Positioned:
-    """Batches that know how many were given since which random state, and can resume from there.
+    """Batches that record their position and its random state, and can resume from there.
 
     >>> import torch
     >>> data = list(range(5))
@@ -83,8 +83,8 @@ class Positioned:
         self.randomness = randomness
         self.start: Any = None  # the random state at which the current iteration began
         self.seen = 0
-        self.iterations = 0  # that have begun in this call of fit
-        self.pending: dict[str, Any] | None = None  # where the next iteration begins
+        self.iterations = 0  # iterations started in this call of fit
+        self.pending: dict[str, Any] | None = None  # where the next iteration starts
         self.epochs: list[int | None] = []  # by which samplers shuffled the current iteration
         self.first: int | None = None  # a checksum of the first batch of the current iteration
         self.order: WatchedOrder | None = None  # of a sampler that may draw as it is read
@@ -114,7 +114,7 @@ class Positioned:
         self.start = None
 
     def after(self, count: int) -> Iterator[Any]:
-        """Return the rest of the current iteration; `resume_at` has said where it stands."""
+        """Return the rest of the current iteration, from the position that `resume_at` has set."""
         return iter(self)
 
     def _new_iterator(self) -> Iterator[Any]:
@@ -127,7 +127,7 @@ class Positioned:
         return self.draws
 
     def position(self) -> dict[str, Any] | None:
-        """Return where the current iteration stands, as plain values; None between two."""
+        """Return the position of the current iteration as plain values; None between two."""
         if self.pending is not None or self.start is None:
             return self.pending
         state = self.loader.state_dict() if keeps_state(self.loader) else None
@@ -163,7 +163,7 @@ class Positioned:
             )
         now = find_length(self.batches)
         if position["loader"] is None and now is not None and position["seen"] > now:
-            raise ended_before(position["seen"], self.name, now)
+            raise build_end_error(position["seen"], self.name, now)
 
     def resume_at(self, position: dict[str, Any] | None) -> None:
         """Let the next iteration begin at a position; None for a new one."""
@@ -203,7 +203,7 @@ class Positioned:
         return iterator
 
     def _pass_over(self, iterator: Iterator[Any], first: int | None = None) -> None:
-        """Read the batches that have been seen.
+        """Skip the batches already seen by reading them.
 
         Args:
             first: a checksum of the first one; None if it is not known.
@@ -214,7 +214,7 @@ class Positioned:
                 warn_of_other_batches(self.name)
             passed += 1
         if passed < self.seen:
-            raise ended_before(self.seen, self.name, passed)
+            raise build_end_error(self.seen, self.name, passed)
 
 
 # --- what a source can do -------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def takes_order(batches: Any) -> bool:
 
 
 def keeps_state(loader: Any) -> bool:
-    """Tell whether a loader knows where it stands and can resume by itself.
+    """Tell whether a loader saves its own position and can resume from it.
 
     Such as torchdata's StatefulDataLoader.
     """
@@ -327,14 +327,14 @@ def iterate_after(batches: Any, loader: Any, count: int, name: str) -> Iterator[
     iterator = iter(batches if rows is None else rows.batches())
     passed = sum(1 for _ in islice(iterator, count))
     if passed < count:
-        raise ended_before(count, name, passed)
+        raise build_end_error(count, name, passed)
     if rows is not None:
         rows.reads = True
     return iterator
 
 
 def can_skip_by_number(batches: Iterable[Any], loader: Any) -> bool:
-    """Tell whether passing over a batch of this loader needs only the numbers of its rows."""
+    """Tell whether skipping a batch of this loader needs only the numbers of its rows."""
     if not isinstance(batches, DataLoader) or batches.num_workers > 0:
         return False
     return reads_the_same(batches, loader)
@@ -343,7 +343,7 @@ def can_skip_by_number(batches: Iterable[Any], loader: Any) -> bool:
 # --- errors and warnings --------------------------------------------------------------------------
 
 
-def ended_before(count: int, name: str, passed: int) -> CheckpointError:
+def build_end_error(count: int, name: str, passed: int) -> CheckpointError:
     """Return the error for data that has fewer batches than have been seen."""
     return CheckpointError(
         f"the checkpoint was written after batch {count} and {name} ended after {passed}. Give "
@@ -376,7 +376,7 @@ def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: st
 
 
 def warn_of_hidden_draws(loader: Any, name: str) -> None:
-    """Warn as a fit begins of positions and random states that a checkpoint does not hold.
+    """Warn at the start of a fit about positions and random states that a checkpoint cannot save.
 
     Args:
         loader: what the user passed.
@@ -552,7 +552,7 @@ class _RowsOnDemand(Dataset[Any]):
         return self.loader.collate_fn(fetched)
 
     def batches(self, sampler: Any = None) -> DataLoader[Any]:
-        """Return a loader that draws what the other draws, when the other draws it.
+        """Return a loader that draws the same as the other one, at the same time.
 
         Args:
             sampler: in place of the loader's own.

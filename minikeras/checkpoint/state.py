@@ -2,8 +2,8 @@
 
 open      read the file, check that it is complete and belongs to this call of fit and this model;
           nothing is changed yet
-restore   take over weights, optimizers, totals, history, callbacks and random states; the fit
-          resumes where the file stands
+restore   load weights, optimizers, totals, history, callbacks and random states; the fit resumes
+          from the position in the file
 save      at the end of each epoch, every so many steps, and when the process is asked to end
 """
 
@@ -107,7 +107,7 @@ class Checkpoint(Hook):
         run: Run,
         callbacks: list[Callback],
     ) -> Iterable[Any]:
-        """Return the training batches as a source that knows where it stands."""
+        """Return the training batches as a source that records its position."""
         # what the user passed
         train_loader = getattr(train, "loader", train)
         val_loader = getattr(val, "loader", val)
@@ -144,7 +144,7 @@ class Checkpoint(Hook):
         self.model = model
         self.run = run
         self.interruptions.alone = run.world.size == 1
-        # of a fit that did not come to its end: its checkpoint's path, and its first epoch
+        # of a fit that did not finish: its checkpoint's path, and its first epoch
         before = run.kept.get("unfinished")
         run.kept["unfinished"] = None
         self.first = len(run.epochs) + 1
@@ -210,9 +210,9 @@ class Checkpoint(Hook):
         epochs_in_file = len(state["history"])
         if state["first"] == self.first:  # the same call
             return state
-        if epochs_in_history == epochs_in_file:  # an earlier call, whose file this one takes over
+        if epochs_in_history == epochs_in_file:  # an earlier call, whose file this one replaces
             return None
-        if state["first"] > self.last:  # a later call: this one came to its end long ago
+        if state["first"] > self.last:  # a later call: this one finished long ago
             return state
         raise CheckpointError(
             f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is "
@@ -229,18 +229,18 @@ class Checkpoint(Hook):
             yield
 
     def resume(self, fit: Fit) -> None:
-        """Take over the file's state, and set where the fit begins."""
+        """Load the file's state, and set where the fit starts."""
         fit.at = self.restore(fit.callbacks, fit.say)
 
     @untouched
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
-        """Take over the file's state if it is of this call; return where the fit begins.
+        """Load the file's state if it belongs to this call; return where the fit starts.
 
         A line says where. Everything that can be refused is refused before the first weight
         changes.
 
         Raises:
-            CheckpointError: data, callbacks or metrics cannot take over what the file has of them.
+            CheckpointError: data, callbacks or metrics cannot load their state in the file.
         """
         self.callbacks = callbacks
         self.say = say
@@ -288,7 +288,7 @@ class Checkpoint(Hook):
         plain(others, "the state_dict")
 
     def _check_course(self, state: Any) -> None:
-        """Refuse what cannot be taken over.
+        """Raise an error for state that cannot be loaded.
 
         Callbacks and metrics try it, and get their own state back if one of them cannot.
         """
@@ -324,7 +324,7 @@ class Checkpoint(Hook):
             ) from error
 
     def _warn(self, state: Any, is_finished: bool, is_later_call: bool) -> None:
-        """Warn of what the script has changed since the run began, and say which is taken."""
+        """Warn about what the script has changed since the run started, and say what is used."""
         callbacks = dict(named(self.callbacks))
         states = state["callbacks"]
         if is_later_call:  # the file's callbacks and data are those of another call
@@ -377,7 +377,7 @@ class Checkpoint(Hook):
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
 
     def _begin_course(self, state: Any) -> None:
-        """Take over once where the data stands, and which steps have been compiled."""
+        """Load once the position of the data, and which steps have been compiled."""
         steps = ["train_step"]
         if self._has_validated():
             steps.append("evaluate_step")
@@ -420,7 +420,7 @@ class Checkpoint(Hook):
         """Load buffers of this process, totals, parts of the stepper, callbacks, random states."""
         run = self.run
         has_own_part = self._has_own_part(state)
-        takes_shared = has_own_part or run.world.rank == 0  # else rank 0 takes it for all
+        takes_shared = has_own_part or run.world.rank == 0  # else rank 0 loads it for all
         state = self._of_rank(state)
         buffers = state["own buffers"] if has_own_part else {}
         set_buffers(self.model, buffers, run.device)
@@ -470,7 +470,7 @@ class Checkpoint(Hook):
     # --- during a fit -----------------------------------------------------------------------------
 
     def on_batch_end(self, fit: Fit, number: int) -> None:
-        """Write if it is due, or if the process is asked to end."""
+        """Write the state if it is due, or if the process has received a signal to end."""
         at = fit.at
         is_training = at.logs is None
         if is_training and not self.model.stop_training and self.every is not None:
@@ -518,10 +518,10 @@ class Checkpoint(Hook):
             if error is None:
                 problem = "another process has failed: read its error message"
             why = "These last weights are not saved. Free disk space or pass another path."
-            raise CheckpointError(f"{self._unwritten(problem)} {why}") from error
+            raise CheckpointError(f"{self._describe_failure(problem)} {why}") from error
         if error is not None:
             why = "The fit continues, and the next checkpoint is tried again."
-            warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
+            warnings.warn(f"{self._describe_failure(error)} {why}", stacklevel=2)
         if last:
             self.use.came_to = "its end"
         if not has_failed:
@@ -552,7 +552,7 @@ class Checkpoint(Hook):
             return error
         return None
 
-    def _unwritten(self, error: Any) -> str:
+    def _describe_failure(self, error: Any) -> str:
         before = "No earlier checkpoint was written"
         if self.written:
             before = f"The checkpoint of {self.written} is still there"
@@ -616,7 +616,7 @@ class Checkpoint(Hook):
         return state
 
     def _of_process(self) -> dict[str, Any]:
-        """Return what each process has of its own."""
+        """Return the state that differs between processes."""
         stepper = self.run.stepper
         return {
             "precision": layout_of(stepper),  # of all parts: files of older versions have the name
@@ -627,7 +627,7 @@ class Checkpoint(Hook):
         }
 
     def _of_ranks(self, world: OneProcess, of_process: dict[str, Any]) -> dict[str, Any]:
-        """Return what each of several processes has of its own, and the totals over all."""
+        """Return the state that differs between processes, for each, and the totals over all."""
         totals = self.run.train.totals
         totals_of_all = dict(of_process["totals"])
         if totals.sums:

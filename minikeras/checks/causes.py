@@ -32,7 +32,7 @@ PROBABILITY_LOSSES = ("binary_cross_entropy",)  # functions that take probabilit
 
 
 def no_class(label: int, classes: int) -> str:
-    """Say that a label is no class, and what to do."""
+    """Say that a label is not a valid class, and what to do."""
     remedy = "Number the classes from 0, or give the model more outputs."
     if label < 0:
         remedy = (
@@ -109,7 +109,7 @@ def explain_squeezed(error: Exception, outputs: Any, labels: Any) -> None:
 
 
 def warn_of_squeezed(outputs: Tensor, labels: Any) -> None:
-    """Warn of outputs of one row without a row dimension that the loss has accepted.
+    """Warn about outputs of one row that have no row dimension and that the loss accepted.
 
     The loss is right, but other uses of such outputs would fail.
     """
@@ -189,7 +189,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
 
 
 def explain_forward(error: Exception, model: nn.Module, features: Any, world: OneProcess) -> None:
-    """Name the layer in which forward failed and what it was given.
+    """Name the layer in which forward failed and its input.
 
     Known causes are raised again with their remedy; any other error gets a note.
     """
@@ -248,7 +248,7 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
 def _explain_layer(
     error: Exception, failure: tuple[str, nn.Module, Any], features: Any, world: OneProcess
 ) -> None:
-    """Raise the error of a layer again with what it cannot take and what to give it, if known."""
+    """Raise the error of a layer again with the wrong input and the remedy, if known."""
     name, layer, given = failure
     shape = tuple(given.shape)
     if "Expected more than 1 value per channel" in str(error):

@@ -1,4 +1,4 @@
-"""Find out what is wrong with dl_val in the fit's first batch, and not after an epoch."""
+"""Check dl_val in the first batch of a fit, not after an epoch."""
 
 from __future__ import annotations
 

@@ -231,14 +231,14 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, number: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _added(number, group)
+        return _add_up(number, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _added(gradient, ctx.group), None
+        return _add_up(gradient, ctx.group), None
 
 
-def _added(number: Tensor, group: Any) -> Tensor:
+def _add_up(number: Tensor, group: Any) -> Tensor:
     import torch.distributed as dist
 
     total = number.detach().clone()

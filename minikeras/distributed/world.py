@@ -3,12 +3,12 @@
 They are started by torchrun, or by anything that sets RANK, LOCAL_RANK and WORLD_SIZE.
 
 world_of        the process group: an existing one, or a new one if WORLD_SIZE is above 1
-World           who this process is, and what all processes do together:
-    share       give all the weights and buffers of rank 0
+World           the rank of this process, and the collective operations:
+    share       broadcast the weights and buffers of rank 0
     broadcast   send a plain value of rank 0 to all
     gather      collect a plain value of each
     agree       take the largest of each number
-    by_main     let rank 0 act; the others wait until it has
+    by_main     run a function on rank 0; the others wait for it
     add_up      add up tensors
 
 A process that fails ends, and the others then get an error from torch: `answered` explains it.
@@ -189,7 +189,7 @@ class World(OneProcess):
         return largest.tolist()
 
     def by_main(self, act: Callable[[], None]) -> None:
-        """Let rank 0 act while the others wait; if it fails, all fail."""
+        """Run a function on rank 0 while the others wait; if it fails, all fail."""
         error = None
         if self.rank == 0:
             try:
@@ -225,7 +225,7 @@ class World(OneProcess):
         return list(all_sums), dict(zip(counts, all_counts, strict=True))
 
     def share_weights(self, model: nn.Module, loss_func: Any) -> None:
-        """Give all processes the weights and buffers of rank 0, once; shards have them already."""
+        """Broadcast the weights and buffers of rank 0, once; shards have them already."""
         if self.has_shared:
             return
         tensors: list[Tensor] = list(parameters_of(model, loss_func))
@@ -240,7 +240,7 @@ class World(OneProcess):
         shards.settle(model)
 
     def part_of(self, batches: Iterable[Any], name: str) -> Iterable[Any]:
-        """Return this process's part of `batches`, which the user calls `name`."""
+        """Return this process's share of `batches`, which the user calls `name`."""
         from minikeras.distributed.sharded import sharded
 
         return sharded(batches, self, name)
@@ -301,7 +301,7 @@ class World(OneProcess):
         return gathered(outputs, self, everywhere)
 
     def describe_part(self) -> str:
-        """Return the words that call a batch this process's part of it."""
+        """Return the words for a message that a batch is this process's share."""
         return f", process {self.rank}'s share of the batch"
 
 

@@ -1,4 +1,4 @@
-"""Find a loss that is NaN or infinite before it moves a weight.
+"""Find a NaN or infinite loss before the weights are updated.
 
 on the CPU      read the loss at each step; reading waits for nothing there
 on a device     a count on the device grows from the first bad loss on; it is read every few steps,
@@ -87,7 +87,7 @@ class FiniteLoss:
         for optimizer in self.optimizers:
             if not all(group.get("fused") for group in optimizer.param_groups):
                 self.blocks = False
-        # a graph or a scaler skips the steps from the first bad loss on
+        # a graph or a scaler skips the steps from the first bad loss onward
         self.skipped_elsewhere = False
 
     def begin(self, counts: tuple[Tensor, Tensor] | None) -> None:
@@ -129,7 +129,7 @@ class FiniteLoss:
         return self.reads_each or self.blocks or self.skipped_elsewhere
 
     def look(self, loss: Tensor) -> None:
-        """Check a loss, a 0-d tensor, before a step moves a weight.
+        """Check a loss, a 0-d tensor, before a step updates the weights.
 
         Raises:
             NonFiniteLoss: it is not finite.
@@ -176,7 +176,7 @@ class FiniteLoss:
         return float(not math.isfinite(self.value)) if self.reads_each else self.bad > 0
 
     def heard(self, bad: Tensor) -> None:
-        """Take the number of processes with such a loss, before any of them moves a weight."""
+        """Read the number of processes with such a loss, before any of them updates a weight."""
         if not self.reads_each:
             self.bad.copy_(torch.where((bad > 0) & (self.bad == 0), 1.0, self.bad))
             self.found.copy_(self.bad > 0)
@@ -187,7 +187,7 @@ class FiniteLoss:
             raise error
 
     def look_back(self, loss: Tensor, steps: int) -> None:
-        """Check steps that a graph has taken, which counts and blocks by itself.
+        """Check steps that a graph has run; the graph counts and holds back steps itself.
 
         Args:
             loss: the mean over these steps.

@@ -1,6 +1,6 @@
 """Find NaN or infinite weights and buffers after finite losses, before they reach a file.
 
-as a fit begins           note what is not finite already, such as a mask of -inf, and allow it
+at the start of a fit     record what is not finite already, such as a mask of -inf, and allow it
 at the end of an epoch    after the last step of training; before validation, callbacks and files
 before a file is written  the state of the run, or weights that `save` writes within the fit
 before a clipped step     the norm of the gradients, computed anyway: see `FiniteLoss.look_at_norm`
@@ -109,7 +109,7 @@ class FiniteWeights:
         """
         named = dict([*self._weights(), *self._state(), *self._waiting_gradients()])
         for title, name, tensor in averages:
-            for key, local in looked_at("parameter", name, tensor):
+            for key, local in select_checkable("parameter", name, tensor):
                 named["average", title] = self._without_known(key, local)
         found = self._find(named)
         if self.finite_loss is None:
@@ -168,9 +168,9 @@ class FiniteWeights:
     def _weights(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         for prefix, module in self._prefixed_modules():
             for name, parameter in module.named_parameters():
-                yield from looked_at("parameter", prefix + name, parameter)
+                yield from select_checkable("parameter", prefix + name, parameter)
             for name, buffer in module.named_buffers():
-                yield from looked_at("buffer", prefix + name, buffer)
+                yield from select_checkable("buffer", prefix + name, buffer)
 
     def _prefixed_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._prefixed_modules():
@@ -185,7 +185,7 @@ class FiniteWeights:
             for name, parameter in self._prefixed_parameters():
                 for key, value in optimizer.state.get(parameter, {}).items():
                     title = f"{key} of {type(optimizer).__name__} for {name}"
-                    yield from looked_at("state", title, value)
+                    yield from select_checkable("state", title, value)
 
     def _waiting_gradients(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Yield gradients that wait for a step; in float16 the scaler skips infinite ones."""
@@ -193,7 +193,7 @@ class FiniteWeights:
             return
         for name, parameter in self._prefixed_parameters():
             if parameter.grad is not None:
-                yield from looked_at("gradient", name, parameter.grad)
+                yield from select_checkable("gradient", name, parameter.grad)
 
     @torch.no_grad()
     def _find(self, named: Mapping[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
@@ -227,7 +227,7 @@ class FiniteWeights:
         return tensor
 
 
-def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def select_checkable(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """Yield a tensor, or this process's shard, under its key; nothing if it cannot be checked."""
     if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:
         return

@@ -31,7 +31,7 @@ class OptimizerTwin:
         self.is_of_torch = type(optimizer).__module__.startswith("torch.optim")
         self.copy: Optimizer = object.__new__(type(optimizer))
         self.copy.__dict__.update(optimizer.__dict__)
-        # what holds back a fused step; the graph does that by itself
+        # what holds back a fused step; the graph does that itself
         vars(self.copy).pop("found_inf", None)
         self.copy.param_groups = [dict(group) for group in optimizer.param_groups]
         self.copy.state = defaultdict(dict)
@@ -61,7 +61,7 @@ class OptimizerTwin:
         return len(own.param_groups) == len(self.rates)
 
     def follow(self) -> bool:
-        """Take over the learning rate.
+        """Copy the learning rate.
 
         Return False if another setting has changed, which is part of the graph's code.
         """
@@ -80,7 +80,7 @@ class OptimizerTwin:
         return True
 
     def read(self) -> bool:
-        """Take over the optimizer's state after a step of its own.
+        """Copy the optimizer's state after it has stepped outside the graph.
 
         Return False if the state is in other tensors than before.
         """
@@ -146,7 +146,7 @@ class OptimizerTwin:
         ]
 
     def detach(self) -> None:
-        """Let the optimizer step by itself again."""
+        """Let the optimizer step outside the graph again."""
         if self.handles:
             self.write_back()
         for handle in self.handles:

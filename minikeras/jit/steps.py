@@ -1,4 +1,4 @@
-"""The default steps for the loop, each as one graph if that can be."""
+"""The default steps for the loop, each as one graph if possible."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ RENEWALS = 8
 
 
 class EvaluateStep:
-    """evaluate_step for the loop: forward, loss and metrics as one graph, if that can be."""
+    """evaluate_step for the loop: forward, loss and metrics as one graph if possible."""
 
     name = "evaluate_step"
     ways: tuple[str, ...] = (*IN_GRAPH, "eager")
@@ -140,7 +140,7 @@ class EvaluateStep:
         return self.combined([self.eager(batch) for batch in batches], batches)
 
     def descend(self, to: str = "") -> None:
-        """Continue in the next way down, or in the one named `to`."""
+        """Switch to the next slower way, or to the one named `to`."""
         self.graphs = None
         below = self.ways[self.ways.index(self.way) + 1 :]
         way = below[0]
@@ -193,7 +193,7 @@ class EvaluateStep:
         Choose the best way for the batches after them.
         """
         graphs = self.graphs
-        # raises an error if the batch is at fault
+        # raises an error if the batch is the cause
         results = self.combined([self.first(batch) for batch in batches], batches)
         if self.graphs is not graphs or graphs is None:
             return results  # the loss reaches other parameters: a new graph is due
@@ -376,7 +376,7 @@ class TrainStep(EvaluateStep):
         return self.way in IN_GRAPH and self.graphs is not None
 
     def descend(self, to: str = "") -> None:
-        """Continue in the next way down, or in the one named `to`."""
+        """Switch to the next slower way, or to the one named `to`."""
         super().descend(to)
         if self.way not in IN_GRAPH:
             self.end()
@@ -644,7 +644,7 @@ def first_size_of_labels(features: Any, labels: Any, sample_weight: Any) -> int:
 
 
 def has_plain_rows(batch: Batch) -> bool:
-    """Tell whether a graph can count the rows of a batch by itself."""
+    """Tell whether a graph can count the rows of a batch without Python."""
     features, labels, _ = batch
     if not (isinstance(features, Tensor) and isinstance(labels, Tensor)):
         return False

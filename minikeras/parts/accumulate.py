@@ -1,4 +1,4 @@
-"""Several batches make one step, by the mean over the rows of all of them.
+"""Accumulate the gradients of several batches into one step, by the mean over all rows.
 
 backward   add the gradient of loss * rows, or of the total of an Average
 step       count a batch in the window of its optimizer; divide a full window by its rows and step
@@ -36,8 +36,8 @@ class Window:
         elif self.current is not weight and bool(self.current != weight):
             raise ValueError(
                 f"backward was called for one batch with losses over {float(self.current):g} and "
-                f"{float(weight):g} units, which accumulate cannot tell apart. Give each loss a "
-                "separate optimizer, or make both means over the rows of the batch."
+                f"{float(weight):g} units, which accumulate cannot divide separately. Give each "
+                "loss a separate optimizer, or make both means over the rows of the batch."
             )
 
 
@@ -67,7 +67,7 @@ class Accumulate(Part):
         else:
             loss.total = widen(loss.total) * rows
             loss.weight = rows
-        if not rows:  # a batch that counts for nothing
+        if not rows:  # a filler batch, which counts as zero
             loss.total = loss.total * 0
             loss.weight = 0
         for optimizer in loss.optimizers:
@@ -110,7 +110,7 @@ class Accumulate(Part):
         return [self._window(optimizer).weight for optimizer in optimizers]
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Take the weights of all processes."""
+        """Read the weights of all processes."""
         for optimizer, weight in zip(optimizers, sums, strict=True):
             self._window(optimizer).weight = weight
 
@@ -130,7 +130,7 @@ class Accumulate(Part):
         return {"accumulate": self.batches, "windows": windows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the windows of a checkpoint."""
+        """Load the windows of a checkpoint."""
         for name, optimizer in self.stepper.optimizers.items():
             window = state["windows"][name]
             self.windows[optimizer] = Window(window["weight"], window["current"], window["batches"])

@@ -42,7 +42,7 @@ class MixedPrecision(Part):
         self.has_stepped = False
 
     def around_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Put autocast round forward and loss."""
+        """Run forward and loss under autocast."""
         device_type, dtype = self.device.type, self.dtype
 
         @functools.wraps(step)
@@ -88,7 +88,7 @@ class MixedPrecision(Part):
         loss.total = self.scaler.scale(loss.total)
 
     def _size_scale(self, weight: Any) -> None:
-        """Make the first scale smaller for a sum: one over 1000 rows is 1000 times as large."""
+        """Make the first scale smaller for a sum: a sum over 1000 rows is 1000 times as large."""
         weight = self.world.agree(float(weight))[0]
         smaller = math.ceil(math.log2(max(float(weight), 1)))
         state = self.scaler.state_dict()
@@ -133,7 +133,7 @@ class MixedPrecision(Part):
         return {"scaler": None if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the loss scale of a checkpoint."""
+        """Load the loss scale of a checkpoint."""
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
             self.is_scale_sized = True

@@ -1,4 +1,4 @@
-"""The random state of a run: of Python, NumPy, torch, the device, data, model and callbacks.
+"""Save and restore the random state of a run: Python, NumPy, torch, device, data, callbacks.
 
 states    return all random states as plain values, for a file
 restore   set them again
