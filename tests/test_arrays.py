@@ -534,7 +534,7 @@ def test_one_number_as_data_is_refused_and_the_remedy_makes_it_a_row(number):
 
 
 def test_labels_of_shape_1_n_raise_an_error_that_says_to_make_a_column():
-    refused(ValueError, (DENSE, TARGET.T), "A column is shape .rows, 1.: pass y.T")
+    refused(ValueError, (DENSE, TARGET.T), "A column has shape .rows, 1.: pass y.T")
     regression().fit(1, (DENSE, TARGET.T.T), verbose=0)
 
 

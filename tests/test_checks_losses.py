@@ -195,7 +195,7 @@ FAILS = {
     ),
     "a loss": (
         {"loss": lambda p, t: 1 / 0},
-        "the loss, given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
+        "the loss got y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
     ),
 }
 
@@ -211,7 +211,7 @@ def test_loss_that_is_given_all_that_an_lstm_returns_raises_an_error_that_says_s
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
         compiled(nn.LSTM(4, 1), lambda p, t: F.mse_loss(p, t)).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [
-        "the loss, given y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) "
+        "the loss got y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) "
         "float32)), y_true Tensor (8, 1) float32. Let forward return only the first part.",
         "dl_train, batch 1",
         "epoch 1",

@@ -377,7 +377,7 @@ def test_nan_gradient_of_a_bare_backward_says_what_would_have_found_it(row, tmp_
     features[row] = math.nan
     model = compiled(Own(nn.Linear(4, 1)), nn.MSELoss())
     with pytest.raises(
-        FloatingPointError, match=r"No loss was checked.* Call self\.backward\(loss\) there"
+        FloatingPointError, match=r"No loss was checked.* Call self\.backward\(loss\) instead"
     ):
         model.fit(
             2,
@@ -396,7 +396,7 @@ def test_nan_in_the_state_of_the_optimizer_is_an_error():
         device="cpu",
     )
     with pytest.raises(
-        FloatingPointError, match=r"exp_avg_sq of Adam for net\.weight, .* does not move again"
+        FloatingPointError, match=r"exp_avg_sq of Adam for net\.weight, .* is never updated again"
     ):
         model.fit(1, BATCHES, verbose=0)
 
@@ -524,7 +524,7 @@ def test_nan_loss_error_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
     else:
         assert "Features, labels" not in str(raised.value)
         raised.match(
-            r"batch 40 \(it began 26 steps before\); .* "
+            r"batch 40 \(it started 26 steps before\); .* "
             r"The batch of that loss was not kept, so its data could not be "
             'checked: compile with device="cpu", where each loss is checked at once, or '
             "look for NaN and inf"

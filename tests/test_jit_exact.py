@@ -398,7 +398,7 @@ def test_jit_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     assert_as_in_eager(models)
     name = "net.mean" if loss is nn.MSELoss else "mean"
     lost = (
-        f"jit: train_step is not one graph: eager, since the buffer {name} is a 0-d float64 "
+        f"jit: train_step is not one graph: eager, because the buffer {name} is a 0-d float64 "
         "tensor, and torch.compile loses changes to it on the CPU. With shape (1,) it would be in "
         "the graph"
     )

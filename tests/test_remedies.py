@@ -515,7 +515,7 @@ def test_loss_for_one_of_several_outputs_raises_an_error_that_says_one_for_each(
         compiled(Two(kind), loss),
         (X, labels),
         words,
-        f"beginning with loss(y_pred[{first!r}], y_true[{first!r}])",
+        f"starting with loss(y_pred[{first!r}], y_true[{first!r}])",
     )
 
     def both(y_pred, y_true):

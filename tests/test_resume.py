@@ -273,7 +273,7 @@ def test_resumed_fit_warns_of_other_rows_or_another_batch_size_within_an_epoch(
     with pytest.raises(Killed):
         fit(40, 10, after=1)
     with pytest.warns(
-        UserWarning, match="the checkpoint stands|dl_train has other data here"
+        UserWarning, match="the checkpoint was written|dl_train has other data here"
     ) as told:
         fit(rows, batch_size)
     assert len(told) == (1 if rows == 40 else 2)
@@ -310,7 +310,7 @@ def test_resumed_fit_warns_of_another_learning_rate_in_the_script_and_not_of_one
     first = fit(2, 0.1)
     for _ in range(2):
         assert fit(2, 0.1).equals(first)
-    with pytest.warns(UserWarning, match="was begun") as told:
+    with pytest.warns(UserWarning, match="was started") as told:
         fit(2, 0.2)
     assert str(told[0].message) == (
         f"{path} was started with other optimizer settings than this script's: lr 0.01 and not "

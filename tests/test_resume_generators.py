@@ -321,7 +321,7 @@ def test_resumed_fit_warns_of_batches_that_differ_when_they_are_read_again(tmp_p
     UNSEEDED[:] = range(20)
     with pytest.raises(Killed):
         start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path, kill=1)
-    with pytest.warns(UserWarning, match="other batches") as told:
+    with pytest.warns(UserWarning, match="different batches") as told:
         start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path)
     assert [str(warning.message) for warning in told] == [
         "dl_train gives different batches when it is read again: the checkpoint was written in "
