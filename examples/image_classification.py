@@ -10,10 +10,6 @@ from torch import nn
 import minikeras
 
 
-def accuracy(y_pred, y_true):
-    return (y_pred.argmax(1) == y_true).float().mean()
-
-
 def block(inputs, outputs):
     return [
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
@@ -37,7 +33,7 @@ def main(epochs):
     )
     model.summary(input_shape=(1, 8, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    model.compile(nn.CrossEntropyLoss(), optimizer, {"accuracy": accuracy})
+    model.compile(nn.CrossEntropyLoss(), optimizer, {"accuracy": minikeras.accuracy})
     schedule = minikeras.LRScheduler(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs))
     best = minikeras.EarlyStopping("val_accuracy", patience=5, restore_best_weights=True)
     model.fit(epochs, (X, y), dl_val=(X_val, y_val), batch_size=64, callbacks=[schedule, best])

@@ -29,10 +29,6 @@ class Digits(Dataset):
         return self.images[row].roll((down, across), (0, 1)), self.labels[row]
 
 
-def accuracy(y_pred, y_true):
-    return (y_pred.argmax(1) == y_true).float().mean()
-
-
 def main(epochs, file, pause):
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
@@ -44,7 +40,7 @@ def main(epochs, file, pause):
     )
     model = minikeras.Model(net)
     optimizer = torch.optim.Adam(model.parameters())
-    model.compile(nn.CrossEntropyLoss(), optimizer, {"accuracy": accuracy})
+    model.compile(nn.CrossEntropyLoss(), optimizer, {"accuracy": minikeras.accuracy})
     # gives you time to press Ctrl-C
     slow = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: time.sleep(pause))
     dfhistory = model.fit(

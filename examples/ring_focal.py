@@ -8,6 +8,10 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import minikeras
 
+# from the palette of Okabe and Ito, which colour-blind readers can tell apart
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+
 
 class DNNModel(minikeras.Model):
     def __init__(self):
@@ -32,7 +36,7 @@ def accuracy(y_pred, y_true):
 
 
 def recall(y_pred, y_true):
-    """The share of positives that are found: a mean over the positives, not over all rows."""
+    """Return the share of positives that are found, a mean over the positives alone."""
     found = (y_pred > 0.5) & (y_true > 0.5)
     return minikeras.Average(found.sum(), (y_true > 0.5).sum())
 
@@ -53,21 +57,32 @@ def main(epochs, batch_size):
     result = model.evaluate(dl_valid)
     y_pred = model.predict(X)
     if model.is_main_process:  # with several processes, only one prints and plots
-        print(result)  # calling everything negative has an accuracy of 0.968, and a recall of 0
+        print(result)  # a network that answers "negative" to all has accuracy 0.968 and recall 0
         plot(X, Y, y_pred, dfhistory)
+        plt.savefig("ring_focal.png")
+        print("Wrote ring_focal.png: the points, what the network predicts, and the loss by epoch.")
     return dfhistory
 
 
 def plot(X, Y, y_pred, dfhistory):
-    _, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-    for axis, title, y in zip(axes, ["truth", "prediction"], [Y, y_pred]):
-        colors = ["tab:red" if positive else "tab:green" for positive in y > 0.5]
-        axis.scatter(*X.T, s=3, c=colors)
-        axis.set(title=title, aspect="equal")
-    losses = dfhistory[["loss", "val_loss"]]
-    losses = losses.set_index(losses.index + 1)  # epochs count from 1
-    losses.plot(ax=axes[2], title="focal loss and penalties", xlabel="epoch")
-    plt.savefig("ring_focal.png")
+    _, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    scatter(axes[0], X, Y, "truth")
+    scatter(axes[1], X, y_pred, "prediction")
+    epochs = dfhistory.index + 1  # the index counts from 0, epochs from 1
+    axes[2].plot(epochs, dfhistory["loss"], color=BLUE, label="training")
+    axes[2].plot(epochs, dfhistory["val_loss"], "--", color=ORANGE, label="validation")
+    axes[2].set(title="focal loss with penalties", xlabel="epoch")
+    axes[2].legend()
+
+
+def scatter(axis, X, y, title):
+    positive = y[:, 0] > 0.5
+    for name, color, rows in [("negative", BLUE, ~positive), ("positive", ORANGE, positive)]:
+        axis.scatter(*X[rows].T, s=3, color=color, label=f"{name}: {int(rows.sum())}")
+    axis.set(title=title, aspect="equal")
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2, frameon=False, markerscale=4
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import typing
 
-from minikeras.callback import Callback, LambdaCallback
+from minikeras.callback import BatchLogs, Callback, LambdaCallback
 from minikeras.errors import CheckpointError, ForwardError, NotCompiledError
 from minikeras.model import Model
 from minikeras.results import Average
@@ -14,7 +14,9 @@ if typing.TYPE_CHECKING:
     from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
     from minikeras.callbacks.rates import LRScheduler
     from minikeras.callbacks.stopping import EarlyStopping, Timer
+    from minikeras.freezing import freeze, unfreeze
     from minikeras.losses import FocalLoss, Regularized, l1_penalty, l2_penalty, weight_decay_groups
+    from minikeras.metrics import accuracy, binary_accuracy
     from minikeras.on_all_rows import OnAllRows
     from minikeras.report.layer_summary import summary
     from minikeras.report.plotting import plot_history, plot_metric
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "Average",
+    "BatchLogs",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -38,11 +41,15 @@ __all__ = [
     "OnAllRows",
     "Regularized",
     "Timer",
+    "accuracy",
+    "binary_accuracy",
+    "freeze",
     "l1_penalty",
     "l2_penalty",
     "plot_history",
     "plot_metric",
     "summary",
+    "unfreeze",
     "weight_decay_groups",
 ]
 
@@ -55,11 +62,15 @@ _ROOMS = {
     "EarlyStopping": "callbacks.stopping",
     "Timer": "callbacks.stopping",
     "summary": "report.layer_summary",
+    "freeze": "freezing",
+    "unfreeze": "freezing",
     "FocalLoss": "losses",
     "Regularized": "losses",
     "l1_penalty": "losses",
     "l2_penalty": "losses",
     "weight_decay_groups": "losses",
+    "accuracy": "metrics",
+    "binary_accuracy": "metrics",
     "OnAllRows": "on_all_rows",
     "plot_history": "report.plotting",
     "plot_metric": "report.plotting",

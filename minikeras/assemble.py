@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from minikeras.batch import choose_call, choose_device
+from minikeras.batch import Parts, choose_call, choose_device, unpack
 from minikeras.callback import Callback, check_callbacks
 from minikeras.columns import rate_name
 from minikeras.engine import Eager
@@ -90,6 +90,7 @@ def make_run(
     clip_grad_norm: float | None,
     clip_grad_value: float | None,
     accumulate: int,
+    split_batch: Callable[[Any], Any] | None,
     distributed: str | None,
     sync_batchnorm: bool,
     fsdp_blocks: Any,
@@ -106,6 +107,7 @@ def make_run(
     optimizers = name_optimizers(optimizer)
     check_jit(jit, steps_per_execution)
     world = find_world(distributed)
+    split = make_split(split_batch, 1 if world.size > 1 else steps_per_execution)
     chosen = world.device(choose_device(device))
     is_in_parts = distributed == "fsdp" or any(map(is_sharded, model.parameters()))
     if is_in_parts:
@@ -142,8 +144,9 @@ def make_run(
             shards.shard(model, fsdp_blocks, optimizers.values(), has_own_step(model), chosen)
             parts.append(shards.ShardedBackward())
     stepper = Stepper(optimizers, parts)
-    run = Run(loss_func, optimizers, chosen, world, stepper, train, val)
-    run.parameters = {id(parameter) for parameter in parameters_of(model, loss_func)}
+    run = Run(loss_func, optimizers, chosen, world, stepper, train, val, split)
+    for parameter in parameters_of(model, loss_func):
+        run.parameters[id(parameter)] = parameter.requires_grad
     for phase in (train, val):
         phase.decorate = functools.partial(stepper.decorated, "around_metrics")
     add_first_batch_checks(model, run)
@@ -321,6 +324,17 @@ def make_engine(model: Model, run: Run, jit: Any, steps_per_execution: int) -> E
 
 
 # --- data -----------------------------------------------------------------------------------------
+
+
+def make_split(
+    split_batch: Callable[[Any], Any] | None, steps_per_execution: int
+) -> Callable[[Any], Parts]:
+    """What splits a batch into features, labels, sample_weight and the rows that it states."""
+    if split_batch is None:
+        return unpack
+    from minikeras.data.split_batch import SplitBatch
+
+    return SplitBatch(split_batch, steps_per_execution)
 
 
 def make_source(

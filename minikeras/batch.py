@@ -16,31 +16,40 @@ from minikeras.errors import describe
 from minikeras.nests import can_move, map_leaves
 
 PAIRS = (tuple, list)
+# features, labels, sample_weight, and the number of rows that the batch itself states
+Parts = tuple[Any, Any, Any, int | None]
 
 
-def unpack(batch: Any) -> tuple[Any, Any, Any]:
-    """Split a batch into (features, labels, sample_weight); missing parts are None."""
+def unpack(batch: Any) -> Parts:
+    """Split a batch into (features, labels, sample_weight, rows); missing parts are None.
+
+    `rows` is always None here: a batch that states its number of rows is the features as well.
+    """
     if type(batch) in PAIRS and len(batch) == 2:  # most are
-        return batch[0], batch[1], None
+        return batch[0], batch[1], None, None
     if not isinstance(batch, (tuple, list)) or can_move(batch):
-        return batch, None, None
+        return batch, None, None, None
     if not 1 <= len(batch) <= 3:
         raise ValueError(
             f"a batch has {len(batch)} parts: {describe(batch)}; expected (features, labels) or "
             "(features, labels, sample_weight). Put several inputs into a tuple of their own: "
-            "((a, b), labels)."
+            "((a, b), labels); or, with the labels last, pass compile(split_batch=lambda batch: "
+            "(batch[:-1], batch[-1]))."
         )
     features, labels, sample_weight = (*batch, None, None)[:3]
-    return features, labels, sample_weight
+    return features, labels, sample_weight, None
 
 
-def move_to_device(batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
-    """Split a batch into (features, labels, sample_weight) and move them to the device."""
-    features, labels, weight = unpack(batch)
+def move_to_device(
+    batch: Any, device: torch.device, split_batch: Callable[[Any], Parts] = unpack
+) -> Parts:
+    """Split a batch as `unpack` does, and move features, labels and sample_weight to the device."""
+    features, labels, weight, rows = split_batch(batch)
     return (
         to_device(features, device),
         to_device(labels, device),
         None if weight is None else to_device(weight, device),
+        rows,
     )
 
 

@@ -3,7 +3,7 @@
 on_fit_begin
 for each epoch:
     on_epoch_begin
-    for each batch: on_batch_end
+    for each batch: on_batch_begin, its training step, on_batch_end
     if validation is due: on_evaluate_begin, the batches of dl_val, on_evaluate_end
     on_epoch_end
 on_fit_end              also after an error or Ctrl-C
@@ -11,6 +11,7 @@ on_fit_end              also after an error or Ctrl-C
 
 from __future__ import annotations
 
+import abc
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,38 @@ from minikeras.errors import is_number
 
 if TYPE_CHECKING:
     from minikeras.model import Model
+
+
+class BatchLogs(Mapping[str, float]):
+    """The logs of `on_batch_end`: name -> mean over the epoch so far.
+
+    `batch` has the values of the last batch alone. Reading a value waits for the device.
+
+    >>> import minikeras, torch
+    >>> def show(batch, logs):
+    ...     print(batch, logs["loss"], logs.batch["loss"])
+    >>> model = minikeras.Model(torch.nn.Linear(1, 1, bias=False))
+    >>> _ = torch.nn.init.ones_(model.net.weight)
+    >>> model.compile(torch.nn.L1Loss(), torch.optim.SGD(model.parameters(), lr=0.0))
+    >>> batches = [(torch.full((2, 1), size), torch.zeros(2, 1)) for size in (4.0, 2.0)]
+    >>> shown = minikeras.LambdaCallback(on_batch_end=show)
+    >>> _ = model.fit(1, batches, callbacks=[shown], verbose=0)
+    1 4.0 4.0
+    2 3.0 2.0
+    """
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> Mapping[str, float]:
+        """Return the values of the last batch alone, name -> value.
+
+        Its loss, the functions of metrics_dict and whatever else a custom step returns; of an
+        `Average` the mean, NaN if nothing was counted. Metric objects are left out. With
+        `steps_per_execution` it is the last batch of the call. With several processes the values
+        are those of this process's rows; NaN for a batch that only keeps it in step with the
+        others. Each value is read from the device when you look it up: read what you need, such as
+        `logs.batch["loss"]`, within `on_batch_end`.
+        """
 
 
 class Callback:
@@ -55,11 +88,20 @@ class Callback:
         The model is in train mode, except for submodules that you have put into eval mode.
         """
 
-    def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+    def on_batch_begin(self, batch: int) -> None:
+        """Called before the training step of `batch`, which has been read and is on the device.
+
+        With `steps_per_execution` it is called once for each call of the graph, with the number of
+        the call's first batch.
+        """
+
+    def on_batch_end(self, batch: int, logs: BatchLogs) -> None:
         """Called after the training step of `batch`.
 
-        `logs` holds the running means of the epoch; with several processes, those of this process.
-        Reading a value waits for the device.
+        `logs` holds the running means of the epoch, and `logs.batch` the values of the last batch
+        alone; with several processes, those of this process. Reading a value waits for the device.
+        With `steps_per_execution` it is called once for each call of the graph, with the number of
+        the call's last batch.
         """
 
     def on_evaluate_begin(self) -> None:
@@ -104,6 +146,7 @@ class LambdaCallback(Callback):
     Args:
         on_fit_begin, on_evaluate_begin, on_evaluate_end, on_fit_end: called without arguments.
         on_epoch_begin: called with the epoch's number.
+        on_batch_begin: called with the batch's number.
         on_batch_end: called with the batch's number and the running means.
         on_epoch_end: called with the epoch's number and its row of the history, a dict to which
             values may be added.
@@ -118,7 +161,8 @@ class LambdaCallback(Callback):
         self,
         on_fit_begin: Callable[[], Any] | None = None,
         on_epoch_begin: Callable[[int], Any] | None = None,
-        on_batch_end: Callable[[int, Mapping[str, float]], Any] | None = None,
+        on_batch_begin: Callable[[int], Any] | None = None,
+        on_batch_end: Callable[[int, BatchLogs], Any] | None = None,
         on_evaluate_begin: Callable[[], Any] | None = None,
         on_evaluate_end: Callable[[], Any] | None = None,
         on_epoch_end: Callable[[int, dict[str, float]], Any] | None = None,

@@ -99,6 +99,12 @@ def check_one_of(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be {choices}, got {value!r}.{hint}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Refuse a value that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}.")
+
+
 def describe(value: object) -> str:
     """Describe a value for an error message.
 

@@ -25,9 +25,10 @@ from minikeras.errors import describe, is_number
 from minikeras.nests import take_apart
 
 Probe = Callable[[], tuple[Any, int] | None]  # outputs for another number of rows, and that number
+BY_BATCH = "pass join=False for a list with the outputs of each batch"
 WAY_OUT = (
     "Leave it out of what forward returns in eval mode (`if self.training`), give it a row for "
-    "each row of the batch with .expand, or predict batch by batch"
+    f"each row of the batch with .expand, or {BY_BATCH}"
 )
 
 
@@ -73,7 +74,7 @@ class _Joining:
             raise ValueError(
                 f"a part of the outputs{show_place(path)} is None in one batch and "
                 f"{describe(other)} in another, and cannot be joined. Return the same parts for "
-                "each batch, or predict batch by batch."
+                f"each batch, or {BY_BATCH}."
             )
         if all(isinstance(piece, (Tensor, np.ndarray)) for piece in pieces):
             return self.join_tensors(pieces, path)
@@ -98,8 +99,8 @@ class _Joining:
             outputs, rows = probed
             if is_plain_list(outputs) and len(outputs) in (rows, len(pieces[0])):
                 return len(outputs) == rows
-        if all(take_apart(item) is not None for item in chain.from_iterable(pieces)):
-            return True  # such as a dict for each image
+        if all(is_row(item) for item in chain.from_iterable(pieces)):
+            return True
         try:
             self.join_containers(pieces, path)
         except ValueError:
@@ -126,8 +127,7 @@ class _Joining:
         """Raise the error for outputs that are not built alike."""
         raise ValueError(
             f"the outputs of the batches are made in different ways, {describe(first)} and "
-            f"{describe(other)}, and cannot be joined. Return the same from each, or predict "
-            "batch by batch."
+            f"{describe(other)}, and cannot be joined. Return the same from each, or {BY_BATCH}."
         )
 
     def join_others(self, pieces: list[Any], path: list[Any]) -> Any:
@@ -147,7 +147,7 @@ class _Joining:
         raise ValueError(
             f"the model returned {describe(first)}{show_place(path)}, which predict cannot join: "
             "it joins tensors that have the rows first, in tuples, lists, dicts and dataclasses. "
-            "Return such tensors, or predict batch by batch."
+            f"Return such tensors, or {BY_BATCH}."
         )
 
     # --- tensors ---
@@ -163,8 +163,8 @@ class _Joining:
         if len(shapes) > 1:
             raise ValueError(
                 f"the outputs of the batches have rows of different shapes, {shapes[0]} and "
-                f"{shapes[-1]}, and cannot be joined. Pad them to one shape in forward, or predict "
-                "batch by batch."
+                f"{shapes[-1]}, and cannot be joined. Pad them to one shape in forward, or "
+                f"{BY_BATCH}."
             )
         if self.is_doubtful(pieces, multiple):
             probed = self.get_probed(path)
@@ -323,7 +323,7 @@ class _Joining:
                 raise ValueError(
                     f"the model returned a PackedSequence of {sequence_count} "
                     f"rows{show_place(path)} for {rows} rows of the batch. Return one sequence for "
-                    "each row, or predict batch by batch."
+                    f"each row, or {BY_BATCH}."
                 )
         if len(pieces) == 1:
             only: PackedSequence = pieces[0]
@@ -339,6 +339,11 @@ def is_same(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and torch.equal(first, second)
     return bool(np.array_equal(first, second))
+
+
+def is_row(item: Any) -> bool:
+    """Tell whether an item of a list is surely a row, such as a dict for each image or a name."""
+    return isinstance(item, (str, bytes)) or take_apart(item) is not None
 
 
 def is_plain_list(nest: Any) -> bool:

@@ -7,7 +7,8 @@ run_fit:
         train mode
         callbacks: on_epoch_begin; hooks: before_epoch, on_epoch_begin
         run_pass over dl_train:
-            for each batch: to the device, model.train_step, add to the totals,
+            for each batch: to the device, callbacks: on_batch_begin,
+                            model.train_step, add to the totals,
                             callbacks: on_batch_end; hooks: on_batch_end
             the stepper takes the steps that are left
         hooks: on_train_end
@@ -27,7 +28,7 @@ Between batches nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 # torch prints with it as Python ends. Were it imported then, a Ctrl-C that ended the script would
@@ -42,6 +43,7 @@ from minikeras.engine import WAITING
 from minikeras.hooks import Fit, Hook, Position
 from minikeras.modes import keep_modes, record_gradients
 from minikeras.phase import NO_BATCH, FillerBatch, Phase
+from minikeras.results import Result
 from minikeras.run import Run
 from minikeras.sources import make_empty_error
 
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 BatchEnd = Callable[[int], bool]  # of a batch's number; True ends the pass
+# of a batch's number and what its step returned
+BatchResults = Callable[[int, Mapping[str, Result]], None]
 
 
 def run_fit(fit: Fit) -> None:
@@ -92,9 +96,12 @@ def run_epoch(fit: Fit) -> None:
         for hook in fit.hooks:
             hook.on_epoch_begin(fit)
         if at.logs is None:
-            tell = make_on_batch_end(fit, run.train)
+            on_batch_begin = make_on_batch_begin(fit)
+            on_batch_end = make_on_batch_end(fit, run.train)
             after_batch = make_after_batch(fit, is_training=True)
-            at.logs = run_pass(run, run.train, fit.train, at.step, tell, after_batch)
+            at.logs = run_pass(
+                run, run.train, fit.train, at.step, on_batch_begin, on_batch_end, after_batch
+            )
             for hook in fit.hooks:
                 hook.on_train_end(fit)
         logs = dict(at.logs)
@@ -138,30 +145,38 @@ def run_pass(
     phase: Phase,
     batches: Iterable[Any],
     done: int = 0,
-    on_batch_end: Callable[[int], None] | None = None,
+    on_batch_begin: Callable[[int], None] | None = None,
+    on_batch_end: BatchResults | None = None,
     after_batch: BatchEnd | None = None,
 ) -> dict[str, float]:
     """Take every batch once through the phase's step; return the means over the rows.
 
     Args:
         done: how many batches have been taken, which the totals hold already.
-        on_batch_end: called with a batch's number after each of its steps.
-        after_batch: the same, but not for batches that waited at the end; True ends the pass.
+        on_batch_begin: called with a batch's number before its step, but not for a batch that goes
+            through a graph together with the one before.
+        on_batch_end: called with a batch's number after its step, and with the step's results.
+        after_batch: called with a batch's number after its step, but not for batches that waited
+            at the end; True ends the pass.
     """
     previous, run.phase = run.phase, phase  # a callback may evaluate in the middle of an epoch
     phase.begin_pass()
     if not done:
         phase.totals.reset()
     step = run.engine.step(phase)
+    split_batch = run.split_batch
     number = done
+    results: Any = None
     try:
         for number, given in number_batches(batches, done, phase):
             is_filler = isinstance(given, FillerBatch)
             if is_filler:  # repeated to keep in step with other processes: counts for nothing
                 given = given.batch
-            features, labels, sample_weight = move_to_device(given, run.device)
-            batch = phase.take(number, features, labels, sample_weight, is_filler)
+            features, labels, sample_weight, rows = move_to_device(given, run.device, split_batch)
+            batch = phase.take(number, features, labels, sample_weight, is_filler, rows)
             phase.checks.batch(step, batch)
+            if on_batch_begin is not None and results is not WAITING:
+                on_batch_begin(number)
             if sample_weight is None:
                 results = step(features, labels)
             else:
@@ -170,7 +185,7 @@ def run_pass(
                 continue
             phase.add(step, results)
             if on_batch_end is not None:
-                on_batch_end(number)
+                on_batch_end(number, results)
             if after_batch is not None and after_batch(number):
                 break
         if not number:
@@ -179,7 +194,7 @@ def run_pass(
         if rest is not None:
             phase.add(step, rest)
             if on_batch_end is not None:
-                on_batch_end(number)
+                on_batch_end(number, rest)
         if phase.is_training:
             run.stepper.end_pass()
         phase.batch = NO_BATCH
@@ -191,6 +206,7 @@ def run_pass(
         raise
     finally:
         run.phase = previous
+        phase.totals.last = {}, False
 
 
 def number_batches(batches: Iterable[Any], done: int, phase: Phase) -> Iterator[tuple[int, Any]]:
@@ -223,14 +239,28 @@ def note_batch(error: Exception, phase: Phase, number: int) -> None:
 # --- callbacks and hooks --------------------------------------------------------------------------
 
 
-def make_on_batch_end(fit: Fit, phase: Phase) -> Callable[[int], None] | None:
-    """What tells the callbacks of a batch; None if none of them listens."""
-    listeners = with_method(fit.callbacks, "on_batch_end")
+def make_on_batch_begin(fit: Fit) -> Callable[[int], None] | None:
+    """What tells the callbacks of a batch before its step; None if none of them listens."""
+    listeners = with_method(fit.callbacks, "on_batch_begin")
     if not listeners:
         return None
 
-    def on_batch_end(number: int) -> None:
-        call(listeners, "on_batch_end", number, phase.totals)
+    def on_batch_begin(number: int) -> None:
+        call(listeners, "on_batch_begin", number)
+
+    return on_batch_begin
+
+
+def make_on_batch_end(fit: Fit, phase: Phase) -> BatchResults | None:
+    """What tells the callbacks of a batch after its step; None if none of them listens."""
+    listeners = with_method(fit.callbacks, "on_batch_end")
+    if not listeners:
+        return None
+    totals = phase.totals
+
+    def on_batch_end(number: int, results: Mapping[str, Result]) -> None:
+        totals.last = results, phase.batch.is_filler
+        call(listeners, "on_batch_end", number, totals)
 
     return on_batch_end
 

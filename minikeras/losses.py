@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from minikeras.errors import check_one_of, describe
 from minikeras.hooks import Fit, Hook
@@ -135,11 +136,15 @@ def weights_and_biases(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     biases: list[nn.Parameter] = []
     # named_parameters yields a tied parameter once, under its first name
     for name, parameter in model.named_parameters():
-        if "bias" in name.rpartition(".")[2]:
+        if _is_bias(name):
             biases.append(parameter)
         else:
             weights.append(parameter)
     return weights, biases
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
 
 
 # during a fit: the weights of each model, collected once; several dicts if fits are nested
@@ -324,32 +329,80 @@ class Regularized(nn.Module):
         return f"l1={self.l1}, l2={self.l2}"
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer: weights with `weight_decay`, biases with 0.
+def weight_decay_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    spare: str | Callable[[str, nn.Parameter], bool] = "bias",
+) -> list[dict[str, Any]]:
+    """Return two parameter groups for an optimizer: one with `weight_decay`, one spared, with 0.
 
     An empty group is left out. For SGD and Adam this equals `l2_penalty(model, weight_decay)`, at
-    lower cost. AdamW's decay is different, lr * weight_decay * w next to the step: Loshchilov and
-    Hutter 2019, "Decoupled Weight Decay Regularization".
+    lower cost, if biases alone are spared. AdamW's decay is different, lr * weight_decay * w next
+    to the step: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 
     Args:
-        model: any module; only its trainable parameters are taken, each once.
+        model: any module; each of its parameters is taken once. Frozen ones are taken too, so that
+            they train once they are unfrozen; until then no optimizer moves or decays them.
         weight_decay: 0 or more, as the argument of this name of an optimizer.
+        spare: what gets no weight decay. "bias", the default: the biases. "1d": biases and all
+            parameters of one dimension or none, such as the gains of LayerNorm and BatchNorm. Or a
+            function of (name, parameter) that returns True for those to spare.
 
     Raises:
-        ValueError: a negative `weight_decay`.
+        ValueError: a negative `weight_decay`, another word in `spare`, or "1d" with a lazy layer
+            that has not seen a batch.
+        TypeError: `spare` is neither a word nor a function.
 
-    >>> groups = weight_decay_groups(nn.Linear(3, 2), 1e-5)
-    >>> optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    >>> net = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    >>> groups = weight_decay_groups(net, 0.01, spare="1d")
+    >>> optimizer = torch.optim.AdamW(groups, lr=0.001)
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
-    [(1, 1e-05), (1, 0.0)]
+    [(1, 0.01), (3, 0.0)]
     """
-    decays = (_strength("weight_decay", weight_decay), 0.0)
+    _strength("weight_decay", weight_decay)
+    is_spared = _choose_spared(spare)
+    decayed = []
+    spared = []
+    # named_parameters yields a tied parameter once, under its first name
+    for name, parameter in model.named_parameters():
+        if is_spared(name, parameter):
+            spared.append(parameter)
+        else:
+            decayed.append(parameter)
     groups = []
-    for parameters, decay in zip(weights_and_biases(model), decays, strict=True):
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        if trainable:
-            groups.append({"params": trainable, "weight_decay": decay})
+    if decayed:
+        groups.append({"params": decayed, "weight_decay": weight_decay})
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
     return groups
+
+
+def _choose_spared(spare: Any) -> Callable[[str, nn.Parameter], bool]:
+    """Return the function of (name, parameter) that `spare` stands for."""
+    if callable(spare) and not isinstance(spare, type):
+        function: Callable[[str, nn.Parameter], bool] = spare
+        return function
+    if not isinstance(spare, str):
+        raise TypeError(
+            f'spare must be "bias", "1d" or a function of (name, parameter), got '
+            f"{describe(spare)}. Pass for instance "
+            f"spare=lambda name, parameter: parameter.ndim < 2."
+        )
+    check_one_of("spare", spare, ("bias", "1d"))
+    if spare == "bias":
+        return lambda name, parameter: _is_bias(name)
+    return _has_one_dimension
+
+
+def _has_one_dimension(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter is a bias, or has one dimension or none."""
+    if is_lazy(parameter):
+        raise ValueError(
+            f'spare="1d" needs the shape of {name}, which a lazy layer has from its first batch '
+            f"on. Call the model on a batch first."
+        )
+    return parameter.ndim <= 1 or _is_bias(name)
 
 
 def _strength(name: str, value: float) -> float:

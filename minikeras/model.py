@@ -13,7 +13,7 @@ What compile and fit are asked for is put together in assemble.py, and nowhere e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,9 @@ from minikeras import assemble, loop, prediction
 from minikeras.batch import call_with
 from minikeras.callback import Callback
 from minikeras.compiled_names import hide_compiled_names
-from minikeras.errors import NotCompiledError, check_one_of
+from minikeras.errors import NotCompiledError, check_bool, check_one_of
 from minikeras.exported import is_exported, set_mode
+from minikeras.modes import keep_in_eval
 from minikeras.nests import detach_nest
 from minikeras.phase import NoChecks
 from minikeras.results import Result, reduce_loss
@@ -89,12 +90,15 @@ class Model(nn.Module):
     def train(self, mode: bool = True) -> Model:
         """Set train mode, or eval mode if `mode` is False, as `nn.Module.train` does.
 
-        An exported program keeps its own mode.
+        An exported program keeps its own mode, and frozen parts stay in eval mode.
         """
         if any(is_exported(module) for module in self.modules()):
             set_mode(self, mode)
-            return self
-        return super().train(mode)
+        else:
+            super().train(mode)
+        if mode:
+            keep_in_eval(self)
+        return self
 
     # --- the step: override it for custom training ------------------------------------------------
 
@@ -259,6 +263,7 @@ class Model(nn.Module):
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         accumulate: int = 1,
+        split_batch: Callable[[Any], Any] | None = None,
         distributed: str | None = "auto",
         sync_batchnorm: bool = False,
         fsdp_blocks: Any = None,
@@ -301,6 +306,12 @@ class Model(nn.Module):
             accumulate: number of batches per optimizer step; the gradient is the mean over all
                 their rows. The last step of an epoch may have fewer. Each optimizer counts its own
                 calls of `optimizer_step`.
+            split_batch: a function from a batch to (features, labels) or (features, labels,
+                sample_weight), for batches of another form, such as dicts with the labels inside
+                or tuples of more parts. fit, evaluate and predict call it on each batch as the
+                loader gives it, in the main process, before the batch is moved to the device. It
+                must not change the batch. If a batch has no labels, as in predict, it returns
+                (features, None).
             distributed: "auto" trains with the other processes that torchrun (or a process group)
                 started: each takes batch_size rows of every step. None trains alone. "ddp" raises
                 an error if there are no other processes, and so does "fsdp", which shards weights,
@@ -315,6 +326,12 @@ class Model(nn.Module):
             ValueError: a metric has a name that the history uses, the device does not exist, or an
                 argument is out of range.
             RuntimeError: called in a callback, during a fit of this model.
+
+        >>> model = Model(nn.Linear(2, 1))
+        >>> model.compile(nn.MSELoss(), split_batch=lambda batch: (batch["x"], batch["y"]))
+        >>> dicts = [{"x": torch.zeros(8, 2), "y": torch.zeros(8, 1)}]
+        >>> list(model.fit(1, dicts, verbose=0))
+        ['loss']
         """
         self._check_not_fitting(
             "compile", "A learning rate may be changed inside one, in the optimizer's param_groups."
@@ -331,6 +348,7 @@ class Model(nn.Module):
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
             accumulate=accumulate,
+            split_batch=split_batch,
             distributed=distributed,
             sync_batchnorm=sync_batchnorm,
             fsdp_blocks=fsdp_blocks,
@@ -457,27 +475,48 @@ class Model(nn.Module):
         batch_size: int | None = None,
         gather: str = "all",
         steps: int | None = None,
+        return_labels: bool = False,
+        join: bool = True,
     ) -> Any:
         """Return the outputs for every row, in order, on the CPU.
 
         They are a tensor, or the structure that the model returns. No compile is needed. Labels in
-        the batches are used only to count rows. Lists with an item for each row become one list; a
-        key-value cache of transformers is left out.
+        the batches are used only to count rows, unless `return_labels`. Lists with an item for each
+        row become one list; a key-value cache of transformers is left out.
 
         Args:
             dl: data as in `fit`, or X alone. Inputs need a batch dimension: for one row pass
                 `X[:1]`, not `X[0]`.
             batch_size: rows per batch, for a Dataset and arrays; default 32.
             gather: with several processes "all" get the outputs; with "main" only rank 0 gets them,
-                the others get None.
+                the others get None, or with `return_labels` (None, None).
             steps: maximum number of batches, for data that does not end; default all.
+            return_labels: return (outputs, labels), from one pass over `dl`: row i of the labels
+                belongs to row i of the outputs, also if the loader shuffles. The labels are joined
+                like the outputs, on the CPU, in the structure that they have in the batches.
+            join: False returns a list with the outputs of each batch, for outputs that cannot be
+                joined, such as sequences of another length in each batch; with `return_labels` a
+                pair of lists. With several processes the list has the batches of all, in the
+                loader's order.
 
         Raises:
-            TypeError, ValueError: there is no data, the model cannot use it, or its outputs have no
-                rows.
+            TypeError, ValueError: there is no data, the model cannot use it, its outputs have no
+                rows, or labels are asked for and there are none.
+
+        >>> model = Model(nn.Identity())
+        >>> X, y = torch.arange(3.0).reshape(3, 1), torch.tensor([7, 8, 9])
+        >>> loader = torch.utils.data.DataLoader([*zip(X, y)], batch_size=2, shuffle=True)
+        >>> outputs, labels = model.predict(loader, return_labels=True)
+        >>> torch.equal(outputs[:, 0] + 7, labels)
+        True
+        >>> [len(batch) for batch in model.predict(loader, join=False)]
+        [2, 1]
         """
         check_one_of("gather", gather, ("all", "main"))
-        return prediction.predict(self, dl, batch_size, gather == "all", steps)
+        check_bool("return_labels", return_labels)
+        check_bool("join", join)
+        wanted = prediction.Wanted(return_labels, join, everywhere=gather == "all")
+        return prediction.predict(self, dl, batch_size, steps, wanted)
 
     def save(self, path: str | Path) -> None:
         """Save the weights, `state_dict()`, atomically; an existing file becomes NAME.prev.

@@ -145,10 +145,21 @@ class Phase:
         self.look_by(self.explanations.begin_pass(self.checks))
 
     def take(
-        self, number: int, features: Any, labels: Any, sample_weight: Any, is_filler: bool
+        self,
+        number: int,
+        features: Any,
+        labels: Any,
+        sample_weight: Any,
+        is_filler: bool,
+        rows_stated: int | None = None,
     ) -> Batch:
-        """Make a batch the current one."""
-        rows = self.counter.count(features, labels)
+        """Make a batch the current one.
+
+        Args:
+            rows_stated: how many rows it has, if the user's batch says so.
+        """
+        rows: int | UnknownRows
+        rows = self.counter.count(features, labels) if rows_stated is None else rows_stated
         if sample_weight is not None:
             rows = settle_by_weight(rows, features, labels, sample_weight)
         batch = Batch(features, labels, sample_weight, rows, is_filler, number)

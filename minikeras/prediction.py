@@ -1,4 +1,11 @@
-"""What happens in predict: every batch through the model, off the device, all rows joined."""
+"""What happens in predict: every batch through the model, off the device, all rows joined.
+
+for each batch (compute_all_outputs):
+    split it; copy its labels if they are asked for; count its rows
+    forward, and the outputs to the CPU
+with several processes: gather the outputs of all
+join outputs, and labels, along the rows (join_all)
+"""
 
 from __future__ import annotations
 
@@ -13,8 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from minikeras import assemble
-from minikeras.batch import choose_call, to_device, unpack
-from minikeras.joining import join
+from minikeras.batch import Parts, choose_call, to_device, unpack
+from minikeras.errors import describe
+from minikeras.joining import BY_BATCH, join
 from minikeras.modes import keep_modes, keep_random_states
 from minikeras.nests import is_sharded, leaves, map_leaves
 from minikeras.phase import FillerBatch, unwrap_filler
@@ -27,11 +35,24 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks predict for."""
+
+    labels: bool  # next to the outputs, of the same rows
+    joined: bool  # along the rows; else a list with an item for each batch
+    everywhere: bool  # in all processes; else on rank 0 alone
+
+
 @dataclass
 class Outputs:
     """The model's outputs for some batches, on the CPU, and how many rows each may have."""
 
     pieces: list[Any] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)  # of each batch, if they are wanted
     # by the labels, or by the features alone: the rows of each batch
     rows: dict[str, list[int | None]] = field(default_factory=dict)
     unknown: UnknownRows | None = None  # why they could not be counted, where that is so
@@ -39,43 +60,58 @@ class Outputs:
 
 
 def predict(
-    model: Model, dl: Any, batch_size: int | None, everywhere: bool, steps: int | None
+    model: Model, dl: Any, batch_size: int | None, steps: int | None, wanted: Wanted
 ) -> Any:
-    """Return the outputs for every row, in order, on the CPU.
-
-    With several processes only rank 0 gets them unless `everywhere`.
-    """
+    """Return the outputs for every row, in order, on the CPU; with their labels if wanted."""
     run = model._run
     if run is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = next((parameter.device for parameter in model.parameters()), CPU)
         batches = assemble.make_source_of_prediction(dl, batch_size, steps, device, OneProcess())
-        return join_all(model, compute_all_outputs(model, batches, device), device)
+        outputs = compute_all_outputs(model, batches, device, unpack, wanted)
+        return choose_result(model, outputs, device, wanted)
     prepare(model, run)
     with run.engine.predicting():
         batches = assemble.make_source_of_prediction(dl, batch_size, steps, run.device, run.world)
-        outputs = run.world.join_outputs(
-            compute_all_outputs(model, batches, run.device), everywhere
-        )
+        own = compute_all_outputs(model, batches, run.device, run.split_batch, wanted)
+        outputs = run.world.join_outputs(own, wanted.everywhere)
         if outputs is None:
-            return None
-        return join_all(model, outputs, run.device)
+            return (None, None) if wanted.labels else None
+        return choose_result(model, outputs, run.device, wanted)
+
+
+def choose_result(model: Model, outputs: Outputs, device: torch.device, wanted: Wanted) -> Any:
+    """Return what the user asks for, from the outputs of all processes."""
+    if wanted.joined:
+        joined, labels = join_all(model, outputs, device)
+    else:
+        joined, labels = outputs.pieces, outputs.labels
+    return (joined, labels) if wanted.labels else joined
 
 
 # --- forward --------------------------------------------------------------------------------------
 
 
-def compute_all_outputs(model: Model, batches: Iterable[Any], device: torch.device) -> Outputs:
-    """Return the model's outputs for each batch."""
+def compute_all_outputs(
+    model: Model,
+    batches: Iterable[Any],
+    device: torch.device,
+    split_batch: Callable[[Any], Parts],
+    wanted: Wanted,
+) -> Outputs:
+    """Return the model's outputs for each batch, and its labels if they are wanted."""
     outputs = Outputs()
     compute_outputs = decorate_forward(model)
     counter = RowCounter(lambda features: choose_call(model, features) == "unpacked")
     counter_of_features = RowCounter(counter.takes_several)
     with keep_modes(model), torch.no_grad():
         model.eval()
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             batch, is_filler = unwrap_filler(batch)
-            features, labels, _ = unpack(batch)
-            rows = counter.count(features, labels)
+            features, labels, _, rows_stated = split_batch(batch)
+            if wanted.labels:  # copied before forward, which may write into features that they are
+                outputs.labels.append(copy_labels(labels, features, number))
+            rows: int | UnknownRows
+            rows = counter.count(features, labels) if rows_stated is None else rows_stated
             rows_alone = counter_of_features.count(features)
             if is_second_size(rows, features, rows_alone):
                 rows_alone = rows  # time first: the features alone would tell the wrong number
@@ -86,7 +122,7 @@ def compute_all_outputs(model: Model, batches: Iterable[Any], device: torch.devi
             outputs.features = features
             outputs.pieces.append(FillerBatch(piece) if is_filler else piece)
             outputs.rows.setdefault("outputs", []).append(find_agreed_size(piece, sizes))
-            if len(outputs.pieces) == 1:
+            if len(outputs.pieces) == 1 and wanted.joined:
                 try:
                     join_all(model, outputs, device, final=False)  # says what is wrong at once
                 except ValueError as error:
@@ -95,6 +131,22 @@ def compute_all_outputs(model: Model, batches: Iterable[Any], device: torch.devi
     if not outputs.pieces:
         raise make_empty_error(batches, "dl")
     return outputs
+
+
+def copy_labels(labels: Any, features: Any, number: int) -> Any:
+    """Return the labels of a batch on the CPU, in memory of their own.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if labels is None:
+        raise ValueError(
+            f"return_labels=True needs labels, and batch {number} of dl is features alone, "
+            f"{describe(features)}. Give batches of (features, labels), arrays as a tuple (X, y); "
+            "if the batches have labels in another place, such as in a dict, pass "
+            "compile(split_batch=function), which returns (features, labels)."
+        )
+    return map_leaves(move_to_cpu, to_device(labels, CPU))
 
 
 def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
@@ -161,8 +213,14 @@ def find_agreed_size(piece: Any, sizes: set[int]) -> int | None:
 # --- joined ---------------------------------------------------------------------------------------
 
 
-def join_all(model: Model, outputs: Outputs, device: torch.device, final: bool = True) -> Any:
-    """Join the outputs of all batches, by the first way to count the rows that they fit."""
+def join_all(
+    model: Model, outputs: Outputs, device: torch.device, final: bool = True
+) -> tuple[Any, Any]:
+    """Join the outputs of all batches, by the first way to count the rows that they fit.
+
+    Returns:
+        The joined outputs, and the joined labels or None.
+    """
     first_error: ValueError | None = None
     pieces = [unwrap_filler(piece)[0] for piece in outputs.pieces]
     tried: list[list[int]] = []
@@ -176,14 +234,48 @@ def join_all(model: Model, outputs: Outputs, device: torch.device, final: bool =
         try:
             if rows == outputs.rows["features"]:
                 another = partial(probe, model, outputs.features, rows[-1], device)
-                return join(pieces, rows, another, final)
-            return join(pieces, rows, final=final)  # the features cannot be cut along the rows
+                joined = join(pieces, rows, another, final)
+            else:  # the features cannot be cut along the rows
+                joined = join(pieces, rows, final=final)
         except ValueError as error:
             first_error = first_error or error
+            continue
+        return joined, join_labels(outputs.labels, rows, final)
     if first_error is None:
         assert outputs.unknown is not None
-        outputs.unknown.refuse()
+        raise ValueError(
+            "the rows of a batch, along which predict joins the outputs, cannot be told: "
+            f"{outputs.unknown.why}. Set an int `batch_size` on the batch, as an attribute of an "
+            f"object or a dict subclass of your own; or {BY_BATCH}."
+        )
     raise first_error
+
+
+def join_labels(labels: list[Any], rows: list[int], final: bool) -> Any:
+    """Join the labels of all batches along the rows by which the outputs were joined.
+
+    None if no labels are wanted.
+
+    Raises:
+        ValueError: they have other rows.
+    """
+    if not labels:
+        return None
+    try:
+        return join(labels, rows, final=final)
+    except ValueError as error:
+        shown = []
+        for piece, count in zip(labels, rows, strict=True):
+            text = f"{describe(piece)} for {count} rows"
+            if text not in shown:
+                shown.append(text)
+        others = f" and {shown[-1]}" if len(shown) > 1 else ""
+        raise ValueError(
+            "return_labels=True: the labels of the batches cannot be joined like the outputs; "
+            "expected the rows first, one label for each row or a fixed number, and got "
+            f"{shown[0]}{others}. Pass join=False for two lists, with the outputs and the labels "
+            "of each batch."
+        ) from error
 
 
 def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple[Any, int] | None:

@@ -8,8 +8,9 @@ loss_func(y_pred, y_true)
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,17 @@ class Average(NamedTuple):
     >>> import minikeras, torch
     >>> losses = torch.tensor([2.0, 4.0, 9.0])
     >>> mask = torch.tensor([1.0, 1.0, 0.0])  # one token is padding
-    >>> minikeras.Average((losses * mask).sum(), mask.sum())
-    Average(total=tensor(6.), count=tensor(2.))
+    >>> average = minikeras.Average((losses * mask).sum(), mask.sum())
+    >>> average, float(average)
+    (Average(total=tensor(6.), count=tensor(2.)), 3.0)
     """
 
     total: Tensor | float
     count: Tensor | float  # type: ignore[assignment] # tuple has a method of this name
+
+    def __float__(self) -> float:
+        """Return total / count, NaN if the count is 0; this waits for the device."""
+        return float(self.total) / float(self.count) if self.count else math.nan
 
 
 Loss = Tensor | Average
@@ -112,11 +118,27 @@ def check_average(name: str, average: Average, wait: bool = False) -> None:
         )
 
 
+_may_wait = False
+
+
+@contextlib.contextmanager
+def allow_waiting() -> Iterator[None]:
+    """Let `is_readable` allow waiting for a device meanwhile, as in a first batch."""
+    global _may_wait
+    before, _may_wait = _may_wait, True
+    try:
+        yield
+    finally:
+        _may_wait = before
+
+
 def is_readable(number: Any) -> bool:
     """Whether a number can be read now, without waiting for a device or ending a graph."""
     if not isinstance(number, Tensor):
         return True
-    return number.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return number.device.type == "cpu" or _may_wait
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -166,7 +188,8 @@ def weigh_loss(result: Any, sample_weight: Tensor) -> Tensor:
             f"the batches carry a sample_weight, their third part, so the loss must have a value "
             f"per row: expected "
             f'shape ({rows},), got {describe(result)}. Build it with reduction="none"; two '
-            f"inputs are ((a, b), y)."
+            f"inputs are ((a, b), y); to leave out a third part that is no weight pass "
+            f"compile(split_batch=lambda batch: (batch[0], batch[1]))."
         )
     return (result.reshape(rows, -1).mean(1) * sample_weight.reshape(rows)).mean()
 

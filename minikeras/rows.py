@@ -289,15 +289,23 @@ def first_size(nest: Any, unknown: int | None = None) -> int:
     return 1
 
 
+def get_batch_size(batch: Any) -> int | None:
+    """Return the `batch_size` of an object, if it is an int."""
+    try:
+        rows = getattr(batch, "batch_size", None)
+    except Exception:  # a dict with a custom __getattr__ that knows only its keys
+        return None
+    if isinstance(rows, int) and not isinstance(rows, bool):
+        return rows
+    return None
+
+
 def get_stated_rows(nest: Any) -> int | None:
     """Return the int `batch_size` of the batch, or of an object in it."""
     if nest is None or isinstance(nest, (Tensor, np.ndarray, PackedSequence, str, int, float)):
         return None
-    try:
-        rows = getattr(nest, "batch_size", None)
-    except Exception:  # a dict with a custom __getattr__ that knows only its keys
-        rows = None
-    if isinstance(rows, int) and not isinstance(rows, bool):
+    rows = get_batch_size(nest)
+    if rows is not None:
         return rows
     container = take_apart(nest, inside=True)
     if container is None:

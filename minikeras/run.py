@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minikeras.batch import Parts, unpack
 from minikeras.columns import rate_name, sort_columns
 from minikeras.engine import Eager
 from minikeras.hooks import Fit
@@ -36,11 +37,13 @@ class Run:
     stepper: Stepper
     train: Phase
     val: Phase
+    split_batch: Callable[[Any], Parts] = unpack  # into features, labels, sample_weight, rows
     engine: Eager = field(init=False)
     phase: Phase = field(init=False)  # the one that is running, or has run last
     modes: TrainingModes = field(init=False)  # of the current or last fit
     fit: Fit | None = None  # the one that is running
-    parameters: set[int] = field(default_factory=set)  # the ids of the parameters at compile
+    # the id of each parameter at compile -> whether it was trained then
+    parameters: dict[int, bool] = field(default_factory=dict)
     # the model's plain attributes that are ours, as they were set
     published: dict[str, Any] = field(default_factory=dict)
     # logs and learning rates of each epoch

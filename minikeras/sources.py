@@ -155,10 +155,9 @@ class ArrayBatches:
         device: torch.device | None = None,
         fetch: Fetch = PLAIN_FETCH,
     ) -> None:
-        if isinstance(data, tuple) and not 1 <= len(data) <= 3:
+        if isinstance(data, tuple) and not data:
             raise ValueError(
-                f"{name} is a tuple of {len(data)}; expected (X, y) or (X, y, sample_weight). Put "
-                "several inputs into a tuple of their own: ((X1, X2), y)."
+                f"{name} is an empty tuple; expected arrays. Pass (X, y) or (X, y, sample_weight)."
             )
         self.batch_size = batch_size
         self.shuffle = shuffle

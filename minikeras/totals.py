@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minikeras.callback import BatchLogs
 from minikeras.columns import check_columns, find_columns
 from minikeras.metric_objects import (
     find_syncing_parts,
@@ -29,11 +30,36 @@ from minikeras.metric_objects import (
 )
 from minikeras.nests import detach_nest, map_leaves
 from minikeras.processes import OneProcess
-from minikeras.results import Average, Result, check_average, check_number
+from minikeras.results import Average, Result, check_average, check_number, is_readable
 from minikeras.rows import UnknownRows
 
 
-class Totals(Mapping[str, float]):
+class BatchValues(Mapping[str, float]):
+    """What a step returned for one batch, read from the device when it is looked up.
+
+    Of the results of several steps together it takes `last_batch`, those of the last step.
+    """
+
+    def __init__(self, results: Mapping[str, Result], is_filler: bool) -> None:
+        results = getattr(results, "last_batch", results)
+        self.results = detach_nest(dict(results))  # a mapping that is kept must keep no graph
+        self.is_filler = is_filler
+
+    def __getitem__(self, name: str) -> float:
+        value = self.results[name]
+        return math.nan if self.is_filler else float(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class Totals(BatchLogs):
     """The running totals of training or validation; reads as a mapping of name -> mean so far."""
 
     def __init__(
@@ -54,6 +80,8 @@ class Totals(Mapping[str, float]):
         for name, metric in self.objects.items():
             world.prepare_metric(metric, name, lambda: self.is_syncing)
         self.columns: dict[str, list[str]] = {}  # of each object, as its last answer had them
+        # what the last step returned, and whether that counts for nothing; while callbacks listen
+        self.last: tuple[Mapping[str, Result], bool] = ({}, False)
         self.reset()
 
     def reset(self) -> None:
@@ -130,14 +158,16 @@ class Totals(Mapping[str, float]):
 
     def _add_average(self, name: str, average: Average) -> None:
         check_average(f"{name!r}", average)
-        total, count = detach_nest(average)
-        total = total.reshape(()) if isinstance(total, Tensor) else float(total)
+        total, count = average
+        total = total.detach().reshape(()) if isinstance(total, Tensor) else float(total)
+        if isinstance(count, Tensor) and is_readable(count):
+            count = count.item()
         if not isinstance(count, Tensor):
             if count != 0:  # a total over nothing may be NaN
                 self.sums[name] += total
                 self.counts[name] += count
             return
-        count = count.reshape(())
+        count = count.detach().reshape(())
         if not isinstance(self.counts[name], Tensor):
             self.counts[name] = _zero(self.device) + self.counts[name]
         nothing = count.to(self.device) == 0
@@ -153,6 +183,11 @@ class Totals(Mapping[str, float]):
             )
         self.sums = {name: _zero(self.device) for name in results}
         self.counts = dict.fromkeys(results, 0)
+
+    @property
+    def batch(self) -> Mapping[str, float]:
+        """Return the values of the last batch alone."""
+        return BatchValues(*self.last)
 
     def means(self) -> dict[str, float]:
         """Return every mean so far, of all processes, read from the device together."""

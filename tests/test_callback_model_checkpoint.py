@@ -1,5 +1,7 @@
 """ModelCheckpoint: paths, and which epochs are saved."""
 
+import re
+
 import pytest
 import torch
 from helpers.callbacks import BATCHES, NAN, Loader, fit, log, names_in, saved_now
@@ -70,3 +72,70 @@ def test_model_checkpoint_keeps_its_best_value_when_resumed(tmp_path):
     fit(1, [log("score", [9.0]), after])  # a fit of its own: 9 is its best
     assert names_in(tmp_path) == ["1.pt", "2.pt"]
     assert after.best == 9.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "saved"),
+    [("min", [0.5, 0.4, 0.3, 0.35], ["3.pt"]), ("max", [0.4, 0.5, 0.3, 0.45], ["2.pt"])],
+)
+def test_model_checkpoint_saves_only_what_is_better_than_its_initial_value(
+    mode, scores, saved, tmp_path
+):
+    save = ModelCheckpoint(
+        tmp_path / "{epoch}.pt", "score", save_best_only=True, mode=mode, initial_value=0.4
+    )
+    fit(4, [log("score", scores), save])
+    assert names_in(tmp_path) == saved
+    fit(1, [log("score", [0.4]), save])  # each fit begins with it
+    assert save.best == 0.4
+    assert names_in(tmp_path) == saved
+
+
+def test_model_checkpoint_of_a_second_fit_goes_on_from_the_best_of_the_first(tmp_path):
+    path = tmp_path / "{epoch}.pt"
+    first = ModelCheckpoint(path, "score", save_best_only=True, mode="min")
+    fit(1, [log("score", [NAN]), first])
+    for value in (first.best, None):  # none yet, as torch and NumPy have it
+        fit(1, [log("score", [0.5]), first])
+        second = ModelCheckpoint(
+            path, "score", save_best_only=True, mode="min", initial_value=value
+        )
+        assert second.best == float("inf")
+    second = ModelCheckpoint(
+        path, "score", save_best_only=True, mode="min", initial_value=torch.tensor(first.best)
+    )
+    fit(2, [log("score", [0.6, 0.25]), second])
+    assert names_in(tmp_path) == ["1.pt", "2.pt"]
+    assert second.best == 0.25
+
+
+def test_model_checkpoint_resumes_with_the_best_of_the_file_and_not_the_initial_value(tmp_path):
+    before, after = (
+        ModelCheckpoint(
+            tmp_path / "{epoch}.pt", "score", save_best_only=True, mode="min", initial_value=5.0
+        )
+        for _ in "12"
+    )
+    fit(1, [log("score", [1.0]), before])
+    fit(1, [log("score", [2.0]), after, Loader([after], saved_now(before))])
+    assert after.best == 1.0
+
+
+@pytest.mark.parametrize("value", [NAN, -float("inf"), "0.5", True, [0.5]])
+def test_model_checkpoint_refuses_an_initial_value_that_nothing_can_be_compared_with(value):
+    message = (
+        "initial_value must be a number that another value of 'val_loss' can be better than, such "
+        f"as the `best` of an earlier ModelCheckpoint, or None, got {value!r}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ModelCheckpoint("w.pt", save_best_only=True, initial_value=value)
+
+
+def test_model_checkpoint_refuses_an_initial_value_if_it_saves_every_epoch():
+    message = (
+        "initial_value=0.5 needs save_best_only=True: without it every epoch is saved. Pass both "
+        "or none."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ModelCheckpoint("w.pt", initial_value=0.5)
+    assert ModelCheckpoint("w.pt", save_best_only=True, initial_value=0.5).best == 0.5

@@ -12,6 +12,7 @@ from minikeras import (
     LRScheduler,
     ModelCheckpoint,
 )
+from minikeras.callbacks.monitor import Monitor
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from minikeras import (
     ],
 )
 def test_monitor_mode_auto_infers_the_direction_from_the_name(name, better):
-    monitor = EarlyStopping(name).monitor
+    monitor = Monitor("EarlyStopping", name)
     assert monitor.better(1.0, 2.0) == (better == "less")
     assert monitor.better(2.0, 1.0) == (better == "more")
 

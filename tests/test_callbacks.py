@@ -19,6 +19,9 @@ class Diary(Callback):
     def on_epoch_begin(self, epoch):
         self.lines.append(f"epoch {epoch} begins, training={self.model.training}")
 
+    def on_batch_begin(self, batch):
+        self.lines.append(f"batch {batch} begins")
+
     def on_batch_end(self, batch, logs):
         self.lines.append(f"batch {batch}: {', '.join(logs)}")
 
@@ -42,11 +45,15 @@ def test_callbacks_are_called_in_calendar_order():
     assert diary.lines == [
         "fit begins with Net",
         "epoch 1 begins, training=True",
+        "batch 1 begins",
         "batch 1: loss, accuracy",
+        "batch 2 begins",
         "batch 2: loss, accuracy",
         "epoch 1: loss, accuracy",
         "epoch 2 begins, training=True",
+        "batch 1 begins",
         "batch 1: loss, accuracy",
+        "batch 2 begins",
         "batch 2: loss, accuracy",
         "validation begins",
         "validation ends",
@@ -164,8 +171,8 @@ def test_callback_methods_that_fit_never_calls_are_warned_of():
         compiled().fit(1, points(8), callbacks=[Keras()], verbose=0)
     assert [str(warning.message) for warning in told] == [
         "fit never calls Keras.on_epoch_ends, Keras.on_train_begin. What it calls is on_fit_begin, "
-        "on_epoch_begin, on_batch_end, on_evaluate_begin, on_evaluate_end, on_epoch_end, "
-        "on_fit_end."
+        "on_epoch_begin, on_batch_begin, on_batch_end, on_evaluate_begin, on_evaluate_end, "
+        "on_epoch_end, on_fit_end."
     ]
     assert told[0].filename == __file__
 

@@ -59,7 +59,7 @@ a metric without super | TypeError: metric 'm' is a Forgetful whose __init__ did
     super().__init__(). Call it there, before anything else.
 a metric class | TypeError: metric 'm' is the class L1Loss; expected an instance. Pass L1Loss().
 a list of metrics | TypeError: metrics_dict must be a dict of name -> metric, got list. Pass for
-    instance {"accuracy": accuracy}.
+    instance {"accuracy": minikeras.accuracy}.
 a metric named 3 | TypeError: metrics_dict has the name 3; expected a string.
 a metric named loss | ValueError: metrics_dict has the name 'loss', which history uses itself (loss,
     lr, epoch and val_...). Give it another name.

@@ -79,13 +79,14 @@ FIT = {
     "labels as a list": {"data": (X, ONES.tolist())},
     "X and y as lists": {"data": (ONES.tolist(), Y.tolist())},
     "rows of many lengths": {"data": ([np.zeros(3), np.zeros(5), np.zeros(4), np.zeros(6)], Y)},
+    "an empty tuple": {"data": ()},
     "a tuple of 4 arrays": {"data": (X, X, Y, Y)},
     "a batch of 4 parts": {"data": [(X, X, Y, Y)]},
     "a batch that is a lone tensor": {"data": [X]},
     "X alone": {"data": X},
     "a dict of one": {"data": [{"x": X}]},
     "a dict without labels": {"data": [{"x": X, "y": Y}]},
-    "a dict with labels first": {"data": [{"labels": Y, "input_ids": X}]},
+    "a dict with labels first": {"data": [{"labels": Y, "input_ids": X, "mask": X}]},
     "a number": {"data": 5},
     "no iteration but items": {"data": Indexed()},
     "a text column": {"data": (CITIES, Y)},
@@ -119,20 +120,23 @@ rows of many lengths | ValueError: dl_train holds arrays of 3 and 5 and 4 and ..
     many rows in each. Got ([Tensor (3,) float32, Tensor (5,) float32, Tensor (4,) float32, Tensor
     (6,) float32], Tensor (8, 1) float32). A list counts as many arrays: pass one array of rows with
     equal length, numpy.array(rows), or a DataLoader with a collate_fn.
-a tuple of 4 arrays | ValueError: dl_train is a tuple of 4; expected (X, y) or (X, y,
-    sample_weight). Put several inputs into a tuple of their own: ((X1, X2), y).
-a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32, Tensor (8, 4) float32,
-    Tensor (8, 1) float32, Tensor (8, 1) float32); expected (features, labels) or (features, labels,
-    sample_weight). Put several inputs into a tuple of their own: ((a, b), labels).
+an empty tuple | ValueError: dl_train is an empty tuple; expected arrays. Pass (X, y) or (X, y,
+    sample_weight).
+a tuple of 4 arrays | a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32,
+    Tensor (8, 4) float32, Tensor (8, 1) float32, Tensor (8, 1) float32); expected (features,
+    labels) or (features, labels, sample_weight). Put several inputs into a tuple of their own: ((a,
+    b), labels); or, with the labels last, pass compile(split_batch=lambda batch: (batch[:-1],
+    batch[-1])).
 a batch that is a lone tensor | X alone | a dict of one | ValueError: the batches are features
     alone, and the loss compares with labels. Give batches of (features, labels), arrays as a tuple
     (X, y), for an autoencoder (X, X); or override train_step.
 a dict without labels | ValueError: the batches are dicts of x, y, all of them features, and the
-    loss compares with labels. Give batches of (features, labels), (batch, batch.pop('y')) where
-    they are made; or override train_step.
-a dict with labels first | ValueError: the batches are dicts of labels, input_ids, all of them
-    features, and the loss compares with labels. Give batches of (features, labels), (batch,
-    batch.pop('labels')) where they are made; or override train_step.
+    loss compares with labels. Pass compile(split_batch=lambda batch: (batch['x'], batch['y'])),
+    with the name of your labels; or override train_step.
+a dict with labels first | ValueError: the batches are dicts of input_ids, mask, labels, all of them
+    features, and the loss compares with labels. Pass compile(split_batch=lambda batch: ({name:
+    batch[name] for name in batch if name != 'labels'}, batch['labels'])), with the name of your
+    labels; or override train_step.
 a number | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of (features, labels)
     batches or arrays (X, y), got int.
 no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an iterable of
@@ -144,13 +148,16 @@ an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encod
     first: as class numbers, pandas.factorize(array)[0].
 a sample_weight of two columns | ValueError: the third part of a batch is a weight per row: expected
     shape (8,), got Tensor (8, 2) float32. Put several inputs into a tuple of their own: ((a, b),
-    labels).
+    labels), or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2])) for batches
+    (a, b, labels).
 a sample_weight that is short | ValueError: the third part of a batch is a weight per row: expected
     shape (8,), got Tensor (7,) float32. Put several inputs into a tuple of their own: ((a, b),
-    labels).
+    labels), or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2])) for batches
+    (a, b, labels).
 a sample_weight and one loss for all rows | ValueError: the batches carry a sample_weight, their
     third part, so the loss must have a value per row: expected shape (8,), got Tensor () float32.
-    Build it with reduction="none"; two inputs are ((a, b), y).
+    Build it with reduction="none"; two inputs are ((a, b), y); to leave out a third part that is no
+    weight pass compile(split_batch=lambda batch: (batch[0], batch[1])).
 a loud verbose | ValueError: verbose must be "auto", 0 (nothing), 1 (bar) or 2 (lines), got 'loud'.
 a callback class | a lone callback class | TypeError: callbacks must be instances of
     minikeras.Callback, got the class Callback. Pass Callback().

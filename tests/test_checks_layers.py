@@ -138,16 +138,29 @@ class Tab(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "keys", [("numb", "cat"), ("num",), ("num", "cat", "id")], ids=["other", "missing", "extra"]
+    ("keys", "remedy"),
+    [
+        (("numb", "cat"), "Name the keys like these."),
+        (("num",), "Name the keys like these."),
+        (
+            ("num", "labels", "cat", "id"),
+            "Leave out id, labels; if the batches are such dicts with the labels inside, pass "
+            "compile(split_batch=lambda batch: ({name: batch[name] for name in ('num', 'cat')}, "
+            "batch['labels'])), with the name of your labels.",
+        ),
+    ],
+    ids=["other", "missing", "extra"],
 )
 @pytest.mark.parametrize("verb", ["fit", "predict"])
-def test_features_in_a_dict_whose_keys_are_not_forwards_names_raise_an_error_with_both(keys, verb):
+def test_features_in_a_dict_whose_keys_are_not_forwards_names_raise_an_error_with_both(
+    keys, remedy, verb
+):
     model = compiled(Tab())
     features = dict.fromkeys(keys, X)
     message = (
         f"the features are a dict with the keys {', '.join(keys)}, and forward takes num, cat. "
     )
-    with refused(f"ValueError: {message}Name the keys like these.", model):
+    with refused(f"ValueError: {message}{remedy}", model):
         model.fit(1, (features, Y), verbose=0) if verb == "fit" else model.predict(features)
 
 
@@ -156,7 +169,7 @@ def test_features_in_one_part_for_two_inputs_raise_an_error_that_says_tuple():
         compiled(Tab()).predict(X)
     note = (
         "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
-        "labels."
+        "labels; or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2]))."
     )
     assert error.value.__notes__ == [note]
 

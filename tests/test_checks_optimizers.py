@@ -53,7 +53,7 @@ made from another model | ValueError: the optimizer holds none of the parameters
     made from another model, or the network was replaced after compile. Make a new optimizer from
     model.parameters() and call Model.compile again.
 everything is frozen | ValueError: there is nothing to train: all 4 parameters of Model are frozen.
-    Set requires_grad=True on some, then compile again.
+    Call minikeras.unfreeze on the layers to train, then compile again.
 no parameters | ValueError: there is nothing to train: Model has no parameters. Add a layer that has
     some, then compile again.
 LBFGS | ValueError: LBFGS needs a closure that computes the loss again, which the default train_step

@@ -4,6 +4,7 @@ import ast
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -52,12 +53,15 @@ SAME = [
     "on_all_rows",
     "on_all_rows_carried_on",
     "per_class",
+    "accuracies",
     "tracked",
     "uneven",
     "samplers_by_epoch",
     "some_steps",
     "in_eval_mode",
+    "frozen",
     "nests",
+    "split_batches",
     "fetched_rows",
     "early_stopping",
     "one_rank_stops",
@@ -69,6 +73,7 @@ OTHERS = [
     "one_file",
     "on_all_rows_fails",
     "no_means",
+    "batch_values",
     "odd",
     "told",
     "timer",
@@ -97,6 +102,7 @@ ON_THREE = [
     "samplers_by_epoch",
     "some_steps",
     "nests",
+    "split_batches",
 ]
 
 
@@ -324,6 +330,16 @@ def test_ddp_warnings_of_metrics_come_from_the_first_process_alone(by_two):
     assert [part["said"] for part in by_two["no_means"]] == [said, []]
 
 
+def test_ddp_batch_values_are_of_this_processs_rows_and_nan_for_a_filler(by_two):
+    first, second = by_two["batch_values"]
+    assert [batch[1] for batch in first] == [batch[0] for batch in first]
+    assert [batch[1] for batch in second[:-1]] == [batch[0] for batch in second[:-1]]
+    assert [len(first), len(second)] == [6, 6]
+    assert math.isnan(second[-1][1])
+    assert second[-1][2] == second[-2][2]  # its running mean does not move
+    assert [batch[0] for batch in first[:-1]] != [batch[0] for batch in second[:-1]]
+
+
 def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = (
@@ -367,13 +383,16 @@ def test_distributed_auto_on_one_process_has_no_world():
     assert not run.stepper.parts
 
 
-def test_sync_batchnorm_keeps_weights_and_names():
-    model = minikeras.Model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+def test_sync_batchnorm_keeps_weights_names_and_what_is_frozen():
+    model = minikeras.Model(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    minikeras.freeze(model.net[0])
     world = SimpleNamespace(size=2)
     before = dict(model.named_parameters())
     sync_batchnorm(model, world, torch.device("cuda"))
-    assert isinstance(model.net[1], nn.SyncBatchNorm)
+    assert isinstance(model.net[2], nn.SyncBatchNorm)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    model.train()
+    assert [module.training for module in model.net] == [False, True, True]
 
 
 # --- a group that is there already, without a launcher's variables --------------------------------

@@ -206,6 +206,10 @@ MISTAKES = {
     ("EMA", "ValueError"): lambda folder: minikeras.EMA(2),
     ("Timer", "ValueError"): lambda folder: minikeras.Timer(0),
     ("OnAllRows", "TypeError"): lambda folder: minikeras.OnAllRows(3),
+    ("accuracy", "TypeError"): lambda folder: minikeras.accuracy(y, [0, 1]),
+    ("accuracy", "ValueError"): lambda folder: minikeras.accuracy(y, y),
+    ("binary_accuracy", "TypeError"): lambda folder: minikeras.binary_accuracy([0.5], y),
+    ("binary_accuracy", "ValueError"): lambda folder: minikeras.binary_accuracy(y - 2, y),
     ("FocalLoss", "ValueError"): lambda folder: minikeras.FocalLoss()(y, y[:, 0]),
     ("FocalLoss", "RuntimeError"): lambda folder: minikeras.FocalLoss()(y + 1, y),
     ("Regularized", "TypeError"): lambda folder: minikeras.Regularized(nn.MSELoss, plain()),
@@ -216,6 +220,11 @@ MISTAKES = {
     ("weight_decay_groups", "ValueError"): lambda folder: minikeras.weight_decay_groups(
         plain(), -1
     ),
+    ("weight_decay_groups", "TypeError"): lambda folder: minikeras.weight_decay_groups(
+        plain(), 0.1, spare=True
+    ),
+    ("freeze", "TypeError"): lambda folder: minikeras.freeze(plain().parameters()),
+    ("unfreeze", "TypeError"): lambda folder: minikeras.unfreeze(nn.Linear),
     ("plot_history", "ModuleNotFoundError"): lambda folder: missing(
         "matplotlib.pyplot", lambda: minikeras.plot_history(compiled().fit(1, (X, y), verbose=0))
     ),
@@ -237,6 +246,12 @@ MISTAKES = {
     ("Classifier.fit", "ValueError"): lambda folder: PUBLIC["Classifier"](**CPU).fit(X, y[:3, 0]),
     ("Regressor.fit", "TypeError"): lambda folder: PUBLIC["Regressor"](hiden=3, **CPU).fit(X, y),
     ("Regressor.fit", "ValueError"): lambda folder: PUBLIC["Regressor"](epochs=0, **CPU).fit(X, y),
+    ("Classifier.partial_fit", "ValueError"): lambda folder: PUBLIC["Classifier"](
+        **CPU
+    ).partial_fit(X, y[:, 0]),
+    ("Regressor.partial_fit", "ValueError"): lambda folder: PUBLIC["Regressor"](
+        validation=0.5, **CPU
+    ).partial_fit(X, y),
     ("HubModel", "CheckpointError"): lambda folder: other_weights(folder, PUBLIC["HubModel"]),
     ("HubModel", "FileNotFoundError"): lambda folder: PUBLIC["HubModel"].from_pretrained(folder),
     ("HubModel", "TypeError"): lambda folder: PUBLIC["HubModel"](nn.Linear(2, 1)).save_pretrained(

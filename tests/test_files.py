@@ -570,6 +570,7 @@ KNOWN = [  # that once went through, and failed after the first weight had moved
     (("begun", "groups", ""), 3.5),
     (("begun", "compile", "accumulate"), []),
     (("in_eval",), 3.5),
+    (("stays_in_eval",), 3.5),
     (("loss buffers",), {"x": 1}),
     (("loss frozen",), ["weight"]),
     (("attributes",), {"model.net.0": {"forward": "text"}}),

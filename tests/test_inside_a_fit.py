@@ -12,6 +12,7 @@ X, y = points(48)
 MOMENTS = [
     "on_fit_begin",
     "on_epoch_begin",
+    "on_batch_begin",
     "on_batch_end",
     "on_evaluate_begin",
     "on_epoch_end",

@@ -2,20 +2,27 @@
 
 import dataclasses
 import random
+import re
 import sys
 import threading
 import types
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 import torch.nn.functional as F
+from helpers.launch import run_python
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, TensorDataset
 
+import minikeras
 from minikeras.errors import ForwardError
+from minikeras.report import layer_summary
 from minikeras.report.layer_summary import summary
 
 
@@ -344,8 +351,42 @@ def test_summary_sizes_use_the_real_dtypes():
     assert (half.params_bytes, half.input_bytes, half.output_bytes) == (2 * 61, 4, 28)
 
 
-def test_summary_object_shows_one_line_in_a_console():
-    assert repr(summary(Net(), (2,))) == "<Summary of Net: 4 rows, 61 params>"
+def test_summary_object_shows_its_table_again():
+    assert repr(summary(Net(), (2,))) + "\n" == ARTICLE
+
+
+def test_summary_at_a_prompt_is_shown_once_and_again_when_asked_for():
+    lines = [
+        "import torch, minikeras",
+        "net = torch.nn.Linear(2, 1)",
+        "minikeras.summary(net, (2,))",  # Python shows what an expression returns
+        "print('one')",
+        "result = minikeras.summary(net, (2,))",
+        "print('two')",
+        "result",
+        "print('three')",
+        "_ = minikeras.summary(net, (2,)); result",
+        "print('four')",
+        "import pickle; pickle.loads(pickle.dumps(result)).total_params",
+    ]
+    printed = run_python(["-i", "-q"], input="\n".join(lines) + "\n")
+    parts = re.split("one|two|three|four", printed)
+    assert [part.count("Total params: 3\n") for part in parts] == [1, 1, 1, 2, 0]
+    assert parts[-1].strip() == "3"
+    assert "<" not in printed
+
+
+def test_first_summary_of_a_process_does_not_import_the_compiler():
+    code = (
+        "import sys, torch, minikeras\n"
+        "layers = torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten()\n"
+        "model = torch.nn.Sequential(*layers, torch.nn.Linear(18, 10))\n"
+        "result = minikeras.summary(model, (1, 5, 5))\n"
+        "loaded = {'sympy', 'torch._dynamo'} & set(sys.modules)\n"
+        "print(result.multiply_adds, sorted(loaded))"
+    )
+    printed = run_python(["-c", code])
+    assert printed.splitlines()[-1] == f"{2 * 9 * 9 + 18 * 10} []"
 
 
 def test_summary_to_dataframe_has_a_row_per_layer():
@@ -367,14 +408,52 @@ def test_summary_table_is_shown_once(where, monkeypatch, capsys):
     result = summary(Net(), (2,))
     assert capsys.readouterr().out == ("" if where == "notebook" else ARTICLE)
     assert len(shown) == (where == "notebook")
-    # as a cell's last line it would be shown twice
-    assert (result._repr_html_() is None) == (where == "notebook")
-    if shown:
-        assert "<td>&nbsp;&nbsp;fc1 (Linear)</td>" in shown[0]["text/html"]
-        assert "Total params: 61" in shown[0]["text/html"]
-        assert shown[0]["text/plain"] + "\n" == ARTICLE
+    if where == "notebook":
+        result._ipython_display_()  # as the last line of the cell that has shown it
+        assert len(shown) == 1
+        assert repr(result) + "\n" == ARTICLE  # what a cell prints is what it asks for
         notebook.execution_count += 1
-        assert result._repr_html_() == shown[0]["text/html"]
+        result._ipython_display_()
+        assert len(shown) == 2
+        assert shown[0] == shown[1]
+        assert shown[0]["text/plain"] + "\n" == ARTICLE
+    else:
+        with pytest.raises(NotImplementedError):
+            result._ipython_display_()  # IPython prints the repr instead
+        assert repr(result) + "\n" == ARTICLE
+
+
+def test_summary_in_a_notebook_has_an_indented_tree_and_aligned_columns():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ModuleList([nn.Sequential(nn.Linear(3, 999))]))
+    model.forward = model[0].forward
+    page = summary(model, (2,))._repr_html_()
+    rows = [re.findall("<td ([^>]*)>(.*?)</td>", row) for row in page.split("<tr>")[2:]]
+    labels = [row[0][1] for row in rows]
+    assert [label.replace("&nbsp;&nbsp;", "_") for label in labels] == [
+        "Sequential",
+        "_0 (Linear)",
+        "_1 (ModuleList)",
+        "__0 (Sequential)",
+        "___0 (Linear)",
+    ]
+    sides = {
+        tuple(re.findall("text-align: (\\w+)", row[i][0])[0] for row in rows) for i in range(4)
+    }
+    assert sides == {("left",) * 5, ("right",) * 5}
+    assert all("text-align: right" in row[2][0] for row in rows)
+    assert rows[-1][2][1] == "3,996"
+
+
+@cases
+def test_summary_and_the_view_of_a_model_count_the_same_for_each_layer(build, arguments):
+    model = build()
+    result = summary(model, **arguments)
+    expected = [f"{row.params:,}" for row in result.rows]
+    page = result._repr_html_()
+    assert [row.split("</td>")[2].split(">")[-1] for row in page.split("<tr>")[2:]] == expected
+    page = minikeras.report.notebook.model_html(model)
+    assert [row.split("</td>")[1].split(">")[-1] for row in page.split("<tr>")[2:]] == expected
+    assert f"Total params: {result.total_params:,}<" in page
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -420,6 +499,59 @@ def test_summary_shows_the_shape_of_any_output(name, shape):
 def test_summary_takes_several_inputs_in_order_or_by_name(arguments):
     result = summary(TwoInputs(), **arguments)
     assert [row.output_shape for row in result.rows] == [[-1, 4], [-1, 4, 4], [-1, 4]]
+
+
+FRAME = pd.DataFrame({"a": [1.0, 2, 3], "b": [4, 5, 6]})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        FRAME,
+        FRAME.to_numpy(),
+        FRAME.to_numpy().astype(object),
+        FRAME.astype("Float64"),
+        scipy.sparse.csr_matrix(FRAME.to_numpy()),
+        next(iter(DataLoader(TensorDataset(torch.rand(6, 2), torch.rand(6)), 3)))[0],
+    ],
+    ids=["DataFrame", "NumPy", "objects", "nullable", "sparse", "batch of a DataLoader"],
+)
+def test_summary_takes_the_features_that_predict_takes(data):
+    model = minikeras.Model(Net())
+    result = summary(model, input_data=data)
+    assert [row.output_shape for row in result.rows[:2]] == [[-1, 1], [-1, 1]]
+    assert (result.input_bytes, result.multiply_adds, result.note) == (8, 48, "")
+    assert model.predict(data).shape == (3, 1)
+
+
+def test_summary_takes_a_series_and_several_inputs_of_several_kinds():
+    class Sum(nn.Module):
+        def forward(self, table, column):
+            return table.sum(1) + column
+
+    series = FRAME["a"]
+    for data in ((FRAME, series), [FRAME.to_numpy(), series], {"column": series, "table": FRAME}):
+        assert summary(Sum(), input_data=data).rows[0].output_shape == [-1]
+    assert summary(nn.Identity(), input_data=series).rows[0].output_shape == [-1]
+    assert summary(nn.Identity(), input_data=FRAME[["b"]]).input_bytes == 8  # int64
+
+
+def test_summary_of_a_table_with_words_says_what_to_do():
+    words = pd.DataFrame({"a": [1.0, 2.0], "kind": ["x", "y"]})
+    model = minikeras.Model(nn.Linear(2, 1))
+    with pytest.raises(TypeError, match=r"^input_data .*: kind") as caught:
+        model.summary(input_data=words)
+    assert "pandas.get_dummies(frame, dtype=float)" in str(caught.value)
+    summary(nn.Linear(3, 1), input_data=pd.get_dummies(words, dtype=float))
+
+
+def test_summary_of_a_batch_with_its_labels_shows_both_in_the_error():
+    with pytest.raises(ForwardError) as caught:
+        summary(nn.Linear(2, 1), input_data=(FRAME, pd.Series([0.0, 1, 0])))
+    assert (
+        "was given (Tensor (3, 2) float32, Tensor (3,) float32): TypeError: linear(): argument "
+        "'input' (position 1) must be Tensor, not tuple" in str(caught.value)
+    )
 
 
 def test_summary_of_input_data_shows_its_batch_size():
@@ -484,8 +616,39 @@ def test_summary_of_two_billion_parameters_takes_little_memory():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_summary_runs_a_real_model_on_meta_only():
+@cases
+def test_summary_of_a_small_model_is_that_of_a_large_one(build, arguments, monkeypatch):
+    small = summary(build(), **arguments)
+    monkeypatch.setattr(layer_summary, "SMALL_INPUT", -1)  # on meta, as a large one
+    large = summary(build(), **arguments)
+    assert small.rows == large.rows
+    assert small.multiply_adds == large.multiply_adds
+    assert (small.input_bytes, small.output_bytes) == (large.input_bytes, large.output_bytes)
+
+
+def test_summary_of_a_small_model_leaves_settings_of_torch_as_they_are():
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    with pytest.raises(ForwardError):
+        summary(Net(), (3,))
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled) == before
+
+
+def test_summary_of_a_small_model_that_refuses_the_values_runs_without_them():
+    class Cholesky(nn.Module):
+        def forward(self, x):
+            return torch.linalg.cholesky(x - 2)  # of no positive-definite matrix
+
+    result = summary(Cholesky(), (3, 3))
+    assert (result.rows[0].output_shape, result.note) == ([-1, 3, 3], "")
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, "meta"), (None, "meta"), (-1, "cpu")])
+def test_summary_runs_a_large_model_on_meta_only(rows, expected, monkeypatch):
     devices = set()
+    if rows is None:  # a large product of parameters and inputs
+        monkeypatch.setattr(layer_summary, "SMALL_PRODUCT", 1)
+    elif rows == 1:  # a large input
+        monkeypatch.setattr(layer_summary, "SMALL_INPUT", 1)
 
     class Spy(nn.Linear):
         def forward(self, x):
@@ -493,7 +656,7 @@ def test_summary_runs_a_real_model_on_meta_only():
             return super().forward(x)
 
     result = summary(Spy(2, 3), (2,))
-    assert devices == {"meta"}
+    assert devices == {expected}
     assert result.note == ""
 
 
@@ -507,7 +670,9 @@ def test_summary_does_not_fire_hooks_of_the_user():
     assert fired == []
 
 
-def test_summary_of_a_forward_that_reads_values_runs_on_a_real_copy_and_says_so():
+def test_summary_of_a_forward_that_reads_values_runs_on_a_real_copy_and_says_so(monkeypatch):
+    assert summary(ReadsValues(), (3,)).note == ""  # small: it is run on one anyway
+    monkeypatch.setattr(layer_summary, "SMALL_INPUT", 1)
     result = summary(ReadsValues(), (3,))
     assert str(result).endswith(
         "\nNote: run on a real copy, since the meta one failed: RuntimeError: Tensor.item() cannot "
@@ -520,6 +685,10 @@ def test_summary_of_a_forward_that_differentiates_has_shapes_but_no_multiply_add
     result = summary(Derivative(), (3,))
     assert result.rows[0].output_shape == [-1, 3]
     assert result.multiply_adds is None
+    assert result.note == (
+        "Note: multiply-adds cannot be counted: RuntimeError: element 0 of tensors does not "
+        "require grad and does not have a grad_fn"
+    )
 
 
 def test_summary_does_not_write_into_input_data():
@@ -659,6 +828,26 @@ def test_summary_with_wrong_arguments_says_what_to_pass(arguments, message):
     with pytest.raises(ValueError, match=r"^(got|summary|batch_size) ") as caught:
         summary(Net(), **arguments)
     assert str(caught.value) == message
+
+
+def test_summary_with_a_loader_or_a_batch_as_a_shape_says_what_to_pass():
+    batch = (torch.zeros(4, 2), torch.zeros(4, 1))
+    loader = DataLoader(TensorDataset(*batch), 4)
+    for name in ("input_shape", "input_data"):
+        with pytest.raises(TypeError, match=name) as caught:
+            summary(Net(), **{name: loader})
+        assert str(caught.value) == (
+            f"{name} is a DataLoader; expected one batch of features. Pass the features of its "
+            "first batch: summary(net, input_data=next(iter(loader))[0])."
+        )
+    summary(Net(), input_data=next(iter(loader))[0])
+    with pytest.raises(ValueError, match="input_shape") as caught:
+        summary(Net(), batch)
+    assert str(caught.value) == (
+        "input_shape is (Tensor (4, 2) float32, Tensor (4, 1) float32); expected the shape of one "
+        "row, or a list or dict of shapes, such as (2,). Pass a batch by its name: summary(net, "
+        "input_data=batch)."
+    )
 
 
 def test_summary_of_lazy_layers_says_what_to_do():

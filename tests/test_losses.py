@@ -491,14 +491,15 @@ def test_weight_decay_groups_decay_weights_and_not_biases(model_and_names):
     for group in weight_decay_groups(model, 1e-5):
         for p in group["params"]:
             decay_of[id(p)] = group["weight_decay"]
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())  # frozen ones too: they may be unfrozen later
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     assert {name: decay_of[id(p)] for name, p in trainable.items()} == {
         name: 1e-5 if name in names else 0.0 for name in trainable
     }
     assert (
         len(decay_of)
         == sum(len(group["params"]) for group in weight_decay_groups(model, 1e-5))
-        == len(trainable)
+        == len(parameters)
     )
 
 
@@ -507,12 +508,93 @@ def test_weight_decay_groups_decay_weights_and_not_biases(model_and_names):
     [
         (nn.Linear(3, 2), [0.1, 0.0]),
         (nn.Linear(3, 2, bias=False), [0.1]),
-        (nn.Linear(3, 2).requires_grad_(False), []),
+        (nn.Linear(3, 2).requires_grad_(False), [0.1, 0.0]),
+        (nn.ReLU(), []),
     ],
-    ids=["both", "no bias", "frozen"],
+    ids=["both", "no bias", "frozen", "no parameters"],
 )
 def test_weight_decay_groups_are_not_empty(model, decays):
     assert [group["weight_decay"] for group in weight_decay_groups(model, 0.1)] == decays
+
+
+class Mixed(nn.Module):
+    """A convolution, its norm, an embedding, a scale of no dimension, and an attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 1)
+        self.norm = nn.BatchNorm1d(3)
+        self.emb = nn.Embedding(4, 3)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.attn = nn.MultiheadAttention(3, 1, add_bias_kv=True)
+
+
+SPARED = {
+    "bias": ["conv.bias", "norm.bias", "attn.in_proj_bias", "attn.bias_k", "attn.bias_v"],
+    "1d": ["norm.weight", "scale", "attn.out_proj.bias"],
+}
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [
+        ("bias", [*SPARED["bias"], "attn.out_proj.bias"]),
+        ("1d", [*SPARED["bias"], *SPARED["1d"]]),  # bias_k and bias_v have three dimensions
+        (lambda name, parameter: parameter.ndim < 2 or name.startswith("emb"), None),
+    ],
+    ids=["bias", "1d", "function"],
+)
+def test_weight_decay_groups_spare_what_they_are_told_to(spare, expected):
+    model = Mixed()
+    if expected is None:
+        expected = [name for name, p in model.named_parameters() if p.dim() < 2]
+        expected.append("emb.weight")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = weight_decay_groups(model, 0.1, spare=spare)
+    found = {}
+    for group in groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = group["weight_decay"]
+    assert found == {name: 0.0 if name in expected else 0.1 for name in names.values()}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("spare", "error", "message"),
+    [
+        (
+            "biases",
+            ValueError,
+            "spare must be 'bias' or '1d', got 'biases'. Did you mean 'bias'?",
+        ),
+        (
+            True,
+            TypeError,
+            'spare must be "bias", "1d" or a function of (name, parameter), got bool. Pass for '
+            "instance spare=lambda name, parameter: parameter.ndim < 2.",
+        ),
+    ],
+)
+def test_weight_decay_groups_refuse_another_spare(spare, error, message):
+    with pytest.raises(error, match=exactly(message)):
+        weight_decay_groups(nn.Linear(3, 2), 0.1, spare=spare)
+    remedy = weight_decay_groups(
+        nn.Linear(3, 2), 0.1, spare=lambda name, parameter: parameter.ndim < 2
+    )
+    assert [group["weight_decay"] for group in remedy] == [0.1, 0.0]
+
+
+def test_weight_decay_groups_by_dimensions_need_the_shapes_of_lazy_layers():
+    model = nn.Sequential(nn.LazyLinear(2))
+    message = (
+        'spare="1d" needs the shape of 0.weight, which a lazy layer has from its first batch on. '
+        "Call the model on a batch first."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        weight_decay_groups(model, 0.1, spare="1d")
+    model(torch.zeros(1, 3))
+    groups = weight_decay_groups(model, 0.1, spare="1d")
+    assert [group["params"][0].ndim for group in groups] == [2, 1]
 
 
 def steps_taken(dtype, optimizer_class, options, by_penalty, decay=0.05, steps=50):

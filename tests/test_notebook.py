@@ -106,7 +106,10 @@ def test_notebooks_show_figures_the_model_and_its_summary(executed):
     shown = [output["data"].get("text/html", "") for output in outputs]
     assert sum("image/png" in output["data"] for output in outputs) == 3
     # once, though it is the cell's last line as well
-    assert sum("Total params: " in page for page in shown) == 1
+    assert sum("<pre>Total params: " in page for page in shown) == 1
+    plain = [output["data"].get("text/plain", "") for output in outputs]
+    assert sum("Total params: " in text for text in plain) == 1
+    assert not [text for text in plain if "Summary" in text]
     assert not [output for output in outputs if output["output_type"] in ("stream", "error")]
 
 
@@ -319,7 +322,8 @@ def test_notebook_shows_a_model_as_a_table_of_its_layers():
     cells = re.findall(r"<td [^>]*>(.*?)</td>", model._repr_html_())
     first = ["&nbsp;&nbsp;fc1 (Linear)", "24", "frozen"]
     second = ["&nbsp;&nbsp;fc2 (Linear)", "9", ""]
-    assert cells == ["Net", "33", "partly frozen", *first, *second]
+    assert cells == ["Net", "0", "", *first, *second]
+    assert "<div>Total params: 33</div>" in model._repr_html_()
     assert repr(model).startswith("Net(\n  (fc1)")
 
 
@@ -328,6 +332,14 @@ def test_notebook_shows_a_big_model_as_deep_as_a_short_table_goes():
     shown = minikeras.Model(nn.Sequential(*block))._repr_html_()
     assert shown.count("<tr>") == 1 + 22
     assert "40 more layers inside; model.summary(input_shape) has them." in shown
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", shown)
+    assert cells[-3:] == [
+        "&nbsp;&nbsp;&nbsp;&nbsp;19 (Sequential)",
+        "6",
+        "with 2 more layers inside",
+    ]
+    assert sum(int(count) for count in cells[1::3]) == 20 * 6
+    assert "Total params: 120<" in shown
     assert (
         minikeras.Model(nn.Sequential(*[nn.ReLU() for _ in range(999)]))._repr_html_().count("<tr>")
         <= 31
@@ -336,14 +348,15 @@ def test_notebook_shows_a_big_model_as_deep_as_a_short_table_goes():
 
 def test_notebook_shows_a_lazy_layer_without_a_count():
     shown = minikeras.Model(nn.LazyLinear(3))._repr_html_()
-    assert "net (LazyLinear)" in shown
-    assert "lazy" in shown
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", shown)
+    assert cells == ["Model", "0", "", "&nbsp;&nbsp;net (LazyLinear)", "?", "lazy"]
+    assert "Total params: 0 and those of lazy layers<" in shown
 
 
 def test_notebook_counts_a_tied_layer_once_in_the_whole():
     layer = nn.Linear(2, 2)
-    cells = re.findall(
-        r"<td [^>]*>(.*?)</td>",
-        minikeras.Model(nn.Sequential(layer, nn.ReLU(), layer))._repr_html_(),
-    )
-    assert cells[1] == str(sum(parameter.numel() for parameter in layer.parameters()))
+    shown = minikeras.Model(nn.Sequential(layer, nn.ReLU(), layer))._repr_html_()
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", shown)
+    assert cells[1::3] == ["0", "0", "6", "0", "0"]
+    assert cells[-1] == "same as net.0"
+    assert "Total params: 6<" in shown

@@ -9,15 +9,15 @@ from torch import nn
 
 from minikeras import Model
 
+BY_BATCH = "pass join=False for a list with the outputs of each batch"
+
 
 def test_predict_outputs_of_ragged_shapes_cannot_be_joined():
     message = (
         "the outputs of the batches have rows of different shapes, (3,) and (4,), and cannot be "
         "joined. "
     )
-    with refused(
-        f"ValueError: {message}Pad them to one shape in forward, or predict batch by batch."
-    ):
+    with refused(f"ValueError: {message}Pad them to one shape in forward, or {BY_BATCH}."):
         Model(nn.Identity()).predict([torch.ones(2, 3), torch.ones(2, 4)])
 
 
@@ -122,7 +122,6 @@ def test_predict_outputs_of_different_structure_cannot_be_joined(other, shown):
         f"{shown}, and "
     )
     with refused(
-        f"ValueError: {message}cannot be joined. Return the same from each, or predict batch by "
-        "batch."
+        f"ValueError: {message}cannot be joined. Return the same from each, or {BY_BATCH}."
     ):
         turned(other).predict(torch.arange(8.0).reshape(4, 2), batch_size=2)

@@ -281,7 +281,7 @@ def test_resumed_fit_warns_of_other_rows_or_another_batch_size_within_an_epoch(
         "the checkpoint was written in an epoch of 4 batches, and dl_train has 8 now: its rows or "
         "its batch_size differ. The first 1 are skipped, but they are not those that were trained "
         "on. Give the same data and batch_size as before; a checkpoint written at the end of an "
-        "epoch resumes with any."
+        "epoch resumes with any data."
     )
 
 
@@ -472,5 +472,6 @@ def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(t
         compiled().fit(2, points(20), **path)
     assert str(raised.value) == (
         "the checkpoint was written after batch 2 and dl_train ended after 1. Give the same data "
-        "as before."
+        f"as before. To start from scratch, delete {tmp_path}/run.pt and {tmp_path}/run.pt.prev, "
+        "or pass another path."
     )

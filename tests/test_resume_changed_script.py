@@ -13,6 +13,7 @@ from torch import nn
 import minikeras
 from minikeras import CheckpointError, LRScheduler
 from minikeras.checkpoint import fits
+from minikeras.support.atomic import previous
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -205,7 +206,7 @@ def test_resumed_script_with_other_data_of_as_many_rows_warns(finished, tmp_path
     fits.USES.clear()
     with pytest.warns(
         UserWarning,
-        match="nothing is trained on them" if finished else "the batches that are left out",
+        match="it is not trained on" if finished else "the skipped batches",
     ):
         start(lambda: {"data": lambda: (X * 3, Y)}, path, epochs=1)
 
@@ -286,10 +287,20 @@ def test_resumed_script_that_does_not_fit_is_refused_before_a_weight_changes(cha
         remember(model)
         return model
 
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words) as raised:
         start(lambda: second | {"net": remembered}, path)
+    files = [file for file in (path, previous(path)) if file.exists()]
+    way_out = (
+        f"To start from scratch, delete {' and '.join(map(str, files))}, or pass another path."
+    )
+    assert str(raised.value).endswith(f" {way_out}")
     (model,) = models
     assert_equal_tensors(model.state_dict(), before)
     assert not model.optimizer.state
     assert model.history.empty
-    start(lambda: first, path)  # the remedy: as it was then
+    start(lambda: first, path)  # one remedy: as it was then
+    for file in files:  # the other
+        file.unlink()
+    fits.USES.clear()
+    history, *_ = start(lambda: second, path)
+    assert len(history) == 3

@@ -8,6 +8,7 @@ from torch import nn
 
 import minikeras
 from minikeras import CheckpointError, LambdaCallback
+from minikeras.support.atomic import previous
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -31,14 +32,15 @@ def test_checkpoint_of_another_fold_is_refused_and_a_file_for_each_trains(seed, 
         fold(1, path, seed)
     assert str(raised.value) == (
         f"{path} is the checkpoint of another fit of this process: of another model, or of another "
-        "compile. Taking it would give this fit the weights and the history of that one. Give "
-        "each fit a file of its own, such as "
-        'checkpoint="run_2.pt", or delete run.pt to start anew. To resume that fit, call fit of '
-        "the model that it "
-        f"trained, or start the script again."
+        "compile. Loading it would give this fit the weights and the history of that one. Give "
+        "each fit its own file, such as "
+        f'checkpoint="run_2.pt". To start from scratch, delete {path} and {path}.prev, or pass another '
+        "path. To resume that fit, call fit of the model that it trained, or start the script "
+        "again."
     )
     assert fold(1, tmp_path / "run_2.pt") == fold(1, None)
     path.unlink()
+    previous(path).unlink()
     fold(2, path)
 
 

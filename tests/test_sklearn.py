@@ -1,4 +1,7 @@
-"""Models as scikit-learn estimators, under scikit-learn's own checks and in its tools."""
+"""Models as scikit-learn estimators, under scikit-learn's own checks and in its tools.
+
+Validation, callbacks, partial_fit and losses with parameters are in test_sklearn_training.py.
+"""
 
 import pickle
 
@@ -279,8 +282,8 @@ MISTAKES = {
         Classifier(network, epoch=3),
         TypeError,
         "Classifier got 'epoch', which is no argument of its own and none of the model's factory. "
-        "Expected batch_size, device, epochs, loss_func, lr, model, optimizer, random_state, "
-        "verbose, width, depth.",
+        "Expected batch_size, callbacks, device, epochs, loss_func, lr, metrics_dict, model, "
+        "optimizer, random_state, validation, verbose, width, depth.",
     ),
     "a factory without a return": (
         Classifier(lambda n_features, n_outputs: None),

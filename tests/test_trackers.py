@@ -1,6 +1,8 @@
 """TensorBoard, MLflow and W&B hold the history, however often the run was resumed."""
 
+import copy
 import math
+import pickle
 import sys
 import time
 
@@ -165,6 +167,16 @@ def test_tracker_of_a_second_fit_continues_the_run_and_compile_starts_a_new_one(
     model.compile(nn.BCELoss(), model.optimizer, device="cpu")
     fit(model, [callback], epochs=1)  # no more epochs than before
     assert tracker.runs() == (1 if isinstance(tracker, Board) else 3)
+
+
+def test_tracker_that_was_copied_after_a_fit_continues_the_run(tracker):
+    model = ring()
+    callback = tracker.callback()
+    fit(model, [callback], epochs=2)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(callback)))
+    dfhistory = fit(model, [copied], epochs=1)
+    assert_holds(tracker.table(), dfhistory.assign(lr=0.1))
+    assert tracker.state() == "FINISHED"
 
 
 def test_tracker_of_a_fit_that_failed_in_its_first_epoch_is_a_separate_run(tracker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from minikeras.callback import Callback
 from minikeras.errors import check_number_in_range
 from minikeras.support.sharded_tensors import as_part
+
+
+@functools.cache  # not kept by the callback, which could not be pickled then
+def make_update_of_average(decay: float) -> Callable[..., Any]:
+    """Return torch's function that updates averages in place, given new values and a count."""
+    # not torch's AveragedModel: it waits for the GPU at each update
+    update: Callable[..., Any] = get_ema_multi_avg_fn(decay)
+    return update
 
 
 @dataclass
@@ -70,8 +79,6 @@ class EMA(Callback):
             "decay", decay, "between 0 and 1", lambda share: 0 <= share <= 1
         )
         self.evaluate = evaluate
-        # not torch's AveragedModel: it waits for the GPU at each update
-        self.update_average: Callable[..., Any] = get_ema_multi_avg_fn(self.decay)
         self._reset()
 
     def _reset(self) -> None:
@@ -122,7 +129,8 @@ class EMA(Callback):
         # the training's weights, even if another EMA has already lent its average to the model
         weights = self._lent.raw or list(self._weights().values())
         if self.averaged:
-            self.update_average(self.averaged, weights, 0)  # torch ignores the count
+            # torch ignores the count
+            make_update_of_average(self.decay)(self.averaged, weights, 0)
         else:
             self.averaged = [tensor.clone() for tensor in weights]
 

@@ -15,6 +15,7 @@ from typing import Any
 from minikeras.callback import Callback
 from minikeras.callbacks.monitor import Monitor, MonitoringCallback, is_skipped, unknown_name
 from minikeras.columns import sort_columns
+from minikeras.errors import check_number_in_range
 from minikeras.support.atomic import check_writable, previous, write
 from minikeras.support.paths import fix, follow_links, refuse_special, same_place, user_path
 
@@ -32,9 +33,11 @@ class ModelCheckpoint(MonitoringCallback):
             is read only in epochs with validation. Without save_best_only it is not used.
         save_best_only: save an epoch only if its value is better than all before; default False.
         mode: "min" or "max"; "auto", the default, infers the direction from the name.
+        initial_value: with save_best_only, the best value so far, such as the `best` of the
+            ModelCheckpoint of an earlier fit: only better values are saved. Default none.
 
-    Each fit starts without a best value. Epochs are numbered from 1, over several fits. NaN is
-    never better.
+    Each fit starts without a best value, or with `initial_value`. Epochs are numbered from 1, over
+    several fits. NaN is never better. `best` is the best value of the current or last fit.
 
     Raises:
         ValueError: a bad argument; when the fit begins, a name with val_ without dl_val; at the end
@@ -60,27 +63,37 @@ class ModelCheckpoint(MonitoringCallback):
         *,
         save_best_only: bool = False,
         mode: str = "auto",
+        initial_value: float | None = None,
     ) -> None:
         user_path(path)
         self.path: str = str(path)
         self.folder: Path = Path()  # the current one when a fit begins: a callback may chdir
         self.names: list[str] = _names_in(self.path)
-        self.monitor: Monitor | None = None
-        if save_best_only:
-            self.monitor = Monitor("ModelCheckpoint", monitor, mode)
-        self.best: float = 0.0
+        self.monitor = monitor
+        self.save_best_only = save_best_only
+        self.mode = mode
+        self.initial_value = initial_value
+        self.best: float = _check_initial(initial_value, self._watch)
+
+    @property
+    def _watch(self) -> Monitor | None:
+        """What reads and compares the monitored value; None if every epoch is saved."""
+        if not self.save_best_only:
+            return None
+        return Monitor("ModelCheckpoint", self.monitor, self.mode)
 
     def on_fit_begin(self) -> None:
-        self.best = 0.0 if self.monitor is None else self.monitor.worst
+        self.best = _check_initial(self.initial_value, self._watch)
         self.folder = Path.cwd()
         if self.model.is_main_process:
             known = self.path.partition("{")[0] + "_" if self.names else self.path
             check_writable(user_path(known), "ModelCheckpoint")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        if self.monitor is not None:
-            value = self.monitor.read(logs, self.validates)
-            if value is None or not self.monitor.better(value, self.best):
+        watch = self._watch
+        if watch is not None:
+            value = watch.read(logs, self.validates)
+            if value is None or not watch.better(value, self.best):
                 return
             self.best = value
         known = {**logs, "epoch": epoch}
@@ -101,12 +114,14 @@ class ModelCheckpoint(MonitoringCallback):
 
     def watched_names(self) -> list[tuple[str, str, str]]:
         watched = [(name, "names its files by", "a path without it") for name in self.names]
-        if self.monitor is not None:
-            watched += self.monitor.watched_names()
+        watch = self._watch
+        if watch is not None:
+            watched += watch.watched_names()
         return watched
 
     def _monitor_state(self) -> list[Any] | None:
-        return None if self.monitor is None else self.monitor.state()
+        watch = self._watch
+        return None if watch is None else watch.state()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "monitor": self._monitor_state()}
@@ -115,6 +130,30 @@ class ModelCheckpoint(MonitoringCallback):
         # the best of another value cannot be compared
         if state.get("monitor", self._monitor_state()) == self._monitor_state():
             self.best = state["best"]
+
+
+def _check_initial(value: Any, monitor: Monitor | None) -> float:
+    """Return the best value that a fit begins with.
+
+    Raises:
+        ValueError: it is no number, no value could be better, or nothing is monitored.
+    """
+    if monitor is None:
+        if value is not None:
+            raise ValueError(
+                f"initial_value={value!r} needs save_best_only=True: without it every epoch is "
+                f"saved. Pass both or none."
+            )
+        return 0.0
+    if value is None:
+        return monitor.worst
+    return check_number_in_range(
+        "initial_value",
+        value,
+        f"that another value of {monitor.name!r} can be better than, such as the `best` of an "
+        f"earlier ModelCheckpoint, or None",
+        lambda number: number != -monitor.worst,
+    )
 
 
 def _names_in(path: str) -> list[str]:

@@ -65,7 +65,9 @@ class EarlyStopping(MonitoringCallback):
         restore_best_weights: bool = False,
         start_from_epoch: int = 0,
     ) -> None:
-        self.monitor: Monitor = Monitor("EarlyStopping", monitor, mode, min_delta)
+        self.monitor = monitor
+        self.mode = mode
+        self.min_delta = min_delta
         self.patience: int = max(check_whole_number("patience", patience, least=0), 1)
         self.baseline: float | None = None
         if baseline is not None:
@@ -76,23 +78,29 @@ class EarlyStopping(MonitoringCallback):
         )
         self.on_fit_begin()
 
+    @property
+    def _watch(self) -> Monitor:
+        """What reads and compares the monitored value."""
+        return Monitor("EarlyStopping", self.monitor, self.mode, self.min_delta)
+
     def on_fit_begin(self) -> None:
-        self.best: float = self.monitor.worst
+        self.best: float = self._watch.worst
         self.epochs: int = 0  # of this fit
         self.wait: int = 0  # epochs since the last improvement
         self.weights: dict[str, Any] = {}  # of the best epoch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.epochs += 1
-        value = self.monitor.read(logs, self.validates)
+        watch = self._watch
+        value = watch.read(logs, self.validates)
         if value is None or self.epochs <= self.start_from_epoch:
             return
         self.wait += 1
-        if self.monitor.better(value, self.best):
+        if watch.better(value, self.best):
             self.best = value
             if self.restore_best_weights:
                 self.weights = _copy_to_cpu(self.model.state_dict())
-            if self.baseline is None or self.monitor.better(value, self.baseline):
+            if self.baseline is None or watch.better(value, self.baseline):
                 self.wait = 0
         if self.wait >= self.patience:
             self.model.stop_training = True
@@ -102,7 +110,7 @@ class EarlyStopping(MonitoringCallback):
             load_whole(self.model, self.weights)
 
     def watched_names(self) -> list[tuple[str, str, str]]:
-        return self.monitor.watched_names()
+        return self._watch.watched_names()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -110,12 +118,12 @@ class EarlyStopping(MonitoringCallback):
             "epochs": self.epochs,
             "wait": self.wait,
             "weights": self.weights,
-            "monitor": self.monitor.state(),
+            "monitor": self._watch.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs = state["epochs"]
-        own = self.monitor.state()
+        own = self._watch.state()
         # the best of another value cannot be compared
         if state.get("monitor", own) == own:
             self.best = state["best"]

@@ -23,6 +23,7 @@ from torch.utils.data import StackDataset, Subset, TensorDataset
 
 from minikeras.callback import Callback
 from minikeras.checkpoint.checksums import SAMPLE, checksum
+from minikeras.checkpoint.file import remedy_of_fit
 from minikeras.checkpoint.matching import settings
 from minikeras.errors import CheckpointError
 from minikeras.support.randomness import KINDS, state_of
@@ -86,10 +87,10 @@ def use(
     if is_another:
         raise CheckpointError(
             f"{path} is the checkpoint of another fit of this process: of another model, or of "
-            "another compile. Taking it would give this fit the weights and the history of that "
-            "one. Give each fit a file of its own, such as "
-            f'checkpoint="{path.stem}_2{path.suffix}", or delete {path.name} to start anew. To '
-            "resume that fit, call fit of the model that it trained, or start the script again."
+            "another compile. Loading it would give this fit the weights and the history of "
+            "that one. Give each fit its own file, such as "
+            f'checkpoint="{path.stem}_2{path.suffix}". {remedy_of_fit(path)} To resume that fit, '
+            "call fit of the model that it trained, or start the script again."
         )
     USES[key] = now
     return now

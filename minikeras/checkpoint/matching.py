@@ -17,6 +17,7 @@ from minikeras.checkpoint.validate import check_contents, check_state
 from minikeras.checkpoint.weights import RUN, check_weights, frozen
 from minikeras.compiled_names import COMPILED
 from minikeras.errors import CheckpointError, is_number
+from minikeras.modes import names_staying_in_eval
 
 if TYPE_CHECKING:
     from minikeras.run import Run
@@ -37,7 +38,7 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     if version > VERSION:
         raise CheckpointError(
             f"{path} has file layout {version}, and this version of minikeras reads layouts up to "
-            f"{VERSION}. Upgrade minikeras."
+            f"{VERSION}. Upgrade minikeras. {remedy(path)}"
         )
     check_state(state, path)
     check_weights(model, state["model"], path, remedy)
@@ -232,6 +233,7 @@ def beginning(model: nn.Module, run: Run) -> dict[str, Any]:
         "frozen": frozen(model),
         "loss frozen": frozen(loss_func) if isinstance(loss_func, nn.Module) else [],
         "in_eval": list(run.modes.look()),
+        "stays_in_eval": names_staying_in_eval(model),
         "compile": {"loss_func": loss_name, **settings_of_parts(run)},
     }
 
@@ -431,16 +433,15 @@ def warn_of_other_data(state: Any, now: int | None, finished: bool, path: Any) -
         return
     if finished:
         warnings.warn(
-            f"{path} holds a finished run, and dl_train has other data here: nothing is trained "
-            "on them. Give another file to train on these data, or more epochs to go on with "
-            "them.",
+            f"{path} holds a finished run, and dl_train has other data here: it is not trained "
+            "on. Pass another path to train on this data, or more epochs to continue with it.",
             stacklevel=5,
         )
     elif state["position"]["step"]:
         warnings.warn(
             f"{path} was written in the middle of an epoch, and dl_train has other data here: the "
-            "batches that are left out are others than those that were trained on. Give the same "
-            "data as before; from an epoch's end on any will do.",
+            "skipped batches are not those that were trained on. Give the same data as before; a "
+            "checkpoint written at the end of an epoch resumes with any data.",
             stacklevel=5,
         )
 

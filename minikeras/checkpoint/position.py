@@ -76,8 +76,11 @@ class Positioned:
     ([2, 3, 4], [0, 1, 2, 3, 4])
     """
 
-    def __init__(self, batches: Iterable[Any], name: str, randomness: Randomness) -> None:
+    def __init__(
+        self, batches: Iterable[Any], name: str, randomness: Randomness, remedy: str = ""
+    ) -> None:
         self.batches = batches
+        self.remedy = remedy  # the end of messages about a file of other data
         self.loader: Any = getattr(batches, "loader", batches)  # what the user passed
         self.name = name
         self.randomness = randomness
@@ -159,11 +162,12 @@ class Positioned:
         if position["loader"] is not None and not keeps_state(self.loader):
             raise CheckpointError(
                 f"the checkpoint holds the position of a loader with state_dict, and {self.name} "
-                f"is a {type(self.loader).__name__} without one. Give the same data as before."
+                f"is a {type(self.loader).__name__} without one. Give the same data as before. "
+                f"{self.remedy}".rstrip()
             )
         now = find_length(self.batches)
         if position["loader"] is None and now is not None and position["seen"] > now:
-            raise build_end_error(position["seen"], self.name, now)
+            raise build_end_error(position["seen"], self.name, now, self.remedy)
 
     def resume_at(self, position: dict[str, Any] | None) -> None:
         """Let the next iteration begin at a position; None for a new one."""
@@ -197,7 +201,7 @@ class Positioned:
             iterator = self.draws
             self._pass_over(iterator, self.first)
         else:
-            iterator = iterate_after(self.batches, self.loader, self.seen, self.name)
+            iterator = iterate_after(self.batches, self.loader, self.seen, self.name, self.remedy)
         put_epochs_back(self.loader, epochs)
         self.randomness.restore(now)
         return iterator
@@ -214,7 +218,7 @@ class Positioned:
                 warn_of_other_batches(self.name)
             passed += 1
         if passed < self.seen:
-            raise build_end_error(self.seen, self.name, passed)
+            raise build_end_error(self.seen, self.name, passed, self.remedy)
 
 
 # --- what a source can do -------------------------------------------------------------------------
@@ -316,7 +320,9 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
 # --- the rest of an iteration ---------------------------------------------------------------------
 
 
-def iterate_after(batches: Any, loader: Any, count: int, name: str) -> Iterator[Any]:
+def iterate_after(
+    batches: Any, loader: Any, count: int, name: str, remedy: str = ""
+) -> Iterator[Any]:
     """Return an iterator of the batches after the first `count`."""
     if is_exact(batches) and hasattr(batches, "after"):
         rest: Iterator[Any] = batches.after(count)
@@ -327,7 +333,7 @@ def iterate_after(batches: Any, loader: Any, count: int, name: str) -> Iterator[
     iterator = iter(batches if rows is None else rows.batches())
     passed = sum(1 for _ in islice(iterator, count))
     if passed < count:
-        raise build_end_error(count, name, passed)
+        raise build_end_error(count, name, passed, remedy)
     if rows is not None:
         rows.reads = True
     return iterator
@@ -343,11 +349,11 @@ def can_skip_by_number(batches: Iterable[Any], loader: Any) -> bool:
 # --- errors and warnings --------------------------------------------------------------------------
 
 
-def build_end_error(count: int, name: str, passed: int) -> CheckpointError:
+def build_end_error(count: int, name: str, passed: int, remedy: str) -> CheckpointError:
     """Return the error for data that has fewer batches than have been seen."""
     return CheckpointError(
         f"the checkpoint was written after batch {count} and {name} ended after {passed}. Give "
-        "the same data as before."
+        f"the same data as before. {remedy}".rstrip()
     )
 
 
@@ -370,7 +376,7 @@ def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: st
             f"the checkpoint was written in an epoch of {then} batches, and {name} has {now} now: "
             f"its rows or its batch_size differ. The first {seen} are skipped, but they are not "
             "those that were trained on. Give the same data and batch_size as before; a "
-            "checkpoint written at the end of an epoch resumes with any.",
+            "checkpoint written at the end of an epoch resumes with any data.",
             stacklevel=2,
         )
 

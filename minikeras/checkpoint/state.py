@@ -41,7 +41,7 @@ from minikeras.checkpoint.matching import (
     warn_of_other_settings,
 )
 from minikeras.checkpoint.plain import plain, restored
-from minikeras.checkpoint.position import Positioned, warn_of_hidden_draws
+from minikeras.checkpoint.position import Positioned, build_end_error, warn_of_hidden_draws
 from minikeras.checkpoint.signals import Interruptions
 from minikeras.checkpoint.validate import untouched
 from minikeras.checkpoint.weights import (
@@ -56,6 +56,7 @@ from minikeras.checkpoint.weights import (
 )
 from minikeras.errors import CheckpointError, check_positive_int
 from minikeras.hooks import Fit, Hook, Position
+from minikeras.modes import names_staying_in_eval, set_staying_in_eval
 from minikeras.processes import OneProcess
 from minikeras.stepper import Stepper
 from minikeras.support.atomic import (
@@ -130,7 +131,7 @@ class Checkpoint(Hook):
         )
         self.attributes = PlainAttributes(holders_in(model, run.loss_func))
         self.data = data_of(train_loader)
-        self.train = Positioned(train, "dl_train", self.randomness)
+        self.train = Positioned(train, "dl_train", self.randomness, remedy_of_fit(self.path))
         return self.train
 
     def open(self, model: Model, run: Run, epochs: int) -> int:
@@ -183,10 +184,7 @@ class Checkpoint(Hook):
         """
         step = 0 if self.state is None else self.state["position"]["step"]
         if batches is not None and step > batches:
-            raise CheckpointError(
-                f"the checkpoint was written after batch {step} and dl_train ended after "
-                f"{batches}. Give the same data as before."
-            )
+            raise build_end_error(step, "dl_train", batches, remedy_of_fit(self.path))
 
     def _compare_beginnings(self, begun: Any) -> None:
         """Forget what the file would freeze if the script has changed what it freezes itself."""
@@ -196,7 +194,7 @@ class Checkpoint(Hook):
         self.run.kept["begun"] = begun
         if self.state is None:
             return
-        for key in ("frozen", "loss frozen", "in_eval"):
+        for key in ("frozen", "loss frozen", "in_eval", "stays_in_eval"):
             if begun.get(key, self.now[key]) != self.now[key]:
                 self.state[key] = None
 
@@ -292,7 +290,7 @@ class Checkpoint(Hook):
 
         Callbacks and metrics try it, and get their own state back if one of them cannot.
         """
-        self.randomness.check(state["random"])
+        self._check_random(state["random"])
         if state["train"] is not None and state["position"]["epoch"] <= self.last:
             self.train.check(restored(state["train"]))
         tried: list[tuple[Callback, Any]] = []
@@ -312,6 +310,13 @@ class Checkpoint(Hook):
             raise
         finally:
             totals.reset()
+
+    def _check_random(self, states: Any) -> None:
+        """Refuse random states of other loaders."""
+        try:
+            self.randomness.check(states)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {remedy_of_fit(self.path)}") from None
 
     def _try(self, what: str, load_state: Callable[[Any], Any], state: Any) -> None:
         try:
@@ -359,6 +364,8 @@ class Checkpoint(Hook):
         load_whole(self.model, state["model"])
         set_buffers(self.model, state["buffers"], run.device)
         freeze(self.model, state.get("frozen"))
+        if state.get("stays_in_eval") is not None:
+            set_staying_in_eval(self.model, state["stays_in_eval"])
         if state.get("in_eval") is not None:
             run.modes.restore(state["in_eval"])
         if isinstance(loss, nn.Module):
@@ -599,6 +606,7 @@ class Checkpoint(Hook):
             "attributes": self.attributes.states(),
             "frozen": frozen(model),
             "in_eval": run.modes.look(),
+            "stays_in_eval": names_staying_in_eval(model),
             "model": weights,
             "buffers": buffers_beside(model, weights),
             "loss": {},

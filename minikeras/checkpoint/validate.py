@@ -29,6 +29,7 @@ from minikeras.checkpoint.file import remedy_of_fit
 from minikeras.checkpoint.plain import restored
 from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
 from minikeras.errors import CheckpointError, describe, is_number
+from minikeras.modes import way_back_of_eval
 from minikeras.support.reachable import is_order, is_plain
 
 if TYPE_CHECKING:
@@ -238,8 +239,9 @@ def _check_layout(state: Mapping[str, Any]) -> None:
     _check_begun(state.get("begun"))
     if state.get("data") is not None:
         _check_count(state["data"], "data")
-    if state.get("in_eval") is not None:
-        _check_strings(state["in_eval"], "in_eval")
+    for key in ("in_eval", "stays_in_eval"):
+        if state.get(key) is not None:
+            _check_strings(state[key], key)
     _check_process(state)
     if position["logs"] is not None:
         missing = state["totals"]["sums"].keys() - position["logs"].keys()
@@ -261,7 +263,7 @@ def _check_begun(begun: Any) -> None:
         for group in _check_list(groups, f"begun groups {name!r}"):
             _check_strings(group, f"begun groups {name!r}")
     _check_strings(_get(begun, "frozen", "begun "), "begun frozen")
-    for key in ("loss frozen", "in_eval"):
+    for key in ("loss frozen", "in_eval", "stays_in_eval"):
         _check_strings(begun.get(key, []), f"begun {key}")
     for name, setting in _check_named(begun.get("compile", {}), "begun compile").items():
         if setting is not None and not isinstance(setting, (str, bool, int, float)):
@@ -734,6 +736,7 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
     for optimizer in run.optimizers.values():
         optimizers.append((optimizer, copy.deepcopy(optimizer.state_dict())))
     states = [(callback, copy.deepcopy(callback.state_dict())) for callback in callbacks]
+    put_eval_back = way_back_of_eval(model)
     epochs = run.epochs
     stop_training = model.stop_training
     random_states = randomness.states()
@@ -751,6 +754,7 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
                 callback.load_state_dict(before)
             except Exception:
                 continue  # it accepts no state, and starts in its own way
+        put_eval_back()
         run.epochs = epochs
         model.stop_training = stop_training
         put_steps_back()

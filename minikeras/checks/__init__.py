@@ -6,6 +6,7 @@ validation.py    check dl_val before the first epoch
 calls.py         explain calls written for other libraries
 classes.py       which dimension of the outputs holds the classes
 causes.py        explain errors that torch raises anyway
+forms.py         the split_batch that batches of another form need
 torch_errors.py  reading, memory, dead workers: add the likely cause to torch's error
 broadcast.py     outputs and labels that broadcast each other
 row_means.py     functions of metrics_dict that are not means over rows

@@ -166,8 +166,7 @@ def write_compile(args: Any, kwargs: dict[str, Any]) -> str:
         name = next(iter(names))
         if not isinstance(name, str):
             name = "name"
-        function = METRIC_LINES.get(name, "function")
-        line += f', metrics_dict={{"{name}": {function}}}'
+        line += f', metrics_dict={{"{name}": {write_metric(name, loss)}}}'
     return line
 
 
@@ -180,14 +179,19 @@ LOSS_LINES = {
     "categorical_crossentropy": "nn.CrossEntropyLoss()",
     "sparse_categorical_crossentropy": "nn.CrossEntropyLoss()",
 }
-ACCURACY = "lambda y_pred, y_true: (y_pred.argmax(1) == y_true).float().mean()"
 METRIC_LINES = {
     "mae": "nn.L1Loss()",
     "mse": "nn.MSELoss()",
-    "acc": ACCURACY,
-    "accuracy": ACCURACY,
-    "sparse_categorical_accuracy": ACCURACY,
-    "binary_accuracy": "lambda y_pred, y_true: ((y_pred > 0) == (y_true > 0.5)).float().mean()",
+    "acc": "minikeras.accuracy",
+    "accuracy": "minikeras.accuracy",
+    "categorical_accuracy": "minikeras.accuracy",
+    "sparse_categorical_accuracy": "minikeras.accuracy",
+    "binary_accuracy": "minikeras.binary_accuracy",
+}
+# the accuracy that goes with a loss for yes-or-no questions
+BINARY_LINES = {
+    "nn.BCELoss()": "minikeras.binary_accuracy",
+    "nn.BCEWithLogitsLoss()": "functools.partial(minikeras.binary_accuracy, threshold=0.0)",
 }
 
 
@@ -202,6 +206,12 @@ def write_loss(loss: Any) -> str:
     kind = loss if isinstance(loss, type) else type(loss)
     prefix = "nn." if kind.__module__.startswith("torch.nn.") else ""
     return f"{prefix}{kind.__name__}()"
+
+
+def write_metric(name: str, loss: str) -> str:
+    """Write a metric, by Keras's name for it, as it goes with a loss."""
+    line = METRIC_LINES.get(name, "function")
+    return BINARY_LINES.get(loss, line) if "accuracy" in line else line
 
 
 def write_optimizer(optimizer: Any) -> str:

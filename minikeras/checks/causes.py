@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minikeras.checks.broadcast import CLASS_LOSSES
 from minikeras.checks.classes import explain_class_dimension
+from minikeras.checks.forms import put_labels_last
 from minikeras.checks.half import half_probabilities
 from minikeras.errors import describe, dtype_name, find_failing_layer
 from minikeras.nests import leaves
@@ -234,14 +235,27 @@ def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
             if getattr(type(module).forward, "__qualname__", "") != missing[1]:
                 continue
             keys = ", ".join(map(str, features))
-            parameters = ", ".join(inspect.signature(module.forward).parameters)
+            parameters = list(inspect.signature(module.forward).parameters)
             raise ValueError(
-                f"the features are a dict with the keys {keys}, and forward takes {parameters}. "
-                "Name the keys like these."
+                f"the features are a dict with the keys {keys}, and forward takes "
+                f"{', '.join(parameters)}. {_suggest_keys(list(features), parameters)}"
             ) from error
     error.add_note(
         "Put several inputs into a tuple of their own: ((a, b), labels), or ((a, b),) without "
-        "labels."
+        "labels; or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2]))."
+    )
+
+
+def _suggest_keys(keys: list[Any], parameters: list[str]) -> str:
+    """Say how to give forward the keys of a dict of features that it takes."""
+    others = put_labels_last([key for key in keys if key not in parameters])
+    if not others or not set(parameters) <= set(keys):
+        return "Name the keys like these."
+    kept = f"{{name: batch[name] for name in {tuple(parameters)}}}"
+    return (
+        f"Leave out {', '.join(map(str, others))}; if the batches are such dicts with the labels "
+        f"inside, pass compile(split_batch=lambda batch: ({kept}, batch[{others[-1]!r}])), with "
+        "the name of your labels."
     )
 
 

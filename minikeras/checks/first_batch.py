@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minikeras.batch import unpack
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
 from minikeras.phase import Batch, NoChecks, Phase
 from minikeras.processes import OneProcess
-from minikeras.results import Result
+from minikeras.results import Result, allow_waiting
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -90,7 +91,13 @@ class FirstBatch(Explanations):
         name = "train_step" if phase.is_training else "evaluate_step"
         needs_labels = inputs.needs_labels(self.model, self.run.loss_func, name)
         inputs.check_batch(
-            step, batch.features, batch.labels, batch.sample_weight, batch.rows, needs_labels
+            step,
+            batch.features,
+            batch.labels,
+            batch.sample_weight,
+            batch.rows,
+            needs_labels,
+            is_split=self.run.split_batch is not unpack,
         )
         fit = self.run.fit
         if phase.is_training and fit is not None and fit.val is not None:
@@ -120,8 +127,9 @@ class FirstBatch(Explanations):
                 inputs.guarded(metric.update, outputs, labels, f"metric {name!r}", scalar=False)
             totals.mark_updated()
         results = {}
-        for name, metric in functions.items():
-            results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
+        with allow_waiting():  # a metric may read what it is given, in this batch
+            for name, metric in functions.items():
+                results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
         if found:
             self.row_means.tell(found)
         return results

@@ -21,6 +21,7 @@ from minikeras.checks.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
 from minikeras.checks.classes import check_class_dimension
+from minikeras.checks.forms import name_parts, write_split
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
 from minikeras.errors import describe, dtype_name
@@ -55,7 +56,8 @@ def guarded(
         if labels is None:
             hint += (
                 ". The batches contain only features: pass (features, labels), or (X, X) for an "
-                "autoencoder."
+                "autoencoder; or, if the labels are in another place, such as in a dict, pass "
+                "compile(split_batch=function), which returns (features, labels)."
             )
         error.add_note(f"{name} got y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
         raise
@@ -193,12 +195,14 @@ def check_batch(
     sample_weight: Any,
     rows: int | UnknownRows,
     needs_labels: bool = True,
+    is_split: bool = False,
 ) -> None:
     """Check the parts of a pass's first batch.
 
     Args:
         rows: how many rows the batch has.
         needs_labels: False for a custom step or loss computation.
+        is_split: the user's split_batch has returned the parts.
 
     Raises:
         ValueError: features or labels are missing, or the third part is not one weight per row.
@@ -210,10 +214,10 @@ def check_batch(
             "there."
         )
     if labels is None and needs_labels:
-        raise _without_labels(step, features)
+        raise _without_labels(step, features, is_split)
     if sample_weight is None:
         return
-    _check_weight(sample_weight, rows)
+    _check_weight(sample_weight, rows, is_split)
     try:
         inspect.signature(step).bind(None, None, None)
     except TypeError:
@@ -223,34 +227,52 @@ def check_batch(
         ) from None
 
 
-def _without_labels(step: Callable[..., Any], features: Any) -> ValueError:
+def _without_labels(step: Callable[..., Any], features: Any, is_split: bool) -> ValueError:
     """Return the error for batches that are features alone."""
+    if is_split:
+        return ValueError(
+            f"split_batch returned no labels, ({describe(features)}, None), and the loss compares "
+            f"with labels. Let it return (features, labels); or override {step.__name__}."
+        )
     are = "features alone"
-    remedy = "arrays as a tuple (X, y), for an autoencoder (X, X)"
-    if isinstance(features, Mapping) and len(features) > 1:
-        key = list(features)[-1]
-        for name in features:
-            if name in ("labels", "label", "targets", "target"):
-                key = name
-        are = f"dicts of {', '.join(map(str, features))}, all of them features"
-        remedy = f"(batch, batch.pop({key!r})) where they are made"
+    remedy = (
+        "Give batches of (features, labels), arrays as a tuple (X, y), for an autoencoder (X, X)"
+    )
+    names = name_parts(features)
+    if len(names) > 1:
+        kind = "dicts" if isinstance(features, Mapping) else f"{type(features).__name__} objects"
+        are = f"{kind} of {', '.join(map(str, names))}, all of them features"
+        split = write_split(features, names)
+        remedy = f"Pass compile(split_batch={split}), with the name of your labels"
+    elif not isinstance(features, (Tensor, Mapping, list, tuple)):
+        are = f"{type(features).__name__} objects, each of them the features"
+        remedy = (
+            "Pass compile(split_batch=lambda batch: (batch.x, batch.y)), with the names of your "
+            "features and labels"
+        )
     return ValueError(
-        f"the batches are {are}, and the loss compares with labels. Give batches of (features, "
-        f"labels), {remedy}; or override {step.__name__}."
+        f"the batches are {are}, and the loss compares with labels. {remedy}; or override "
+        f"{step.__name__}."
     )
 
 
-def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
+def _check_weight(sample_weight: Any, rows: int | UnknownRows, is_split: bool) -> None:
     """Check that a sample_weight has one weight per row."""
     if isinstance(rows, UnknownRows):  # there is nothing to compare with
         rows = getattr(sample_weight, "numel", lambda: 0)()
     if isinstance(sample_weight, Tensor):
         if sample_weight.numel() == rows and len(sample_weight) == rows:
             return
+    remedy = ""
+    if not is_split:
+        remedy = (
+            ", or pass compile(split_batch=lambda batch: ((batch[0], batch[1]), batch[2])) for "
+            "batches (a, b, labels)"
+        )
     raise ValueError(
         f"the third part of a batch is a weight per row: expected shape ({rows},), got "
         f"{describe(sample_weight)}. Put several inputs into a tuple of their own: ((a, b), "
-        f"labels)."
+        f"labels){remedy}."
     )
 
 
@@ -258,12 +280,12 @@ def _check_weight(sample_weight: Any, rows: int | UnknownRows) -> None:
 
 
 def check_optimizers(
-    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: set[int]
+    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer], compiled: dict[int, bool]
 ) -> None:
     """Check that there is something to train, and that the optimizers hold it as it is now.
 
     Args:
-        compiled: the ids of the parameters that the model had at compile.
+        compiled: the id of each parameter that the model had at compile -> whether it was trained.
 
     Raises:
         ValueError: there is nothing to train, or an optimizer holds other parameters.
@@ -275,7 +297,7 @@ def check_optimizers(
         remedy = "Add a layer that has some"
         if own:
             why = f"all {len(own)} parameters of {name} are frozen"
-            remedy = "Set requires_grad=True on some"
+            remedy = "Call minikeras.unfreeze on the layers to train"
         raise ValueError(f"there is nothing to train: {why}. {remedy}, then compile again.")
     again = f"Make a new optimizer from model.parameters() and call {name}.compile again."
     in_optimizers: set[int] = set()
@@ -285,7 +307,7 @@ def check_optimizers(
         which = f"optimizer {key!r}" if key else "the optimizer"
         ids = _ids_in(optimizer)
         holds_none = not ids & own.keys()
-        if holds_none and (ids & compiled or not in_optimizers & own.keys()):
+        if holds_none and (ids & compiled.keys() or not in_optimizers & own.keys()):
             raise ValueError(
                 f"{which} holds none of the parameters of {name}: it was made from another model, "
                 f"or the network was replaced after compile. {again}"
@@ -295,10 +317,14 @@ def check_optimizers(
             what = f"it is {stale[0]} from earlier steps and the parameters are {stale[1]} now"
             raise ValueError(f"{which} holds stale state: {what}. {again}")
     untrained = 0
-    known = in_optimizers | compiled
+    unfrozen = 0
     for number, parameter in own.items():
-        if parameter.requires_grad and number not in known:
+        if not parameter.requires_grad or number in in_optimizers:
+            continue
+        if number not in compiled:
             untrained += 1
+        elif not compiled[number]:
+            unfrozen += 1
     if untrained:
         what = "lacks parameters: a layer was added"
         if any(number in compiled and number not in own for number in in_optimizers):
@@ -306,6 +332,11 @@ def check_optimizers(
         raise ValueError(
             f"the optimizer {what} after compile, and {untrained} new parameters would not be "
             f"trained. {again}"
+        )
+    if unfrozen:
+        raise ValueError(
+            f"the optimizer lacks parameters: {unfrozen} were frozen when {name}.compile was "
+            f"called, and have been unfrozen since. They would not be trained. {again}"
         )
 
 
@@ -418,7 +449,7 @@ def check_metrics_dict(metrics_dict: Any) -> None:
     if not isinstance(metrics_dict, Mapping):
         raise TypeError(
             f"metrics_dict must be a dict of name -> metric, got {type(metrics_dict).__name__}. "
-            f'Pass for instance {{"accuracy": accuracy}}.'
+            f'Pass for instance {{"accuracy": minikeras.accuracy}}.'
         )
     for name, metric in metrics_dict.items():
         check_name("metrics_dict has", name, ("loss", "lr", "epoch"))

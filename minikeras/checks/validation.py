@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.batch import move_to_device
+from minikeras.batch import move_to_device, unpack
 from minikeras.checks.inputs import check_batch, check_results, needs_labels
 from minikeras.checks.peek import first_rows
 from minikeras.modes import keep_modes
@@ -47,11 +47,11 @@ def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels
         batch = first_rows(val)
         if batch is None:
             return
-        val_features, val_labels, weight = move_to_device(batch, run.device)
+        val_features, val_labels, weight, rows = move_to_device(batch, run.device, run.split_batch)
         is_same_kind = kind_of((val_features, val_labels)) == kind_of((features, labels))
         if is_same_kind and weight is None:
             return
-        evaluate_once(model, run, val_features, val_labels, weight)
+        evaluate_once(model, run, val_features, val_labels, weight, rows)
     except Exception as error:
         error.add_note(NOTE)
         # for the loop: it is no batch of dl_train
@@ -59,7 +59,9 @@ def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels
         raise
 
 
-def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: Any) -> None:
+def evaluate_once(
+    model: Model, run: Run, features: Any, labels: Any, weight: Any, rows_stated: int | None
+) -> None:
     """Take one batch through evaluate_step, and put back all that it changes."""
     loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Identity()
     phase = run.val
@@ -74,9 +76,10 @@ def evaluate_once(model: Model, run: Run, features: Any, labels: Any, weight: An
             model.eval()
             loss.eval()
             step = run.stepper.decorated("around_step", model.evaluate_step)
-            batch = phase.take(1, features, labels, weight, is_filler=False)
+            batch = phase.take(1, features, labels, weight, False, rows_stated)
             needed = needs_labels(model, run.loss_func, "evaluate_step")
-            check_batch(step, features, labels, weight, batch.rows, needed)
+            is_split = run.split_batch is not unpack
+            check_batch(step, features, labels, weight, batch.rows, needed, is_split)
             if weight is None:
                 results = step(features, labels)
             else:

@@ -1,4 +1,4 @@
-"""The predictions of all processes, joined in the order of the rows."""
+"""The predictions of all processes, and their labels, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None
     for filled in outputs.pieces:
         piece, is_filler = unwrap_filler(filled)
         own.append(None if is_filler else plain(piece))
+    own_labels = [plain(labels) for labels in outputs.labels]  # none if they are not wanted
     why = None if outputs.unknown is None else outputs.unknown.why
-    found = world.gather([own, outputs.rows, why], everywhere)
+    found = world.gather([own, own_labels, outputs.rows, why], everywhere)
     if found is None:
         return None
     together = Outputs(features=outputs.features)
-    for _, _, why in found:
+    for *_, why in found:
         if together.unknown is None and why is not None:
             together.unknown = UnknownRows(why)
     for rank, step in by_step(found):
@@ -36,7 +37,10 @@ def gathered(outputs: Outputs, world: World, everywhere: bool) -> Outputs | None
         if piece is None:
             continue
         together.pieces.append(rebuilt(piece, template))
-        for name, counts in found[rank][1].items():
+        if outputs.labels:
+            labels = found[rank][1][step]
+            together.labels.append(rebuilt(labels, outputs.labels[0]))
+        for name, counts in found[rank][2].items():
             together.rows.setdefault(name, []).append(counts[step])
     return together
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.hooks import Fit, Hook
+from minikeras.modes import names_staying_in_eval, set_staying_in_eval
 from minikeras.nests import is_sharded
 from minikeras.stepper import Part, StepLoss, gradients_of, optimizer_parameters
 from minikeras.support.sharded_tensors import as_part
@@ -207,7 +208,9 @@ def sync_batchnorm(model: nn.Module, world: Any, device: torch.device) -> None:
             "SyncBatchNorm for the CPU. Omit it, and choose a batch_size that is large enough for "
             "the statistics of each process."
         )
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    staying_in_eval = names_staying_in_eval(model)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces modules
+    set_staying_in_eval(model, staying_in_eval)
 
 
 def settle(model: nn.Module) -> None:

@@ -12,6 +12,8 @@ from minikeras.integrations.tracking import Tracker, as_dict, import_optional
 
 REFUSED = re.compile(r"[^\w/.: -]")  # characters that MLflow refuses in the name of a metric
 
+PACKAGE = ("mlflow", "MLflow", "mlflow-skinny alembic sqlalchemy")  # as for import_optional
+
 
 class MLflow(Tracker):
     """Log each epoch's row of the history, and the learning rates, to a run of MLflow.
@@ -47,6 +49,8 @@ class MLflow(Tracker):
         model.fit(30, dl_train, dl_valid, callbacks=[runs])
     """
 
+    opened = ("client",)
+
     def __init__(
         self,
         experiment: str | None = None,
@@ -58,12 +62,17 @@ class MLflow(Tracker):
     ) -> None:
         super().__init__()
         self.start_new_run()
-        self.package = import_optional("mlflow", "MLflow", "mlflow-skinny alembic sqlalchemy")
+        import_optional(*PACKAGE)
         self.experiment = experiment
         self.run_name = run_name
         self.tracking_uri = tracking_uri
         self.params = {} if params is None else as_dict("params", params)
         self.summary = summary
+
+    @property
+    def package(self) -> Any:
+        """The package; not an attribute, since no copy can hold it."""
+        return import_optional(*PACKAGE)
 
     def start_new_run(self) -> None:
         super().start_new_run()

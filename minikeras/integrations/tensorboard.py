@@ -49,6 +49,9 @@ def _plain_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+PACKAGE = (EVENTS, "TensorBoard", "tensorboard")  # as for import_optional
+
+
 class TensorBoard(Tracker):
     """Write each epoch's row of the history, and the learning rates, for TensorBoard.
 
@@ -93,6 +96,8 @@ class TensorBoard(Tracker):
     [1, 2]
     """
 
+    opened = ("writers",)
+
     def __init__(
         self,
         log_dir: str | Path,
@@ -102,13 +107,18 @@ class TensorBoard(Tracker):
         hparams: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.package = import_optional(EVENTS, "TensorBoard", "tensorboard")
+        import_optional(*PACKAGE)
         self.folder = Path(log_dir)
         self.every = None if every is None else check_positive_int("every", every)
         self.histograms = histograms
         self.graph = None if graph is None else _as_tensors(graph)
         self.hparams = None if hparams is None else _plain_hparams(as_dict("hparams", hparams))
         self.start_new_run()
+
+    @property
+    def package(self) -> Any:
+        """The package; not an attribute, since no copy can hold it."""
+        return import_optional(*PACKAGE)
 
     def start_new_run(self) -> None:
         super().start_new_run()

@@ -29,12 +29,19 @@ class Tracker(minikeras.Callback):
     not logged again. A fit that begins with epoch 1, as after `compile`, is a new run.
     """
 
+    opened: tuple[str, ...] = ()  # attributes that `open` sets and no copy can hold
+
     def __init__(self) -> None:
         self.run_id: str | None = None  # None until there is a run
         self.last_epoch = 0  # the last epoch that was logged
         self.logged_before = 0  # the last epoch that the run had when it was opened
         self.is_open = False  # the run must be closed
         self.is_resumed = False  # from a checkpoint
+        self.outer_error: BaseException | None = None  # being handled when the fit began
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickle and deepcopy, without what was opened for a run."""
+        return {name: value for name, value in vars(self).items() if name not in self.opened}
 
     def open(self, epoch: int) -> None:
         """Open the run `self.run_id`, or a new run, from this epoch on."""
@@ -56,7 +63,7 @@ class Tracker(minikeras.Callback):
 
     def on_fit_begin(self) -> None:
         self.is_resumed = False
-        self.outer_error = sys.exception()  # fit may be called while an error is being handled
+        self.outer_error = sys.exception()
 
     def on_epoch_begin(self, epoch: int) -> None:
         if self.is_open or not self.model.is_main_process:
@@ -73,9 +80,12 @@ class Tracker(minikeras.Callback):
 
     def on_fit_end(self) -> None:
         error = sys.exception()
+        if error is self.outer_error:
+            error = None
+        self.outer_error = None
         if self.is_open:
             self.is_open = False
-            self.close(None if error is self.outer_error else error)
+            self.close(error)
 
     def values(self, logs: Mapping[str, float]) -> dict[str, float]:
         """Return the logs, and the learning rates that no callback has logged."""

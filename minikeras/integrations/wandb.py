@@ -12,6 +12,8 @@ from minikeras.integrations.tracking import Tracker, as_dict, import_optional
 INTERRUPTED = 255  # the exit code that W&B gives a run that Ctrl-C ended
 CLOSED = "minikeras_epoch.txt"  # a file next to W&B's own, which contains the last epoch
 
+PACKAGE = ("wandb", "WandB", "wandb")  # as for import_optional
+
 
 class WandB(Tracker):
     """Log each epoch's row of the history, and the learning rates, to a run of Weights & Biases.
@@ -46,6 +48,8 @@ class WandB(Tracker):
         model.fit(30, dl_train, dl_valid, callbacks=[run])
     """
 
+    opened = ("run",)
+
     def __init__(
         self,
         project: str,
@@ -54,12 +58,17 @@ class WandB(Tracker):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.package = import_optional("wandb", "WandB", "wandb")
+        import_optional(*PACKAGE)
         self.project = project
         self.name = name
         self.config = None if config is None else as_dict("config", config)
         self.kwargs = kwargs
         self.start_time = 0.0  # when the last part of the run was started, in seconds
+
+    @property
+    def package(self) -> Any:
+        """The package; not an attribute, since no copy can hold it."""
+        return import_optional(*PACKAGE)
 
     def open(self, epoch: int) -> None:
         arguments = {

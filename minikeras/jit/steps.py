@@ -113,7 +113,10 @@ class EvaluateStep:
         self, results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]
     ) -> dict[str, Any]:
         """Return the results of several steps as one."""
-        return combined(results, batches, self.phase.count_rows)
+        if len(results) == 1:
+            return dict(results[0])
+        together = combined(results, batches, self.phase.count_rows)
+        return ResultsTogether(together, results[-1])
 
     def take(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         """Take the steps of these batches in the best way that is left."""
@@ -171,19 +174,22 @@ class EvaluateStep:
         if other and self.others_in_eager:
             return self.combined([self.first(batch) for batch in batches], batches)
         try:
-            results, outputs = self.graphs(*batches, other=other)
+            results, last, outputs = self.graphs(*batches, other=other)
         except CompileError as error:
             if not self.graphs.compiled:
                 raise
             return self.around_the_graph(batches, other, error)
+        if last is None:
+            last = results[-1]
         results = self.combined(results, batches)
         self.count(batches, results["loss"])
-        if outputs is None:
-            return dict(results)
-        outside = []
-        for output, batch in zip(outputs, batches, strict=True):
-            outside.append(self.outside(output, batch[1]))
-        return {**results, **self.combined(outside, batches)}
+        if outputs is not None:
+            outside = []
+            for output, batch in zip(outputs, batches, strict=True):
+                outside.append(self.outside(output, batch[1]))
+            results = {**results, **self.combined(outside, batches)}
+            last = {**last, **outside[-1]}
+        return dict(results) if len(batches) == 1 else ResultsTogether(results, last)
 
     def around_the_graph(
         self, batches: list[Batch], other: bool, error: CompileError
@@ -223,18 +229,23 @@ class EvaluateStep:
     def function(self, how: str) -> Callable[..., Any]:
         """Return what is traced: the steps of some batches.
 
-        It returns their results, and the outputs that are still needed.
+        It returns their results, those of the last of them if they have been added up, and the
+        outputs that are still needed.
         """
         step_of_batch = self.step_of_batch(how)
         wants_outputs = bool(self.totals.objects) or self.way != "one graph"
 
-        def step(*batches: Batch) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        def step(
+            *batches: Batch,
+        ) -> tuple[list[dict[str, Any]], dict[str, Any] | None, list[Any] | None]:
             taken = [step_of_batch(*batch) for batch in batches]
             outputs = [output for _, output in taken] if wants_outputs else None
             results: Any = [results for results, _ in taken]
-            if all(has_plain_rows(batch) for batch in batches):
+            last = None
+            if len(batches) > 1 and all(has_plain_rows(batch) for batch in batches):
+                last = results[-1]
                 results = [combined(results, batches, first_size_of_labels)]
-            return results, outputs
+            return results, last, outputs
 
         step.__name__ = self.name
         return step
@@ -315,6 +326,8 @@ class EvaluateStep:
     def take_current(self, batch: Batch) -> None:
         """Make a batch that may have waited the current one."""
         current = self.phase.batch
+        if current.features is batch[0] and current.labels is batch[1]:
+            return  # it has not waited
         self.phase.take(current.number, *batch, current.is_filler)
 
     def changed(self) -> list[Tensor]:
@@ -611,6 +624,14 @@ class TrainStep(EvaluateStep):
         ]
 
 
+class ResultsTogether(dict[str, Any]):
+    """The results of several steps as one; `last_batch` are those of the last step alone."""
+
+    def __init__(self, results: Mapping[str, Any], last_batch: Mapping[str, Any]) -> None:
+        super().__init__(results)
+        self.last_batch = last_batch
+
+
 def combined(
     results: Sequence[Mapping[str, Any]], batches: Sequence[Batch], count: Callable[..., Any]
 ) -> dict[str, Any]:
@@ -619,8 +640,6 @@ def combined(
     Args:
         count: returns the number of rows of a batch.
     """
-    if len(results) == 1:
-        return dict(results[0])
     totals: dict[str, Any] = dict.fromkeys(results[0], 0)
     counts: dict[str, Any] = dict.fromkeys(results[0], 0)
     # without strict, which does not trace

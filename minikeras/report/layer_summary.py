@@ -1,27 +1,31 @@
 """A model's layers, output shapes and parameter counts, as a table.
 
-    copy the model without its hooks, with every tensor on the meta device
-        (needs no memory, and the user's model is not touched)
+    copy the model without its hooks
+        (the user's model is not touched)
+        a large model with every tensor on the meta device, which needs no memory
+        a small model as it is, since torch imports its compiler for the meta device: a second
     run forward on such copies, with 2 rows and with 4
         (a size that differs depends on the batch)
-        if that fails: run it once more on real copies; an error there is the one to show
+        if meta fails: run it once more on real copies; an error there is the one to show
     make one row per layer; a parameter is counted at its first occurrence
         (so that the rows add up to the total)
 
-The table is printed, or displayed in a notebook, and returned.
+The table is printed, or displayed in a notebook, and returned. The returned object shows it again,
+but not in the cell or the statement that has just shown it.
 """
 
 from __future__ import annotations
 
 import copy
 import html
+import inspect
 import random
 import sys
 import textwrap
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,12 +35,15 @@ import pandas as pd
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset
 
+from minikeras.arrays import array_to_tensor, is_array
 from minikeras.batch import call_with, to_device
 from minikeras.errors import ForwardError, check_positive_int, describe, find_failing_layer
-from minikeras.nests import leaves, map_leaves, take_apart
+from minikeras.nests import is_sharded, leaves, map_leaves, take_apart
 from minikeras.processes import is_main
 from minikeras.rows import first_size
 
@@ -44,11 +51,17 @@ MB = 1024**2  # bytes
 ROWS = 2  # of a batch in the first run
 MORE_ROWS = 4  # in the second; both are even, since some models pair the rows of a batch
 META = torch.device("meta")
+# A small model is run on real copies. The product bounds the multiply-adds, and so the time; the
+# number of input elements bounds the memory of a forward that pairs each with each.
+SMALL_PRODUCT = 2**30  # parameters times input elements
+SMALL_INPUT = 2**15  # input elements of all rows
+LAZY = "lazy"  # the note of a layer whose parameters have no shape yet
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # attributes of a module that contain hooks
 HOOK_TABLES = {
     name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict)
 }
+SIDES = ("left", "left", "right", "left")  # to which the columns are aligned
 INDENT = "\ue000\ue000"  # stands for blanks, which tabulate would strip
 Features = Callable[[torch.device, int], Any]  # device, number of rows -> arguments of forward
 
@@ -70,9 +83,10 @@ class LayerRow:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """The rows and the totals of a model.
+    """The rows and the totals of a model; shown as a table.
 
-    `str()` is the whole text; `repr()` is one line, since the table has already been shown.
+    `summary` has shown it already, so the same cell of a notebook or the same statement at a prompt
+    does not show it again.
     """
 
     model: str  # its class
@@ -86,8 +100,8 @@ class Summary:
     # in matrix products, convolutions and attention; None if they cannot be counted
     multiply_adds: int | None
     note: str  # what was done differently and why, in one line, or ""
-    # the number of the notebook's cell in which it was displayed
-    cell: int | None = field(default=None, compare=False)
+    # where it was shown, as `_running_statement` returns it
+    shown_by: Any = field(default=None, compare=False)
 
     @property
     def non_trainable_params(self) -> int:
@@ -103,12 +117,28 @@ class Summary:
         return f"{table}\n{'-' * max(map(len, table.splitlines()))}\n{self.totals()}"
 
     def __repr__(self) -> str:
-        return f"<Summary of {self.model}: {len(self.rows)} rows, {self.total_params:,} params>"
+        # IPython asks `_ipython_display_`, Python's prompt knows nothing but this
+        is_at_prompt = _ipython_shell() is None
+        return "" if is_at_prompt and self._is_just_shown() else str(self)
 
-    def _repr_html_(self) -> str | None:
-        if self.cell is not None and self.cell == notebook_cell():
-            return None  # already displayed in this cell
-        return f"{_table(self.rows, 'html')}\n<pre>{html.escape(self.totals())}</pre>"
+    def _repr_html_(self) -> str:
+        return f"{_table_html(self.rows)}\n<pre>{html.escape(self.totals())}</pre>"
+
+    def _ipython_display_(self) -> None:
+        if self._is_just_shown():
+            return
+        if notebook_cell() is None:
+            raise NotImplementedError  # IPython goes on to print what `repr` returns
+        _show(self)
+
+    def _is_just_shown(self) -> bool:
+        statement = _running_statement()
+        if isinstance(statement, int):
+            return bool(statement == self.shown_by)
+        return statement is not None and statement is self.shown_by  # equal ones may be typed twice
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "shown_by": None}  # a statement cannot be pickled
 
     def totals(self) -> str:
         """Return the lines below the table."""
@@ -130,23 +160,45 @@ class Summary:
         return "\n".join(lines)
 
 
-def _table(rows: list[LayerRow], style: str = "simple") -> str:
-    headers = ["layer (type)", "output shape", "params", "note"]
-    sides = ["left", "left", "right", "left"]
+def _table(rows: list[LayerRow]) -> str:
+    """Return the rows as plain text."""
+    head, cells = _cells(rows)
+    for row, line in zip(rows, cells, strict=True):
+        line[0] = INDENT * row.depth + line[0]
+    text = tabulate(cells, head, disable_numparse=True, colalign=SIDES[: len(head)])
+    return text.replace(INDENT[0], " ")
+
+
+def _table_html(rows: list[LayerRow]) -> str:
+    """Return the rows as HTML."""
+    from minikeras.report.notebook import table_html
+
+    head, cells = _cells(rows)
+    for row, line in zip(rows, cells, strict=True):
+        line[:] = [html.escape(cell) for cell in line]
+        line[0] = "&nbsp;&nbsp;" * row.depth + line[0]
+    return table_html(head, cells, SIDES)
+
+
+def _cells(rows: list[LayerRow]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the cells of the table, as text; the layers are not indented."""
+    head = ["layer (type)", "output shape", "params", "note"]
     columns = 4 if any(row.note for row in rows) else 3
     cells = []
     for row in rows:
-        name = row.layer.rpartition(".")[2]
-        label = f"{name} ({row.type})" if name else row.type
+        label = label_of(row)
         if len(label) > 30:
             label = label[:27] + "..."
         shape = "" if row.output_shape is None else textwrap.fill(str(row.output_shape), 30)
-        line = [INDENT * row.depth + label, shape, f"{row.params:,}", row.note]
+        line = [label, shape, f"{row.params:,}", row.note]
         cells.append(line[:columns])
-    text = tabulate(
-        cells, headers[:columns], style, disable_numparse=True, colalign=sides[:columns]
-    )
-    return text.replace(INDENT[0], "&nbsp;" if style == "html" else " ")
+    return head[:columns], cells
+
+
+def label_of(row: LayerRow) -> str:
+    """Return the name of a layer with its type."""
+    name = row.layer.rpartition(".")[2]
+    return f"{name} ({row.type})" if name else row.type
 
 
 def summary(
@@ -167,8 +219,10 @@ def summary(
             shapes, or a dict by argument name.
         input_dtype: default torch.float32; also torch.LongTensor, or a list or dict of dtypes like
             that of `input_shape`.
-        input_data: instead of `input_shape`, a real batch as forward takes it. The shapes shown
-            then have its number of rows.
+        input_data: instead of `input_shape`, the features of a batch: tensors, NumPy arrays,
+            DataFrames or Series, several in a tuple, list or dict as forward takes them. NumPy
+            and pandas floats become float32, as in `predict`. The shapes of outputs show the
+            batch as `batch_size`.
         batch_size: the number of rows for the shapes and sizes shown; with -1, the default, shapes
             show -1 and sizes are for 1 row.
 
@@ -182,7 +236,8 @@ def summary(
             the rows so far.
         ValueError: no input is given, or two; an invalid shape or dtype; a lazy layer without
             parameters yet.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or the input is a DataLoader, a Dataset or a table with
+            columns that are not numbers.
 
     >>> _ = summary(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()), input_shape=(2,))
     layer (type)    output shape      params
@@ -200,9 +255,11 @@ def summary(
     Multiply-adds, 1 row: 2
     """
     _check(model, input_shape, input_dtype, input_data)
+    input_data = map_leaves(_array_to_tensor, input_data)
     size = check_positive_int("batch_size", batch_size) if batch_size != -1 else 1
     if input_data is not None:
         row_counts = [max(first_size(input_data, unknown=1), 1)]
+        inputs = input_data
 
         def features(device: torch.device, rows: int) -> Any:
             return to_device(copy.deepcopy(input_data), device)  # forward may write into it
@@ -210,11 +267,12 @@ def summary(
     else:
         row_counts = [ROWS, MORE_ROWS] if batch_size == -1 else [size]
         features = partial(_make_inputs, input_shape, input_dtype)
-    runs, note = _run_copies(model, features, row_counts)
+        inputs = features(META, max(row_counts))
+    runs, note = _run_copies(model, features, row_counts, inputs)
     parameters = list(model.parameters())
     result = Summary(
         model=_type_name(model),
-        rows=_layer_rows(model, runs, batch_size),
+        rows=layer_rows(model, runs, batch_size),
         total_params=sum(parameter.numel() for parameter in parameters),
         trainable_params=_count(parameters, trainable_only=True),
         params_bytes=sum(parameter.nbytes for parameter in parameters),
@@ -234,7 +292,7 @@ def summary(
             multiply_adds=None if run.flops is None else round(run.flops // 2 * scale),
         )
     _show(result)
-    return replace(result, cell=notebook_cell())
+    return replace(result, shown_by=_running_statement())
 
 
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
@@ -249,6 +307,19 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
             f"expected the shape of one row, such as {tuple(input_shape.shape[1:])}. Pass a batch "
             f"by its name: summary(net, input_data=batch)."
         )
+    arrays = [leaf for leaf in leaves(input_shape) if _is_data(leaf)]
+    if arrays:
+        raise ValueError(
+            f"input_shape is {describe(input_shape)}; expected the shape of one row, or a list or "
+            f"dict of shapes, such as {tuple(arrays[0].shape[1:])}. Pass a batch by its name: "
+            f"summary(net, input_data=batch)."
+        )
+    for name, value in (("input_shape", input_shape), ("input_data", input_data)):
+        if isinstance(value, (DataLoader, Dataset)):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; expected one batch of features. Pass the "
+                f"features of its first batch: summary(net, input_data=next(iter(loader))[0])."
+            )
     if (input_shape is None) == (input_data is None):
         raise ValueError(
             f"summary takes either input_shape or input_data, got "
@@ -275,6 +346,22 @@ def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any
         )
 
 
+def _is_data(leaf: Any) -> bool:
+    """Tell whether a leaf is an array or a frame of any library, and no single number of NumPy."""
+    return is_array(leaf) and not isinstance(leaf, np.generic)
+
+
+def _array_to_tensor(leaf: Any) -> Any:
+    """Convert an array or a frame to a tensor, as `predict` does; return anything else as it is."""
+    if isinstance(leaf, Tensor) or not _is_data(leaf):
+        return leaf
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
+        return array_to_tensor(leaf, "input_data")
+    from minikeras.data.arrays import as_tensor
+
+    return as_tensor(leaf, "input_data")
+
+
 def _show(result: Summary) -> None:
     """Display the summary in a notebook, otherwise print it; with several processes on rank 0."""
     if notebook_cell() is not None:
@@ -289,8 +376,31 @@ def notebook_cell() -> int | None:
 
     None in a script, and in a terminal, where IPython has no kernel.
     """
-    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    shell = _ipython_shell()
     return shell.execution_count if hasattr(shell, "kernel") else None
+
+
+def _ipython_shell() -> Any:
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+
+
+def _running_statement() -> Any:
+    """Return what stands for the running cell, or for the running statement at Python's prompt.
+
+    IPython's is a number, Python's a code object; None in a script.
+    """
+    shell = _ipython_shell()
+    if shell is not None:
+        return getattr(shell, "execution_count", None)
+    if not hasattr(sys, "ps1"):  # which only an interactive Python has
+        return None
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "<module>" and code.co_filename.startswith("<"):  # <stdin>
+            return code
+        frame = frame.f_back
+    return None
 
 
 def _make_inputs(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:
@@ -360,12 +470,12 @@ def _outliving(leaf: Any) -> Any:
 
 
 def _run_copies(
-    model: nn.Module, features: Features, row_counts: list[int]
+    model: nn.Module, features: Features, row_counts: list[int], inputs: Any
 ) -> tuple[list[_Run], str]:
-    """Run copies of the model, one for each number of rows.
+    """Run copies of the model, one for each number of rows; `inputs` are as large as the largest.
 
-    They run on the meta device, or if that fails on the model's device. Returns the runs and a note
-    if they did not run on meta.
+    A small model runs on its own device, another one on the meta device, or if that fails on its
+    own. Returns the runs, and a note if one way to run them failed.
     """
     device = _device_of(model)
     # the random state of this kind of device is restored afterwards, as is the CPU's
@@ -376,7 +486,11 @@ def _run_copies(
     attempts = [(META, True), (device, True), (device, False)]  # device, with flops counted
     if any(isinstance(layer, torch.jit.ScriptModule) for layer in model.modules()):
         attempts = attempts[1:]  # TorchScript modules cannot be copied to meta
-    failure: BaseException | None = None
+    elif _is_small(model, device, inputs):
+        # meta last: it has no values that a forward could refuse
+        attempts = [*attempts[1:], attempts[0]]
+    first_failure: BaseException | None = None
+    error_to_show: ForwardError | None = None  # of a real copy
     for run_device, counts_flops in attempts:
         try:
             runs = []
@@ -384,20 +498,39 @@ def _run_copies(
                 for rows in row_counts:
                     runs.append(_run_copy(model, features, rows, run_device, counts_flops))
         except ForwardError as error:
-            if not counts_flops:
-                raise
-            failure = failure or error.__cause__
+            first_failure = first_failure or error.__cause__
+            if run_device != META:
+                error_to_show = error
         except Exception as error:  # while copying
-            failure = error
+            first_failure = first_failure or error
         else:
             note = ""
-            if failure:
-                note = f"Note: run on a real copy, since the meta one failed: {_one_line(failure)}"
+            if first_failure and not counts_flops:
+                note = f"Note: multiply-adds cannot be counted: {_one_line(first_failure)}"
+            elif first_failure and run_device != META:
+                reason = _one_line(first_failure)
+                note = f"Note: run on a real copy, since the meta one failed: {reason}"
             return runs, note
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
-    return [], f"Note: no output shapes, since the model cannot be copied: {_one_line(failure)}"
+    if error_to_show is not None:
+        raise error_to_show
+    reason = _one_line(first_failure)
+    return [], f"Note: no output shapes, since the model cannot be copied: {reason}"
+
+
+def _is_small(model: nn.Module, device: torch.device, inputs: Any) -> bool:
+    """Tell whether a forward on the CPU is fast, and needs little memory, with these inputs."""
+    parameters = list(model.parameters())
+    if device.type != "cpu" or any(map(is_sharded, parameters)):
+        return False
+    elements = 0
+    for leaf in leaves(inputs, inside=True):
+        if isinstance(leaf, (Tensor, PackedSequence)):
+            elements += leaf.data.numel()
+    size = sum(parameter.numel() for parameter in parameters)
+    return elements <= SMALL_INPUT and size * elements <= SMALL_PRODUCT
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -416,17 +549,18 @@ def _run_copy(
         if not isinstance(layer, torch.jit.ScriptModule):  # takes no hooks
             layer.register_forward_pre_hook(partial(run.record_input, name), with_kwargs=True)
             layer.register_forward_hook(partial(run.record_output, name))
-    counter = FlopCounterMode(display=False) if counts_flops else None
+    counter: Any = FlopCounterMode(display=False) if counts_flops else None
     with (
+        warnings.catch_warnings(action="ignore"),  # the model will show them when it is run
         # the counter does not work with gradients; without it, a forward may call
         # torch.autograd.grad
         torch.set_grad_enabled(not counts_flops),
-        META if device == META else nullcontext(),
-        warnings.catch_warnings(),
+        META if device == META else _countable_kernels(),
     ):
-        warnings.simplefilter("ignore")  # the model itself will show them when it is run
         try:
             with counter or nullcontext():
+                if counter is not None:
+                    _avoid_compiler_import(counter)
                 output = call_with(run.model.eval(), run.features)
         except Exception as error:
             raise _explain(model, run, error) from error
@@ -435,6 +569,35 @@ def _run_copy(
     if "" not in run.inputs:  # a TorchScript model
         run.record_output("", run.model, (), output)
     return run
+
+
+@contextmanager
+def _countable_kernels() -> Iterator[None]:
+    """Use no kernel that does a whole layer at once on the CPU: the counter does not know it."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _avoid_compiler_import(counter: Any) -> None:
+    """Let a running counter of floating point operations not import torch's compiler.
+
+    torch wraps the counter's `__torch_dispatch__`, so that the compiler does not trace it, and
+    imports the compiler for that: more than a second, most of it for sympy. While sympy has not
+    been imported, there is no compiler to keep away.
+    """
+    mode = counter.mode
+    wrapped = type(mode).__torch_dispatch__
+    if "sympy" in sys.modules or not hasattr(wrapped, "__wrapped__"):
+        return
+    kind: Any = type("PlainFlopCounterMode", (type(mode),), {})
+    # assigned, since torch would wrap a method in the class's body again
+    kind.__torch_dispatch__ = wrapped.__wrapped__
+    mode.__class__ = kind
 
 
 def _copy_without_hooks(model: nn.Module, on_meta: bool) -> nn.Module:
@@ -474,7 +637,7 @@ def _explain(model: nn.Module, run: _Run, error: Exception) -> ForwardError:
         title = f"{name}: {title}"
     received = run.inputs.get(name, _describe(first_argument))
     words = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
-    rows = [row for row in _layer_rows(model, [run], run.rows) if row.layer in run.inputs]
+    rows = [row for row in layer_rows(model, [run], run.rows) if row.layer in run.inputs]
     return ForwardError(
         f"{title} was given {received}: {words}\n"
         f"The input, with {run.rows} rows, was {describe(run.features)}. "
@@ -486,8 +649,8 @@ def _one_line(error: BaseException | None) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder=" ...")
 
 
-def _layer_rows(model: nn.Module, runs: list[_Run], batch_size: int) -> list[LayerRow]:
-    """Return one row per layer, in the order of `named_modules`.
+def layer_rows(model: nn.Module, runs: list[_Run], batch_size: int) -> list[LayerRow]:
+    """Return one row per layer, in the order of `named_modules`; without runs, no shapes.
 
     A layer that occurs again has a row for each occurrence; the layers inside it do not.
     """
@@ -534,9 +697,11 @@ def _layer_rows(model: nn.Module, runs: list[_Run], batch_size: int) -> list[Lay
 
 
 def _count(parameters: list[nn.Parameter], trainable_only: bool = False) -> int:
-    """Return the number of elements of parameters."""
+    """Return the number of elements of parameters; a lazy one has none yet."""
     total = 0
     for parameter in parameters:
+        if is_lazy(parameter):
+            continue
         if parameter.requires_grad or not trainable_only:
             total += parameter.numel()
     return total
@@ -545,6 +710,8 @@ def _count(parameters: list[nn.Parameter], trainable_only: bool = False) -> int:
 def _notes(
     name: str, layer: nn.Module, new: list[nn.Parameter], tied: list[str], runs: list[_Run]
 ) -> Iterator[str]:
+    if any(map(is_lazy, new)):
+        yield LAZY
     frozen = sum(not parameter.requires_grad for parameter in new)
     if frozen:
         yield "frozen" if frozen == len(new) else "partly frozen"

@@ -13,14 +13,14 @@ import html
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from minikeras.columns import infer_mode, is_rate
-from minikeras.report.layer_summary import notebook_cell
+from minikeras.report.layer_summary import LAZY, LayerRow, label_of, layer_rows, notebook_cell
 from minikeras.report.progress import Progress, format_logs, wants_bar
 
 REFRESH = 0.3  # seconds between two redraws
@@ -205,13 +205,25 @@ def epochs_table(columns: Sequence[str], rows: Rows) -> str:
     return table
 
 
-def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], side: str = "right") -> str:
-    """Return a table as HTML; the cells are HTML already, the head is escaped."""
-    style = f'style="text-align: {side}; padding: 1px 8px; white-space: pre"'
-    header = "".join(f"<th {style}>{html.escape(name)}</th>" for name in head)
+def table_html(
+    head: Iterable[str], rows: Iterable[Iterable[str]], sides: Iterable[str] = ()
+) -> str:
+    """Return a table as HTML; the cells are HTML already, the head is escaped.
+
+    `sides` has the alignment of each column, "left" or "right"; default all right.
+    """
+    names = list(head)
+    styles = []
+    for side in list(sides)[: len(names)] or ["right"] * len(names):
+        styles.append(f'style="text-align: {side}; padding: 1px 8px; white-space: pre"')
+    header = ""
+    for style, name in zip(styles, names, strict=True):
+        header += f"<th {style}>{html.escape(name)}</th>"
     body = ""
     for row in rows:
-        cells = "".join(f"<td {style}>{cell}</td>" for cell in row)
+        cells = ""
+        for style, cell in zip(styles, row, strict=True):
+            cells += f"<td {style}>{cell}</td>"
         body += f"<tr>{cells}</tr>"
     return (
         f'<table style="border-collapse: collapse"><thead><tr>{header}</tr></thead>'
@@ -296,46 +308,46 @@ def _svg_line(
 def model_html(model: nn.Module) -> str:
     """Return a model's layers and parameters as HTML, down to a depth that fits a short table.
 
-    Each parameter is counted once.
+    The numbers are those of `summary`: each parameter is counted once, in the row of its layer. A
+    layer that is not shown is counted in the row above it that is.
 
     >>> model_html(nn.Linear(2, 1)).count("<tr>")
     2
     """
-    layers = list(model.named_modules())
-    depths = [name.count(".") + 1 for name, _ in layers]
+    layers = layer_rows(model, [], -1)
+    depths = [layer.depth for layer in layers]
     deepest = 1
     for depth in sorted(set(depths)):
         layers_up_to_depth = sum(other <= depth for other in depths)
         if layers_up_to_depth <= ROWS:
             deepest = depth
-    rows: list[list[str]] = []
-    for name, layer in layers:
-        if len(rows) < ROWS and (not name or name.count(".") < deepest):
-            rows.append(_layer_cells(name, layer))
-    table = table_html(["layer (type)", "params", ""], rows, "left")
-    hidden = len(layers) - len(rows)
+    shown: dict[str, LayerRow] = {}
+    params: Counter[str] = Counter()  # by the name of the shown layer
+    inside: Counter[str] = Counter()  # how many layers are not shown
+    lazy: set[str] = set()
+    for layer in layers:
+        name = layer.layer
+        if len(shown) < ROWS and layer.depth <= deepest:
+            shown[name] = layer
+        else:
+            while name not in shown:
+                name = name.rpartition(".")[0]
+            inside[name] += 1
+        params[name] += layer.params
+        if LAZY in layer.note.split(", "):
+            lazy.add(name)
+    rows = []
+    for name, layer in shown.items():
+        count = "?" if name in lazy else f"{params[name]:,}"
+        notes = [layer.note] if layer.note else []
+        if inside[name]:
+            notes.append(f"with {inside[name]} more layers inside")
+        label = "&nbsp;&nbsp;" * layer.depth + html.escape(label_of(layer))
+        rows.append([label, count, html.escape(", ".join(notes))])
+    table = table_html(["layer (type)", "params", "note"], rows, ("left", "right", "left"))
+    total = sum(params.values())
+    lines = f"<div>Total params: {total:,}{' and those of lazy layers' if lazy else ''}</div>"
+    hidden = sum(inside.values())
     if hidden:
-        table += f"<div>{hidden} more layers inside; model.summary(input_shape) has them.</div>"
-    return f'<div style="{STYLE}">{table}</div>'
-
-
-def _layer_cells(name: str, layer: nn.Module) -> list[str]:
-    """Return the cells of a layer, with the parameters of all layers inside it."""
-    parameters = list(layer.parameters())
-    label = type(layer).__name__
-    if name:
-        indent = "&nbsp;&nbsp;" * (name.count(".") + 1)
-        label = indent + html.escape(f"{name.rpartition('.')[2]} ({label})")
-    else:
-        label = html.escape(label)
-    if any(map(is_lazy, parameters)):
-        return [label, "?", "lazy"]
-    count = sum(parameter.numel() for parameter in parameters)
-    frozen = sum(not parameter.requires_grad for parameter in parameters)
-    if not frozen:
-        note = ""
-    elif frozen == len(parameters):
-        note = "frozen"
-    else:
-        note = "partly frozen"
-    return [label, f"{count:,}", note]
+        lines += f"<div>{hidden} more layers inside; model.summary(input_shape) has them.</div>"
+    return f'<div style="{STYLE}">{table}{lines}</div>'

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minikeras.modes import STAYS_IN_EVAL
+
 MOST = 20_000  # objects that are visited
 LONG = 1_000  # items of a container that are visited
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
@@ -39,6 +41,8 @@ LIBRARIES = ("torch", "numpy", "minikeras", "builtins")
 CONTAINERS = (list, tuple, deque, set, frozenset)
 # members of a class that are not looked at; Python creates the last one on first use
 IGNORED_MEMBERS = ("__dict__", "__weakref__", "__annotations__")
+# attributes of modules and models that a checkpoint holds in its own way
+NOT_COUNTED = ("training", STAYS_IN_EVAL, "stop_training")
 SIZE = 100_000  # most elements of a list or array that is compared and copied
 ORDER = "order"  # the key of a dict that has the order of a list, in place of the list
 
@@ -366,7 +370,7 @@ def plain_attributes(owner: Any) -> dict[str, Any]:
     attributes = {}
     is_module = isinstance(owner, nn.Module)
     for name, value in vars(owner).items():
-        if name not in ("training", "stop_training") and is_plain(value, is_module):
+        if name not in NOT_COUNTED and is_plain(value, is_module):
             attributes[name] = copy_value(value)
     return attributes
 

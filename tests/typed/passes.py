@@ -32,6 +32,20 @@ class Net(minikeras.Model):
         return {"loss": loss, "two": 2.0, **self.compute_metrics(outputs, labels)}
 
 
+class Rates(minikeras.Callback):
+    def on_batch_begin(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_batch_end(self, batch: int, logs: minikeras.BatchLogs) -> None:
+        self.loss: float = logs.batch["loss"]
+        self.mean: float = logs["loss"]
+
+
+class OnlyMeans(minikeras.Callback):
+    def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        self.mean = logs["loss"]
+
+
 class Shout(minikeras.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         print(epoch, logs["loss"], self.model.history)
@@ -66,6 +80,9 @@ y = torch.zeros(8, 1)
 callbacks = [
     Shout(),
     minikeras.LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs)),
+    minikeras.LambdaCallback(on_batch_end=lambda batch, logs: print(logs.batch["loss"])),
+    Rates(),
+    OnlyMeans(),
     minikeras.EarlyStopping("val_loss", patience=3, baseline=0.5, restore_best_weights=True),
     minikeras.ModelCheckpoint(Path("best.pt"), save_best_only=True),
     minikeras.LRScheduler(torch.optim.lr_scheduler.StepLR(optimizer, 2), step="batch"),

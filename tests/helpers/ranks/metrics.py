@@ -115,6 +115,41 @@ def per_class(size):
     )
 
 
+def accuracies(size):
+    """Labels that do not count, on one process more than on another, and a short last batch."""
+    seed()
+    X, y = doubles(61)
+    labels = (X[:, 0] > 0).long() + y[:, 0].long()
+    labels[::3] = -100
+    labels[:6] = -100
+    model = compiled(
+        minikeras.Model(nn.Linear(2, 3)),
+        nn.CrossEntropyLoss(),
+        metrics_dict={"accuracy": minikeras.accuracy},
+    )
+    return model.evaluate((X, labels), batch_size=12 // size)["val_accuracy"]
+
+
+def batch_values(size):
+    """Return for each batch the metric's own value, what the logs have, and the running mean."""
+    seed()
+    own = []
+    seen = []
+
+    def mean_label(y_pred, y_true):
+        own.append(y_true.mean().item())
+        return y_true.mean()
+
+    def note(batch, logs):
+        seen.append((own[-1], logs.batch["mean_label"], logs["mean_label"]))
+
+    model = compiled(metrics_dict={"mean_label": mean_label})
+    note_batches = minikeras.LambdaCallback(on_batch_end=note)
+    # 61 rows: of the last step only the first process has a row
+    model.fit(1, doubles(61), batch_size=12 // size, verbose=0, callbacks=[note_batches])
+    return seen
+
+
 def no_means(size):
     """Return the warnings: those of the first process alone."""
     import torchmetrics

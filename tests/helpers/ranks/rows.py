@@ -9,6 +9,7 @@ from torch.utils.data import (
 )
 
 import minikeras
+from helpers.compare import copy_weights
 from helpers.models import Net
 from helpers.ranks.common import RANK, Noisy, compiled, doubles, found, row_by_row
 from helpers.seeds import seed
@@ -59,6 +60,35 @@ def in_eval_mode(size):
     return found(model, dfhistory, doubles(13))
 
 
+def frozen(size):
+    """A frozen part has no gradient in any process, and one that a callback unfreezes has one.
+
+    Momentum and weight decay do not move what is frozen.
+    """
+    seed()
+    block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    net = nn.Sequential(nn.Linear(2, 8), block, nn.Linear(8, 1), nn.Sigmoid())
+    block[1].running_mean.fill_(0.1)
+    minikeras.freeze(block)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model = compiled(minikeras.Model(net), optimizer=optimizer)
+    model.fit(1, doubles(45), batch_size=12 // size, verbose=0)
+    minikeras.freeze(net[0])
+    before = copy_weights(net)
+
+    def unfreeze(epoch):
+        if epoch == 3:
+            minikeras.unfreeze(block[0])
+
+    callbacks = [minikeras.LambdaCallback(on_epoch_begin=unfreeze)]
+    dfhistory = model.fit(
+        2, doubles(45), doubles(13), batch_size=12 // size, callbacks=callbacks, verbose=0
+    )
+    moved = [name for name, value in net.state_dict().items() if not value.equal(before[name])]
+    assert moved == ["1.0.weight", "1.0.bias", "2.weight", "2.bias"]
+    return found(model, dfhistory, doubles(13))
+
+
 class TimeFirst(minikeras.Model):
     """Features of shape (time, rows, 2), beside a table of 7 numbers for all rows."""
 
@@ -88,6 +118,35 @@ def nests(size):
         DataLoader(row_by_row(rows), 12 // size, collate_fn=time_first) for rows in (41, 29)
     )
     return found(model, model.fit(2, train, val, verbose=0), val, evaluated=model.evaluate(val))
+
+
+def split_batches(size):
+    """Dicts with the labels inside, of which the last step has fewer than there are processes."""
+    X, y = doubles(27)
+    pairs = zip(X.split(12 // size), y.split(12 // size), strict=True)
+    batches = [{"x": x, "labels": labels} for x, labels in pairs]
+
+    def split(batch):
+        return batch["x"], batch["labels"]
+
+    seed()
+    model = compiled(split_batch=split, accumulate=2)
+    dfhistory = model.fit(2, batches, batches, verbose=0)
+    outputs, labels = model.predict(batches, return_labels=True)
+    assert torch.equal(labels, y)
+    pieces, labels_of_each = model.predict(batches, join=False, return_labels=True)
+    assert [len(piece) for piece in pieces] == [len(batch["x"]) for batch in batches]
+    assert torch.equal(torch.cat(pieces), outputs)
+    assert torch.equal(torch.cat(labels_of_each), y)
+    nothing = model.predict(batches, gather="main", return_labels=True)
+    assert RANK == 0 or nothing == (None, None)
+    shuffled = DataLoader(row_by_row(27), 12 // size, shuffle=True)
+    same = minikeras.Model(nn.Identity())
+    same.compile(nn.MSELoss(), device="cpu")
+    rows, labels = same.predict(shuffled, return_labels=True)
+    assert torch.equal(labels, (rows.norm(dim=1, keepdim=True) > 1).double())
+    assert not torch.equal(rows, X)
+    return found(model, dfhistory, batches, evaluated=model.evaluate(batches), labels=labels)
 
 
 def fetched_rows(size):
