@@ -433,8 +433,8 @@ def warn_of_other_data(state: Any, now: int | None, finished: bool, path: Any) -
         return
     if finished:
         warnings.warn(
-            f"{path} holds a finished run, and dl_train has other data here: it is not trained "
-            "on. Pass another path to train on this data, or more epochs to continue with it.",
+            f"{path} holds a finished run, and dl_train has other data here: nothing is trained "
+            "on it. Pass another path to train on this data, or more epochs to continue with it.",
             stacklevel=5,
         )
     elif state["position"]["step"]:
