@@ -696,7 +696,7 @@ def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_o
     with pytest.warns(UserWarning, match="jit:") as caught:
         found = twin.fit(3, data, verbose=0)
     assert [str(warning.message) for warning in caught] == [
-        f"jit: train_step is not one graph: forward and loss, since {option} needs backward and "
+        f"jit: train_step is not one graph: forward and loss, because {option} needs backward and "
         "step outside it"
     ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-3)

@@ -206,7 +206,7 @@ def test_resumed_script_with_other_data_of_as_many_rows_warns(finished, tmp_path
     fits.USES.clear()
     with pytest.warns(
         UserWarning,
-        match="it is not trained on" if finished else "the skipped batches",
+        match="nothing is trained on it" if finished else "the skipped batches",
     ):
         start(lambda: {"data": lambda: (X * 3, Y)}, path, epochs=1)
 

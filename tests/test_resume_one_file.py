@@ -35,8 +35,8 @@ def test_checkpoint_of_another_fold_is_refused_and_a_file_for_each_trains(seed, 
         "compile. Loading it would give this fit the weights and the history of that one. Give "
         "each fit its own file, such as "
         f'checkpoint="run_2.pt". To start from scratch, delete {path} and {path}.prev, or pass '
-        "another path. To resume that fit, call fit of the model that it trained, or start the script "
-        "again."
+        "another path. To resume that fit, call fit of the model that it trained, or start the "
+        "script again."
     )
     assert fold(1, tmp_path / "run_2.pt") == fold(1, None)
     path.unlink()
