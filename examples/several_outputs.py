@@ -1,9 +1,8 @@
-"""Several outputs: a dict of two outputs, a custom loss over both, and a metric for each."""
+"""Several outputs: a dict of two outputs, with a loss, a weight and a metric for each."""
 
 import argparse
 
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_wine
 from torch import nn
 
@@ -22,18 +21,8 @@ class WineModel(minikeras.Model):
         return {"grape": self.grape(hidden), "alcohol": self.alcohol(hidden)}
 
 
-def loss_func(y_pred, y_true):  # both terms are means over the rows
-    grape = F.cross_entropy(y_pred["grape"], y_true["grape"])
-    alcohol = F.mse_loss(y_pred["alcohol"], y_true["alcohol"])  # in standard deviations, squared
-    return grape + alcohol
-
-
-def grape_accuracy(y_pred, y_true):
-    return (y_pred["grape"].argmax(1) == y_true["grape"]).float().mean()
-
-
-def alcohol_mae(y_pred, y_true):
-    return F.l1_loss(y_pred["alcohol"], y_true["alcohol"])
+def accuracy(y_pred, y_true):
+    return (y_pred.argmax(1) == y_true).float().mean()
 
 
 def main(epochs):
@@ -49,8 +38,12 @@ def main(epochs):
     val = X[128:], {"grape": grape[128:], "alcohol": alcohol[128:]}
 
     model = WineModel()
-    metrics = {"grape_accuracy": grape_accuracy, "alcohol_mae": alcohol_mae}
-    model.compile(loss_func, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
+    losses = {
+        "grape": nn.CrossEntropyLoss(),
+        "alcohol": (nn.MSELoss(), 0.5),  # a loss and its weight; in standard deviations, squared
+    }
+    metrics = {"grape": {"accuracy": accuracy}, "alcohol": {"mae": nn.L1Loss()}}
+    model.compile(losses, torch.optim.Adam(model.parameters(), lr=0.01), metrics)
     model.fit(epochs, train, dl_val=val)
     outputs = model.predict(X[-3:])  # in the structure that forward returns
     print({name: part.shape for name, part in outputs.items()})

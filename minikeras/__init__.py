@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
     from minikeras.on_all_rows import OnAllRows
     from minikeras.report.layer_summary import summary
     from minikeras.report.plotting import plot_history, plot_metric
+    from minikeras.transformed import Transformed
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "OnAllRows",
     "Regularized",
     "Timer",
+    "Transformed",
     "accuracy",
     "binary_accuracy",
     "freeze",
@@ -74,6 +76,7 @@ _ROOMS = {
     "OnAllRows": "on_all_rows",
     "plot_history": "report.plotting",
     "plot_metric": "report.plotting",
+    "Transformed": "transformed",
 }
 
 

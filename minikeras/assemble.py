@@ -35,12 +35,13 @@ from minikeras.engine import Eager
 from minikeras.errors import check_one_of, check_positive_int
 from minikeras.exported import check_not_exported
 from minikeras.hooks import Fit, Hook, Position
-from minikeras.metric_objects import name_metrics
+from minikeras.metric_objects import View, name_metrics
 from minikeras.modes import TrainingModes
 from minikeras.nests import is_sharded
 from minikeras.overrides import overrides
 from minikeras.phase import NoChecks, Phase
 from minikeras.processes import OneProcess
+from minikeras.results import has_parts, losses_in, unwrap_loss
 from minikeras.run import Run, has_own_step, parameters_of, place, prepare
 from minikeras.sources import (
     ContinuedBatches,
@@ -53,6 +54,8 @@ from minikeras.stepper import Part, Stepper
 from minikeras.totals import Totals
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from minikeras.model import Model
 
 P = ParamSpec("P")
@@ -96,14 +99,9 @@ def make_run(
     fsdp_blocks: Any,
 ) -> Run:
     """Check the arguments of compile and make a Run; model and loss are on the device then."""
-    inputs = import_room("checks.inputs")
-    metrics_dict = {} if metrics_dict is None else metrics_dict
-    if inputs is not None:
-        inputs.check_callable("loss_func", loss_func)
-        inputs.check_metrics_dict(metrics_dict)
-    metrics = name_metrics(metrics_dict)
-    if inputs is not None:
-        inputs.check_metrics_dict(metrics)
+    loss_func = make_loss(loss_func)
+    columns_of_loss = columns_of_parts(loss_func)
+    metrics, views = make_metrics(metrics_dict, columns_of_loss)
     optimizers = name_optimizers(optimizer)
     check_jit(jit, steps_per_execution)
     world = find_world(distributed)
@@ -118,7 +116,12 @@ def make_run(
             f"Pass both or none."
         )
     train, val = (
-        Phase(data, Totals(metrics, chosen, world), loss_func, make_test_of_arguments(model))
+        Phase(
+            data,
+            Totals(metrics, chosen, world, views, columns_of_loss),
+            loss_func,
+            make_test_of_arguments(model),
+        )
         for data in ("dl_train", "dl_val")
     )
     place(model, loss_func, optimizers, chosen)
@@ -152,6 +155,55 @@ def make_run(
     add_first_batch_checks(model, run)
     run.engine = make_engine(model, run, jit, steps_per_execution)
     return run
+
+
+def make_loss(loss_func: Any) -> Any:
+    """The loss that compile was given; a dict of losses, for several outputs, as one loss."""
+    if type(loss_func) is nn.ModuleDict:
+        loss_func = dict(loss_func.items())
+    if isinstance(loss_func, Mapping):
+        from minikeras.by_name import LossesByName
+
+        loss_func = LossesByName(loss_func)
+    inputs = import_room("checks.inputs")
+    if inputs is not None:
+        inputs.check_callable("loss_func", loss_func)
+        if has_parts(unwrap_loss(loss_func)):
+            for name, loss in losses_in(loss_func).items():
+                inputs.check_callable(f"loss {name!r}", loss)
+    return loss_func
+
+
+def columns_of_parts(loss_func: Any) -> list[str]:
+    """The columns of the parts of a loss, if it has several."""
+    loss = unwrap_loss(loss_func)
+    return list(loss.columns.values()) if has_parts(loss) else []
+
+
+def make_metrics(
+    metrics_dict: Any, columns_of_loss: list[str]
+) -> tuple[dict[str, Any], dict[str, View]]:
+    """The metrics that compile was given, by column, and what some of them see of a batch."""
+    inputs = import_room("checks.inputs")
+    metrics_dict = {} if metrics_dict is None else metrics_dict
+    if isinstance(metrics_dict, Mapping) and any(
+        isinstance(metric, Mapping) for metric in metrics_dict.values()
+    ):
+        from minikeras.by_name import name_by_output
+
+        metrics_dict = name_by_output(metrics_dict)
+    if inputs is not None:
+        inputs.check_metrics_dict(metrics_dict)
+    metrics, views = name_metrics(metrics_dict)
+    if inputs is not None:
+        inputs.check_metrics_dict(metrics)
+    for name in metrics:
+        if name in columns_of_loss:
+            raise ValueError(
+                f"metrics_dict has the name {name!r}, which is the column of a loss of loss_func. "
+                "Give the metric another name."
+            )
+    return metrics, views
 
 
 def add_first_batch_checks(model: Model, run: Run) -> None:
@@ -510,6 +562,7 @@ def make_fit(
         parts=make_parts_of_fit(model, run, None if on_nan == "ignore" else guard),
         hooks=[],
         say=say_nothing,
+        take_history=leave_history,
         at=Position(first),
     )
     fit.hooks = make_hooks(fit, saved, guard)
@@ -653,6 +706,10 @@ def say_nothing(line: str) -> None:
     """Drop a line that a fit has for the user: nothing is shown."""
 
 
+def leave_history(history: pd.DataFrame) -> None:
+    """Leave the history that fit returns as it is."""
+
+
 def show_fit(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
     """Show the fit to the user as it goes on, if that is asked for and there is where to."""
     if verbose not in ("auto", 0, 1, 2):
@@ -672,6 +729,7 @@ def show_fit(fit: Fit, verbose: str | int, log_step_freq: int | None) -> None:
         verbose, fit.last_epoch, find_length(fit.train), log_step_freq, validates, best
     )
     fit.say = table.say
+    fit.take_history = table.take_history
     fit.callbacks.append(table)
 
 

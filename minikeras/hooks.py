@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from minikeras.callback import Callback
     from minikeras.model import Model
     from minikeras.run import Run
@@ -45,6 +47,7 @@ class Fit:
     parts: list[Part]  # that the stepper uses during this fit: those of compile, and some more
     hooks: list[Hook]
     say: Callable[[str], None]  # shows a line to the user
+    take_history: Callable[[pd.DataFrame], None]  # sees the history before fit returns it
     at: Position = field(default_factory=lambda: Position(1))
 
 

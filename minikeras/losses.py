@@ -9,7 +9,7 @@ TensorFlow's, which take y_true first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from minikeras.errors import check_one_of, describe
 from minikeras.hooks import Fit, Hook
 from minikeras.nests import is_sharded
-from minikeras.results import Average, Loss, refuse_several
+from minikeras.results import Average, Loss, LossParts, refuse_several
 
 
 class FocalLoss(nn.Module):
@@ -275,7 +275,8 @@ class Regularized(nn.Module):
 
     Args:
         loss_func: function or module called with (y_pred, y_true), unlike TensorFlow's losses; you
-            can access it as `.loss_func`.
+            can access it as `.loss_func`. Or a dict of losses for several outputs, as in `compile`:
+            the penalty is added to their sum, once.
         model: the model whose weights are penalized. It is not a submodule: `parameters()`,
             `state_dict()` and `.to()` do not reach it. A deepcopy contains a copy of the model too,
             so copy the two together.
@@ -299,9 +300,17 @@ class Regularized(nn.Module):
     wraps_loss = True  # for whoever asks about the loss inside
 
     def __init__(
-        self, loss_func: Callable[..., Loss], model: nn.Module, l1: float = 0.0, l2: float = 0.0
+        self,
+        loss_func: Callable[..., Loss] | Mapping[Any, Any],
+        model: nn.Module,
+        l1: float = 0.0,
+        l2: float = 0.0,
     ) -> None:
         super().__init__()
+        if isinstance(loss_func, Mapping):
+            from minikeras.by_name import LossesByName  # loaded only if it is asked for
+
+            loss_func = LossesByName(loss_func)
         if isinstance(loss_func, type):
             name = loss_func.__name__
             raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
@@ -315,11 +324,13 @@ class Regularized(nn.Module):
         self.l1: float = _strength("l1", l1)
         self.l2: float = _strength("l2", l2)
 
-    def forward(self, y_pred: Any, y_true: Any) -> Loss:
+    def forward(self, y_pred: Any, y_true: Any) -> Loss | LossParts:
         loss = self.loss_func(y_pred, y_true)
         if not isinstance(loss, Tensor):
             loss = getattr(loss, "loss", loss)
         added = penalty(weights_of(self._model_in_tuple[0]), self.l1, self.l2)
+        if isinstance(loss, LossParts):
+            return loss._replace(added=loss.added + added)
         if isinstance(loss, Average):
             return Average(loss.total + added * loss.count, loss.count)
         refuse_several("the loss", loss)

@@ -1,7 +1,8 @@
-"""Metric objects: those with update, compute and reset, as torchmetrics has them.
+"""Metrics by name, and metric objects: those with update, compute and reset, as torchmetrics has.
 
 You may skip this file at a first reading.
 
+name_metrics           metrics_dict -> bare metrics, and what some of them see of a batch
 get_state, set_state   what an object has counted, for a checkpoint
 find_syncing_parts     the parts of torchmetrics that speak with other processes
 """
@@ -9,13 +10,21 @@ find_syncing_parts     the parts of torchmetrics that speak with other processes
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# of (outputs, labels): what a metric gets as (y_pred, y_true)
+View = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def is_metric(metric: Any) -> bool:
+    """Whether this can be a metric: a function, an object, or one of them with a view."""
+    return callable(metric) or is_stateful(metric) or _has_view(metric)
 
 
 def is_stateful(metric: Any) -> bool:
@@ -33,18 +42,23 @@ def source_of(metric: Any) -> str:
     return "its function" if needs_all_rows(metric) else "compute()"
 
 
-def name_metrics(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
+def name_metrics(metrics_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, View]]:
     """Give each metric a name; a torchmetrics.MetricCollection becomes its members, by their names.
+
+    Returns:
+        name -> bare metric; and name -> view, of those that do not see outputs and labels whole.
 
     Raises:
         ValueError: two of them have the same name.
     """
-    columns: dict[str, Any] = {}
-    for name, metric in metrics_dict.items():
+    metrics: dict[str, Any] = {}
+    views: dict[str, View] = {}
+    for name, given in metrics_dict.items():
+        metric, view = find_view(given)
         members = {name: metric}
         if isinstance(metric, nn.ModuleDict) and is_stateful(metric):
             members = dict(metric.items())
-        twice = sorted(columns.keys() & members.keys())
+        twice = sorted(metrics.keys() & members.keys())
         if twice:
             raise ValueError(
                 f"metrics_dict gives two metrics the name {twice[0]!r}: a MetricCollection has a "
@@ -52,8 +66,47 @@ def name_metrics(metrics_dict: Mapping[str, Any]) -> dict[str, Any]:
                 "MetricCollection(..., "
                 f'prefix="{name}_").'
             )
-        columns |= members
-    return columns
+        metrics |= members
+        if view is not None:
+            views |= dict.fromkeys(members, view)
+    return metrics, views
+
+
+def find_view(metric: Any) -> tuple[Any, View | None]:
+    """Take a metric apart: the bare metric, and its view or None if it has none.
+
+    A metric has a view if its class has `has_view = True`; its `metric` may have one as well, which
+    is called after it.
+    """
+    views: list[View] = []
+    while _has_view(metric):
+        views.append(metric.view)
+        metric = metric.metric
+    if len(views) < 2:
+        return metric, views[0] if views else None
+
+    def view(outputs: Any, labels: Any) -> tuple[Any, Any]:
+        for each in views:
+            outputs, labels = each(outputs, labels)
+        return outputs, labels
+
+    return metric, view
+
+
+def _has_view(metric: Any) -> bool:
+    return bool(getattr(type(metric), "has_view", False))
+
+
+def with_view(function: Callable[[Any, Any], Any], view: View | None) -> Callable[[Any, Any], Any]:
+    """Return a function of (outputs, labels) that passes on what the view gives."""
+    if view is None:
+        return function
+
+    def see_and_call(outputs: Any, labels: Any) -> Any:
+        y_pred, y_true = view(outputs, labels)
+        return function(y_pred, y_true)
+
+    return see_and_call
 
 
 def get_state(metric: Any, name: str) -> dict[str, Any]:

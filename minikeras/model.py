@@ -31,7 +31,7 @@ from minikeras.exported import is_exported, set_mode
 from minikeras.modes import keep_in_eval
 from minikeras.nests import detach_nest
 from minikeras.phase import NoChecks
-from minikeras.results import Result, reduce_loss
+from minikeras.results import LossParts, Result, reduce_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import Run, prepare
 
@@ -169,6 +169,8 @@ class Model(nn.Module):
     ) -> Result:
         """Return the loss of a batch, `loss_func(outputs, labels)`.
 
+        With a dict of losses it is their weighted sum; the next `compute_metrics` returns each.
+
         Args:
             outputs: what the model returned.
             labels: what the batch has.
@@ -191,15 +193,20 @@ class Model(nn.Module):
             raise
         if isinstance(outputs, Tensor) and outputs.ndim == 0:
             phase.explanations.warn_of_squeezed(outputs, labels)
-        return reduce_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
+        reduced = reduce_loss(result, sample_weight, not phase.is_training, phase.checks.is_first)
+        loss: Result = phase.keep_parts(reduced) if type(reduced) is LossParts else reduced
+        return loss
 
     def compute_metrics(self, outputs: Any, labels: Any) -> dict[str, Result]:
         """Call each function of metrics_dict with detached `outputs` and `labels`.
 
-        Metric objects are updated; they are read at the end of the epoch.
+        Metric objects are updated; they are read at the end of the epoch. With a dict of losses,
+        the losses of the last `compute_loss` come first.
         """
         phase = self._compiled("compute_metrics").phase
         metrics: dict[str, Result] = phase.metrics(detach_nest(outputs), labels)
+        if phase.loss_parts:
+            metrics = phase.take_parts() | metrics
         if isinstance(phase.batch.rows, UnknownRows):
             phase.need_rows(*metrics.values())
         return metrics
@@ -279,6 +286,10 @@ class Model(nn.Module):
                 the unit. The number of rows is the first size of the labels, or the number of items
                 in a list of dicts, numbers or images; an int `batch_size` on the batch overrides
                 it. If labels and features contradict each other, only an `Average` is accepted.
+                For several outputs it is a dict of name of an output -> loss or (loss, weight); the
+                weighted sum is trained, and each loss has a column, NAME_loss. The names are the
+                keys of a dict that forward returns, the fields of a named tuple, or the positions
+                0, 1, ... of a tuple; the labels have the same names.
             optimizer: an optimizer, or a dict of name -> optimizer. Default Adam(lr=1e-3) on the
                 parameters of the model, and of the loss if it has some.
             metrics_dict: column name -> metric. A metric is a function of (y_pred, y_true) that
@@ -286,7 +297,10 @@ class Model(nn.Module):
                 with update, compute and reset (`minikeras.OnAllRows`, torchmetrics) that returns a
                 number, or a dict or tensor with a column for each number. A metric that broadcasts
                 (N, 1) against (N,) raises an error on the first batch; metrics computed in NumPy
-                are not checked. A function that is not a mean over rows gets a warning.
+                are not checked. A function that is not a mean over rows gets a warning. For several
+                outputs it may have a dict of metrics for an output, {output: {name: metric}}, whose
+                columns are output_name. `minikeras.Transformed` lets a metric see a function of
+                outputs and labels.
             device: where to train. Default the accelerator (CUDA, XPU, MPS, ...) if there is one,
                 else the CPU.
             jit: compile forward, loss, metrics, backward and optimizer step into one graph, several
@@ -323,8 +337,8 @@ class Model(nn.Module):
 
         Raises:
             TypeError: an argument is of the wrong type, such as a class instead of an instance.
-            ValueError: a metric has a name that the history uses, the device does not exist, or an
-                argument is out of range.
+            ValueError: a metric has a name that the history uses, a loss has a weight below 0, the
+                device does not exist, or an argument is out of range.
             RuntimeError: called in a callback, during a fit of this model.
 
         >>> model = Model(nn.Linear(2, 1))
@@ -378,10 +392,11 @@ class Model(nn.Module):
     ) -> pd.DataFrame:
         """Train, and return the history: one row per epoch since `compile`; epoch 1 is row 0.
 
-        Columns: loss, the metrics in the order of metrics_dict, other names that train_step
-        returns, the same with val_, then lr if it changed. Each value is the mean over the epoch's
-        rows; NaN if validation was skipped. An epoch that an error or Ctrl-C interrupts leaves no
-        row; the history up to it is in `model.history`.
+        Columns: loss, the losses of a dict, the metrics in the order of metrics_dict, other names
+        that train_step returns, the same with val_, then lr if it changed or a torch scheduler
+        sets it. Each value is the mean over the epoch's rows; NaN if validation was skipped. An
+        epoch that an error or Ctrl-C interrupts leaves no row; the history up to it is in
+        `model.history`.
 
         Args:
             epochs: epochs to train now, 1 or more; numbering continues from the history.
@@ -443,7 +458,9 @@ class Model(nn.Module):
             on_nan=on_nan,
         )
         loop.run_fit(fit)
-        return run.history()
+        history = run.history()
+        fit.take_history(history)
+        return history
 
     @assemble.explain_calls
     def evaluate(

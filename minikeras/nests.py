@@ -40,7 +40,25 @@ def take_apart(
     return None
 
 
-PLAIN = (tuple, list, dict)  # have no method `to`; most batches are made of them
+def names_in(nest: Any) -> list[Any] | None:
+    """List the names of a container's parts: keys, fields or positions; None for a leaf.
+
+    >>> names_in({"a": 1, "b": 2}), names_in((1, 2)), names_in(1)
+    (['a', 'b'], [0, 1], None)
+    """
+    if isinstance(nest, Mapping):
+        return list(nest.keys())
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return list(nest._fields)
+    if isinstance(nest, (tuple, list)):
+        return list(range(len(nest)))
+    if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
+        return [field.name for field in dataclasses.fields(nest)]
+    return None
+
+
+# have no method `to`; a graph cannot ask a number for it
+PLAIN = (tuple, list, dict, bool, int, float, str)
 
 
 def can_move(value: Any) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from minikeras.results import Average, Result
+from minikeras.nests import detach_nest
+from minikeras.results import Average, LossParts, Result, settle_parts
 from minikeras.rows import RowCounter, UnknownRows, settle_by_weight
 from minikeras.totals import Totals
 
@@ -75,13 +76,13 @@ class NoChecks:
         phase = self.phase
         totals = phase.totals
         if totals.objects and not phase.batch.is_filler:
-            for metric in totals.objects.values():
-                metric.update(outputs, labels)
+            for update in totals.updates.values():
+                update(outputs, labels)
             totals.mark_updated()
         results: dict[str, Result] = {}
         if with_functions:
-            for name, metric in totals.functions.items():
-                results[name] = metric(outputs, labels)
+            for name, call in totals.calls.items():
+                results[name] = call(outputs, labels)
         return results
 
     def after_batch(self, step: Callable[..., Any], results: Any) -> NoChecks:
@@ -123,6 +124,8 @@ class Phase:
         self.takes_several = takes_several
         self.is_training = data == "dl_train"
         self.batch = NO_BATCH
+        self.loss_parts: dict[str, Result] = {}  # of the last loss, until they are taken
+        self.kinds_of_parts: list[bool] = []  # whether each part is an Average, in this pass
         self.counter = RowCounter(takes_several)
         self.no_checks = NoChecks(self)
         self.explanations = self.no_checks  # what explains all errors, and looks at the first batch
@@ -142,6 +145,8 @@ class Phase:
     def begin_pass(self) -> None:
         """Count rows by one rule for all batches of a pass."""
         self.counter = RowCounter(self.takes_several)
+        self.kinds_of_parts = []
+        self.loss_parts = {}
         self.look_by(self.explanations.begin_pass(self.checks))
 
     def take(
@@ -186,9 +191,31 @@ class Phase:
         if checks is not self.checks:
             self.look_by(checks)
 
+    def keep_parts(self, loss: LossParts) -> Any:
+        """Keep the parts of a loss for `take_parts`, and return their sum."""
+        kinds = [isinstance(part, Average) for part in loss.parts.values()]
+        if self.kinds_of_parts and kinds != self.kinds_of_parts:
+            raise ValueError(
+                f"of the losses {', '.join(loss.parts)} one returned an Average in some batches "
+                "and a mean over rows in others; expected one kind in all batches of an epoch. "
+                "Return the Average in each."
+            )
+        self.kinds_of_parts = kinds
+        self.loss_parts = detach_nest(loss.parts)
+        return settle_parts(loss)
+
+    def take_parts(self) -> dict[str, Result]:
+        """Return the parts of the last loss that was computed, once."""
+        parts = self.loss_parts
+        self.loss_parts = {}
+        return parts
+
     def need_rows(self, *results: Any) -> None:
         """Raise an error if a result is a mean over rows and the batch's rows are unknown."""
         rows = self.batch.rows
         if isinstance(rows, UnknownRows):
-            if not all(isinstance(result, Average) for result in results):
-                rows.refuse()
+            for result in results:
+                if isinstance(result, LossParts):
+                    self.need_rows(*result.parts.values())
+                elif not isinstance(result, Average):
+                    rows.refuse()

@@ -1,9 +1,9 @@
 """What a loss, a metric or a step returns: a mean over the batch's rows, or an `Average`.
 
 loss_func(y_pred, y_true)
-    scalar_loss     a 0-d tensor or an Average; anything else is refused
-    mean_of         the number to differentiate
-    with_gradient   ... which must have a gradient
+    reduce_loss      a 0-d tensor, an Average, or LossParts of them; anything else is refused
+    get_mean         the number to differentiate
+    check_gradient   ... which must have a gradient
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minikeras.errors import describe, is_number
+from minikeras.nests import detach_nest
 
 
 class Average(NamedTuple):
@@ -47,6 +48,22 @@ class Average(NamedTuple):
         return float(self.total) / float(self.count) if self.count else math.nan
 
 
+class LossParts(NamedTuple):
+    """A loss that is a weighted sum of parts, each with a column of its own.
+
+    Over an epoch each part is averaged by itself, and the sum is taken of the averages: a part may
+    be a mean over rows and another an `Average`.
+    """
+
+    parts: dict[str, Any]  # column -> what its loss gave
+    weights: dict[str, float]  # column -> its weight in the sum; a part of weight 0 is left out
+    added: Any = 0.0  # to the sum, such as a penalty: a mean over rows or an Average
+
+    def __float__(self) -> float:
+        """Return the weighted sum, of this batch alone."""
+        return float(get_mean(self))
+
+
 Loss = Tensor | Average
 Result = Tensor | float | Average  # a mean over the batch's rows, or a total and a count
 
@@ -61,6 +78,9 @@ def check_number(name: str, value: Any, wait: bool = False) -> None:
     """
     if isinstance(value, Average):
         check_average(name, value, wait)
+    elif isinstance(value, LossParts):
+        for column, part in value.parts.items():
+            check_number(repr(column), part, wait)
     elif not is_number(value):
         refuse_several(name, value)
         raise ValueError(
@@ -149,43 +169,86 @@ def reduce_loss(
     sample_weight: Tensor | None = None,
     per_row: bool = False,
     wait: bool = False,
-) -> Loss:
+    name: str = "the loss",
+) -> Any:
     """Make what `backward` takes, a 0-d tensor or an `Average`, of what a loss_func gives.
 
     With `sample_weight` (batch,) the result must have a value per row, (batch, ...), and the mean
     over the rows of value * weight is taken. Without it a value per row is refused, unless
-    `per_row`. For `wait` see `check_number`.
+    `per_row`. For `wait` see `check_number`; `name` is for messages. Each part of `LossParts` is
+    reduced by itself.
 
     >>> reduce_loss(torch.tensor([1.0, 3.0]), sample_weight=torch.tensor([1.0, 0.0]))
     tensor(0.5000)
     """
     if not isinstance(result, Tensor):
+        if isinstance(result, LossParts):
+            return reduce_parts(result, sample_weight, per_row, wait)
         result = getattr(result, "loss", result)  # AdaptiveLogSoftmaxWithLoss gives (output, loss)
     elif result.ndim == 0 and sample_weight is None:
         return result
     if per_row and sample_weight is None and isinstance(result, Tensor):
         return result.mean()  # as with weights of 1
     if sample_weight is not None:
-        return weigh_loss(result, sample_weight)
+        return weigh_loss(result, sample_weight, name)
     if isinstance(result, Average):
-        check_average("the loss", result, wait)
+        check_average(name, result, wait)
         return Average(flatten(result.total), flatten(result.count))
     if not is_number(result):
-        refuse_several("the loss", result)
+        refuse_several(name, result)
         raise ValueError(
-            f"the loss gave {describe(result)}; expected one number, a 0-d tensor. "
+            f"{name} gave {describe(result)}; expected one number, a 0-d tensor. "
             f'Build it with reduction="mean", or end it with .mean().'
         )
     loss: Tensor = flatten(result)
     return loss
 
 
-def weigh_loss(result: Any, sample_weight: Tensor) -> Tensor:
+def reduce_parts(
+    loss: LossParts, sample_weight: Tensor | None, per_row: bool, wait: bool
+) -> LossParts:
+    """Reduce each part of a loss as `reduce_loss` does."""
+    parts = {}
+    for column, part in loss.parts.items():
+        parts[column] = reduce_loss(part, sample_weight, per_row, wait, f"loss {column!r}")
+    added = loss.added
+    if sample_weight is not None:  # as if it were added to each row's loss
+        added = added * sample_weight.mean()
+    return LossParts(parts, loss.weights, added)
+
+
+def settle_parts(loss: Any) -> Any:
+    """Return the sum of `LossParts` as one tensor or `Average`, if both are as exact.
+
+    It is if all parts that count are means over rows, or if only one counts. Any other loss is
+    returned as it is.
+    """
+    if not isinstance(loss, LossParts):
+        return loss
+    counted = [column for column in loss.parts if loss.weights[column]]
+    averages = [column for column in counted if isinstance(loss.parts[column], Average)]
+    if not averages:
+        return get_mean(loss)
+    if len(counted) > 1 or isinstance(loss.added, Average):
+        return loss
+    total, count = loss.parts[counted[0]]
+    return Average(loss.weights[counted[0]] * total + loss.added * count, count)
+
+
+def spread_loss(loss: Any) -> dict[str, Any]:
+    """Return the columns of a loss, detached: "loss", and one for each of its parts."""
+    if not isinstance(loss, LossParts):
+        return {"loss": detach_nest(loss)}
+    detached = detach_nest(loss)
+    return {"loss": settle_parts(detached), **detached.parts}
+
+
+def weigh_loss(result: Any, sample_weight: Tensor, name: str = "the loss") -> Tensor:
     """The mean over the rows of a loss per row times its weight."""
     rows = len(sample_weight)
     if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != rows:
         raise ValueError(
-            f"the batches carry a sample_weight, their third part, so the loss must have a value "
+            f"the batches carry a sample_weight, their third part, so {name} must have a value "
             f"per row: expected "
             f'shape ({rows},), got {describe(result)}. Build it with reduction="none"; two '
             f"inputs are ((a, b), y); to leave out a third part that is no weight pass "
@@ -199,6 +262,23 @@ def unwrap_loss(loss_func: Any) -> Any:
     return loss_func.loss_func if getattr(type(loss_func), "wraps_loss", False) else loss_func
 
 
+def losses_in(loss_func: Any) -> dict[Any, Any]:
+    """Return name -> loss of a loss_func with several parts; of any other "" -> the loss itself.
+
+    If there is a penalty, it is the loss inside.
+    """
+    loss = unwrap_loss(loss_func)
+    if not has_parts(loss):
+        return {"": loss}
+    losses: dict[Any, Any] = loss.losses
+    return losses
+
+
+def has_parts(loss_func: Any) -> bool:
+    """Whether a loss, and not one that it wraps, has a part for each of several outputs."""
+    return bool(getattr(type(loss_func), "has_parts", False))
+
+
 def flatten(number: Any) -> Any:
     """A tensor of one element without dimensions; another number as it is."""
     if isinstance(number, Tensor) and number.ndim:
@@ -207,13 +287,36 @@ def flatten(number: Any) -> Any:
 
 
 def get_mean(loss: Any) -> Any:
-    """The number to differentiate: of an `Average` its mean, and 0 where nothing was counted."""
+    """The number to differentiate: of an `Average` its mean, and 0 where nothing was counted.
+
+    Of `LossParts` it is the weighted sum.
+    """
+    if isinstance(loss, LossParts):
+        return _sum_parts(loss)
     if not isinstance(loss, Average):
         return loss
     count = loss.count
     if isinstance(count, Tensor):
         return get_total(loss) / torch.where(count == 0, 1, count)
     return get_total(loss) / (count or 1)
+
+
+def _sum_parts(loss: LossParts) -> Any:
+    """The sum of each part's mean times its weight, and of what is added."""
+    terms = []
+    for column, part in loss.parts.items():
+        weight = loss.weights[column]
+        if weight == 1:
+            terms.append(get_mean(part))
+        elif weight:  # 0 * NaN would be NaN
+            terms.append(weight * get_mean(part))
+    added = get_mean(loss.added)
+    if isinstance(added, Tensor) or added:
+        terms.append(added)
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def get_total(average: Average) -> Any:

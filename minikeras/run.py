@@ -67,14 +67,33 @@ class Run:
                 rates[rate_name(name)] = float(rate)
         return rates
 
+    def scheduled_rates(self) -> list[str]:
+        """Return the learning rates, by column, whose optimizer was given to a torch scheduler."""
+        names = []
+        for name, optimizer in self.optimizers.items():
+            if "initial_lr" in optimizer.param_groups[0]:  # torch's schedulers write it
+                names.append(rate_name(name))
+        return names
+
+    def rate_columns(self) -> list[str]:
+        """Return the learning rates that are columns: those that changed or have a scheduler.
+
+        A scheduler that steps after each batch may be back at the same rate after each epoch.
+        """
+        scheduled = self.scheduled_rates()
+        names = []
+        for name in self.epochs[0][1] if self.epochs else ():
+            values = {rates.get(name) for _, rates in self.epochs}
+            if name in scheduled or len(values) > 1:
+                names.append(name)
+        return names
+
     def history(self) -> pd.DataFrame:
-        """Return the epochs so far: training columns, validation's, learning rates that changed."""
+        """Return the epochs so far: training columns, then validation's, then learning rates."""
         names: dict[str, None] = {}
         for logs, _ in self.epochs:
             names.update(dict.fromkeys(logs))
-        for name in self.epochs[0][1] if self.epochs else ():
-            if len({rates.get(name) for _, rates in self.epochs}) > 1:
-                names[name] = None
+        names.update(dict.fromkeys(self.rate_columns()))
         rows = [rates | logs for logs, rates in self.epochs]  # a rate that a callback logs stays
         columns = {}
         for name in sort_columns(names):

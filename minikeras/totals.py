@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,16 +21,25 @@ from torch import Tensor
 from minikeras.callback import BatchLogs
 from minikeras.columns import check_columns, find_columns
 from minikeras.metric_objects import (
+    View,
     find_syncing_parts,
     get_state,
     is_stateful,
     needs_all_rows,
     set_state,
     source_of,
+    with_view,
 )
 from minikeras.nests import detach_nest, map_leaves
 from minikeras.processes import OneProcess
-from minikeras.results import Average, Result, check_average, check_number, is_readable
+from minikeras.results import (
+    Average,
+    LossParts,
+    Result,
+    check_average,
+    check_number,
+    is_readable,
+)
 from minikeras.rows import UnknownRows
 
 
@@ -63,18 +72,32 @@ class Totals(BatchLogs):
     """The running totals of training or validation; reads as a mapping of name -> mean so far."""
 
     def __init__(
-        self, metrics_dict: Mapping[str, Any], device: torch.device, world: OneProcess
+        self,
+        metrics_dict: Mapping[str, Any],
+        device: torch.device,
+        world: OneProcess,
+        views: Mapping[str, View] | None = None,
+        columns_of_loss: Iterable[str] = (),
     ) -> None:
         self.device = device
         self.world = world
-        self.names = ["loss", *metrics_dict]  # the order of columns; other names follow
+        # the order of columns; other names follow
+        self.names = ["loss", *columns_of_loss, *metrics_dict]
         self.functions: dict[str, Any] = {}
         self.objects: dict[str, Any] = {}
+        self.views = dict(views or {})  # what some of them see of a batch
+        # functions, and the update of objects, called with outputs and labels: they use the views
+        self.calls: dict[str, Any] = {}
+        self.updates: dict[str, Any] = {}
         for name, metric in metrics_dict.items():
+            view = self.views.get(name)
             if is_stateful(metric):
-                self.objects[name] = _on(device, copy.deepcopy(metric))
+                own = _on(device, copy.deepcopy(metric))
+                self.objects[name] = own
+                self.updates[name] = with_view(own.update, view)
             else:
                 self.functions[name] = metric
+                self.calls[name] = with_view(metric, view)
         # torchmetrics objects speak with other processes by themselves: at the end of a pass alone
         self.is_syncing = False
         for name, metric in self.objects.items():
@@ -88,6 +111,8 @@ class Totals(BatchLogs):
         """Forget everything counted."""
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Any] = {}
+        # columns that are a weighted sum of others: what is in `sums` under their name is added
+        self.weights: dict[str, dict[str, float]] = {}
         self.updated = False
         # answers of the objects that were asked since their last update
         self.answers: dict[str, dict[str, float]] = {}
@@ -102,6 +127,7 @@ class Totals(BatchLogs):
         own = {
             "sums": self.sums,
             "counts": self.counts,
+            "weights": self.weights,
             "names": self.names,
             "updated": self.updated,
         }
@@ -112,8 +138,9 @@ class Totals(BatchLogs):
 
         Another process has the rest then.
         """
+        self.weights = dict(state.get("weights", {}))  # older files have none
         if not counted:
-            self._start(state["sums"])
+            self._begin(state["sums"])
             return
         self.sums, self.counts = (
             map_leaves(self._placed, state["sums"]),
@@ -138,7 +165,7 @@ class Totals(BatchLogs):
     ) -> None:
         """Add what a step returned for a batch of so many rows; a filler adds nothing."""
         if results.keys() != self.sums.keys():
-            self._start(results)
+            results = self._start(results)
         if is_filler:
             return
         for name, value in results.items():
@@ -148,6 +175,8 @@ class Totals(BatchLogs):
                 self.counts[name] += rows
             elif isinstance(value, Average):
                 self._add_average(name, value)
+            elif isinstance(value, LossParts):
+                self._add_rest(name, value, rows)
             elif isinstance(rows, UnknownRows):
                 rows.refuse()
             else:
@@ -155,6 +184,16 @@ class Totals(BatchLogs):
                     check_number(f"{name!r}", value)
                 self.sums[name] += float(value) * rows
                 self.counts[name] += rows
+
+    def _add_rest(self, name: str, loss: LossParts, rows: int | UnknownRows) -> None:
+        """Add what is added to the weighted sum of parts, which are columns of their own."""
+        if isinstance(loss.added, Average):
+            self._add_average(name, loss.added)
+            return
+        if isinstance(rows, UnknownRows):
+            rows = 1  # a penalty does not depend on the rows
+        self.sums[name] += detach_nest(loss.added) * rows
+        self.counts[name] += rows
 
     def _add_average(self, name: str, average: Average) -> None:
         check_average(f"{name!r}", average)
@@ -174,7 +213,17 @@ class Totals(BatchLogs):
         self.sums[name] = torch.where(nothing, self.sums[name], self.sums[name] + total)
         self.counts[name] += count
 
-    def _start(self, results: Mapping[str, Result]) -> None:
+    def _start(self, results: Mapping[str, Result]) -> Mapping[str, Result]:
+        """Take the names of a step's results, with the parts of a loss that it left out."""
+        complete = dict(results)
+        for value in results.values():
+            if isinstance(value, LossParts):
+                complete = value.parts | complete
+        if complete.keys() != self.sums.keys():
+            self._begin(complete)
+        return complete
+
+    def _begin(self, results: Mapping[str, Any]) -> None:
         if self.sums:
             raise ValueError(
                 f"a step returned {', '.join(results) or 'nothing'} and the one before it "
@@ -183,6 +232,9 @@ class Totals(BatchLogs):
             )
         self.sums = {name: _zero(self.device) for name in results}
         self.counts = dict.fromkeys(results, 0)
+        for name, value in results.items():
+            if isinstance(value, LossParts):
+                self.weights[name] = value.weights
 
     @property
     def batch(self) -> Mapping[str, float]:
@@ -197,6 +249,8 @@ class Totals(BatchLogs):
             numbers = torch.stack(sums).tolist()  # waits for the device, once
             for name, total in zip(self.sums, numbers, strict=True):
                 read[name] = _mean(total, counts[name])
+            for name, weights in self.weights.items():
+                read[name] += _weighted_sum(weights, read)
         if self.objects and self.world.have_updated(self.objects.values(), self.updated):
             self.is_syncing = True
             for name in self.objects:
@@ -248,7 +302,10 @@ class Totals(BatchLogs):
 
     def __getitem__(self, name: str) -> float:
         if name in self.sums:
-            return _mean(self.sums[name], self.counts[name])
+            mean = _mean(self.sums[name], self.counts[name])
+            if name in self.weights:
+                mean += _weighted_sum(self.weights[name], self)
+            return mean
         for owner in self.objects if self.updated else ():
             if name == owner or name.startswith(f"{owner}_"):
                 columns = self._so_far(owner)
@@ -284,6 +341,11 @@ def _mean(total: Tensor | float, count: Tensor | float) -> float:
     if not count:  # as when every token is padding
         return math.nan
     return float(total) / float(count)
+
+
+def _weighted_sum(weights: Mapping[str, float], means: Mapping[str, float]) -> float:
+    """Add up means by their weights; one of weight 0 may be NaN."""
+    return sum(weight * means[name] for name, weight in weights.items() if weight)
 
 
 def _zero(device: torch.device) -> Tensor:

@@ -13,12 +13,23 @@ from helpers.paths import PACKAGE
 
 # The files at the top of the package that are not the core: the one that knows all rooms, public
 # helpers, and what runs by `python -m minikeras`.
-NOT_CORE = {"assemble", "__main__", "export", "freezing", "losses", "metrics", "on_all_rows"}
+NOT_CORE = {
+    "assemble",
+    "__main__",
+    "by_name",
+    "export",
+    "freezing",
+    "losses",
+    "metrics",
+    "on_all_rows",
+    "transformed",
+}
 CORE = sorted(path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE)
 
 # Imports from room to room, each with its reason. All others are of the core, or of `support`.
 ROOM_TO_ROOM = {
     ("distributed", "on_all_rows"): "its rows are gathered from all processes",
+    ("losses", "by_name"): "a penalty may be added to losses by name",
     ("report", "data"): "summary takes the tables that predict takes",
     ("losses", "distributed"): "a penalty adds up what each process has in parts",
 }

@@ -68,6 +68,11 @@ BAD = [
         "max_seconds must be a number of seconds above 0, or a timedelta, got 0.0.",
     ),
     (
+        lambda: Timer(),
+        "Timer() needs something to do: expected `max_seconds` or `log=True`, got neither. Pass "
+        "Timer(60) to stop after a minute, or Timer(log=True) to log the seconds of each epoch.",
+    ),
+    (
         lambda: LRScheduler(lr_scheduler.StepLR),
         "scheduler must be a torch.optim.lr_scheduler.LRScheduler, got the class StepLR. "
         "Pass for instance torch.optim.lr_scheduler.StepLR(optimizer, step_size=10).",

@@ -5,11 +5,14 @@ import torch
 from helpers.callbacks import BATCHES, NAN, fit, log
 from helpers.compare import assert_equal_tensors, copy_weights
 from helpers.models import Net, compiled
+from helpers.pages import without_times
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
+import minikeras
 from minikeras import (
+    LambdaCallback,
     LRScheduler,
 )
 
@@ -125,9 +128,52 @@ def test_lr_scheduler_adds_the_last_column_to_the_printed_table(capsys):
     model = compiled()
     halve = LRScheduler(lr_scheduler.ExponentialLR(model.optimizer, 0.5))
     fit(2, [halve], model, val=BATCHES, validation_freq=2, verbose=2)
-    lines = capsys.readouterr().out.splitlines()
+    lines = without_times(capsys.readouterr().out).splitlines()
     assert lines[0].split() == ["epoch", "loss", "val_loss", "lr"]
     assert [line.split()[-1] for line in lines[2:]] == ["0.1000", "0.05000"]
+
+
+class SteppedByBatch(Net):
+    """Steps a torch scheduler itself, after each batch."""
+
+    def train_step(self, features, labels):
+        logs = super().train_step(features, labels)
+        self.schedule.step()
+        return logs
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_schedule_by_batch_is_a_column_though_each_epoch_ends_with_the_same_rate(epochs, capsys):
+    model = compiled(SteppedByBatch())
+    # up in two steps and down in two, twice in each epoch of eight batches
+    model.schedule = lr_scheduler.CyclicLR(
+        model.optimizer, 0.01, 0.1, step_size_up=2, cycle_momentum=False
+    )
+    dfhistory = model.fit(epochs, [BATCHES[0]] * 8)
+    assert list(dfhistory) == ["loss", "lr"]
+    assert list(dfhistory["lr"]) == pytest.approx([0.01] * epochs)
+    lines = without_times(capsys.readouterr().out).splitlines()
+    assert lines[0].split() == ["epoch", "loss", "lr"]
+    assert [line.split()[-1] for line in lines[2:]] == ["0.01000"] * epochs
+    axes = minikeras.plot_history(dfhistory)
+    assert [axis.get_title() for axis in axes] == ["loss", "lr"]
+
+
+def test_rate_that_a_callback_changes_is_printed_as_the_history_has_it(capsys):
+    def change(epoch):
+        model.optimizer.param_groups[0]["lr"] = [0.1, 0.1, 0.05, 0.05][epoch - 1]
+
+    model = compiled()
+    _, dfhistory = fit(4, [LambdaCallback(on_epoch_begin=change)], model, verbose=2)
+    assert list(dfhistory["lr"]) == [0.1, 0.1, 0.05, 0.05]
+    rows = [line.split() for line in without_times(capsys.readouterr().out).splitlines()]
+    assert [row[2:] for row in rows if row[0].isdigit()] == [[], [], ["0.05000"], ["0.05000"]]
+    fit(1, [], model, verbose=2)
+    assert "lr" in capsys.readouterr().out.splitlines()[0]  # an earlier fit changed it
+
+
+def test_rate_that_never_changes_is_no_column():
+    assert list(fit(2, [])[1]) == ["loss"]
 
 
 def test_lr_scheduler_adds_a_column_for_each_of_several_optimizers():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import accuracy, compiled, points
+from helpers.pages import without_times
 
 from minikeras import Callback, LambdaCallback
 
@@ -216,6 +217,7 @@ def test_fit_that_ends_early_prints_a_line_unless_verbose_is_0(capsys):
         on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 2)
     )
     compiled().fit(9, points(8), callbacks=[stop], verbose=2)
-    assert capsys.readouterr().out.splitlines()[-1] == "stopped after epoch 2 of 9"
+    printed = without_times(capsys.readouterr().out)
+    assert printed.splitlines()[-1] == "stopped after epoch 2 of 9"
     compiled().fit(9, points(8), callbacks=[stop], verbose=0)
     assert capsys.readouterr().out == ""

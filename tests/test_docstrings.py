@@ -212,6 +212,7 @@ MISTAKES = {
     ("binary_accuracy", "ValueError"): lambda folder: minikeras.binary_accuracy(y - 2, y),
     ("FocalLoss", "ValueError"): lambda folder: minikeras.FocalLoss()(y, y[:, 0]),
     ("FocalLoss", "RuntimeError"): lambda folder: minikeras.FocalLoss()(y + 1, y),
+    ("Transformed", "TypeError"): lambda folder: minikeras.Transformed(nn.L1Loss(), y_pred=0),
     ("Regularized", "TypeError"): lambda folder: minikeras.Regularized(nn.MSELoss, plain()),
     ("Regularized", "ValueError"): lambda folder: minikeras.Regularized(
         nn.MSELoss(), plain(), l2=-1

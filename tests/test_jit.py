@@ -363,7 +363,7 @@ def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(m
     with pytest.warns(UserWarning, match="jit") as caught:
         train(twin, jit=FAST)
     assert [str(warning.message) for warning in caught] == [
-        "jit: train_step is not one graph: forward and loss, since the parameters that the loss "
+        "jit: train_step is not one graph: forward and loss, because the parameters that the loss "
         "uses, or the optimizer's state, keep changing"
     ]
     assert_same_weights(model, twin)
@@ -426,7 +426,7 @@ def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_war
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
     assert [str(warning.message) for warning in caught] == [
-        "jit: train_step is not one graph: forward and loss, since a step of the optimizer "
+        "jit: train_step is not one graph: forward and loss, because a step of the optimizer "
         "changes a Python number, 'count'. If it were a tensor, it would be in the graph"
     ]
     assert_same_weights(model, twin, 1e-5)
@@ -520,7 +520,7 @@ def test_jit_runs_a_metric_that_leaves_torch_outside_the_one_graph():
     metrics = {"accuracy": sklearn_accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
     with pytest.warns(
-        UserWarning, match="_step is not one graph: metrics outside, since in "
+        UserWarning, match="_step is not one graph: metrics outside, because in "
     ) as caught:
         found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(
             2, batches(), batches(), verbose=0
@@ -547,7 +547,7 @@ def test_jit_updates_a_metric_object_outside_the_graph():
 def test_jit_falls_back_by_parts_for_a_loss_whose_flow_depends_on_the_data_and_says_where():
     model, twin = pair()
     expected = compiled(model, branching).fit(2, batches(), verbose=0)
-    with pytest.warns(UserWarning, match="forward and loss, since in branching: ") as caught:
+    with pytest.warns(UserWarning, match="forward and loss, because in branching: ") as caught:
         found = compiled(twin, branching, jit=FAST).fit(2, batches(), verbose=0)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)

@@ -1,6 +1,7 @@
 """What a notebook shows; the notebooks of the examples run in a real kernel."""
 
 import html
+import pickle
 import re
 import sys
 import time
@@ -9,6 +10,7 @@ import xml.etree.ElementTree as ET
 from datetime import datetime
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from helpers.models import Net, accuracy, compiled, points
@@ -17,7 +19,7 @@ from nbclient import NotebookClient
 from torch import nn
 
 import minikeras
-from minikeras.report import notebook
+from minikeras.report import notebook, progress
 
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 NAN = float("nan")
@@ -161,8 +163,8 @@ def test_notebook_table_has_all_columns_that_alternate(page):
 
     compiled().fit(4, points(8), callbacks=[minikeras.LambdaCallback(on_epoch_end=logged)])
     table = page[0][-1]["text/html"].partition("<table")[2]
-    assert re.findall(r"<th[^>]*>(\w+)<", table) == ["epoch", "loss", "odd", "even"]
-    rows = [re.findall(r"<td[^>]*>([^<]*)<", row)[2:] for row in table.split("<tr>")[2:]]
+    assert re.findall(r"<th[^>]*>(\w+)<", table) == ["epoch", "loss", "odd", "even", "time"]
+    rows = [re.findall(r"<td[^>]*>([^<]*)<", row)[2:4] for row in table.split("<tr>")[2:]]
     assert rows == [["1.000", ""], ["", "2.000"], ["3.000", ""], ["", "4.000"]]
 
 
@@ -180,7 +182,8 @@ def test_notebook_page_is_not_flooded_by_many_short_epochs(page):
 
 def test_notebook_table_keeps_the_best_epoch_though_it_is_long_past():
     rows = {epoch: {"loss": 1.0, "val_loss": abs(epoch - 3) + 1.0} for epoch in range(1, 101)}
-    table = notebook.epochs_table(["loss", "val_loss"], rows)
+    times = dict.fromkeys(rows, "1.0 s")
+    table = notebook.epochs_table(["loss", "val_loss"], rows, times)
     numbers = [int(number) for number in re.findall(r"<tr><td [^>]*>(?:<b>)?(\d+)", table)]
     assert numbers == [3, *range(102 - notebook.ROWS, 101)]
     assert "<b>1.000</b>" in table
@@ -311,6 +314,181 @@ def test_notebook_chart_keeps_every_number_inside_it():
         assert 0 <= x <= notebook.WIDTH
         assert 0 <= y <= notebook.HEIGHT
     assert drawn.find("text").text == "<loss>"
+
+
+@pytest.mark.usefixtures("page")
+def test_notebook_history_is_a_plain_dataframe():
+    dfhistory = compiled().fit(2, points(32))
+    assert type(dfhistory) is pd.DataFrame
+    for copied in (pickle.loads(pickle.dumps(dfhistory)), dfhistory.copy(), dfhistory.head()):
+        assert copied.equals(dfhistory)
+        assert not hasattr(copied, "_ipython_display_")
+
+
+def test_history_outside_a_notebook_has_no_display_of_its_own(capsys):
+    assert not hasattr(compiled().fit(1, points(32)), "_ipython_display_")
+
+
+CELLS = [
+    """
+import torch, minikeras
+model = minikeras.Model(torch.nn.Linear(1, 1))
+model.compile(torch.nn.MSELoss(), device="cpu")
+data = torch.zeros(8, 1), torch.ones(8, 1)
+""",
+    "model.fit(1, data)",
+    "_",
+    "dfhistory = model.fit(1, data)",
+    "dfhistory",
+    "dfhistory = model.fit(1, data)\ndfhistory",
+    "display(model.fit(1, data))",
+    "model.fit(1, data)\nmodel.history",
+    "model.fit(1, data, verbose=0)",
+    "model.fit(1, data, verbose=2)",
+]
+LIVE = "display_data"
+SHOWN = "execute_result"
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Run CELLS in a kernel; return the kinds of the outputs of each."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    NotebookClient(book, timeout=240, kernel_name="python3").execute()
+    kinds = {}
+    for cell in book.cells:
+        outputs = [output.output_type for output in cell.outputs]
+        while outputs[:2] == ["stream", "stream"]:  # one text may come in pieces
+            del outputs[0]
+        kinds[cell.source] = outputs
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("number", "outputs"),
+    [
+        (1, [LIVE]),
+        (2, [SHOWN]),  # what the cell before returned, in a cell of its own
+        (3, [LIVE]),
+        (4, [SHOWN]),
+        (5, [LIVE, SHOWN]),  # assigned, and asked for
+        (6, [LIVE, LIVE]),
+        (7, [LIVE, SHOWN]),
+        (8, [SHOWN]),
+        (9, ["stream", SHOWN]),
+    ],
+    ids=lambda value: CELLS[value].replace("\n", "; ") if isinstance(value, int) else "",
+)
+def test_notebook_fit_at_the_end_of_a_cell_has_one_table(cells, number, outputs):
+    assert cells[CELLS[number]] == outputs
+
+
+# --- times and colours ----------------------------------------------------------------------------
+
+
+def test_notebook_table_has_the_time_of_each_epoch_and_the_bar_what_is_left(page, monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(notebook, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
+    ten = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: now.__setitem__(0, now[0] + 10))
+    compiled().fit(3, points(32 * 4), callbacks=[ten])
+    table = page[0][-1]["text/html"].partition("<table")[2]
+    assert [row.count("40.0 s") for row in table.split("<tr>")[2:]] == [1, 1, 1]
+    assert re.match(r" +3 epochs in 2 min 0 s ", text_of(page[0][-1]))
+    texts = [" ".join(text_of(output).split()) for output in page[0]]
+    assert any("epoch 1/3 2/4 20.0 s, 20.0 s left loss" in text for text in texts)
+    left = "epoch 2/3 2/4 20.0 s, 20.0 s left (fit: 1 min 0 s left) loss"
+    assert any(left in text for text in texts)
+    plain = page[0][-1]["text/plain"].splitlines()
+    assert [line.endswith("  40.0 s") for line in plain] == [True] * 3
+
+
+BACKGROUNDS = {"light": "#ffffff", "dark": "#111111"}
+
+
+def linear(color):
+    """Return the red, green and blue of a color in linear light, 0 to 1."""
+    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def contrast(color, background):
+    """Return the contrast ratio of two colors, 1 to 21 (WCAG 2.1)."""
+    red_green_blue = (0.2126, 0.7152, 0.0722)
+    light, dark = sorted(
+        (
+            sum(share * part for share, part in zip(red_green_blue, linear(one), strict=True))
+            for one in (color, background)
+        ),
+        reverse=True,
+    )
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS.values(), ids=BACKGROUNDS)
+def test_notebook_text_and_lines_can_be_read_in_both_themes(page, background):
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    compiled(metrics_dict={"accuracy": accuracy}).fit(3, points(64), points(32))
+    output = ET.fromstring(page[0][-1]["text/html"].replace("&nbsp;", " "))
+    lines = set()
+    for element in output.iter():
+        styles = element.attrib.get("style", "").split(";")
+        colors = [style.split(":")[1].strip() for style in styles if re.match(r" *color:", style)]
+        if element.tag in ("svg", "text"):  # of the text in it
+            colors += [element.attrib["fill"]] if "fill" in element.attrib else []
+        for color in colors:  # the page's own can be read on the page
+            assert color == "currentColor" or contrast(color, background) >= 4.5
+        if element.tag in ("polyline", "circle"):
+            lines |= {element.attrib.get(name, "none") for name in ("stroke", "fill")}
+    assert lines == {notebook.BLUE, notebook.ORANGE, "currentColor", "none"}
+    for color in (notebook.BLUE, notebook.ORANGE):
+        assert contrast(color, background) >= 3  # of what is no text
+
+
+# Machado, Oliveira and Fernandes 2009, "A physiologically-based model for simulation of color
+# vision deficiency", severity 1.0; of linear red, green and blue
+VISION = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def lab(red_green_blue):
+    """Return a color of linear red, green and blue in CIELAB (D65)."""
+    to_xyz = torch.tensor(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    xyz = to_xyz @ red_green_blue.clamp(0, 1) / torch.tensor([0.9505, 1.0, 1.089])
+    x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_notebook_lines_differ_for_colour_blind_readers(vision):
+    seen = [
+        lab(torch.tensor(VISION[vision]) @ torch.tensor(linear(color)))
+        for color in (notebook.BLUE, notebook.ORANGE)
+    ]
+    assert (seen[0] - seen[1]).norm() > 40  # a difference of 2 can just be seen
+    red_and_green = [
+        lab(torch.tensor(VISION["deuteranopia"]) @ torch.tensor(linear(color)))
+        for color in ("#b30000", "#4d6600")
+    ]
+    assert (red_and_green[0] - red_and_green[1]).norm() < 40  # the test tells some apart
 
 
 # --- a model --------------------------------------------------------------------------------------

@@ -65,6 +65,6 @@ def test_requirements_of_the_core_are_five_packages():
 def test_ci_runs_the_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     ci = (ROOT / ".ci" / "run").read_text()
-    command = 'pip install -e ".[test]" && pytest'
+    command = 'pip install -e ".[test]" && pytest -n 2 --dist loadfile'
     assert f"\n{command}\n" in readme
     assert f"readme_command='{command}'\n" in ci

@@ -340,7 +340,7 @@ def test_accumulate_resumes_a_file_from_before_it_existed(tmp_path):
     del state["precision"]
     older = tmp_path / "older.pt"  # of another process: a path belongs to one compile of this one
     torch.save(state, older)
-    with pytest.warns(UserWarning, match="with accumulate 1 and not 3"):
+    with pytest.warns(UserWarning, match="other settings: accumulate 1 and not 3"):
         history = compiled(accumulate=3).fit(1, batches(), verbose=0, checkpoint=older)
     assert list(history.index) == [0]
 

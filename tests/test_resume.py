@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.interruptions import Killed, killed_after
 from helpers.models import compiled, points
+from helpers.pages import without_times
 from helpers.runs import LOADERS, Mean, Noisy, call_of, differences, result_of
 from helpers.seeds import seed
 from torch.utils.data import DataLoader
@@ -235,9 +236,8 @@ def test_resumed_fit_keeps_the_mark_of_the_best_epoch(tmp_path, capsys):
     def fit(epochs):
         model = compiled(loss_func=lambda y_pred, y_true: losses.pop(0) + 0 * y_pred.sum())
         model.fit(epochs, points(8), points(8), checkpoint=tmp_path / "run.pt")
-        return [
-            line for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()
-        ]
+        printed = without_times(capsys.readouterr().out)
+        return [line for line in printed.splitlines() if line.lstrip()[:1].isdigit()]
 
     losses = [9.0, 1.0]
     assert "*" in fit(1)[-1]

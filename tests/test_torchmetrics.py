@@ -473,9 +473,8 @@ def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
         f"metric 'f1': the outputs are raw scores, from {lowest:.4g} to {highest:.4g}. "
         "BinaryF1Score applies a sigmoid to a batch only if a score in it is below 0 or above 1, "
         "and takes any other batch for probabilities, so the value may depend on batch_size. Give "
-        "it probabilities in each batch: a subclass whose update(self, y_pred, y_true) calls "
-        "super().update(y_pred.sigmoid(), y_true), or a model that ends in a sigmoid; or pass "
-        "minikeras.OnAllRows(function)."
+        "it probabilities in each batch: minikeras.Transformed(BinaryF1Score(...), "
+        "y_pred=torch.sigmoid)."
     )
     with pytest.warns(UserWarning, match="raw scores") as caught:
         model.fit(1, [data], [data], verbose=0)
@@ -483,21 +482,11 @@ def test_torchmetrics_with_raw_scores_warn_with_a_remedy():
     model.evaluate(data, batch_size=BATCH)  # it is not told twice
 
 
-class F1OfScores(tmc.BinaryF1Score):
-    def update(self, y_pred, y_true):
-        super().update(y_pred.sigmoid(), y_true)
-
-
-class AUROCOfScores(tmc.BinaryAUROC):
-    def update(self, y_pred, y_true):
-        super().update(y_pred.sigmoid(), y_true.long())
-
-
 def test_torchmetrics_remedies_for_raw_scores_give_scikit_learns_value_at_any_batch_size():
     model, (X, y) = scored(
         {
-            "f1": F1OfScores(),
-            "auroc": AUROCOfScores(),
+            "f1": minikeras.Transformed(tmc.BinaryF1Score(), y_pred=torch.sigmoid),
+            "auroc": minikeras.Transformed(tmc.BinaryAUROC(), torch.sigmoid, torch.Tensor.long),
             "also f1": minikeras.OnAllRows(lambda y_pred, y_true: skm.f1_score(y_true, y_pred > 0)),
             "also auroc": minikeras.OnAllRows(
                 lambda y_pred, y_true: skm.roc_auc_score(y_true, y_pred)

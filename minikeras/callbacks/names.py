@@ -11,7 +11,7 @@ from minikeras.callbacks.monitor import MonitoringCallback, unknown_name
 from minikeras.callbacks.rates import LRScheduler
 from minikeras.callbacks.stopping import EarlyStopping, Timer
 
-# these add nothing to the logs except a learning rate
+# these add nothing to the logs except a learning rate, and Timer(log=True) seconds
 ADD_NO_NAMES = (Callback, EMA, CSVLogger, ModelCheckpoint, LRScheduler, EarlyStopping, Timer)
 
 
@@ -39,6 +39,8 @@ def check_monitors(
         known = list(logged)
         if any(isinstance(callback, LRScheduler) for callback in callbacks):
             known += rates
+        if any(isinstance(callback, Timer) and callback.log for callback in callbacks):
+            known.append("seconds")
     for callback in callbacks:
         if isinstance(callback, MonitoringCallback):
             callback.validates = validates

@@ -1,4 +1,4 @@
-"""Callbacks that end a fit before its last epoch."""
+"""Callbacks that end a fit before its last epoch, and a clock."""
 
 from __future__ import annotations
 
@@ -143,18 +143,25 @@ def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class Timer(Callback):
-    """Stop training after the batch in which the time is up.
+    """Stop training when the time is up, log the seconds of each epoch, or both.
 
-    The epoch so far is validated and recorded.
+    The fit stops after the batch in which the time is up; the epoch so far is validated and
+    recorded.
 
     Args:
         max_seconds: seconds from the beginning of the fit, more than 0; or a datetime.timedelta.
+            Default None: the fit is not stopped.
+        log: log the seconds of each epoch, with its validation, as the column "seconds". With
+            several processes they are those of rank 0. List this callback before those that read
+            the column, such as CSVLogger. Default False.
 
     Each fit starts again from 0. A fit resumed from a checkpoint adds the time spent before the
-    save.
+    save. Times differ from run to run, and so does the column: with it, the history of a resumed
+    fit is bit-for-bit identical except for "seconds".
 
     Raises:
-        ValueError: the time is not above 0.
+        ValueError: the time is not above 0, or neither argument is given; at the end of an epoch, a
+            column "seconds" that is not this callback's.
 
     >>> import minikeras, torch
     >>> from torch import nn
@@ -164,30 +171,64 @@ class Timer(Callback):
     >>> dfhistory = model.fit(10**9, data, callbacks=[minikeras.Timer(0.1)], verbose=0)
     >>> 0 < len(dfhistory) < 10**9
     True
+    >>> list(model.fit(1, data, callbacks=[minikeras.Timer(log=True)], verbose=0))
+    ['loss', 'seconds']
     """
 
-    def __init__(self, max_seconds: float | timedelta) -> None:
+    def __init__(self, max_seconds: float | timedelta | None = None, *, log: bool = False) -> None:
+        if max_seconds is None and not log:
+            raise ValueError(
+                "Timer() needs something to do: expected `max_seconds` or `log=True`, got neither. "
+                "Pass Timer(60) to stop after a minute, or Timer(log=True) to log the seconds of "
+                "each epoch."
+            )
         if isinstance(max_seconds, timedelta):
             max_seconds = max_seconds.total_seconds()
-        self.max_seconds: float = check_number_in_range(
-            "max_seconds", max_seconds, "of seconds above 0, or a timedelta", lambda s: s > 0
-        )
+        self.max_seconds: float | None = None
+        if max_seconds is not None:
+            self.max_seconds = check_number_in_range(
+                "max_seconds", max_seconds, "of seconds above 0, or a timedelta", lambda s: s > 0
+            )
+        self.log = log
         self.on_fit_begin()
 
     def on_fit_begin(self) -> None:
         self.begin: float = time.monotonic()
+        self.epoch_begin: float | None = None  # None between two epochs
 
     def seconds(self) -> float:
         """Return the seconds since the beginning of the fit."""
         return time.monotonic() - self.begin
 
+    def epoch_seconds(self) -> float:
+        """Return the seconds since the beginning of the epoch, 0 between two epochs."""
+        return 0.0 if self.epoch_begin is None else time.monotonic() - self.epoch_begin
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self.epoch_begin = time.monotonic()
+
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
-        # with several processes only the clock of rank 0 counts
-        if self.seconds() >= self.max_seconds and self.model.is_main_process:
+        if self.max_seconds is None or self.seconds() < self.max_seconds:
+            return
+        if self.model.is_main_process:  # with several processes only the clock of rank 0 counts
             self.model.stop_training = True
 
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        if self.log:
+            if "seconds" in logs:
+                raise ValueError(
+                    "Timer(log=True) logs the column 'seconds', and expected no other of this "
+                    "name, but a metric or callback has logged one. Give that one another name."
+                )
+            world = self.model._compiled("Timer").world
+            logs["seconds"] = world.broadcast(self.epoch_seconds())
+        self.epoch_begin = None
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds()}
+        return {"seconds": self.seconds(), "epoch_seconds": self.epoch_seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begin = time.monotonic() - state["seconds"]
+        seconds = state.get("epoch_seconds", 0.0)  # older files lack it
+        # in the middle of an epoch the state is loaded once more, after on_epoch_begin
+        self.epoch_begin = time.monotonic() - seconds if seconds else None

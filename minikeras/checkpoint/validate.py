@@ -314,6 +314,10 @@ def _check_totals(totals: Any, where: str) -> None:
             raise _Unfit(f"{where} counts {name}", count, "a count of 0 or more")
         if count == 0 and float(sums[name]) != 0:
             raise _Unfit(f"{where} sums {name}", float(sums[name]), "0, as it is of a count of 0")
+    for name, weights in _check_named(totals.get("weights", {}), f"{where} weights").items():
+        for part, weight in _check_named(weights, f"{where} weights {name}").items():
+            if {name, part} - sums.keys() or type(weight) is not float or not weight >= 0:
+                raise _Unfit(f"{where} weights {name} {part}", weight, "the weight of a column")
     if type(_get(totals, "updated", f"{where} ")) is not bool:
         raise _Unfit(f"{where} updated", totals["updated"], "True or False")
     _check_named(_get(totals, "objects", f"{where} "), f"{where} objects")

@@ -71,6 +71,7 @@ NOTES = {
         "run_eagerly": "Training is eager unless jit=True.",
         "jit_compile": "Pass jit=True.",
         "lr": "The optimizer takes it: torch.optim.Adam(model.parameters(), lr=...).",
+        "loss_weights": "The dict of losses takes them: loss_func={name: (loss, weight)}.",
         "weighted_metrics": "Pass metrics_dict={name: function}.",
     },
     "evaluate": {

@@ -21,9 +21,13 @@ from minikeras.batch import unpack
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
+from minikeras.checks.several_outputs import check_extra_labels, find_failing_part, naming
+from minikeras.errors import describe
+from minikeras.nests import names_in, take_apart
+from minikeras.overrides import overrides
 from minikeras.phase import Batch, NoChecks, Phase
 from minikeras.processes import OneProcess
-from minikeras.results import Result, allow_waiting
+from minikeras.results import Result, allow_waiting, has_parts, losses_in, unwrap_loss
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -43,8 +47,16 @@ class Explanations(NoChecks):
 
     def explain_loss(self, error: Exception, outputs: Any, labels: Any) -> None:
         """Raise a plainer error than the loss did, if its cause is known."""
-        causes.explain_squeezed(error, outputs, labels)
-        causes.explain_loss(error, outputs, labels)
+        part = find_failing_part(error)
+        if part is None:
+            causes.explain_squeezed(error, outputs, labels)
+            causes.explain_loss(error, outputs, labels)
+            return
+        name, y_pred, y_true = part
+        with naming(f"loss {name!r}"):
+            causes.explain_squeezed(error, y_pred, y_true)
+            causes.explain_loss(error, y_pred, y_true)
+        error.add_note(f"loss {name!r}")
 
     def warn_of_squeezed(self, outputs: Any, labels: Any) -> None:
         """Warn of outputs that have lost the dimension of the batch."""
@@ -105,11 +117,40 @@ class FirstBatch(Explanations):
 
     def loss(self, outputs: Any, labels: Any) -> Any:
         """Call the loss; raise an error for what it would silently compute wrongly."""
+        loss_func = self.run.loss_func
+        several = unwrap_loss(loss_func)
+        if has_parts(several):
+            self._check_extra_labels(labels)
+            with several.calling(self._loss_of_output):
+                return loss_func(outputs, labels)
+        self._check_loss_inputs(loss_func, outputs, labels)
+        return inputs.guarded(loss_func, outputs, labels, "the loss", scalar=False)
+
+    def _check_loss_inputs(self, loss: Any, y_pred: Any, y_true: Any) -> None:
         is_fitting = not self.run.train.checks.is_first
         inputs.check_loss_inputs(
-            self.run.loss_func, outputs, labels, self.phase.is_training, self.model, is_fitting
+            loss, y_pred, y_true, self.phase.is_training, self.model, is_fitting
         )
-        return inputs.guarded(self.run.loss_func, outputs, labels, "the loss", scalar=False)
+
+    def _loss_of_output(self, name: Any, loss: Any, y_pred: Any, y_true: Any) -> Any:
+        """Call the loss of one of several outputs, and check it as one alone."""
+        with naming(f"loss {name!r}"):
+            self._check_loss_inputs(loss, y_pred, y_true)
+        return inputs.guarded(loss, y_pred, y_true, f"loss {name!r}", scalar=False)
+
+    def _check_extra_labels(self, labels: Any) -> None:
+        """Refuse labels that nothing uses, unless a metric or a custom step may use them all."""
+        totals = self.phase.totals
+        step = "train_step" if self.phase.is_training else "evaluate_step"
+        if overrides(self.model, step, "compute_loss", "compute_metrics"):
+            return
+        of_metrics = []
+        for name in [*totals.functions, *totals.objects]:
+            output = getattr(totals.views.get(name), "output", None)
+            if output is None:
+                return
+            of_metrics.append(output)
+        check_extra_labels(labels, losses_in(self.run.loss_func), of_metrics)
 
     @torch.no_grad()
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
@@ -117,30 +158,62 @@ class FirstBatch(Explanations):
         totals = self.phase.totals
         counts = not self.phase.batch.is_filler
         functions = totals.functions if with_functions else {}
+        seen = {}
+        for name in [*totals.objects, *functions]:
+            seen[name] = self._see(name, outputs, labels)
         if counts:
-            self._look_at_scores(totals.objects, outputs)
+            self._look_at_scores(totals.objects, outputs, seen)
         found: dict[str, int] = {}
         if functions and self.row_means.active:
-            found = self.row_means.look(functions, outputs, labels, counts)
+            found = self.row_means.look(totals.calls, outputs, labels, counts, totals.views)
         if counts:
             for name, metric in totals.objects.items():
-                inputs.guarded(metric.update, outputs, labels, f"metric {name!r}", scalar=False)
+                inputs.guarded(metric.update, *seen[name], f"metric {name!r}", scalar=False)
             totals.mark_updated()
         results = {}
         with allow_waiting():  # a metric may read what it is given, in this batch
             for name, metric in functions.items():
-                results[name] = inputs.guarded(metric, outputs, labels, f"metric {name!r}")
+                results[name] = inputs.guarded(metric, *seen[name], f"metric {name!r}")
         if found:
             self.row_means.tell(found)
         return results
 
-    def _look_at_scores(self, objects: dict[str, Any], outputs: Any) -> None:
+    def _see(self, name: str, outputs: Any, labels: Any) -> tuple[Any, Any]:
+        """Return outputs and labels as a metric sees them."""
+        view = self.phase.totals.views.get(name)
+        if view is None:
+            return outputs, labels
+        try:
+            return view(outputs, labels)
+        except Exception as error:
+            given = f"outputs {describe(outputs)}, labels {describe(labels)}"
+            error.add_note(f"metric {name!r}, before it was called, given {given}")
+            raise
+
+    def _look_at_scores(
+        self, objects: dict[str, Any], outputs: Any, seen: dict[str, tuple[Any, Any]]
+    ) -> None:
         if self.world.rank != 0:
             return
         looks = self.row_means.looks
         for name, metric in objects.items():
-            if not looks[name] and warn_of_raw_scores(name, metric, outputs):
+            if looks[name]:
+                continue
+            y_pred = seen[name][0]
+            if warn_of_raw_scores(name, metric, y_pred, self._loss_of(y_pred, outputs)):
                 looks[name] += 1
+
+    def _loss_of(self, y_pred: Any, outputs: Any) -> Any:
+        """Return the loss that is given this very tensor; None if that is not known."""
+        losses = losses_in(self.run.loss_func)
+        if y_pred is outputs:
+            return losses.get("")
+        container = take_apart(outputs, inside=True)
+        if container is not None:
+            for name, part in zip(names_in(outputs) or (), container[0], strict=False):
+                if part is y_pred:
+                    return losses.get(name)
+        return None
 
 
 class MetricLooks(Explanations):
@@ -157,12 +230,12 @@ class MetricLooks(Explanations):
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
         """Call each metric, and warn about one that is not a mean over rows."""
         row_means = self.first.row_means
-        functions = self.phase.totals.functions if with_functions else {}
+        totals = self.phase.totals
         found: dict[str, int] = {}
-        if functions and row_means.active:
+        if with_functions and totals.calls and row_means.active:
             counts = not self.phase.batch.is_filler
             with torch.no_grad():
-                found = row_means.look(functions, outputs, labels, counts)
+                found = row_means.look(totals.calls, outputs, labels, counts, totals.views)
         results = super().metrics(outputs, labels, with_functions)
         if found:
             row_means.tell(found)

@@ -25,10 +25,10 @@ from minikeras.checks.forms import name_parts, write_split
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
 from minikeras.errors import describe, dtype_name
-from minikeras.metric_objects import is_stateful
-from minikeras.nests import leaves
+from minikeras.metric_objects import find_view, is_stateful
+from minikeras.nests import leaves, names_in
 from minikeras.overrides import overrides
-from minikeras.results import check_number, unwrap_loss
+from minikeras.results import check_number, has_parts, unwrap_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import parameters_of
 
@@ -53,6 +53,9 @@ def guarded(
         hint = ""
         if isinstance(outputs, tuple) and "'tuple'" in str(error):
             hint = ". Let forward return only the first part."
+        if isinstance(outputs, Mapping) and name.startswith("metric"):
+            key = next(iter(outputs), "name")
+            hint = f". For one output alone write metrics_dict={{{key!r}: {{...: metric}}}}."
         if labels is None:
             hint += (
                 ". The batches contain only features: pass (features, labels), or (X, X) for an "
@@ -127,7 +130,8 @@ def is_of_torch(loss_func: Any) -> bool:
 
 def needs_labels(model: nn.Module, loss_func: Any, step: str) -> bool:
     """Tell whether batches need labels: a custom loss or step may ignore them."""
-    return is_of_torch(loss_func) and not overrides(model, step, "compute_loss")
+    compares = is_of_torch(loss_func) or has_parts(unwrap_loss(loss_func))
+    return compares and not overrides(model, step, "compute_loss")
 
 
 def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
@@ -153,13 +157,13 @@ def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
         remedy = "Let forward return the part that is compared"
         if isinstance(outputs, tuple):
             remedy = "Let forward return only the first part, if that is compared"
-    key = "0"
-    if isinstance(outputs, Mapping) and outputs:
-        key = repr(next(iter(outputs)))
+    names = names_in(outputs) or [0]
+    first = f"{names[0]!r}: {name}"
+    if isinstance(loss_func, nn.Module):
+        first += "()"
     raise ValueError(
-        f"{name} takes one tensor of predictions and one of labels, and {which}. {remedy}; or "
-        "pass a function as loss_func that adds up the losses of all parts, starting with "
-        f"loss(y_pred[{key}], y_true[{key}])."
+        f"{name} takes one tensor of predictions and one of labels, and {which}. {remedy}; or pass "
+        f"a dict with a loss for each output as loss_func, starting with {{{first}, ...}}."
     )
 
 
@@ -418,9 +422,13 @@ def check_callable(name: str, function: Any) -> None:
                 f"super().__init__(). Call it there, before anything else."
             ) from None
     if isinstance(function, str):
-        if name == "loss_func":
+        if name.startswith("loss"):
             line = LOSS_LINES.get(function.lower(), "nn.MSELoss()")
-            order = "; the optimizer comes second, torch.optim.Adam(model.parameters(), lr=1e-3)"
+            order = ""
+            if name == "loss_func":
+                order = (
+                    "; the optimizer comes second, torch.optim.Adam(model.parameters(), lr=1e-3)"
+                )
         else:
             line = METRIC_LINES.get(function.lower(), "nn.L1Loss()")
             order = ""
@@ -432,6 +440,12 @@ def check_callable(name: str, function: Any) -> None:
         raise TypeError(
             f"{name} must be a function of (y_pred, y_true) or a module, got the optimizer "
             f"{type(function).__name__}. Write compile(loss_func, optimizer): the loss comes first."
+        )
+    if isinstance(function, list | tuple) and name == "loss_func":
+        raise TypeError(
+            f"loss_func must be a function of (y_pred, y_true), a module or a dict of them, got "
+            f"{describe(function)}. For several outputs pass a dict by their names, or by their "
+            "positions {0: loss, 1: (loss, weight)}."
         )
     if not callable(function) and not is_stateful(function):
         raise TypeError(
@@ -453,7 +467,7 @@ def check_metrics_dict(metrics_dict: Any) -> None:
         )
     for name, metric in metrics_dict.items():
         check_name("metrics_dict has", name, ("loss", "lr", "epoch"))
-        check_callable(f"metric {name!r}", metric)
+        check_callable(f"metric {name!r}", find_view(metric)[0])
 
 
 def check_optimizer_argument(optimizer: Any) -> None:

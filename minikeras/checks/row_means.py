@@ -21,6 +21,7 @@ from torch import Tensor
 from minikeras.checks.twin import twin_of
 from minikeras.errors import is_number
 from minikeras.joining import join
+from minikeras.metric_objects import View
 from minikeras.nests import clone_tensor, leaves, map_leaves, take_apart
 from minikeras.processes import OneProcess
 from minikeras.rows import UnknownRows, count_rows
@@ -69,12 +70,19 @@ class RowMeanCheck:
         self.passes += 1
 
     def look(
-        self, functions: Mapping[str, Any], outputs: Any, labels: Any, counts: bool = True
+        self,
+        functions: Mapping[str, Any],
+        outputs: Any,
+        labels: Any,
+        counts: bool = True,
+        views: Mapping[str, View] | None = None,
     ) -> dict[str, int]:
         """Judge the functions by a batch, before they are called on it.
 
         Args:
+            functions: name -> function of (outputs, labels).
             counts: False for a filler batch.
+            views: name -> what the function sees of a batch, by which the rows are sorted.
 
         Returns:
             name -> UNKNOWN, MEAN or OTHER, for each function that was judged.
@@ -93,7 +101,7 @@ class RowMeanCheck:
         if fewest < LEAST:
             return {}
         self.small = []
-        kinds = self._judge(pending, *batch)
+        kinds = self._judge(pending, batch, views or {})
         kinds = [int(kind) for kind in self.world.agree(*kinds)]
         return dict(zip(pending, kinds, strict=True))
 
@@ -125,15 +133,18 @@ class RowMeanCheck:
         except Exception:  # they cannot be joined, such as sequences of different lengths
             return batch, 0
 
-    def _judge(self, functions: Mapping[str, Any], outputs: Any, labels: Any) -> list[int]:
+    def _judge(
+        self, functions: Mapping[str, Any], batch: tuple[Any, Any], views: Mapping[str, View]
+    ) -> list[int]:
         """Judge each function, with random states as they were before."""
         before = self.randomness.states()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as of a half without positives
                 kinds = []
-                for metric in functions.values():
-                    kinds.append(_judge_function(metric, outputs, labels, self.rows))
+                for name, metric in functions.items():
+                    kind = _judge_function(metric, views.get(name), *batch, self.rows)
+                    kinds.append(kind)
                 return kinds
         finally:
             self.randomness.restore(before)
@@ -152,20 +163,23 @@ def _warn_of_other(name: str, rows: int) -> None:
     )
 
 
-def _judge_function(metric: Any, outputs: Any, labels: Any, rows: int) -> int:
+def _judge_function(metric: Any, view: View | None, outputs: Any, labels: Any, rows: int) -> int:
     """Tell whether a function is a mean over rows, is not, or cannot be judged by this batch."""
+    y_pred, y_true = outputs, labels
     try:
         function = twin_of(metric)
         whole = _compute(function, outputs, labels)
+        if view is not None:
+            y_pred, y_true = twin_of(view)(*map_leaves(clone_tensor, (outputs, labels)))
     except Exception:
         return UNKNOWN
     if isinstance(whole, tuple):  # an Average is exact
         return MEAN
     if whole is None or not math.isfinite(whole):
         return UNKNOWN
-    tolerance = _find_tolerance(outputs, labels)
+    tolerance = _find_tolerance(y_pred, y_true)
     kind = UNKNOWN
-    for order in _sort_rows(outputs, labels, rows):
+    for order in _sort_rows(y_pred, y_true, rows):
         middle = rows // 2
         try:
             first = _compute(function, *_select_rows((outputs, labels), order[:middle], rows))

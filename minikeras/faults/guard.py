@@ -161,6 +161,9 @@ class NaNGuard(Part, Hook):
             if isinstance(error, NonFiniteGradient):
                 return explain_gradient(error, self.model, epoch, rates, self.losses)
             suspects = self.weights.suspects()
-            return explained(error, self.model, run.loss_func, epoch, rates, self.losses, suspects)
+            parts = run.train.take_parts()
+            return explained(
+                error, self.model, run.loss_func, epoch, rates, self.losses, suspects, parts
+            )
         finally:
             error.batch = None

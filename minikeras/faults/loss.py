@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from minikeras.nests import is_sharded, leaves
-from minikeras.results import count_bad_gradient
+from minikeras.results import count_bad_gradient, get_mean
 
 READ_EVERY = 50  # steps, on a device
 CAUSE = (
@@ -272,12 +272,14 @@ def explained(
     rates: Mapping[str, float],
     watch: FiniteLoss,
     suspects: tuple[list[str], list[str]],
+    parts: Mapping[str, Any],
 ) -> str:
     """Return the message: where, rates, last finite loss, data, weights, and what to do.
 
     Args:
         suspects: names of weights and buffers that are not finite now and were as the fit began;
             and of those that were NaN as it began.
+        parts: column -> loss, of the current batch if the loss is a sum of several.
     """
     features, labels, number = error.batch
     has_batch = error.ago == 0 or error.culprit is not None  # of the bad loss
@@ -300,6 +302,10 @@ def explained(
         f"number.",
         f"{last_loss(error, watch)} at {shown_rates(rates)}.",
     ]
+    if error.ago == 0 and not error.elsewhere:
+        bad = [name for name, part in parts.items() if not is_finite(part)]
+        if bad:
+            sentences.append(f"It is a sum of losses, and {', '.join(bad)} is not finite.")
     if spoiled:
         sentences.append(
             f"The {' and '.join(spoiled)} of this batch contained NaN or inf: clean the data."
@@ -373,6 +379,11 @@ def all_ignored(loss_func: Any, labels: Any) -> bool:
             ignored = part.ignore_index
             break
     return bool((labels.long() == ignored).all())
+
+
+def is_finite(loss: Any) -> bool:
+    """Tell whether a loss, or the mean of an Average, is finite."""
+    return math.isfinite(float(get_mean(loss)))
 
 
 def has_non_finite(nest: Any) -> bool:

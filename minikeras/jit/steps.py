@@ -33,11 +33,14 @@ from minikeras.nests import detach_nest
 from minikeras.phase import Phase
 from minikeras.results import (
     Average,
+    LossParts,
     count_bad,
     count_bad_gradient,
     get_mean,
     get_total,
     reduce_loss,
+    settle_parts,
+    spread_loss,
 )
 from minikeras.rows import UnknownRows
 from minikeras.stepper import optimizer_parameters
@@ -260,7 +263,7 @@ class EvaluateStep:
         ) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
             results = {name: metric(outputs, labels) for name, metric in functions.items()}
-            return {"loss": loss, **results}, outputs
+            return {**spread_loss(loss), **results}, outputs
 
         return step_of_batch
 
@@ -291,7 +294,7 @@ class EvaluateStep:
 
     def functions(self) -> dict[str, Any]:
         """Return the metrics that are in the graph."""
-        return self.totals.functions if self.way == "one graph" else {}
+        return self.totals.calls if self.way == "one graph" else {}
 
     def first(self, batch: Batch) -> dict[str, Any]:
         """Take a step in eager mode, after which the graph continues."""
@@ -430,7 +433,7 @@ class TrainStep(EvaluateStep):
                     tensor.copy_(torch.where(is_held_back, old, tensor))
                 outputs = detach_nest(outputs)
                 results = {name: metric(outputs, labels) for name, metric in functions.items()}
-            return {"loss": detach_nest(loss), **results}, outputs
+            return {**spread_loss(loss), **results}, outputs
 
         return step_of_batch
 
@@ -597,10 +600,10 @@ class TrainStep(EvaluateStep):
             )
         self.take_current(batch)
         outputs, loss = self.parts(*batch)
-        self.model.backward(loss)
+        self.model.backward(settle_parts(loss))
         metrics = self.model.compute_metrics(outputs, batch[1])
         self.model.optimizer_step()
-        return {"loss": loss, **metrics}
+        return {**spread_loss(loss), **metrics}
 
     def states(self) -> list[Tensor]:
         """Return the tensors in the optimizers' state."""
@@ -646,6 +649,8 @@ def combined(
     for result, batch in zip(results, batches):  # noqa: B905
         rows = count(*batch)
         for name, value in result.items():
+            if isinstance(value, LossParts):
+                value = value.added
             if isinstance(value, Average):
                 totals[name] = totals[name] + get_total(value)
                 counts[name] = counts[name] + value.count
@@ -654,7 +659,13 @@ def combined(
                 rows.refuse()
             totals[name] = totals[name] + value * rows
             counts[name] = counts[name] + rows
-    return {name: Average(totals[name], counts[name]) for name in totals}
+    averages = {name: Average(totals[name], counts[name]) for name in totals}
+    one: dict[str, Any] = dict(averages)
+    for name, value in results[0].items():
+        if isinstance(value, LossParts):
+            parts = {part: averages[part] for part in value.parts}
+            one[name] = LossParts(parts, value.weights, averages[name])
+    return one
 
 
 def first_size_of_labels(features: Any, labels: Any, sample_weight: Any) -> int:

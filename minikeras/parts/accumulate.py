@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minikeras.nests import widen
-from minikeras.results import Average, get_total, unwrap_loss
+from minikeras.results import Average, LossParts, get_total, losses_in, unwrap_loss
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of
 
 
@@ -60,6 +60,8 @@ class Accumulate(Part):
 
     def on_loss(self, loss: StepLoss) -> None:
         """Turn the mean into a sum over rows, or take the total of an Average."""
+        if isinstance(loss.result, LossParts):
+            raise ValueError(describe_units(loss.result, self.batches))
         rows: Any = 0 if loss.batch.is_filler else loss.batch.rows
         if isinstance(loss.result, Average):
             loss.total = widen(get_total(loss.result))
@@ -149,11 +151,32 @@ def check_mean(loss_func: Any, what: str) -> None:
     """Refuse a loss that is a sum over rows: batches are weighted by their rows.
 
     Raises:
-        ValueError: the loss, or the loss that `Regularized` wraps, has reduction="sum".
+        ValueError: the loss, the loss that `Regularized` wraps, or one of several has
+            reduction="sum".
     """
-    if getattr(unwrap_loss(loss_func), "reduction", None) == "sum":
-        raise ValueError(
-            f'loss_func has reduction="sum", and {what} weights each batch by its rows, and a '
-            'sum has already counted them. Build it with reduction="mean", or return '
-            "minikeras.Average(total, count)."
-        )
+    for name, loss in losses_in(loss_func).items():
+        if getattr(unwrap_loss(loss), "reduction", None) == "sum":
+            which = "loss_func" if name == "" else f"loss {name!r}"
+            raise ValueError(
+                f'{which} has reduction="sum", and {what} weights each batch by its rows, and a '
+                'sum has already counted them. Build it with reduction="mean", or return '
+                "minikeras.Average(total, count)."
+            )
+
+
+def describe_units(loss: LossParts, batches: int) -> str:
+    """Return the error for parts that count different units."""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for name, part in loss.parts.items():
+        if loss.weights[name]:
+            kinds[isinstance(part, Average)].append(name)
+    counted = " and ".join(f"{name} an Average(total, count)" for name in kinds[True])
+    means = " and ".join(f"{name} a mean over rows" for name in kinds[False])
+    what = f"accumulate={batches}" if batches > 1 else "training on several processes"
+    remedy = "accumulate=1" if batches > 1 else "distributed=None in one process"
+    return (
+        f"the losses count different units: {' and '.join(filter(None, [counted, means]))}. {what} "
+        "adds up the gradients of several batches and divides them by one count, so expected means "
+        "over rows from all, or one Average alone with a weight above 0. Return means over rows, "
+        f"or compile with {remedy}."
+    )

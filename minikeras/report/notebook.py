@@ -3,6 +3,7 @@
 on_fit_begin         create the output
 during training      redraw it by time: a bar, charts of the loss and first metrics, the epochs
 on_fit_end           redraw it a last time
+fit returns          if the cell ends with the call, the history is not shown below as well
 
 IPython is used only inside a notebook, which has it. The charts are SVG, written here.
 """
@@ -15,13 +16,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from minikeras.columns import infer_mode, is_rate
 from minikeras.report.layer_summary import LAZY, LayerRow, label_of, layer_rows, notebook_cell
-from minikeras.report.progress import Progress, format_logs, wants_bar
+from minikeras.report.progress import Progress, clock, format_logs, wants_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REFRESH = 0.3  # seconds between two redraws
 SHARE = 0.02  # of the time, at most, is spent on them
@@ -32,12 +36,11 @@ WIDTH = 280  # of a chart, in pixels
 HEIGHT = 130
 LEFT = 60  # space for the numbers on the left
 EDGE = 18  # space for the numbers above and below
-BLUE = "#0072B2"  # training, as in plotting.py
+# of lines, as in plotting.py: colour-blind people can tell them apart, and so can a light page and
+# a dark one. No colour of text can be read on both: text has the page's own.
+BLUE = "#0072B2"  # training
 ORANGE = "#D55E00"  # validation
-LEGEND = (
-    f'<span style="color: {BLUE}">training</span>, '
-    f'<span style="color: {ORANGE}">validation dashed</span>, best ringed'
-)
+DASHES = "5 3"  # of validation
 STYLE = "font-family: sans-serif; font-size: 13px"
 Rows = Mapping[int, Mapping[str, float]]  # epoch -> its row of the history
 Point = tuple[int, float]  # epoch and value
@@ -58,13 +61,12 @@ class LiveTable(Progress):
     """
 
     def on_fit_begin(self) -> None:
+        super().on_fit_begin()
         self.rows: dict[int, dict[str, float]] = {}
-        self.batch = 0
         self.running_means = ""
         self.lines: list[str] = []
         self.is_validating = False
         self.has_ended = False
-        self.started = time.perf_counter()
         display = sys.modules["IPython"].display.display
         self.display = display(self.formats(), raw=True, display_id=True)
 
@@ -77,8 +79,7 @@ class LiveTable(Progress):
             self.redraw_if_due()
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.batch = 0
+        self.start_epoch(epoch)
         self.running_means = ""
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
@@ -95,9 +96,7 @@ class LiveTable(Progress):
         self.is_validating = False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        self.add_columns(logs)
-        self.rows[epoch] = dict(logs)
-        self.batch = 0
+        self.rows[epoch] = self.end_epoch(epoch, logs)
         self.running_means = ""
         self.redraw_if_due()
 
@@ -125,11 +124,12 @@ class LiveTable(Progress):
         for line in self.lines:
             parts.append(f"<div>{html.escape(line)}</div>")
         if charts:
-            parts.append(f"<div>{charts}</div><div>{LEGEND}</div>")
-        parts.append(epochs_table(self.columns, self.rows))
+            parts.append(f"<div>{charts}</div>{legend()}")
+        times = {epoch: clock(seconds) for epoch, seconds in self.seconds.items()}
+        parts.append(epochs_table(self.columns, self.rows, times))
         plain = []
         for epoch, logs in list(self.rows.items())[-ROWS:]:
-            plain.append(f"epoch {epoch}  {format_logs(logs)}")
+            plain.append(f"epoch {epoch}  {format_logs(logs)}  {times[epoch]}")
         plain += self.lines
         return {
             "text/html": f'<div style="{STYLE}">{"".join(parts)}</div>',
@@ -137,44 +137,70 @@ class LiveTable(Progress):
         }
 
     def bar_html(self) -> str:
-        """Return the current epoch with its bar and running means.
+        """Return the current epoch with its bar, times and running means.
 
         At the end of the fit, return how it ended.
         """
-        if self.epoch is None:
-            return "" if self.has_ended else "<div>starting</div>"
-        steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
         if self.has_ended:
-            took = clock(time.perf_counter() - self.started)
-            if self.epoch in self.rows:
-                return f"<div>{len(self.rows)} epochs in {took}</div>"
-            return (
-                f"<div>ended in epoch {self.epoch} of {self.epochs}, at step {steps}, "
-                f"after {took}</div>"
-            )
+            ending = self.ending()
+            return f"<div>{ending}</div>" if ending else ""
+        if self.epoch is None:
+            return "<div>starting</div>"
+        steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
         bar = ""
         if self.steps:
             bar = f'<progress max="{self.steps}" value="{self.batch}"></progress> '
         tail = "validating" if self.is_validating else html.escape(self.running_means)
-        return f"<div>epoch {self.epoch}/{self.epochs} {bar}{steps} &nbsp;{tail}</div>"
+        return f"<div>epoch {self.epoch}/{self.epochs} {bar}{steps} {self.times()} {tail}</div>"
+
+    def times(self) -> str:
+        """Return the time since the epoch began, and what is left as far as it is known."""
+        times = clock(time.perf_counter() - self.epoch_began)
+        epoch_left = self.epoch_left()
+        if epoch_left is not None:
+            times += f", {clock(epoch_left)} left"
+        fit_left = self.fit_left()
+        if fit_left is not None:
+            times += f" (fit: {clock(fit_left)} left)"
+        return f"&nbsp;{times}&nbsp;"
+
+    def take_history(self, history: pd.DataFrame) -> None:
+        """Do not show the history below the live output if the cell ends with the call of fit."""
+        hide_once(history)
 
 
-def clock(seconds: float) -> str:
-    """Format a time for people.
+def hide_once(history: pd.DataFrame) -> None:
+    """Let IPython show nothing of an unassigned DataFrame at the end of the running cell.
 
-    >>> clock(3.21), clock(75), clock(7384)
-    ('3.2 s', '1 min 15 s', '2 h 3 min')
+    A cell that ends with `model.fit(...)` has shown every epoch already. The DataFrame is shown as
+    usual if a variable holds it, by `display(...)`, and in every later cell.
     """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds) // 60
-    if minutes < 60:
-        return f"{minutes} min {int(seconds) % 60} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    cell = notebook_cell()
+    shell = sys.modules["IPython"].get_ipython()
+
+    def _ipython_display_() -> None:
+        object.__delattr__(history, "_ipython_display_")
+        is_assigned = any(value is history for value in shell.user_ns.values())
+        # of the kernel's display hook: there is a message only as it shows a cell's result
+        is_result = getattr(shell.displayhook, "msg", None) is not None
+        if is_assigned or not is_result or notebook_cell() != cell:
+            raise NotImplementedError  # IPython goes on to show it as any other DataFrame
+
+    # on this object only, past pandas's own __setattr__; a copy or a pickle lacks it
+    object.__setattr__(history, "_ipython_display_", _ipython_display_)
 
 
-def epochs_table(columns: Sequence[str], rows: Rows) -> str:
-    """Return the last rows of the history as HTML.
+def legend() -> str:
+    """Return which line of the charts is which: a sample of each, and text in the page's color."""
+    parts = []
+    for label, color, dashes in (("training", BLUE, ""), ("validation", ORANGE, DASHES)):
+        line = _svg_polyline("0,4 26,4", color, dashes)
+        parts.append(f'<svg width="26" height="8" viewBox="0 0 26 8">{line}</svg> {label}')
+    return f"<div>{' &nbsp;'.join(parts)} &nbsp;ring: the best epoch</div>"
+
+
+def epochs_table(columns: Sequence[str], rows: Rows, times: Mapping[int, str]) -> str:
+    """Return the last rows of the history as HTML, with the time that each epoch took.
 
     The epoch with the lowest val_loss is bold, and always among the rows.
     """
@@ -193,10 +219,11 @@ def epochs_table(columns: Sequence[str], rows: Rows) -> str:
         cells = [str(epoch)]
         for name in columns:
             cells.append(f"{rows[epoch][name]:#.4g}" if name in rows[epoch] else "")
+        cells.append(times[epoch])
         if epoch == best:
             cells = [f"<b>{cell}</b>" if cell else "" for cell in cells]
         lines.append(cells)
-    table = table_html(["epoch", *columns], lines)
+    table = table_html(["epoch", *columns, "time"], lines)
     hidden = len(rows) - len(shown)
     if hidden:
         table = f"<div>{hidden} earlier epochs are not shown; the history has them.</div>{table}"
@@ -255,7 +282,7 @@ def chart(name: str, rows: Rows) -> str:
         y = EDGE + (HEIGHT - 2 * EDGE) * down
         return f"{x:.1f}", f"{y:.1f}"
 
-    drawn = _svg_line(training, BLUE, "", place) + _svg_line(validation, ORANGE, "5 3", place)
+    drawn = _svg_line(training, BLUE, "", place) + _svg_line(validation, ORANGE, DASHES, place)
     mode = infer_mode(name)
     if mode is not None:
         watched = validation or training
@@ -300,7 +327,10 @@ def _svg_line(
         x, y = place(*line[0])
         return f'<circle cx="{x}" cy="{y}" r="2.5" fill="{color}"/>'
     thinned = [*line[: -1 : max(1, len(line) // POINTS)], line[-1]]
-    points = " ".join(",".join(place(*point)) for point in thinned)
+    return _svg_polyline(" ".join(",".join(place(*point)) for point in thinned), color, dashes)
+
+
+def _svg_polyline(points: str, color: str, dashes: str) -> str:
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"{dashed}/>'
 

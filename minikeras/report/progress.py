@@ -10,21 +10,32 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
 from tqdm import tqdm
 
 from minikeras.callback import Callback
 from minikeras.columns import is_rate, sort_columns
 from minikeras.report.layer_summary import notebook_cell
+from minikeras.report.table import (
+    LONG_TIME_WIDTH,
+    TIME_WIDTH,
+    Layout,
+    choose_layout,
+    terminal_width,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REFRESH = 0.1  # seconds between two refreshes of the bar
-KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-UNKNOWN_LENGTH = "{desc} {n_fmt} [{elapsed}]{postfix}"
+KNOWN_LENGTH = "{desc} |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
+UNKNOWN_LENGTH = "{desc} {n_fmt} [{elapsed}"
 SHARE = 0.01  # of the time, at most, is spent on refreshing the bar
-NUMBER_WIDTH = "1.234e-05"  # the widest number in the table
+LONG_EPOCH = 30  # seconds; after a first epoch as long as this the time gets a wider column
+RECENT = 50  # epochs from which the time left is estimated
 
 
 def wants_bar(verbose: str | int) -> bool:
@@ -69,97 +80,200 @@ class Progress(Callback):
         self.best = best
         self.bar: tqdm[Any] | None = None
         self.columns: list[str] = []  # of the table
+        self.layout: Layout | None = None  # of the table
+        self.time_width = 0  # of the table's last column, 0 before the first row
         self.epoch: int | None = None
+        self.batch = 0  # of the epoch
         self.next_refresh = 0.0  # a time; it also spans epochs that are shorter than REFRESH
+        self.began = time.perf_counter()
+        self.epoch_began = self.began
+        self.seconds: dict[int, float] = {}  # of each epoch of this fit
+        self.steps_before = 0  # of the epoch, if an earlier process took them
+        self.previous_end = self.began  # of an epoch
+        self.timed_epochs = 0
+        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds from an epoch's end to the next
 
     def say(self, line: str) -> None:
         """Print a line, such as where a fit resumes; above the bar if there is one."""
         tqdm.write(line, file=sys.stdout)
 
-    def on_epoch_begin(self, epoch: int) -> None:
+    def take_history(self, history: pd.DataFrame) -> None:
+        """See the history that `fit` is about to return."""
+
+    # --- time -------------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int) -> None:
+        """Start the clock of an epoch."""
+        fit = self.model._compiled("fit").fit
         self.epoch = epoch
+        self.steps_before = 0 if fit is None else fit.at.step
+        self.batch = self.steps_before
+        self.epoch_began = time.perf_counter()
+        if not self.seconds:
+            self.previous_end = self.epoch_began
+
+    def end_epoch(self, epoch: int, logs: Mapping[str, float]) -> dict[str, float]:
+        """Stop the clock of an epoch; return its row of the table, and add the columns it needs."""
+        now = time.perf_counter()
+        self.seconds[epoch] = now - self.epoch_began
+        if not self.steps_before:
+            if self.timed_epochs == 1:
+                self.recent.clear()  # the first epoch may have compiled the model
+            self.recent.append(now - self.previous_end)
+            self.timed_epochs += 1
+        self.previous_end = now
+        row = self._rates() | dict(logs)
+        self.add_columns(row)
+        return row
+
+    def epoch_left(self) -> float | None:
+        """Estimate the seconds that the rest of the epoch's steps take; None if that is unknown."""
+        taken = self.batch - self.steps_before
+        if not self.steps or taken <= 0:
+            return None
+        elapsed = time.perf_counter() - self.epoch_began
+        return elapsed * (self.steps - self.batch) / taken
+
+    def fit_left(self) -> float | None:
+        """Estimate the seconds to the end of the last epoch, with validation and checkpoints.
+
+        None until a whole epoch has been timed.
+        """
+        if not self.recent or self.epoch is None:
+            return None
+        mean = sum(self.recent) / len(self.recent)
+        elapsed = time.perf_counter() - self.previous_end
+        return mean * (self.epochs - self.epoch) + max(mean - elapsed, 0.0)
+
+    def ending(self) -> str:
+        """Return how the fit ended and how long it took; "" if it trained nothing."""
+        if self.epoch is None:
+            return ""
+        took = clock(time.perf_counter() - self.began)
+        if self.epoch in self.seconds:
+            count = len(self.seconds)
+            return f"{count} epoch{'' if count == 1 else 's'} in {took}"
+        steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
+        return f"ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {took}"
+
+    # --- columns ----------------------------------------------------------------------------------
+
+    def _rates(self) -> dict[str, float]:
+        """Return the learning rates of the last epoch that the history has as columns."""
+        run = self.model._compiled("fit")
+        _, rates = run.epochs[-1]
+        if not self.columns:  # the first row of this fit: look at all epochs
+            shown = run.rate_columns()
+        else:
+            _, before = run.epochs[-2]
+            shown = run.scheduled_rates()
+            for name in rates:
+                if name in self.columns or rates[name] != before.get(name):
+                    shown.append(name)
+        return {name: rates[name] for name in shown if name in rates}
+
+    def add_columns(self, row: Mapping[str, float]) -> None:
+        """Add a column for each new name in a row."""
+        names = list(row)
+        if self.validates and not any(name.startswith("val_") for name in names):
+            fit = self.model._compiled("fit").fit
+            means = names if fit is None or fit.at.logs is None else fit.at.logs
+            names += [f"val_{name}" for name in means if not is_rate(name)]
+        # a column that this row lacks may be needed again
+        self.columns = sort_columns(dict.fromkeys([*self.columns, *names]))
+
+    # --- the moments of a fit ---------------------------------------------------------------------
+
+    def on_fit_begin(self) -> None:
+        self.began = time.perf_counter()
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self.start_epoch(epoch)
         label = f"epoch {epoch}/{self.epochs}"
         if self.draws_bar and self.bar is None:
             self.bar = tqdm(
                 total=self.steps,
                 desc=label,
-                bar_format=KNOWN_LENGTH if self.steps else UNKNOWN_LENGTH,
+                bar_format=self._bar_format(),
                 leave=False,
                 file=sys.stdout,
                 dynamic_ncols=True,
+                initial=self.steps_before,
             )
         elif self.bar is not None:
             self.bar.desc = label
             self.bar.postfix = None
-            self.bar.n = 0
+            self.bar.n = self.bar.initial = self.steps_before
             self.bar.start_t = time.time()
 
     def on_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        self.batch = batch
         is_logged = self.log_step_freq is not None and batch % self.log_step_freq == 0
         if self.bar is not None:
             now = time.perf_counter()
             if now >= self.next_refresh or is_logged:
-                self._refresh(self.bar, batch, logs)
-                spent = time.perf_counter() - now
-                self.next_refresh = now + max(REFRESH, spent / SHARE)
+                self._refresh(self.bar, logs)
         elif is_logged:
             print(f"epoch {self.epoch}  step {batch}  {format_logs(logs)}", flush=True)
 
-    def _refresh(self, bar: tqdm[Any], batch: int, logs: Mapping[str, float]) -> None:
-        bar.n = batch
-        bar.postfix = None
-        terminal_width = bar.format_dict["ncols"]  # None if stdout is not a terminal
-        width = math.inf
-        if terminal_width is not None:
-            width = terminal_width - len(str(bar)) - 2
-        bar.set_postfix_str(format_logs(logs, width), refresh=False)
+    def on_evaluate_begin(self) -> None:
+        if self.bar is None:
+            return
+        now = time.perf_counter()
+        # the bar stands still during validation: after a second of training, always say why
+        if now >= self.next_refresh or now - self.epoch_began > 1:
+            self._refresh(self.bar, None)
+
+    def _bar_format(self, fit_left: str = "") -> str:
+        start = KNOWN_LENGTH if self.steps else UNKNOWN_LENGTH
+        return f"{start}{fit_left}]{{postfix}}"
+
+    def _refresh(self, bar: tqdm[Any], logs: Mapping[str, float] | None) -> None:
+        """Redraw the bar with the running means; without, with the word that it validates."""
+        now = time.perf_counter()
+        bar.n = self.batch
+        left = self.fit_left()
+        tails = [""]
+        if left is not None and left >= 1:
+            tails = [f", fit {tqdm.format_interval(left)} left", ""]
+        columns = bar.format_dict["ncols"]  # None if stdout is not a terminal
+        line = ""
+        for tail in tails:  # the first running mean is worth more than the time left
+            bar.postfix = None
+            bar.bar_format = self._bar_format(tail)
+            width = math.inf
+            if columns is not None:
+                width = columns - len(str(bar)) - 2
+            if logs is not None:
+                line = format_logs(logs, width)
+            elif width >= len("validating"):
+                line = "validating"
+            if line:
+                break
+        bar.set_postfix_str(line, refresh=False)
         bar.refresh()
+        spent = time.perf_counter() - now
+        self.next_refresh = now + max(REFRESH, spent / SHARE)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        row = self.end_epoch(epoch, logs)
+        took = clock(self.seconds[epoch])
         if self.bar is not None:
             self.bar.clear()
-        if self.add_columns(logs):
-            print(self._head())
-        is_best = logs.get("val_loss", math.nan) < self.best
+        if not self.time_width:
+            is_long = self.seconds[epoch] >= LONG_EPOCH
+            self.time_width = LONG_TIME_WIDTH if is_long else TIME_WIDTH
+        if len(took) > self.time_width:
+            self.time_width = max(LONG_TIME_WIDTH, len(took))
+        width = terminal_width()  # may have changed since the last row
+        layout = choose_layout(self.columns, width, self.time_width)
+        if layout != self.layout:
+            self.layout = layout
+            print(layout.head(width))
+        is_best = row.get("val_loss", math.nan) < self.best
         if is_best:
-            self.best = logs["val_loss"]
-        cells = [str(epoch)]
-        for name in self.columns:
-            cells.append(f"{logs[name]:#.4g}" if name in logs else "")
-            if name == "val_loss":  # a narrow column marks the best value so far
-                cells.append("*" if is_best else "")
-        print("  ".join(map(str.rjust, cells, self.widths)).rstrip(), flush=True)
-
-    def add_columns(self, logs: Mapping[str, float]) -> bool:
-        """Add a column for each new name in the logs; tell whether there was one."""
-        names = list(logs)
-        if self.validates and not any(name.startswith("val_") for name in names):
-            names += [f"val_{name}" for name in names if not is_rate(name)]
-        if set(names) <= set(self.columns):
-            return False
-        # a column that these logs lack may be needed again
-        self.columns = sort_columns(dict.fromkeys([*self.columns, *names]))
-        return True
-
-    def _head(self) -> str:
-        """Return the head of the table, and set the widths of its columns.
-
-        Every column fits any number, so that the rows of all epochs line up.
-        """
-        head = ["epoch"]
-        widest = [""]
-        for name in self.columns:
-            head.append(name)
-            widest.append(NUMBER_WIDTH)
-            if name == "val_loss":
-                head.append("")
-                widest.append("*")
-        # as a row, not as headers: tabulate pads headers by two, too much for 80 columns
-        lines = tabulate(
-            [head, widest], tablefmt="simple", disable_numparse=True, stralign="right"
-        ).splitlines()
-        self.widths = [len(dashes) for dashes in lines[0].split()]
-        return f"{lines[1]}\n{lines[0]}"
+            self.best = row["val_loss"]
+        print(layout.rows(epoch, row, took, is_best), flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -171,6 +285,22 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if self.epoch in self.seconds:  # else an error says where the fit ended
+            print(self.ending(), flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Format a time for people.
+
+    >>> clock(3.21), clock(75), clock(7384)
+    ('3.2 s', '1 min 15 s', '2 h 3 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_logs(logs: Mapping[str, float], width: float = math.inf) -> str:

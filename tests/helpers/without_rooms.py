@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 # what is deleted -> the line that asks for it; "" for what nobody asks for by name
 ROOMS = {
+    "by_name.py": "minikeras.Model().compile({'a': nn.MSELoss()})",
     "callbacks": "minikeras.EMA()",
     "checkpoint": "fit(checkpoint=PATH)",
     "checks": "",
@@ -42,6 +43,7 @@ ROOMS = {
     "parts/clip.py": "compiled(clip_grad_norm=1.0)",
     "parts/mixed_precision.py": "compiled(precision='bf16')",
     "report": "compiled().summary(input_data=X)",
+    "transformed.py": "minikeras.Transformed(max)",
 }
 SHARED = "support"  # of several rooms: it goes when they all go
 ALL = "all rooms"
@@ -157,6 +159,7 @@ def missing(minikeras, asked):
 
     names = {
         "minikeras": minikeras,
+        "nn": nn,
         "compiled": compiled,
         "fit": fit,
         "bare": bare,

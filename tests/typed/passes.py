@@ -90,6 +90,7 @@ callbacks = [
     minikeras.CSVLogger("log.csv", append=True),
     minikeras.EMA(0.99),
     minikeras.Timer(60),
+    minikeras.Timer(log=True),
 ]
 loader = DataLoader(TensorDataset(X, y), batch_size=4)
 assert_type(

@@ -210,6 +210,41 @@ def own_parameters(size):
     )
 
 
+class TwoOutputs(nn.Module):
+    """Two outputs in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        self.b = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return {"a": self.a(x), "b": torch.sigmoid(self.b(x))}
+
+
+def above(y_pred, y_true):
+    """A loss over the rows above 0 alone."""
+    counts = (y_true > 0).double()
+    return minikeras.Average((counts * (y_pred - y_true) ** 2).sum(), counts.sum())
+
+
+def losses_by_name(size):
+    """Means over rows from all parts; and one Average that is trained alone."""
+    X, y = doubles(61)
+    data = (X, {"a": X.sum(1, keepdim=True), "b": y})
+    loss = Scaled(torch.float64)
+    results = []
+    for losses in ({"a": nn.MSELoss(), "b": (loss, 0.5)}, {"a": above, "b": (loss, 0.0)}):
+        seed()
+        net = minikeras.Model(TwoOutputs()).double()
+        optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()], lr=0.1)
+        metrics = {"b": {"mae": nn.L1Loss()}}
+        model = compiled(net, minikeras.Regularized(losses, net, l2=0.01), optimizer, metrics)
+        dfhistory = model.fit(2, data, data, batch_size=12 // size, verbose=0)
+        results.append(found(model, dfhistory, scale=loss.scale.detach().clone()))
+    return results
+
+
 class Sometimes(Net):
     """A layer used in some batches of a process only, and one never used; penalties reach both."""
 
