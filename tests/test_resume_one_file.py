@@ -67,7 +67,7 @@ def test_checkpoint_of_the_first_phase_is_refused_by_the_second(rate, tmp_path):
             model.fit(1, (X, Y), checkpoint=path, verbose=0)
             assert len(model.history) == 3
     weight = model.net.weight.clone()
-    with pytest.raises(CheckpointError, match="Give each fit a file of its own"):
+    with pytest.raises(CheckpointError, match="Give each fit its own file"):
         model.fit(2, (X, Y), checkpoint=path, verbose=0)
     assert torch.equal(model.net.weight, weight)
     model.fit(2, (X, Y), checkpoint=tmp_path / "run_2.pt", verbose=0)
