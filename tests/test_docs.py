@@ -1,5 +1,6 @@
 """The documentation: the code of every page runs, and prints what the page shows."""
 
+import ast
 import contextlib
 import io
 import itertools
@@ -8,7 +9,7 @@ import re
 import pytest
 import torch
 from helpers.pages import numbers_rounded
-from helpers.paths import ROOT
+from helpers.paths import PACKAGE, ROOT
 
 import minikeras
 
@@ -86,3 +87,37 @@ def test_docs_figures_are_small_and_shown():
     for page in [*PAGES, ROOT / "README.md"]:
         shown += re.findall(r"img/(\w+\.png)", page.read_text())
     assert set(shown) == {figure.name for figure in figures}
+
+
+def texts_of_the_package():
+    """Every string of the package but docstrings; a NUL where an f-string inserts a value."""
+    texts = []
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                parts = []
+                for part in node.values:
+                    parts.append(part.value if isinstance(part, ast.Constant) else "\0")
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if node not in docstrings:
+                    texts.append(node.value)
+    return texts
+
+
+def test_docs_quote_messages_that_the_package_has():
+    tables = (DOCS / "troubleshooting.md").read_text().partition("## By message")[2]
+    rows = [line for line in tables.splitlines() if line.startswith("| ")]
+    quoted = [row.split("|")[1].strip() for row in rows]
+    messages = [message for message in quoted if message != "message"]
+    assert len(messages) > 20
+    texts = texts_of_the_package()
+    missing = []
+    for message in messages:
+        parts = message.strip("`").split("...")
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        if not any(pattern.search(text) for text in texts):
+            missing.append(message)
+    assert missing == []
