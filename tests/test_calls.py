@@ -95,10 +95,10 @@ def test_fit_called_as_in_another_library_raises_an_error_with_the_line_that_wor
 
 def test_argument_names_of_other_libraries_raise_an_error_with_the_one_here():
     for name in ("KerasModel", "LightModel", "Trainer"):
-        with pytest.raises(AttributeError, match=r"Here it is minikeras\.Model"):
+        with pytest.raises(AttributeError, match=r"In minikeras it is minikeras\.Model"):
             getattr(minikeras, name)
         assert not hasattr(minikeras, name)
-        with pytest.raises(ImportError, match=r"Here it is minikeras\.Model"):
+        with pytest.raises(ImportError, match=r"In minikeras it is minikeras\.Model"):
             exec(f"from minikeras import {name}")
     assert not hasattr(minikeras, "nothing")
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
@@ -240,7 +240,7 @@ def test_compile_with_the_name_of_a_loss_raises_an_error_with_the_object():
     made = minikeras.Model(nn.Linear(2, 1))
     with pytest.raises(
         TypeError,
-        match=r"got 'mae'\. Names stand for nothing here: pass for instance nn\.L1Loss\(\)",
+        match=r"got 'mae'\. Strings are not accepted: pass for instance nn\.L1Loss\(\)",
     ):
         made.compile("mae", torch.optim.Adam(made.parameters()))
     with pytest.raises(TypeError, match=r"got 'adam'.*the optimizer comes second"):

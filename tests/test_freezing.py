@@ -416,12 +416,12 @@ def test_script_that_freezes_otherwise_than_the_file_is_warned_and_taken(tmp_pat
         return fit(net, epochs=epochs, fit={"checkpoint": path}).net
 
     before = copy_weights(run(1, [0]))
-    with pytest.warns(UserWarning, match="another script") as warned:
+    with pytest.warns(UserWarning, match="a script with other settings") as warned:
         net = run(2, [1])
     assert [str(warning.message) for warning in warned] == [
-        f"{path} was begun by another script: with net.0.0.weight, net.0.0.bias, net.0.1.weight "
-        f"frozen, and trained here; net.1.weight, net.1.bias trained, and frozen here. What this "
-        f"script says is taken from here on."
+        f"{path} was started by a script with other settings: net.0.0.weight, net.0.0.bias, "
+        "net.0.1.weight frozen, and trained here; net.1.weight, net.1.bias trained, and frozen "
+        "here. This script's settings are used from now on."
     ]
     assert_frozen(net, before, "1.")
     assert [net[0][1].training, net[1].training] == [True, False]

@@ -505,7 +505,7 @@ def test_loss_of_one_output_is_checked_and_named():
     losses = {"digit": nn.CrossEntropyLoss(), "parity": nn.MSELoss()}
     check_refused(losses, y | {"parity": y["parity"].squeeze(1)}, message)
     message = (
-        "loss 'digit': label 7 is outside the classes: the model has 3 outputs, so labels go from "
+        "loss 'digit': label 7 is not a valid class: the model has 3 outputs, so labels go from "
         "0 to 2. Number the classes from 0, or give the model more outputs."
     )
     check_refused(both(), y | {"digit": y["digit"] * 0 + 7}, message)
@@ -513,7 +513,7 @@ def test_loss_of_one_output_is_checked_and_named():
     with pytest.raises(ValueError, match=r"^loss 'digit': labels are float32"):
         model.fit(1, (X, y | {"digit": y["digit"].float()}), verbose=0)
     bad = [(X, y), (X, y | {"digit": y["digit"] + 1})]  # in a later batch as well
-    with pytest.raises(ValueError, match=r"^loss 'digit': label 3 is outside the classes"):
+    with pytest.raises(ValueError, match=r"^loss 'digit': label 3 is not a valid class"):
         model.fit(1, bad, verbose=0)
 
 

@@ -477,7 +477,7 @@ def test_split_batch_that_fails_on_dl_val_is_an_error_before_a_weight_moves():
     assert error.value.__notes__[0].endswith(
         "{'x': Tensor (22, 2) float32, 'y': Tensor (22, 1) float32}"
     )
-    assert "dl_val, batch 1, looked at before the first step" in error.value.__notes__
+    assert "dl_val, batch 1, checked before the first step" in error.value.__notes__
 
 
 def test_split_batch_that_is_no_function_is_refused_by_compile():
@@ -599,7 +599,7 @@ def test_split_batch_that_returns_no_labels_for_dl_val_is_an_error_before_a_weig
     message = "ValueError: split_batch returned no labels, (Tensor (22, 2) float32, None), and ..."
     with refused(message, model) as error:
         model.fit(1, DICTS, [{"x": X}], verbose=0)
-    assert "dl_val, batch 1, looked at before the first step" in error.value.__notes__
+    assert "dl_val, batch 1, checked before the first step" in error.value.__notes__
 
 
 def test_split_batch_weight_of_another_shape_is_an_error():

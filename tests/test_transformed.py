@@ -246,7 +246,7 @@ def f1(y_pred, y_true):
 
 def test_transformed_function_that_is_no_mean_over_rows_is_told():
     model = model_of({"f1": Transformed(f1, probability, yes)})
-    with pytest.warns(UserWarning, match="^metric 'f1' is no mean over rows"):
+    with pytest.warns(UserWarning, match="^metric 'f1' is not a mean over rows"):
         model.evaluate(data())
 
 
@@ -287,7 +287,7 @@ def test_metric_that_fails_on_what_it_sees_says_what_that_is():
     with pytest.raises(AttributeError) as caught:
         model.evaluate(data())
     assert caught.value.__notes__[0].startswith(
-        "metric 'digit', given y_pred Tensor (32, 1) float32, y_true [int, int, int, int, ...]"
+        "metric 'digit' got y_pred Tensor (32, 1) float32, y_true [int, int, int, int, ...]"
     )
 
 

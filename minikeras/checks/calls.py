@@ -283,8 +283,8 @@ def show(value: Any) -> str:
 
 
 MODEL = (
-    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, "
-    "optimizer, metrics_dict) and model.fit(epochs, dl_train, dl_val)."
+    "In minikeras it is minikeras.Model: model = minikeras.Model(net), then "
+    "model.compile(loss_func, optimizer, metrics_dict) and model.fit(epochs, dl_train, dl_val)."
 )
 NAMES = {
     "KerasModel": MODEL,
@@ -293,10 +293,11 @@ NAMES = {
     "Trainer": MODEL,
     "LightningModule": MODEL,
     "ReduceLROnPlateau": (
-        "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))."
+        "In minikeras it is "
+        "minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))."
     ),
     "LearningRateScheduler": (
-        "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler."
+        "In minikeras it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler."
     ),
 }
 

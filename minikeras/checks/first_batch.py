@@ -2,7 +2,7 @@
 
 Explanations   errors of torch in the user's words, at every batch
 FirstBatch     also the first batch: its parts, loss and metrics, results, the first of dl_val
-MetricLooks    also a few more: metrics that are no mean over rows
+MetricLooks    also a few more: metrics that are not means over rows
 NoChecks       all other batches: nothing is checked
 
 Where does a new hint belong? If torch raises an error anyway: causes.py (a layer, the loss) or
@@ -42,7 +42,7 @@ class Explanations(NoChecks):
         self.world = world
 
     def explain_forward(self, error: Exception, model: Any, features: Any) -> None:
-        """Name the layer in which forward failed and what reached it, or raise a plainer error."""
+        """Name the layer in which forward failed and its input, or raise a plainer error."""
         causes.explain_forward(error, model, features, self.world)
 
     def explain_loss(self, error: Exception, outputs: Any, labels: Any) -> None:
@@ -116,7 +116,7 @@ class FirstBatch(Explanations):
             validation.look_ahead(self.model, self.run, fit.val, batch.features, batch.labels)
 
     def loss(self, outputs: Any, labels: Any) -> Any:
-        """Call the loss, and refuse what it would silently compute wrongly."""
+        """Call the loss; raise an error for what it would silently compute wrongly."""
         loss_func = self.run.loss_func
         several = unwrap_loss(loss_func)
         if has_parts(several):
@@ -224,11 +224,11 @@ class MetricLooks(Explanations):
         self.first = first
 
     def after_batch(self, step: Callable[..., Any], results: Any) -> NoChecks:
-        """Look on as long as something is not known."""
+        """Continue as long as a metric has not been judged."""
         return self if self.first.row_means.active else self.phase.no_checks
 
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
-        """Call each metric, and tell of one that is no mean over rows."""
+        """Call each metric, and warn about one that is not a mean over rows."""
         row_means = self.first.row_means
         totals = self.phase.totals
         found: dict[str, int] = {}
