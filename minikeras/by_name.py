@@ -122,7 +122,16 @@ def check_output_name(argument: str, name: Any) -> None:
 
 
 def split_weight(name: Name, given: Any) -> tuple[Any, float]:
-    """Return a loss and its weight, 1.0 if it has none."""
+    """Return a loss and its weight, 1.0 if it has none.
+
+    Raises:
+        TypeError, ValueError: this is no loss or pair, or its weight is no constant of 0 or more.
+    """
+    if given is None:
+        raise TypeError(
+            f"loss {name!r} is None; expected a loss or a pair (loss, weight). Leave {name!r} out, "
+            "and its label too: an output needs no loss."
+        )
     if not isinstance(given, tuple | list):
         if isinstance(given, Mapping):
             raise TypeError(
@@ -136,6 +145,17 @@ def split_weight(name: Name, given: Any) -> tuple[Any, float]:
             "for instance (nn.MSELoss(), 0.5)."
         )
     loss, weight = given
+    if callable(weight):
+        raise TypeError(
+            f"loss {name!r} must be a pair (loss, weight), got {describe(given)}. Pass the loss "
+            "first, for instance (nn.MSELoss(), 0.5)."
+        )
+    if getattr(weight, "requires_grad", False):
+        raise TypeError(
+            f"the weight of loss {name!r} must be a constant, got {describe(weight)} with a "
+            "gradient, which would not be trained. For a weight that is learned write a loss "
+            "module that has it as a parameter."
+        )
     number = check_number_in_range(
         f"the weight of loss {name!r}",
         weight,

@@ -120,7 +120,7 @@ class FirstBatch(Explanations):
         loss_func = self.run.loss_func
         several = unwrap_loss(loss_func)
         if has_parts(several):
-            self._check_extra_labels(labels)
+            self._check_extra_labels(outputs, labels)
             with several.calling(self._loss_of_output):
                 return loss_func(outputs, labels)
         self._check_loss_inputs(loss_func, outputs, labels)
@@ -138,7 +138,7 @@ class FirstBatch(Explanations):
             self._check_loss_inputs(loss, y_pred, y_true)
         return inputs.guarded(loss, y_pred, y_true, f"loss {name!r}", scalar=False)
 
-    def _check_extra_labels(self, labels: Any) -> None:
+    def _check_extra_labels(self, outputs: Any, labels: Any) -> None:
         """Refuse labels that nothing uses, unless a metric or a custom step may use them all."""
         totals = self.phase.totals
         step = "train_step" if self.phase.is_training else "evaluate_step"
@@ -150,7 +150,7 @@ class FirstBatch(Explanations):
             if output is None:
                 return
             of_metrics.append(output)
-        check_extra_labels(labels, losses_in(self.run.loss_func), of_metrics)
+        check_extra_labels(outputs, labels, losses_in(self.run.loss_func), of_metrics)
 
     @torch.no_grad()
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
