@@ -25,8 +25,8 @@ from minikeras.nests import names_in
 from minikeras.results import LossParts
 
 Name = str | int  # of an output
-OF_OUTPUTS = "Name losses and metrics after the outputs that forward returns."
-OF_LABELS = "Give each output with a loss or a metric a label of the same name."
+NAME_OUTPUTS = "Name losses and metrics after the outputs that forward returns."
+NAME_LABELS = "Give each output with a loss or a metric a label of the same name."
 
 
 def call_loss(name: Name, loss: Callable[..., Any], y_pred: Any, y_true: Any) -> Any:
@@ -84,8 +84,8 @@ class LossesByName(nn.Module):
     def forward(self, outputs: Any, labels: Any) -> LossParts:
         parts = {}
         for name, loss in self.losses.items():
-            y_pred = pick(outputs, name, f"loss {name!r}: the outputs", OF_OUTPUTS)
-            y_true = pick(labels, name, f"loss {name!r}: the labels", OF_LABELS)
+            y_pred = pick(outputs, name, f"loss {name!r}: the outputs", NAME_OUTPUTS)
+            y_true = pick(labels, name, f"loss {name!r}: the labels", NAME_LABELS)
             parts[self.columns[name]] = self.call(name, loss, y_pred, y_true)
         return LossParts(parts, self.weights)
 
@@ -99,7 +99,7 @@ class LossesByName(nn.Module):
         return "{" + ", ".join(shown) + "}"
 
     @contextlib.contextmanager
-    def calling(self, call: Callable[..., Any]) -> Iterator[None]:
+    def call_losses_by(self, call: Callable[..., Any]) -> Iterator[None]:
         """Call each loss through a function of (name, loss, y_pred, y_true) meanwhile."""
         self.call = call
         try:
@@ -202,7 +202,7 @@ def missing_part(nest: Any, name: Name, what: str, remedy: str) -> ValueError:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-class OfOutput:
+class MetricOfOutput:
     """A metric of one output.
 
     Args:
@@ -217,8 +217,8 @@ class OfOutput:
         self.metric = metric
 
         def view(outputs: Any, labels: Any) -> tuple[Any, Any]:
-            y_pred = pick(outputs, output, f"metric {key!r}: the outputs", OF_OUTPUTS)
-            y_true = pick(labels, output, f"metric {key!r}: the labels", OF_LABELS)
+            y_pred = pick(outputs, output, f"metric {key!r}: the outputs", NAME_OUTPUTS)
+            y_true = pick(labels, output, f"metric {key!r}: the labels", NAME_LABELS)
             return y_pred, y_true
 
         view.output = output  # type: ignore[attr-defined] # the checks ask which labels are used
@@ -240,7 +240,7 @@ def name_by_output(metrics_dict: Mapping[Any, Any]) -> dict[str, Any]:
             members = {}
             for own_name, metric in expand(given).items():
                 key = f"{name}_{own_name}"
-                members[key] = OfOutput(metric, name, key)
+                members[key] = MetricOfOutput(metric, name, key)
         twice = sorted(flat.keys() & members.keys())
         if twice:
             raise ValueError(
@@ -258,11 +258,11 @@ def expand(metrics: Mapping[Any, Any]) -> dict[Any, Any]:
         bare, view = find_view(metric)
         members, _ = name_metrics({name: bare})
         for key, member in members.items():
-            expanded[key] = member if view is None else Seen(member, view)
+            expanded[key] = member if view is None else MetricWithView(member, view)
     return expanded
 
 
-class Seen:
+class MetricWithView:
     """A metric with a view."""
 
     has_view = True  # for metric_objects.find_view

@@ -58,8 +58,8 @@ def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
 
 NO_ONE = "There was no finite loss before it in this fit, at lr 0.1. "
 FINITE = (
-    "Features, labels and weights are finite: lower the rate, clip gradients, or look into the "
-    "loss. "
+    "Features, labels and weights are finite: lower the learning rate, clip gradients, or look "
+    "into the loss. "
 )
 AS_BEFORE = "The weights are those of before it."
 

@@ -14,7 +14,7 @@ from minikeras.results import has_parts
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
+def prefix_messages(name: str) -> Iterator[None]:
     """Begin errors and warnings with a name."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -325,8 +325,8 @@ def explained(
         )
     elif not weights:
         sentences.append(
-            "Features, labels and weights are finite: lower the rate, clip gradients, or look into "
-            "the loss."
+            "Features, labels and weights are finite: lower the learning rate, clip gradients, or "
+            "look into the loss."
         )
     if weights:
         sentences.append(f"Weights are NaN or inf: {', '.join(weights[:3])}.")
