@@ -156,7 +156,7 @@ class LiveTable(Progress):
 
     def times(self) -> str:
         """Return the time since the epoch began, and what is left as far as it is known."""
-        times = clock(time.perf_counter() - self.epoch_began)
+        times = clock(time.perf_counter() - self.epoch_start)
         epoch_left = self.epoch_left()
         if epoch_left is not None:
             times += f", {clock(epoch_left)} left"
