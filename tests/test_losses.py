@@ -562,26 +562,35 @@ def test_weight_decay_groups_spare_what_they_are_told_to(spare, expected):
 @pytest.mark.parametrize(
     ("spare", "error", "message"),
     [
+        ("biases", ValueError, "got 'biases'. {remedy} Did you mean 'bias'?"),
+        (True, TypeError, "got bool. {remedy}"),
+        (nn.LayerNorm, TypeError, "got the class LayerNorm. {remedy}"),
         (
-            "biases",
-            ValueError,
-            "spare must be 'bias' or '1d', got 'biases'. Did you mean 'bias'?",
-        ),
-        (
-            True,
+            lambda parameter: parameter.ndim < 2,
             TypeError,
-            'spare must be "bias", "1d" or a function of (name, parameter), got bool. Pass for '
-            "instance spare=lambda name, parameter: parameter.ndim < 2.",
+            "got one that cannot be called with the two: too many positional arguments. {remedy}",
         ),
     ],
 )
 def test_weight_decay_groups_refuse_another_spare(spare, error, message):
+    message = '`spare` must be "bias", "1d" or a function of (name, parameter), ' + message.format(
+        remedy="Pass for instance spare=lambda name, parameter: parameter.ndim < 2."
+    )
     with pytest.raises(error, match=exactly(message)):
         weight_decay_groups(nn.Linear(3, 2), 0.1, spare=spare)
     remedy = weight_decay_groups(
         nn.Linear(3, 2), 0.1, spare=lambda name, parameter: parameter.ndim < 2
     )
     assert [group["weight_decay"] for group in remedy] == [0.1, 0.0]
+
+
+def test_weight_decay_groups_refuse_parameters_in_place_of_the_model():
+    message = (
+        "weight_decay_groups expects `model`, a torch.nn.Module, got generator. Pass the network "
+        "itself, not its parameters: weight_decay_groups(model, 0.01)."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        weight_decay_groups(nn.Linear(3, 2).parameters(), 0.01)
 
 
 def test_weight_decay_groups_by_dimensions_need_the_shapes_of_lazy_layers():
