@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from minikeras import assemble
@@ -151,7 +151,11 @@ def copy_labels(labels: Any, features: Any, number: int) -> Any:
 
 def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
     """Raise a plainer error if the features are those of one row, without a batch dimension."""
-    if not isinstance(features, Tensor) or features.ndim != 1:
+    if not isinstance(features, Tensor):
+        return
+    if features.ndim == 2:
+        _note_sequence(model, features, error)
+    if features.ndim != 1:
         return
     width = features.shape[0]
     if any(getattr(module, "in_features", None) == width for module in model.modules()):
@@ -160,6 +164,17 @@ def refuse_single_row(model: Model, features: Any, error: ValueError) -> None:
             f"{width}). For one row pass X[:1], not X[0]; for a list of rows pass "
             "torch.stack(rows)."
         ) from error
+
+
+def _note_sequence(model: Model, features: Tensor, error: ValueError) -> None:
+    """Note that a recurrent layer takes features of two dimensions for one sequence."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.RNNBase) and layer.input_size == features.shape[1]:
+            error.add_note(
+                f"Layer {name} ({type(layer).__name__}) takes features {tuple(features.shape)} for "
+                "one sequence without a batch dimension. If they are one, pass X[None]."
+            )
+            return
 
 
 def move_outputs(model: Model, outputs: Any) -> Any:

@@ -366,6 +366,7 @@ def test_classes_in_the_last_dimension_are_refused_and_both_remedies_train(steps
         (X, given),
         "are last" if labels == "classes" else "over",
         "End forward with .movedim(-1, 1)",
+        "If the loss ignores labels, such as padding, let it return minikeras.Average(total, count).",
         "nn.functional.cross_entropy(y_pred.movedim(-1, 1), y_true",
     )
     moved = given if labels == "classes" else given.movedim(-1, 1)
@@ -594,6 +595,18 @@ def test_one_window_without_a_batch_dimension_is_named_and_the_remedy_works():
         Forecast().predict(window)
     assert Forecast().predict(window[None]).shape == (1, 3)
 
+    class OfState(Forecast):
+        def forward(self, x):
+            return self.out(self.rnn(x)[1][-1])
+
+    with pytest.raises(ValueError, match="the model returned shape") as error:
+        OfState().predict(window)
+    assert error.value.__notes__ == [
+        "Layer rnn (GRU) takes features (20, 1) for one sequence without a batch dimension. If "
+        "they are one, pass X[None]."
+    ]
+    assert OfState().predict(window[None]).shape == (1, 3)
+
 
 def test_windows_without_a_feature_dimension_are_shown_as_passed_and_the_remedy_works():
     X = WINDOWS[..., 0]
@@ -615,6 +628,12 @@ def test_one_prediction_against_several_labels_is_an_error_and_both_remedies_wor
         f"nn.functional.{name}(y_pred.expand_as(y_true), y_true).",
     )
     trains(compiled(Forecast(3), loss), (WINDOWS, STEPS))
+    if isinstance(loss, nn.Module):
+        told(
+            compiled(Forecast(1), type(loss)(reduction="none")),
+            (WINDOWS, STEPS),
+            "reduction='none'",
+        )
     function = getattr(F, name)
     trains(compiled(Forecast(1), lambda p, t: function(p.expand_as(t), t)), (WINDOWS, STEPS))
 

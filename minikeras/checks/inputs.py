@@ -181,11 +181,13 @@ def _check_columns(loss_func: Any, outputs: Any, labels: Any) -> None:
     columns = labels.shape[-1]
     if outputs.shape[:-1] != labels.shape[:-1] or outputs.shape[-1] != 1 or columns < 2:
         return
+    reduction = getattr(loss_func, "reduction", "mean")
+    rest = "" if reduction == "mean" else f", reduction={reduction!r}"
     raise ValueError(
         f"predictions have shape {tuple(outputs.shape)} and labels {tuple(labels.shape)}: one "
         f"prediction would be compared with {columns} labels. Give the model {columns} outputs; or "
         "pass as loss_func lambda y_pred, y_true: "
-        f"nn.functional.{function.__name__}(y_pred.expand_as(y_true), y_true)."
+        f"nn.functional.{function.__name__}(y_pred.expand_as(y_true), y_true{rest})."
     )
 
 
