@@ -72,7 +72,7 @@ def main(epochs):
     error_of_mean = (y[342:] - y[:342].mean()).abs().mean().item()
     print(f"mean absolute error {error:.3f}; of the mean as the answer {error_of_mean:.3f}")
 
-    new = X[:2].assign(sex=["b", "unknown"])  # new rows; no training row has the second sex
+    new = X[:2].assign(sex=["b", "unknown"])  # no training row has the second one
     print("two new rows:", (model.predict(make_inputs(new)) * 100).squeeze(1))
 
 

@@ -366,7 +366,7 @@ def test_classes_in_the_last_dimension_are_refused_and_both_remedies_train(steps
         (X, given),
         "are last" if labels == "classes" else "over",
         "End forward with .movedim(-1, 1)",
-        "If the loss ignores labels, such as padding, let it return minikeras.Average(total, count).",
+        "If the loss ignores labels, such as padding, let it return minikeras.Average(total, ",
         "nn.functional.cross_entropy(y_pred.movedim(-1, 1), y_true",
     )
     moved = given if labels == "classes" else given.movedim(-1, 1)

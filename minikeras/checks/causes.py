@@ -228,7 +228,7 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
         if given.shape == (1, *features.shape):
             given = features  # the layer itself has added a batch dimension
     if _takes_all(layer, model, features) and any(part is given for part in leaves(features)):
-        given = features if isinstance(features, tuple) else dict(features)
+        given = dict(features) if isinstance(features, Mapping) else features
     shown = type(layer).__name__ if list(layer.children()) else str(layer)
     if name:
         shown = f"layer {name}: {shown}"
