@@ -9,7 +9,7 @@ TensorFlow's, which take y_true first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -363,7 +363,8 @@ def weight_decay_groups(
     Raises:
         ValueError: a negative `weight_decay`, another word in `spare`, or "1d" with a lazy layer
             that has not seen a batch.
-        TypeError: `spare` is neither a word nor a function.
+        TypeError: `model` is no module, such as a list of parameters; or `spare` is neither a word
+            nor a function.
 
     >>> net = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     >>> groups = weight_decay_groups(net, 0.01, spare="1d")
@@ -371,6 +372,18 @@ def weight_decay_groups(
     >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     [(1, 0.01), (3, 0.0)]
     """
+    if not isinstance(model, nn.Module):
+        remedy = "Pass the model or a layer, as weight_decay_groups(model, 0.01)."
+        if isinstance(model, Iterable) and not isinstance(model, (Tensor, str)):
+            remedy = (
+                "Pass the module, not its parameters, since their names say which are biases: "
+                "weight_decay_groups(model, 0.01). For several modules call it once for each, and "
+                "add up the lists."
+            )
+        raise TypeError(
+            f"weight_decay_groups expects `model`, a torch.nn.Module, got {describe(model)}. "
+            f"{remedy}"
+        )
     _strength("weight_decay", weight_decay)
     is_spared = _choose_spared(spare)
     decayed = []

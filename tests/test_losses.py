@@ -626,3 +626,16 @@ def test_weight_decay_groups_take_the_steps_of_the_l2_penalty(optimizer_class, o
     by_penalty = steps_taken(dtype, optimizer_class, options, by_penalty=True)
     by_decay = steps_taken(dtype, optimizer_class, options, by_penalty=False)
     torch.testing.assert_close(by_penalty, by_decay, rtol=0, atol=1e-6)
+
+
+def test_weight_decay_groups_of_parameters_say_to_pass_the_module():
+    net = nn.Linear(3, 2)
+    message = (
+        "weight_decay_groups expects `model`, a torch.nn.Module, got generator. Pass the module, "
+        "not its parameters, since their names say which are biases: weight_decay_groups(model, "
+        "0.01). For several modules call it once for each, and add up the lists."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        weight_decay_groups(net.parameters(), 0.01)
+    groups = weight_decay_groups(net, 0.01) + weight_decay_groups(nn.Linear(2, 1), 0.01)
+    assert [len(group["params"]) for group in torch.optim.SGD(groups).param_groups] == [1, 1, 1, 1]

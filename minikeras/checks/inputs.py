@@ -2,7 +2,7 @@
 
 first batch    outputs and labels that broadcast, losses that are always 0, softmax applied twice,
                weights that are not one per row, metrics that are not a number
-fit            optimizers that do not hold the model's parameters
+fit            optimizers that do not hold the model's parameters, or not all of them
 compile        classes instead of instances, names that history uses
 """
 
@@ -344,6 +344,43 @@ def check_optimizers(
         )
 
 
+def warn_of_untrained_parameters(
+    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer]
+) -> None:
+    """Warn of parameters that require a gradient and are in no optimizer."""
+    in_optimizers: set[int] = set()
+    for optimizer in optimizers.values():
+        in_optimizers |= _ids_in(optimizer)
+    named = dict(model.named_parameters())
+    if isinstance(loss_func, nn.Module):
+        known = set(map(id, named.values()))
+        for name, parameter in loss_func.named_parameters():
+            if id(parameter) not in known:
+                named[f"{name} of the loss"] = parameter
+    names = []
+    for name, parameter in named.items():
+        if parameter.requires_grad and id(parameter) not in in_optimizers:
+            names.append(name)
+    if not names:
+        return
+    shown = ", ".join(names[:4])
+    if len(names) > 4:
+        shown += f" and {len(names) - 4} more"
+    subject = "1 parameter requires a gradient and is in no optimizer, so it is not trained"
+    them = "it"
+    if len(names) > 1:
+        subject = (
+            f"{len(names)} parameters require a gradient and are in no optimizer, so they are not "
+            f"trained"
+        )
+        them = "them"
+    warnings.warn(
+        f"{subject}: {shown}. Make an optimizer with {them} and call "
+        f"{type(model).__name__}.compile again, or freeze {them}: minikeras.freeze(module).",
+        stacklevel=2,
+    )
+
+
 def _stale_state(optimizer: Optimizer) -> tuple[str, str] | None:
     """Return the dtypes of a state and its parameter if they differ.
 
@@ -446,6 +483,16 @@ def check_callable(name: str, function: Any) -> None:
             f"loss_func must be a function of (y_pred, y_true), a module or a dict of them, got "
             f"{describe(function)}. For several outputs pass a dict by their names, or by their "
             "positions {0: loss, 1: (loss, weight)}."
+        )
+    if isinstance(function, list | tuple) and function and callable(function[0]):
+        metric = function[0]
+        key = getattr(metric, "__name__", "name").strip("<>")
+        inside = getattr(metric, "__module__", "").startswith("minikeras")
+        shown = f"minikeras.{key}" if inside else "metric"
+        raise TypeError(
+            f"{name} must be a function of (y_pred, y_true) or a module, got "
+            f"{describe(function)}. Pass the metric itself; or, for the metrics of an output, a "
+            f"dict: {{{name.removeprefix('metric ')}: {{{key!r}: {shown}}}}}."
         )
     if not callable(function) and not is_stateful(function):
         raise TypeError(
