@@ -500,8 +500,8 @@ def test_parameters_unfrozen_after_compile_that_no_optimizer_holds_are_refused()
     model = fit(net, lambda _: adam([*net[1].parameters(), *net[2].parameters()]))
     unfreeze(net[0][3])
     message = (
-        "the optimizer lacks parameters: 2 were frozen when Model.compile was called, and have "
-        "been unfrozen since. They would not be trained. Make a new optimizer from "
+        "the optimizer lacks parameters: 2 parameter tensors were frozen when Model.compile was "
+        "called, and have been unfrozen since. They would not be trained. Make a new optimizer from "
         "model.parameters() and call Model.compile again."
     )
     with pytest.raises(ValueError, match=exactly(message)):

@@ -478,9 +478,9 @@ def test_second_labels_as_the_third_part_of_a_batch_are_refused_and_the_remedy_w
     X, y = data()
     batches = [(X, y["digit"], y["parity"])]
     message = (
-        "loss 'digit': the labels are Tensor (70,) int64, and the third part of the batch was taken "
-        "as sample_weight; expected a label for each output. Pass compile(split_batch=lambda batch: "
-        "(batch[0], {'digit': batch[1], 'parity': batch[2]}))."
+        "loss 'digit': the labels are Tensor (70,) int64, and the third part of the batch was "
+        "taken as sample_weight; expected a label for each output. Pass compile("
+        "split_batch=lambda batch: (batch[0], {'digit': batch[1], 'parity': batch[2]}))."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         model_of(both()).fit(1, batches, verbose=0)

@@ -339,8 +339,9 @@ def check_optimizers(
         )
     if unfrozen:
         raise ValueError(
-            f"the optimizer lacks parameters: {unfrozen} were frozen when {name}.compile was "
-            f"called, and have been unfrozen since. They would not be trained. {again}"
+            f"the optimizer lacks parameters: {unfrozen} parameter tensors were frozen when "
+            f"{name}.compile was called, and have been unfrozen since. They would not be trained. "
+            f"{again}"
         )
 
 
