@@ -501,8 +501,8 @@ def test_parameters_unfrozen_after_compile_that_no_optimizer_holds_are_refused()
     unfreeze(net[0][3])
     message = (
         "the optimizer lacks parameters: 2 parameter tensors were frozen when Model.compile was "
-        "called, and have been unfrozen since. They would not be trained. Make a new optimizer from "
-        "model.parameters() and call Model.compile again."
+        "called, and have been unfrozen since. They would not be trained. Make a new optimizer "
+        "from model.parameters() and call Model.compile again."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         model.fit(1, BATCHES, verbose=0)
