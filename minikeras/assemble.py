@@ -289,7 +289,7 @@ def check_fsdp(model: nn.Module, world: OneProcess, jit: Any, precision: str) ->
         raise ValueError(
             "the model's parameters are in parts in several processes, and distributed=None "
             "trains in "
-            'one alone. Compile with distributed="fsdp", or build the model anew.'
+            'one alone. Compile with distributed="fsdp", or build the model again.'
         )
 
 
@@ -618,7 +618,7 @@ def find_logged_names(model: Model, run: Run, validates: bool) -> list[str] | No
 
 
 def check_before_fit(model: Model, run: Run) -> None:
-    """Refuse optimizers that are not those of compile, or do not train the model's parameters."""
+    """Refuse a model and optimizers that would not train what the user has chosen."""
     published = run.published
     if "optimizer" in published and published["optimizer"] is not vars(model).get("optimizer"):
         raise ValueError(
@@ -633,6 +633,9 @@ def check_before_fit(model: Model, run: Run) -> None:
         if not has_custom_moves(model) and model.is_main_process:
             # a custom step may train a parameter without an optimizer
             inputs.warn_of_untrained_parameters(model, run.loss_func, run.optimizers)
+    calls = import_room("checks.calls")
+    if calls is not None:
+        calls.check_trainable(model)
 
 
 def make_guard(model: Model, run: Run, on_nan: str) -> Any:

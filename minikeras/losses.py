@@ -9,7 +9,8 @@ TensorFlow's, which take y_true first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.errors import check_one_of, describe
+from minikeras.errors import check_one_of, describe, did_you_mean
 from minikeras.hooks import Fit, Hook
 from minikeras.nests import is_sharded
 from minikeras.results import Average, Loss, LossParts, refuse_several
@@ -363,8 +364,8 @@ def weight_decay_groups(
     Raises:
         ValueError: a negative `weight_decay`, another word in `spare`, or "1d" with a lazy layer
             that has not seen a batch.
-        TypeError: `model` is no module, such as a list of parameters; or `spare` is neither a word
-            nor a function.
+        TypeError: `model` is not a module; `spare` is neither a word nor a function of two
+            arguments.
 
     >>> net = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     >>> groups = weight_decay_groups(net, 0.01, spare="1d")
@@ -373,16 +374,9 @@ def weight_decay_groups(
     [(1, 0.01), (3, 0.0)]
     """
     if not isinstance(model, nn.Module):
-        remedy = "Pass the model or a layer, as weight_decay_groups(model, 0.01)."
-        if isinstance(model, Iterable) and not isinstance(model, (Tensor, str)):
-            remedy = (
-                "Pass the module, not its parameters, since their names say which are biases: "
-                "weight_decay_groups(model, 0.01). For several modules call it once for each, and "
-                "add up the lists."
-            )
         raise TypeError(
-            f"weight_decay_groups expects `model`, a torch.nn.Module, got {describe(model)}. "
-            f"{remedy}"
+            f"weight_decay_groups expects `model`, a torch.nn.Module, got {describe(model)}. Pass "
+            f"the network itself, not its parameters: weight_decay_groups(model, 0.01)."
         )
     _strength("weight_decay", weight_decay)
     is_spared = _choose_spared(spare)
@@ -404,19 +398,29 @@ def weight_decay_groups(
 
 def _choose_spared(spare: Any) -> Callable[[str, nn.Parameter], bool]:
     """Return the function of (name, parameter) that `spare` stands for."""
-    if callable(spare) and not isinstance(spare, type):
-        function: Callable[[str, nn.Parameter], bool] = spare
-        return function
-    if not isinstance(spare, str):
-        raise TypeError(
-            f'spare must be "bias", "1d" or a function of (name, parameter), got '
-            f"{describe(spare)}. Pass for instance "
-            f"spare=lambda name, parameter: parameter.ndim < 2."
-        )
-    check_one_of("spare", spare, ("bias", "1d"))
     if spare == "bias":
         return lambda name, parameter: _is_bias(name)
-    return _has_one_dimension
+    if spare == "1d":
+        return _has_one_dimension
+    expected = '`spare` must be "bias", "1d" or a function of (name, parameter)'
+    remedy = "Pass for instance spare=lambda name, parameter: parameter.ndim < 2"
+    if isinstance(spare, str):
+        hint = did_you_mean(spare, ("bias", "1d"))
+        raise ValueError(f"{expected}, got {spare!r}. {remedy}.{hint}")
+    if isinstance(spare, type):
+        raise TypeError(f"{expected}, got the class {spare.__name__}. {remedy}.")
+    if not callable(spare):
+        raise TypeError(f"{expected}, got {describe(spare)}. {remedy}.")
+    try:
+        inspect.signature(spare).bind("name", "parameter")
+    except TypeError as error:
+        raise TypeError(
+            f"{expected}, got one that cannot be called with the two: {error}. {remedy}."
+        ) from None
+    except ValueError:  # some functions of C have no signature
+        pass
+    function: Callable[[str, nn.Parameter], bool] = spare
+    return function
 
 
 def _has_one_dimension(name: str, parameter: nn.Parameter) -> bool:

@@ -324,8 +324,8 @@ class Model(nn.Module):
                 sample_weight), for batches of another form, such as dicts with the labels inside
                 or tuples of more parts. fit, evaluate and predict call it on each batch as the
                 loader gives it, in the main process, before the batch is moved to the device. It
-                must not change the batch. If a batch has no labels, as in predict, it returns
-                (features, None).
+                must not change tensors in place: a list of batches is read again in the next epoch.
+                If a batch has no labels, as in predict, it returns (features, None).
             distributed: "auto" trains with the other processes that torchrun (or a process group)
                 started: each takes batch_size rows of every step. None trains alone. "ddp" raises
                 an error if there are no other processes, and so does "fsdp", which shards weights,

@@ -17,7 +17,7 @@ from minikeras.nests import clone_tensor, leaves, map_leaves
 
 ONLY_ONCE = (
     "which can be iterated only once. Pass a list of batches or an object whose __iter__ starts "
-    "anew"
+    "again"
 )
 
 
@@ -95,7 +95,7 @@ def as_batches(
             or a generator for more than one pass.
     """
     fetch.check(data, name)
-    # a zip or a generator is used up by one; an iterator of the user's may start anew
+    # a zip or a generator is used up by one; an iterator of the user's may start again
     if (
         passes > 1
         and isinstance(data, Iterator)
@@ -142,7 +142,7 @@ def is_batched(data: Any) -> bool:
 
 
 class ArrayBatches:
-    """Batches cut from arrays in memory; shuffled anew at each iteration if asked for."""
+    """Batches cut from arrays in memory; shuffled again at each iteration if asked for."""
 
     is_exact = True  # reading again from the same random state gives the same batches
 

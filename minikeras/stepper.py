@@ -109,7 +109,7 @@ class Part:
         return False
 
     def on_stepped(self, optimizer: Optimizer) -> None:
-        """Begin anew for an optimizer whose gradients have been cleared (out)."""
+        """Begin again for an optimizer whose gradients have been cleared (out)."""
 
     def after_steps(self) -> None:
         """Act once after the steps of all optimizers (out)."""

@@ -505,7 +505,7 @@ def test_dataset_of_sparse_tensors_raises_an_error_that_says_what_to_pass():
     with pytest.raises(RuntimeError) as error:
         regression().fit(1, TensorDataset(X, TARGET), verbose=0)
     assert (
-        "Pass the tensors themselves, (X, y): their rows are fetched batch by batch."
+        "Pass the tensors to fit, (X, y): their rows are fetched batch by batch."
         in error.value.__notes__
     )
     trained_on(X)
@@ -534,7 +534,7 @@ def test_one_number_as_data_is_refused_and_the_remedy_makes_it_a_row(number):
 
 
 def test_labels_of_shape_1_n_raise_an_error_that_says_to_make_a_column():
-    refused(ValueError, (DENSE, TARGET.T), "A column is shape .rows, 1.: pass y.T")
+    refused(ValueError, (DENSE, TARGET.T), "A column has shape .rows, 1.: pass y.T")
     regression().fit(1, (DENSE, TARGET.T.T), verbose=0)
 
 

@@ -42,11 +42,11 @@ def test_model_checkpoint_refuses_a_path_that_cannot_be_written_before_anything_
         name = "fit(checkpoint=...)" if kind is None else kind.__name__
         told = str(caught.value)
         if kind is None and path.is_dir():
-            assert told.startswith(f"{path} is a folder, and not a file or a folder of a run.")
+            assert told.startswith(f"{path} is a folder, but not one with a checkpoint.")
         else:
             shown = first if kind is ModelCheckpoint else path
             assert told.startswith(f"{name} cannot write {shown}: ")
-            assert told.endswith(". Give the path of a file that can be.")
+            assert told.endswith(". Pass the path of a file that can be written.")
         assert torch.equal(model.fc1.weight, before)
 
 

@@ -71,6 +71,14 @@ CALLS = {
         lambda m: m.predict(X, verbose=0),
         "predict prints nothing. Write model.predict(X).",
     ),
+    "predict(return_ground_truth=)": (
+        lambda m: m.predict((X, y), return_ground_truth=True),
+        "Pass return_labels=True. Write model.predict(X).",
+    ),
+    "predict(concatenate_returns=)": (
+        lambda m: m.predict(X, concatenate_returns=False),
+        "Pass join=False for a list with the outputs of each batch. Write model.predict(X).",
+    ),
 }
 
 
@@ -87,10 +95,10 @@ def test_fit_called_as_in_another_library_raises_an_error_with_the_line_that_wor
 
 def test_argument_names_of_other_libraries_raise_an_error_with_the_one_here():
     for name in ("KerasModel", "LightModel", "Trainer"):
-        with pytest.raises(AttributeError, match=r"Here it is minikeras\.Model"):
+        with pytest.raises(AttributeError, match=r"In minikeras it is minikeras\.Model"):
             getattr(minikeras, name)
         assert not hasattr(minikeras, name)
-        with pytest.raises(ImportError, match=r"Here it is minikeras\.Model"):
+        with pytest.raises(ImportError, match=r"In minikeras it is minikeras\.Model"):
             exec(f"from minikeras import {name}")
     assert not hasattr(minikeras, "nothing")
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
@@ -147,6 +155,26 @@ def test_model_constructor_with_a_loss_raises_an_error_with_the_compile_line_tha
         for line in written.groups():
             exec(line, names)
         assert len(names["model"].fit(1, (X, y), verbose=0)) == 1
+
+
+def test_methods_that_freeze_raise_an_error_that_names_the_function():
+    made = minikeras.Model(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1)))
+    lines = {
+        "freeze": "minikeras.freeze(model.net)",
+        "unfreeze": "minikeras.unfreeze(model.net)",
+        "freeze_to": "minikeras.freeze(model.net[:n])",
+    }
+    for name, line in lines.items():
+        message = rf"has no attribute '{name}'\. Write {re.escape(line)},"
+        with pytest.raises(AttributeError, match=message):
+            getattr(made, name)
+        eval(line, {"minikeras": minikeras, "model": made, "n": 1})
+    assert [parameter.requires_grad for parameter in made.parameters()] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_keras_methods_raise_an_error_that_says_what_to_write():
@@ -228,7 +256,7 @@ def test_compile_with_the_name_of_a_loss_raises_an_error_with_the_object():
     made = minikeras.Model(nn.Linear(2, 1))
     with pytest.raises(
         TypeError,
-        match=r"got 'mae'\. Names stand for nothing here: pass for instance nn\.L1Loss\(\)",
+        match=r"got 'mae'\. Strings are not accepted: pass for instance nn\.L1Loss\(\)",
     ):
         made.compile("mae", torch.optim.Adam(made.parameters()))
     with pytest.raises(TypeError, match=r"got 'adam'.*the optimizer comes second"):

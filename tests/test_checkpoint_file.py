@@ -25,8 +25,10 @@ from minikeras import CheckpointError
 from minikeras.checkpoint.file import dump, previous, read, write
 
 DATA = TESTS / "data"
-REMEDY = "There is none written before it: give another file, or move this one away to start anew."
-OF_LOAD = "If it is the wrong file, give another one."
+REMEDY = (
+    "There is no previous version: pass another path, or move this file away to start from scratch."
+)
+OF_LOAD = "If it is the wrong file, pass another path."
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -104,8 +106,8 @@ def test_save_never_overwrites_a_folder_of_the_user(tmp_path):
             with pytest.raises(IsADirectoryError) as raised:
                 Net().save(tmp_path / name)
             assert (
-                str(raised.value) == f"{tmp_path / folder} is a folder, and not one of a run. "
-                "Give the path of a file."
+                str(raised.value) == f"{tmp_path / folder} is a folder, but not one with a "
+                "checkpoint. Pass the path of a file."
             )
         assert (tmp_path / folder / "data.txt").read_text() == "mine"
 
@@ -120,12 +122,16 @@ def test_load_refuses_weights_under_other_names_and_says_what_to_call(tmp_path):
     )
     torch.save({"epoch": 3, "all": model.state_dict()}, tmp_path / "inner.pt")
     remedies = {
-        "bare.pt": "They have the names of model.net: model.net.load_state_dict(...) takes them.",
+        "bare.pt": (
+            "The keys are those of model.net: load them with model.net.load_state_dict(...)."
+        ),
         "wrapped.pt": (
-            'Each name has "module." in front, which the model\'s have not: save them without it.'
+            'Each key has the prefix "module.", which the keys of the model do not have: save '
+            "them without it."
         ),
         "inner.pt": (
-            'They are under "all" in it: model.load_state_dict(torch.load(...)["all"]) takes them.'
+            'The weights are under the key "all": call '
+            'model.load_state_dict(torch.load(...)["all"]).'
         ),
     }
     for name, remedy in remedies.items():
@@ -154,7 +160,7 @@ def test_load_refuses_a_missing_file_and_one_that_holds_no_weights(tmp_path):
         Net().load(tmp_path / "list.pt")
     assert (
         str(raised.value)
-        == f"{tmp_path / 'list.pt'} holds a list and not a model's weights. {OF_LOAD}"
+        == f"{tmp_path / 'list.pt'} contains a list, not the weights of a model. {OF_LOAD}"
     )
 
 
@@ -202,7 +208,7 @@ def test_checkpoint_damage_is_named_for_what_it_is(tmp_path):
         ), raised.value
     path.unlink()
     path.mkdir()
-    with pytest.raises(CheckpointError, match="is a folder, and not a file"):
+    with pytest.raises(CheckpointError, match="is a folder, but not one with a checkpoint"):
         run_file(path)
 
 
@@ -215,8 +221,8 @@ def test_checkpoint_that_is_damaged_is_replaced_by_the_one_before_with_a_warning
     with pytest.warns(UserWarning, match="is used instead") as warned:
         again = run_file(path, epochs=3)
     assert str(warned[0].message) == (
-        f"{path} is damaged or cut short: File is not a zip file. The one written before it is "
-        f"{path}.prev. It is used instead."
+        f"{path} is damaged or cut short: File is not a zip file. The previous version is "
+        f"{path}.prev. The previous version is used instead."
     )
     assert torch.equal(again.fc1.weight, model.fc1.weight)
     assert previous(path).read_bytes() == kept  # a damaged file does not take its place
@@ -349,7 +355,10 @@ def test_checkpoint_that_would_run_code_is_refused_before_it_does(tmp_path):
     torch.save({"minikeras": 1, "model": Evil()}, path)
     with pytest.raises(CheckpointError) as raised:
         run_file(path)
-    told = "holds more than tensors and plain values, which could run code, and was not read"
+    told = (
+        "contains objects other than tensors and plain values, which could run code, so it was "
+        "not loaded"
+    )
     assert str(raised.value) == f"{path} {told}. {REMEDY}"
     with pytest.raises(CheckpointError):
         Net().load(path)
@@ -432,8 +441,8 @@ def test_checkpoint_that_holds_weights_alone_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         run_file(tmp_path / "w.pt")
     assert str(raised.value) == (
-        f"{tmp_path / 'w.pt'} is not the state of a run of minikeras. To start anew, delete "
-        f"{tmp_path / 'w.pt'}, or give another path."
+        f"{tmp_path / 'w.pt'} is not a checkpoint of a minikeras fit. To start from scratch, "
+        f"delete {tmp_path / 'w.pt'}, or pass another path."
     )
 
 
@@ -446,8 +455,8 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
         model.fit(2, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
         f"{path} was written with another optimizer: SGD [4] instead of Adam [4] (parameters in "
-        f"each group). Compile as it was compiled then. To start anew, delete {path}, or give "
-        "another path."
+        "each group). Call compile with the same arguments as then. To start from scratch, delete "
+        f"{path}, or pass another path."
     )
 
 
@@ -507,8 +516,9 @@ def test_checkpoint_of_a_fit_of_other_epochs_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         model.fit(1, points(40), verbose=0, checkpoint=path)
     assert str(raised.value) == (
-        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Give each fit a "
-        f"file of its own. To start anew, delete {path} and {path}.prev, or give another path."
+        f"{path} is of a fit of epochs 1 to 4, and this one is of epochs 3 to 3. Pass a different "
+        f"path to each fit. To start from scratch, delete {path} and {path}.prev, or pass another "
+        "path."
     )
     model.fit(1, points(40), verbose=0, checkpoint=tmp_path / "another.pt")
     path.unlink()
@@ -522,7 +532,7 @@ def test_checkpoint_of_a_newer_layout_is_refused(tmp_path):
     write(path, dump(read(path) | {"minikeras": 99}))
     with pytest.raises(
         CheckpointError,
-        match=r"has layout 99 and this minikeras knows those up to 1\. Update minikeras",
+        match=r"has file layout 99, and this version of minikeras reads layouts up to 1\. Upgrade",
     ):
         run_file(path)
 
@@ -607,9 +617,8 @@ def test_checkpoint_on_a_full_disk_warns_keeps_the_old_file_and_is_tried_again(t
     """)
     assert out == "kept: 1\nin the end: 4\n['run.pt', 'run.pt.prev']\n"
     assert (
-        "run.pt could not be written: [Errno 27] File too large. The state of epoch 2, step 0 is "
-        "still there. "
-        "The fit goes on, and it is tried again at the next time." in err
+        "run.pt could not be written: [Errno 27] File too large. The checkpoint of epoch 2, step "
+        "0 is still there. The fit continues, and the next checkpoint is tried again." in err
     )
 
 
@@ -623,8 +632,8 @@ def test_checkpoint_whose_last_state_cannot_be_written_is_an_error(tmp_path):
     )
     assert (
         f"CheckpointError: {tmp_path / 'run.pt'} could not be written: [Errno 27] File too large. "
-        "Nothing was written "
-        f"before. Make room or give another file: these last weights are not saved." in err
+        "No earlier checkpoint was written. These last weights are not saved. Free disk space or "
+        "pass another path." in err
     )
     assert list(tmp_path.iterdir()) == []
 

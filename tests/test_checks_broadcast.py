@@ -113,7 +113,7 @@ def test_broadcasting_labels_in_a_metric_object_are_refused_before_a_weight_move
 def test_broadcasting_labels_in_validation_alone_are_refused_there():
     with refused(f"ValueError: the loss: {IT_BROADCASTS}") as error:
         compiled(Scale()).fit(1, (COLUMN, COLUMN), (COLUMN, ROW), verbose=0)
-    assert error.value.__notes__ == ["dl_val, batch 1, looked at before the first step", "epoch 1"]
+    assert error.value.__notes__ == ["dl_val, batch 1, checked before the first step", "epoch 1"]
 
 
 def nll_of_chunks(outputs, t):

@@ -51,7 +51,7 @@ COMPILE = {
 COMPILE_SAYS = """
 a loss class | TypeError: loss_func is the class MSELoss; expected an instance. Pass MSELoss().
 a loss by name | TypeError: loss_func must be a function of (y_pred, y_true) or a module, got 'mse'.
-    Names stand for nothing here: pass for instance nn.MSELoss(); the optimizer comes second,
+    Strings are not accepted: pass for instance nn.MSELoss(); the optimizer comes second,
     torch.optim.Adam(model.parameters(), lr=1e-3).
 a loss without super | TypeError: loss_func is a Forgetful whose __init__ did not call
     super().__init__(). Call it there, before anything else.
@@ -71,7 +71,7 @@ an optimizer by name | TypeError: optimizer must be a torch.optim.Optimizer or a
     'adam'. Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3).
 a class in a dict | TypeError: optimizer 'd' must be a torch.optim.Optimizer or a dict of them, got
     the class Adam. Pass for instance torch.optim.Adam(model.parameters(), lr=1e-3).
-no optimizers | ValueError: optimizer is an empty dict; expected at least one. Leave it out for
+no optimizers | ValueError: optimizer is an empty dict; expected at least one. Omit it to use
     Adam(lr=1e-3).
 """
 

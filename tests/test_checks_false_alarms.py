@@ -91,7 +91,7 @@ def test_softmax_before_cross_entropy_is_warned_of_once_per_fit():
             model.fit(2, (X, CLASSES), (X, CLASSES), batch_size=4, verbose=0)
         assert [str(warning.message) for warning in caught] == [
             "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies "
-            "softmax itself. Give it raw scores: leave the softmax out of the model, or take "
+            "softmax itself. Give it raw scores: remove the softmax from the model, or use "
             "log_softmax and NLLLoss."
         ]
 

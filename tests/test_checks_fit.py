@@ -114,12 +114,12 @@ an empty list | an empty list in steps | ValueError: dl_train gave no batch: ite
 X and y of different lengths | ValueError: dl_train holds arrays of 8 and 7 rows; expected as many
     rows in each. Got (Tensor (8, 4) float32, Tensor (7, 1) float32).
 labels as a list | X and y as lists | TypeError: dl_train holds 1.0; expected an array of numbers. A
-    list is many arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with a
-    collate_fn.
+    list counts as many arrays: pass one array of rows with equal length, numpy.array(rows), or a
+    DataLoader with a collate_fn.
 rows of many lengths | ValueError: dl_train holds arrays of 3 and 5 and 4 and ... rows; expected as
     many rows in each. Got ([Tensor (3,) float32, Tensor (5,) float32, Tensor (4,) float32, Tensor
-    (6,) float32], Tensor (8, 1) float32). A list is many arrays: pass one array of equal rows,
-    numpy.array(rows), or a DataLoader with a collate_fn.
+    (6,) float32], Tensor (8, 1) float32). A list counts as many arrays: pass one array of rows with
+    equal length, numpy.array(rows), or a DataLoader with a collate_fn.
 an empty tuple | ValueError: dl_train is an empty tuple; expected arrays. Pass (X, y) or (X, y,
     sample_weight).
 a tuple of 4 arrays | a batch of 4 parts | ValueError: a batch has 4 parts: (Tensor (8, 4) float32,
@@ -176,7 +176,7 @@ def batches(number):
 
 
 ONLY_ONCE = "it is a generator, which can be iterated only once. "
-ONLY_ONCE += "Pass a list of batches or an object whose __iter__ starts anew"
+ONLY_ONCE += "Pass a list of batches or an object whose __iter__ starts again"
 
 
 USED_UP = f"a generator, {ONLY_ONCE.removeprefix('it is a generator, ')}"

@@ -24,16 +24,17 @@ LAYERS = {
     "pictures for rows": {"data": (MAPS, Y), "model": {"net": nn.Linear(25, 1)}},
 }
 LAYERS_SAY = """
-float64 tensors | ValueError: layer net has float32 parameters and was given float64 values. Pass
+float64 tensors | ValueError: layer net has float32 parameters and got float64 values. Pass
     features.float(), or in NumPy and pandas .astype('float32'), or change the model with
     model.to(torch.float64) before compile.
-integers | ValueError: layer net has float32 parameters and was given int64 values. Pass
-    features.float(), or in NumPy and pandas .astype('float32').
-too few features | ValueError: layer net takes rows of 4 values (in_features) and was given (8, 3).
-    Pass 4 features a row, or build it with in_features=3.
-layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and was
-    given (8, 6). Build it with in_features=6, or make what comes before it give 5 values a row.
-pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and was given (8, 1,
+integers | ValueError: layer net has float32 parameters and got int64 values. Pass features.float(),
+    or in NumPy and pandas .astype('float32').
+too few features | ValueError: layer net takes rows of 4 values (in_features) and got shape (8, 3).
+    Pass 4 features per row, or build it with in_features=3.
+layers that do not meet | ValueError: layer net.fc2 takes rows of 5 values (in_features) and got
+    shape (8, 6). Build it with in_features=6, or change the layer before it to give 5 values per
+    row.
+pictures for rows | ValueError: layer net takes rows of 25 values (in_features) and got shape (8, 1,
     5, 5). Put nn.Flatten() before it.
 """
 
@@ -68,7 +69,7 @@ class Widens(nn.Module):
 
 RNN = nn.LSTM(4, 4)
 FIRST = (
-    "It came from a layer that returns a tuple, as nn.LSTM does: take the first part, outputs, _ = "
+    "It came from a layer that returns a tuple, as nn.LSTM does: use the first part, outputs, _ = "
     "self.lstm(x)."
 )
 CONV = "layer net.0: Conv2d(3, 1, kernel_size=(5, 5), stride=(1, 1))"
@@ -76,47 +77,46 @@ NOTES = {
     "a flat picture": (
         nn.Sequential(nn.Conv2d(3, 1, 5)),
         X,
-        f"{CONV} was given Tensor (8, 4) float32",
+        f"{CONV} got Tensor (8, 4) float32",
     ),
     "int16 words": (
         nn.Embedding(5, 2),
         CLASSES.short(),
-        "layer net: Embedding(5, 2) was given Tensor (8,) int16",
+        "layer net: Embedding(5, 2) got Tensor (8,) int16",
     ),
     "words past the end": (
         nn.Embedding(2, 2),
         CLASSES,
-        "layer net: Embedding(2, 2) was given Tensor (8,) int64 of 0 to 2, and takes 0 to 1: "
+        "layer net: Embedding(2, 2) got Tensor (8,) int64 of 0 to 2, and takes 0 to 1: "
         "number from 0, or build it with more rows.",
     ),
     "all that an LSTM returns": (
         nn.Sequential(RNN, nn.Linear(4, 1)),
         X,
-        "layer net.1: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) "
+        "layer net.1: Linear(in_features=4, out_features=1, bias=True) got (Tensor (8, 4) "
         f"float32, (Tensor (1, 4) float32, Tensor (1, 4) float32)). {FIRST}",
     ),
     "two inputs for one": (
         nn.Linear(4, 1),
         (X, X),
-        "layer net: Linear(in_features=4, out_features=1, bias=True) was given (Tensor (8, 4) "
+        "layer net: Linear(in_features=4, out_features=1, bias=True) got (Tensor (8, 4) "
         "float32, Tensor (8, 4) float32)",
     ),
-    "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() was given Tensor (8,) int64"),
+    "a slip of one's own": (Joins(), CLASSES, "layer net: Joins() got Tensor (8,) int64"),
     "a mask of integers in a forward of one's own": (
         Masks(),
         CLASSES,
-        "layer net: Masks was given Tensor (8,) int64",
+        "layer net: Masks got Tensor (8,) int64",
     ),
     "a float64 that forward makes": (
         Widens(),
         X,
-        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) was given Tensor (8, 4) "
-        "float64",
+        "layer net.fc: Linear(in_features=4, out_features=1, bias=True) got Tensor (8, 4) float64",
     ),
     "one number for a row": (
         nn.Linear(4, 1),
         X[0, 0],
-        "layer net: Linear(in_features=4, out_features=1, bias=True) was given Tensor () float32",
+        "layer net: Linear(in_features=4, out_features=1, bias=True) got Tensor () float32",
     ),
 }
 
@@ -183,4 +183,4 @@ def test_layer_that_is_called_wrongly_by_the_user_is_not_blamed_on_the_keys():
     net.tab = Tab()
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'cat'") as error:
         compiled(net).predict({"num": X, "cat": X})
-    assert error.value.__notes__ == ["layer net: Inner was given Tensor (8, 4) float32"]
+    assert error.value.__notes__ == ["layer net: Inner got Tensor (8, 4) float32"]

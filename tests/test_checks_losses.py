@@ -68,26 +68,27 @@ LOSSES = {
     "an average that is not summed": (lambda p, t: Average((p - t) ** 2, 8), S, S),
 }
 LOSSES_SAY = """
-float labels | ValueError: labels are float32 (8,); expected one class index (int64) a row, or class
-    probabilities of shape (8, 3). Pass labels.long(), or in NumPy and pandas .astype('int64').
-(N, 1) labels | ValueError: labels have shape (8, 1); expected one class index (int64) a row, or
-    class probabilities of shape (8, 3). Pass labels.squeeze(1).
-(N, 1) float labels | ValueError: labels are float32 (8, 1); expected one class index (int64) a row,
-    or class probabilities of shape (8, 3). Pass labels.squeeze(1).long(), or in NumPy and pandas
+float labels | ValueError: labels are float32 (8,); expected one class index (int64) per row, or
+    class probabilities of shape (8, 3). Pass labels.long(), or in NumPy and pandas
     .astype('int64').
+(N, 1) labels | ValueError: labels have shape (8, 1); expected one class index (int64) per row, or
+    class probabilities of shape (8, 3). Pass labels.squeeze(1).
+(N, 1) float labels | ValueError: labels are float32 (8, 1); expected one class index (int64) per
+    row, or class probabilities of shape (8, 3). Pass labels.squeeze(1).long(), or in NumPy and
+    pandas .astype('int64').
 probabilities of 2 of 3 classes | ValueError: labels are float32 (8, 2); expected one class index
-    (int64) a row, or class probabilities of shape (8, 3). Give labels and predictions as many
-    columns.
-int32 labels | ValueError: labels are int32; expected one class index (int64) a row, or class
+    (int64) per row, or class probabilities of shape (8, 3). Give labels and predictions the same
+    number of columns.
+int32 labels | ValueError: labels are int32; expected one class index (int64) per row, or class
     probabilities of shape (8, 3). Pass labels.long(), or in NumPy and pandas .astype('int64').
-float labels for NLLLoss | ValueError: labels are float32 (8,); expected one class index (int64) a
+float labels for NLLLoss | ValueError: labels are float32 (8,); expected one class index (int64) per
     row. Pass labels.long(), or in NumPy and pandas .astype('int64').
-a label past the classes | ValueError: label 3 is outside the classes: the model has 3 outputs, so
+a label past the classes | ValueError: label 3 is not a valid class: the model has 3 outputs, so
     labels go from 0 to 2. Number the classes from 0, or give the model more outputs.
-a label below 0 | ValueError: label -1 is outside the classes: the model has 3 outputs, so labels go
+a label below 0 | ValueError: label -1 is not a valid class: the model has 3 outputs, so labels go
     from 0 to 2. Number the classes from 0; or build the loss with ignore_index=-1 to leave such
     labels out.
-a label past the classes in a loss of one's own | ValueError: label 3 is outside the classes: the
+a label past the classes in a loss of one's own | ValueError: label 3 is not a valid class: the
     model has 3 outputs, so labels go from 0 to 2. Number the classes from 0, or give the model more
     outputs.
 one class | ValueError: predictions (8, 1) have one class, so the loss is always 0. Give the model
@@ -190,11 +191,11 @@ def test_metric_that_gives_two_numbers_is_refused_whatever_they_are(pair):
 FAILS = {
     "a metric": (
         {"metrics": {"m": lambda p, t: 1 / 0}},
-        "metric 'm', given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
+        "metric 'm' got y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
     ),
     "a loss": (
         {"loss": lambda p, t: 1 / 0},
-        "the loss, given y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
+        "the loss got y_pred Tensor (8, 1) float32, y_true Tensor (8, 1) float32",
     ),
 }
 
@@ -210,8 +211,8 @@ def test_loss_that_is_given_all_that_an_lstm_returns_raises_an_error_that_says_s
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'size'") as error:
         compiled(nn.LSTM(4, 1), lambda p, t: F.mse_loss(p, t)).fit(1, (X, Y), verbose=0)
     assert error.value.__notes__ == [
-        "the loss, given y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) "
-        "float32)), y_true Tensor (8, 1) float32. Let forward return the first part alone.",
+        "the loss got y_pred (Tensor (8, 1) float32, (Tensor (1, 1) float32, Tensor (1, 1) "
+        "float32)), y_true Tensor (8, 1) float32. Let forward return only the first part.",
         "dl_train, batch 1",
         "epoch 1",
     ]
@@ -234,8 +235,8 @@ def test_loss_with_arguments_in_the_order_of_keras_raises_an_error_with_ours(giv
     with pytest.raises(RuntimeError) as error:
         compiled(Scale(), loss).fit(1, (features, labels), verbose=0)
     assert error.value.__notes__[1:] == [
-        "The labels came in for the predictions: a loss is called with (y_pred, y_true), unlike "
-        "Keras's.",
+        "The labels were passed as predictions: a loss is called with (y_pred, y_true), while "
+        "Keras uses (y_true, y_pred).",
         "dl_train, batch 1",
         "epoch 1",
     ]
@@ -291,6 +292,6 @@ def test_labels_of_integers_get_a_note_if_the_loss_has_no_gradient_for_them():
     with pytest.raises(RuntimeError, match="Found dtype Long") as error:
         model.fit(1, (COLUMN, COLUMN.long()), verbose=0)
     assert error.value.__notes__[0] == (
-        "The labels are int64, and here the loss has a gradient in the predictions' dtype alone. "
-        "Pass labels.float()."
+        "The labels are int64, and this loss has a gradient only if both have the predictions' "
+        "dtype. Pass labels.float()."
     )

@@ -57,8 +57,8 @@ everything is frozen | ValueError: there is nothing to train: all 4 parameters o
     Call minikeras.unfreeze on the layers to train, then compile again.
 no parameters | ValueError: there is nothing to train: Model has no parameters. Add a layer that has
     some, then compile again.
-LBFGS | ValueError: LBFGS needs a closure that computes the loss anew, which the default train_step
-    does not give. Override train_step and call self.optimizer.step(closure) there.
+LBFGS | ValueError: LBFGS needs a closure that computes the loss again, which the default train_step
+    does not pass. Override train_step and call self.optimizer.step(closure) there.
 another model.optimizer | ValueError: model.optimizer was replaced after compile. Call model.compile
     with the new optimizer.
 another network | ValueError: the optimizer holds none of the parameters of Model: ...

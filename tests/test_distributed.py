@@ -298,20 +298,20 @@ def test_ddp_rank_0_alone_writes_files_and_gets_the_gathered_predictions(by_two,
 
 def test_ddp_refuses_what_several_processes_cannot_do_with_a_remedy(by_two):
     said = [
-        'loss_func has reduction="sum", and training on 2 processes weighs each batch by its '
-        'rows, which such a sum has counted already. Build it with reduction="mean", or return '
+        'loss_func has reduction="sum", and training on 2 processes weights each batch by '
+        'its rows, and a sum has already counted them. Build it with reduction="mean", or return '
         "minikeras.Average(total, count).",
-        "metric 'mean' is a Mean, an object whose counts in several processes cannot be put "
-        "together. Give a function that returns a mean or an Average(total, count), "
+        "metric 'mean' is a Mean, an object whose state cannot be combined over several "
+        "processes. Pass a function that returns a mean or an Average(total, count), "
         "minikeras.OnAllRows(function), or a torchmetrics object.",
-        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
-        "train_step.",
-        "backward filled the gradient of a parameter twice, after several processes had added "
-        "it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
+        "loss.backward() bypasses training on 2 processes. Call self.backward(loss) in train_step.",
+        "backward computed the gradient of a parameter a second time, after the processes had "
+        "added it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
         "use_reentrant=False.",
-        "the processes have from 8 to 9 rows. Give all the same data: each takes its part of it.",
-        "the processes have from 1 to 2 batches. Give all the same data: each takes its part "
-        "of it.",
+        "the processes have from 8 to 9 rows. Give all processes the same data: each uses its "
+        "share of it.",
+        "the processes have from 1 to 2 batches. Give all processes the same data: each uses its "
+        "share of it.",
     ]
     assert [found["said"] for found in by_two["refused"]] == [said, said]
 
@@ -326,7 +326,10 @@ def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):
 
 
 def test_ddp_warnings_of_metrics_come_from_the_first_process_alone(by_two):
-    said = ["metric 'f1': the outputs are raw scores,", "metric 'rmse' is no mean over rows: on a"]
+    said = [
+        "metric 'f1': the outputs are raw scores,",
+        "metric 'rmse' is not a mean over rows: o",
+    ]
     assert [part["said"] for part in by_two["no_means"]] == [said, []]
 
 
@@ -343,9 +346,9 @@ def test_ddp_batch_values_are_of_this_processs_rows_and_nan_for_a_filler(by_two)
 def test_ddp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     said = (
-        'distributed="ddp" needs several processes, and this one was started alone. Start the '
+        'distributed="ddp" needs several processes, and only this one was started. Start the '
         "script with "
-        "torchrun --nproc-per-node=2 script.py, or leave distributed out."
+        "torchrun --nproc-per-node=2 script.py, or omit distributed."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         compiled(distributed="ddp")
@@ -359,9 +362,9 @@ def test_ddp_warns_of_what_is_different_with_several_processes(by_two):
         "and step. The numbers are the same. Leave it out there."
     )
     one_row = (
-        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given "
-        "(1, 8), process {}'s part of the batch. Leave the short last batch out with "
-        "drop_last=True, or choose a bigger batch_size."
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it got shape "
+        "(1, 8), process {}'s share of the batch. Drop the short last batch with drop_last=True, "
+        "or choose a bigger batch_size."
     )
     nothing = (
         "dl_train gave no batch: drop_last=True drops the only batch, 5 rows of batch_size=3 on "
@@ -369,7 +372,7 @@ def test_ddp_warns_of_what_is_different_with_several_processes(by_two):
     )
     norm = (
         "sync_batchnorm=True with 2 processes needs GPUs: torch has no SyncBatchNorm for the CPU. "
-        "Leave it out, and choose a batch_size that is enough for the statistics of each process."
+        "Omit it, and choose a batch_size that is large enough for the statistics of each process."
     )
     assert by_two["told"] == [
         [steps, norm, one_row.format(0), nothing],
@@ -446,17 +449,17 @@ def test_process_group_waits_for_a_save_and_all_processes_raise_if_it_fails(by_p
     failed = [torch.load(folder / f"{rank}.pt")[1] for rank in range(2)]
     assert failed[0].startswith(("NotADirectoryError", "FileExistsError"))
     assert (
-        failed[1] == "RuntimeError: process 0 of 2, which writes the files, has failed. "
-        "Look for its own error."
+        failed[1] == "RuntimeError: process 0 of 2, which writes the files, has failed. Look for "
+        "its error message."
     )
 
 
 def test_process_group_with_a_lost_process_raises_after_the_timeout_of_the_user(by_peers):
     said, seconds = torch.load(by_peers[0] / "left alone.pt")
     assert said.startswith(
-        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than the "
-        "group's timeout. Look for its own error first. Processes must make the same calls of fit, "
-        "evaluate, predict and save. For a longer timeout call "
+        "process 0 of 2 got no answer from the others: one has ended, or has taken longer than "
+        "the group's timeout. Look for its error message first. Processes must make the same "
+        "calls of fit, evaluate, predict and save. For a longer timeout call "
         "torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
     )
     # and it has ended at all: a group's own timeout is half an hour

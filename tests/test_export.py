@@ -383,11 +383,11 @@ def test_export_refuses_an_example_without_rows(example, got, tmp_path):
     [
         (
             torch.zeros(3, 5),
-            "layer layers.0 takes rows of 4 values (in_features) and was given (3, 5)",
+            "layer layers.0 takes rows of 4 values (in_features) and got shape (3, 5)",
         ),
         (
             torch.zeros(3, 4, dtype=torch.float64),
-            "layer layers.0 has float32 parameters and was given float64 values",
+            "layer layers.0 has float32 parameters and got float64 values",
         ),
     ],
     ids=["width", "dtype"],

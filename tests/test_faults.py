@@ -49,7 +49,7 @@ def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
     )
     raised.match(
         rf"The last finite loss was {last}, at lr 0\.1\. Features, labels and weights are finite: "
-        r".* The weights are those of before it\.\nepoch 2$"
+        r".* The weights are those from before this step\.\nepoch 2$"
     )
     assert_equal_tensors(weights[-1], copy_weights(model))
     assert list(model.history.index) == [0]
@@ -58,10 +58,10 @@ def test_nan_loss_is_an_error_before_it_moves_a_weight(value):
 
 NO_ONE = "There was no finite loss before it in this fit, at lr 0.1. "
 FINITE = (
-    "Features, labels and weights are finite: lower the rate, clip gradients, or look into the "
-    "loss. "
+    "Features, labels and weights are finite: lower the learning rate, clip gradients, or check "
+    "the loss. "
 )
-AS_BEFORE = "The weights are those of before it."
+AS_BEFORE = "The weights are those from before this step."
 
 
 def test_nan_loss_in_the_first_batch_has_no_last_finite_one():
@@ -83,7 +83,7 @@ def test_nan_loss_is_an_error_if_the_optimizer_has_no_lr():
     where = "the loss is nan in epoch 1, batch 1; expected a finite number. "
     assert (
         str(raised.value)
-        == where + NO_ONE.replace("lr 0.1", "an unknown rate") + FINITE + AS_BEFORE
+        == where + NO_ONE.replace("lr 0.1", "an unknown learning rate") + FINITE + AS_BEFORE
     )
 
 
@@ -105,10 +105,9 @@ def test_nan_loss_of_a_batch_whose_labels_are_all_ignored_is_explained(loss, ign
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, [(points(8)[0], torch.full((8,), ignored))], verbose=0)
     assert str(raised.value) == (
-        f"the loss is nan in epoch 1, batch 1; expected a finite number. {NO_ONE}No label of this "
-        f"batch counts: all are {ignored}, which the loss ignores, and its mean over none is nan. "
-        f"Let the loss return minikeras.Average(total, count). "
-        f"{AS_BEFORE}"
+        f"the loss is nan in epoch 1, batch 1; expected a finite number. {NO_ONE}The loss ignores "
+        f"every label of this batch: all are {ignored} (`ignore_index`), and the mean over no "
+        f"labels is nan. Let the loss return minikeras.Average(total, count). {AS_BEFORE}"
     )
     assert_equal_tensors(before, copy_weights(model))
 
@@ -120,9 +119,8 @@ def test_nan_loss_error_says_whether_the_data_held_nan_already(part):
     model = compiled(loss_func=nn.MSELoss())
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, list(zip(X.split(32), y.split(32), strict=True)), verbose=0)
-    assert (
-        f"The {part} of this batch held NaN or inf already: clean the data. The weights are"
-        in str(raised.value)
+    assert f"The {part} of this batch contained NaN or inf: clean the data. The weights are" in str(
+        raised.value
     )
     assert "in epoch 1, batch 2;" in str(raised.value)
 
@@ -133,7 +131,7 @@ def test_nan_loss_error_names_a_buffer_that_the_forward_pass_has_spoiled():
     model = minikeras.Model(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)))
     compiled(model, nn.MSELoss())
     with pytest.raises(
-        FloatingPointError, match=r"has spoiled net\.0\.running_mean, net\.0\.running_var: go back"
+        FloatingPointError, match=r"has made net\.0\.running_mean, net\.0\.running_var NaN"
     ):
         model.fit(1, (X, y), verbose=0)
 
@@ -144,7 +142,7 @@ def test_nan_loss_error_names_weights_that_are_nan_already():
         model.fc2.bias.fill_(math.nan)
     with pytest.raises(
         FloatingPointError,
-        match=r"Weights are NaN or inf: fc2\.bias\. Go back to a checkpoint\.\nepoch 1$",
+        match=r"Weights are NaN or inf: fc2\.bias\. Restore a checkpoint\.\nepoch 1$",
     ):
         model.fit(1, points(8), verbose=0)
 
@@ -203,7 +201,8 @@ def test_nan_loss_on_a_gpu_lets_the_default_optimizer_take_no_step_from_then_on(
     X, y = points(100)
     X[44] = math.nan  # batch 5 of 10
     with pytest.raises(
-        FloatingPointError, match=r"batch 10 \(it began 5 steps before\).*The weights are those of"
+        FloatingPointError,
+        match=r"batch 10 \(it started 5 steps before\).*The weights are those from",
     ):
         model.fit(1, list(zip(X.split(10), y.split(10), strict=True)), callbacks=[keep], verbose=0)
     assert_equal_tensors(copy_weights(model), kept[3])
@@ -230,13 +229,13 @@ def test_nan_loss_on_a_device_is_read_every_few_steps_and_holds_back_fused_optim
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, points(64 * 32), callbacks=[keep], verbose=0)
     where = (
-        "in epoch 1, batch 30 (it began 15 steps before); expected a finite number. It was at lr "
-        "0.01. "
+        "in epoch 1, batch 30 (it started 15 steps before); expected a finite number. It was at "
+        "lr 0.01. "
     )
     assert where in str(raised.value)  # copied at 20, looked at at 30
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in weights[13].items()) == fused
-    assert ("The weights are those of before it" in str(raised.value)) == fused
+    assert ("The weights are those from before this step" in str(raised.value)) == fused
     assert not hasattr(optimizer, "found_inf")
 
 
@@ -249,7 +248,7 @@ def test_nan_loss_on_a_device_is_found_at_the_epochs_end_at_the_latest(monkeypat
 
     monkeypatch.setattr(FiniteLoss, "__init__", as_on_a_device)
     with pytest.raises(
-        FloatingPointError, match=r"in epoch 1, batch 4 \(it began 1 steps before\)"
+        FloatingPointError, match=r"in epoch 1, batch 4 \(it started 1 steps before\)"
     ):
         compiled(loss_func=bad_at(3)).fit(2, points(128), verbose=0)
 
@@ -282,7 +281,7 @@ def test_out_of_memory_error_says_what_to_try_and_frees_what_it_held():
     gc.collect()
     assert Hungry.seen() is None  # the activations are gone while the error is still at hand
     assert raised.value.__notes__ == [
-        "layer net: Hungry was given Tensor (32, 2) float32",
+        "layer net: Hungry got Tensor (32, 2) float32",
         "The batch was features Tensor (32, 2) float32, labels Tensor (32, 1) float32. Try "
         "batch_size=16, with "
         'accumulate=2 for the same gradient; precision="bf16"; or a smaller model.',
@@ -327,7 +326,7 @@ def test_dataset_row_that_a_worker_cannot_read_is_named_by_its_batch():
     with pytest.raises(OSError, match="no such picture") as raised:
         compiled().fit(1, DataLoader(Broken(), batch_size=16, num_workers=1), verbose=0)
     assert raised.value.__notes__ == [
-        "It was raised in a worker: with num_workers=0 the row is named too.",
+        "It was raised in a worker process: pass num_workers=0 to see which row it was.",
         "dl_train, batch 3, as it was read",
         "epoch 1",
     ]
@@ -340,8 +339,8 @@ def test_worker_that_dies_raises_an_error_with_a_hint_on_memory_and_the_last_che
         compiled().fit(1, loader, verbose=0, checkpoint=path, checkpoint_every=1)
     hint, batch, epoch, *saved = raised.value.__notes__
     assert hint == (
-        "A worker process has died, most often for want of memory or of shared memory (/dev/shm). "
-        "Try fewer workers or "
+        "A DataLoader worker process has died, usually because memory or shared memory (/dev/shm) "
+        "ran out. Try fewer workers or "
         'smaller batches, or torch.multiprocessing.set_sharing_strategy("file_system").'
     )
     # it dies ahead of its turn
@@ -350,7 +349,8 @@ def test_worker_that_dies_raises_an_error_with_a_hint_on_memory_and_the_last_che
     if saved:
         step = int(read[1]) - (read[2] is not None)
         known = [
-            f"The last state is in {path}: epoch 1, step {s}. Call fit again to go on from there."
+            f"The last checkpoint is in {path}: epoch 1, step {s}. Call fit again to resume from "
+            "there."
             for s in (step, step - 1)
         ]
         assert saved[0] in known
@@ -367,8 +367,8 @@ def test_batchnorm_with_a_last_batch_of_one_row_raises_an_error_with_a_remedy():
     with pytest.raises(ValueError, match="one row") as raised:
         model.fit(1, points(33), verbose=0)
     assert str(raised.value) == (
-        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it was given "
-        "(1, 4). Leave the short last batch out with drop_last=True, or choose another batch_size."
+        "layer net.1 (BatchNorm1d) cannot train on one row, which has no variance: it got shape "
+        "(1, 4). Drop the short last batch with drop_last=True, or choose another batch_size."
     )
     assert raised.value.__notes__ == ["dl_train, batch 2", "epoch 1"]
 

@@ -54,7 +54,7 @@ def test_file_behind_a_symbolic_link_is_written_and_the_link_stays(there, tmp_pa
     ]
     Net().load(link)
     real.write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"real\.pt\.prev\. It is used instead"):
+    with pytest.warns(UserWarning, match=r"real\.pt\.prev\. The previous version is used instead"):
         Net().load(link)
 
 
@@ -103,14 +103,14 @@ def test_file_path_of_a_fifo_or_a_device_is_refused_at_once(tmp_path):
     os.mkfifo(safe)
     for path in (fifo, safe, Path("/dev/zero")):
         kind = "a device" if path.name == "zero" else "a FIFO"
-        with pytest.raises(CheckpointError, match=f"is {kind}, and not a regular file"):
+        with pytest.raises(CheckpointError, match=f"is {kind}, not a regular file"):
             Net().load(path)
-        with pytest.raises(OSError, match=f"is {kind}, and not a regular file"):
+        with pytest.raises(OSError, match=f"is {kind}, not a regular file"):
             Net().save(path)
         for callback in (minikeras.ModelCheckpoint(path), minikeras.CSVLogger(path, append=True)):
-            with pytest.raises(OSError, match=f"is {kind}, and not a regular file"):
+            with pytest.raises(OSError, match=f"is {kind}, not a regular file"):
                 compiled().fit(1, points(8), verbose=0, callbacks=[callback])
-    with pytest.raises(CheckpointError, match="is a FIFO, and not a regular file"):
+    with pytest.raises(CheckpointError, match="is a FIFO, not a regular file"):
         run_file(fifo)
 
 
@@ -128,7 +128,7 @@ def test_file_path_of_a_folder_is_not_the_run_in_it(tmp_path):
     for call in (Net().load, Net().save, run_file):
         with pytest.raises(
             (CheckpointError, IsADirectoryError),
-            match=r"Give the path of the file in it, .*exp/run.pt",
+            match=r"Pass the path of the file in it, .*exp/run.pt",
         ):
             call(tmp_path / "exp")
     assert [path.name for path in (tmp_path / "exp").iterdir()] == ["run.pt"]
@@ -177,7 +177,7 @@ def test_checkpoint_of_an_older_script_says_how_to_start_again_and_that_works(tm
     with pytest.raises(CheckpointError) as raised:
         run_file(path, model=other)
     assert str(raised.value).endswith(
-        f"To start anew, delete {path} and {path}.prev, or give another path."
+        f"To start from scratch, delete {path} and {path}.prev, or pass another path."
     )
     path.unlink()
     previous(path).unlink()
@@ -362,7 +362,7 @@ def test_load_with_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path):
     model = minikeras.Model(nn.Sequential(nn.Linear(2, 2), Failing(2, 1)))
     before = copy.deepcopy(model.state_dict())
     torch.save({key: value + 1 for key, value in before.items()}, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="no The model is as it was"):
+    with pytest.raises(CheckpointError, match="no The model is unchanged"):
         model.load(tmp_path / "w.pt")
     assert_equal_tensors(model.state_dict(), before)
 

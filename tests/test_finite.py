@@ -67,9 +67,9 @@ def files_are_finite(folder):
 
 WHERE = "net.0.weight, net.0.bias, net.2.weight and 1 more are NaN or infinite in epoch 2, batch 4"
 WAY_OUT = (
-    "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean. "
-    "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning "
-    "rate."
+    "sqrt and log have no finite gradient at 0, and NaN in the data reaches the gradient through "
+    "torch.where, nan_to_num and nanmean. Add a small number inside, as in torch.sqrt(x + 1e-8), "
+    "clean the data, or lower the learning rate."
 )
 
 
@@ -127,7 +127,7 @@ def test_nan_weight_error_names_the_first_layer_the_epoch_the_cause_and_the_reme
         f"loss was {last}, at lr 0.01. Each loss was finite, so a gradient was not, or a step was "
         f"too large: {WAY_OUT} compile(clip_grad_norm=1.0) finds such a gradient before its step, "
         "and torch.autograd.set_detect_anomaly(True) names the operation. Nothing of it was "
-        "written to a file, and the model holds it: go back to a checkpoint."
+        "written to a file, but the model contains it: restore a checkpoint."
     )
     assert float(last) < 100
 
@@ -142,10 +142,10 @@ def test_nan_gradient_is_found_before_the_step_with_clip_grad_norm():
     assert str(raised.value) == (
         "the norm of the gradient is nan in epoch 2, batch 2; expected a finite number. The loss "
         f"was finite. The last finite loss was {last}, at lr 0.01. The first gradient that is not "
-        "is that of net.0.weight. The first layer is net.0 (Linear). Its gradient was not: "
+        "finite is that of net.0.weight. The first layer is net.0 (Linear). Its gradient was not: "
         f"{WAY_OUT.replace('nanmean. ', 'nanmean; large numbers overflow. ')} "
-        "torch.autograd.set_detect_anomaly(True) names the operation. The weights are those of "
-        "before it."
+        "torch.autograd.set_detect_anomaly(True) names the operation. The weights are those from "
+        "before this step."
     )
     assert_equal_tensors(model.state_dict(), kept[-1])
 
@@ -217,8 +217,8 @@ def test_nan_gradient_in_mid_epoch_is_explained_at_the_next_loss():
         trainer().fit(3, Data((2, 2)), verbose=0)
     assert str(raised.value).startswith("the loss is nan in epoch 2, batch 3; ")
     raised.match(
-        "They were finite as the fit began: the loss of a step before was finite and its gradient "
-        "was not, or a step was too large. Possible causes: sqrt and log"
+        "They were finite when the fit started: in an earlier step the loss was finite and its "
+        "gradient was not, or a step was too large. Possible causes: sqrt and log"
     )
 
 
@@ -310,7 +310,8 @@ def test_nan_loss_is_not_blamed_on_a_mask():
     )
     del model.net.unused
     with pytest.raises(
-        FloatingPointError, match=r"or look into the loss\. The weights are those of before it\.\n"
+        FloatingPointError,
+        match=r"or check the loss\. The weights are those from before this step\.\n",
     ):
         model.fit(1, BATCHES, verbose=0)
 
@@ -335,7 +336,7 @@ def test_nan_statistics_of_batchnorm_reach_no_file(tmp_path):
         "finite numbers. "
     )
     raised.match(
-        "The weights are finite: the forward pass has spoiled it, .* Clean the data. Nothing of it "
+        "The weights are finite, so the forward pass caused it, .* Clean the data. Nothing of it "
         "was"
     )
     assert torch.load(tmp_path / "run.pt")["model"]["norm.running_mean"].isfinite().all()
@@ -376,7 +377,7 @@ def test_nan_gradient_of_a_bare_backward_says_what_would_have_found_it(row, tmp_
     features[row] = math.nan
     model = compiled(Own(nn.Linear(4, 1)), nn.MSELoss())
     with pytest.raises(
-        FloatingPointError, match=r"No loss was looked at.* Call self\.backward\(loss\) there"
+        FloatingPointError, match=r"No loss was checked.* Call self\.backward\(loss\) instead"
     ):
         model.fit(
             2,
@@ -395,7 +396,7 @@ def test_nan_in_the_state_of_the_optimizer_is_an_error():
         device="cpu",
     )
     with pytest.raises(
-        FloatingPointError, match=r"exp_avg_sq of Adam for net\.weight, .* does not move again"
+        FloatingPointError, match=r"exp_avg_sq of Adam for net\.weight, .* is never updated again"
     ):
         model.fit(1, BATCHES, verbose=0)
 
@@ -424,7 +425,7 @@ def test_nan_in_an_ema_reaches_no_file(evaluate, tmp_path):
         model.fit(3, BATCHES, on_nan="ignore", **saving(model, tmp_path / "run.pt"))
     assert len(caught) == 2
     model = trainer()
-    told = r"^the EMA of net\.0\.bias is .* The weights are finite now: the average took them in"
+    told = r"^the EMA of net\.0\.bias is .* The weights are finite now: the average included them"
     if evaluate:
         told = r"^net\.0\.bias is NaN or infinite"  # the model holds the average then
     with pytest.raises(FloatingPointError, match=told):
@@ -496,13 +497,13 @@ def test_nan_norm_is_counted_without_waiting_for_the_device(fused):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(3, Data((2, 2)), callbacks=[keep], verbose=0)
     assert str(raised.value).startswith(
-        "the norm of the gradient is nan in epoch 2, batch 4 (it began 2 steps before); "
+        "the norm of the gradient is nan in epoch 2, batch 4 (it started 2 steps before); "
     )
     assert torch.equal(model.net[0].weight, kept[4]) == fused
     end = (
-        "The weights are those of before it."
+        "The weights are those from before this step."
         if fused
-        else "The optimizer has taken steps since: go back to a"
+        else "The optimizer has taken steps since: restore a"
     )
     assert end in str(raised.value)
 
@@ -517,15 +518,15 @@ def test_nan_loss_error_judges_the_batch_of_the_bad_loss_and_no_other(spoiled):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, list(zip(features.split(1), Y.split(1), strict=True)), verbose=0)
     if spoiled == 39:
-        assert "The features of this batch held NaN or inf already: clean the data." in str(
+        assert "The features of this batch contained NaN or inf: clean the data." in str(
             raised.value
         )
     else:
         assert "Features, labels" not in str(raised.value)
         raised.match(
-            r"batch 40 \(it began 26 steps before\); .* "
-            r"The batch of that loss is not kept, so its data was not "
-            'looked at: compile with device="cpu" to find it, where each loss is read at once, or '
+            r"batch 40 \(it started 26 steps before\); .* "
+            r"The batch of that loss was not kept, so its data could not be "
+            'checked: compile with device="cpu", where each loss is checked at once, or '
             "look for NaN and inf"
         )
 
@@ -536,6 +537,6 @@ def test_nan_loss_in_a_graph_of_several_steps_names_the_batch_at_fault(spoiled):
     labels[10 * spoiled - 1] = math.nan
     model = compiled(network(), nn.MSELoss(), jit=FAST, steps_per_execution=3)
     with pytest.raises(
-        FloatingPointError, match="The labels of this batch held NaN or inf already: clean the data"
+        FloatingPointError, match="The labels of this batch contained NaN or inf: clean the data"
     ):
         model.fit(1, list(zip(X.split(10), labels.split(10), strict=True)), verbose=0)

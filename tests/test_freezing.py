@@ -427,12 +427,12 @@ def test_script_that_freezes_otherwise_than_the_file_is_warned_and_taken(tmp_pat
         return fit(net, epochs=epochs, fit={"checkpoint": path}).net
 
     before = copy_weights(run(1, [0]))
-    with pytest.warns(UserWarning, match="another script") as warned:
+    with pytest.warns(UserWarning, match="a script with other settings") as warned:
         net = run(2, [1])
     assert [str(warning.message) for warning in warned] == [
-        f"{path} was begun by another script: with net.0.0.weight, net.0.0.bias, net.0.1.weight "
-        f"frozen, and trained here; net.1.weight, net.1.bias trained, and frozen here. What this "
-        f"script says is taken from here on."
+        f"{path} was started by a script with other settings: net.0.0.weight, net.0.0.bias, "
+        "net.0.1.weight frozen, and trained here; net.1.weight, net.1.bias trained, and frozen "
+        "here. This script's settings are used from now on."
     ]
     assert_frozen(net, before, "1.")
     assert [net[0][1].training, net[1].training] == [True, False]
@@ -543,3 +543,42 @@ def test_weight_decay_groups_made_while_a_part_is_frozen_train_it_once_it_is_unf
     unfreeze(net[0])
     model.fit(1, BATCHES, verbose=0)
     assert not net[0][0].weight.equal(before["0.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("path", "place", "layer", "count"),
+    [
+        ("net.0", "model.get_submodule('net.0')", "net.0 (Linear)", 2),
+        ("", "model", "the model (Model)", 4),
+    ],
+)
+def test_fit_refuses_a_trainable_of_keras_which_freezes_nothing(path, place, layer, count):
+    model = minikeras.Model(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1)))
+    model.compile(nn.MSELoss(), device="cpu")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    module = model.get_submodule(path)
+    module.trainable = False
+    message = (
+        f"`trainable` of {layer} is False, as in Keras; torch does not know it, and {count} "
+        f"parameters would be trained. Call minikeras.freeze({place}) instead."
+    )
+    data = (torch.ones(8, 2), torch.ones(8, 1))
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        model.fit(1, data, verbose=0)
+    assert all(map(torch.equal, before, model.parameters()))
+    eval(f"minikeras.freeze({place})", {"minikeras": minikeras, "model": model})
+    minikeras.unfreeze(model.net[1])
+    vars(model).pop("trainable", None)
+    model.fit(1, data, verbose=0)
+    assert torch.equal(before[0], model.net[0].weight)
+
+
+def test_fit_leaves_a_trainable_of_a_users_class_alone():
+    class Scale(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            self.trainable = False  # of its own
+
+    model = minikeras.Model(Scale())
+    model.compile(nn.MSELoss(), device="cpu")
+    model.fit(1, (torch.ones(8, 2), torch.ones(8, 1)), verbose=0)

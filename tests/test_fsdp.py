@@ -145,7 +145,7 @@ def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
     (folder / name).write_bytes(content)
     with pytest.warns(
         UserWarning,
-        match=rf"is damaged in .* The one written before it is {folder}\.prev. It is used",
+        match=rf"is damaged in .* The previous version is {folder}\.prev\.",
     ):
         model.load(folder)
     shutil.move(folder, tmp_path / "aside")  # as between two renamings
@@ -153,14 +153,14 @@ def test_fsdp_folder_that_is_damaged_is_replaced_by_the_one_before_or_refused(
     shutil.move(tmp_path / "aside", folder)
     shutil.rmtree(tmp_path / "run.pt.prev")
     before = copy_weights(model)
-    with pytest.raises(CheckpointError, match=r"is damaged in .* There is none written before it"):
+    with pytest.raises(CheckpointError, match=r"is damaged in .* There is no previous version"):
         model.load(folder)
     assert_same(dict(model.state_dict()), before)
 
 
 def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "run.pt").mkdir()
-    said = rf"^{tmp_path}/run.pt is a folder, and not a file or a folder of a run\."
+    said = rf"^{tmp_path}/run.pt is a folder, but not one with a checkpoint\."
     with pytest.raises(CheckpointError, match=said):
         compiled().fit(
             1, (torch.zeros(8, 2), torch.zeros(8, 1)), checkpoint=tmp_path / "run.pt", verbose=0
@@ -171,21 +171,20 @@ def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
     said = [
         'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
         'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
-        "fsdp_blocks: no part of Net is a Conv1d. It has Linear.",
-        "fsdp_blocks must be a class of modules or several, got 'Linear'. Pass (nn.Linear,).",
-        "A step of your own called a layer whose weights are in parts, outside the forward of "
-        "the block that puts them "
-        'together. Name its class among the blocks: compile(distributed="fsdp", '
+        "fsdp_blocks: Net has no module of class Conv1d. Its classes: Linear.",
+        "fsdp_blocks must be a module class or a tuple of them, got 'Linear'. Pass (nn.Linear,).",
+        "A custom train_step called a layer with sharded weights outside the forward of the "
+        "block that gathers them. "
+        'Add the class of the layer to the blocks: compile(distributed="fsdp", '
         "fsdp_blocks=(nn.Linear,)).",
-        "loss.backward() passes training on 2 processes by. Call self.backward(loss) in "
-        "train_step.",
+        "loss.backward() bypasses training on 2 processes. Call self.backward(loss) in train_step.",
     ]
     assert [found["said"] for found in in_parts["refused"]] == [said, said]
 
 
 def test_fsdp_without_a_launcher_is_an_error_that_gives_the_command(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    said = 'distributed="fsdp" needs several processes, and this one was started alone'
+    said = 'distributed="fsdp" needs several processes, and only this one was started'
     with pytest.raises(ValueError, match=f"^{said}"):
         compiled(distributed="fsdp")
     said = "fsdp_blocks needs distributed=\"fsdp\", got distributed='auto'. Pass both or none."

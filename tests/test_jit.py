@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.jit.graphs import Graphs, captured, chosen
+from minikeras.jit.graphs import Graphs, add_cuda_graph, chosen
 
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
@@ -363,8 +363,8 @@ def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(m
     with pytest.warns(UserWarning, match="jit") as caught:
         train(twin, jit=FAST)
     assert [str(warning.message) for warning in caught] == [
-        "jit: train_step is not one graph: forward and loss, since the parameters that the loss "
-        "reaches, or the optimizer's state, are others again and again"
+        "jit: train_step is not one graph: forward and loss, because the parameters that the loss "
+        "uses, or the optimizer's state, keep changing"
     ]
     assert_same_weights(model, twin)
 
@@ -392,9 +392,9 @@ def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert_same_weights(model, twin, 1e-5)
     assert [str(warning.message) for warning in caught] == [
-        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the "
-        "model, the loss, a metric or the data, has changed too often. Keep it in a tensor, and it "
-        "stays one graph"
+        f"jit: {step} is not one graph: {way}, because a Python value that is part of it, in the "
+        "model, the loss, a metric or the data, has changed too often. Store it in a tensor to "
+        "keep one graph"
         for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))
     ]
 
@@ -426,8 +426,8 @@ def test_jit_leaves_an_optimizer_that_counts_in_python_outside_the_graph_and_war
     with pytest.warns(UserWarning, match="jit") as caught:
         twin.fit(2, batches(), verbose=0)
     assert [str(warning.message) for warning in caught] == [
-        "jit: train_step is not one graph: forward and loss, since a step of the optimizer changes "
-        "a Python number, 'count'. A tensor would be in the graph"
+        "jit: train_step is not one graph: forward and loss, because a step of the optimizer "
+        "changes a Python number, 'count'. If it were a tensor, it would be in the graph"
     ]
     assert_same_weights(model, twin, 1e-5)
     assert twin.optimizer.state_dict() == model.optimizer.state_dict()
@@ -520,7 +520,7 @@ def test_jit_runs_a_metric_that_leaves_torch_outside_the_one_graph():
     metrics = {"accuracy": sklearn_accuracy}
     expected = compiled(model, metrics_dict=metrics).fit(2, batches(), batches(), verbose=0)
     with pytest.warns(
-        UserWarning, match="_step is not one graph: metrics outside, since in "
+        UserWarning, match="_step is not one graph: metrics outside, because in "
     ) as caught:
         found = compiled(twin, metrics_dict=metrics, jit=FAST).fit(
             2, batches(), batches(), verbose=0
@@ -547,7 +547,7 @@ def test_jit_updates_a_metric_object_outside_the_graph():
 def test_jit_falls_back_by_parts_for_a_loss_whose_flow_depends_on_the_data_and_says_where():
     model, twin = pair()
     expected = compiled(model, branching).fit(2, batches(), verbose=0)
-    with pytest.warns(UserWarning, match="forward and loss, since in branching: ") as caught:
+    with pytest.warns(UserWarning, match="forward and loss, because in branching: ") as caught:
         found = compiled(twin, branching, jit=FAST).fit(2, batches(), verbose=0)
     assert len(caught) == 1
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
@@ -733,10 +733,10 @@ def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
 )
 def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda):
     assert chosen(options).get("options") == on_cpu
-    assert captured(chosen(options)).get("options") == on_cuda
-    assert {key: value for key, value in captured(chosen(options)).items() if key != "options"} == {
-        key: value for key, value in options.items() if key != "options"
-    }
+    assert add_cuda_graph(chosen(options)).get("options") == on_cuda
+    assert {
+        key: value for key, value in add_cuda_graph(chosen(options)).items() if key != "options"
+    } == {key: value for key, value in options.items() if key != "options"}
 
 
 # torch's own, as it loads its CUDA graphs
@@ -826,11 +826,11 @@ def test_jit_graph_moves_no_weight_by_a_nan_loss(steps):
     with pytest.raises(FloatingPointError) as raised:
         model.fit(1, data, callbacks=[keep], verbose=0)
     batch, ago = (6, 0) if steps == 1 else (7, 1)  # batches 5 to 7 go together
-    began = f" (it began {ago} steps before)" if ago > 0 else ""
+    began = f" (it started {ago} steps before)" if ago > 0 else ""
     assert str(raised.value).startswith(
         f"the loss is nan in epoch 1, batch {batch}{began}; expected a finite number."
     )
-    assert "The weights are those of before it." in str(raised.value)
+    assert "The weights are those from before this step." in str(raised.value)
     twin = Net()
     twin.load_state_dict(weights[-1])
     if steps == 3:  # the batch before it, in the same graph, has had its step

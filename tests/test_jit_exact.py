@@ -300,7 +300,7 @@ def assert_as_in_eager(models):
 def test_jit_optimizer_that_reads_its_state_as_a_number_takes_the_steps_of_eager(how):
     models, told = both(linear, nn.MSELoss, lambda p: Reading(p, how))
     assert_as_in_eager(models)
-    outside = ["jit: train_step is not one graph: forward and loss, since in step"]
+    outside = ["jit: train_step is not one graph: forward and loss, because in step"]
     # torch can trace some
     assert [text.partition(": U")[0].partition(": G")[0] for text in told] in (
         [],
@@ -313,9 +313,9 @@ def test_jit_leaves_an_optimizer_that_assigns_its_state_outside_the_graph_and_wa
     models, told = both(linear, nn.MSELoss, Assigning)
     assert_as_in_eager(models)
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since RuntimeError: a step of the "
-        "optimizer puts another tensor into its state, 'm'. Filled in place, it would be in the "
-        "graph"
+        "jit: train_step is not one graph: forward and loss, because RuntimeError: a step of the "
+        "optimizer replaces a tensor in its state, 'm'. If the step updated it in place, it would "
+        "be in the graph"
     ]
 
 
@@ -328,8 +328,8 @@ def test_jit_averages_of_asgd_are_those_of_eager(foreach):
     state = models[1][0].optimizer.state[models[1][0].net.weight]
     assert state["mu"].item() == pytest.approx(1 / 9)  # 12 steps, 3 of them before the averaging
     assert told == [
-        "jit: train_step is not one graph: forward and loss, since ASGD decides by numbers in its "
-        "state, which a graph would hold as they were"
+        "jit: train_step is not one graph: forward and loss, because ASGD branches on numbers in "
+        "its state, which would be constants in a graph"
     ]
 
 
@@ -383,8 +383,8 @@ def test_jit_parameter_that_is_one_number_trains_as_in_eager(optimizer, dtype):
     models, told = both(Scaled, nn.MSELoss, optimizer, dtype)
     assert_as_in_eager(models)
     lost = (
-        "jit: train_step is not one graph: forward and loss, since a parameter is one number in "
-        "float64, to which torch.compile loses changes on the CPU"
+        "jit: train_step is not one graph: forward and loss, because a parameter is a 0-d float64 "
+        "tensor, and torch.compile loses changes to it on the CPU"
     )
     assert told == ([lost] if dtype == torch.float64 else [])
 
@@ -398,8 +398,8 @@ def test_jit_buffer_that_is_one_number_changes_as_in_eager(model, loss, dtype):
     assert_as_in_eager(models)
     name = "net.mean" if loss is nn.MSELoss else "mean"
     lost = (
-        f"jit: train_step is not one graph: eager, since the buffer {name} is one number in "
-        "float64, to which torch.compile loses changes on the CPU. With shape (1,) it would be in "
+        f"jit: train_step is not one graph: eager, because the buffer {name} is a 0-d float64 "
+        "tensor, and torch.compile loses changes to it on the CPU. With shape (1,) it would be in "
         "the graph"
     )
     assert told == ([lost] if dtype == torch.float64 else [])

@@ -562,26 +562,35 @@ def test_weight_decay_groups_spare_what_they_are_told_to(spare, expected):
 @pytest.mark.parametrize(
     ("spare", "error", "message"),
     [
+        ("biases", ValueError, "got 'biases'. {remedy} Did you mean 'bias'?"),
+        (True, TypeError, "got bool. {remedy}"),
+        (nn.LayerNorm, TypeError, "got the class LayerNorm. {remedy}"),
         (
-            "biases",
-            ValueError,
-            "spare must be 'bias' or '1d', got 'biases'. Did you mean 'bias'?",
-        ),
-        (
-            True,
+            lambda parameter: parameter.ndim < 2,
             TypeError,
-            'spare must be "bias", "1d" or a function of (name, parameter), got bool. Pass for '
-            "instance spare=lambda name, parameter: parameter.ndim < 2.",
+            "got one that cannot be called with the two: too many positional arguments. {remedy}",
         ),
     ],
 )
 def test_weight_decay_groups_refuse_another_spare(spare, error, message):
+    message = '`spare` must be "bias", "1d" or a function of (name, parameter), ' + message.format(
+        remedy="Pass for instance spare=lambda name, parameter: parameter.ndim < 2."
+    )
     with pytest.raises(error, match=exactly(message)):
         weight_decay_groups(nn.Linear(3, 2), 0.1, spare=spare)
     remedy = weight_decay_groups(
         nn.Linear(3, 2), 0.1, spare=lambda name, parameter: parameter.ndim < 2
     )
     assert [group["weight_decay"] for group in remedy] == [0.1, 0.0]
+
+
+def test_weight_decay_groups_refuse_parameters_in_place_of_the_model():
+    message = (
+        "weight_decay_groups expects `model`, a torch.nn.Module, got generator. Pass the network "
+        "itself, not its parameters: weight_decay_groups(model, 0.01)."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        weight_decay_groups(nn.Linear(3, 2).parameters(), 0.01)
 
 
 def test_weight_decay_groups_by_dimensions_need_the_shapes_of_lazy_layers():
@@ -626,16 +635,3 @@ def test_weight_decay_groups_take_the_steps_of_the_l2_penalty(optimizer_class, o
     by_penalty = steps_taken(dtype, optimizer_class, options, by_penalty=True)
     by_decay = steps_taken(dtype, optimizer_class, options, by_penalty=False)
     torch.testing.assert_close(by_penalty, by_decay, rtol=0, atol=1e-6)
-
-
-def test_weight_decay_groups_of_parameters_say_to_pass_the_module():
-    net = nn.Linear(3, 2)
-    message = (
-        "weight_decay_groups expects `model`, a torch.nn.Module, got generator. Pass the module, "
-        "not its parameters, since their names say which are biases: weight_decay_groups(model, "
-        "0.01). For several modules call it once for each, and add up the lists."
-    )
-    with pytest.raises(TypeError, match=exactly(message)):
-        weight_decay_groups(net.parameters(), 0.01)
-    groups = weight_decay_groups(net, 0.01) + weight_decay_groups(nn.Linear(2, 1), 0.01)
-    assert [len(group["params"]) for group in torch.optim.SGD(groups).param_groups] == [1, 1, 1, 1]

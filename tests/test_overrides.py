@@ -72,7 +72,7 @@ def test_custom_step_with_a_bare_backward_is_refused_under_accumulate(make):
     model = make()
     optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
     model.compile(nn.MSELoss(), optimizer, device="cpu", accumulate=2)
-    with pytest.raises(RuntimeError, match=r"loss.backward\(\) passes accumulate=2 by"):
+    with pytest.raises(RuntimeError, match=r"loss.backward\(\) bypasses accumulate=2"):
         model.fit(1, (X, y), verbose=0)
 
 

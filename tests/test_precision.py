@@ -160,9 +160,9 @@ def test_accumulate_refuses_two_losses_of_different_weight():
     with pytest.raises(ValueError, match="units") as error:
         compiled(Mixed(), accumulate=2).fit(1, batches(), verbose=0)
     assert str(error.value) == (
-        "backward was called for one batch with losses over 3 and 7 units, which accumulate cannot "
-        "divide apart. Give each loss an optimizer of its own, or make both means over the batch's "
-        "rows."
+        "backward was called for one batch with losses over 3 and 7 units, which accumulate "
+        "cannot divide separately. Give each loss a separate optimizer, or make both means over "
+        "the rows of the batch."
     )
 
 
@@ -255,7 +255,7 @@ def test_accumulate_finds_a_nan_loss_before_it_enters_a_window():
     data = batches()
     before = copy.deepcopy(model)
     bad = (data[1][0] * torch.nan, data[1][1])
-    with pytest.warns(UserWarning, match="held NaN or inf already"):
+    with pytest.warns(UserWarning, match="contained NaN or inf"):
         compiled(model, nn.MSELoss(), accumulate=3).fit(
             1, [data[0], bad, data[2]], on_nan="stop", verbose=0
         )
@@ -325,11 +325,11 @@ def test_accumulate_resumed_in_mid_window_must_be_the_same(tmp_path):
             checkpoint=path,
             checkpoint_every=2,
         )
-    with pytest.raises(minikeras.CheckpointError, match="between two steps") as error:
+    with pytest.raises(minikeras.CheckpointError, match="in a partly filled window") as error:
         compiled().fit(1, data, verbose=0, checkpoint=path)
     assert str(error.value).startswith(
-        f"{path} was written between two steps of accumulate=3, and the model was compiled with "
-        f"accumulate=1. Compile as it was compiled then."
+        f"{path} was written in a partly filled window of accumulate=3, and the model is now "
+        "compiled with accumulate=1. Call compile with the same arguments as then."
     )
 
 
@@ -340,7 +340,7 @@ def test_accumulate_resumes_a_file_from_before_it_existed(tmp_path):
     del state["precision"]
     older = tmp_path / "older.pt"  # of another process: a path belongs to one compile of this one
     torch.save(state, older)
-    with pytest.warns(UserWarning, match="with accumulate 1 and not 3"):
+    with pytest.warns(UserWarning, match="other settings: accumulate 1 and not 3"):
         history = compiled(accumulate=3).fit(1, batches(), verbose=0, checkpoint=older)
     assert list(history.index) == [0]
 
@@ -481,7 +481,7 @@ def test_fp16_lets_a_bad_loss_hold_back_the_steps_after_it(monkeypatch):
     compiled(expected, nn.MSELoss(), precision="fp16").fit(1, data[:2], verbose=0)
     bad = (data[2][0] * torch.nan, data[2][1])
     compiled(model, nn.MSELoss(), precision="fp16")
-    with pytest.raises(FloatingPointError, match="it began 4 steps before"):
+    with pytest.raises(FloatingPointError, match="it started 4 steps before"):
         model.fit(1, [*data[:2], bad, *data[3:]], verbose=0)
     assert_same_weights(model, expected, 0)
 
@@ -574,8 +574,8 @@ def test_half_precision_refuses_a_loss_of_probabilities_with_a_remedy(loss_func,
             verb()
         assert str(error.value) == (
             "the loss takes probabilities, and the model's outputs are Tensor (7, 1) bfloat16 "
-            "under autocast: those near 1 become 1, with a loss of 100 or none. Leave the sigmoid "
-            "out of the model and take "
+            "under autocast: those near 1 become 1, with a loss of 100 or none. Remove the sigmoid "
+            "from the model and use "
             "nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile with "
             'precision="fp32".'
         )
@@ -647,7 +647,7 @@ def test_accumulate_with_a_bare_backward_or_step_raises_an_error_that_names_ours
     with pytest.raises(RuntimeError, match="in train_step") as error:
         model.fit(1, batches(), verbose=0)
     name = "loss.backward()" if called == "backward" else "optimizer.step()"
-    assert str(error.value) == f"{name} passes {option} by. Call {instead} in train_step."
+    assert str(error.value) == f"{name} bypasses {option}. Call {instead} in train_step."
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     model.optimizer.step()  # after the fit it is the user's again
@@ -696,7 +696,7 @@ def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_o
     with pytest.warns(UserWarning, match="jit:") as caught:
         found = twin.fit(3, data, verbose=0)
     assert [str(warning.message) for warning in caught] == [
-        f"jit: train_step is not one graph: forward and loss, since {option} needs backward and "
+        f"jit: train_step is not one graph: forward and loss, because {option} needs backward and "
         "step outside it"
     ]
     pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
@@ -718,14 +718,14 @@ def test_precision_options_that_a_graph_cannot_hold_go_by_parts_and_are_warned_o
         ({"clip_grad_value": "1"}, "clip_grad_value must be a number above 0, or None, got '1'."),
         (
             {"accumulate": 2, "loss_func": nn.MSELoss(reduction="sum")},
-            'loss_func has reduction="sum", and accumulate=2 weighs each batch by its rows, which '
-            'such a sum has counted already. Build it with reduction="mean", or return '
+            'loss_func has reduction="sum", and accumulate=2 weights each batch by its rows, and '
+            'a sum has already counted them. Build it with reduction="mean", or return '
             "minikeras.Average(total, count).",
         ),
         (
             {"precision": "fp16", "model": Net().half()},
-            "precision='fp16' keeps the parameters in float32 and casts within the step, and they "
-            "are float16. Call model.float() before you make the optimizer.",
+            "precision='fp16' needs parameters in float32, which it casts within the step, but "
+            "they are float16. Call model.float() before you create the optimizer.",
         ),
     ],
     ids=lambda value: str(value)[:30],
@@ -773,7 +773,7 @@ def test_fp16_scaler_and_the_default_optimizer_share_what_holds_a_step_back():
     assert dfhistory["loss"].iloc[-1] < 0.7 * dfhistory["loss"].iloc[0]
     X, y = points(100)
     X[44] = float("nan")
-    with pytest.raises(FloatingPointError, match="The weights are those of before it"):
+    with pytest.raises(FloatingPointError, match="The weights are those from before this step"):
         model.fit(1, (X, y), batch_size=10, verbose=0)
 
 

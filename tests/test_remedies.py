@@ -62,7 +62,7 @@ AS_COLUMN = {
 def test_features_of_one_number_a_row_raise_an_error_that_says_to_make_a_column(x, column, labels):
     y = 2 * x + 1
     message = told(
-        model_of(nn.Linear(1, 1)), (x, y), "was given (32,). Pass X as a column, X.reshape(-1, 1)"
+        model_of(nn.Linear(1, 1)), (x, y), "got shape (32,). Pass X as a column, X.reshape(-1, 1)"
     )
     assert "in_features=32" not in message
     told(
@@ -515,7 +515,7 @@ def test_loss_for_one_of_several_outputs_raises_an_error_that_says_one_for_each(
         compiled(Two(kind), loss),
         (X, labels),
         words,
-        f"or pass a dict with a loss for each output as loss_func, beginning with {{{first!r}: ",
+        f"or pass a dict with a loss for each output as loss_func, starting with {{{first!r}: ",
     )
     trains(compiled(Two(kind), {first: nn.MSELoss(), second: F.cross_entropy}), (X, labels))
 
@@ -560,7 +560,7 @@ def test_scipy_matrices_as_batches_raise_an_error_that_says_to_pass_the_matrix()
     rows = [(matrix[row], row) for row in range(6)]
     with pytest.raises(TypeError) as raised:
         model_of(nn.Linear(2, 1)).evaluate(DataLoader(rows, batch_size=2))
-    assert "Pass the matrix itself, (X, y)" in raised.value.__notes__[0]
+    assert "Pass the matrix to fit, (X, y)" in raised.value.__notes__[0]
     expected = made.predict(dense)
     torch.testing.assert_close(made.predict(matrix), expected)
     torch.testing.assert_close(made.predict([matrix.toarray()]), expected)

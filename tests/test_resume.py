@@ -207,9 +207,9 @@ def test_resumed_fit_takes_other_metrics_between_epochs_and_refuses_them_within_
     with pytest.raises(CheckpointError) as raised:
         compiled().fit(2, points(60), **path)
     assert str(raised.value) == (
-        f"{path['checkpoint']} was written within an epoch that counts loss, other, and here it "
-        "would be loss. Compile as it was compiled then. To start anew, delete "
-        f"{path['checkpoint']} and {path['checkpoint']}.prev, or give another path."
+        f"{path['checkpoint']} was written in the middle of an epoch that logs loss, other, and "
+        "this run logs loss. Call compile with the same arguments as then. To start from scratch, "
+        f"delete {path['checkpoint']} and {path['checkpoint']}.prev, or pass another path."
     )
     dfhistory = compiled(metrics_dict={"other": metric}).fit(2, points(60), **path)
     assert dfhistory["mean"].isna().tolist() == [False, True]
@@ -228,8 +228,8 @@ def test_resumed_fit_says_where_it_continues_in_a_line(tmp_path, capsys):
     with pytest.raises(Killed):
         fit(kill=4)
     capsys.readouterr()
-    assert fit().splitlines()[0] == f"{path}: carried on in epoch 2 after step 1"
-    assert fit() == f"{path}: finished after epoch 2, nothing is left to train\n"
+    assert fit().splitlines()[0] == f"{path}: resumed in epoch 2 after step 1"
+    assert fit() == f"{path}: finished after epoch 2, nothing left to train\n"
 
 
 def test_resumed_fit_keeps_the_mark_of_the_best_epoch(tmp_path, capsys):
@@ -253,7 +253,7 @@ def test_checkpoint_with_persistent_workers_that_may_draw_warns_as_the_fit_begin
     with pytest.warns(UserWarning, match="persistent_workers") as warned:
         compiled().fit(1, loader, verbose=0, checkpoint=tmp_path / "run.pt")
     assert [str(warning.message) for warning in warned] == [
-        "dl_train has persistent_workers, whose random states a checkpoint does not hold: if the "
+        "dl_train has persistent_workers, whose random states a checkpoint cannot save: if the "
         "dataset draws random numbers, a resumed run draws others. Set persistent_workers=False "
         "for an exact resume."
     ]
@@ -273,15 +273,15 @@ def test_resumed_fit_warns_of_other_rows_or_another_batch_size_within_an_epoch(
     with pytest.raises(Killed):
         fit(40, 10, after=1)
     with pytest.warns(
-        UserWarning, match="the checkpoint stands|dl_train has other data here"
+        UserWarning, match="the checkpoint was written|dl_train has other data here"
     ) as told:
         fit(rows, batch_size)
     assert len(told) == (1 if rows == 40 else 2)
     assert str(told[-1].message) == (
-        "the checkpoint stands in an epoch of 4 batches, and dl_train has 8 here: it has other "
-        "rows, or another batch_size. The first 1 are left out, and others than those that were "
-        "trained on. Give the same data and batch_size as before; from an epoch's end on any will "
-        "do."
+        "the checkpoint was written in an epoch of 4 batches, and dl_train has 8 now: its rows or "
+        "its batch_size differ. The first 1 are skipped, but they are not those that were trained "
+        "on. Give the same data and batch_size as before; a checkpoint written at the end of an "
+        "epoch resumes with any data."
     )
 
 
@@ -310,12 +310,12 @@ def test_resumed_fit_warns_of_another_learning_rate_in_the_script_and_not_of_one
     first = fit(2, 0.1)
     for _ in range(2):
         assert fit(2, 0.1).equals(first)
-    with pytest.warns(UserWarning, match="was begun") as told:
+    with pytest.warns(UserWarning, match="was started") as told:
         fit(2, 0.2)
     assert str(told[0].message) == (
-        f"{path} was begun with other settings of the optimizer than this script's, lr 0.01 and "
-        "not 0.02, initial_lr 0.1 and not 0.2. The file's go on. Set them in on_epoch_begin of a "
-        "callback to change them in the run."
+        f"{path} was started with other optimizer settings than this script's: lr 0.01 and not "
+        "0.02, initial_lr 0.1 and not 0.2. The file's settings are used. To change them during a "
+        "run, set them in on_epoch_begin of a callback."
     )
 
 
@@ -332,7 +332,7 @@ def test_resumed_fit_continues_in_the_same_process_after_an_error_at_an_epochs_e
     model = compiled()
     with pytest.raises(ZeroDivisionError) as raised:
         model.fit(3, points(40), callbacks=[broken], **path)
-    assert raised.value.__notes__[-1].endswith("Call fit again to go on from there.")
+    assert raised.value.__notes__[-1].endswith("Call fit again to resume from there.")
     model.fit(epochs, points(40), **path)
     pd.testing.assert_frame_equal(model.history, expected.history, check_exact=True)
     assert len(model.fit(1, points(40), **path)) == epochs + 1  # that one had come to its end
@@ -417,9 +417,9 @@ def test_resumed_fit_warns_of_callbacks_that_the_states_may_not_belong_to(kinds,
     with pytest.warns(UserWarning, match="goes to the callback of") as told:
         fit(3, kinds)
     assert str(told[0].message) == (
-        f"the checkpoint has the state of Timer, EMA, and those that keep one are "
-        f"{'Timer, EMA, EMA 2' if kinds else 'none'} here. It goes to the callback of its class "
-        f"and number. Give the same ones in the same order."
+        "the checkpoint has the state of the callbacks Timer, EMA, and this fit's callbacks with "
+        f"a state are {'Timer, EMA, EMA 2' if kinds else 'none'}. Each state goes to the callback "
+        "of its class and number. Pass the same callbacks in the same order."
     )
 
 
@@ -471,7 +471,7 @@ def test_resumed_fit_refuses_data_that_ends_before_the_place_of_the_checkpoint(t
     with pytest.raises(RuntimeError) as raised:
         compiled().fit(2, points(20), **path)
     assert str(raised.value) == (
-        "the checkpoint stands after batch 2 and dl_train ended after 1. Give the same data as "
-        f"before. To start anew, delete {tmp_path}/run.pt and {tmp_path}/run.pt.prev, or give "
-        "another path."
+        "the checkpoint was written after batch 2 and dl_train ended after 1. Give the same data "
+        f"as before. To start from scratch, delete {tmp_path}/run.pt and {tmp_path}/run.pt.prev, "
+        "or pass another path."
     )

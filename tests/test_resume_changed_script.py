@@ -121,7 +121,7 @@ def test_resumed_script_with_a_changed_schedule_takes_it_and_warns(change, tmp_p
     assert torch.equal(model.net.weight, expected.weight)
     assert len(told) == 1
     assert words in told[0]
-    assert "The script's is taken" in told[0]
+    assert "This script's schedule is used" in told[0]
 
 
 def test_resumed_script_with_the_same_schedule_does_not_warn(tmp_path):
@@ -143,7 +143,7 @@ def test_resumed_script_with_other_betas_warns_and_keeps_those_of_the_file(tmp_p
     fits.USES.clear()
     with pytest.warns(UserWarning, match=r"betas\[0\] 0\.9 and not 0\.5") as told:
         model = start(adam((0.5, 0.999)), tmp_path / "run.pt", epochs=2)[3]
-    assert "The file's go on" in str(told[0].message)
+    assert "The file's settings are used" in str(told[0].message)
     assert model.optimizer.param_groups[0]["betas"][0] == 0.9
 
 
@@ -184,13 +184,13 @@ def best_of(monitor, path, epochs):
 
 def test_resumed_script_with_another_monitor_does_not_take_the_best_value(tmp_path):
     best_of("val_loss", tmp_path / "run.pt", 2)
-    with pytest.warns(UserWarning, match="that watched") as told:
+    with pytest.warns(UserWarning, match="that monitored") as told:
         model, stop, save = best_of("val_accuracy", tmp_path / "run.pt", 5)
     assert stop.best == save.best == model.history["val_accuracy"].iloc[2:].max()
     assert [str(warning.message) for warning in told] == [
-        f"{tmp_path / 'run.pt'} was written with {name} that watched 'val_loss' (min), and this "
-        "script's watches 'val_accuracy' (max). The script's is taken, and its best value is "
-        "looked for anew from here on."
+        f"{tmp_path / 'run.pt'} was written with {name} that monitored 'val_loss' (min), and this "
+        "script's monitors 'val_accuracy' (max). This script's is used, and its best value starts "
+        "over."
         for name in ("an EarlyStopping", "a ModelCheckpoint")
     ]
 
@@ -206,7 +206,7 @@ def test_resumed_script_with_other_data_of_as_many_rows_warns(finished, tmp_path
     fits.USES.clear()
     with pytest.warns(
         UserWarning,
-        match="nothing is trained on them" if finished else "the batches that are left out",
+        match="nothing is trained on it" if finished else "the skipped batches",
     ):
         start(lambda: {"data": lambda: (X * 3, Y)}, path, epochs=1)
 
@@ -257,7 +257,7 @@ REFUSED = {
     "another key of a callback": (
         {"callbacks": lambda: [Keeps("a")]},
         {"callbacks": lambda: [Keeps("b")]},
-        "callback Keeps cannot take: KeyError",
+        "callback Keeps cannot load: KeyError",
     ),
     "parameters in another order": (
         {"optimizer": lambda trained: torch.optim.SGD(trained, lr=0.1, momentum=0.9)},
@@ -290,7 +290,9 @@ def test_resumed_script_that_does_not_fit_is_refused_before_a_weight_changes(cha
     with pytest.raises(CheckpointError, match=words) as raised:
         start(lambda: second | {"net": remembered}, path)
     files = [file for file in (path, previous(path)) if file.exists()]
-    way_out = f"To start anew, delete {' and '.join(map(str, files))}, or give another path."
+    way_out = (
+        f"To start from scratch, delete {' and '.join(map(str, files))}, or pass another path."
+    )
     assert str(raised.value).endswith(f" {way_out}")
     (model,) = models
     assert_equal_tensors(model.state_dict(), before)

@@ -300,10 +300,10 @@ def test_checkpoint_warns_of_a_position_that_it_cannot_hold_as_the_fit_begins(
             epochs=1,
         )
     assert [str(warning.message) for warning in told] == [
-        "dl_train is a Stream, which has no state_dict: a checkpoint does not hold its position. "
-        "When a run is resumed in the middle of an epoch, the batches already seen are read again "
-        "and left out; the run is exact only if they come as before. Give it state_dict and "
-        "load_state_dict, or use a Dataset with __getitem__."
+        "dl_train is a Stream, which has no state_dict: a checkpoint cannot save its position. A "
+        "run that resumes in the middle of an epoch reads the batches already seen again and "
+        "skips them; it is exact only if they are the same as before. Give it the methods "
+        "state_dict and load_state_dict, or use a Dataset with __getitem__."
     ]
 
 
@@ -321,13 +321,14 @@ def test_resumed_fit_warns_of_batches_that_differ_when_they_are_read_again(tmp_p
     UNSEEDED[:] = range(20)
     with pytest.raises(Killed):
         start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path, kill=1)
-    with pytest.warns(UserWarning, match="other batches") as told:
+    with pytest.warns(UserWarning, match="different batches") as told:
         start(lambda: {"data": lambda: DataLoader(Unseeded(), 20)}, path)
     assert [str(warning.message) for warning in told] == [
-        "dl_train gives other batches when it is read again: the checkpoint stands in the middle "
-        "of an epoch, and the first batch of that epoch is another one here. The batches that are "
-        "left out are not those that were trained on. Draw from a generator that is an attribute, "
-        "seeded where the script makes it; or give dl_train state_dict and load_state_dict."
+        "dl_train gives different batches when it is read again: the checkpoint was written in "
+        "the middle of an epoch, and the first batch of that epoch is different now. The batches "
+        "that are skipped are not those that were trained on. Draw from a generator that is an "
+        "attribute, seeded where the script creates it; or give dl_train the methods state_dict "
+        "and load_state_dict."
     ]
 
 

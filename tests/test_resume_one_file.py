@@ -32,11 +32,11 @@ def test_checkpoint_of_another_fold_is_refused_and_a_file_for_each_trains(seed, 
         fold(1, path, seed)
     assert str(raised.value) == (
         f"{path} is the checkpoint of another fit of this process: of another model, or of another "
-        "compile. Taking it would give this fit the weights and the history of that one. Give "
-        "each fit a file of its own, such as "
-        f'checkpoint="run_2.pt". To start anew, delete {path} and {path}.prev, or give another '
-        "path. To resume that fit, call fit of the model that it trained, or start the script "
-        "again."
+        "compile. Loading it would give this fit the weights and the history of that one. Give "
+        "each fit its own file, such as "
+        f'checkpoint="run_2.pt". To start from scratch, delete {path} and {path}.prev, or pass '
+        "another path. To resume that fit, call fit of the model that it trained, or start the "
+        "script again."
     )
     assert fold(1, tmp_path / "run_2.pt") == fold(1, None)
     path.unlink()
@@ -67,7 +67,7 @@ def test_checkpoint_of_the_first_phase_is_refused_by_the_second(rate, tmp_path):
             model.fit(1, (X, Y), checkpoint=path, verbose=0)
             assert len(model.history) == 3
     weight = model.net.weight.clone()
-    with pytest.raises(CheckpointError, match="Give each fit a file of its own"):
+    with pytest.raises(CheckpointError, match="Give each fit its own file"):
         model.fit(2, (X, Y), checkpoint=path, verbose=0)
     assert torch.equal(model.net.weight, weight)
     model.fit(2, (X, Y), checkpoint=tmp_path / "run_2.pt", verbose=0)

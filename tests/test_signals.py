@@ -137,7 +137,7 @@ def test_signal_is_reported_in_a_line(tmp_path, capsys):
             1, points(96), checkpoint=tmp_path / "run.pt", callbacks=[send(signal.SIGINT, at=2)]
         )
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call goes on from "
+        f"{tmp_path / 'run.pt'}: stopped in epoch 1 after step 2; the same call resumes from "
         "there\n"
     )
 

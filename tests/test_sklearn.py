@@ -283,7 +283,7 @@ MISTAKES = {
         TypeError,
         "Classifier got 'epoch', which is no argument of its own and none of the model's factory. "
         "Expected batch_size, callbacks, device, epochs, loss_func, lr, metrics_dict, model, "
-        "optimizer, random_state, validation, verbose, width, depth.",
+        "optimizer, random_state, validation, verbose, width, depth. Did you mean 'epochs'?",
     ),
     "a factory without a return": (
         Classifier(lambda n_features, n_outputs: None),

@@ -523,6 +523,26 @@ CALLBACK_MISTAKES = {
         "`callbacks` must be a list of callbacks or of (name, callback) pairs, got str. Pass "
         "[callback], or [(name, callback)] to choose the name.",
     ),
+    "a class alone": (
+        EarlyStopping,
+        TypeError,
+        "`callbacks` must be a list of callbacks or of (name, callback) pairs, got the class "
+        "EarlyStopping. Pass [EarlyStopping()].",
+    ),
+    "a partial of a class": (
+        [("stop", functools.partial(EarlyStopping, patience=3))],
+        TypeError,
+        "the function under 'stop' in `callbacks` is called with the model of the fit, and "
+        "functools.partial of EarlyStopping would take it for its next argument. Pass an instance, "
+        "EarlyStopping(...).",
+    ),
+    "a function without arguments": (
+        [("stop", lambda: EarlyStopping("loss"))],
+        TypeError,
+        "the function under 'stop' in `callbacks` is called with the model of the fit, and cannot "
+        "be: too many positional arguments. Pass a function of the model, lambda model: ..., or "
+        "the callback itself.",
+    ),
     "a triple": (
         [("stop", stop(), 3)],
         TypeError,
@@ -596,6 +616,32 @@ def test_estimator_refuses_callbacks_that_cannot_be(mistake):
         )
     assert not hasattr(classifier, "model_")
     classifier.set_params(callbacks=[EarlyStopping("loss")]).fit(*rows())
+
+
+SUGGESTIONS = {
+    "validation_split": "Pass validation=0.1.",
+    "early_stopping": "Pass callbacks=[EarlyStopping(...)] and validation=0.1.",
+    "callback": "Did you mean 'callbacks'?",
+    "callbacks__earlystopping__patience": (
+        "Pass the callbacks as a list, callbacks=[EarlyStopping(...)]; set_params and searches "
+        "take the names of their settings."
+    ),
+    "optimizer__momentum": "Pass functools.partial(torch.optim.SGD, momentum=...) as optimizer.",
+    "module__hidden": "Pass hidden=...",
+    "max_epochs": "Did you mean 'epochs'?",
+}
+
+
+@pytest.mark.parametrize("name", SUGGESTIONS)
+def test_estimator_given_an_argument_of_another_library_says_what_to_pass(name):
+    classifier = Classifier(**{name: 3}, **CPU)
+    with pytest.raises(TypeError) as caught:
+        classifier.fit(*rows())
+    assert str(caught.value) == (
+        f"Classifier got {name!r}, which is no argument of its own and none of the model's factory."
+        f" Expected batch_size, callbacks, device, epochs, loss_func, lr, metrics_dict, model, "
+        f"optimizer, random_state, validation, verbose, hidden. {SUGGESTIONS[name]}"
+    )
 
 
 # --- partial_fit ----------------------------------------------------------------------------------
@@ -724,6 +770,11 @@ PARTIAL_MISTAKES = {
         "classes are rose, setosa, versicolor, virginica, and the network was created for setosa, "
         "versicolor, virginica. Leave classes out, or start with a new estimator: "
         "sklearn.base.clone(estimator).",
+    ),
+    "a number of classes": (
+        lambda X, y: first_call().partial_fit(X, y, 3),
+        "`classes` must be a list of all labels, got int. Pass such as "
+        "classes=numpy.unique(all_labels).",
     ),
     "one class": (
         lambda X, y: first_call().partial_fit(X, y, ["rose"]),

@@ -477,7 +477,7 @@ def test_split_batch_that_fails_on_dl_val_is_an_error_before_a_weight_moves():
     assert error.value.__notes__[0].endswith(
         "{'x': Tensor (22, 2) float32, 'y': Tensor (22, 1) float32}"
     )
-    assert "dl_val, batch 1, looked at before the first step" in error.value.__notes__
+    assert "dl_val, batch 1, checked before the first step" in error.value.__notes__
 
 
 def test_split_batch_that_is_no_function_is_refused_by_compile():
@@ -487,6 +487,101 @@ def test_split_batch_that_is_no_function_is_refused_by_compile():
     )
     with refused(message):
         compiled(Net(), split_batch="labels")
+
+
+class Splitter:
+    """A class whose objects split a batch."""
+
+    def __call__(self, batch):
+        return split_dict(batch)
+
+
+def split_pair(features, labels):
+    """Take two arguments, where one batch is passed."""
+    return features, labels
+
+
+NO_FUNCTIONS = {
+    "class": (
+        Splitter,
+        "the class Splitter. Pass an instance whose __call__ takes the batch, Splitter().",
+    ),
+    "two arguments": (
+        split_pair,
+        "split_pair, which cannot be called with one argument, the batch: missing a required "
+        'argument: \'labels\'. Pass for instance lambda batch: (batch["x"], batch["y"]).',
+    ),
+}
+
+
+@pytest.mark.parametrize(("split", "got"), NO_FUNCTIONS.values(), ids=NO_FUNCTIONS)
+def test_split_batch_that_does_not_take_one_batch_is_refused_by_compile(split, got):
+    message = (
+        "TypeError: split_batch must be a function from a batch to (features, labels), got " + got
+    )
+    with refused(message):
+        compiled(Net(), split_batch=split)
+    compiled(Net(), split_batch=Splitter()).fit(1, DICTS, verbose=0)
+
+
+def pop_from_dict(batch):
+    labels = batch.pop("labels", None)
+    return batch["x"], labels
+
+
+def pop_from_list(batch):
+    labels = batch.pop()
+    return batch[0], labels
+
+
+POPPED = {
+    "dict": (pop_from_dict, dict),
+    "mapping": (pop_from_dict, UserDict),
+    "list": (pop_from_list, lambda batch: list(batch.values())),
+}
+
+
+@pytest.mark.parametrize(("split", "form"), POPPED.values(), ids=POPPED)
+def test_split_batch_that_pops_parts_leaves_a_list_of_batches_as_it_is(split, form):
+    batches = [form(batch) for batch in DICTS]
+    model = compiled(Net(), split_batch=split)
+    reference = copy.deepcopy(model)
+    dfhistory = model.fit(2, batches, batches, verbose=0)
+    expected = bare_fit(reference, PAIRS, epochs=2)
+    assert dfhistory["loss"].tolist() == pytest.approx(expected, rel=1e-6)
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate", "predict"])
+def test_split_batch_that_takes_rows_of_a_single_tensor_for_parts_is_an_error(verb):
+    message = (
+        "ValueError: split_batch returned features Tensor (2,) float32, which is one row of the "
+        "batch Tensor (22, 2) float32: the batch is a single tensor, and batch[0] its first row. "
+        "If batches of features alone have no labels, let split_batch begin with `if "
+        "isinstance(batch, torch.Tensor): return batch, None`."
+    )
+    model = compiled(Net(), split_batch=lambda batch: (batch[0], batch[1]))
+    with refused(message, model):
+        model.fit(1, X, verbose=0) if verb == "fit" else getattr(model, verb)(X)
+
+    def split(batch):
+        if isinstance(batch, torch.Tensor):
+            return batch, None
+        return batch[0], batch[1]
+
+    compiled(model, split_batch=split)
+    assert torch.equal(model.predict(X), model.predict((X, y)))
+
+
+def test_split_batch_takes_features_and_labels_that_are_stacked_into_a_tensor():
+    net = nn.Linear(1, 1)
+    expected = net(X[:, :1]).detach()
+    model = compiled(
+        minikeras.Model(nn.Sequential(nn.Unflatten(0, (-1, 1)), net)),
+        split_batch=lambda batch: (batch[0], batch[1]),
+    )
+    stacked = [torch.stack([x[:, 0], labels[:, 0]]) for x, labels in PAIRS]
+    torch.testing.assert_close(model.predict(stacked), expected)
 
 
 def test_split_batch_that_returns_no_labels_for_fit_is_an_error():
@@ -504,7 +599,7 @@ def test_split_batch_that_returns_no_labels_for_dl_val_is_an_error_before_a_weig
     message = "ValueError: split_batch returned no labels, (Tensor (22, 2) float32, None), and ..."
     with refused(message, model) as error:
         model.fit(1, DICTS, [{"x": X}], verbose=0)
-    assert "dl_val, batch 1, looked at before the first step" in error.value.__notes__
+    assert "dl_val, batch 1, checked before the first step" in error.value.__notes__
 
 
 def test_split_batch_weight_of_another_shape_is_an_error():

@@ -246,7 +246,7 @@ def f1(y_pred, y_true):
 
 def test_transformed_function_that_is_no_mean_over_rows_is_told():
     model = model_of({"f1": Transformed(f1, probability, yes)})
-    with pytest.warns(UserWarning, match="^metric 'f1' is no mean over rows"):
+    with pytest.warns(UserWarning, match="^metric 'f1' is not a mean over rows"):
         model.evaluate(data())
 
 
@@ -287,7 +287,7 @@ def test_metric_that_fails_on_what_it_sees_says_what_that_is():
     with pytest.raises(AttributeError) as caught:
         model.evaluate(data())
     assert caught.value.__notes__[0].startswith(
-        "metric 'digit', given y_pred Tensor (32, 1) float32, y_true [int, int, int, int, ...]"
+        "metric 'digit' got y_pred Tensor (32, 1) float32, y_true [int, int, int, int, ...]"
     )
 
 
@@ -309,6 +309,16 @@ def test_metric_that_fails_on_what_it_sees_says_what_that_is():
             (accuracy, nn.Sigmoid),
             "`y_pred` must be a function of the outputs of a batch, got the class Sigmoid. Pass "
             "for instance y_pred=lambda outputs: outputs[0], which gives the first of several.",
+        ),
+        (
+            (torch.sigmoid, tmc.BinaryF1Score()),
+            "`y_pred` must be a function, got the metric BinaryF1Score. The metric comes first: "
+            "Transformed(metric, y_pred=function).",
+        ),
+        (
+            (torch.sigmoid, Transformed(accuracy)),
+            "`y_pred` must be a function, got the metric Transformed. The metric comes first: "
+            "Transformed(metric, y_pred=function).",
         ),
         (
             (accuracy, None, "digit"),

@@ -162,7 +162,7 @@ def test_loss_that_fails_without_labels_says_that_there_are_none():
     model = compiled(minikeras.Model(nn.Linear(2, 1)), lambda p, t: (p - t).square().mean())
     with pytest.raises(TypeError, match="NoneType") as caught:
         model.fit(1, [X[:8, :2]], verbose=0)
-    assert "The batches are features alone: give (features, labels)" in caught.value.__notes__[0]
+    assert "The batches contain only features: pass (features, labels)" in caught.value.__notes__[0]
     rows = X[:8, :1]
     compiled(minikeras.Model(nn.Linear(1, 1)), lambda p, t: (p - t).square().mean()).fit(
         1, (rows, rows), verbose=0

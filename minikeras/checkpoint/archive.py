@@ -72,7 +72,7 @@ def check_entries(archive: zipfile.ZipFile, size: int) -> None:
     names = {entry.filename for entry in entries}
     folders = {name.partition("/")[0] for name in names}
     if len(names) < len(entries) or len(folders) > 1:
-        raise ArchiveError("is damaged: its entries have not one name each in one folder")
+        raise ArchiveError("is damaged: its entries must have distinct names in one folder")
     if sum(entry.file_size for entry in entries) > size:
         raise ArchiveError("is damaged: its entries have more bytes than the file")
     damaged = archive.testzip()  # torch.load does not notice a flipped bit in a tensor
@@ -164,7 +164,7 @@ def _follow(
         stack.append(CONTAINER)
     elif name in LITERALS:
         if name == "LONG1" and argument.bit_length() > 8 * LONGEST_NUMBER:
-            raise ArchiveError(f"holds a whole number of more than {LONGEST_NUMBER} bytes")
+            raise ArchiveError(f"contains an integer of more than {LONGEST_NUMBER} bytes")
         stack.append(argument)
     elif name == "GLOBAL":
         stack.append(Name(".".join(argument.split(" ", 1))))
@@ -226,7 +226,9 @@ def _build_tuple(items: tuple[Any, ...], size: int) -> Items:
         else:
             places += 1
     if depth > DEEPEST or places > MOST_PLACES + size:
-        raise ArchiveError("holds a nest that unfolds into more than the file could hold")
+        raise ArchiveError(
+            "contains nested containers that expand to more values than its size allows"
+        )
     return Items(items, places, depth)
 
 
@@ -242,7 +244,7 @@ def _check_storage(identity: Any, entries: dict[str, int], root: str) -> Storage
         raise ValueError("a storage of no kind that is known")
     entry = f"{root}/data/{key}"
     if entry not in entries:
-        raise ArchiveError(f"is damaged: there is no {entry} in it")
+        raise ArchiveError(f"is damaged: {entry} is missing")
     if not 0 <= numel * ITEM_SIZES[name] <= entries[entry]:
         raise ArchiveError(
             f"is damaged: it claims {numel} elements of {entry}, which has {entries[entry]} bytes"
@@ -265,16 +267,18 @@ def _check_call(function: Any, arguments: Any) -> CallResult:
         allocates = True
     if allocates:
         raise ArchiveError(
-            f"calls {function.text}, which no state of a model needs, and was not read"
+            f"calls {function.text}, which no model state needs, so it was not loaded"
         )
     if module == "_codecs" and (len(given) != 2 or given[1] not in ("latin1", "latin-1")):
-        raise ArchiveError(f"calls {function.text} otherwise than for bytes, and was not read")
+        raise ArchiveError(
+            f"calls {function.text} for something other than bytes, so it was not loaded"
+        )
     if name.endswith("from_type_v2"):
         # It rebuilds a tensor with attributes by calling its first argument.
         rebuild = given[0]
         if not isinstance(rebuild, Name) or "rebuild" not in rebuild.text:
             raise ArchiveError(
-                f"calls something else than a tensor through {function.text}, and was not read"
+                f"calls something other than a tensor through {function.text}, so it was not loaded"
             )
     if given and isinstance(given[0], Storage):
         _check_view(name, given)
@@ -322,7 +326,7 @@ def _check_build(target: Any) -> None:
     """Check that no tensor gets a state: it would replace the tensor's storage."""
     if not isinstance(target, CallResult) or target.function.startswith("torch"):
         raise ArchiveError(
-            "sets the state of a tensor, which torch.save does not do, and was not read"
+            "sets the state of a tensor, which torch.save does not do, so it was not loaded"
         )
 
 
@@ -356,7 +360,7 @@ def check_values(value: Any, size: int) -> None:
                 if id(part) in measured:
                     continue
                 if id(part) in opened:
-                    raise ArchiveError("holds a container that contains itself")
+                    raise ArchiveError("contains a container that contains itself")
                 stack.append(part)
         else:
             places = 1
@@ -369,7 +373,9 @@ def check_values(value: Any, size: int) -> None:
                 tensor_bytes += part_bytes
             too_large = places > MOST_PLACES + size or tensor_bytes > MOST_BYTES + 8 * size
             if depth > DEEPEST or too_large:
-                raise ArchiveError("holds a nest that unfolds into more than the file could hold")
+                raise ArchiveError(
+                    "contains nested containers that expand to more values than its size allows"
+                )
             measured[key] = (places, depth, tensor_bytes)
             stack.pop()
 
@@ -386,5 +392,5 @@ def _list_parts(value: Any) -> list[Any]:
 def _check_tensor(tensor: Tensor) -> int:
     """Check that a tensor has data, and return how many bytes a copy of it takes."""
     if tensor.device.type != "cpu":
-        raise ArchiveError(f"holds a tensor {tuple(tensor.shape)} without data")
+        raise ArchiveError(f"contains a tensor {tuple(tensor.shape)} without data")
     return tensor.numel() * tensor.element_size()

@@ -172,7 +172,7 @@ def refuse_special_file(path: Path) -> None:
 def find_reason(path: Path, error: Exception) -> str:
     """Say why a file could not be read."""
     if path.is_dir():
-        return "is a folder, and not a file"
+        return "is a folder, not a file"
     try:
         with open(path, "rb") as file:
             begin = file.read(len(ZIP))
@@ -183,7 +183,10 @@ def find_reason(path: Path, error: Exception) -> str:
     if begin != ZIP:
         return "is not a file that torch.save wrote"
     if "weights_only" in str(error):
-        return "holds more than tensors and plain values, which could run code, and was not read"
+        return (
+            "contains objects other than tensors and plain values, which could run code, so it "
+            "was not loaded"
+        )
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return f"is damaged or cut short: {first.rstrip('.')}"
 
@@ -192,9 +195,10 @@ def remedy(path: Path) -> str:
     """Say what to do about a file that cannot be used."""
     path = follow_links(path)
     if previous(path).exists():
-        return f"The one written before it is {previous(path)}."
+        return f"The previous version is {previous(path)}."
     return (
-        "There is none written before it: give another file, or move this one away to start anew."
+        "There is no previous version: pass another path, or move this file away to start from "
+        "scratch."
     )
 
 
@@ -202,8 +206,8 @@ def remedy_of_load(path: Path) -> str:
     """Say what to do about weights that do not fit the model."""
     before = previous(follow_links(path))
     if before.exists():
-        return f"If it is the wrong file, give another one: the one written before it is {before}."
-    return "If it is the wrong file, give another one."
+        return f"If it is the wrong file, pass another path: the previous version is {before}."
+    return "If it is the wrong file, pass another path."
 
 
 def remedy_of_fit(path: Path) -> str:
@@ -215,7 +219,7 @@ def remedy_of_fit(path: Path) -> str:
     files = [str(file) for file in (newest, previous(newest)) if file.exists()]
     if not files:
         files = [str(path)]
-    return f"To start anew, delete {' and '.join(files)}, or give another path."
+    return f"To start from scratch, delete {' and '.join(files)}, or pass another path."
 
 
 def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:
@@ -240,5 +244,5 @@ def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Pa
         if not before.exists():
             raise
         value = read(before)
-        warnings.warn(f"{error} It is used instead.", stacklevel=2)
+        warnings.warn(f"{error} The previous version is used instead.", stacklevel=2)
         return value, before

@@ -87,8 +87,8 @@ def use(
     if is_another:
         raise CheckpointError(
             f"{path} is the checkpoint of another fit of this process: of another model, or of "
-            "another compile. Taking it would give this fit the weights and the history of that "
-            "one. Give each fit a file of its own, such as "
+            "another compile. Loading it would give this fit the weights and the history of "
+            "that one. Give each fit its own file, such as "
             f'checkpoint="{path.stem}_2{path.suffix}". {remedy_of_fit(path)} To resume that fit, '
             "call fit of the model that it trained, or start the script again."
         )

@@ -161,8 +161,8 @@ def read_folder(folder: Path, mesh: Any = None) -> Any:
     if not is_folder_of_run(folder):
         hint = remedy(folder)
         if (folder / REST).is_file():
-            hint = f"Give the path of the file in it, {folder / REST}."
-        raise CheckpointError(f"{folder} is a folder, and not a file or a folder of a run. {hint}")
+            hint = f"Pass the path of the file in it, {folder / REST}."
+        raise CheckpointError(f"{folder} is a folder, but not one with a checkpoint. {hint}")
     try:
         state = read(folder / REST)
     except CheckpointError as error:

@@ -34,11 +34,11 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     """
     version = state.get(RUN) if isinstance(state, dict) else None
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path} is not the state of a run of minikeras. {remedy(path)}")
+        raise CheckpointError(f"{path} is not a checkpoint of a minikeras fit. {remedy(path)}")
     if version > VERSION:
         raise CheckpointError(
-            f"{path} has layout {version} and this minikeras knows those up to {VERSION}. Update "
-            f"minikeras. {remedy(path)}"
+            f"{path} has file layout {version}, and this version of minikeras reads layouts up to "
+            f"{VERSION}. Upgrade minikeras. {remedy(path)}"
         )
     check_state(state, path)
     check_weights(model, state["model"], path, remedy)
@@ -59,8 +59,8 @@ def check_run(state: Any, model: nn.Module, run: Run, path: Path) -> None:
     for name in state["optimizers"]:
         if name not in run.optimizers:
             raise CheckpointError(
-                f"{path} was written with an optimizer {name!r}, which compile was not given here. "
-                f"Compile as it was compiled then. {remedy(path)}"
+                f"{path} was written with an optimizer {name!r}, which this call of compile does "
+                f"not have. Call compile with the same arguments as then. {remedy(path)}"
             )
     check_contents(state, model, run, path)
 
@@ -87,8 +87,9 @@ def check_metrics(state: Any, run: Run, path: Path) -> None:
     counted = state["totals"].get("names", own)  # older files have no names
     if state["position"]["step"] and set(counted) != set(own):
         raise CheckpointError(
-            f"{path} was written within an epoch that counts {', '.join(counted)}, and here it "
-            f"would be {', '.join(own)}. Compile as it was compiled then. {remedy(path)}"
+            f"{path} was written in the middle of an epoch that logs {', '.join(counted)}, and "
+            f"this run logs {', '.join(own)}. Call compile with the same arguments as then. "
+            f"{remedy(path)}"
         )
 
 
@@ -99,9 +100,9 @@ def check_window(written: Any, run: Run, path: Path) -> None:
     now = settings_of_parts(run)["accumulate"]
     if has_open_window(written) and written["accumulate"] != now:
         raise CheckpointError(
-            f"{path} was written between two steps of accumulate={written['accumulate']}, and the "
-            f"model was compiled with accumulate={now}. Compile as it was compiled then. "
-            f"{remedy(path)}"
+            f"{path} was written in a partly filled window of accumulate={written['accumulate']}, "
+            f"and the model is now compiled with accumulate={now}. Call compile with the same "
+            f"arguments as then. {remedy(path)}"
         )
 
 
@@ -123,7 +124,7 @@ def check_processes(state: Any, run: Run, path: Path) -> None:
         return
     totals = state["totals"]
     if has_open_window(state.get("precision") or {}):
-        what = "a half full window of accumulate"
+        what = "a partly filled window of accumulate"
     elif totals["objects"] and totals["updated"]:
         what = "metric objects"
     elif (state["train"] or {}).get("loader") is not None:
@@ -133,8 +134,8 @@ def check_processes(state: Any, run: Run, path: Path) -> None:
     processes = "processes" if then > 1 else "process"
     raise CheckpointError(
         f"{path} was written by {then} {processes} in the middle of an epoch, with {what}, and "
-        f"this is a run of {now}. Start as many as then; from an epoch's end on any number will "
-        f"do. {remedy(path)}"
+        f"this run has {now}. Start as many as then; a checkpoint written at the end of an epoch "
+        f"resumes on any number. {remedy(path)}"
     )
 
 
@@ -184,8 +185,8 @@ def check_optimizer(
     shown_name = f" {name!r}" if name else ""
     raise CheckpointError(
         f"{path} was written with another optimizer{shown_name}: {was} instead of {own_class} "
-        f"{own_sizes} (parameters in each group){other}. Compile as it was compiled then. "
-        f"{remedy(path)}"
+        f"{own_sizes} (parameters in each group){other}. Call compile with the same arguments as "
+        f"then. {remedy(path)}"
     )
 
 
@@ -288,9 +289,9 @@ def warn_of_other_settings(
     differences = other_settings(begun, now, RATES if scheduled else ())
     if differences:
         warnings.warn(
-            f"{path} was begun with other settings of the optimizer than this script's, "
-            f"{differences}. The file's go on. Set them in on_epoch_begin of a callback to change "
-            "them in the run.",
+            f"{path} was started with other optimizer settings than this script's: {differences}. "
+            "The file's settings are used. To change them during a run, set them in "
+            "on_epoch_begin of a callback.",
             stacklevel=5,
         )
 
@@ -316,8 +317,8 @@ def warn_of_another_script(begun: Mapping[str, Any], now: Mapping[str, Any], pat
             differences.append(f"{', '.join(froze[:3])} trained, and frozen here")
     if differences:
         warnings.warn(
-            f"{path} was begun by another script: with {'; '.join(differences)}. What this script "
-            "says is taken from here on.",
+            f"{path} was started by a script with other settings: {'; '.join(differences)}. This "
+            "script's settings are used from now on.",
             stacklevel=5,
         )
 
@@ -346,8 +347,8 @@ def warn_of_other_schedules(changed: Mapping[str, str], path: Any) -> None:
     for name, differing in changed.items():
         warnings.warn(
             f"{path} was written with another schedule than this script's {name}: {differing}. "
-            "The script's is taken: from here on its learning rates are those of a run that had "
-            "it from its beginning.",
+            "This script's schedule is used: from now on the learning rates are those of a run "
+            "that had it from the start.",
             stacklevel=5,
         )
 
@@ -363,9 +364,9 @@ def warn_of_other_monitors(
         own = callback.state_dict().get("monitor")
         if was != own:
             warnings.warn(
-                f"{path} was written with {add_article(name)} that watched {show_monitor(was)}, "
-                f"and this script's watches {show_monitor(own)}. The script's is taken, and its "
-                "best value is looked for anew from here on.",
+                f"{path} was written with {add_article(name)} that monitored {show_monitor(was)}, "
+                f"and this script's monitors {show_monitor(own)}. This script's is used, and its "
+                "best value starts over.",
                 stacklevel=5,
             )
 
@@ -407,9 +408,9 @@ def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callbac
     added = [name for name in stateful if name not in states and name.partition(" ")[0] in written]
     if added or not set(stateful) >= set(written):
         warnings.warn(
-            f"the checkpoint has the state of {', '.join(written)}, and those that keep one are "
-            f"{', '.join(stateful) or 'none'} here. It goes to the callback of its class and "
-            "number. Give the same ones in the same order.",
+            f"the checkpoint has the state of the callbacks {', '.join(written)}, and this fit's "
+            f"callbacks with a state are {', '.join(stateful) or 'none'}. Each state goes to the "
+            "callback of its class and number. Pass the same callbacks in the same order.",
             stacklevel=4,
         )
 
@@ -419,8 +420,8 @@ def warn_of_other_generators(names: list[str], path: Any) -> None:
     if names:
         warnings.warn(
             f"{path} was written with other random generators in the model, the loss or the "
-            f"callbacks than this script's: {', '.join(names[:3])}. Each that is in both goes on; "
-            "the others begin anew.",
+            f"callbacks than this script's: {', '.join(names[:3])}. Generators in both continue; "
+            "the others start over.",
             stacklevel=5,
         )
 
@@ -433,15 +434,14 @@ def warn_of_other_data(state: Any, now: int | None, finished: bool, path: Any) -
     if finished:
         warnings.warn(
             f"{path} holds a finished run, and dl_train has other data here: nothing is trained "
-            "on them. Give another file to train on these data, or more epochs to go on with "
-            "them.",
+            "on it. Pass another path to train on this data, or more epochs to continue with it.",
             stacklevel=5,
         )
     elif state["position"]["step"]:
         warnings.warn(
             f"{path} was written in the middle of an epoch, and dl_train has other data here: the "
-            "batches that are left out are others than those that were trained on. Give the same "
-            "data as before; from an epoch's end on any will do.",
+            "skipped batches are not those that were trained on. Give the same data as before; a "
+            "checkpoint written at the end of an epoch resumes with any data.",
             stacklevel=5,
         )
 

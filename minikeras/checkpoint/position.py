@@ -1,10 +1,10 @@
-"""Where an iteration of batches stands, and the rest of that iteration in another process.
+"""Save the position in an iteration of batches, and resume from it in another process.
 
-What was drawn before is drawn again: the random state of the iteration's start is put back, the
-batches already seen are passed over, and then the random state is that of the run again.
+The random draws are repeated: the random state at the start of the iteration is restored, the
+batches already seen are skipped, and then the random state of the run is restored.
 
-a source that is_exact           read again, which costs next to nothing, or begun later
-a DataLoader without workers     passed over by number: the sampler draws, no row is read
+a source that is_exact           read again, which costs next to nothing, or started later
+a DataLoader without workers     skipped by number: the sampler draws, no row is read
 a DataLoader with workers        read again, since its workers hold random states of their own
 one with state_dict              resumes by itself
 a custom iterable                read again; a warning says if its first batch differs then
@@ -62,7 +62,7 @@ MOST_DRAWS = 1_000  # states of generators that are kept of one iteration
 
 
 class Positioned:
-    """Batches that know how many were given since which random state, and can resume from there.
+    """Batches that record their position and its random state, and can resume from there.
 
     >>> import torch
     >>> data = list(range(5))
@@ -86,8 +86,8 @@ class Positioned:
         self.randomness = randomness
         self.start: Any = None  # the random state at which the current iteration began
         self.seen = 0
-        self.iterations = 0  # that have begun in this call of fit
-        self.pending: dict[str, Any] | None = None  # where the next iteration begins
+        self.iterations = 0  # iterations started in this call of fit
+        self.pending: dict[str, Any] | None = None  # where the next iteration starts
         self.epochs: list[int | None] = []  # by which samplers shuffled the current iteration
         self.first: int | None = None  # a checksum of the first batch of the current iteration
         self.order: WatchedOrder | None = None  # of a sampler that may draw as it is read
@@ -117,7 +117,7 @@ class Positioned:
         self.start = None
 
     def after(self, count: int) -> Iterator[Any]:
-        """Return the rest of the current iteration; `resume_at` has said where it stands."""
+        """Return the rest of the current iteration, from the position that `resume_at` has set."""
         return iter(self)
 
     def _new_iterator(self) -> Iterator[Any]:
@@ -130,7 +130,7 @@ class Positioned:
         return self.draws
 
     def position(self) -> dict[str, Any] | None:
-        """Return where the current iteration stands, as plain values; None between two."""
+        """Return the position of the current iteration as plain values; None between two."""
         if self.pending is not None or self.start is None:
             return self.pending
         state = self.loader.state_dict() if keeps_state(self.loader) else None
@@ -167,7 +167,7 @@ class Positioned:
             )
         now = find_length(self.batches)
         if position["loader"] is None and now is not None and position["seen"] > now:
-            raise ended_before(position["seen"], self.name, now, self.remedy)
+            raise build_end_error(position["seen"], self.name, now, self.remedy)
 
     def resume_at(self, position: dict[str, Any] | None) -> None:
         """Let the next iteration begin at a position; None for a new one."""
@@ -207,7 +207,7 @@ class Positioned:
         return iterator
 
     def _pass_over(self, iterator: Iterator[Any], first: int | None = None) -> None:
-        """Read the batches that have been seen.
+        """Skip the batches already seen by reading them.
 
         Args:
             first: a checksum of the first one; None if it is not known.
@@ -218,7 +218,7 @@ class Positioned:
                 warn_of_other_batches(self.name)
             passed += 1
         if passed < self.seen:
-            raise ended_before(self.seen, self.name, passed, self.remedy)
+            raise build_end_error(self.seen, self.name, passed, self.remedy)
 
 
 # --- what a source can do -------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def takes_order(batches: Any) -> bool:
 
 
 def keeps_state(loader: Any) -> bool:
-    """Tell whether a loader knows where it stands and can resume by itself.
+    """Tell whether a loader saves its own position and can resume from it.
 
     Such as torchdata's StatefulDataLoader.
     """
@@ -333,14 +333,14 @@ def iterate_after(
     iterator = iter(batches if rows is None else rows.batches())
     passed = sum(1 for _ in islice(iterator, count))
     if passed < count:
-        raise ended_before(count, name, passed, remedy)
+        raise build_end_error(count, name, passed, remedy)
     if rows is not None:
         rows.reads = True
     return iterator
 
 
 def can_skip_by_number(batches: Iterable[Any], loader: Any) -> bool:
-    """Tell whether passing over a batch of this loader needs only the numbers of its rows."""
+    """Tell whether skipping a batch of this loader needs only the numbers of its rows."""
     if not isinstance(batches, DataLoader) or batches.num_workers > 0:
         return False
     return reads_the_same(batches, loader)
@@ -349,21 +349,22 @@ def can_skip_by_number(batches: Iterable[Any], loader: Any) -> bool:
 # --- errors and warnings --------------------------------------------------------------------------
 
 
-def ended_before(count: int, name: str, passed: int, remedy: str) -> CheckpointError:
+def build_end_error(count: int, name: str, passed: int, remedy: str) -> CheckpointError:
     """Return the error for data that has fewer batches than have been seen."""
     return CheckpointError(
-        f"the checkpoint stands after batch {count} and {name} ended after {passed}. Give the same "
-        f"data as before. {remedy}".rstrip()
+        f"the checkpoint was written after batch {count} and {name} ended after {passed}. Give "
+        f"the same data as before. {remedy}".rstrip()
     )
 
 
 def warn_of_other_batches(name: str) -> None:
     """Warn of data that gives other batches when it is read again."""
     warnings.warn(
-        f"{name} gives other batches when it is read again: the checkpoint stands in the middle of "
-        f"an epoch, and the first batch of that epoch is another one here. The batches that are "
-        f"left out are not those that were trained on. Draw from a generator that is an attribute, "
-        f"seeded where the script makes it; or give {name} state_dict and load_state_dict.",
+        f"{name} gives different batches when it is read again: the checkpoint was written in the "
+        "middle of an epoch, and the first batch of that epoch is different now. The batches that "
+        "are skipped are not those that were trained on. Draw from a generator that is an "
+        f"attribute, seeded where the script creates it; or give {name} the methods state_dict "
+        "and load_state_dict.",
         stacklevel=2,
     )
 
@@ -372,16 +373,16 @@ def warn_of_another_epoch(then: int | None, now: int | None, seen: int, name: st
     """Warn of other data, or another batch_size, in the middle of an epoch."""
     if then is not None and now is not None and then != now and seen <= now:
         warnings.warn(
-            f"the checkpoint stands in an epoch of {then} batches, and {name} has {now} here: it "
-            f"has other rows, or another batch_size. The first {seen} are left out, and others "
-            f"than those that were trained on. Give the same data and batch_size as before; from "
-            f"an epoch's end on any will do.",
+            f"the checkpoint was written in an epoch of {then} batches, and {name} has {now} now: "
+            f"its rows or its batch_size differ. The first {seen} are skipped, but they are not "
+            "those that were trained on. Give the same data and batch_size as before; a "
+            "checkpoint written at the end of an epoch resumes with any data.",
             stacklevel=2,
         )
 
 
 def warn_of_hidden_draws(loader: Any, name: str) -> None:
-    """Warn as a fit begins of positions and random states that a checkpoint does not hold.
+    """Warn at the start of a fit about positions and random states that a checkpoint cannot save.
 
     Args:
         loader: what the user passed.
@@ -392,10 +393,10 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
     if name == "dl_train" and not may_read_the_same(loader):
         kind = type(getattr(loader, "dataset", loader)).__name__
         warnings.warn(
-            f"{name} is a {kind}, which has no state_dict: a checkpoint does not hold its "
-            f"position. When a run is resumed in the middle of an epoch, the batches already seen "
-            f"are read again and left out; the run is exact only if they come as before. Give it "
-            f"state_dict and load_state_dict, or use a Dataset with __getitem__.",
+            f"{name} is a {kind}, which has no state_dict: a checkpoint cannot save its position. "
+            "A run that resumes in the middle of an epoch reads the batches already seen again "
+            "and skips them; it is exact only if they are the same as before. Give it the methods "
+            "state_dict and load_state_dict, or use a Dataset with __getitem__.",
             stacklevel=2,
         )
     positions = []
@@ -404,9 +405,9 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
             positions.append(path)
     if positions:
         warnings.warn(
-            f"{', '.join(positions[:3])} has a position or a random state that a checkpoint cannot "
-            f"hold: a resumed run may read or draw something else. Keep an index or a seed "
-            f"instead, and open it anew where it is read.",
+            f"{', '.join(positions[:3])} has a position or a random state that a checkpoint "
+            "cannot save: a resumed run may read or draw something else. Store an index or a seed "
+            "instead, and open it again where it is read.",
             stacklevel=2,
         )
     dataset = base_of(getattr(loader, "dataset", None))
@@ -414,9 +415,9 @@ def warn_of_hidden_draws(loader: Any, name: str) -> None:
         return
     if getattr(loader, "persistent_workers", False):
         warnings.warn(
-            f"{name} has persistent_workers, whose random states a checkpoint does not hold: if "
-            f"the dataset draws random numbers, a resumed run draws others. Set "
-            f"persistent_workers=False for an exact resume.",
+            f"{name} has persistent_workers, whose random states a checkpoint cannot save: if the "
+            "dataset draws random numbers, a resumed run draws others. Set "
+            "persistent_workers=False for an exact resume.",
             stacklevel=2,
         )
 
@@ -526,9 +527,9 @@ class WatchedDraws:
         if len(self.draws) == MOST_DRAWS:
             warnings.warn(
                 f"dl_train, or its sampler, has drawn {MOST_DRAWS} times in one epoch from a "
-                f"random generator that others draw from in between, and a checkpoint does not "
-                f"hold more: a run resumed later in an epoch is not exact. Give it a generator of "
-                f"its own.",
+                "random generator that other code also draws from, and a checkpoint saves no more "
+                "draws: a run that resumes later in an epoch is not exact. Give it a separate "
+                "generator.",
                 stacklevel=2,
             )
 
@@ -557,7 +558,7 @@ class _RowsOnDemand(Dataset[Any]):
         return self.loader.collate_fn(fetched)
 
     def batches(self, sampler: Any = None) -> DataLoader[Any]:
-        """Return a loader that draws what the other draws, when the other draws it.
+        """Return a loader that draws the same as the other one, at the same time.
 
         Args:
             sampler: in place of the loader's own.

@@ -2,8 +2,8 @@
 
 open      read the file, check that it is complete and belongs to this call of fit and this model;
           nothing is changed yet
-restore   take over weights, optimizers, totals, history, callbacks and random states; the fit
-          resumes where the file stands
+restore   load weights, optimizers, totals, history, callbacks and random states; the fit resumes
+          from the position in the file
 save      at the end of each epoch, every so many steps, and when the process is asked to end
 """
 
@@ -41,7 +41,7 @@ from minikeras.checkpoint.matching import (
     warn_of_other_settings,
 )
 from minikeras.checkpoint.plain import plain, restored
-from minikeras.checkpoint.position import Positioned, ended_before, warn_of_hidden_draws
+from minikeras.checkpoint.position import Positioned, build_end_error, warn_of_hidden_draws
 from minikeras.checkpoint.signals import Interruptions
 from minikeras.checkpoint.validate import untouched
 from minikeras.checkpoint.weights import (
@@ -108,7 +108,7 @@ class Checkpoint(Hook):
         run: Run,
         callbacks: list[Callback],
     ) -> Iterable[Any]:
-        """Return the training batches as a source that knows where it stands."""
+        """Return the training batches as a source that records its position."""
         # what the user passed
         train_loader = getattr(train, "loader", train)
         val_loader = getattr(val, "loader", val)
@@ -145,7 +145,7 @@ class Checkpoint(Hook):
         self.model = model
         self.run = run
         self.interruptions.alone = run.world.size == 1
-        # of a fit that did not come to its end: its checkpoint's path, and its first epoch
+        # of a fit that did not finish: its checkpoint's path, and its first epoch
         before = run.kept.get("unfinished")
         run.kept["unfinished"] = None
         self.first = len(run.epochs) + 1
@@ -184,7 +184,7 @@ class Checkpoint(Hook):
         """
         step = 0 if self.state is None else self.state["position"]["step"]
         if batches is not None and step > batches:
-            raise ended_before(step, "dl_train", batches, remedy_of_fit(self.path))
+            raise build_end_error(step, "dl_train", batches, remedy_of_fit(self.path))
 
     def _compare_beginnings(self, begun: Any) -> None:
         """Forget what the file would freeze if the script has changed what it freezes itself."""
@@ -208,13 +208,13 @@ class Checkpoint(Hook):
         epochs_in_file = len(state["history"])
         if state["first"] == self.first:  # the same call
             return state
-        if epochs_in_history == epochs_in_file:  # an earlier call, whose file this one takes over
+        if epochs_in_history == epochs_in_file:  # an earlier call, whose file this one replaces
             return None
-        if state["first"] > self.last:  # a later call: this one came to its end long ago
+        if state["first"] > self.last:  # a later call: this one finished long ago
             return state
         raise CheckpointError(
-            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is of "
-            f"epochs {self.first} to {self.last}. Give each fit a file of its own. "
+            f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is "
+            f"of epochs {self.first} to {self.last}. Pass a different path to each fit. "
             f"{remedy_of_fit(path)}"
         )
 
@@ -227,18 +227,18 @@ class Checkpoint(Hook):
             yield
 
     def resume(self, fit: Fit) -> None:
-        """Take over the file's state, and set where the fit begins."""
+        """Load the file's state, and set where the fit starts."""
         fit.at = self.restore(fit.callbacks, fit.say)
 
     @untouched
     def restore(self, callbacks: list[Callback], say: Callable[[str], None]) -> Position:
-        """Take over the file's state if it is of this call; return where the fit begins.
+        """Load the file's state if it belongs to this call; return where the fit starts.
 
         A line says where. Everything that can be refused is refused before the first weight
         changes.
 
         Raises:
-            CheckpointError: data, callbacks or metrics cannot take over what the file has of them.
+            CheckpointError: data, callbacks or metrics cannot load their state in the file.
         """
         self.callbacks = callbacks
         self.say = say
@@ -268,9 +268,9 @@ class Checkpoint(Hook):
             self.run.kept["unfinished"] = None
             self.use.came_to = "its end"
             epoch = len(self.run.epochs)
-            say(f"{self.path}: finished after epoch {epoch}, nothing is left to train")
+            say(f"{self.path}: finished after epoch {epoch}, nothing left to train")
         else:
-            say(f"{self.path}: carried on in epoch {at.epoch} after step {at.step}")
+            say(f"{self.path}: resumed in epoch {at.epoch} after step {at.step}")
             if at.step:
                 self.resumed_state = state
         return at
@@ -286,7 +286,7 @@ class Checkpoint(Hook):
         plain(others, "the state_dict")
 
     def _check_course(self, state: Any) -> None:
-        """Refuse what cannot be taken over.
+        """Raise an error for state that cannot be loaded.
 
         Callbacks and metrics try it, and get their own state back if one of them cannot.
         """
@@ -323,13 +323,13 @@ class Checkpoint(Hook):
             load_state(restored(copy.deepcopy(state)))
         except Exception as error:
             raise CheckpointError(
-                f"{self.path} has a state that the {what} cannot take: {type(error).__name__}: "
-                f"{error}. The model is as it was. Give what was given when the file was written. "
-                f"{remedy_of_fit(self.path)}"
+                f"{self.path} has a state that the {what} cannot load: {type(error).__name__}: "
+                f"{error}. The model is unchanged. Use the same {what} as when the file was "
+                f"written. {remedy_of_fit(self.path)}"
             ) from error
 
     def _warn(self, state: Any, is_finished: bool, is_later_call: bool) -> None:
-        """Warn of what the script has changed since the run began, and say which is taken."""
+        """Warn about what the script has changed since the run started, and say what is used."""
         callbacks = dict(named(self.callbacks))
         states = state["callbacks"]
         if is_later_call:  # the file's callbacks and data are those of another call
@@ -384,7 +384,7 @@ class Checkpoint(Hook):
         run.epochs = [(dict(logs), dict(rates)) for logs, rates in state["history"]]
 
     def _begin_course(self, state: Any) -> None:
-        """Take over once where the data stands, and which steps have been compiled."""
+        """Load once the position of the data, and which steps have been compiled."""
         steps = ["train_step"]
         if self._has_validated():
             steps.append("evaluate_step")
@@ -427,7 +427,7 @@ class Checkpoint(Hook):
         """Load buffers of this process, totals, parts of the stepper, callbacks, random states."""
         run = self.run
         has_own_part = self._has_own_part(state)
-        takes_shared = has_own_part or run.world.rank == 0  # else rank 0 takes it for all
+        takes_shared = has_own_part or run.world.rank == 0  # else rank 0 loads it for all
         state = self._of_rank(state)
         buffers = state["own buffers"] if has_own_part else {}
         set_buffers(self.model, buffers, run.device)
@@ -477,7 +477,7 @@ class Checkpoint(Hook):
     # --- during a fit -----------------------------------------------------------------------------
 
     def on_batch_end(self, fit: Fit, number: int) -> None:
-        """Write if it is due, or if the process is asked to end."""
+        """Write the state if it is due, or if the process has received a signal to end."""
         at = fit.at
         is_training = at.logs is None
         if is_training and not self.model.stop_training and self.every is not None:
@@ -502,8 +502,8 @@ class Checkpoint(Hook):
         if not is_saved:
             self.save(at)
         self.say(
-            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call goes on "
-            f"from there"
+            f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call "
+            "resumes from there"
         )
 
     def save(self, at: Position, last: bool = False) -> None:
@@ -523,12 +523,12 @@ class Checkpoint(Hook):
         if has_failed and last:
             problem: Any = error
             if error is None:
-                problem = "another process has failed, and its message says more"
-            why = "Make room or give another file: these last weights are not saved."
-            raise CheckpointError(f"{self._unwritten(problem)} {why}") from error
+                problem = "another process has failed: read its error message"
+            why = "These last weights are not saved. Free disk space or pass another path."
+            raise CheckpointError(f"{self._describe_failure(problem)} {why}") from error
         if error is not None:
-            why = "The fit goes on, and it is tried again at the next time."
-            warnings.warn(f"{self._unwritten(error)} {why}", stacklevel=2)
+            why = "The fit continues, and the next checkpoint is tried again."
+            warnings.warn(f"{self._describe_failure(error)} {why}", stacklevel=2)
         if last:
             self.use.came_to = "its end"
         if not has_failed:
@@ -559,10 +559,10 @@ class Checkpoint(Hook):
             return error
         return None
 
-    def _unwritten(self, error: Any) -> str:
-        before = "Nothing was written before"
+    def _describe_failure(self, error: Any) -> str:
+        before = "No earlier checkpoint was written"
         if self.written:
-            before = f"The state of {self.written} is still there"
+            before = f"The checkpoint of {self.written} is still there"
         return f"{self.path} could not be written: {str(error).rstrip('.')}. {before}."
 
     @contextlib.contextmanager
@@ -574,8 +574,8 @@ class Checkpoint(Hook):
             self.use.came_to = "an error"
             if self.written:
                 error.add_note(
-                    f"The last state is in {self.path}: {self.written}. Call fit again to go on "
-                    f"from there."
+                    f"The last checkpoint is in {self.path}: {self.written}. Call fit again to "
+                    "resume from there."
                 )
             raise
 
@@ -624,7 +624,7 @@ class Checkpoint(Hook):
         return state
 
     def _of_process(self) -> dict[str, Any]:
-        """Return what each process has of its own."""
+        """Return the state that differs between processes."""
         stepper = self.run.stepper
         return {
             "precision": layout_of(stepper),  # of all parts: files of older versions have the name
@@ -635,7 +635,7 @@ class Checkpoint(Hook):
         }
 
     def _of_ranks(self, world: OneProcess, of_process: dict[str, Any]) -> dict[str, Any]:
-        """Return what each of several processes has of its own, and the totals over all."""
+        """Return the state that differs between processes, for each, and the totals over all."""
         totals = self.run.train.totals
         totals_of_all = dict(of_process["totals"])
         if totals.sums:
@@ -691,7 +691,7 @@ def path_of_run(path: Any) -> Path:
     checked = user_path(path, "checkpoint")
     if checked.suffix == ".safetensors":
         raise ValueError(
-            f'checkpoint="{path}": a .safetensors file holds tensors alone, and not the state of a '
+            f'checkpoint="{path}": a .safetensors file holds only tensors, not the state of a '
             f'run. Pass "{checked.with_suffix(".pt")}".'
         )
     return checked

@@ -435,7 +435,7 @@ def _check_buffers(buffers: Any, model: nn.Module) -> None:
             continue
         problem = misfit(current, buffer)
         if problem:
-            raise _Unfit(f"buffer {name}", buffer, f"one that the model can take: it is {problem}")
+            raise _Unfit(f"buffer {name}", buffer, f"a buffer that fits the model: it is {problem}")
 
 
 def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
@@ -451,7 +451,9 @@ def _check_frozen(names: Any, model: nn.Module, run: Run) -> None:
     if isinstance(run.loss_func, nn.Module):
         loss_has_parameters = bool(list(run.loss_func.parameters()))
     if known and not trained and not loss_has_parameters:
-        raise _Unfit("frozen", names, "a part of the parameters: it is all of them")
+        raise _Unfit(
+            "frozen", names, "only a part of the parameters: nothing would be left to train"
+        )
 
 
 def _check_optimizers(written: Any) -> None:
@@ -478,7 +480,7 @@ def _check_optimizers(written: Any) -> None:
             if named_sizes != sizes:
                 raise _Unfit(f"{where}, names", entry["names"], "a name for each parameter")
         if len(set(numbers)) < len(numbers):
-            raise _Unfit(f"{where}, params", numbers[:5], "numbers that are there once each")
+            raise _Unfit(f"{where}, params", numbers[:5], "numbers without duplicates")
         values = _check_dict(_get(state, "state", f"{where}, "), f"{where}, state")
         for number, own in values.items():
             if number not in numbers:
@@ -714,8 +716,8 @@ def untouched(restore: F) -> F:
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
-                f"{self.path} could not be taken over: {type(error).__name__}: {first} The model "
-                f"is as it was. {remedy_of_fit(self.path)}"
+                f"{self.path} could not be loaded: {type(error).__name__}: {first} The model is "
+                f"unchanged. {remedy_of_fit(self.path)}"
             ) from error
 
     return cast("F", all_or_nothing)

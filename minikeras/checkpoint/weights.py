@@ -181,8 +181,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:  # raised by a hook or a method of the model
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{read_from} could not be taken by {type(model).__name__}: {first} The model is as it "
-            f"was. {remedy_of_load(path)}"
+            f"{read_from} could not be loaded into {type(model).__name__}: {first} The model is "
+            f"unchanged. {remedy_of_load(path)}"
         ) from error
 
 
@@ -302,7 +302,7 @@ def check_weights(
     """
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
-            f"{path} holds a {type(state).__name__} and not a model's weights. {remedy(path)}"
+            f"{path} contains a {type(state).__name__}, not the weights of a model. {remedy(path)}"
         )
     own = model.state_dict()
     late = late_buffers(model, state)
@@ -335,7 +335,7 @@ def check_weights(
     for key, value in own.items():
         problem = misfit(value, state[key])
         if problem:
-            raise CheckpointError(f"{path} cannot be taken: {key} is {problem}. {remedy(path)}")
+            raise CheckpointError(f"{path} cannot be loaded: {key} is {problem}. {remedy(path)}")
 
 
 def shape_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -350,11 +350,11 @@ def misfit(own: Any, given: Any) -> str:
     'int8 and the model has float32: convert it with .to(torch.float32)'
     """
     if own is None and isinstance(given, Tensor):
-        return "a tensor, and the model has none there"
+        return "a tensor, and the model has no tensor of that name"
     if not isinstance(own, Tensor):
         return ""
     if not isinstance(given, Tensor):
-        return f"a {type(given).__name__} and not a tensor"
+        return f"a {type(given).__name__}, not a tensor"
     same_layout = given.layout == own.layout and given.is_nested == own.is_nested
     if not same_layout or given.is_quantized != own.is_quantized:
         kind = "quantized" if given.is_quantized else str(given.layout).removeprefix("torch.")
@@ -391,25 +391,25 @@ def explain_names(own: dict[str, Any], state: dict[str, Any]) -> str:
     """Say what to call if the names fit a part of the model, or a part of the file fits; else "".
 
     >>> explain_names({"net.weight": 0}, {"weight": 0})
-    'They have the names of model.net: model.net.load_state_dict(...) takes them.'
+    'The keys are those of model.net: load them with model.net.load_state_dict(...).'
     """
     for part in {key.partition(".")[0] for key in own}:
         if {f"{part}.{key}" for key in state} == set(own):
             return (
-                f"They have the names of model.{part}: model.{part}.load_state_dict(...) takes "
-                "them."
+                f"The keys are those of model.{part}: load them with "
+                f"model.{part}.load_state_dict(...)."
             )
     for first in {key.partition(".")[0] for key in state}:
         if {f"{first}.{key}" for key in own} == set(state):
             return (
-                f'Each name has "{first}." in front, which the model\'s have not: save them '
-                "without it."
+                f'Each key has the prefix "{first}.", which the keys of the model do not have: '
+                "save them without it."
             )
     for key, value in state.items():
         if isinstance(value, dict) and set(value) == set(own):
             return (
-                f'They are under "{key}" in it: model.load_state_dict(torch.load(...)["{key}"]) '
-                "takes them."
+                f'The weights are under the key "{key}": call '
+                f'model.load_state_dict(torch.load(...)["{key}"]).'
             )
     return ""
 
@@ -435,8 +435,8 @@ def _dump_safetensors(state: dict[str, Any]) -> Callable[[Path], None]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"a .safetensors file holds tensors alone, and the model's state has {key}. Save "
-                "to .pt."
+                f"a .safetensors file holds only tensors, and the model's state_dict has {key}. "
+                "Save to a .pt file."
             )
         # safetensors refuses tied tensors, so each is copied.
         tensors[key] = value.cpu().contiguous().clone()
@@ -461,7 +461,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged or is no safetensors file: {error}. {remedy(path)}"
+            f"{path} is damaged or not a safetensors file: {error}. {remedy(path)}"
         ) from error
     if checksum not in (None, _checksum(state)):
         raise CheckpointError(

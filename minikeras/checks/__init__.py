@@ -1,16 +1,16 @@
-"""What a user is told when something is wrong. Where does a new hint go? See first_batch.py.
+"""Check inputs and explain errors. Where does a new hint go? See first_batch.py.
 
-first_batch.py   what is looked at when: the room's door
-inputs.py        what compile, a fit and its first batch are given
-validation.py    what is wrong with dl_val, before an epoch is spent
-calls.py         calls in the words of other libraries
+first_batch.py   what is checked when: the entry point of this folder
+inputs.py        check the arguments of compile and the first batch of a fit
+validation.py    check dl_val before the first epoch
+calls.py         explain calls written for other libraries
 classes.py       which dimension of the outputs holds the classes
-causes.py        what torch refuses anyway, in the user's words
+causes.py        explain errors that torch raises anyway
 forms.py         the split_batch that batches of another form need
-torch_errors.py  reading, memory, dead workers: torch's error, with what is known of the cause
+torch_errors.py  reading, memory, dead workers: add the likely cause to torch's error
 broadcast.py     outputs and labels that broadcast each other
-row_means.py     functions of metrics_dict that are no means over rows
-twin.py          a metric to be called on trial
+row_means.py     functions of metrics_dict that are not means over rows
+twin.py          copy a metric for a trial call
 raw_scores.py    torchmetrics objects that are given raw scores
 peek.py          the first batch of data in memory
 """

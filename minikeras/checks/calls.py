@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import nn
+
 from minikeras.errors import did_you_mean
 
 # names of arguments, here and in other libraries
@@ -85,7 +87,11 @@ NOTES = {
         "verbose": "evaluate prints nothing.",
         "return_dict": "evaluate returns a dict.",
     },
-    "predict": {"verbose": "predict prints nothing."},
+    "predict": {
+        "verbose": "predict prints nothing.",
+        "return_ground_truth": "Pass return_labels=True.",
+        "concatenate_returns": "Pass join=False for a list with the outputs of each batch.",
+    },
     "summary": {"input_size": "input_shape is the shape of one row, without the batch."},
 }
 
@@ -285,8 +291,8 @@ def show(value: Any) -> str:
 
 
 MODEL = (
-    "Here it is minikeras.Model: model = minikeras.Model(net), then model.compile(loss_func, "
-    "optimizer, metrics_dict) and model.fit(epochs, dl_train, dl_val)."
+    "In minikeras it is minikeras.Model: model = minikeras.Model(net), then "
+    "model.compile(loss_func, optimizer, metrics_dict) and model.fit(epochs, dl_train, dl_val)."
 )
 NAMES = {
     "KerasModel": MODEL,
@@ -295,10 +301,11 @@ NAMES = {
     "Trainer": MODEL,
     "LightningModule": MODEL,
     "ReduceLROnPlateau": (
-        "Here it is minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))."
+        "In minikeras it is "
+        "minikeras.LRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))."
     ),
     "LearningRateScheduler": (
-        "Here it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler."
+        "In minikeras it is minikeras.LRScheduler(scheduler), with one of torch.optim.lr_scheduler."
     ),
 }
 
@@ -322,6 +329,31 @@ def missing_name(name: str) -> Any:
     raise AttributeError(f"{message}. {NAMES[name]}")
 
 
+TORCH = ("torch", "torchvision", "minikeras")  # packages whose modules have no `trainable`
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse `module.trainable = False`, which freezes a layer in Keras and nothing here.
+
+    A class of the user's own may have such an attribute, and do what it says.
+
+    Raises:
+        ValueError: a module with parameters to train has it.
+    """
+    for name, module in model.named_modules():
+        is_own = type(module).__module__.partition(".")[0] not in TORCH
+        if is_own or vars(module).get("trainable") is not False:
+            continue
+        trained = sum(parameter.requires_grad for parameter in module.parameters())
+        if trained:
+            place = f"model.get_submodule({name!r})" if name else "model"
+            raise ValueError(
+                f"`trainable` of {name or 'the model'} ({type(module).__name__}) is False, as in "
+                f"Keras; torch does not know it, and {trained} parameters would be trained. Call "
+                f"minikeras.freeze({place}) instead."
+            )
+
+
 METHODS = {
     "predict_proba": (
         "predict gives the outputs: torch.softmax(model.predict(X), 1) for scores of classes."
@@ -338,6 +370,9 @@ METHODS = {
     "save_weights": "Write model.save(path).",
     "load_weights": "Write model.load(path).",
     "load_ckpt": "Write model.load(path).",
+    "freeze": "Write minikeras.freeze(model.net), or a part of it: minikeras.freeze(model.net[0]).",
+    "freeze_to": "Write minikeras.freeze(model.net[:n]), with the layers to freeze.",
+    "unfreeze": "Write minikeras.unfreeze(model.net), or a part of it.",
     "get_weights": "The weights are in model.state_dict().",
     "set_weights": "Write model.load_state_dict(weights).",
 }

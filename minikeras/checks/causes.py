@@ -24,8 +24,8 @@ from minikeras.processes import OneProcess
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # take integers, though their parameters are floats
 TUPLE = (
-    ". It came from a layer that returns a tuple, as nn.LSTM does: take the first part, "
-    "outputs, _ = self.lstm(x)."
+    ". It came from a layer that returns a tuple, as nn.LSTM does: use the first part, outputs, _ "
+    "= self.lstm(x)."
 )
 PROBABILITY_LOSSES = ("binary_cross_entropy",)  # functions that take probabilities
 
@@ -33,7 +33,7 @@ PROBABILITY_LOSSES = ("binary_cross_entropy",)  # functions that take probabilit
 
 
 def no_class(label: int, classes: int) -> str:
-    """Say that a label is no class, and what to do."""
+    """Say that a label is not a valid class, and what to do."""
     remedy = "Number the classes from 0, or give the model more outputs."
     if label < 0:
         remedy = (
@@ -41,7 +41,7 @@ def no_class(label: int, classes: int) -> str:
             "labels out."
         )
     return (
-        f"label {label} is outside the classes: the model has {classes} outputs, so labels go from "
+        f"label {label} is not a valid class: the model has {classes} outputs, so labels go from "
         f"0 to {classes - 1}. {remedy}"
     )
 
@@ -59,8 +59,8 @@ def explain_loss(error: Exception, outputs: Any, labels: Any) -> None:
         return
     if _were_given(frames, labels, outputs):
         error.add_note(
-            "The labels came in for the predictions: a loss is called with (y_pred, y_true), "
-            "unlike Keras's."
+            "The labels were passed as predictions: a loss is called with (y_pred, y_true), while "
+            "Keras uses (y_true, y_pred)."
         )
         return
     if labels.shape == (1, *outputs.shape) and labels.ndim and outputs.numel() == labels.numel():
@@ -110,7 +110,7 @@ def explain_squeezed(error: Exception, outputs: Any, labels: Any) -> None:
 
 
 def warn_of_squeezed(outputs: Tensor, labels: Any) -> None:
-    """Warn of outputs of one row without a row dimension that the loss has accepted.
+    """Warn about outputs of one row that have no row dimension and that the loss accepted.
 
     The loss is right, but other uses of such outputs would fail.
     """
@@ -160,7 +160,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
     label = re.search(r"Target (-?\d+) is out of bounds", str(error))
     if label and outputs.ndim > 1:
         raise ValueError(no_class(int(label[1]), outputs.shape[1])) from error
-    expected = "expected one class index (int64) a row"
+    expected = "expected one class index (int64) per row"
     if scores:
         expected += f", or class probabilities of shape {tuple(outputs.shape)}"
     shape = tuple(labels.shape)
@@ -171,7 +171,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
         if is_column:
             remedy = f"Pass labels.squeeze(1).{cast}."
         elif labels.ndim == outputs.ndim:
-            remedy = "Give labels and predictions as many columns."
+            remedy = "Give labels and predictions the same number of columns."
         raise ValueError(
             f"labels are {dtype_name(labels)} {shape}; {expected}. {remedy}"
         ) from error
@@ -190,7 +190,7 @@ def _explain_classes(error: Exception, outputs: Tensor, labels: Tensor, scores: 
 
 
 def explain_forward(error: Exception, model: nn.Module, features: Any, world: OneProcess) -> None:
-    """Name the layer in which forward failed and what it was given.
+    """Name the layer in which forward failed and its input.
 
     Known causes are raised again with their remedy; any other error gets a note.
     """
@@ -205,15 +205,15 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
     if type(given) is tuple and given is not features and "tuple" in str(error):
         hint = TUPLE
     if isinstance(given, (int, float)) and "must be Tensor" in str(error):
-        hint = ". Rows in Python lists are not one array: pass numpy.array(rows, dtype='float32')"
+        hint = ". Python lists of rows are not an array: pass numpy.array(rows, dtype='float32')"
     if hasattr(given, "toarray") and not isinstance(given, Tensor):
         hint = (
-            ". Pass a whole matrix, (X, y), which is taken batch by batch; or matrix.toarray() in "
-            "each batch"
+            ". Pass the whole matrix, (X, y), which is converted batch by batch; or "
+            "matrix.toarray() in each batch"
         )
     if isinstance(given, Tensor) and given.is_nested:
         hint = (
-            ". If it takes tensors of one shape alone, pass "
+            ". If it only takes tensors whose rows have one shape, pass "
             "torch.nested.to_padded_tensor(features, 0.0)"
         )
     if isinstance(layer, EMBEDDINGS) and "out of range" in str(error):
@@ -222,7 +222,7 @@ def explain_forward(error: Exception, model: nn.Module, features: Any, world: On
     shown = type(layer).__name__ if list(layer.children()) else str(layer)
     if name:
         shown = f"layer {name}: {shown}"
-    error.add_note(f"{shown} was given {describe(given)}{hint}")
+    error.add_note(f"{shown} got {describe(given)}{hint}")
 
 
 def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
@@ -262,7 +262,7 @@ def _suggest_keys(keys: list[Any], parameters: list[str]) -> str:
 def _explain_layer(
     error: Exception, failure: tuple[str, nn.Module, Any], features: Any, world: OneProcess
 ) -> None:
-    """Raise the error of a layer again with what it cannot take and what to give it, if known."""
+    """Raise the error of a layer again with the wrong input and the remedy, if known."""
     name, layer, given = failure
     shape = tuple(given.shape)
     if "Expected more than 1 value per channel" in str(error):
@@ -270,7 +270,7 @@ def _explain_layer(
         other = "a bigger" if whose else "another"
         raise ValueError(
             f"layer {name} ({type(layer).__name__}) cannot train on one row, which has no "
-            f"variance: it was given {shape}{whose}. Leave the short last batch out with "
+            f"variance: it got shape {shape}{whose}. Drop the short last batch with "
             f"drop_last=True, or choose {other} batch_size."
         ) from error
     _explain_dtype(error, failure, features)
@@ -279,14 +279,14 @@ def _explain_layer(
     given_is_features = any(leaf is given for leaf in leaves(features))
     if isinstance(layer, nn.Linear) and shape and shape[-1] != layer.in_features:
         raise ValueError(
-            f"layer {name} takes rows of {layer.in_features} values (in_features) and was given "
+            f"layer {name} takes rows of {layer.in_features} values (in_features) and got shape "
             f"{shape}. {_suggest_for_linear(layer, shape, given_is_features)}"
         ) from error
     remedy = _suggest_for_convolution(layer, shape)
     if remedy:
         raise ValueError(
             f"layer {name} ({type(layer).__name__}) takes {layer.in_channels} channels in "
-            f"dimension 1, and was given {shape}. {remedy}"
+            f"dimension 1, and got shape {shape}. {remedy}"
         ) from error
 
 
@@ -309,7 +309,7 @@ def _explain_dtype(error: Exception, failure: tuple[str, nn.Module, Any], featur
     dtypes = [getattr(leaf, "dtype", None) for leaf in leaves(features, inside=True)]
     if given.dtype in dtypes:
         raise ValueError(
-            f"layer {name} has {dtype_name(wanted)} parameters and was given {dtype_name(given)} "
+            f"layer {name} has {dtype_name(wanted)} parameters and got {dtype_name(given)} "
             f"values. {_suggest_for_dtype(given.dtype, wanted)}"
         ) from error
 
@@ -348,10 +348,10 @@ def _suggest_for_linear(layer: nn.Linear, shape: tuple[int, ...], given_is_featu
         flat = f"or put nn.Flatten() before it and build it with in_features={values}"
         return f"Build it with in_features={last}, the last size, {flat}."
     if given_is_features:
-        return f"Pass {wanted} features a row, or build it with in_features={last}."
+        return f"Pass {wanted} features per row, or build it with in_features={last}."
     return (
-        f"Build it with in_features={last}, or make what comes before it give {wanted} values a "
-        "row."
+        f"Build it with in_features={last}, or change the layer before it to give {wanted} values "
+        "per row."
     )
 
 

@@ -2,7 +2,7 @@
 
 Explanations   errors of torch in the user's words, at every batch
 FirstBatch     also the first batch: its parts, loss and metrics, results, the first of dl_val
-MetricLooks    also a few more: metrics that are no mean over rows
+MetricLooks    also a few more: metrics that are not means over rows
 NoChecks       all other batches: nothing is checked
 
 Where does a new hint belong? If torch raises an error anyway: causes.py (a layer, the loss) or
@@ -25,7 +25,7 @@ from minikeras.checks.several_outputs import (
     check_extra_labels,
     check_third_part,
     find_failing_part,
-    naming,
+    prefix_messages,
 )
 from minikeras.errors import describe
 from minikeras.nests import names_in, take_apart
@@ -47,7 +47,7 @@ class Explanations(NoChecks):
         self.world = world
 
     def explain_forward(self, error: Exception, model: Any, features: Any) -> None:
-        """Name the layer in which forward failed and what reached it, or raise a plainer error."""
+        """Name the layer in which forward failed and its input, or raise a plainer error."""
         causes.explain_forward(error, model, features, self.world)
 
     def explain_loss(self, error: Exception, outputs: Any, labels: Any) -> None:
@@ -58,7 +58,7 @@ class Explanations(NoChecks):
             causes.explain_loss(error, outputs, labels)
             return
         name, y_pred, y_true = part
-        with naming(f"loss {name!r}"):
+        with prefix_messages(f"loss {name!r}"):
             causes.explain_squeezed(error, y_pred, y_true)
             causes.explain_loss(error, y_pred, y_true)
         error.add_note(f"loss {name!r}")
@@ -121,15 +121,15 @@ class FirstBatch(Explanations):
             validation.look_ahead(self.model, self.run, fit.val, batch.features, batch.labels)
 
     def loss(self, outputs: Any, labels: Any) -> Any:
-        """Call the loss, and refuse what it would silently compute wrongly."""
+        """Call the loss; raise an error for what it would silently compute wrongly."""
         loss_func = self.run.loss_func
         several = unwrap_loss(loss_func)
         if has_parts(several):
-            self._check_extra_labels(labels)
+            self._check_extra_labels(outputs, labels)
             if self.run.split_batch is unpack:
                 weight = self.phase.batch.sample_weight
                 check_third_part(labels, weight, list(several.losses))
-            with several.calling(self._loss_of_output):
+            with several.call_losses_by(self._loss_of_output):
                 return loss_func(outputs, labels)
         self._check_loss_inputs(loss_func, outputs, labels)
         return inputs.guarded(loss_func, outputs, labels, "the loss", scalar=False)
@@ -142,11 +142,11 @@ class FirstBatch(Explanations):
 
     def _loss_of_output(self, name: Any, loss: Any, y_pred: Any, y_true: Any) -> Any:
         """Call the loss of one of several outputs, and check it as one alone."""
-        with naming(f"loss {name!r}"):
+        with prefix_messages(f"loss {name!r}"):
             self._check_loss_inputs(loss, y_pred, y_true)
         return inputs.guarded(loss, y_pred, y_true, f"loss {name!r}", scalar=False)
 
-    def _check_extra_labels(self, labels: Any) -> None:
+    def _check_extra_labels(self, outputs: Any, labels: Any) -> None:
         """Refuse labels that nothing uses, unless a metric or a custom step may use them all."""
         totals = self.phase.totals
         step = "train_step" if self.phase.is_training else "evaluate_step"
@@ -158,7 +158,7 @@ class FirstBatch(Explanations):
             if output is None:
                 return
             of_metrics.append(output)
-        check_extra_labels(labels, losses_in(self.run.loss_func), of_metrics)
+        check_extra_labels(outputs, labels, losses_in(self.run.loss_func), of_metrics)
 
     @torch.no_grad()
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
@@ -232,11 +232,11 @@ class MetricLooks(Explanations):
         self.first = first
 
     def after_batch(self, step: Callable[..., Any], results: Any) -> NoChecks:
-        """Look on as long as something is not known."""
+        """Continue as long as a metric has not been judged."""
         return self if self.first.row_means.active else self.phase.no_checks
 
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:
-        """Call each metric, and tell of one that is no mean over rows."""
+        """Call each metric, and warn about one that is not a mean over rows."""
         row_means = self.first.row_means
         totals = self.phase.totals
         found: dict[str, int] = {}

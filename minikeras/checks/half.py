@@ -34,7 +34,7 @@ def half_probabilities(outputs: Any) -> str:
     """Return what is wrong with a loss of probabilities under autocast, and what to use instead."""
     return (
         f"the loss takes probabilities, and the model's outputs are {describe(outputs)} under "
-        f"autocast: those near 1 become 1, with a loss of 100 or none. Leave the sigmoid out of "
-        f"the model and take nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile "
+        f"autocast: those near 1 become 1, with a loss of 100 or none. Remove the sigmoid from "
+        "the model and use nn.BCEWithLogitsLoss() or FocalLoss(from_logits=True); or compile "
         f'with precision="fp32".'
     )

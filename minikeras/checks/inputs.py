@@ -52,17 +52,17 @@ def guarded(
             raise ValueError(f"{name}: {guard.found}") from None
         hint = ""
         if isinstance(outputs, tuple) and "'tuple'" in str(error):
-            hint = ". Let forward return the first part alone."
+            hint = ". Let forward return only the first part."
         if isinstance(outputs, Mapping) and name.startswith("metric"):
             key = next(iter(outputs), "name")
             hint = f". For one output alone write metrics_dict={{{key!r}: {{...: metric}}}}."
         if labels is None:
             hint += (
-                ". The batches are features alone: give (features, labels), for an autoencoder "
-                "(X, X); or, if the labels are in another place, such as in a dict, pass "
+                ". The batches contain only features: pass (features, labels), or (X, X) for an "
+                "autoencoder; or, if the labels are in another place, such as in a dict, pass "
                 "compile(split_batch=function), which returns (features, labels)."
             )
-        error.add_note(f"{name}, given y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
+        error.add_note(f"{name} got y_pred {describe(outputs)}, y_true {describe(labels)}{hint}")
         raise
     if scalar:
         check_number(name, result, wait=True)
@@ -114,7 +114,7 @@ def check_loss_inputs(
     if warn and takes_scores and outputs.ndim == 2 and _sums_to_one(outputs):
         warnings.warn(
             "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies "
-            "softmax itself. Give it raw scores: leave the softmax out of the model, or take "
+            "softmax itself. Give it raw scores: remove the softmax from the model, or use "
             "log_softmax and NLLLoss.",
             stacklevel=2,
         )
@@ -156,14 +156,14 @@ def check_one_tensor(loss_func: Any, outputs: Any, labels: Any) -> None:
         which = f"the model gave {describe(outputs)}"
         remedy = "Let forward return the part that is compared"
         if isinstance(outputs, tuple):
-            remedy = "Let forward return the first part alone, if that is compared"
+            remedy = "Let forward return only the first part, if that is compared"
     names = names_in(outputs) or [0]
     first = f"{names[0]!r}: {name}"
     if isinstance(loss_func, nn.Module):
         first += "()"
     raise ValueError(
         f"{name} takes one tensor of predictions and one of labels, and {which}. {remedy}; or pass "
-        f"a dict with a loss for each output as loss_func, beginning with {{{first}, ...}}."
+        f"a dict with a loss for each output as loss_func, starting with {{{first}, ...}}."
     )
 
 
@@ -408,9 +408,9 @@ def check_closures(optimizers: dict[str, Optimizer]) -> None:
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"{type(optimizer).__name__} needs a closure that computes the loss anew, which "
-                f"the default train_step does not give. Override train_step and call "
-                f"self.optimizer.step(closure) there."
+                f"{type(optimizer).__name__} needs a closure that computes the loss again, which "
+                "the default train_step does not pass. Override train_step and call "
+                "self.optimizer.step(closure) there."
             )
 
 
@@ -471,8 +471,8 @@ def check_callable(name: str, function: Any) -> None:
             line = METRIC_LINES.get(function.lower(), "nn.L1Loss()")
             order = ""
         raise TypeError(
-            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Names "
-            f"stand for nothing here: pass for instance {line}{order}."
+            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. "
+            f"Strings are not accepted: pass for instance {line}{order}."
         )
     if isinstance(function, Optimizer):
         raise TypeError(
@@ -485,20 +485,16 @@ def check_callable(name: str, function: Any) -> None:
             f"{describe(function)}. For several outputs pass a dict by their names, or by their "
             "positions {0: loss, 1: (loss, weight)}."
         )
-    if isinstance(function, list | tuple) and function and callable(function[0]):
-        metric = function[0]
-        key = getattr(metric, "__name__", "name").strip("<>")
-        inside = getattr(metric, "__module__", "").startswith("minikeras")
-        shown = f"minikeras.{key}" if inside else "metric"
+    if isinstance(function, list | tuple) and name.startswith("metric"):
         raise TypeError(
-            f"{name} must be a function of (y_pred, y_true) or a module, got "
-            f"{describe(function)}. Pass the metric itself; or, for the metrics of an output, a "
-            f"dict: {{{name.removeprefix('metric ')}: {{{key!r}: {shown}}}}}."
+            f"{name} must be a function of (y_pred, y_true) or an object with update, compute and "
+            f"reset, got {describe(function)}. Give each metric a name of its own; those of one of "
+            "several outputs go into a dict, {output: {name: metric}}."
         )
     if not callable(function) and not is_stateful(function):
         raise TypeError(
-            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. "
-            f"Pass for instance nn.MSELoss() or a function of your own."
+            f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Pass "
+            "for instance nn.MSELoss() or a custom function."
         )
 
 
@@ -536,5 +532,5 @@ def check_optimizer_argument(optimizer: Any) -> None:
             )
     if not optimizers:
         raise ValueError(
-            "optimizer is an empty dict; expected at least one. Leave it out for Adam(lr=1e-3)."
+            "optimizer is an empty dict; expected at least one. Omit it to use Adam(lr=1e-3)."
         )

@@ -1,4 +1,4 @@
-"""The first batch of data that is in memory, without reading or drawing anything."""
+"""Look at the first batch of data in memory without reading or drawing anything."""
 
 from __future__ import annotations
 

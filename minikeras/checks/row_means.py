@@ -153,9 +153,9 @@ class RowMeanCheck:
 def _warn_of_other(name: str, rows: int) -> None:
     """Warn of a function that is not a mean over rows."""
     warnings.warn(
-        f"metric {name!r} is no mean over rows: on a batch of {rows} rows its value is not the "
-        "mean of its values on two halves of them, so the value of an epoch, the mean over the "
-        "batches, depends on batch_size. For the value on all rows pass "
+        f"metric {name!r} is not a mean over rows: on a batch of {rows} rows its value is not the "
+        "mean of its values on the two halves of the batch, so the value of an epoch, the mean "
+        "over the batches, depends on batch_size. For the value on all rows pass "
         "minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics "
         "object. If the value is a total divided by a count, such as a mean over tokens or a "
         "recall, return minikeras.Average(total, count).",

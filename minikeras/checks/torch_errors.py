@@ -18,16 +18,16 @@ def explain_reading(error: Exception, loader: Any) -> None:
     """Add a note that a worker has died, or about the row that could not be read."""
     tell_of_worker(error)
     if "Batches of sparse tensors" in str(error):
-        error.add_note(
-            "Pass the tensors themselves, (X, y): their rows are fetched batch by batch."
-        )
+        error.add_note("Pass the tensors to fit, (X, y): their rows are fetched batch by batch.")
     if "batch must contain tensors" in str(error) and "scipy.sparse" in str(error):
-        error.add_note("Pass the matrix itself, (X, y): its rows are fetched batch by batch.")
+        error.add_note("Pass the matrix to fit, (X, y): its rows are fetched batch by batch.")
     row = row_being_read(error, getattr(loader, "dataset", None))
     if row is not None:
         error.add_note(f"row {row} of the dataset")
     elif getattr(loader, "num_workers", 0) and "Caught" in str(error):
-        error.add_note("It was raised in a worker: with num_workers=0 the row is named too.")
+        error.add_note(
+            "It was raised in a worker process: pass num_workers=0 to see which row it was."
+        )
 
 
 def tell_of_worker(error: Exception) -> None:
@@ -40,8 +40,8 @@ def tell_of_worker(error: Exception) -> None:
         return
     if "exited unexpectedly" in text or "killed by signal" in text:
         error.add_note(
-            "A worker process has died, most often for want of memory or of shared memory "
-            "(/dev/shm). Try fewer workers or smaller batches, or "
+            "A DataLoader worker process has died, usually because memory or shared memory "
+            "(/dev/shm) ran out. Try fewer workers or smaller batches, or "
             'torch.multiprocessing.set_sharing_strategy("file_system").'
         )
 
@@ -70,8 +70,8 @@ def explain_step(error: Exception, features: Any, labels: Any) -> None:
     tell_of_worker(error)
     if "mixed torch.Tensor and DTensor" in str(error):
         error.add_note(
-            "A step of your own called a layer whose weights are in parts, outside the forward of "
-            "the block that puts them together. Name its class among the blocks: "
+            "A custom train_step called a layer with sharded weights outside the forward of the "
+            "block that gathers them. Add the class of the layer to the blocks: "
             'compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).'
         )
     wanted = re.search(r"Found dtype \w+ but expected (\w+)", str(error))
@@ -79,8 +79,8 @@ def explain_step(error: Exception, features: Any, labels: Any) -> None:
         casts = {"Double": "double()", "Half": "half()", "BFloat16": "bfloat16()"}
         cast = casts.get(wanted[1], "float()")
         error.add_note(
-            f"The labels are {dtype_name(labels)}, and here the loss has a gradient in the "
-            f"predictions' dtype alone. Pass labels.{cast}."
+            f"The labels are {dtype_name(labels)}, and this loss has a gradient only if both have "
+            f"the predictions' dtype. Pass labels.{cast}."
         )
     if not is_out_of_memory(error):
         return

@@ -1,4 +1,4 @@
-"""Find out what is wrong with dl_val in the fit's first batch, and not after an epoch."""
+"""Check dl_val in the first batch of a fit, not after an epoch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minikeras.run import Run
 
 PARTS = ("evaluate_step", "compute_outputs", "compute_loss", "compute_metrics")
-NOTE = "dl_val, batch 1, looked at before the first step"
+NOTE = "dl_val, batch 1, checked before the first step"
 
 
 def look_ahead(model: Model, run: Run, val: Iterable[Any], features: Any, labels: Any) -> None:

@@ -1,6 +1,6 @@
-"""Kinds of data that need more than the core does to become batches.
+"""Make batches of data that the core cannot read by itself.
 
-arrays.py       arrays and DataFrames of any library as rows; what is wrong with one
+arrays.py       arrays and DataFrames of any library as rows; explain wrong ones
 in_memory.py    the batches of a loader over tensors, fetched whole; you may skip it
 split_batch.py  batches of another form, taken apart by the user's function
 endless.py      the first batches of a pass, and data that may never end

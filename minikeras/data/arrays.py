@@ -48,8 +48,8 @@ from minikeras.errors import describe
 from minikeras.nests import map_leaves
 
 LISTS = (
-    " A list is many arrays: pass one array of equal rows, numpy.array(rows), or a DataLoader with "
-    "a collate_fn."
+    " A list counts as many arrays: pass one array of rows with equal length, numpy.array(rows), "
+    "or a DataLoader with a collate_fn."
 )
 LARGE = 2**26  # bytes; a DataFrame whose conversion needs more than this stays the only copy
 CHUNK = 2**22  # bytes of a DataFrame that are copied to row-major order at once
@@ -200,7 +200,7 @@ def _convert_objects(array: Array, name: str) -> Array:
         raise ValueError(
             f"{name} holds {missing} missing values (None or NA) among {array.size}; expected "
             "numbers. Fill them, for instance with "
-            "pandas.DataFrame(array).fillna(0).astype('float32'), or leave their rows out."
+            "pandas.DataFrame(array).fillna(0).astype('float32'), or drop those rows."
         )
     shown = ", ".join(sorted(kind.__name__ for kind in kinds))
     remedy = _suggest_for_array(array)
@@ -221,7 +221,7 @@ def _suggest_for_array(array: Array) -> str:
         except ValueError:
             pass
         else:
-            return "They are written numbers: pass array.astype('float32')."
+            return "They are numbers written as text: pass array.astype('float32')."
     if array.ndim == 1 and array.dtype.kind in "OUST":
         return "Encode them as numbers first: as class numbers, pandas.factorize(array)[0]."
     if array.ndim == 2 and array.dtype.kind in "OUST":
@@ -389,7 +389,7 @@ def _check_none_missing(frame: pd.DataFrame, name: str, is_series: bool) -> None
             whose = "column"
         raise ValueError(
             f"{name}: {where} (NA), and whole numbers and bools have none for it. Fill them, "
-            f"{whose}.{filled}, or leave their rows out; {whose}.astype('float64') makes them NaN."
+            f"{whose}.{filled}, or drop those rows; {whose}.astype('float64') makes them NaN."
         )
 
 
@@ -407,7 +407,7 @@ def _to_pandas(frame: Any, name: str) -> pd.DataFrame:
         if callable(null_count) and is_integral and null_count():
             raise ValueError(
                 f"{name}: values are missing in {column} ({null_count()}), and whole numbers and "
-                "bools have none for it. Fill them, frame.fill_null(0), or leave their rows out."
+                "bools have none for it. Fill them, frame.fill_null(0), or drop those rows."
             )
         columns[str(column)] = array
     return pd.DataFrame(columns, copy=False)
@@ -573,7 +573,7 @@ def unequal_lengths(name: str, arrays: Any, lengths: list[int]) -> ValueError:
     if "[" in got:
         hint = LISTS
     elif type(arrays) is tuple and len(arrays) == 2 and 1 in lengths and _is_row(arrays):
-        hint = " A column is shape (rows, 1): pass y.T."
+        hint = " A column has shape (rows, 1): pass y.T."
     return ValueError(
         f"{name} holds arrays of {shown} rows; expected as many rows in each. Got {got}.{hint}"
     )

@@ -14,7 +14,7 @@ from minikeras.sources import find_length
 SURELY_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 LEAST = 1000  # batches of a pass of unknown length before it is called long
 LEAST_OF_STEPS = 100  # the same with steps_per_epoch: the training data may be endless
-TIMES = 10  # this many times the batches of a training epoch
+TIMES = 10  # warn after this many times the batches of a training epoch
 OUTSIDE_A_FIT = 10_000
 
 
@@ -59,9 +59,9 @@ class Watched:
         for number, batch in enumerate(self.batches, start=1):
             if number == self.limit:
                 warnings.warn(
-                    f"{self.name} has no length, has given {number} batches in this pass and goes "
-                    f"on. If it never ends, pass {self.argument}=... to say how many batches make "
-                    f"a pass.",
+                    f"{self.name} has no length and has already given {number} batches in this "
+                    f"pass. If it never ends, pass {self.argument}=..., the number of batches in "
+                    "a pass.",
                     stacklevel=2,
                 )
             yield batch

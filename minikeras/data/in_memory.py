@@ -292,7 +292,7 @@ class InMemoryBatches:
         order = None  # without workers, torch draws the order when the first batch is asked for
         if loader.num_workers:
             order = drawn(sampler.sampler)
-        return self._named(self._at_once(sampler, order))
+        return self._restore_names(self._at_once(sampler, order))
 
     def first(self) -> Any:
         """Return a copy of the first batch, None if the order is drawn."""
@@ -309,12 +309,12 @@ class InMemoryBatches:
         Args:
             iterate: returns an iterator of the batch sampler.
         """
-        return self._named(self._one_by_one(asked(self.loader, iterate)))
+        return self._restore_names(self._one_by_one(asked(self.loader, iterate)))
 
     def of(self, shares: list[Any]) -> Iterator[Any]:
         """Return an iterator of the batches of these row numbers, a tensor or list for each."""
         if not _are_alike(shares):
-            return self._named(self._one_by_one(iter(shares)))
+            return self._restore_names(self._one_by_one(iter(shares)))
         rows = _rows(self.loader.dataset, self.converted)
         tensors = _tensors(self.loader.dataset)
         size = max(len(shares[0]), 1)
@@ -322,9 +322,9 @@ class InMemoryBatches:
         for some in (shares[:-1], shares[-1:]):  # the last one may be shorter
             if some:
                 parts.append(gathered(tensors, rows[torch.cat(some)], size, self.device))
-        return self._named(chain(*parts))
+        return self._restore_names(chain(*parts))
 
-    def _named(self, batches: Iterator[list[Tensor]]) -> Iterator[Any]:
+    def _restore_names(self, batches: Iterator[list[Tensor]]) -> Iterator[Any]:
         """Return batches as dicts if the dataset is a StackDataset with names."""
         names = getattr(base_of(self.loader.dataset), "datasets", None)
         if type(names) is dict:

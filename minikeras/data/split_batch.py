@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from minikeras.batch import Parts
 from minikeras.errors import describe
@@ -23,7 +28,7 @@ class SplitBatch:
             counts the rows by the labels, and no batch may state another number.
 
     Raises:
-        TypeError: the function is none.
+        TypeError: the function is none, or does not take one batch.
 
     >>> split = SplitBatch(lambda batch: (batch["x"], batch["y"]))
     >>> split({"x": 1, "y": 2})
@@ -31,11 +36,7 @@ class SplitBatch:
     """
 
     def __init__(self, function: Callable[[Any], Any], steps_per_execution: int = 1) -> None:
-        if not callable(function):
-            raise TypeError(
-                "split_batch must be a function from a batch to (features, labels), got "
-                f'{describe(function)}. Pass for instance lambda batch: (batch["x"], batch["y"]).'
-            )
+        check_function(function)
         self.function = function
         self.steps_per_execution = steps_per_execution
 
@@ -46,7 +47,7 @@ class SplitBatch:
             TypeError, ValueError: the function has returned something else.
         """
         try:
-            parts = self.function(batch)
+            parts = self.function(copy_container(batch))
         except Exception as error:
             error.add_note(f"raised by split_batch, called with {describe_batch(batch)}")
             if isinstance(error, MISSING):
@@ -60,6 +61,13 @@ class SplitBatch:
         if len(parts) not in (2, 3):
             raise ValueError(self.explain_result(parts, batch))
         features, labels, sample_weight = (*parts, None)[:3]
+        if is_row_of(features, batch):
+            raise ValueError(
+                f"split_batch returned features {describe(features)}, which is one row of the "
+                f"batch {describe(batch)}: the batch is a single tensor, and batch[0] its first "
+                "row. If batches of features alone have no labels, let split_batch begin with "
+                "`if isinstance(batch, torch.Tensor): return batch, None`."
+            )
         return features, labels, sample_weight, self.find_stated_rows(batch)
 
     def explain_result(self, parts: Any, batch: Any) -> str:
@@ -84,6 +92,56 @@ class SplitBatch:
                 "Leave steps_per_execution out."
             )
         return rows
+
+
+def check_function(function: Any) -> None:
+    """Refuse what cannot be called with one batch.
+
+    Raises:
+        TypeError: it is no function of one argument.
+    """
+    remedy = 'Pass for instance lambda batch: (batch["x"], batch["y"])'
+    got = ""
+    if isinstance(function, type):
+        got = f"the class {function.__name__}"
+        remedy = f"Pass an instance whose __call__ takes the batch, {function.__name__}()"
+    elif not callable(function):
+        got = describe(function)
+    else:
+        try:
+            inspect.signature(function).bind("batch")
+        except TypeError as error:
+            name = getattr(function, "__name__", type(function).__name__)
+            got = f"{name}, which cannot be called with one argument, the batch: {error}"
+        except ValueError:  # some functions of C have no signature
+            return
+    if got:
+        raise TypeError(
+            f"split_batch must be a function from a batch to (features, labels), got {got}. "
+            f"{remedy}."
+        )
+
+
+def copy_container(batch: Any) -> Any:
+    """Return a shallow copy of a dict or list, and anything else as it is.
+
+    A list of batches is read again in the next epoch: after batch.pop("labels") the batch itself
+    still has its labels.
+    """
+    if isinstance(batch, (dict, UserDict, list)):
+        return copy.copy(batch)
+    return batch
+
+
+def is_row_of(features: Any, batch: Any) -> bool:
+    """Tell whether the features are one row of a batch that is a single table of rows.
+
+    A batch of two or three rows may be features, labels and weights of one number for each row,
+    stacked by a collate_fn.
+    """
+    if not isinstance(features, Tensor) or not isinstance(batch, Tensor):
+        return False
+    return batch.ndim == 2 and len(batch) > 3 and features.shape == batch.shape[1:]
 
 
 def describe_batch(batch: Any) -> str:

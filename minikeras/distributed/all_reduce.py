@@ -39,8 +39,8 @@ class AllReduce(Part, Hook):
         self.sends_early = not overrides(fit.model, "train_step", "backward", "optimizer_step")
         handles = []
         if self.sends_early:
-            for tensor in self._sums_of(self.stepper.optimizers.values()).bucket_of:
-                handles.append(tensor.register_post_accumulate_grad_hook(self._arrived))
+            for tensor in self._collect_gradients(self.stepper.optimizers.values()).bucket_of:
+                handles.append(tensor.register_post_accumulate_grad_hook(self._note_gradient))
         try:
             yield
         finally:
@@ -49,11 +49,11 @@ class AllReduce(Part, Hook):
             for handle in handles:
                 handle.remove()
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def _note_gradient(self, parameter: Tensor) -> None:
         if self.sums is not None:
             self.sums.arrived(parameter)
 
-    def _sums_of(self, optimizers: Iterable[Optimizer]) -> GradientSums:
+    def _collect_gradients(self, optimizers: Iterable[Optimizer]) -> GradientSums:
         """Return the gradients to add up, in the order of the layers; those of the loss last.
 
         Those of sharded parameters have been added up in backward.
@@ -68,13 +68,13 @@ class AllReduce(Part, Hook):
         return GradientSums(self.world, in_order)
 
     def on_loss(self, loss: StepLoss) -> None:
-        """Get ready to send, if this is the last backward before a step of all optimizers."""
+        """Prepare to send, if this is the last backward before a step of all optimizers."""
         if self.sends_early and self.stepper.all_due():
-            self.sums = self._sums_of(self.stepper.optimizers.values())
+            self.sums = self._collect_gradients(self.stepper.optimizers.values())
 
     def before_steps(self, optimizers: list[Optimizer]) -> None:
         """Send what is left; gradients become their sums, and other parts get theirs."""
-        sums = self.sums or self._sums_of(optimizers)
+        sums = self.sums or self._collect_gradients(optimizers)
         self.sums = None
         counts = []
         numbers = []
@@ -89,9 +89,9 @@ class AllReduce(Part, Hook):
                 totals = totals[count:]
 
     def reset(self) -> None:
-        """Forget what is on its way."""
+        """Forget the messages being sent."""
         self.sums = None
 
     def way_back(self) -> Restore:
-        """Return a function that forgets what is on its way."""
+        """Return a function that forgets the messages being sent."""
         return self.reset

@@ -25,7 +25,7 @@ BUCKET = 2**23  # bytes; a bucket ends with the parameter that fills it
 
 
 class GradientSums:
-    """The gradients of one step on their way.
+    """The gradients of one step while they are being added up.
 
     Args:
         parameters: the same ones in all processes, in the order of the layers.
@@ -53,8 +53,8 @@ class GradientSums:
             return
         if number < len(self.sent):
             raise RuntimeError(
-                "backward filled the gradient of a parameter twice, after several processes had "
-                "added it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
+                "backward computed the gradient of a parameter a second time, after the processes "
+                "had added it up, as torch.utils.checkpoint does with use_reentrant=True. Pass "
                 "use_reentrant=False."
             )
         self.missing[number] -= 1
@@ -73,7 +73,7 @@ class GradientSums:
         for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
             with self.world.answered():
                 work.wait()
-            sizes = [as_real(parameter).numel() for parameter in bucket]
+            sizes = [view_as_real(parameter).numel() for parameter in bucket]
             rest = len(flat) - sum(sizes) - len(bucket)
             sums, counts, totals = flat.split([sum(sizes), len(bucket), rest])
             # read from the device only if a gradient is missing here
@@ -81,13 +81,13 @@ class GradientSums:
             gradients = sums.split(sizes)
             for parameter, gradient, has_one in zip(bucket, gradients, exists, strict=True):
                 if has_one:
-                    parameter.grad = shaped(gradient, parameter)
+                    parameter.grad = reshape_gradient(gradient, parameter)
         return list(totals)
 
     def _send(self, *numbers: Any) -> None:
         bucket = self.buckets[len(self.sent)]
         own = [parameter.grad is not None for parameter in bucket]
-        flat = joined(bucket, [*map(float, own), *numbers])
+        flat = join_gradients(bucket, [*map(float, own), *numbers])
         with self.world.answered():
             work = self.world.dist.all_reduce(flat, async_op=True)
         self.sent.append((flat, work, own))
@@ -106,14 +106,15 @@ def buckets_of(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def joined(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
+def join_gradients(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
     """Return the bucket's gradients and some numbers as one tensor, (n,).
 
     It is float32, or float64 if a parameter is.
     """
     if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in bucket):
         raise ValueError(
-            "gradients of several processes must be dense. Build the embedding with sparse=False."
+            "gradients must be dense to be added up over several processes. Build the embedding "
+            "with sparse=False."
         )
     device = bucket[0].device if bucket else torch.device("cpu")
     dtype = torch.float32
@@ -122,22 +123,22 @@ def joined(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
         gradient = parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(parameter)
-        if as_real(parameter).dtype == torch.float64:
+        if view_as_real(parameter).dtype == torch.float64:
             dtype = torch.float64
-        parts.append(as_real(gradient))
+        parts.append(view_as_real(gradient))
     for number in numbers:
         parts.append(torch.as_tensor(number, device=device))
     return torch.cat([part.detach().to(dtype).reshape(-1) for part in parts])
 
 
-def as_real(tensor: Tensor) -> Tensor:
+def view_as_real(tensor: Tensor) -> Tensor:
     """Return a complex tensor as pairs of real numbers, and any other as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def shaped(flat: Tensor, parameter: Tensor) -> Tensor:
+def reshape_gradient(flat: Tensor, parameter: Tensor) -> Tensor:
     """Return a parameter's gradient from its numbers, (n,)."""
-    flat = flat.to(as_real(parameter).dtype)
+    flat = flat.to(view_as_real(parameter).dtype)
     if parameter.is_complex():
         return torch.view_as_complex(flat.view(*parameter.shape, 2))
     return flat.view_as(parameter)

@@ -1,4 +1,4 @@
-"""One process's part of the batches that several processes have together. You may skip this file.
+"""One process's share of the batches of several processes. You may skip this file.
 
 A step is one batch for each process. The order of an epoch is drawn as rank 0 draws it: its random
 state is broadcast at the start of each iteration, each process draws from it, and then the other
@@ -10,8 +10,8 @@ a custom batch sampler,    as many batches as there are processes make one step
 a list of batches
 anything else              each process reads its own, for as long as one of them has a batch
 
-A process that has no batch in a step gets one that it has seen already, as a `FillerBatch`: it
-counts for nothing.
+A process that has no batch in a step repeats one that it has already seen, as a `FillerBatch`: its
+rows, loss and gradients count as zero.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minikeras.support.randomness import Randomness
 
 
 def sharded(batches: Iterable[Any], world: World, name: str) -> Iterable[Any]:
-    """Return this process's part of the batches."""
+    """Return this process's share of the batches."""
     if reads_rows(batches) and not is_sharded_by_user(getattr(batches, "loader", None)):
         return Sharded(batches, world)
     if type(batches) is list or is_known_by_number(batches):
@@ -56,7 +56,7 @@ def is_known_by_number(batches: Any) -> bool:
 
 
 def is_sharded_by_user(loader: Any) -> bool:
-    """Tell whether a sampler of the loader gives each process its part already."""
+    """Tell whether a sampler of the loader already gives each process its share."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (
         getattr(loader, "sampler", None),
@@ -75,7 +75,7 @@ def draw_first_seed(loader: DataLoader[Any]) -> None:
 
 
 class Sharded:
-    """One process's part of batches whose rows, or which themselves, are known by number."""
+    """One process's share of batches, if the rows or the batches are known by number."""
 
     is_exact = True  # reading again from the same random state gives the same batches
 
@@ -119,7 +119,7 @@ class Sharded:
         return math.ceil(rows / self.batch_size)
 
     def check_sizes(self) -> None:
-        """Check that all processes were given as much data.
+        """Check that all processes got the same amount of data.
 
         Raises:
             ValueError: they were not.
@@ -133,8 +133,8 @@ class Sharded:
         most, negative_least = self.world.agree(size, -size)
         if most != -negative_least:
             raise ValueError(
-                f"the processes have from {-negative_least:g} to {most:g} {unit}. Give all the "
-                f"same data: each takes its part of it."
+                f"the processes have from {-negative_least:g} to {most:g} {unit}. Give all "
+                "processes the same data: each uses its share of it."
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -260,7 +260,7 @@ class InStep:
                 continue
             if last is nothing:
                 raise ValueError(
-                    f"{self.name} gave no batch to process {self.world.rank}, and others have "
-                    f"some. Give each process at least one."
+                    f"{self.name} gave process {self.world.rank} no batch, but other processes "
+                    "got some. Give each process at least one."
                 )
             yield FillerBatch(last)

@@ -45,8 +45,7 @@ def shard(
 
     if not hasattr(FSDPModule, "set_gradient_divide_factor"):
         raise RuntimeError(
-            f'distributed="fsdp" needs torch 2.8 or newer, and this is {torch.__version__}. '
-            f"Upgrade it."
+            f'distributed="fsdp" needs torch 2.8 or newer, got {torch.__version__}. Upgrade torch.'
         )
     chosen = blocks_of(model, blocks)
     before = dict(model.named_parameters())
@@ -102,14 +101,15 @@ def modules_of_classes(model: nn.Module, modules: list[nn.Module], blocks: Any) 
     are_classes = all(isinstance(cls, type) and issubclass(cls, nn.Module) for cls in classes)
     if not classes or not are_classes:
         raise TypeError(
-            f"fsdp_blocks must be a class of modules or several, got {blocks!r}. Pass (nn.Linear,)."
+            f"fsdp_blocks must be a module class or a tuple of them, got {blocks!r}. Pass "
+            "(nn.Linear,)."
         )
     found = [module for module in modules if isinstance(module, classes)]
     if not found:
         existing = ", ".join(sorted({type(module).__name__ for module in modules}))
         names = ", ".join(cls.__name__ for cls in classes)
         raise ValueError(
-            f"fsdp_blocks: no part of {type(model).__name__} is a {names}. It has "
+            f"fsdp_blocks: {type(model).__name__} has no module of class {names}. Its classes: "
             f"{existing or 'none'}."
         )
     return found
@@ -170,8 +170,8 @@ class ShardedBackward(Part, Hook):
         for optimizer in optimizers:
             if optimizer not in self.seen and any(map(is_sharded, gradients_of(optimizer))):
                 raise RuntimeError(
-                    f"loss.backward() passes {self.stepper.bypassed} by. Call self.backward(loss) "
-                    f"in train_step."
+                    f"loss.backward() bypasses {self.stepper.bypassed}. Call self.backward(loss) "
+                    "in train_step."
                 )
 
     def on_waiting(self, optimizer: Optimizer) -> None:
@@ -205,8 +205,8 @@ def sync_batchnorm(model: nn.Module, world: Any, device: torch.device) -> None:
     if device.type == "cpu":
         raise ValueError(
             f"sync_batchnorm=True with {world.size} processes needs GPUs: torch has no "
-            f"SyncBatchNorm for the CPU. Leave it out, and choose a batch_size that is enough for "
-            f"the statistics of each process."
+            "SyncBatchNorm for the CPU. Omit it, and choose a batch_size that is large enough for "
+            "the statistics of each process."
         )
     staying_in_eval = names_staying_in_eval(model)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces modules
@@ -234,14 +234,14 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, number: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _added(number, group)
+        return _add_up(number, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _added(gradient, ctx.group), None
+        return _add_up(gradient, ctx.group), None
 
 
-def _added(number: Tensor, group: Any) -> Tensor:
+def _add_up(number: Tensor, group: Any) -> Tensor:
     import torch.distributed as dist
 
     total = number.detach().clone()

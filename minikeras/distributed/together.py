@@ -1,4 +1,4 @@
-"""Keep processes together during a fit."""
+"""Keep processes in lockstep during a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minikeras.support.randomness import Randomness, reseed
 
 
 class KeepTogether(Hook):
-    """Separate random states during a fit, the buffers of rank 0, and one decision to stop.
+    """Give each process its own random state, share the buffers of rank 0, and stop together.
 
     Args:
         signals: what has been received from the operating system; None if nothing listens.

@@ -3,12 +3,12 @@
 They are started by torchrun, or by anything that sets RANK, LOCAL_RANK and WORLD_SIZE.
 
 world_of        the process group: an existing one, or a new one if WORLD_SIZE is above 1
-World           who this process is, and what all processes do together:
-    share       give all the weights and buffers of rank 0
+World           the rank of this process, and the collective operations:
+    share       broadcast the weights and buffers of rank 0
     broadcast   send a plain value of rank 0 to all
     gather      collect a plain value of each
     agree       take the largest of each number
-    by_main     let rank 0 act; the others wait until it has
+    by_main     run a function on rank 0; the others wait for it
     add_up      add up tensors
 
 A process that fails ends, and the others then get an error from torch: `answered` explains it.
@@ -52,9 +52,9 @@ def world_of(distributed: str) -> OneProcess:
     if not (dist.is_available() and dist.is_initialized()):
         if distributed in ("ddp", "fsdp") and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                f'distributed="{distributed}" needs several processes, and this one was started '
-                "alone. Start the script with torchrun --nproc-per-node=2 script.py, or leave "
-                "distributed out."
+                f'distributed="{distributed}" needs several processes, and only this one was '
+                "started. Start the script with torchrun --nproc-per-node=2 script.py, or omit "
+                "distributed."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return OneProcess()
@@ -125,11 +125,11 @@ class World(OneProcess):
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"process {self.rank} of {self.size} got no answer from the others: one has ended, "
-                f"or has taken longer than the group's timeout. Look for its own error first. "
-                f"Processes must make the same calls of fit, evaluate, predict and save. For a "
-                f"longer timeout call torch.distributed.init_process_group(timeout=...) before "
-                f"compile. Torch says: {error}"
+                f"process {self.rank} of {self.size} got no answer from the others: one has "
+                "ended, or has taken longer than the group's timeout. Look for its error message "
+                "first. Processes must make the same calls of fit, evaluate, predict and save. "
+                "For a longer timeout call torch.distributed.init_process_group(timeout=...) "
+                f"before compile. Torch says: {error}"
             ) from error
 
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -139,7 +139,7 @@ class World(OneProcess):
                 if is_lazy(tensor):
                     raise ValueError(
                         "the model has lazy layers without weights yet, which each process would "
-                        "draw anew. Call it once on a batch before compile."
+                        "initialize differently. Call the model once on a batch before compile."
                     )
                 whole = tensor.detach().contiguous()
                 numbers = whole.reshape(-1).view(torch.uint8)  # backends lack some dtypes
@@ -189,7 +189,7 @@ class World(OneProcess):
         return largest.tolist()
 
     def by_main(self, act: Callable[[], None]) -> None:
-        """Let rank 0 act while the others wait; if it fails, all fail."""
+        """Run a function on rank 0 while the others wait; if it fails, all fail."""
         error = None
         if self.rank == 0:
             try:
@@ -201,8 +201,8 @@ class World(OneProcess):
             raise error
         if has_failed:
             raise RuntimeError(
-                f"process 0 of {self.size}, which writes the files, has failed. Look for its own "
-                f"error."
+                f"process 0 of {self.size}, which writes the files, has failed. Look for its "
+                "error message."
             )
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class World(OneProcess):
         return list(all_sums), dict(zip(counts, all_counts, strict=True))
 
     def share_weights(self, model: nn.Module, loss_func: Any) -> None:
-        """Give all processes the weights and buffers of rank 0, once; shards have them already."""
+        """Broadcast the weights and buffers of rank 0, once; shards have them already."""
         if self.has_shared:
             return
         tensors: list[Tensor] = list(parameters_of(model, loss_func))
@@ -240,7 +240,7 @@ class World(OneProcess):
         shards.settle(model)
 
     def part_of(self, batches: Iterable[Any], name: str) -> Iterable[Any]:
-        """Return this process's part of `batches`, which the user calls `name`."""
+        """Return this process's share of `batches`, which the user calls `name`."""
         from minikeras.distributed.sharded import sharded
 
         return sharded(batches, self, name)
@@ -262,9 +262,9 @@ class World(OneProcess):
         parts = find_syncing_parts(metric)
         if not parts:
             raise TypeError(
-                f"metric {name!r} is a {type(metric).__name__}, an object whose counts in several "
-                f"processes cannot be put together. Give a function that returns a mean or an "
-                f"Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object."
+                f"metric {name!r} is a {type(metric).__name__}, an object whose state cannot be "
+                "combined over several processes. Pass a function that returns a mean or an "
+                "Average(total, count), minikeras.OnAllRows(function), or a torchmetrics object."
             )
         for part in parts:
             part.distributed_available_fn = syncs
@@ -290,7 +290,7 @@ class World(OneProcess):
         if some and none and not all(map(needs_all_rows, metrics)):
             raise ValueError(
                 f"there are fewer rows than processes, {self.size}, and the metric objects of one "
-                f"have seen none. Give more rows, or start fewer processes."
+                "process have seen none. Give more rows, or start fewer processes."
             )
         return bool(some)
 
@@ -301,8 +301,8 @@ class World(OneProcess):
         return gathered(outputs, self, everywhere)
 
     def describe_part(self) -> str:
-        """Return the words that call a batch this process's part of it."""
-        return f", process {self.rank}'s part of the batch"
+        """Return the words for a message that a batch is this process's share."""
+        return f", process {self.rank}'s share of the batch"
 
 
 def pack(value: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 It looks at
 
-each loss               before it moves a weight: see loss.py
+each loss               before the weights are updated: see loss.py
 a norm of gradients     if another part computes one, before the step
 weights, and the state  at the end of an epoch, and before a file is written: see weights.py
 of the optimizers
@@ -62,7 +62,7 @@ class NaNGuard(Part, Hook):
     # --- the part ---------------------------------------------------------------------------------
 
     def on_loss(self, loss: StepLoss) -> None:
-        """Raise an error before a loss that is not finite moves a weight."""
+        """Raise an error for a loss that is not finite, before the weights are updated."""
         if loss.batch.is_filler:
             return
         self.losses.look(loss.total)
@@ -80,7 +80,7 @@ class NaNGuard(Part, Hook):
         return [self.losses.own()]
 
     def take_numbers(self, optimizers: list[Any], sums: list[Any]) -> None:
-        """Learn how many processes had such a loss, before any of them moves a weight."""
+        """Read how many processes had such a loss, before any of them updates a weight."""
         self.losses.heard(sums[0])
 
     def on_graph_steps(self, loss: Tensor, steps: int) -> None:
@@ -129,7 +129,7 @@ class NaNGuard(Part, Hook):
         try:
             yield
         except NonFiniteLoss as error:
-            message = self._explained(error, fit.at.epoch)
+            message = self._explain(error, fit.at.epoch)
             if self.on_nan == "raise":
                 error.args = (message,)
                 error.culprit = None
@@ -146,7 +146,7 @@ class NaNGuard(Part, Hook):
         allowed: bool = self.weights.allow(path, averages)
         return allowed
 
-    def _explained(self, error: NonFiniteLoss, epoch: int) -> str:
+    def _explain(self, error: NonFiniteLoss, epoch: int) -> str:
         """Return the message for a loss, a gradient or weights that are not finite."""
         run = self.run
         if run.engine.holds_back_steps:

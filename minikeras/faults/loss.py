@@ -1,4 +1,4 @@
-"""Find a loss that is NaN or infinite before it moves a weight.
+"""Find a NaN or infinite loss before the weights are updated.
 
 on the CPU      read the loss at each step; reading waits for nothing there
 on a device     a count on the device grows from the first bad loss on; it is read every few steps,
@@ -22,7 +22,8 @@ from minikeras.results import count_bad_gradient, get_mean
 
 READ_EVERY = 50  # steps, on a device
 CAUSE = (
-    "sqrt and log have none at 0, and NaN in the data passes torch.where, nan_to_num and nanmean"
+    "sqrt and log have no finite gradient at 0, and NaN in the data reaches the gradient through "
+    "torch.where, nan_to_num and nanmean"
 )
 REMEDY = (
     "Add a small number inside, as in torch.sqrt(x + 1e-8), clean the data, or lower the learning "
@@ -86,7 +87,7 @@ class FiniteLoss:
         for optimizer in self.optimizers:
             if not all(group.get("fused") for group in optimizer.param_groups):
                 self.blocks = False
-        # a graph or a scaler skips the steps from the first bad loss on
+        # a graph or a scaler skips the steps from the first bad loss onward
         self.skipped_elsewhere = False
 
     def begin(self, counts: tuple[Tensor, Tensor] | None) -> None:
@@ -128,7 +129,7 @@ class FiniteLoss:
         return self.reads_each or self.blocks or self.skipped_elsewhere
 
     def look(self, loss: Tensor) -> None:
-        """Check a loss, a 0-d tensor, before a step moves a weight.
+        """Check a loss, a 0-d tensor, before a step updates the weights.
 
         Raises:
             NonFiniteLoss: it is not finite.
@@ -175,7 +176,7 @@ class FiniteLoss:
         return float(not math.isfinite(self.value)) if self.reads_each else self.bad > 0
 
     def heard(self, bad: Tensor) -> None:
-        """Take the number of processes with such a loss, before any of them moves a weight."""
+        """Read the number of processes with such a loss, before any of them updates a weight."""
         if not self.reads_each:
             self.bad.copy_(torch.where((bad > 0) & (self.bad == 0), 1.0, self.bad))
             self.found.copy_(self.bad > 0)
@@ -186,7 +187,7 @@ class FiniteLoss:
             raise error
 
     def look_back(self, loss: Tensor, steps: int) -> None:
-        """Check steps that a graph has taken, which counts and blocks by itself.
+        """Check steps that a graph has run; the graph counts and holds back steps itself.
 
         Args:
             loss: the mean over these steps.
@@ -295,7 +296,7 @@ def explained(
     buffers = [name for name in (*before, *since) if name in buffer_names]
     began = ""
     if error.ago:
-        began = f" (it began {error.ago} steps before)"
+        began = f" (it started {error.ago} steps before)"
     sentences = [
         f"the loss is {error.value} in epoch {epoch}, batch {number}{began}; expected a finite "
         f"number.",
@@ -307,50 +308,55 @@ def explained(
             sentences.append(f"It is a sum of losses, and {', '.join(bad)} is not finite.")
     if spoiled:
         sentences.append(
-            f"The {' and '.join(spoiled)} of this batch held NaN or inf already: clean the data."
+            f"The {' and '.join(spoiled)} of this batch contained NaN or inf: clean the data."
         )
     elif error.elsewhere:
-        sentences.append("It was in the batch of another process: its message says more.")
+        sentences.append(
+            "It was in the batch of another process: see the error message of that process."
+        )
     elif not has_batch:
         sentences.append(
-            "The batch of that loss is not kept, so its data was not looked at: compile with "
-            'device="cpu" to find it, where each loss is read at once, or look for NaN and inf in '
-            "the data."
+            "The batch of that loss was not kept, so its data could not be checked: compile with "
+            'device="cpu", where each loss is checked at once, or look for NaN and inf in the data.'
         )
     elif all_ignored(loss_func, labels):
         sentences.append(
-            f"No label of this batch counts: all are {int(labels.flatten()[0])}, which the loss "
-            f"ignores, and its mean over none is nan. Let the loss return "
-            f"minikeras.Average(total, count)."
+            f"The loss ignores every label of this batch: all are {int(labels.flatten()[0])} "
+            "(`ignore_index`), and the mean over no labels is nan. Let the loss return "
+            "minikeras.Average(total, count)."
         )
     elif not weights:
         sentences.append(
-            "Features, labels and weights are finite: lower the rate, clip gradients, or look into "
-            "the loss."
+            "Features, labels and weights are finite: lower the learning rate, clip gradients, or "
+            "check the loss."
         )
     if weights:
         sentences.append(f"Weights are NaN or inf: {', '.join(weights[:3])}.")
         if has_batch and not before and watch.reads_each:
             sentences.append(
-                "They were finite as the fit began: the loss of a step before was finite and its "
-                f"gradient was not, or a step was too large. Possible causes: {CAUSE}. {REMEDY}"
+                "They were finite when the fit started: in an earlier step the loss was finite "
+                f"and its gradient was not, or a step was too large. Possible causes: {CAUSE}. "
+                f"{REMEDY}"
             )
-        sentences.append("Go back to a checkpoint.")
+        sentences.append("Restore a checkpoint.")
     elif watch.holds_back:
-        sentences.append("The weights are those of before it.")
+        sentences.append("The weights are those from before this step.")
     else:
-        sentences.append("The optimizer has taken steps since: go back to a checkpoint.")
+        sentences.append("The optimizer has taken steps since: restore a checkpoint.")
     if buffers:
         sentences.append(
-            f"The forward pass has spoiled {', '.join(buffers[:3])}: go back to a checkpoint "
-            f"before you go on."
+            f"The forward pass has made {', '.join(buffers[:3])} NaN or infinite: restore a "
+            "checkpoint before you continue."
         )
     return " ".join(sentences)
 
 
 def shown_rates(rates: Mapping[str, float]) -> str:
     """Return the learning rates for a message."""
-    return ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items()) or "an unknown rate"
+    return (
+        ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+        or "an unknown learning rate"
+    )
 
 
 def last_loss(error: NonFiniteLoss, watch: FiniteLoss | None) -> str:

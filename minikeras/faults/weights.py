@@ -1,6 +1,6 @@
 """Find NaN or infinite weights and buffers after finite losses, before they reach a file.
 
-as a fit begins           note what is not finite already, such as a mask of -inf, and allow it
+at the start of a fit     record what is not finite already, such as a mask of -inf, and allow it
 at the end of an epoch    after the last step of training; before validation, callbacks and files
 before a file is written  the state of the run, or weights that `save` writes within the fit
 before a clipped step     the norm of the gradients, computed anyway: see `FiniteLoss.look_at_norm`
@@ -109,15 +109,15 @@ class FiniteWeights:
         """
         named = dict([*self._weights(), *self._state(), *self._waiting_gradients()])
         for title, name, tensor in averages:
-            for key, local in looked_at("parameter", name, tensor):
+            for key, local in select_checkable("parameter", name, tensor):
                 named["average", title] = self._without_known(key, local)
         found = self._find(named)
         if self.finite_loss is None:
             if self._anywhere(bool(found)):
                 warnings.warn(
                     f"{path} is not written: {listed(found) or 'weights of another process'} would "
-                    f"be NaN or infinite in it. What was there before is there. Pass "
-                    f'on_nan="raise" to end the fit where that comes.',
+                    f"be NaN or infinite in it. An existing file is unchanged. Pass "
+                    'on_nan="raise" to stop the fit when that happens.',
                     stacklevel=7,
                 )
                 return False
@@ -168,9 +168,9 @@ class FiniteWeights:
     def _weights(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         for prefix, module in self._prefixed_modules():
             for name, parameter in module.named_parameters():
-                yield from looked_at("parameter", prefix + name, parameter)
+                yield from select_checkable("parameter", prefix + name, parameter)
             for name, buffer in module.named_buffers():
-                yield from looked_at("buffer", prefix + name, buffer)
+                yield from select_checkable("buffer", prefix + name, buffer)
 
     def _prefixed_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._prefixed_modules():
@@ -185,7 +185,7 @@ class FiniteWeights:
             for name, parameter in self._prefixed_parameters():
                 for key, value in optimizer.state.get(parameter, {}).items():
                     title = f"{key} of {type(optimizer).__name__} for {name}"
-                    yield from looked_at("state", title, value)
+                    yield from select_checkable("state", title, value)
 
     def _waiting_gradients(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Yield gradients that wait for a step; in float16 the scaler skips infinite ones."""
@@ -193,7 +193,7 @@ class FiniteWeights:
             return
         for name, parameter in self._prefixed_parameters():
             if parameter.grad is not None:
-                yield from looked_at("gradient", name, parameter.grad)
+                yield from select_checkable("gradient", name, parameter.grad)
 
     @torch.no_grad()
     def _find(self, named: Mapping[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
@@ -227,7 +227,7 @@ class FiniteWeights:
         return tensor
 
 
-def looked_at(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def select_checkable(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """Yield a tensor, or this process's shard, under its key; nothing if it cannot be checked."""
     if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:
         return
@@ -254,8 +254,8 @@ def explain_weights(
     where = f"epoch {epoch}, batch {batch}" if batch else f"epoch {epoch}"
     if not error.found:
         return (
-            f"weights are NaN or infinite in another process in {where}; expected finite ones. Its "
-            f"message says more. Go back to a checkpoint."
+            f"weights are NaN or infinite in another process in {where}; expected finite weights. "
+            "See the error message of that process. Restore a checkpoint."
         )
     kinds = {found for found, _ in error.found}
     kind = next(kind for kind in KINDS if kind in kinds)
@@ -269,19 +269,19 @@ def explain_weights(
         sentences.append(f"{last_loss(error, watch)} at {shown_rates(rates)}.")
     if kind == "buffer":
         sentences.append(
-            "The weights are finite: the forward pass has spoiled it, as a batch with inf spoils "
+            "The weights are finite, so the forward pass caused it, as a batch with inf does to "
             "the statistics of BatchNorm. Clean the data."
         )
     elif kind == "state":
         sentences.append(
-            "The weights are finite: a gradient was so large that its square is infinite, and such "
-            "a weight does not move again. Make the loss smaller, or compile with "
+            "The weights are finite: a gradient was so large that its square is infinite, and "
+            "such a weight is never updated again. Make the loss smaller, or compile with "
             "clip_grad_norm=1.0."
         )
     elif kind == "average":
         sentences.append(
-            "The weights are finite now: the average took them in after a step when they were not, "
-            "and it does not become finite again. Find that step, as with "
+            "The weights are finite now: the average included them after a step when they were "
+            "not, and it cannot become finite again. Find that step, for instance with "
             "compile(clip_grad_norm=1.0)."
         )
     elif watch.looked:
@@ -291,16 +291,16 @@ def explain_weights(
         )
     else:
         sentences.append(
-            "No loss was looked at: train_step calls loss.backward() by itself. Call "
-            "self.backward(loss) there, which finds a bad loss before it moves a weight. If it was "
-            f"finite, a gradient was not: {CAUSE}. {REMEDY}"
+            "No loss was checked: train_step calls loss.backward() directly. Call "
+            "self.backward(loss) instead, which finds a bad loss before the weights are updated. "
+            f"If it was finite, a gradient was not: {CAUSE}. {REMEDY}"
         )
     if kind in ("parameter", "gradient"):
         sentences.append(
             f"compile(clip_grad_norm=1.0) finds such a gradient before its step, and {ANOMALY}"
         )
     sentences.append(
-        "Nothing of it was written to a file, and the model holds it: go back to a checkpoint."
+        "Nothing of it was written to a file, but the model contains it: restore a checkpoint."
     )
     return " ".join(sentences)
 
@@ -313,7 +313,7 @@ def explain_gradient(
     watch: FiniteLoss,
 ) -> str:
     """Return the message for a norm of gradients that is not finite, found before the step."""
-    began = f" (it began {error.ago} steps before)" if error.ago else ""
+    began = f" (it started {error.ago} steps before)" if error.ago else ""
     sentences = [
         f"the norm of the gradient is {error.value} in epoch {epoch}, batch {error.batch[2]}"
         f"{began}; expected a finite number. The loss was finite. {last_loss(error, watch)} at "
@@ -330,15 +330,15 @@ def explain_gradient(
     else:
         if name is not None:
             sentences.append(
-                f"The first gradient that is not is that of {name}. {layer_of(model, name)}"
+                f"The first gradient that is not finite is that of {name}. {layer_of(model, name)}"
             )
         sentences.append(
             f"Its gradient was not: {CAUSE}; large numbers overflow. {REMEDY} {ANOMALY}"
         )
     if watch.holds_back:
-        sentences.append("The weights are those of before it.")
+        sentences.append("The weights are those from before this step.")
     else:
-        sentences.append("The optimizer has taken steps since: go back to a checkpoint.")
+        sentences.append("The optimizer has taken steps since: restore a checkpoint.")
     return " ".join(sentences)
 
 

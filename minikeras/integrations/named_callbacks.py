@@ -9,6 +9,7 @@ create_callbacks  name -> callback -> the copies that one fit trains with
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Mapping
@@ -37,12 +38,16 @@ def name_callbacks(callbacks: Any) -> dict[str, Any]:
     if isinstance(callbacks, minikeras.Callback):
         callbacks = [callbacks]
     if not isinstance(callbacks, (list, tuple)):
+        got = describe(callbacks)
         remedy = "Pass [callback], or [(name, callback)] to choose the name"
         if isinstance(callbacks, Mapping):
             remedy = "Pass list(callbacks.items())"
+        elif isinstance(callbacks, type):
+            got = f"the class {callbacks.__name__}"
+            remedy = f"Pass [{callbacks.__name__}()]"
         raise TypeError(
             f"`callbacks` must be a list of callbacks or of (name, callback) pairs, got "
-            f"{describe(callbacks)}. {remedy}."
+            f"{got}. {remedy}."
         )
     kinds = Counter(name_of(entry) for entry in callbacks if not isinstance(entry, tuple))
     numbers: Counter[str] = Counter()
@@ -244,6 +249,7 @@ def create_callbacks(named: Mapping[str, Any], model: minikeras.Model) -> dict[s
         if isinstance(callback, minikeras.Callback):
             created[name] = copy_callback(name, callback)
             continue
+        check_takes_model(name, callback)
         created[name] = callback(model)
         if not isinstance(created[name], minikeras.Callback):
             raise TypeError(
@@ -252,6 +258,26 @@ def create_callbacks(named: Mapping[str, Any], model: minikeras.Model) -> dict[s
                 f"one."
             )
     return created
+
+
+def check_takes_model(name: str, function: Any) -> None:
+    """Refuse a function that is not made to be called with the model."""
+    what = f"the function under {name!r} in `callbacks` is called with the model of the fit"
+    if isinstance(function, functools.partial) and isinstance(function.func, type):
+        kind = function.func.__name__
+        raise TypeError(
+            f"{what}, and functools.partial of {kind} would take it for its next argument. Pass an "
+            f"instance, {kind}(...)."
+        )
+    try:
+        inspect.signature(function).bind("model")
+    except TypeError as error:
+        raise TypeError(
+            f"{what}, and cannot be: {error}. Pass a function of the model, lambda model: ..., or "
+            f"the callback itself."
+        ) from None
+    except ValueError:  # some functions of C have no signature
+        return
 
 
 def copy_callback(name: str, callback: minikeras.Callback) -> minikeras.Callback:

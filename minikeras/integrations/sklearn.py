@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import minikeras
-from minikeras.errors import describe, is_number
+from minikeras.errors import describe, did_you_mean, is_number
 from minikeras.integrations.named_callbacks import (
     create_callbacks,
     list_settings,
@@ -53,6 +53,20 @@ except ModuleNotFoundError as error:
 TRAINING_LOCK = threading.RLock()
 
 CALLBACKS = "callbacks__"  # what the names of callbacks and their settings begin with
+
+# arguments of Keras, scikit-learn and skorch -> what to pass here
+SUGGESTED = {
+    "validation_split": " Pass validation=0.1.",
+    "validation_fraction": " Pass validation=0.1.",
+    "train_split": " Pass validation=0.2.",
+    "early_stopping": " Pass callbacks=[EarlyStopping(...)] and validation=0.1.",
+    "max_iter": " Pass epochs.",
+    "learning_rate": " Pass lr.",
+    "learning_rate_init": " Pass lr.",
+    "criterion": " Pass loss_func.",
+    "module": " Pass model.",
+    "warm_start": " Call partial_fit to continue.",
+}
 
 
 def perceptron(n_features: int, n_outputs: int, hidden: int = 64) -> nn.Module:
@@ -180,10 +194,11 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         arguments = self._factory_arguments()
         unknown = [name for name in arguments if name not in known]
         if unknown and not takes_any(factory):
+            expected = [*self._get_param_names(), *known]
             raise TypeError(
                 f"{type(self).__name__} got {unknown[0]!r}, which is no argument of its own and "
-                f"none of the model's factory. "
-                f"Expected {', '.join([*self._get_param_names(), *known])}."
+                f"none of the model's factory. Expected {', '.join(expected)}."
+                f"{suggest_argument(unknown[0], expected)}"
             )
         check_takes(factory, arguments)
         network = factory(self.n_features_in_, n_outputs, **arguments)
@@ -630,6 +645,21 @@ def check_takes(factory: Callable[..., Any], arguments: dict[str, Any]) -> None:
         ) from None
 
 
+def suggest_argument(name: str, known: list[str]) -> str:
+    """Return what to pass in place of an unknown argument, with a blank before it, or ''."""
+    owner, separator, setting = name.partition("__")
+    if separator and owner == "callbacks":
+        return (
+            " Pass the callbacks as a list, callbacks=[EarlyStopping(...)]; set_params and "
+            "searches take the names of their settings."
+        )
+    if separator and owner == "optimizer":
+        return f" Pass functools.partial(torch.optim.SGD, {setting}=...) as optimizer."
+    if separator and setting in known:
+        return f" Pass {setting}=..."
+    return SUGGESTED.get(name) or did_you_mean(name, known)
+
+
 def check_optimizer(optimizer: Any) -> Callable[..., Any]:
     """Return the function that creates the optimizer of each fit for its new parameters."""
     if optimizer is None:
@@ -705,7 +735,13 @@ def check_classes(classes: Any, known: np.ndarray | None) -> np.ndarray:
                 "have all labels. Pass partial_fit(X, y, classes=numpy.unique(all_labels))."
             )
         return known
-    found = np.unique(column_or_1d(classes))
+    labels = np.asarray(classes)
+    if labels.ndim == 0:  # one label, or a set
+        raise ValueError(
+            f"`classes` must be a list of all labels, got {describe(classes)}. Pass such as "
+            f"classes=numpy.unique(all_labels)."
+        )
+    found = np.unique(column_or_1d(labels))
     if known is not None and found.tolist() != known.tolist():
         raise ValueError(
             f"classes are {', '.join(map(str, found))}, and the network was created for "

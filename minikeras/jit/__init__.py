@@ -1,7 +1,7 @@
 """Compile the steps as graphs: forward, loss, metrics, backward and optimizer in one.
 
-the first batch of a fit    in eager mode, as without jit: it is checked closely, and the optimizers
-                            create their state
+the first batch of a fit    in eager mode, as without jit: it is checked, and the optimizers create
+                            their state
 the next batch              traced and compiled in the first of these ways that works; any but the
                             first comes with a warning
     "one graph"             everything
@@ -22,11 +22,11 @@ writes over them. A graph for all other shapes would be captured again for each 
 Gradients are those of the real parameters: a loss that refers to them, such as a penalty, keeps its
 share.
 
-engine.py      `Jit`, in the place of `Eager`
+engine.py      `Jit`, which replaces `Eager`
 steps.py       the two steps, each as a graph
-graphs.py      compile a function, and leave no trace if that fails
+graphs.py      compile a function, and undo everything if that fails
 optimizer.py   a copy of the optimizer for the graph; you may skip it
-looking.py     take a step only to check it, after a resume; you may skip it
+looking.py     run a step only to check it, after a resume; you may skip it
 """
 
 from minikeras.jit.engine import Jit

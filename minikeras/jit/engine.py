@@ -1,4 +1,4 @@
-"""Run compiled steps in the place of those that Python runs."""
+"""Run compiled steps instead of eager ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Jit(Eager):
         return self.train if phase.is_training else self.evaluate
 
     def flush(self, phase: Phase) -> Mapping[str, Any] | None:
-        """Take the steps of the batches that wait; None if there are none."""
+        """Run the steps of the waiting batches; None if there are none."""
         step = self.step(phase)
         return step.flush() if isinstance(step, EvaluateStep) else None
 
@@ -106,7 +106,7 @@ class Jit(Eager):
             self.forwards[how] = OrEager(forward, self.options, buffers, self.run.device)
             if any(map(is_lost_in_a_graph, buffers)):
                 self.forwards[how].give_up(
-                    "a buffer is one number in float64, to which torch.compile loses changes"
+                    "a buffer is a 0-d float64 tensor, and torch.compile loses changes to it"
                 )
         return self.forwards[how](features)
 

@@ -1,6 +1,6 @@
 """Compile functions as whole graphs, or part by part.
 
-A first call that fails leaves no trace.
+A first call that fails is undone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Say = Callable[[str], None]  # tells the user that something is being compiled
 Verify = Callable[[], Callable[[], None]]
 TOO_OFTEN = (
     "a Python value that is part of it, in the model, the loss, a metric or the data, has changed "
-    "too often. Keep it in a tensor, and it stays one graph"
+    "too often. Store it in a tensor to keep one graph"
 )
 _numbers = itertools.count()
 
@@ -91,7 +91,7 @@ class Graphs:
             return self._call(batches, other)
         # the graph may now write over the results of the last call, but not over these copies
         torch.compiler.cudagraph_mark_step_begin()
-        return map_leaves(cloned_tensor, self._call(batches, other))
+        return map_leaves(copy_if_tensor, self._call(batches, other))
 
     def _call(self, batches: Sequence[Any], other: bool) -> Any:
         if other in self.compiled:
@@ -112,9 +112,9 @@ class Graphs:
         name = self.function.__name__.replace("_", " ")
         for_sizes = " for other batch sizes" if other else ""
         self.say(f"compiling the {name}{for_sizes} ...")
-        options = captured(self.options) if self.on_cuda and not other else self.options
-        function = compiled(own_code(self.function), fullgraph=True, dynamic=other, **options)
-        with undone_on_error(self.state, self.device):
+        options = add_cuda_graph(self.options) if self.on_cuda and not other else self.options
+        function = compiled(copy_code(self.function), fullgraph=True, dynamic=other, **options)
+        with undo_on_error(self.state, self.device):
             check = None if self.verify is None else self.verify()
             result = function(*batches)
             if check is not None:
@@ -139,13 +139,13 @@ class ByParts:
         self.function = function
         self.state = state
         self.device = device
-        self.compiled = compiled(own_code(function), **options)
+        self.compiled = compiled(copy_code(function), **options)
         self.has_worked = False
 
     def __call__(self, *args: Any) -> Any:
         if self.has_worked:
             return self.compiled(*args)
-        with undone_on_error(self.state, self.device):
+        with undo_on_error(self.state, self.device):
             result = self.compiled(*args)
         self.has_worked = True
         return result
@@ -158,36 +158,38 @@ class OrEager(ByParts):
         try:
             return super().__call__(*args)
         except CompileError as error:
-            result = self.function(*args)  # raises an error itself if the batch is at fault
+            result = self.function(*args)  # raises an error if the batch is the cause
             self.give_up(reason(error))
             return result
 
     def give_up(self, why: str) -> None:
         """Run in eager mode from now on, with a warning."""
-        warnings.warn(f"jit: {self.function.__name__} runs in eager, since {why}", stacklevel=3)
+        warnings.warn(
+            f"jit: {self.function.__name__} runs in eager mode, because {why}", stacklevel=3
+        )
         self.compiled = self.function
         self.has_worked = True
 
 
-def cloned_tensor(leaf: Any) -> Any:
+def copy_if_tensor(leaf: Any) -> Any:
     """Return a copy of a tensor, and anything else as it is."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the user's arguments for torch.compile, with ours added if they do not conflict."""
+    """Return the user's arguments for torch.compile, plus ours if they do not conflict."""
     if "mode" in options or options.get("backend", "inductor") != "inductor":
         return options
     # the compiler's check of its own work at each call: a tenth of a small step
     return {**options, "options": {"size_asserts": False, **options.get("options", {})}}
 
 
-def captured(options: Mapping[str, Any]) -> Mapping[str, Any]:
+def add_cuda_graph(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return arguments that also capture the step as a CUDA graph.
 
     As mode="reduce-overhead" does.
     """
-    if "options" not in options:  # a mode or backend of the user's own
+    if "options" not in options:  # a mode or backend that the user passed
         return options
     return {**options, "options": {"triton.cudagraphs": True, **options["options"]}}
 
@@ -210,7 +212,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
         return torch.compile(function, **options)
 
 
-def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def copy_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function with a code object of its own.
 
     Dynamo limits graphs per code object, which models would share.
@@ -223,7 +225,7 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def undone_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
+def undo_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
     """Restore tensors and random states if a first call fails.
 
     The step can then be taken in another way.

@@ -1,6 +1,6 @@
-"""Take a step only to check it, and leave no trace. You may skip this file.
+"""Run a step only to check it, and undo everything it changed. You may skip this file.
 
-After a resume the graph must take that batch itself, as it did in the interrupted run.
+After a resume the graph must run that batch, as it did in the interrupted run.
 
 put back: weights, buffers and other attributes of modules, even if forward assigns them; the state
 and settings of the optimizers; gradients, and what the parts of the stepper count; the totals;

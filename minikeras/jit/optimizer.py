@@ -31,7 +31,7 @@ class OptimizerTwin:
         self.is_of_torch = type(optimizer).__module__.startswith("torch.optim")
         self.copy: Optimizer = object.__new__(type(optimizer))
         self.copy.__dict__.update(optimizer.__dict__)
-        # what holds back a fused step; the graph does that by itself
+        # what holds back a fused step; the graph does that itself
         vars(self.copy).pop("found_inf", None)
         self.copy.param_groups = [dict(group) for group in optimizer.param_groups]
         self.copy.state = defaultdict(dict)
@@ -61,7 +61,7 @@ class OptimizerTwin:
         return len(own.param_groups) == len(self.rates)
 
     def follow(self) -> bool:
-        """Take over the learning rate.
+        """Copy the learning rate.
 
         Return False if another setting has changed, which is part of the graph's code.
         """
@@ -80,7 +80,7 @@ class OptimizerTwin:
         return True
 
     def read(self) -> bool:
-        """Take over the optimizer's state after a step of its own.
+        """Copy the optimizer's state after it has stepped outside the graph.
 
         Return False if the state is in other tensors than before.
         """
@@ -122,14 +122,14 @@ class OptimizerTwin:
                 state[key] = value
             if replaced:
                 raise RuntimeError(
-                    f"a step of the optimizer puts another tensor into its state, "
-                    f"{min(replaced)!r}. Filled in place, it would be in the graph"
+                    f"a step of the optimizer replaces a tensor in its state, {min(replaced)!r}. "
+                    "If the step updated it in place, it would be in the graph"
                 )
             for (_, key), (_, value) in before.items():
                 if not self.is_of_torch and is_lost_in_a_graph(value):
                     raise RuntimeError(
-                        f"{key!r} in the optimizer's state is one number in float64, to which "
-                        f"torch.compile loses changes on the CPU"
+                        f"{key!r} in the optimizer's state is a 0-d float64 tensor, and "
+                        "torch.compile loses changes to it on the CPU"
                     )
 
         return after
@@ -146,7 +146,7 @@ class OptimizerTwin:
         ]
 
     def detach(self) -> None:
-        """Let the optimizer step by itself again."""
+        """Let the optimizer step outside the graph again."""
         if self.handles:
             self.write_back()
         for handle in self.handles:
@@ -235,7 +235,7 @@ def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
             if gradient is not None:
                 with_gradient.append(number)
         if with_gradient != list(range(reached)):
-            raise RuntimeError("the loss reaches other parameters than in the batch before")
+            raise RuntimeError("the loss uses other parameters than in the batch before")
         return found[:reached]
 
     # the compiler differentiates through it; Dynamo does not look inside

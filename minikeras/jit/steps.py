@@ -1,4 +1,4 @@
-"""The default steps for the loop, each as one graph if that can be."""
+"""The default steps for the loop, each as one graph if possible."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ RENEWALS = 8
 
 
 class EvaluateStep:
-    """evaluate_step for the loop: forward, loss and metrics as one graph, if that can be."""
+    """evaluate_step for the loop: forward, loss and metrics as one graph if possible."""
 
     name = "evaluate_step"
     ways: tuple[str, ...] = (*IN_GRAPH, "eager")
@@ -146,7 +146,7 @@ class EvaluateStep:
         return self.combined([self.eager(batch) for batch in batches], batches)
 
     def descend(self, to: str = "") -> None:
-        """Continue in the next way down, or in the one named `to`."""
+        """Switch to the next slower way, or to the one named `to`."""
         self.graphs = None
         below = self.ways[self.ways.index(self.way) + 1 :]
         way = below[0]
@@ -157,7 +157,7 @@ class EvaluateStep:
     def warn(self, error: CompileError | str) -> None:
         """Warn of the way that is taken now, and why."""
         why = error if isinstance(error, str) else reason(error)
-        warnings.warn(f"jit: {self.name} is not one graph: {self.way}, since {why}", stacklevel=2)
+        warnings.warn(f"jit: {self.name} is not one graph: {self.way}, because {why}", stacklevel=2)
 
     def through_the_graph(self, batches: list[Batch], other: bool) -> dict[str, Any]:
         """Take the steps of these batches in the graph.
@@ -202,7 +202,7 @@ class EvaluateStep:
         Choose the best way for the batches after them.
         """
         graphs = self.graphs
-        # raises an error if the batch is at fault
+        # raises an error if the batch is the cause
         results = self.combined([self.first(batch) for batch in batches], batches)
         if self.graphs is not graphs or graphs is None:
             return results  # the loss reaches other parameters: a new graph is due
@@ -212,7 +212,7 @@ class EvaluateStep:
         else:
             self.others_in_eager = True
             warnings.warn(
-                f"jit: {self.name} runs other batch sizes in eager, since {reason(error)}",
+                f"jit: {self.name} runs other batch sizes in eager mode, because {reason(error)}",
                 stacklevel=2,
             )
         return results
@@ -313,8 +313,8 @@ class EvaluateStep:
         if names and self.way != "eager":
             self.descend("eager")
             self.warn(
-                f"the buffer {names[0]} is one number in float64, to which torch.compile loses "
-                f"changes on the CPU. With shape (1,) it would be in the graph"
+                f"the buffer {names[0]} is a 0-d float64 tensor, and torch.compile loses changes "
+                "to it on the CPU. With shape (1,) it would be in the graph"
             )
 
     def eager(self, batch: Batch) -> dict[str, Any]:
@@ -392,7 +392,7 @@ class TrainStep(EvaluateStep):
         return self.way in IN_GRAPH and self.graphs is not None
 
     def descend(self, to: str = "") -> None:
-        """Continue in the next way down, or in the one named `to`."""
+        """Switch to the next slower way, or to the one named `to`."""
         super().descend(to)
         if self.way not in IN_GRAPH:
             self.end()
@@ -521,17 +521,17 @@ class TrainStep(EvaluateStep):
             return f"{outside} needs backward and step outside it"
         if counts:
             return (
-                f"a step of the optimizer changes a Python number, {counts[0]!r}. A tensor would "
-                f"be in the graph"
+                f"a step of the optimizer changes a Python number, {counts[0]!r}. If it were a "
+                "tensor, it would be in the graph"
             )
         optimizers = list(self.run.optimizers.values())
         if any(isinstance(optimizer, torch.optim.ASGD) for optimizer in optimizers):
-            return "ASGD decides by numbers in its state, which a graph would hold as they were"
+            return "ASGD branches on numbers in its state, which would be constants in a graph"
         for optimizer in optimizers:
             if any(map(is_lost_in_a_graph, optimizer_parameters(optimizer))):
                 return (
-                    "a parameter is one number in float64, to which torch.compile loses changes on "
-                    "the CPU"
+                    "a parameter is a 0-d float64 tensor, and torch.compile loses changes to it "
+                    "on the CPU"
                 )
         return ""
 
@@ -568,8 +568,7 @@ class TrainStep(EvaluateStep):
             if self.renewed > RENEWALS:
                 self.descend("forward and loss")
                 self.warn(
-                    "the parameters that the loss reaches, or the optimizer's state, are others "
-                    "again and again"
+                    "the parameters that the loss uses, or the optimizer's state, keep changing"
                 )
                 return
             self.graphs = None
@@ -675,7 +674,7 @@ def first_size_of_labels(features: Any, labels: Any, sample_weight: Any) -> int:
 
 
 def has_plain_rows(batch: Batch) -> bool:
-    """Tell whether a graph can count the rows of a batch by itself."""
+    """Tell whether a graph can count the rows of a batch without Python."""
     features, labels, _ = batch
     if not (isinstance(features, Tensor) and isinstance(labels, Tensor)):
         return False

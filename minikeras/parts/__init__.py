@@ -1,4 +1,4 @@
-"""Parts of the stepper: what lies between a loss and moved weights.
+"""Parts of the stepper: what happens between a loss and the update of the weights.
 
 Each file is one part, and knows no other.
 

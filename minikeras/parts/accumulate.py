@@ -1,4 +1,4 @@
-"""Several batches make one step, by the mean over the rows of all of them.
+"""Accumulate the gradients of several batches into one step, by the mean over all rows.
 
 backward   add the gradient of loss * rows, or of the total of an Average
 step       count a batch in the window of its optimizer; divide a full window by its rows and step
@@ -36,8 +36,8 @@ class Window:
         elif self.current is not weight and bool(self.current != weight):
             raise ValueError(
                 f"backward was called for one batch with losses over {float(self.current):g} and "
-                f"{float(weight):g} units, which accumulate cannot divide apart. Give each loss an "
-                f"optimizer of its own, or make both means over the batch's rows."
+                f"{float(weight):g} units, which accumulate cannot divide separately. Give each "
+                "loss a separate optimizer, or make both means over the rows of the batch."
             )
 
 
@@ -60,16 +60,16 @@ class Accumulate(Part):
 
     def on_loss(self, loss: StepLoss) -> None:
         """Turn the mean into a sum over rows, or take the total of an Average."""
-        if isinstance(loss.result, LossParts):
-            raise ValueError(describe_units(loss.result, self.batches))
         rows: Any = 0 if loss.batch.is_filler else loss.batch.rows
-        if isinstance(loss.result, Average):
+        if isinstance(loss.result, Tensor):
+            loss.total = widen(loss.total) * rows
+            loss.weight = rows
+        elif isinstance(loss.result, Average):
             loss.total = widen(get_total(loss.result))
             loss.weight = loss.result.count
         else:
-            loss.total = widen(loss.total) * rows
-            loss.weight = rows
-        if not rows:  # a batch that counts for nothing
+            raise ValueError(describe_units(loss.result, self.batches))
+        if not rows:  # a filler batch, which counts as zero
             loss.total = loss.total * 0
             loss.weight = 0
         for optimizer in loss.optimizers:
@@ -112,7 +112,7 @@ class Accumulate(Part):
         return [self._window(optimizer).weight for optimizer in optimizers]
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Take the weights of all processes."""
+        """Read the weights of all processes."""
         for optimizer, weight in zip(optimizers, sums, strict=True):
             self._window(optimizer).weight = weight
 
@@ -132,7 +132,7 @@ class Accumulate(Part):
         return {"accumulate": self.batches, "windows": windows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the windows of a checkpoint."""
+        """Load the windows of a checkpoint."""
         for name, optimizer in self.stepper.optimizers.items():
             window = state["windows"][name]
             self.windows[optimizer] = Window(window["weight"], window["current"], window["batches"])
@@ -158,9 +158,9 @@ def check_mean(loss_func: Any, what: str) -> None:
         if getattr(unwrap_loss(loss), "reduction", None) == "sum":
             which = "loss_func" if name == "" else f"loss {name!r}"
             raise ValueError(
-                f'{which} has reduction="sum", and {what} weighs each batch by its rows, which '
-                f'such a sum has counted already. Build it with reduction="mean", or return '
-                f"minikeras.Average(total, count)."
+                f'{which} has reduction="sum", and {what} weights each batch by its rows, and a '
+                'sum has already counted them. Build it with reduction="mean", or return '
+                "minikeras.Average(total, count)."
             )
 
 

@@ -53,13 +53,17 @@ class RefuseBareCalls(Part, Hook):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.is_moving:
-            raise bare_call("optimizer.step()", "self.optimizer_step()", self.stepper.bypassed)
+            raise describe_bare_call(
+                "optimizer.step()", "self.optimizer_step()", self.stepper.bypassed
+            )
 
     def _after_gradient(self, parameter: Tensor) -> None:
         if not self.is_moving:
-            raise bare_call("loss.backward()", "self.backward(loss)", self.stepper.bypassed)
+            raise describe_bare_call(
+                "loss.backward()", "self.backward(loss)", self.stepper.bypassed
+            )
 
 
-def bare_call(called: str, instead: str, bypassed: str) -> RuntimeError:
+def describe_bare_call(called: str, instead: str, bypassed: str) -> RuntimeError:
     """Return the error for a call that bypasses something."""
-    return RuntimeError(f"{called} passes {bypassed} by. Call {instead} in train_step.")
+    return RuntimeError(f"{called} bypasses {bypassed}. Call {instead} in train_step.")

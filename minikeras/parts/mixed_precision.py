@@ -42,7 +42,7 @@ class MixedPrecision(Part):
         self.has_stepped = False
 
     def around_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Put autocast round forward and loss."""
+        """Run forward and loss under autocast."""
         device_type, dtype = self.device.type, self.dtype
 
         @functools.wraps(step)
@@ -88,7 +88,7 @@ class MixedPrecision(Part):
         loss.total = self.scaler.scale(loss.total)
 
     def _size_scale(self, weight: Any) -> None:
-        """Make the first scale smaller for a sum: one over 1000 rows is 1000 times as large."""
+        """Make the first scale smaller for a sum: a sum over 1000 rows is 1000 times as large."""
         weight = self.world.agree(float(weight))[0]
         smaller = math.ceil(math.log2(max(float(weight), 1)))
         state = self.scaler.state_dict()
@@ -133,7 +133,7 @@ class MixedPrecision(Part):
         return {"scaler": None if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the loss scale of a checkpoint."""
+        """Load the loss scale of a checkpoint."""
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
             self.is_scale_sized = True
@@ -190,14 +190,14 @@ def check_dtype(
         torch.autocast(device.type, dtype)
     except RuntimeError as error:
         raise ValueError(
-            f'precision={precision!r} cannot be had on {device}: {error}. Pass precision="auto", '
-            f"or leave it out."
+            f"precision={precision!r} is not supported on {device}: {error}. Pass "
+            'precision="auto", or omit it.'
         ) from error
     for optimizer in optimizers:
         for parameter in optimizer_parameters(optimizer):
             if widen(parameter) is not parameter:
                 raise ValueError(
-                    f"precision={precision!r} keeps the parameters in float32 and casts within the "
-                    f"step, and they are {dtype_name(parameter)}. Call model.float() before you "
-                    f"make the optimizer."
+                    f"precision={precision!r} needs parameters in float32, which it casts within "
+                    f"the step, but they are {dtype_name(parameter)}. Call model.float() before "
+                    "you create the optimizer."
                 )

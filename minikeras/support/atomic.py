@@ -56,7 +56,7 @@ def check_name(path: Path) -> None:
     """
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise OSError(
-            errno.ENAMETOOLONG, f"the name of a file may have {LONGEST_NAME} bytes here", path.name
+            errno.ENAMETOOLONG, f"expected a file name of at most {LONGEST_NAME} bytes", path.name
         )
 
 
@@ -175,10 +175,10 @@ def refuse_folders(*paths: Path) -> None:
     """
     for path in paths:
         if path.is_dir() and not is_folder_of_run(path):
-            hint = "Give the path of a file."
+            hint = "Pass the path of a file."
             if (path / REST).is_file():
-                hint = f"Give the path of the file in it, {path / REST}."
-            raise IsADirectoryError(f"{path} is a folder, and not one of a run. {hint}")
+                hint = f"Pass the path of the file in it, {path / REST}."
+            raise IsADirectoryError(f"{path} is a folder, but not one with a checkpoint. {hint}")
 
 
 def is_folder_of_run(path: Path) -> bool:
@@ -259,5 +259,5 @@ def check_writable(path: Path, name: str) -> None:
             raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise type(error)(
-            f"{name} cannot write {path}: {error}. Give the path of a file that can be."
+            f"{name} cannot write {path}: {error}. Pass the path of a file that can be written."
         ) from error

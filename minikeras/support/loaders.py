@@ -1,4 +1,4 @@
-"""How a DataLoader draws: the numbers of its rows, the seed of its workers, the epoch's number.
+"""Draw as a DataLoader does: its row numbers, the seed of its workers, the epoch's number.
 
 base_of                the dataset inside Subsets
 draws_at_once          whether an epoch's order may be drawn before its first batch

@@ -51,7 +51,9 @@ def user_path(path: Any, argument: str = "path") -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # a user that this machine does not have
-        raise ValueError(f'{argument}="{text}": {error} Write the folder out.') from None
+        raise ValueError(
+            f'{argument}="{text}": {error} Pass the full path of the folder.'
+        ) from None
 
 
 def fix(path: Path) -> Path:
@@ -85,7 +87,7 @@ def refuse_special(path: Path) -> None:
         return
     for is_kind, kind in SPECIAL:
         if is_kind(mode):
-            raise OSError(f"{path} is {kind}, and not a regular file. Give the path of a file.")
+            raise OSError(f"{path} is {kind}, not a regular file. Pass the path of a file.")
 
 
 def same_place(first: Path, second: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The random state of a run: of Python, NumPy, torch, the device, data, model and callbacks.
+"""Save and restore the random state of a run: Python, NumPy, torch, device, data, callbacks.
 
 states    return all random states as plain values, for a file
 restore   set them again
@@ -91,10 +91,10 @@ class Randomness:
             in_file = ", ".join([*gone, *shared]) or "none"
             in_loaders = ", ".join(self.generators) or "none"
             raise CheckpointError(
-                "the checkpoint was written with other random generators or counting samplers in "
-                f"the loaders: generators {in_file} and {len(states['epochs'])} samplers with "
-                f"set_epoch, and here are {in_loaders} and {len(self.samplers)}. Make the loaders "
-                "as they were made then."
+                "the checkpoint was written with loaders that have other random generators or "
+                f"samplers: generators {in_file} and {len(states['epochs'])} samplers with "
+                f"set_epoch, and these loaders have {in_loaders} and {len(self.samplers)}. Create "
+                "the loaders as they were created then."
             )
         for name, generator in self.generators.items():
             if name not in generators:
@@ -102,7 +102,7 @@ class Randomness:
             if identify(generators[name]) != identify(state_of(generator)):
                 raise CheckpointError(
                     f"the checkpoint was written with another kind of random generator at {name}. "
-                    "Make it as it was made then."
+                    "Create it as it was created then."
                 )
 
     def others(self, states: Mapping[str, Any]) -> list[str]:
@@ -126,7 +126,8 @@ class Randomness:
         if len(old) != len(generators):
             raise CheckpointError(
                 f"the checkpoint was written with {len(generators)} random generators in the "
-                f"loaders, and here are {len(old)}. Make the loaders as they were made then."
+                f"loaders, and these loaders have {len(old)}. Create the loaders as they were "
+                "created then."
             )
         states = {}
         for generator, state in zip(old, generators, strict=True):

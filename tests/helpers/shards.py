@@ -217,7 +217,7 @@ def nan_on_one(size):
     try:
         model.fit(1, [(X, y)] if size == 1 else [(X[:12], y[:12]), (X[12:], y[12:])], verbose=0)
     except FloatingPointError as error:
-        said = "the weights are those of before it" in str(error).lower()
+        said = "the weights are those from before this step" in str(error).lower()
     return found(model, model.fit(1, doubles(24), batch_size=12 // size, verbose=0), said=said)
 
 
