@@ -630,6 +630,9 @@ def check_before_fit(model: Model, run: Run) -> None:
         inputs.check_optimizers(model, run.loss_func, run.optimizers, run.parameters)
         if not has_own_step(model):
             inputs.check_closures(run.optimizers)
+        if not has_custom_moves(model) and model.is_main_process:
+            # a custom step may train a parameter without an optimizer
+            inputs.warn_of_untrained_parameters(model, run.loss_func, run.optimizers)
     calls = import_room("checks.calls")
     if calls is not None:
         calls.check_trainable(model)

@@ -72,9 +72,8 @@ def run_fit(fit: Fit) -> None:
         contexts.enter_context(call_fit_callbacks(fit))
         for hook in fit.hooks:
             hook.resume(fit)
-        in_eval = run.modes.described()
-        if in_eval:
-            fit.say(f"in eval mode, as you left them: {in_eval}")
+        for line in run.modes.describe():
+            fit.say(line)
         while fit.at.epoch <= fit.last_epoch:
             run_epoch(fit)
             if model.stop_training and fit.at.epoch <= fit.last_epoch:

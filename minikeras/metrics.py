@@ -106,6 +106,11 @@ def _check_tensors(name: str, y_pred: Any, y_true: Any) -> None:
         remedy = (
             f"Pass the tensor that it is about: lambda y_pred, y_true: minikeras.{name}({parts})"
         )
+        if isinstance(y_pred, Mapping) and isinstance(y_true, Mapping) and y_pred:
+            # both have a part for each of several outputs
+            remedy = (
+                f"For one output alone pass metrics_dict={{{key}: {{{name!r}: minikeras.{name}}}}}"
+            )
     raise TypeError(f"{name}: {argument} must be one tensor, got {describe(value)}. {remedy}.")
 
 

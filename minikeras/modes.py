@@ -136,9 +136,24 @@ class TrainingModes:
         modules = dict(self.model.named_modules())
         return [modules[name] for name in self.in_eval if name in modules]
 
-    def described(self) -> str:
-        """The outermost submodules that stay in eval mode, for people; empty if there are none."""
-        chosen = set(self._modules_in_eval())
+    def describe(self) -> list[str]:
+        """Return lines for people: which submodules are frozen, and which others in eval mode."""
+        frozen = set()
+        others = set()
+        for module in self._modules_in_eval():
+            if stays_in_eval(module):
+                frozen.add(module)
+            else:
+                others.add(module)
+        lines = []
+        if frozen:
+            lines.append(f"frozen: {self._name_outermost(frozen)}")
+        if others:
+            lines.append(f"in eval mode, as you left them: {self._name_outermost(others)}")
+        return lines
+
+    def _name_outermost(self, chosen: set[nn.Module]) -> str:
+        """Name those of these submodules that are in no other of them."""
         outermost = []
         covered: set[nn.Module] = set()
         for name, module in self.model.named_modules():

@@ -39,6 +39,15 @@ BAD = [
         lambda: EarlyStopping(mode="mx"),
         'mode must be "auto", "min" or "max", got \'mx\'. Did you mean \'max\'?',
     ),
+    (lambda: EarlyStopping(3), "monitor must be a name, got 3. Did you mean patience=3?"),
+    (
+        lambda: ModelCheckpoint("w.pt", 3, save_best_only=True),
+        'monitor must be a name, got 3. Pass a name as logged, such as "val_loss".',
+    ),
+    (
+        lambda: LRScheduler(scheduler(lr_scheduler.ReduceLROnPlateau), monitor=True),
+        'monitor must be a name, got True. Pass a name as logged, such as "val_loss".',
+    ),
     (
         lambda: EarlyStopping("val_score"),
         "EarlyStopping cannot tell from the name 'val_score' whether more or less is better. "

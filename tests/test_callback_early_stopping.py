@@ -20,7 +20,10 @@ def stopped_by(stop, values, name="score"):
     """(epoch at which it stops or None, epoch whose weights the model has at the end)."""
     now = {"epoch": torch.tensor(0)}
     stop.model = SimpleNamespace(
-        stop_training=False, state_dict=lambda: now, load_state_dict=now.update
+        stop_training=False,
+        state_dict=lambda: now,
+        load_state_dict=now.update,
+        _compiled=lambda verb: SimpleNamespace(fit=None),
     )
     stop.on_fit_begin()
     for epoch, value in enumerate(values, start=1):
@@ -51,6 +54,35 @@ def reference(values, min_delta, patience, mode, baseline, start_from_epoch):
         if since and since >= patience:
             return epoch, best_epoch or epoch
     return None, best_epoch or len(values)
+
+
+ENDINGS = {
+    # epochs, restore_best_weights: the last lines
+    (9, True): [
+        "stopped after epoch 5 of 9",
+        "EarlyStopping: best score 0.9000 in epoch 3, restored",
+    ],
+    (9, False): ["stopped after epoch 5 of 9", "EarlyStopping: best score 0.9000 in epoch 3"],
+    (4, True): ["EarlyStopping: best score 0.9000 in epoch 3, restored"],
+    (4, False): [],
+}
+
+
+@pytest.mark.parametrize(("epochs", "restores"), ENDINGS)
+def test_early_stopping_says_the_best_epoch_if_it_stopped_or_restored(epochs, restores, capsys):
+    stop = EarlyStopping("score", patience=2, mode="max", restore_best_weights=restores)
+    scores = log("score", [0.5, 0.7, 0.9, 0.8, 0.8])
+    compiled().fit(epochs, BATCHES, callbacks=[scores, stop], verbose=2)
+    assert stop.best_epoch == 3
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith(("stopped", "EarlyStopping"))]
+    assert said == ENDINGS[epochs, restores]
+
+
+def test_best_epoch_is_none_before_there_is_a_best_value():
+    stop = EarlyStopping("score", mode="max")
+    fit(1, [log("score", [NAN]), stop])
+    assert stop.best_epoch is None
 
 
 def test_early_stopping_stops_where_a_plain_reference_does():

@@ -1,6 +1,7 @@
 """EMA averages the weights as a plain loop does."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_ema_begins_before_lazy_layers_know_their_sizes():
     model = compiled(Model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1), nn.Sigmoid())))
     ema = EMA(0.5, evaluate=True)
     ema.model = model
-    assert ema.state_dict() == {"taken": 0, "averaged": {}, "raw": {}}
+    assert ema.state_dict() == {"taken": 0, "updates": 0, "averaged": {}, "raw": {}}
     fit(2, [ema], model)
     assert_equal_tensors(ema.state_dict()["averaged"], copy_weights(model))
 
@@ -206,3 +207,52 @@ def test_ema_leaves_the_average_after_an_error_in_validation():
         list(copy_weights(model).values()), peek.seen["on_evaluate_begin"][0], rtol=0, atol=0
     )
     assert ema.state_dict()["raw"] == {}
+
+
+def fit_of(steps, decay, **how):
+    """Fit `steps` batches of one row, with an average of this decay."""
+    model = compiled(Model(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid())))
+    rows = BATCHES[0][0][:1], BATCHES[0][1][:1]
+    model.fit(1, [rows] * steps, callbacks=[EMA(decay, **how)], verbose=0)
+
+
+SHARES = {
+    # steps, decay: the share of the first step's weights, and a decay that fits
+    (88, 0.999): ("92%", "0.94"),
+    (20, 0.9): ("14%", "0.8"),
+    (3, 1.0): ("100%", "0"),
+    (2, 0.5): ("50%", "0"),
+}
+
+
+@pytest.mark.parametrize(("steps", "decay"), SHARES)
+def test_ema_warns_of_a_decay_that_leaves_the_first_weights_and_its_remedy_works(steps, decay):
+    share, fitting = SHARES[steps, decay]
+    coefficient = 1.0  # of the first step's weights
+    for _ in range(steps - 1):
+        coefficient = decay * coefficient
+    assert f"{coefficient:.0%}" == share
+    with pytest.warns(UserWarning, match="of the average") as caught:
+        fit_of(steps, decay)
+    assert [str(warning.message) for warning in caught] == [
+        f"EMA(decay={decay:.7g}): after {steps} steps, {share} of the average is still the weights "
+        f"of the first step. For this many steps take about 1 - 5 / steps: EMA(decay={fitting})."
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_of(steps, float(fitting))
+
+
+def test_ema_with_a_fitting_decay_or_a_single_step_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_of(100, 0.97, evaluate=True)
+        fit_of(1, 0.999)  # the average is the weights
+
+
+def test_ema_of_a_fit_that_an_error_ends_does_not_warn():
+    fail = LambdaCallback(on_batch_end=lambda batch, logs: 1 / 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ZeroDivisionError):
+            fit(3, [EMA(0.999), fail], compiled())

@@ -105,6 +105,22 @@ def test_argument_names_of_other_libraries_raise_an_error_with_the_one_here():
         exec("from minikeras import nothing")
 
 
+EXPLAINED = {
+    "loss_weights": "The dict of losses takes them: loss_func={name: (loss, weight)}.",
+    "clipnorm": "Pass clip_grad_norm=..., for the norm of all gradients together.",
+    "clipvalue": "Pass clip_grad_value=....",
+    "scheduler": "Pass it to fit: fit(callbacks=[minikeras.LRScheduler(scheduler)]).",
+}
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_compile_with_one_argument_of_another_library_explains_that_argument_alone(name):
+    made = model()
+    message = f"compile() got an unexpected keyword argument {name!r}. {EXPLAINED[name]}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        made.compile(nn.L1Loss(), **{name: 1.0})
+
+
 FIRST = {
     "fit(loader, loader, 2)": (lambda m: m.fit(LOADER, LOADER, 2), "fit(5, dl_train, dl_val)"),
     "fit(loader, 2)": (lambda m: m.fit(LOADER, 2), "fit(2, dl_train)"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.bad_input import X, Y, cases, compiled, refused, sgd
+from helpers.compare import assert_equal_tensors, copy_weights
 from torch import nn
 
 from minikeras import Model
@@ -83,6 +84,79 @@ def test_optimizer_that_does_not_hold_the_current_model_is_refused_by_fit(given,
     then(model)
     with refused(message, model):
         model.fit(1, (X, Y), verbose=0)
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, y_pred, y_true):
+        return self.scale * nn.functional.mse_loss(y_pred, y_true)
+
+
+class OwnStep(Model):
+    """It trains its second layer by itself."""
+
+    def train_step(self, features, labels):
+        return super().train_step(features, labels)
+
+
+LEFT_OUT = {
+    # loss, the optimizer, what is left out
+    "a head": (nn.MSELoss(), lambda model: sgd(model.net[0]), ["net.1.weight", "net.1.bias"]),
+    "a bias": (nn.MSELoss(), lambda model: sgd(model.net[0]), ["net.1.bias"]),
+    "a parameter of the loss": (Scaled(), sgd, ["scale of the loss"]),
+}
+
+
+@pytest.mark.parametrize(("loss", "optimizer", "names"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_parameters_in_no_optimizer_are_warned_of_and_the_remedy_works(loss, optimizer, names):
+    model = compiled(DEEP, loss, optimizer=optimizer)
+    if len(names) == 1:
+        model.net[1].weight.requires_grad_(names == ["scale of the loss"])
+    before = copy_weights(model.net[1])
+    with pytest.warns(UserWarning, match="in no optimizer") as caught:
+        model.fit(1, (X, Y), verbose=0)
+    beginning = "1 parameter requires a gradient and is in no optimizer, so it is"
+    them = "it"
+    if len(names) > 1:
+        beginning = "2 parameters require a gradient and are in no optimizer, so they are"
+        them = "them"
+    assert [str(warning.message) for warning in caught] == [
+        f"{beginning} not trained: {', '.join(names)}. Make an optimizer with {them} and call "
+        f"Model.compile again, or freeze {them}: minikeras.freeze(module)."
+    ]
+    if optimizer is not sgd:
+        assert_equal_tensors(copy_weights(model.net[1]), before)
+    whole = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    model.compile(loss, whole, device="cpu")
+    model.fit(1, (X, Y), verbose=0)  # without a warning
+    assert not model.net[1].bias.equal(before["bias"])
+
+
+class Unused(nn.Sequential):
+    """A network whose second layer takes no part."""
+
+    def forward(self, features):
+        return self[0](features)
+
+
+NOT_LEFT_OUT = {
+    "a custom step": (DEEP, OwnStep, lambda model: sgd(model.net[0])),
+    "one optimizer for each layer": (DEEP, Model, two),
+    "a layer that takes no part": (Unused(nn.Linear(4, 1), nn.Linear(1, 1)), Model, sgd),
+    "the default optimizer": (DEEP, Model, None),
+}
+
+
+@pytest.mark.parametrize(("net", "kind", "optimizer"), NOT_LEFT_OUT.values(), ids=NOT_LEFT_OUT)
+def test_parameters_that_an_optimizer_or_a_custom_step_trains_are_not_warned_of(
+    net, kind, optimizer
+):
+    compiled(net, optimizer=optimizer, kind=kind).fit(1, (X, Y), verbose=0)
 
 
 UNKNOWN = {

@@ -278,7 +278,18 @@ def test_freeze_of_a_model_and_unfreeze_of_its_head_trains_the_head(capsys):
     moved = [name for name, value in net.state_dict().items() if not value.equal(before[name])]
     assert moved == ["2.weight", "2.bias"]
     model.fit(1, BATCHES, verbose=2)
-    assert "in eval mode, as you left them: net.0, net.1\n" in capsys.readouterr().out
+    assert "frozen: net.0, net.1\n" in capsys.readouterr().out
+
+
+def test_frozen_parts_and_those_in_eval_mode_are_printed_in_lines_of_their_own(capsys):
+    net = body_and_head()
+    freeze(net[0])
+    net[1].eval()
+    model = minikeras.Model(net)
+    model.compile(nn.MSELoss(), device="cpu")
+    model.fit(1, BATCHES, verbose=2)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["frozen: net.0", "in eval mode, as you left them: net.1"]
 
 
 @pytest.mark.parametrize(
@@ -489,9 +500,9 @@ def test_parameters_unfrozen_after_compile_that_no_optimizer_holds_are_refused()
     model = fit(net, lambda _: adam([*net[1].parameters(), *net[2].parameters()]))
     unfreeze(net[0][3])
     message = (
-        "the optimizer lacks parameters: 2 were frozen when Model.compile was called, and have "
-        "been unfrozen since. They would not be trained. Make a new optimizer from "
-        "model.parameters() and call Model.compile again."
+        "the optimizer lacks parameters: 2 parameter tensors were frozen when Model.compile was "
+        "called, and have been unfrozen since. They would not be trained. Make a new optimizer "
+        "from model.parameters() and call Model.compile again."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         model.fit(1, BATCHES, verbose=0)
@@ -502,12 +513,22 @@ def test_parameters_unfrozen_after_compile_that_no_optimizer_holds_are_refused()
     assert not [name for name in moved if name.startswith(("0.0", "0.1"))]
 
 
-def test_parameters_left_out_of_the_optimizer_by_choice_are_not_refused():
+def test_parameters_left_out_of_the_optimizer_by_choice_are_warned_of_until_they_are_frozen():
     net = body_and_head()
     before = copy_weights(net)
-    model = fit(net, lambda _: adam(net[2].parameters()))
-    model.fit(1, BATCHES, verbose=0)
+    message = (
+        "8 parameters require a gradient and are in no optimizer, so they are not trained: "
+        "net.0.0.weight, net.0.0.bias, net.0.1.weight, net.0.1.bias and 4 more. Make an optimizer "
+        "with them and call Model.compile again, or freeze them: minikeras.freeze(module)."
+    )
+    with pytest.warns(UserWarning, match=exactly(message)):
+        model = fit(net, lambda _: adam(net[2].parameters()))
     assert net[0][0].weight.equal(before["0.0.weight"])
+    before = copy_weights(net)
+    freeze(net[0])
+    freeze(net[1])
+    model.fit(1, BATCHES, verbose=0)  # without a warning
+    assert_frozen(net, before, ("0.", "1."))
 
 
 def test_weight_decay_groups_made_while_a_part_is_frozen_train_it_once_it_is_unfrozen():

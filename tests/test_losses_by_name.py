@@ -475,6 +475,30 @@ def test_labels_that_are_one_tensor_for_losses_by_name_are_refused():
     check_refused(both(), y["digit"], message)
 
 
+def test_second_labels_as_the_third_part_of_a_batch_are_refused_and_the_remedy_works():
+    X, y = data()
+    batches = [(X, y["digit"], y["parity"])]
+    message = (
+        "loss 'digit': the labels are Tensor (70,) int64, and the third part of the batch was "
+        "taken as sample_weight; expected a label for each output. Pass compile("
+        "split_batch=lambda batch: (batch[0], {'digit': batch[1], 'parity': batch[2]}))."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        model_of(both()).fit(1, batches, verbose=0)
+    split_batch = eval(re.search(r"split_batch=(.*)\)\.$", message)[1])
+    model = Two()
+    model.compile(both(), split_batch=split_batch, device="cpu")
+    model.fit(1, batches, verbose=0)
+
+
+def test_accuracy_of_all_outputs_says_how_to_write_it():
+    remedy = "{'digit': {'accuracy': minikeras.accuracy}}"
+    model = model_of(both(), {"score": minikeras.accuracy})
+    with pytest.raises(TypeError, match=re.escape(f"pass metrics_dict={remedy}.")):
+        model.fit(1, data(), verbose=0)
+    model_of(both(), eval(remedy)).fit(1, data(), verbose=0)
+
+
 def test_label_that_nothing_uses_is_refused_with_what_to_do():
     _, y = data()
     message = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,10 @@ class Lent:
     filled_by: EMA | None = None
 
 
+# the share of the first step's weights in the final average above which a warning is due
+STILL_INITIAL = 0.05
+
+
 class EMA(Callback):
     """Keep an exponential moving average of the parameters; the model holds it after the fit.
 
@@ -46,7 +51,9 @@ class EMA(Callback):
 
     Args:
         decay: the share of the average that remains at each step, from 0 to 1; default 0.999,
-            about the last 1000 steps.
+            about the last 1000 steps. Choose it by the steps of the fit, about 1 - 5 / steps: if
+            more than 5 % of the final average is still the weights of the first step, the fit ends
+            with a warning.
         evaluate: the model holds the averaged weights from validation (without validation, from
             the end of the epoch) until the next epoch begins. Validation uses them, and so do
             ModelCheckpoint and EarlyStopping if they come after this callback in the list.
@@ -67,9 +74,9 @@ class EMA(Callback):
     >>> from torch import nn
     >>> model = minikeras.Model(nn.Linear(1, 1))
     >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
-    >>> ema = minikeras.EMA(decay=0.99, evaluate=True)
+    >>> ema = minikeras.EMA(decay=0.9, evaluate=True)
     >>> data = torch.zeros(8, 1), torch.ones(8, 1)
-    >>> dfhistory = model.fit(2, data, callbacks=[ema], verbose=0)
+    >>> dfhistory = model.fit(50, data, callbacks=[ema], verbose=0)
     >>> torch.equal(model.net.bias, ema.averaged[-1])
     True
     """
@@ -83,7 +90,9 @@ class EMA(Callback):
 
     def _reset(self) -> None:
         self.steps_seen: int = 0  # steps of the optimizers already averaged
+        self.updates: int = 0  # of the average, after the first step
         self.averaged: list[Tensor] = []  # empty before the first step
+        self._steps_at_epoch_end: int | None = None
 
     def on_fit_begin(self) -> None:
         self._reset()
@@ -131,6 +140,7 @@ class EMA(Callback):
         if self.averaged:
             # torch ignores the count
             make_update_of_average(self.decay)(self.averaged, weights, 0)
+            self.updates += 1
         else:
             self.averaged = [tensor.clone() for tensor in weights]
 
@@ -143,6 +153,7 @@ class EMA(Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.on_evaluate_begin()
+        self._steps_at_epoch_end = self.steps_seen
 
     def on_fit_end(self) -> None:
         lent = self._lent
@@ -151,6 +162,23 @@ class EMA(Callback):
             self._set_weights(self.averaged)
             lent.filled_by = self
         lent.raw = []
+        self._warn_of_initial_weights()
+
+    def _warn_of_initial_weights(self) -> None:
+        """Warn if the average is still the first step's weights for a good part."""
+        if self._steps_at_epoch_end != self.steps_seen:  # an error or Ctrl-C ends the fit
+            return
+        share = self.decay**self.updates
+        if not self.updates or share <= STILL_INITIAL or not self.model.is_main_process:
+            return
+        averaged = self.updates + 1
+        fitting = max(0.0, 1 - float(f"{5 / averaged:.1g}"))
+        warnings.warn(
+            f"EMA(decay={self.decay:.7g}): after {averaged} steps, {share:.0%} of the average is "
+            f"still the weights of the first step. For this many steps take about 1 - 5 / steps: "
+            f"EMA(decay={fitting:.6g}).",
+            stacklevel=2,
+        )
 
     def _set_weights(self, tensors: list[Tensor]) -> None:
         """Copy tensors into the model's weights; there are none, or one for each weight."""
@@ -179,6 +207,7 @@ class EMA(Callback):
         averaged = [tensor.clone() for tensor in self.averaged]  # the originals keep changing
         return {
             "taken": self.steps_seen,
+            "updates": self.updates,
             "averaged": dict(zip(self._weights(), averaged, strict=False)),
             "raw": dict(zip(self._weights(), self._raw_weights(), strict=False)),
         }
@@ -188,6 +217,8 @@ class EMA(Callback):
             self._check_shapes(part, state[part])
         # a state may be of another fit, and each counts its steps from 0
         self.steps_seen = min(state.get("taken", 0), self._steps_taken())
+        # a file of an earlier version has no number of updates
+        self.updates = state.get("updates", max(state.get("taken", 0) - 1, 0))
         self.averaged = self._to_device(state["averaged"])
         if state["raw"]:
             self._run.kept["lent"] = Lent(self, self._to_device(state["raw"]))

@@ -38,6 +38,11 @@ class Monitor:
     """
 
     def __init__(self, owner: str, name: str, mode: str = "auto", min_delta: float = 0.0) -> None:
+        if not isinstance(name, str):
+            hint = ' Pass a name as logged, such as "val_loss".'
+            if owner == "EarlyStopping" and type(name) is int:
+                hint = f" Did you mean patience={name}?"
+            raise ValueError(f"monitor must be a name, got {name!r}.{hint}")
         self.owner = owner
         self.name = name
         self.min_delta: float = check_number_in_range(

@@ -35,6 +35,10 @@ class EarlyStopping(MonitoringCallback):
     Attributes:
         best: the best value of this fit; infinite before there is one. `model.stop_training` tells
             whether the fit was stopped.
+        best_epoch: the epoch of the best value, from 1; None before there is one.
+
+    If the callback has stopped the fit or restored weights, the printed table ends with a line that
+    names both.
 
     Each fit starts again. NaN is never better. Epochs without validation do not count.
 
@@ -85,6 +89,7 @@ class EarlyStopping(MonitoringCallback):
 
     def on_fit_begin(self) -> None:
         self.best: float = self._watch.worst
+        self.best_epoch: int | None = None
         self.epochs: int = 0  # of this fit
         self.wait: int = 0  # epochs since the last improvement
         self.weights: dict[str, Any] = {}  # of the best epoch
@@ -98,6 +103,7 @@ class EarlyStopping(MonitoringCallback):
         self.wait += 1
         if watch.better(value, self.best):
             self.best = value
+            self.best_epoch = epoch
             if self.restore_best_weights:
                 self.weights = _copy_to_cpu(self.model.state_dict())
             if self.baseline is None or watch.better(value, self.baseline):
@@ -108,6 +114,14 @@ class EarlyStopping(MonitoringCallback):
     def on_fit_end(self) -> None:
         if self.weights:
             load_whole(self.model, self.weights)
+        fit = self.model._compiled("EarlyStopping").fit
+        has_stopped = self.wait >= self.patience
+        if fit is None or self.best_epoch is None or not (has_stopped or self.weights):
+            return
+        line = f"EarlyStopping: best {self.monitor} {self.best:#.4g} in epoch {self.best_epoch}"
+        if self.weights:
+            line += ", restored"
+        fit.say(line)
 
     def watched_names(self) -> list[tuple[str, str, str]]:
         return self._watch.watched_names()
@@ -115,6 +129,7 @@ class EarlyStopping(MonitoringCallback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "best": self.best,
+            "best_epoch": self.best_epoch,
             "epochs": self.epochs,
             "wait": self.wait,
             "weights": self.weights,
@@ -127,6 +142,7 @@ class EarlyStopping(MonitoringCallback):
         # the best of another value cannot be compared
         if state.get("monitor", own) == own:
             self.best = state["best"]
+            self.best_epoch = state.get("best_epoch")  # a file of an earlier version has none
             self.wait = state["wait"]
             self.weights = state["weights"]
 

@@ -75,6 +75,12 @@ NOTES = {
         "lr": "The optimizer takes it: torch.optim.Adam(model.parameters(), lr=...).",
         "loss_weights": "The dict of losses takes them: loss_func={name: (loss, weight)}.",
         "weighted_metrics": "Pass metrics_dict={name: function}.",
+        "clipnorm": "Pass clip_grad_norm=..., for the norm of all gradients together.",
+        "global_clipnorm": "Pass clip_grad_norm=....",
+        "clipvalue": "Pass clip_grad_value=....",
+        "scheduler": "Pass it to fit: fit(callbacks=[minikeras.LRScheduler(scheduler)]).",
+        "lr_scheduler": "Pass it to fit: fit(callbacks=[minikeras.LRScheduler(lr_scheduler)]).",
+        "use_ema": "Pass the callback to fit: fit(callbacks=[minikeras.EMA(decay)]).",
     },
     "evaluate": {
         "sample_weight": "It is the third part of the data: evaluate((X, y, sample_weight)).",
@@ -109,6 +115,8 @@ def explain_call(
                 message += f" {NOTES[verb][name]}"
         elif name not in (*TRAINING, *VALIDATION, *EPOCHS, *LOSSES, *METRICS, *DATA, "y"):
             message += did_you_mean(name, known)
+    if verb == "compile" and unknown and all(name in NOTES[verb] for name in unknown):
+        return message  # the rest of the call is right, and the line does not show it
     return f"{message.rstrip()} Write model.{verb}({line.lstrip(', ')})."
 
 

@@ -21,7 +21,12 @@ from minikeras.batch import unpack
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
-from minikeras.checks.several_outputs import check_extra_labels, find_failing_part, prefix_messages
+from minikeras.checks.several_outputs import (
+    check_extra_labels,
+    check_third_part,
+    find_failing_part,
+    prefix_messages,
+)
 from minikeras.errors import describe
 from minikeras.nests import names_in, take_apart
 from minikeras.overrides import overrides
@@ -121,6 +126,9 @@ class FirstBatch(Explanations):
         several = unwrap_loss(loss_func)
         if has_parts(several):
             self._check_extra_labels(outputs, labels)
+            if self.run.split_batch is unpack:
+                weight = self.phase.batch.sample_weight
+                check_third_part(labels, weight, list(several.losses))
             with several.call_losses_by(self._loss_of_output):
                 return loss_func(outputs, labels)
         self._check_loss_inputs(loss_func, outputs, labels)

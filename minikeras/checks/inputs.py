@@ -2,7 +2,7 @@
 
 first batch    outputs and labels that broadcast, losses that are always 0, softmax applied twice,
                weights that are not one per row, metrics that are not a number
-fit            optimizers that do not hold the model's parameters
+fit            optimizers that do not hold the model's parameters, or not all of them
 compile        classes instead of instances, names that history uses
 """
 
@@ -396,9 +396,47 @@ def check_optimizers(
         )
     if unfrozen:
         raise ValueError(
-            f"the optimizer lacks parameters: {unfrozen} were frozen when {name}.compile was "
-            f"called, and have been unfrozen since. They would not be trained. {again}"
+            f"the optimizer lacks parameters: {unfrozen} parameter tensors were frozen when "
+            f"{name}.compile was called, and have been unfrozen since. They would not be trained. "
+            f"{again}"
         )
+
+
+def warn_of_untrained_parameters(
+    model: nn.Module, loss_func: Any, optimizers: dict[str, Optimizer]
+) -> None:
+    """Warn of parameters that require a gradient and are in no optimizer."""
+    in_optimizers: set[int] = set()
+    for optimizer in optimizers.values():
+        in_optimizers |= _ids_in(optimizer)
+    named = dict(model.named_parameters())
+    if isinstance(loss_func, nn.Module):
+        known = set(map(id, named.values()))
+        for name, parameter in loss_func.named_parameters():
+            if id(parameter) not in known:
+                named[f"{name} of the loss"] = parameter
+    names = []
+    for name, parameter in named.items():
+        if parameter.requires_grad and id(parameter) not in in_optimizers:
+            names.append(name)
+    if not names:
+        return
+    shown = ", ".join(names[:4])
+    if len(names) > 4:
+        shown += f" and {len(names) - 4} more"
+    subject = "1 parameter requires a gradient and is in no optimizer, so it is not trained"
+    them = "it"
+    if len(names) > 1:
+        subject = (
+            f"{len(names)} parameters require a gradient and are in no optimizer, so they are not "
+            f"trained"
+        )
+        them = "them"
+    warnings.warn(
+        f"{subject}: {shown}. Make an optimizer with {them} and call "
+        f"{type(model).__name__}.compile again, or freeze {them}: minikeras.freeze(module).",
+        stacklevel=2,
+    )
 
 
 def _stale_state(optimizer: Optimizer) -> tuple[str, str] | None:

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from minikeras.errors import did_you_mean
+from torch import Tensor
+
+from minikeras.errors import describe, did_you_mean
 from minikeras.nests import names_in
 from minikeras.results import has_parts
 
@@ -34,6 +36,22 @@ def find_failing_part(error: BaseException) -> tuple[Any, Any, Any] | None:
             if "y_pred" in given and "y_true" in given:
                 return given["name"], given["y_pred"], given["y_true"]
     return None
+
+
+def check_third_part(labels: Any, sample_weight: Any, names: list[Any]) -> None:
+    """Refuse batches (features, labels, labels) for two losses: the third part is a weight.
+
+    Raises:
+        ValueError: the labels are one tensor, and there is a third part.
+    """
+    if not isinstance(labels, Tensor) or sample_weight is None or len(names) != 2:
+        return
+    first, second = names
+    raise ValueError(
+        f"loss {first!r}: the labels are {describe(labels)}, and the third part of the batch was "
+        f"taken as sample_weight; expected a label for each output. Pass compile("
+        f"split_batch=lambda batch: (batch[0], {{{first!r}: batch[1], {second!r}: batch[2]}}))."
+    )
 
 
 def check_extra_labels(
