@@ -25,8 +25,8 @@ from minikeras.nests import names_in
 from minikeras.results import LossParts
 
 Name = str | int  # of an output
-OF_OUTPUTS = "Name losses and metrics after the outputs that forward returns."
-OF_LABELS = "Give each output with a loss or a metric a label of the same name."
+NAME_OUTPUTS = "Name losses and metrics after the outputs that forward returns."
+NAME_LABELS = "Give each output with a loss or a metric a label of the same name."
 
 
 def call_loss(name: Name, loss: Callable[..., Any], y_pred: Any, y_true: Any) -> Any:
@@ -84,8 +84,8 @@ class LossesByName(nn.Module):
     def forward(self, outputs: Any, labels: Any) -> LossParts:
         parts = {}
         for name, loss in self.losses.items():
-            y_pred = pick(outputs, name, f"loss {name!r}: the outputs", OF_OUTPUTS)
-            y_true = pick(labels, name, f"loss {name!r}: the labels", OF_LABELS)
+            y_pred = pick(outputs, name, f"loss {name!r}: the outputs", NAME_OUTPUTS)
+            y_true = pick(labels, name, f"loss {name!r}: the labels", NAME_LABELS)
             parts[self.columns[name]] = self.call(name, loss, y_pred, y_true)
         return LossParts(parts, self.weights)
 
@@ -99,7 +99,7 @@ class LossesByName(nn.Module):
         return "{" + ", ".join(shown) + "}"
 
     @contextlib.contextmanager
-    def calling(self, call: Callable[..., Any]) -> Iterator[None]:
+    def call_losses_by(self, call: Callable[..., Any]) -> Iterator[None]:
         """Call each loss through a function of (name, loss, y_pred, y_true) meanwhile."""
         self.call = call
         try:
@@ -122,7 +122,16 @@ def check_output_name(argument: str, name: Any) -> None:
 
 
 def split_weight(name: Name, given: Any) -> tuple[Any, float]:
-    """Return a loss and its weight, 1.0 if it has none."""
+    """Return a loss and its weight, 1.0 if it has none.
+
+    Raises:
+        TypeError, ValueError: this is no loss or pair, or its weight is no constant of 0 or more.
+    """
+    if given is None:
+        raise TypeError(
+            f"loss {name!r} is None; expected a loss or a pair (loss, weight). Leave {name!r} out, "
+            "and its label too: an output needs no loss."
+        )
     if not isinstance(given, tuple | list):
         if isinstance(given, Mapping):
             raise TypeError(
@@ -136,6 +145,17 @@ def split_weight(name: Name, given: Any) -> tuple[Any, float]:
             "for instance (nn.MSELoss(), 0.5)."
         )
     loss, weight = given
+    if callable(weight):
+        raise TypeError(
+            f"loss {name!r} must be a pair (loss, weight), got {describe(given)}. Pass the loss "
+            "first, for instance (nn.MSELoss(), 0.5)."
+        )
+    if getattr(weight, "requires_grad", False):
+        raise TypeError(
+            f"the weight of loss {name!r} must be a constant, got {describe(weight)} with a "
+            "gradient, which would not be trained. For a weight that is learned write a loss "
+            "module that has it as a parameter."
+        )
     number = check_number_in_range(
         f"the weight of loss {name!r}",
         weight,
@@ -182,7 +202,7 @@ def missing_part(nest: Any, name: Name, what: str, remedy: str) -> ValueError:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-class OfOutput:
+class MetricOfOutput:
     """A metric of one output.
 
     Args:
@@ -197,8 +217,8 @@ class OfOutput:
         self.metric = metric
 
         def view(outputs: Any, labels: Any) -> tuple[Any, Any]:
-            y_pred = pick(outputs, output, f"metric {key!r}: the outputs", OF_OUTPUTS)
-            y_true = pick(labels, output, f"metric {key!r}: the labels", OF_LABELS)
+            y_pred = pick(outputs, output, f"metric {key!r}: the outputs", NAME_OUTPUTS)
+            y_true = pick(labels, output, f"metric {key!r}: the labels", NAME_LABELS)
             return y_pred, y_true
 
         view.output = output  # type: ignore[attr-defined] # the checks ask which labels are used
@@ -220,7 +240,7 @@ def name_by_output(metrics_dict: Mapping[Any, Any]) -> dict[str, Any]:
             members = {}
             for own_name, metric in expand(given).items():
                 key = f"{name}_{own_name}"
-                members[key] = OfOutput(metric, name, key)
+                members[key] = MetricOfOutput(metric, name, key)
         twice = sorted(flat.keys() & members.keys())
         if twice:
             raise ValueError(
@@ -238,11 +258,11 @@ def expand(metrics: Mapping[Any, Any]) -> dict[Any, Any]:
         bare, view = find_view(metric)
         members, _ = name_metrics({name: bare})
         for key, member in members.items():
-            expanded[key] = member if view is None else Seen(member, view)
+            expanded[key] = member if view is None else MetricWithView(member, view)
     return expanded
 
 
-class Seen:
+class MetricWithView:
     """A metric with a view."""
 
     has_view = True  # for metric_objects.find_view

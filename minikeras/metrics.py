@@ -9,16 +9,18 @@ where that waits for no device: on the CPU in each batch, elsewhere in the first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minikeras.errors import describe, dtype_name
+from minikeras.errors import describe, dtype_name, is_number
 from minikeras.results import Average, is_readable
 
 ADDS_UP = 0.02  # how far from 1 a row of one-hot labels may add up: bfloat16 has 3 digits
+PREDICTED_NUMBERS = " For predicted class numbers write (y_pred == y_true).float().mean()."
 
 
 # --- several classes ------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ def accuracy(y_pred: Tensor, y_true: Tensor, ignore_index: int = -100) -> Averag
         ignore_index: class numbers equal to this do not count, as in `nn.CrossEntropyLoss`.
 
     Raises:
-        TypeError: y_pred or y_true is no tensor.
+        TypeError: y_pred or y_true is no tensor, or ignore_index no integer.
         ValueError: shapes that do not fit; shapes that leave open which dimension has the classes,
             as (batch, 5, 5) with (batch, 5); class numbers of a float dtype, or above the classes;
             one score per label, for which there is `binary_accuracy`.
@@ -53,6 +55,11 @@ def accuracy(y_pred: Tensor, y_true: Tensor, ignore_index: int = -100) -> Averag
     1.0
     """
     _check_tensors("accuracy", y_pred, y_true)
+    if not isinstance(ignore_index, int):
+        raise TypeError(
+            f"accuracy: ignore_index must be an integer, got {describe(ignore_index)}. If all "
+            "labels count, leave it out."
+        )
     if y_pred.ndim < 2 or y_pred.shape[1:].numel() == 1 or y_true.ndim > y_pred.ndim:
         raise _explain_shapes(y_pred, y_true)
     if y_true.shape == y_pred.shape:
@@ -87,7 +94,8 @@ def _check_tensors(name: str, y_pred: Any, y_true: Any) -> None:
         return
     argument = "y_true" if isinstance(y_pred, Tensor) else "y_pred"
     value = y_true if isinstance(y_pred, Tensor) else y_pred
-    if hasattr(value, "__array__"):
+    is_row_of_numbers = isinstance(value, list | tuple) and all(map(is_number, value))
+    if hasattr(value, "__array__") or is_row_of_numbers:
         remedy = f"Pass torch.as_tensor({argument})"
     else:
         key = "0"
@@ -123,15 +131,20 @@ def _compare_one_hot(y_pred: Tensor, y_true: Tensor) -> Average:
     """Return the accuracy against labels with a number for each class."""
     if y_pred.ndim > 2:
         raise _explain_shapes(y_pred, y_true)
+    if y_true.dtype == torch.bool:  # torch has no argmax of it
+        y_true = y_true.int()
     if is_readable(y_true) and len(y_true):
         sums = y_true.sum(1, dtype=torch.float32)
         worst = float(sums[(sums - 1).abs().argmax()])
-        if abs(worst - 1) > ADDS_UP:
-            raise ValueError(
+        if not abs(worst - 1) <= ADDS_UP:  # also if it is NaN
+            message = (
                 f"accuracy: one-hot labels add up to 1 in each row, and a row of y_true "
                 f"{tuple(y_true.shape)} adds up to {worst:.4g}. If each label is a yes-or-no "
                 "question, pass minikeras.binary_accuracy."
             )
+            if not y_pred.is_floating_point():
+                message += PREDICTED_NUMBERS
+            raise ValueError(message)
     return Average((y_pred.argmax(1) == y_true.argmax(1)).sum(), len(y_true))
 
 
@@ -163,7 +176,7 @@ def _explain_shapes(y_pred: Tensor, y_true: Tensor) -> ValueError:
             "minikeras.binary_accuracy, threshold=0.0) for raw scores."
         )
         if not y_pred.is_floating_point():
-            message += " For predicted class numbers write (y_pred == y_true).float().mean()."
+            message += PREDICTED_NUMBERS
         return ValueError(message)
     if len(shape) > 2 and y_pred.shape == y_true.shape:
         return ValueError(
@@ -202,7 +215,7 @@ def binary_accuracy(y_pred: Tensor, y_true: Tensor, threshold: float = 0.5) -> T
 
     Raises:
         TypeError: y_pred or y_true is no tensor.
-        ValueError: other shapes, labels below 0 or above 1, or raw scores with a threshold for
+        ValueError: other shapes, labels below 0, above 1 or NaN, or raw scores with a threshold for
             probabilities: some y_pred is below 0 or above 1.
 
     >>> import minikeras, torch
@@ -239,6 +252,12 @@ def _check_ranges(y_pred: Tensor, y_true: Tensor, threshold: float) -> None:
         return
     if y_true.dtype != torch.bool:
         lowest, highest = (float(number) for number in y_true.aminmax())
+        if math.isnan(lowest):
+            raise ValueError(
+                "binary_accuracy: labels must be 0 or 1, got NaN in y_true. If labels are missing, "
+                "pass a function that counts the others and returns minikeras.Average(right, "
+                "counted)."
+            )
         if lowest < 0 or highest > 1:
             raise ValueError(
                 f"binary_accuracy: labels must be 0 or 1, got y_true from {lowest:.4g} to "

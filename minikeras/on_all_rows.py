@@ -147,6 +147,12 @@ def compute_on_all_processes(
 
 def _check_function(function: Any) -> None:
     """Check that this is a function that takes the outputs first."""
+    if getattr(type(function), "has_view", False):
+        name = type(function).__name__
+        raise TypeError(
+            f"OnAllRows takes a function of (y_pred, y_true), got a {name}. Write it the other "
+            f"way round: {name}(OnAllRows(function), y_pred=...)."
+        )
     if isinstance(function, type) or not callable(function):
         got = repr(function)
         if isinstance(function, type):

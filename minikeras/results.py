@@ -45,7 +45,8 @@ class Average(NamedTuple):
 
     def __float__(self) -> float:
         """Return total / count, NaN if the count is 0; this waits for the device."""
-        return float(self.total) / float(self.count) if self.count else math.nan
+        total, count = detach_nest(tuple(self))
+        return float(total) / float(count) if count else math.nan
 
 
 class LossParts(NamedTuple):
@@ -61,7 +62,7 @@ class LossParts(NamedTuple):
 
     def __float__(self) -> float:
         """Return the weighted sum, of this batch alone."""
-        return float(get_mean(self))
+        return float(get_mean(detach_nest(self)))
 
 
 Loss = Tensor | Average

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minikeras.errors import describe, write_instance
-from minikeras.metric_objects import is_metric
+from minikeras.metric_objects import is_metric, is_stateful
 
 
 class Transformed:
@@ -110,6 +110,11 @@ def _check_function(name: str, function: Any) -> None:
     """Check that `y_pred` or `y_true` is None or a function, and neither a class nor data."""
     if function is None:
         return
+    if is_stateful(function) or (is_metric(function) and not callable(function)):
+        raise TypeError(
+            f"`{name}` must be a function, got the metric {type(function).__name__}. The metric "
+            "comes first: Transformed(metric, y_pred=function)."
+        )
     if isinstance(function, type) or not callable(function):
         got = f"the class {function.__name__}" if isinstance(function, type) else repr(function)
         if hasattr(function, "shape"):

@@ -211,6 +211,13 @@ def test_accuracy_and_binary_accuracy_raise_no_warning_that_they_are_no_means():
     model.fit(3, points(64), batch_size=16, verbose=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16])
+def test_accuracy_takes_one_hot_labels_of_any_dtype(dtype):
+    y_pred, y_true = scores(53, 3), numbers(3, 53)
+    hot = nn.functional.one_hot(y_true).to(dtype)
+    assert float(minikeras.accuracy(y_pred, hot)) == accuracy_score(y_true, y_pred.argmax(1))
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 REFUSED = {
@@ -287,6 +294,36 @@ REFUSED = {
         (scores(2, 3), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])),
         """accuracy: one-hot labels add up to 1 in each row, and a row of y_true (2, 3) adds up to
         2. If each label is a yes-or-no question, pass minikeras.binary_accuracy.""",
+    ),
+    "labels that are NaN": (
+        minikeras.accuracy,
+        (scores(2, 2), torch.tensor([[1.0, 0.0], [float("nan"), 1.0]])),
+        """accuracy: one-hot labels add up to 1 in each row, and a row of y_true (2, 2) adds up to
+        nan. If each label is a yes-or-no question, pass minikeras.binary_accuracy.""",
+    ),
+    "predicted class numbers of tokens": (
+        minikeras.accuracy,
+        (numbers(3, 2, 4), torch.tensor([[0, 1, 2, 2], [0, 0, 0, 1]])),
+        """accuracy: one-hot labels add up to 1 in each row, and a row of y_true (2, 4) adds up to
+        5. If each label is a yes-or-no question, pass minikeras.binary_accuracy. For predicted
+        class numbers write (y_pred == y_true).float().mean().""",
+    ),
+    "no ignore_index": (
+        minikeras.accuracy,
+        (scores(8, 3), numbers(3, 8), None),
+        """accuracy: ignore_index must be an integer, got NoneType. If all labels count, leave it
+        out.""",
+    ),
+    "a list of numbers": (
+        minikeras.accuracy,
+        (scores(2, 3), [0, 2]),
+        """accuracy: y_true must be one tensor, got [int, int]. Pass torch.as_tensor(y_true).""",
+    ),
+    "labels that are missing": (
+        minikeras.binary_accuracy,
+        (torch.rand(3), torch.tensor([0.0, float("nan"), 1.0])),
+        """binary_accuracy: labels must be 0 or 1, got NaN in y_true. If labels are missing, pass a
+        function that counts the others and returns minikeras.Average(right, counted).""",
     ),
     "a NumPy array": (
         minikeras.accuracy,

@@ -445,6 +445,7 @@ def test_loss_for_an_output_that_is_not_there_says_which_there_are():
     )
     labels = {"digt": y["digit"]}
     check_refused({"digt": nn.CrossEntropyLoss()}, labels, message)
+    check_refused({"digt": nn.CrossEntropyLoss()}, y, message)  # not that a label has no loss
     model_of({"digit": nn.CrossEntropyLoss()}).fit(1, (data()[0], {"digit": y["digit"]}), verbose=0)
 
 
@@ -484,6 +485,17 @@ def test_label_that_nothing_uses_is_refused_with_what_to_do():
     check_refused({"digit": nn.CrossEntropyLoss()}, y, message, {"digit": {"a": accuracy}})
     remedy = {"digit": nn.CrossEntropyLoss(), "parity": (nn.BCEWithLogitsLoss(), 0.0)}
     model_of(remedy, {"digit": {"a": accuracy}}).fit(1, data(), verbose=0)
+
+
+def test_labels_in_a_tuple_for_losses_by_name_are_refused_with_what_to_do():
+    X, y = data()
+    message = (
+        "the labels have the parts 0, 1, and the losses and metrics are for 'digit', 'parity'; "
+        "expected the same names. Build the labels as forward builds the outputs: a dict with "
+        "these keys, or a tuple with these positions."
+    )
+    check_refused(both(), tuple(y.values()), message)
+    model_of(both()).fit(1, (X, dict(zip(both(), y.values(), strict=True))), verbose=0)
 
 
 def test_metrics_of_an_output_that_is_not_there_say_which_there_are():
@@ -580,6 +592,25 @@ def test_part_that_returns_an_average_in_some_batches_alone_is_refused():
             "loss 'a' must be a loss or a pair (loss, weight), got (MSELoss, int, int). Pass for "
             "instance (nn.MSELoss(), 0.5).",
         ),
+        (
+            {"a": (0.5, nn.MSELoss())},
+            TypeError,
+            "loss 'a' must be a pair (loss, weight), got (float, MSELoss). Pass the loss first, "
+            "for instance (nn.MSELoss(), 0.5).",
+        ),
+        (
+            {"a": (nn.MSELoss(), nn.Parameter(torch.ones(())))},
+            TypeError,
+            "the weight of loss 'a' must be a constant, got Parameter () float32 with a gradient, "
+            "which would not be trained. For a weight that is learned write a loss module that has "
+            "it as a parameter.",
+        ),
+        (
+            {"a": nn.MSELoss(), "b": None},
+            TypeError,
+            "loss 'b' is None; expected a loss or a pair (loss, weight). Leave 'b' out, and its "
+            "label too: an output needs no loss.",
+        ),
         ({"a": {"b": nn.MSELoss()}}, TypeError, "loss 'a' must be a loss or a pair (loss, weight)"),
         ({"a": nn.MSELoss}, TypeError, "loss 'a' is the class MSELoss; expected an instance."),
         ({"a": "mse"}, TypeError, "loss 'a' must be a function of (y_pred, y_true) or a module, g"),
@@ -618,6 +649,17 @@ def test_compile_refuses_losses_by_name_that_make_no_sense(losses, error, messag
 def test_compile_refuses_metrics_by_output_with_a_name_that_is_taken(metrics_dict, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Two().compile(both(), metrics_dict=metrics_dict)
+
+
+def test_compile_refuses_metrics_of_an_output_in_a_list_and_says_how_to_write_them():
+    message = (
+        "metric 'digit' must be a function of (y_pred, y_true) or an object with update, compute "
+        "and reset, got [function]. Give each metric a name of its own; those of one of several "
+        "outputs go into a dict, {output: {name: metric}}."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        Two().compile(both(), metrics_dict={"digit": [accuracy]})
+    model_of(both(), {"digit": {"accuracy": accuracy}}).fit(1, data(), verbose=0)
 
 
 def test_accumulate_refuses_a_sum_over_rows_among_losses_by_name():

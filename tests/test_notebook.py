@@ -345,6 +345,9 @@ data = torch.zeros(8, 1), torch.ones(8, 1)
     "model.fit(1, data)\nmodel.history",
     "model.fit(1, data, verbose=0)",
     "model.fit(1, data, verbose=2)",
+    "histories = [model.fit(1, data)]\nhistories[0]",
+    "model.fit(1, data).query('loss >= 0')",
+    "histories[0].equals(model.fit(1, data))\nmodel.fit(1, data)",
 ]
 LIVE = "display_data"
 SHOWN = "execute_result"
@@ -376,6 +379,9 @@ def cells():
         (7, [LIVE, SHOWN]),
         (8, [SHOWN]),
         (9, ["stream", SHOWN]),
+        (10, [LIVE, SHOWN]),  # asked for, though no variable holds it
+        (11, [LIVE, SHOWN]),
+        (12, [LIVE, LIVE]),
     ],
     ids=lambda value: CELLS[value].replace("\n", "; ") if isinstance(value, int) else "",
 )

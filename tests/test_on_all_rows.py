@@ -388,6 +388,12 @@ def test_on_all_rows_refuses_what_is_no_function():
         TypeError, match="got a R2Score, an object with update and compute, which sees all rows"
     ):
         OnAllRows(torchmetrics.R2Score())
+    message = (
+        "OnAllRows takes a function of (y_pred, y_true), got a Transformed. Write it the other way "
+        "round: Transformed(OnAllRows(function), y_pred=...)."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        OnAllRows(minikeras.Transformed(skm.r2_score, y_pred=torch.sigmoid))
 
 
 def test_on_all_rows_refuses_rows_of_different_shapes_when_they_come():

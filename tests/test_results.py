@@ -236,3 +236,13 @@ def test_regularized_refuses_a_loss_with_parts_with_both_remedies():
     loss_func = minikeras.Regularized(lambda p, t: (mse(p, t), 1.0), model, l2=0.1)
     with pytest.raises(ValueError, match=r"the loss gave a tuple, \(Tensor \(\) float32, float\)"):
         compiled(model, loss_func).fit(1, (torch.randn(4, 3), torch.randn(4, 2)), verbose=0)
+
+
+def test_number_of_an_average_with_a_gradient_is_read_without_a_warning():
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else torch warns once in a process
+    try:
+        total = torch.tensor(6.0, requires_grad=True)
+        assert float(Average(total, torch.tensor(4.0))) == 1.5
+    finally:
+        torch.set_warn_always(before)

@@ -318,6 +318,16 @@ def test_metric_that_fails_on_what_it_sees_says_what_that_is():
             "for instance y_pred=lambda outputs: outputs[0], which gives the first of several.",
         ),
         (
+            (torch.sigmoid, tmc.BinaryF1Score()),
+            "`y_pred` must be a function, got the metric BinaryF1Score. The metric comes first: "
+            "Transformed(metric, y_pred=function).",
+        ),
+        (
+            (torch.sigmoid, Transformed(accuracy)),
+            "`y_pred` must be a function, got the metric Transformed. The metric comes first: "
+            "Transformed(metric, y_pred=function).",
+        ),
+        (
             (accuracy, None, "digit"),
             "`y_true` must be a function of the labels of a batch, got 'digit'. Pass for instance "
             "y_true=lambda labels: labels[0], which gives the first of several.",

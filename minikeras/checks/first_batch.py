@@ -21,7 +21,7 @@ from minikeras.batch import unpack
 from minikeras.checks import causes, inputs, torch_errors, validation
 from minikeras.checks.raw_scores import warn_of_raw_scores
 from minikeras.checks.row_means import RowMeanCheck
-from minikeras.checks.several_outputs import check_extra_labels, find_failing_part, naming
+from minikeras.checks.several_outputs import check_extra_labels, find_failing_part, prefix_messages
 from minikeras.errors import describe
 from minikeras.nests import names_in, take_apart
 from minikeras.overrides import overrides
@@ -53,7 +53,7 @@ class Explanations(NoChecks):
             causes.explain_loss(error, outputs, labels)
             return
         name, y_pred, y_true = part
-        with naming(f"loss {name!r}"):
+        with prefix_messages(f"loss {name!r}"):
             causes.explain_squeezed(error, y_pred, y_true)
             causes.explain_loss(error, y_pred, y_true)
         error.add_note(f"loss {name!r}")
@@ -120,8 +120,8 @@ class FirstBatch(Explanations):
         loss_func = self.run.loss_func
         several = unwrap_loss(loss_func)
         if has_parts(several):
-            self._check_extra_labels(labels)
-            with several.calling(self._loss_of_output):
+            self._check_extra_labels(outputs, labels)
+            with several.call_losses_by(self._loss_of_output):
                 return loss_func(outputs, labels)
         self._check_loss_inputs(loss_func, outputs, labels)
         return inputs.guarded(loss_func, outputs, labels, "the loss", scalar=False)
@@ -134,11 +134,11 @@ class FirstBatch(Explanations):
 
     def _loss_of_output(self, name: Any, loss: Any, y_pred: Any, y_true: Any) -> Any:
         """Call the loss of one of several outputs, and check it as one alone."""
-        with naming(f"loss {name!r}"):
+        with prefix_messages(f"loss {name!r}"):
             self._check_loss_inputs(loss, y_pred, y_true)
         return inputs.guarded(loss, y_pred, y_true, f"loss {name!r}", scalar=False)
 
-    def _check_extra_labels(self, labels: Any) -> None:
+    def _check_extra_labels(self, outputs: Any, labels: Any) -> None:
         """Refuse labels that nothing uses, unless a metric or a custom step may use them all."""
         totals = self.phase.totals
         step = "train_step" if self.phase.is_training else "evaluate_step"
@@ -150,7 +150,7 @@ class FirstBatch(Explanations):
             if output is None:
                 return
             of_metrics.append(output)
-        check_extra_labels(labels, losses_in(self.run.loss_func), of_metrics)
+        check_extra_labels(outputs, labels, losses_in(self.run.loss_func), of_metrics)
 
     @torch.no_grad()
     def metrics(self, outputs: Any, labels: Any, with_functions: bool = True) -> dict[str, Result]:

@@ -459,6 +459,12 @@ def check_callable(name: str, function: Any) -> None:
             f"{describe(function)}. For several outputs pass a dict by their names, or by their "
             "positions {0: loss, 1: (loss, weight)}."
         )
+    if isinstance(function, list | tuple) and name.startswith("metric"):
+        raise TypeError(
+            f"{name} must be a function of (y_pred, y_true) or an object with update, compute and "
+            f"reset, got {describe(function)}. Give each metric a name of its own; those of one of "
+            "several outputs go into a dict, {output: {name: metric}}."
+        )
     if not callable(function) and not is_stateful(function):
         raise TypeError(
             f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Pass "

@@ -14,7 +14,7 @@ from minikeras.results import has_parts
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
+def prefix_messages(name: str) -> Iterator[None]:
     """Begin errors and warnings with a name."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -36,14 +36,29 @@ def find_failing_part(error: BaseException) -> tuple[Any, Any, Any] | None:
     return None
 
 
-def check_extra_labels(labels: Any, of_losses: Iterable[Any], of_metrics: Iterable[Any]) -> None:
+def check_extra_labels(
+    outputs: Any, labels: Any, of_losses: Iterable[Any], of_metrics: Iterable[Any]
+) -> None:
     """Refuse labels with a name that no loss and no metric uses.
+
+    If a loss is for an output that is not there, nothing is raised: the loss says so.
 
     Raises:
         ValueError: there are such labels.
     """
-    used = list(dict.fromkeys([*of_losses, *of_metrics]))
-    for name in names_in(labels) or ():
+    losses = list(of_losses)
+    names = names_in(labels) or []
+    if any(name not in (names_in(outputs) or ()) for name in losses):
+        return
+    used = list(dict.fromkeys([*losses, *of_metrics]))
+    shown = ", ".join(map(repr, used))
+    if names and not set(names) & set(used):
+        raise ValueError(
+            f"the labels have the parts {', '.join(map(repr, names))}, and the losses and metrics "
+            f"are for {shown}; expected the same names. Build the labels as forward builds the "
+            "outputs: a dict with these keys, or a tuple with these positions."
+        )
+    for name in names:
         if name in used:
             continue
         hint = ""
@@ -51,6 +66,6 @@ def check_extra_labels(labels: Any, of_losses: Iterable[Any], of_metrics: Iterab
             hint = did_you_mean(name, [key for key in used if isinstance(key, str)])
         raise ValueError(
             f"the labels have a part {name!r}, and no loss and no metric is for it; there are "
-            f"losses and metrics for {', '.join(map(repr, used))}.{hint} Leave it out of the "
-            "labels; or give it a loss of weight 0, (loss, 0.0), which is logged and not trained."
+            f"losses and metrics for {shown}.{hint} Leave it out of the labels; or give it a loss "
+            "of weight 0, (loss, 0.0), which is logged and not trained."
         )

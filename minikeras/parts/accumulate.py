@@ -60,15 +60,15 @@ class Accumulate(Part):
 
     def on_loss(self, loss: StepLoss) -> None:
         """Turn the mean into a sum over rows, or take the total of an Average."""
-        if isinstance(loss.result, LossParts):
-            raise ValueError(describe_units(loss.result, self.batches))
         rows: Any = 0 if loss.batch.is_filler else loss.batch.rows
-        if isinstance(loss.result, Average):
+        if isinstance(loss.result, Tensor):
+            loss.total = widen(loss.total) * rows
+            loss.weight = rows
+        elif isinstance(loss.result, Average):
             loss.total = widen(get_total(loss.result))
             loss.weight = loss.result.count
         else:
-            loss.total = widen(loss.total) * rows
-            loss.weight = rows
+            raise ValueError(describe_units(loss.result, self.batches))
         if not rows:  # a filler batch, which counts as zero
             loss.total = loss.total * 0
             loss.weight = 0

@@ -10,6 +10,7 @@ IPython is used only inside a notebook, which has it. The charts are SVG, writte
 
 from __future__ import annotations
 
+import ast
 import html
 import math
 import sys
@@ -155,7 +156,7 @@ class LiveTable(Progress):
 
     def times(self) -> str:
         """Return the time since the epoch began, and what is left as far as it is known."""
-        times = clock(time.perf_counter() - self.epoch_began)
+        times = clock(time.perf_counter() - self.epoch_start)
         epoch_left = self.epoch_left()
         if epoch_left is not None:
             times += f", {clock(epoch_left)} left"
@@ -170,24 +171,37 @@ class LiveTable(Progress):
 
 
 def hide_once(history: pd.DataFrame) -> None:
-    """Let IPython show nothing of an unassigned DataFrame at the end of the running cell.
+    """Let IPython show nothing of a DataFrame that is the result of the running cell's last line.
 
     A cell that ends with `model.fit(...)` has shown every epoch already. The DataFrame is shown as
-    usual if a variable holds it, by `display(...)`, and in every later cell.
+    usual if the cell ends with anything else, by `display(...)`, and in every later cell.
     """
     cell = notebook_cell()
     shell = sys.modules["IPython"].get_ipython()
 
     def _ipython_display_() -> None:
         object.__delattr__(history, "_ipython_display_")
-        is_assigned = any(value is history for value in shell.user_ns.values())
         # of the kernel's display hook: there is a message only as it shows a cell's result
         is_result = getattr(shell.displayhook, "msg", None) is not None
-        if is_assigned or not is_result or notebook_cell() != cell:
+        if notebook_cell() != cell or not is_result or not ends_with_fit(shell):
             raise NotImplementedError  # IPython goes on to show it as any other DataFrame
 
     # on this object only, past pandas's own __setattr__; a copy or a pickle lacks it
     object.__setattr__(history, "_ipython_display_", _ipython_display_)
+
+
+def ends_with_fit(shell: Any) -> bool:
+    """Tell whether the last line of the running cell is `model.fit(...)` and nothing more."""
+    source = shell.history_manager.input_hist_parsed[-1]
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return False
+    last = statements[-1] if statements else None
+    if not isinstance(last, ast.Expr) or not isinstance(last.value, ast.Call):
+        return False
+    function = last.value.func
+    return isinstance(function, ast.Attribute) and function.attr == "fit"
 
 
 def legend() -> str:

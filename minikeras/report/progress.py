@@ -85,11 +85,11 @@ class Progress(Callback):
         self.epoch: int | None = None
         self.batch = 0  # of the epoch
         self.next_refresh = 0.0  # a time; it also spans epochs that are shorter than REFRESH
-        self.began = time.perf_counter()
-        self.epoch_began = self.began
+        self.start_time = time.perf_counter()
+        self.epoch_start = self.start_time
         self.seconds: dict[int, float] = {}  # of each epoch of this fit
         self.steps_before = 0  # of the epoch, if an earlier process took them
-        self.previous_end = self.began  # of an epoch
+        self.previous_end = self.start_time  # of an epoch
         self.timed_epochs = 0
         self.recent: deque[float] = deque(maxlen=RECENT)  # seconds from an epoch's end to the next
 
@@ -108,14 +108,14 @@ class Progress(Callback):
         self.epoch = epoch
         self.steps_before = 0 if fit is None else fit.at.step
         self.batch = self.steps_before
-        self.epoch_began = time.perf_counter()
+        self.epoch_start = time.perf_counter()
         if not self.seconds:
-            self.previous_end = self.epoch_began
+            self.previous_end = self.epoch_start
 
     def end_epoch(self, epoch: int, logs: Mapping[str, float]) -> dict[str, float]:
         """Stop the clock of an epoch; return its row of the table, and add the columns it needs."""
         now = time.perf_counter()
-        self.seconds[epoch] = now - self.epoch_began
+        self.seconds[epoch] = now - self.epoch_start
         if not self.steps_before:
             if self.timed_epochs == 1:
                 self.recent.clear()  # the first epoch may have compiled the model
@@ -131,7 +131,7 @@ class Progress(Callback):
         taken = self.batch - self.steps_before
         if not self.steps or taken <= 0:
             return None
-        elapsed = time.perf_counter() - self.epoch_began
+        elapsed = time.perf_counter() - self.epoch_start
         return elapsed * (self.steps - self.batch) / taken
 
     def fit_left(self) -> float | None:
@@ -149,12 +149,12 @@ class Progress(Callback):
         """Return how the fit ended and how long it took; "" if it trained nothing."""
         if self.epoch is None:
             return ""
-        took = clock(time.perf_counter() - self.began)
+        duration = clock(time.perf_counter() - self.start_time)
         if self.epoch in self.seconds:
             count = len(self.seconds)
-            return f"{count} epoch{'' if count == 1 else 's'} in {took}"
+            return f"{count} epoch{'' if count == 1 else 's'} in {duration}"
         steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
-        return f"ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {took}"
+        return f"ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {duration}"
 
     # --- columns ----------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Progress(Callback):
     # --- the moments of a fit ---------------------------------------------------------------------
 
     def on_fit_begin(self) -> None:
-        self.began = time.perf_counter()
+        self.start_time = time.perf_counter()
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.start_epoch(epoch)
@@ -221,7 +221,7 @@ class Progress(Callback):
             return
         now = time.perf_counter()
         # the bar stands still during validation: after a second of training, always say why
-        if now >= self.next_refresh or now - self.epoch_began > 1:
+        if now >= self.next_refresh or now - self.epoch_start > 1:
             self._refresh(self.bar, None)
 
     def _bar_format(self, fit_left: str = "") -> str:
@@ -257,14 +257,14 @@ class Progress(Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         row = self.end_epoch(epoch, logs)
-        took = clock(self.seconds[epoch])
+        duration = clock(self.seconds[epoch])
         if self.bar is not None:
             self.bar.clear()
         if not self.time_width:
             is_long = self.seconds[epoch] >= LONG_EPOCH
             self.time_width = LONG_TIME_WIDTH if is_long else TIME_WIDTH
-        if len(took) > self.time_width:
-            self.time_width = max(LONG_TIME_WIDTH, len(took))
+        if len(duration) > self.time_width:
+            self.time_width = max(LONG_TIME_WIDTH, len(duration))
         width = terminal_width()  # may have changed since the last row
         layout = choose_layout(self.columns, width, self.time_width)
         if layout != self.layout:
@@ -273,7 +273,7 @@ class Progress(Callback):
         is_best = row.get("val_loss", math.nan) < self.best
         if is_best:
             self.best = row["val_loss"]
-        print(layout.rows(epoch, row, took, is_best), flush=True)
+        print(layout.rows(epoch, row, duration, is_best), flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
