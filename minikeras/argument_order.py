@@ -141,4 +141,7 @@ def _find_called(function: Any) -> Any:
     update = getattr(function, "update", None)
     if callable(update) and callable(getattr(function, "compute", None)):
         return update
-    return function.forward if isinstance(function, nn.Module) else function
+    if isinstance(function, nn.Module):
+        return getattr(function, "_orig_mod", function).forward  # torch.compile wraps a module
+    is_object = not hasattr(_unwrap_partial(function), "__name__")
+    return function.__call__ if is_object else function

@@ -25,6 +25,11 @@ class TargetFirst(nn.Module):
         return mape(target, input)
 
 
+class CallableFirst:
+    def __call__(self, gt, pred):
+        return mape(gt, pred)
+
+
 class LabelsFirst:
     def update(self, labels, preds): ...
 
@@ -58,6 +63,12 @@ METRICS = {
     ),
     "a lambda": (lambda labels, scores: 0.0, "labels", SWAP),
     "a module": (TargetFirst(), "target", "Swap the two arguments of its forward."),
+    "a compiled module": (
+        torch.compile(TargetFirst()),
+        "target",
+        "Swap the two arguments of its forward.",
+    ),
+    "a callable object": (CallableFirst(), "gt", "Swap the two arguments of its __call__."),
     "an object": (LabelsFirst(), "labels", "Swap the two arguments of its update."),
     "inside Transformed": (minikeras.Transformed(mape, torch.sigmoid), "y_true", MAPE),
 }
