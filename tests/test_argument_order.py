@@ -63,11 +63,6 @@ METRICS = {
     ),
     "a lambda": (lambda labels, scores: 0.0, "labels", SWAP),
     "a module": (TargetFirst(), "target", "Swap the two arguments of its forward."),
-    "a compiled module": (
-        torch.compile(TargetFirst()),
-        "target",
-        "Swap the two arguments of its forward.",
-    ),
     "a callable object": (CallableFirst(), "gt", "Swap the two arguments of its __call__."),
     "an object": (LabelsFirst(), "labels", "Swap the two arguments of its update."),
     "inside Transformed": (minikeras.Transformed(mape, torch.sigmoid), "y_true", MAPE),
@@ -120,6 +115,12 @@ def test_labels_first_remedies_give_the_right_numbers():
     values = model.evaluate((X, y), batch_size=7)
     expected = skm.mean_absolute_percentage_error(y, model.predict(X))
     assert list(values.values()) == pytest.approx([expected] * 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch.compile itself
+def test_labels_first_are_found_in_a_compiled_module():
+    assert find_labels_first(torch.compile(TargetFirst())) == "target"
+    assert find_labels_first(torch.compile(nn.MSELoss())) is None
 
 
 def test_labels_first_are_found_in_all_of_scikit_learn():
