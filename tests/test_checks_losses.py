@@ -32,7 +32,7 @@ LOSSES = {
     "(N, 1) float labels": (CE, S, CLASSES[:, None].float()),
     "probabilities of 2 of 3 classes": (CE, S, S[:, :2]),
     "int32 labels": (CE, S, CLASSES.int()),
-    "float labels for NLLLoss": (nn.NLLLoss(), S, CLASSES.float()),
+    "float labels for NLLLoss": (nn.NLLLoss(), -S.abs(), CLASSES.float()),
     "a label past the classes": (CE, S, CLASSES + 1),
     "a label below 0": (CE, S, CLASSES - 1),
     "a label past the classes in a loss of one's own": (
