@@ -392,7 +392,7 @@ def test_jit_leaves_a_loss_whose_number_changes_each_epoch_in_eager_and_warns():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
     assert_same_weights(model, twin, 1e-5)
     assert [str(warning.message) for warning in caught] == [
-        f"jit: {step} is not one graph: {way}, since a Python value that is part of it, in the "
+        f"jit: {step} is not one graph: {way}, because a Python value that is part of it, in the "
         "model, the loss, a metric or the data, has changed too often. Store it in a tensor to "
         "keep one graph"
         for step, way in (("train_step", "forward and loss"), ("evaluate_step", "eager"))

@@ -509,7 +509,7 @@ def test_progress_on_a_terminal_wraps_no_line_and_survives_its_resizing(columns)
     assert max(map(len, parts)) < columns
     assert len(re.findall("^2 epochs in ", written, re.MULTILINE)) == 6
     stacked = len(re.findall("^ +1  train ", written, re.MULTILINE))
-    assert stacked == {80: 4, 120: 2}[columns]
+    assert stacked >= {80: 4, 120: 2}[columns]  # more if epochs are slow: their times are wider
     assert "4 epochs in" in resized
 
 
