@@ -97,4 +97,5 @@ if not typing.TYPE_CHECKING:  # type checkers refuse a name that is not there by
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Return what tab completion shows: the public names, and the modules that users import."""
+    return sorted([*__all__, "export", "integrations"])

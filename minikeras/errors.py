@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import math
 import operator
 import traceback
@@ -127,6 +128,26 @@ def describe(value: object) -> str:
         text = ", ".join(shown)
         return f"({text})" if isinstance(value, tuple) else f"[{text}]"
     return type(value).__name__
+
+
+def write_instance(kind: type) -> str:
+    """Write how an instance of a class is created, with the arguments that it needs.
+
+    >>> write_instance(nn.MSELoss)
+    'MSELoss()'
+    >>> write_instance(nn.Linear)
+    'Linear(in_features=..., out_features=...)'
+    """
+    try:
+        parameters = list(inspect.signature(kind).parameters.values())
+    except (TypeError, ValueError):  # a builtin may have no signature
+        return f"{kind.__name__}(...)"
+    needed = []
+    for parameter in parameters:
+        is_by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if is_by_name and parameter.default is parameter.empty:
+            needed.append(f"{parameter.name}=...")
+    return f"{kind.__name__}({', '.join(needed)})"
 
 
 def dtype_name(dtype: Any) -> str:

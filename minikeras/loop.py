@@ -1,4 +1,4 @@
-"""What happens in a fit, in calendar order.
+"""What happens in a fit, in order of time.
 
 run_fit:
     hooks: around_fit; callbacks: on_fit_begin

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.errors import check_one_of, describe, did_you_mean
+from minikeras.errors import check_one_of, describe, did_you_mean, write_instance
 from minikeras.hooks import Fit, Hook
 from minikeras.nests import is_sharded
 from minikeras.results import Average, Loss, LossParts, refuse_several
@@ -313,8 +313,10 @@ class Regularized(nn.Module):
 
             loss_func = LossesByName(loss_func)
         if isinstance(loss_func, type):
-            name = loss_func.__name__
-            raise TypeError(f"loss_func is the class {name}; expected an instance. Pass {name}().")
+            raise TypeError(
+                f"loss_func is the class {loss_func.__name__}; expected an instance. Pass "
+                f"{write_instance(loss_func)}."
+            )
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a torch.nn.Module, got {describe(model)}. Pass the one that is "

@@ -336,7 +336,8 @@ class Model(nn.Module):
                 children of each ModuleList.
 
         Raises:
-            TypeError: an argument is of the wrong type, such as a class instead of an instance.
+            TypeError: an argument is of the wrong type, such as a class instead of an instance; or
+                a loss or metric takes the labels first, by the names of its arguments.
             ValueError: a metric has a name that the history uses, a loss has a weight below 0, the
                 device does not exist, or an argument is out of range.
             RuntimeError: called in a callback, during a fit of this model.

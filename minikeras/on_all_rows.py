@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minikeras.argument_order import find_labels_first, name_function, write_swapped
 from minikeras.errors import describe
 from minikeras.nests import leaves, map_leaves, take_apart
 from minikeras.processes import OneProcess
@@ -39,7 +40,8 @@ class OnAllRows:
             become one column each.
 
     Raises:
-        TypeError: `function` is no function, or takes the labels first like those of scikit-learn.
+        TypeError: `function` is no function, takes the labels first like those of scikit-learn, or
+            cannot be called with two arguments.
 
     >>> import minikeras, torch
     >>> from torch import nn
@@ -164,17 +166,26 @@ def _check_function(function: Any) -> None:
             f"OnAllRows takes a function, got a {type(function).__name__}, an object with update "
             "and compute, which sees all rows by itself. Put it into metrics_dict as it is."
         )
+    first = find_labels_first(function)
+    if first is not None:
+        name = name_function(function)
+        subject = "the function" if name == "<lambda>" else name
+        raise TypeError(
+            f"{subject} takes {first} first, as functions of scikit-learn do, and minikeras calls "
+            f"a metric with (y_pred, y_true). {write_swapped(function, 'OnAllRows')}"
+        )
     try:
-        names = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # a builtin may have no signature
         return
-    if names[:1] == ["y_true"]:
-        name = getattr(function, "__name__", "function")
+    try:
+        signature.bind(None, None)
+    except TypeError:
         raise TypeError(
-            f"{name} takes y_true first, as functions of scikit-learn do, and minikeras calls a "
-            f"metric with (y_pred, y_true). Pass OnAllRows(lambda y_pred, y_true: {name}(y_true, "
-            "y_pred))."
-        )
+            "OnAllRows calls its function with two arguments, (y_pred, y_true), got "
+            f"{name_function(function)}{signature}. Pass for instance OnAllRows(lambda y_pred, "
+            "y_true: r2_score(y_true, y_pred))."
+        ) from None
 
 
 # --- batches ---

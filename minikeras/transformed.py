@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from minikeras.errors import describe
+from minikeras.errors import describe, write_instance
 from minikeras.metric_objects import is_metric, is_stateful
 
 
@@ -96,7 +96,7 @@ def _check_metric(metric: Any) -> None:
     if isinstance(metric, type):
         raise TypeError(
             f"`metric` is the class {metric.__name__}; expected an instance. Pass "
-            f"Transformed({metric.__name__}(), ...)."
+            f"Transformed({write_instance(metric)}, ...)."
         )
     if not is_metric(metric):
         raise TypeError(

@@ -5,8 +5,9 @@ import torch
 from helpers.bad_input import cases, refused
 from helpers.metrics import mse
 from torch import nn
+from torchmetrics.classification import MulticlassF1Score
 
-from minikeras import Model
+from minikeras import Model, OnAllRows
 
 NETS = {"a class": nn.Linear, "layers": [nn.Linear(4, 1), nn.ReLU()], "a function": mse}
 NETS_SAY = """
@@ -39,6 +40,8 @@ COMPILE = {
     "a loss without super": {"loss_func": Forgetful()},
     "a metric without super": {"metrics_dict": {"m": Forgetful()}},
     "a metric class": {"metrics_dict": {"m": nn.L1Loss}},
+    "a class with arguments": {"metrics_dict": {"m": MulticlassF1Score}},
+    "OnAllRows": {"metrics_dict": {"m": OnAllRows}},
     "a list of metrics": {"metrics_dict": [mse]},
     "a metric named 3": {"metrics_dict": {3: mse}},
     "a metric named loss": {"metrics_dict": {"loss": mse}},
@@ -58,6 +61,10 @@ a loss without super | TypeError: loss_func is a Forgetful whose __init__ did no
 a metric without super | TypeError: metric 'm' is a Forgetful whose __init__ did not call
     super().__init__(). Call it there, before anything else.
 a metric class | TypeError: metric 'm' is the class L1Loss; expected an instance. Pass L1Loss().
+a class with arguments | TypeError: metric 'm' is the class MulticlassF1Score; expected an instance.
+    Pass MulticlassF1Score(num_classes=...).
+OnAllRows | TypeError: metric 'm' is the class OnAllRows; expected an instance. Pass
+    OnAllRows(function=...).
 a list of metrics | TypeError: metrics_dict must be a dict of name -> metric, got list. Pass for
     instance {"accuracy": minikeras.accuracy}.
 a metric named 3 | TypeError: metrics_dict has the name 3; expected a string.

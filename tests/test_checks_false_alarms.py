@@ -96,6 +96,24 @@ def test_softmax_before_cross_entropy_is_warned_of_once_per_fit():
         ]
 
 
+def test_raw_scores_before_nll_loss_are_warned_of_once_per_fit_and_the_remedies_are_not():
+    said = (
+        "NLLLoss takes log-probabilities, which are at most 0, and the model's outputs go up to "
+        f"{S.max().item():.4g}, so the loss may fall without limit. Use CrossEntropyLoss, which "
+        "takes raw scores, or end the model with nn.LogSoftmax(dim=1)."
+    )
+    for loss in (nn.NLLLoss(), nn.functional.nll_loss):
+        with pytest.warns(UserWarning, match="log-probabilities") as caught:
+            compiled(Scale(), loss).fit(2, (S, CLASSES), (S, CLASSES), batch_size=8, verbose=0)
+        assert [str(warning.message) for warning in caught] == [said]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(Scale(), CE).fit(1, (S, CLASSES), verbose=0)
+        network = nn.Sequential(Scale(), nn.LogSoftmax(dim=1))
+        compiled(network, nn.NLLLoss()).fit(1, (S, CLASSES), verbose=0)
+        compiled(network, nn.NLLLoss()).fit(1, (S * 1000, CLASSES), verbose=0)
+
+
 SCORES = {
     "raw": S,
     "summing to 1, some below 0": torch.tensor([[2.0, -1.0, 0.0]]).expand(8, 3),

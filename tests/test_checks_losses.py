@@ -32,7 +32,7 @@ LOSSES = {
     "(N, 1) float labels": (CE, S, CLASSES[:, None].float()),
     "probabilities of 2 of 3 classes": (CE, S, S[:, :2]),
     "int32 labels": (CE, S, CLASSES.int()),
-    "float labels for NLLLoss": (nn.NLLLoss(), S, CLASSES.float()),
+    "float labels for NLLLoss": (nn.NLLLoss(), -S.abs(), CLASSES.float()),
     "a label past the classes": (CE, S, CLASSES + 1),
     "a label below 0": (CE, S, CLASSES - 1),
     "a label past the classes in a loss of one's own": (
@@ -237,13 +237,13 @@ def test_loss_that_is_given_all_that_an_lstm_returns_raises_an_error_that_says_s
 
 
 SWAPPED = {
-    "cross entropy": (lambda y_true, y_pred: F.cross_entropy(y_pred, y_true), S, CLASSES),
+    "cross entropy": (lambda t, p: F.cross_entropy(p, t), S, CLASSES),
     "binary cross entropy": (
-        lambda y_true, y_pred: F.binary_cross_entropy(y_pred, y_true),
+        lambda t, p: F.binary_cross_entropy(p, t),
         COLUMN,
         ONES * 2,
     ),
-    "a module's": (lambda y_true, y_pred: CE(y_pred, y_true), S, CLASSES),
+    "a module's": (lambda t, p: CE(p, t), S, CLASSES),
 }
 
 

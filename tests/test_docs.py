@@ -57,6 +57,28 @@ def run(code, page, namespace):
     return printed.getvalue()
 
 
+RECIPES = re.split(r"^(?=### )", (DOCS / "recipes.md").read_text(), flags=re.MULTILINE)
+
+
+def name_of(section):
+    """The heading of a recipe, as in its link."""
+    return section.partition("\n")[0].removeprefix("### ").lower().replace(" ", "-")
+
+
+@pytest.mark.usefixtures("_offline", "one_thread")
+@pytest.mark.parametrize("recipe", RECIPES[1:], ids=name_of)
+def test_docs_recipe_runs_alone_after_the_first_lines(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    namespace = {"__name__": "__main__"}
+    codes = []
+    for section in (RECIPES[0], recipe):
+        codes += [code for language, code in BLOCK.findall(section) if language == "python"]
+    assert len(codes) > 1
+    for code in codes:
+        run(code, DOCS / "recipes.md", namespace)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_docs_page_names_the_language_of_each_of_its_blocks(page):
     fences = re.findall(r"^ *(`{3,}.*)$", page.read_text(), re.MULTILINE)

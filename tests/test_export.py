@@ -98,7 +98,7 @@ class Keeping(minikeras.Model):
 
     def forward(self, x):
         self.seen["scores"] = self.fc(x)
-        return self.seen["scores"].softmax(1)
+        return self.seen["scores"].log_softmax(1)
 
 
 def sentences(count):

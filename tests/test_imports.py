@@ -14,10 +14,14 @@ import minikeras
 
 def test_imports_of_the_package_are_those_in_all():
     public = set()
-    for name in dir(minikeras):  # names of rooms are found when they are asked for
+    for name in {*vars(minikeras), *dir(minikeras)}:  # names of rooms are found when asked for
         if not name.startswith("_") and not is_module(getattr(minikeras, name)):
             public.add(name)
     assert sorted(public) == sorted(minikeras.__all__)
+
+
+def test_imports_show_in_tab_completion_what_users_import():
+    assert dir(minikeras) == sorted([*minikeras.__all__, "export", "integrations"])
 
 
 def test_imports_of_a_module_are_not_needed_to_reach_it():

@@ -349,6 +349,32 @@ def test_on_all_rows_refuses_a_function_that_takes_the_labels_first_and_the_reme
     assert model.evaluate((X, y))["val_r2"] == pytest.approx(skm.r2_score(y, model.predict(X)))
 
 
+def test_on_all_rows_refuses_a_lambda_that_takes_the_labels_first():
+    message = (
+        "the function takes y_true first, as functions of scikit-learn do, and minikeras calls a "
+        "metric with (y_pred, y_true). Swap its two arguments: lambda y_pred, y_true: ..."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        OnAllRows(lambda y_true, y_pred: skm.r2_score(y_true, y_pred))
+
+
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (lambda rows: 0.0, "<lambda>(rows)"),
+        (lambda y_pred, y_true, weight: 0.0, "<lambda>(y_pred, y_true, weight)"),
+    ],
+    ids=["one argument", "three arguments"],
+)
+def test_on_all_rows_refuses_a_function_that_cannot_be_called_with_two_arguments(function, got):
+    message = (
+        f"OnAllRows calls its function with two arguments, (y_pred, y_true), got {got}. Pass for "
+        "instance OnAllRows(lambda y_pred, y_true: r2_score(y_true, y_pred))."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        OnAllRows(function)
+
+
 def test_on_all_rows_refuses_what_is_no_function():
     import torchmetrics
 

@@ -200,6 +200,27 @@ def test_plot_shows_and_writes_nothing_by_itself(tmp_path, monkeypatch):
             "model.history too.",
         ),
         (
+            [history(loss=[1.0]), history(loss=[2.0])],
+            None,
+            TypeError,
+            "dfhistory must be the DataFrame that fit returned, got a list of 2. For the mean of "
+            "several histories, epoch by epoch, pass pd.concat(histories).groupby(level=0).mean().",
+        ),
+        (
+            pd.concat([history(loss=[1.0, 0.5]), history(loss=[2.0, 1.0])]),
+            None,
+            ValueError,
+            "dfhistory has several rows of one epoch (`0` in its index); expected a row per epoch. "
+            "For the mean of several histories pass dfhistory.groupby(level=0).mean().",
+        ),
+        (
+            pd.DataFrame({"epoch": [1, 2, 2], "loss": [1.0, 0.5, 0.5]}),
+            None,
+            ValueError,
+            "dfhistory has several rows of one epoch (`2` in its index); expected a row per epoch. "
+            'For the mean of several histories pass dfhistory.groupby("epoch").mean().',
+        ),
+        (
             history(loss=[1.0]),
             3,
             TypeError,
@@ -232,6 +253,15 @@ def test_plot_of_what_cannot_be_drawn_says_what_to_pass(dfhistory, metrics, erro
         minikeras.plot_history(dfhistory, metrics)
     assert str(caught.value) == message
     assert not plt.get_fignums()
+
+
+def test_plot_of_several_histories_draws_the_mean_that_its_error_shows():
+    histories = [history(loss=[1.0, 0.5]), history(loss=[3.0])]
+    (axis,) = minikeras.plot_history(pd.concat(histories).groupby(level=0).mean())
+    assert lines(axis)["training"] == [(1, 2.0), (2, 0.5)]
+    numbered = pd.concat(histories).rename_axis("epoch").reset_index()
+    (axis,) = minikeras.plot_history(numbered.groupby("epoch").mean())
+    assert lines(axis)["training"] == [(0, 2.0), (1, 0.5)]
 
 
 def test_plot_ignores_a_column_of_words():

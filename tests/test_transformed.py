@@ -246,7 +246,9 @@ def f1(y_pred, y_true):
 
 def test_transformed_function_that_is_no_mean_over_rows_is_told():
     model = model_of({"f1": Transformed(f1, probability, yes)})
-    with pytest.warns(UserWarning, match="^metric 'f1' is not a mean over rows"):
+    with pytest.warns(
+        UserWarning, match="^metric 'f1' gives another number if a batch is split in two"
+    ):
         model.evaluate(data())
 
 
@@ -298,6 +300,11 @@ def test_metric_that_fails_on_what_it_sees_says_what_that_is():
             (tmc.BinaryF1Score,),
             "`metric` is the class BinaryF1Score; expected an instance. Pass "
             "Transformed(BinaryF1Score(), ...).",
+        ),
+        (
+            (tmc.MulticlassF1Score,),
+            "`metric` is the class MulticlassF1Score; expected an instance. Pass "
+            "Transformed(MulticlassF1Score(num_classes=...), ...).",
         ),
         (
             ([accuracy],),

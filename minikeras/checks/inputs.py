@@ -3,7 +3,8 @@
 first batch    outputs and labels that broadcast, losses that are always 0, softmax applied twice,
                weights that are not one per row, metrics that are not a number
 fit            optimizers that do not hold the model's parameters, or not all of them
-compile        classes instead of instances, names that history uses
+compile        classes instead of instances, functions that take the labels first, names that
+               history uses
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minikeras.argument_order import find_labels_first, is_of_sklearn, write_swapped
 from minikeras.checks.broadcast import BroadcastGuard
 from minikeras.checks.calls import LOSS_LINES, METRIC_LINES
 from minikeras.checks.causes import no_class
@@ -25,13 +27,15 @@ from minikeras.checks.classes import check_class_dimension
 from minikeras.checks.forms import name_parts, write_split
 from minikeras.checks.half import check_not_half
 from minikeras.columns import check_name
-from minikeras.errors import describe, dtype_name
+from minikeras.errors import describe, dtype_name, write_instance
 from minikeras.metric_objects import find_view, is_stateful
 from minikeras.nests import leaves, names_in
 from minikeras.overrides import overrides
 from minikeras.results import Average, check_number, has_parts, unwrap_loss
 from minikeras.rows import UnknownRows
 from minikeras.run import parameters_of
+
+ROUNDING = 1e-3  # how far above 0 a log-probability may be
 
 # forward of a loss that broadcasts with no more than a warning -> its function
 BROADCASTING: dict[Any, Any] = {
@@ -144,6 +148,14 @@ def check_loss_inputs(
             "the model's outputs already sum to 1 in each row, and CrossEntropyLoss applies "
             "softmax itself. Give it raw scores: remove the softmax from the model, or use "
             "log_softmax and NLLLoss.",
+            stacklevel=2,
+        )
+    if warn and not takes_scores and outputs.numel() and float(outputs.detach().max()) > ROUNDING:
+        warnings.warn(
+            "NLLLoss takes log-probabilities, which are at most 0, and the model's outputs go up "
+            f"to {float(outputs.detach().max()):.4g}, so the loss may fall without limit. Use "
+            "CrossEntropyLoss, which takes raw scores, or end the model with "
+            "nn.LogSoftmax(dim=1).",
             stacklevel=2,
         )
 
@@ -501,12 +513,12 @@ def check_callable(name: str, function: Any) -> None:
     """Check that a loss or a metric is a function or an instance, and a module initialised.
 
     Raises:
-        TypeError: it is something else, such as a class.
+        TypeError: it is something else, such as a class; or it takes the labels first.
     """
     if isinstance(function, type):
         raise TypeError(
             f"{name} is the class {function.__name__}; expected an instance. Pass "
-            f"{function.__name__}()."
+            f"{write_instance(function)}."
         )
     if isinstance(function, nn.Module):
         try:
@@ -553,6 +565,25 @@ def check_callable(name: str, function: Any) -> None:
             f"{name} must be a function of (y_pred, y_true) or a module, got {function!r}. Pass "
             "for instance nn.MSELoss() or a custom function."
         )
+    _check_argument_order(name, unwrap_loss(function))
+
+
+def _check_argument_order(name: str, function: Any) -> None:
+    """Refuse a loss or a metric that takes the labels first: its value would silently be wrong.
+
+    A function for which the order makes no difference is refused too, since that is not known.
+    """
+    first = find_labels_first(function)
+    if first is None:
+        return
+    kind = "loss" if name.startswith("loss") else "metric"
+    wrapper = ""
+    if kind == "metric" and is_of_sklearn(function):
+        wrapper = "minikeras.OnAllRows"  # it takes NumPy arrays, and most are no means over rows
+    raise TypeError(
+        f"{name} takes {first} first, as in Keras and scikit-learn, and minikeras calls a {kind} "
+        f"with (y_pred, y_true). {write_swapped(function, wrapper)}"
+    )
 
 
 def check_metrics_dict(metrics_dict: Any) -> None:

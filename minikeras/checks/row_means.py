@@ -113,7 +113,7 @@ class RowMeanCheck:
             elif kind == OTHER:
                 self.looks[name] = ENOUGH
                 if self.world.rank == 0:
-                    _warn_of_other(name, self.rows)
+                    _warn_of_other(name)
 
     def _collect(self, outputs: Any, labels: Any) -> tuple[Any, int]:
         """Return the batch and its rows, 0 if they are unknown.
@@ -150,12 +150,11 @@ class RowMeanCheck:
             self.randomness.restore(before)
 
 
-def _warn_of_other(name: str, rows: int) -> None:
+def _warn_of_other(name: str) -> None:
     """Warn of a function that is not a mean over rows."""
     warnings.warn(
-        f"metric {name!r} is not a mean over rows: on a batch of {rows} rows its value is not the "
-        "mean of its values on the two halves of the batch, so the value of an epoch, the mean "
-        "over the batches, depends on batch_size. For the value on all rows pass "
+        f"metric {name!r} gives another number if a batch is split in two, so its value for an "
+        "epoch depends on batch_size. For the value on all rows pass "
         "minikeras.OnAllRows(function), whose function gets NumPy arrays, or a torchmetrics "
         "object. If the value is a total divided by a count, such as a mean over tokens or a "
         "recall, return minikeras.Average(total, count).",

@@ -70,8 +70,9 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError, ValueError: not a history, a history without epochs or with values that are not
-            numbers, or a name that is not one of its columns.
+        TypeError, ValueError: not a history, a list of histories, a history without epochs, with
+            several rows of one epoch or with values that are not numbers, or a name that is not
+            one of its columns.
 
     >>> import minikeras
     >>> dfhistory = pd.DataFrame({"loss": [0.5, 0.3], "val_loss": [0.6, 0.4], "lr": [0.1, 0.01]})
@@ -125,6 +126,12 @@ def _import_pyplot() -> Any:
 
 def _check_history(dfhistory: Any) -> pd.DataFrame:
     """Return the history with its epochs, numbered from 1, as index."""
+    if isinstance(dfhistory, list | tuple):
+        raise TypeError(
+            f"dfhistory must be the DataFrame that fit returned, got a {type(dfhistory).__name__} "
+            f"of {len(dfhistory)}. For the mean of several histories, epoch by epoch, pass "
+            "pd.concat(histories).groupby(level=0).mean()."
+        )
     if not isinstance(dfhistory, pd.DataFrame):
         raise TypeError(
             f"dfhistory must be the DataFrame that fit returned, got {type(dfhistory).__name__}. "
@@ -139,6 +146,16 @@ def _check_history(dfhistory: Any) -> pd.DataFrame:
     if frame.columns.empty:
         raise ValueError(
             "dfhistory has no column but epoch. Pass what fit returned, with loss and metrics."
+        )
+    if not frame.index.is_unique:
+        twice = frame.index[frame.index.duplicated()][0]
+        if "epoch" in dfhistory:
+            remedy = 'dfhistory.groupby("epoch").mean()'
+        else:
+            remedy = "dfhistory.groupby(level=0).mean()"
+        raise ValueError(
+            f"dfhistory has several rows of one epoch (`{twice}` in its index); expected a row per "
+            f"epoch. For the mean of several histories pass {remedy}."
         )
     if frame.index.name != "epoch" and is_numeric_dtype(frame.index):
         frame.index = frame.index + 1
