@@ -26,7 +26,7 @@ from minikeras.checkpoint.file import dump, previous, read, write
 
 DATA = TESTS / "data"
 REMEDY = (
-    "There is no previous version: pass another path, or move this file away to start from scratch."
+    "There is no previous version: pass another path, or delete this file to start from scratch."
 )
 OF_LOAD = "If it is the wrong file, pass another path."
 

@@ -224,14 +224,45 @@ def test_notebook_fit_that_its_checkpoint_has_finished_does_not_look_like_one_th
     assert capsys.readouterr().out == ""
 
 
+def test_notebook_names_validation_only_if_there_is_some_and_marks_the_best_epoch(page, tmp_path):
+    compiled().fit(2, points(64))
+    assert "validation" not in text_of(page[0][-1])
+    losses = iter([3.0, 2.0, 4.0])
+    model = compiled()
+    model.evaluate_step = lambda features, labels: {"loss": next(losses)}
+    model.fit(3, points(64), [points(64)])
+    text = text_of(page[1][-1])
+    for expected in (
+        "validation",
+        "ring: the best value of this chart",
+        "bold: the lowest val_loss of this fit",
+    ):
+        assert expected in text
+    marked = [line.endswith("  lowest val_loss") for line in plain_of(page[1][-1])]
+    assert marked == [False, True, False]
+
+
+def test_notebook_plain_text_begins_with_where_the_fit_resumed(page, tmp_path):
+    path = tmp_path / "run.pt"
+    for epochs in (1, 2):
+        torch.manual_seed(0)
+        compiled().fit(epochs, points(64), checkpoint=path)
+    lines = plain_of(page[1][-1])
+    assert lines[0] == f"{path}: resumed after epoch 1"
+    assert lines[1].startswith("epoch 2  loss ")
+
+
+def plain_of(output):
+    return output["text/plain"].splitlines()
+
+
 def test_notebook_fit_counts_its_own_epochs(page):
     model = compiled()
     model.fit(2, points(64))
     model.fit(3, points(64))
-    assert [re.match(r" +(\d) epochs in ", text_of(outputs[-1]))[1] for outputs in page] == [
-        "2",
-        "3",
-    ]
+    model.fit(1, points(64))
+    endings = [re.match(r" +(.*?) in ", text_of(outputs[-1]))[1] for outputs in page]
+    assert endings == ["2 epochs", "epochs 3 to 5", "epoch 6"]
 
 
 @pytest.mark.parametrize(("verbose", "displays"), [("auto", 1), (1, 1), (2, 0), (0, 0)])

@@ -15,6 +15,7 @@ from torchmetrics import AUROC
 
 import minikeras
 from minikeras import CheckpointError, LambdaCallback, LRScheduler
+from minikeras.support.atomic import previous
 
 pytestmark = pytest.mark.usefixtures("each_fit_in_a_process_of_its_own", "quick_disk")
 
@@ -122,14 +123,18 @@ def test_resumed_fit_is_the_fit_never_stopped_on_an_accelerator(options, tmp_pat
 
 
 def fits(path, *epochs, kill=None):
-    """A script of several fits with one file; the histories they return, and the model."""
+    """A script of several fits; the histories they return, and the model.
+
+    `path` has the arguments of each fit, or is a list of them.
+    """
     torch.manual_seed(1)
     model = compiled()
     histories = []
     for number, count in enumerate(epochs):
         callbacks = [killed_after(kill[1])] if kill and kill[0] == number else []
+        kwargs = path[number] if isinstance(path, list) else path
         histories.append(
-            model.fit(count, points(60), batch_size=20, verbose=0, callbacks=callbacks, **path)
+            model.fit(count, points(60), batch_size=20, verbose=0, callbacks=callbacks, **kwargs)
         )
     return histories, model
 
@@ -147,16 +152,65 @@ def test_resumed_fit_that_was_finished_returns_its_history_and_more_epochs_are_a
     pd.testing.assert_frame_equal(longer, fits({}, 5)[0][0], check_exact=True)
 
 
+@pytest.mark.parametrize("has_own_file", [False, True])
 @pytest.mark.parametrize("kill", [(0, 4), (1, 0), (1, 5), (2, 2)], ids=str)
-def test_resumed_script_of_several_fits_may_use_one_file(kill, tmp_path):
-    path = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
+def test_resumed_script_of_several_fits_needs_a_file_for_each(kill, has_own_file, tmp_path):
     expected, model = fits({}, 2, 3, 1)
+
+    def script(**kwargs):
+        paths = []
+        for number in range(3):
+            path = tmp_path / (f"phase{number}.pt" if has_own_file else "run.pt")
+            paths.append({"checkpoint": path, "checkpoint_every": 1})
+        return fits(paths, 2, 3, 1, **kwargs)
+
     with pytest.raises(Killed):
-        fits(path, 2, 3, 1, kill=kill)
-    histories, other = fits(path, 2, 3, 1)
-    for one, two in zip(histories, expected, strict=True):
-        pd.testing.assert_frame_equal(one, two, check_exact=True)
+        script(kill=kill)
+    is_of_later_fit = kill in [(1, 5), (2, 2)]  # the second or third fit has written it
+    if is_of_later_fit and not has_own_file:
+        with pytest.raises(CheckpointError) as raised:
+            script()
+        path = tmp_path / "run.pt"
+        epochs = "3 to 5" if kill[0] == 1 else "6 to 6"
+        assert str(raised.value) == (
+            f"{path} is of a fit of epochs {epochs}, and this one is of epochs 1 to 2. Pass a "
+            f"different path to each fit. To start from scratch, delete {path} and {path}.prev, "
+            "or pass another path."
+        )
+        path.unlink()
+        previous(path).unlink()
+    histories, other = script()
+    for history, expected_history in zip(histories, expected, strict=True):
+        pd.testing.assert_frame_equal(history, expected_history, check_exact=True)
     assert torch.equal(other.fc1.weight, model.fc1.weight)
+
+
+def test_second_fit_says_that_it_replaces_the_file_of_the_first(tmp_path, capsys):
+    path = tmp_path / "run.pt"
+    model = compiled()
+    for _ in range(2):
+        model.fit(2, points(60), checkpoint=path, verbose=2)
+    assert f"\n{path}: epochs 3 to 4 replace the fit of epochs 1 to 2 in this file\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_checkpoint_from_within_an_epoch_after_the_last_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    kwargs = {"batch_size": 20, "verbose": 0, "checkpoint": path, "checkpoint_every": 1}
+    with pytest.raises(Killed):
+        compiled().fit(4, points(60), callbacks=[killed_after(7)], **kwargs)
+    model = compiled()
+    weight = model.fc1.weight.clone()
+    with pytest.raises(CheckpointError) as raised:
+        model.fit(2, points(60), **kwargs)
+    assert str(raised.value) == (
+        f"{path} was written in epoch 3 after step 1, and this fit is of epochs 1 to 2. Ask for 3 "
+        f"epochs or more. To start from scratch, delete {path} and {path}.prev, or pass another "
+        "path."
+    )
+    assert torch.equal(model.fc1.weight, weight)
+    assert len(model.fit(3, points(60), **kwargs)) == 3
 
 
 def test_resumed_fit_in_the_same_process_continues_when_it_is_called_again(tmp_path):
@@ -218,10 +272,15 @@ def test_resumed_fit_takes_other_metrics_between_epochs_and_refuses_them_within_
 def test_resumed_fit_says_where_it_continues_in_a_line(tmp_path, capsys):
     path = tmp_path / "run.pt"
 
-    def fit(kill=None):
+    def fit(kill=None, epochs=2):
         callbacks = [] if kill is None else [killed_after(kill)]
         compiled().fit(
-            2, points(60), batch_size=20, checkpoint=path, checkpoint_every=1, callbacks=callbacks
+            epochs,
+            points(60),
+            batch_size=20,
+            checkpoint=path,
+            checkpoint_every=1,
+            callbacks=callbacks,
         )
         return capsys.readouterr().out
 
@@ -229,7 +288,15 @@ def test_resumed_fit_says_where_it_continues_in_a_line(tmp_path, capsys):
         fit(kill=4)
     capsys.readouterr()
     assert fit().splitlines()[0] == f"{path}: resumed in epoch 2 after step 1"
-    assert fit() == f"{path}: finished after epoch 2, nothing left to train\n"
+    assert fit() == (
+        f"{path}: finished after epoch 2: nothing is left to train (ask for more epochs, or delete "
+        f"{path} and {path}.prev to start from scratch)\n"
+    )
+    assert fit(epochs=3).splitlines()[0] == f"{path}: resumed after epoch 2"
+    assert fit(epochs=1) == (
+        f"{path}: finished after epoch 3, and this fit asks for epochs 1 to 1: nothing is left to "
+        f"train (ask for more epochs, or delete {path} and {path}.prev to start from scratch)\n"
+    )
 
 
 def test_resumed_fit_keeps_the_mark_of_the_best_epoch(tmp_path, capsys):
@@ -305,7 +372,8 @@ def test_resumed_fit_warns_of_another_learning_rate_in_the_script_and_not_of_one
         callbacks = [LRScheduler(scheduler, step="batch")] if warmed else []
         model.fit(epochs, points(40), callbacks=callbacks, checkpoint=path, verbose=0)
         model.optimizer.param_groups[0]["lr"] = 0.5  # by hand, for what follows
-        return model.fit(epochs, points(40), checkpoint=path, verbose=0)["loss"]
+        second = tmp_path / "second.pt"
+        return model.fit(epochs, points(40), checkpoint=second, verbose=0)["loss"]
 
     first = fit(2, 0.1)
     for _ in range(2):

@@ -32,6 +32,7 @@ __all__ = [
     "discard",
     "dump",
     "flush",
+    "name_files",
     "previous",
     "read",
     "read_newest",
@@ -197,7 +198,7 @@ def remedy(path: Path) -> str:
     if previous(path).exists():
         return f"The previous version is {previous(path)}."
     return (
-        "There is no previous version: pass another path, or move this file away to start from "
+        "There is no previous version: pass another path, or delete this file to start from "
         "scratch."
     )
 
@@ -212,14 +213,17 @@ def remedy_of_load(path: Path) -> str:
 
 def remedy_of_fit(path: Path) -> str:
     """Say what to do about the state of a run that does not fit this script."""
+    return f"To start from scratch, delete {name_files(path)}, or pass another path."
+
+
+def name_files(path: Path) -> str:
+    """Name the files to delete for a fit to start from scratch: the newest and the previous one."""
     path = follow_links(path)
     newest = path
     if path.name.endswith(".prev"):
         newest = path.with_name(path.name.removesuffix(".prev"))
     files = [str(file) for file in (newest, previous(newest)) if file.exists()]
-    if not files:
-        files = [str(path)]
-    return f"To start from scratch, delete {' and '.join(files)}, or pass another path."
+    return " and ".join(files) if files else str(path)
 
 
 def read_newest(path: Path, read: Callable[[Path], Any] = read) -> tuple[Any, Path] | None:

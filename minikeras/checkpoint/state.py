@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback
-from minikeras.checkpoint.file import dump, read_newest, remedy_of_fit
+from minikeras.checkpoint.file import dump, name_files, read_newest, remedy_of_fit
 from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.matching import (
@@ -90,6 +90,7 @@ class Checkpoint(Hook):
         self.place = fix(self.path)  # a callback may chdir
         self.every = None if every is None else check_positive_int("checkpoint_every", every)
         self.state: Any = None  # what to resume from
+        self.replaced = ""  # the epochs of an earlier fit whose file this fit replaces
         self.whole = True  # the newest file is complete; else it is not worth keeping as NAME.prev
         self.written = ""  # the last writing, for messages
         self.random: Any = None  # the random state before the current validation
@@ -138,8 +139,8 @@ class Checkpoint(Hook):
         """Read and check the file; return the number of the last epoch of this call of fit.
 
         Raises:
-            CheckpointError: the file is damaged, or of another run, model or optimizer; or another
-                fit of this process has used it.
+            CheckpointError: the file is damaged, or of another run, fit, model or optimizer; or
+                another fit of this process has used it.
             OSError: no file can be written there.
         """
         self.model = model
@@ -207,16 +208,33 @@ class Checkpoint(Hook):
         epochs_in_history = len(self.run.epochs)
         epochs_in_file = len(state["history"])
         if state["first"] == self.first:  # the same call
+            self._check_last_epoch(state, path)
             return state
         if epochs_in_history == epochs_in_file:  # an earlier call, whose file this one replaces
+            self.replaced = f"{state['first']} to {epochs_in_file}"
             return None
-        if state["first"] > self.last:  # a later call: this one finished long ago
-            return state
+        # a later call as well: its weights are not those that this call would end with
         raise CheckpointError(
             f"{path} is of a fit of epochs {state['first']} to {state['last']}, and this one is "
             f"of epochs {self.first} to {self.last}. Pass a different path to each fit. "
             f"{remedy_of_fit(path)}"
         )
+
+    def _check_last_epoch(self, state: Any, path: Path) -> None:
+        """Refuse a file from within an epoch after this fit's last one.
+
+        The weights in it are those of no epoch in the history.
+
+        Raises:
+            CheckpointError: it is such a file.
+        """
+        at = Position(**state["position"])
+        if at.step and at.epoch > self.last:
+            raise CheckpointError(
+                f"{path} was written in epoch {at.epoch} after step {at.step}, and this fit is of "
+                f"epochs {self.first} to {self.last}. Ask for {at.epoch - self.first + 1} epochs "
+                f"or more. {remedy_of_fit(path)}"
+            )
 
     # --- at the beginning of a fit ----------------------------------------------------------------
 
@@ -245,35 +263,44 @@ class Checkpoint(Hook):
         self._note_groups()
         self._check_plain()
         if self.state is None:
+            if self.replaced:
+                say(
+                    f"{self.path}: epochs {self.first} to {self.last} replace the fit of epochs "
+                    f"{self.replaced} in this file"
+                )
             return Position(self.first)
         state = self.state
         self.state = None
-        is_later_call = state["first"] > self.last
-        at = Position(self.last + 1)
-        if not is_later_call:
-            self._check_course(state)
-            if not was_stopped(state):
-                at = Position(**state["position"])
+        self._check_course(state)
+        at = Position(self.last + 1) if was_stopped(state) else Position(**state["position"])
         is_finished = at.epoch > self.last
         if self.model.is_main_process:
-            self._warn(state, is_finished, is_later_call)
+            self._warn(state, is_finished)
         self._load_weights(with_copy(state, "optimizers"), whole=not at.step)
-        if is_later_call:
-            self.run.epochs = self.run.epochs[: self.last]
-        else:
-            self._begin_course(state)
-            self._load_course(with_copy(state, "callbacks"))
-            self.model.stop_training = state["stopped"]
+        self._begin_course(state)
+        self._load_course(with_copy(state, "callbacks"))
+        self.model.stop_training = state["stopped"]
         if is_finished:
             self.run.kept["unfinished"] = None
             self.use.came_to = "its end"
-            epoch = len(self.run.epochs)
-            say(f"{self.path}: finished after epoch {epoch}, nothing left to train")
-        else:
+            say(f"{self.path}: {self._describe_end()}")
+        elif at.step:
             say(f"{self.path}: resumed in epoch {at.epoch} after step {at.step}")
-            if at.step:
-                self.resumed_state = state
+            self.resumed_state = state
+        else:
+            say(f"{self.path}: resumed after epoch {at.epoch - 1}")
         return at
+
+    def _describe_end(self) -> str:
+        """Say that nothing is left to train, and how to train more."""
+        epochs = len(self.run.epochs)
+        is_stopped = self.model.stop_training
+        line = f"{'stopped' if is_stopped else 'finished'} after epoch {epochs}"
+        if epochs > self.last:
+            line += f", and this fit asks for epochs {self.first} to {self.last}"
+        more = "" if is_stopped else "ask for more epochs, or "
+        files = name_files(self.path)
+        return f"{line}: nothing is left to train ({more}delete {files} to start from scratch)"
 
     def _check_plain(self) -> None:
         """Raise an error, before anything changes, for what cannot be saved."""
@@ -328,13 +355,10 @@ class Checkpoint(Hook):
                 f"written. {remedy_of_fit(self.path)}"
             ) from error
 
-    def _warn(self, state: Any, is_finished: bool, is_later_call: bool) -> None:
+    def _warn(self, state: Any, is_finished: bool) -> None:
         """Warn about what the script has changed since the run started, and say what is used."""
         callbacks = dict(named(self.callbacks))
         states = state["callbacks"]
-        if is_later_call:  # the file's callbacks and data are those of another call
-            callbacks = {}
-            states = {}
         schedules = other_schedules(states, callbacks)
         begun = state.get("begun")
         if begun is not None:
@@ -343,8 +367,6 @@ class Checkpoint(Hook):
                 begun["optimizers"], self.now["optimizers"], self.path, has_schedules
             )
             warn_of_another_script(begun, self.now, self.path)
-        if is_later_call:
-            return
         warn_of_other_schedules(schedules, self.path)
         warn_of_other_monitors(states, callbacks, self.path)
         if not is_finished:

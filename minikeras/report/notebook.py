@@ -125,13 +125,16 @@ class LiveTable(Progress):
         for line in self.lines:
             parts.append(f"<div>{html.escape(line)}</div>")
         if charts:
-            parts.append(f"<div>{charts}</div>{legend()}")
+            drawn = {f"val_{name}" for name in names[:CHARTS]}
+            is_validated = any(drawn & logs.keys() for logs in self.rows.values())
+            parts.append(f"<div>{charts}</div>{legend(is_validated)}")
         times = {epoch: clock(seconds) for epoch, seconds in self.seconds.items()}
         parts.append(epochs_table(self.columns, self.rows, times))
-        plain = []
-        for epoch, logs in list(self.rows.items())[-ROWS:]:
-            plain.append(f"epoch {epoch}  {format_logs(logs)}  {times[epoch]}")
-        plain += self.lines
+        plain = list(self.lines)
+        best = find_best(self.rows)
+        for epoch in find_shown(self.rows, best):
+            mark = "  lowest val_loss" if epoch == best else ""
+            plain.append(f"epoch {epoch}  {format_logs(self.rows[epoch])}  {times[epoch]}{mark}")
         return {
             "text/html": f'<div style="{STYLE}">{"".join(parts)}</div>',
             "text/plain": "\n".join(plain),
@@ -204,13 +207,16 @@ def ends_with_fit(shell: Any) -> bool:
     return isinstance(function, ast.Attribute) and function.attr == "fit"
 
 
-def legend() -> str:
+def legend(is_validated: bool) -> str:
     """Return which line of the charts is which: a sample of each, and text in the page's color."""
+    kinds = [("training", BLUE, "")]
+    if is_validated:
+        kinds.append(("validation", ORANGE, DASHES))
     parts = []
-    for label, color, dashes in (("training", BLUE, ""), ("validation", ORANGE, DASHES)):
+    for label, color, dashes in kinds:
         line = _svg_polyline("0,4 26,4", color, dashes)
         parts.append(f'<svg width="26" height="8" viewBox="0 0 26 8">{line}</svg> {label}')
-    return f"<div>{' &nbsp;'.join(parts)} &nbsp;ring: the best epoch</div>"
+    return f"<div>{' &nbsp;'.join(parts)} &nbsp;ring: the best value of this chart</div>"
 
 
 def epochs_table(columns: Sequence[str], rows: Rows, times: Mapping[int, str]) -> str:
@@ -220,14 +226,8 @@ def epochs_table(columns: Sequence[str], rows: Rows, times: Mapping[int, str]) -
     """
     if not rows:
         return ""
-    losses = {}
-    for epoch, logs in rows.items():
-        if not math.isnan(logs.get("val_loss", math.nan)):
-            losses[epoch] = logs["val_loss"]
-    best = min(losses, key=losses.__getitem__, default=None)
-    shown = sorted(rows)[-ROWS:]
-    if best is not None and best not in shown:
-        shown[0] = best
+    best = find_best(rows)
+    shown = find_shown(rows, best)
     lines = []
     for epoch in shown:
         cells = [str(epoch)]
@@ -242,8 +242,25 @@ def epochs_table(columns: Sequence[str], rows: Rows, times: Mapping[int, str]) -
     if hidden:
         table = f"<div>{hidden} earlier epochs are not shown; the history has them.</div>{table}"
     if best is not None:
-        table += "<div>bold: the lowest val_loss</div>"
+        table += "<div>bold: the lowest val_loss of this fit</div>"
     return table
+
+
+def find_best(rows: Rows) -> int | None:
+    """Find the epoch with the lowest val_loss; None without validation."""
+    losses = {}
+    for epoch, logs in rows.items():
+        if not math.isnan(logs.get("val_loss", math.nan)):
+            losses[epoch] = logs["val_loss"]
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def find_shown(rows: Rows, best: int | None) -> list[int]:
+    """Choose the epochs that are shown: the last ones, and always the best."""
+    shown = sorted(rows)[-ROWS:]
+    if best is not None and best not in shown:
+        shown[0] = best
+    return shown
 
 
 def table_html(

@@ -152,7 +152,12 @@ class Progress(Callback):
         duration = clock(time.perf_counter() - self.start_time)
         if self.epoch in self.seconds:
             count = len(self.seconds)
-            return f"{count} epoch{'' if count == 1 else 's'} in {duration}"
+            first = self.epoch - count + 1
+            if first == 1:
+                return f"{count} epoch{'' if count == 1 else 's'} in {duration}"
+            if count == 1:
+                return f"epoch {first} in {duration}"
+            return f"epochs {first} to {self.epoch} in {duration}"
         steps = f"{self.batch}/{self.steps}" if self.steps else str(self.batch)
         return f"ended in epoch {self.epoch} of {self.epochs}, at step {steps}, after {duration}"
 

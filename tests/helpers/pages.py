@@ -11,7 +11,7 @@ def without_times(text):
     lines = []
     in_head = False
     for line in text.splitlines():
-        if re.fullmatch(rf"\d+ epochs? in {TIME}", line):
+        if re.fullmatch(rf"(\d+ epochs?|epochs? \d+( to \d+)?) in {TIME}", line):
             continue
         if in_head:  # the dashes
             line = re.sub(r" +-+$", "", line)
