@@ -531,9 +531,9 @@ def test_ddp_ring_example_prints_the_table_of_one_process_with_twice_the_batch(
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, example), "--batch-size", "200"]
     one = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    tables = [without_times(done.stdout).splitlines()[:-1] for done in (one, two)]
+    tables = [without_times(done.stdout).splitlines()[:-2] for done in (one, two)]
     assert tables[0] == tables[1]
-    last = [ast.literal_eval(done.stdout.splitlines()[-1]) for done in (one, two)]
+    last = [ast.literal_eval(done.stdout.splitlines()[-2]) for done in (one, two)]
     assert last[0] == pytest.approx(last[1], rel=1e-6)
 
 

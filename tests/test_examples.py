@@ -33,9 +33,8 @@ def example(monkeypatch, tmp_path, capsys):
 
 def column(printed, name):
     """The values of a column of the printed history."""
-    header, *rows = [
-        line.replace("*", " ").split() for line in printed[printed.index("epoch ") :].splitlines()
-    ]
+    table = without_times(printed[printed.index("epoch ") :])
+    header, *rows = [line.replace("*", " ").split() for line in table.splitlines()]
     return [
         float(row[header.index(name)])
         for row in rows
