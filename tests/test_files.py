@@ -577,6 +577,8 @@ KNOWN = [  # that once went through, and failed after the first weight had moved
     (("attributes",), {"model.net.0": {"a b": 1}}),
     (("attributes",), {"model.net.0": {"scale": {"x": 1}}}),
     (("random", "attributes"), 3.5),
+    (("random", "python", 2), {}),
+    (("random", "numpy", "has_gauss"), 2**40),
 ]
 
 

@@ -423,7 +423,8 @@ def test_nan_in_an_ema_reaches_no_file(evaluate, tmp_path):
         UserWarning, match=r"run\.pt is not written: .*the EMA of net\.0\.bias would"
     ) as caught:
         model.fit(3, BATCHES, on_nan="ignore", **saving(model, tmp_path / "run.pt"))
-    assert len(caught) == 2
+    told = [warning for warning in caught if "is not written" in str(warning.message)]
+    assert len(told) == 2
     model = trainer()
     told = r"^the EMA of net\.0\.bias is .* The weights are finite now: the average included them"
     if evaluate:

@@ -298,6 +298,8 @@ def test_tensorboard_histograms_leave_out_weights_that_are_not_finite(tmp_path):
     model = ring()
     model.unused = nn.Parameter(torch.tensor([math.nan, math.inf, 1.0]))
     model.nothing = nn.Parameter(torch.tensor(math.nan))
+    model.unused.requires_grad_(False)
+    model.nothing.requires_grad_(False)
     model.compile(
         nn.BCELoss(),
         torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()]),

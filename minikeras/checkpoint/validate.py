@@ -603,11 +603,17 @@ def _check_generator(state: Any, where: str) -> None:
 
 
 def _check_python(state: Any, where: str) -> None:
-    """Check a state of Python's random."""
+    """Check a state of Python's random.
+
+    `setstate` does not look at the third part, the next number of `gauss`.
+    """
     try:
         random.Random().setstate(state)
+        is_fit = state[2] is None or type(state[2]) is float
     except Exception:
-        raise _Unfit(where, state, "a state of Python's random") from None
+        is_fit = False
+    if not is_fit:
+        raise _Unfit(where, state, "a state of Python's random")
 
 
 def _check_torch(state: Any, where: str, size: int | None = None) -> None:
@@ -637,7 +643,10 @@ def _check_numpy(state: Any, where: str) -> None:
         if isinstance(kind, str) and not hasattr(np.random, kind):
             return  # of another package, which has its own check
         raise _Unfit(f"{where} bit_generator", kind, "one of NumPy's")
-    for key in ("has_gauss", "has_uint32", "gauss", "uinteger"):
+    for key in ("has_gauss", "has_uint32"):
+        if key in state and not (isinstance(state[key], int) and state[key] in (0, 1)):
+            raise _Unfit(f"{where} {key}", state[key], "0 or 1")
+    for key in ("gauss", "uinteger"):
         if key in state and not isinstance(state[key], (int, float)):
             raise _Unfit(f"{where} {key}", state[key], "a number")
     inner = _check_named(_get(state, "state", f"{where} "), f"{where} state")

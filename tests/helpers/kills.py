@@ -135,6 +135,7 @@ def fork(folder, choice, name, **kwargs):
     status = 1
     try:
         warnings.simplefilter("error")  # each kind here is exact, and nothing is told of it
+        warnings.filterwarnings("ignore", r"EMA\(decay=")  # the fits are short
         run(folder, choice, name, **kwargs)
         status = 0
     except BaseException:
