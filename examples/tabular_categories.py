@@ -18,7 +18,7 @@ class TableModel(minikeras.Model):
     def __init__(self, numbers, sizes):
         super().__init__()
         self.embeddings = nn.ModuleDict(
-            {name: nn.Embedding(size, 4) for name, size in sizes.items()}
+            {name: nn.Embedding(size, 4, padding_idx=0) for name, size in sizes.items()}
         )
         inputs = numbers + 4 * len(sizes)
         self.net = nn.Sequential(
@@ -43,7 +43,7 @@ class Inputs:
         numbers = (table[self.mean.index] - self.mean) / self.std
         codes = {}
         for name, categories in self.categories.items():
-            # 0 is for a category that the training rows do not have
+            # 0 is a category that the training rows do not have: padding_idx keeps it at zeros
             codes[name] = pd.Index(categories).get_indexer(table[name]) + 1
         return {"numbers": numbers, **codes}
 

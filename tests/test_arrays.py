@@ -383,8 +383,8 @@ ODD_COLUMNS = {
     "categories": (CITY.astype("category"), "columns that are not numbers: c", None),
     "text as codes": (
         CITY,
-        r"pandas\.Index\(categories\)\.get_indexer\(column\)",
-        lambda c: pd.Index(sorted(CITY.unique())).get_indexer(c),
+        r"pandas\.Index\(categories\)\.get_indexer\(column\) \+ 1",
+        lambda c: pd.Index(sorted(CITY.unique())).get_indexer(c) + 1,
     ),
     "dates": (
         pd.Series(pd.date_range("2020", periods=ROWS)),

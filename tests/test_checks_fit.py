@@ -144,8 +144,8 @@ no iteration but items | TypeError: dl_train must be a DataLoader, a Dataset, an
     torch.utils.data.Dataset if its items are rows.
 a text column | TypeError: dl_train has columns that are not numbers: city. Encode them first, for
     instance with pandas.get_dummies(frame, dtype=float) or
-    pandas.Index(categories).get_indexer(column). Keep the categories of the training rows, and use
-    them for new rows too.
+    pandas.Index(categories).get_indexer(column) + 1, where 0 is any other category. Keep the
+    categories of the training rows, and use them for new rows too.
 an array of text | TypeError: dl_train holds <U1 values; expected numbers. Encode them as numbers
     first: as class numbers, pandas.factorize(array)[0].
 a sample_weight of two columns | ValueError: the third part of a batch is a weight per row: expected

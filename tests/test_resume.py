@@ -491,6 +491,13 @@ def test_resumed_fit_warns_of_callbacks_that_the_states_may_not_belong_to(kinds,
     )
 
 
+def test_resumed_fit_may_have_another_verbose(tmp_path, capsys):
+    for epochs, verbose in ((1, 2), (2, 0), (3, 2)):
+        model = compiled()
+        model.fit(epochs, points(40), checkpoint=tmp_path / "run.pt", verbose=verbose)
+    assert len(model.history) == 3
+
+
 def test_resumed_fit_may_have_a_new_scheduler(tmp_path):
     compiled(lr=0.5).fit(1, points(40), checkpoint=tmp_path / "run.pt", verbose=0)
     model = compiled(lr=0.5)

@@ -22,6 +22,8 @@ from minikeras.modes import names_staying_in_eval
 if TYPE_CHECKING:
     from minikeras.run import Run
 
+# callbacks that fit itself adds to show what happens; `verbose` may differ between two starts
+SHOWN_BY_FIT = ("Progress", "LiveTable")
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # settings that a schedule decides
 VERSION = 1  # version of the file's layout; files of older versions keep loading
 
@@ -400,10 +402,11 @@ def other_settings(
 
 def warn_of_other_callbacks(states: Mapping[str, Any], now: Mapping[str, Callback]) -> None:
     """Warn if a callback's state has no callback to go to, or might belong to a new one."""
-    written = [name for name, state in states.items() if state]
+    written = [name for name, state in states.items() if state and name not in SHOWN_BY_FIT]
     stateful = []
     for name, callback in now.items():
-        if type(callback).state_dict is not Callback.state_dict:
+        has_state = type(callback).state_dict is not Callback.state_dict
+        if has_state and name not in SHOWN_BY_FIT:
             stateful.append(name)
     added = [name for name in stateful if name not in states and name.partition(" ")[0] in written]
     if added or not set(stateful) >= set(written):

@@ -53,8 +53,8 @@ LISTS = (
 )
 # codes of `astype('category')` would change with the rows that a table happens to have
 CODES = (
-    "pandas.Index(categories).get_indexer(column). Keep the categories of the training rows, and "
-    "use them for new rows too."
+    "pandas.Index(categories).get_indexer(column) + 1, where 0 is any other category. Keep the "
+    "categories of the training rows, and use them for new rows too."
 )
 LARGE = 2**26  # bytes; a DataFrame whose conversion needs more than this stays the only copy
 CHUNK = 2**22  # bytes of a DataFrame that are copied to row-major order at once
