@@ -753,3 +753,34 @@ def test_split_batch_is_named_for_a_dataclass_with_its_fields():
         split_batch=lambda batch: (batch, batch.target.expand(8, 4)),
     )
     model.fit(1, [Pair(WIDE, WIDE, TARGETS)], verbose=0)
+
+
+def test_split_batch_is_named_for_a_dict_that_forward_of_one_argument_gets_whole():
+    message = (
+        "ValueError: the features are a dict with the keys words, length, and forward takes one "
+        "argument, words, which gets the whole dict. Take the part out in forward, "
+        "words['words']; or pass compile(split_batch=function), which returns (batch['words'], "
+        "labels)."
+    )
+
+    class Tagger(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+
+        def forward(self, words):
+            return self.embedding(words).movedim(-1, 1)
+
+    words = torch.tensor([[1, 2, 0], [3, 4, 2]])
+    batches = [({"words": words, "length": torch.tensor([3, 3])}, words % 3)]
+    model = Tagger()
+    model.compile(nn.CrossEntropyLoss(), sgd(model), device="cpu")
+    with refused(message, model):
+        model.fit(1, batches, verbose=0)
+    model.compile(
+        nn.CrossEntropyLoss(),
+        sgd(model),
+        device="cpu",
+        split_batch=lambda batch: (batch[0]["words"], batch[1]),
+    )
+    model.fit(1, batches, verbose=0)

@@ -243,11 +243,21 @@ def _takes_all(layer: nn.Module, model: nn.Module, features: Any) -> bool:
 
 
 def _explain_whole_dict(error: Exception, model: nn.Module, features: Mapping[Any, Any]) -> None:
-    """Raise an error again if forward got a dict whole since its keys are not all arguments."""
+    """Raise an error again if forward got a dict whole, and wanted its parts."""
     network = getattr(model, "net", model)
-    parameters = inspect.signature(network.forward).parameters
-    if "must be Tensor" in str(error) and len(parameters) > 1:
-        _refuse_keys(error, list(features), list(parameters))
+    parameters = list(inspect.signature(network.forward).parameters)
+    if "must be Tensor" not in str(error):
+        return
+    if len(parameters) > 1:
+        _refuse_keys(error, list(features), parameters)
+    keys = put_labels_last(features)
+    part = parameters[0] if parameters[0] in keys else keys[0]
+    raise ValueError(
+        f"the features are a dict with the keys {', '.join(map(str, features))}, and forward takes "
+        f"one argument, {parameters[0]}, which gets the whole dict. Take the part out in forward, "
+        f"{parameters[0]}[{part!r}]; or pass compile(split_batch=function), which returns "
+        f"(batch[{part!r}], labels)."
+    ) from error
 
 
 def _explain_call(error: Exception, model: nn.Module, features: Any) -> None:
