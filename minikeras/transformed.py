@@ -63,7 +63,7 @@ class Transformed:
         self.metric = metric
         self.y_pred = y_pred
         self.y_true = y_true
-        self.view = _make_view(y_pred, y_true)
+        self.view: Callable[[Any, Any], tuple[Any, Any]] = _make_view(y_pred, y_true)
 
     def __repr__(self) -> str:
         shown = [repr(self.metric)]
