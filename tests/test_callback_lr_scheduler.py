@@ -155,6 +155,7 @@ def test_schedule_by_batch_is_a_column_though_each_epoch_ends_with_the_same_rate
     lines = without_times(capsys.readouterr().out).splitlines()
     assert lines[0].split() == ["epoch", "loss", "lr"]
     assert [line.split()[-1] for line in lines[2:]] == ["0.01000"] * epochs
+    pytest.importorskip("matplotlib")
     axes = minikeras.plot_history(dfhistory)
     assert [axis.get_title() for axis in axes] == ["loss", "lr"]
 
