@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from minikeras.nests import names_in
 
 LABELS = ("labels", "label", "targets", "target")
 
@@ -15,12 +16,9 @@ def name_parts(batch: Any) -> list[Any]:
     >>> name_parts({"labels": 0, "x": 1})
     ['x', 'labels']
     """
-    names: list[Any] = []
-    if isinstance(batch, Mapping):
-        names = list(batch)
-    elif dataclasses.is_dataclass(batch):
-        names = [field.name for field in dataclasses.fields(batch)]
-    return put_labels_last(names)
+    if isinstance(batch, tuple | list):
+        return []
+    return put_labels_last(names_in(batch) or [])
 
 
 def put_labels_last(names: Iterable[Any]) -> list[Any]:

@@ -660,12 +660,12 @@ def combined(
             totals[name] = totals[name] + value * rows
             counts[name] = counts[name] + rows
     averages = {name: Average(totals[name], counts[name]) for name in totals}
-    one: dict[str, Any] = dict(averages)
+    combined: dict[str, Any] = dict(averages)
     for name, value in results[0].items():
         if isinstance(value, LossParts):
             parts = {part: averages[part] for part in value.parts}
-            one[name] = LossParts(parts, value.weights, averages[name])
-    return one
+            combined[name] = LossParts(parts, value.weights, averages[name])
+    return combined
 
 
 def first_size_of_labels(features: Any, labels: Any, sample_weight: Any) -> int:
