@@ -148,6 +148,19 @@ def make_run(
             parts.append(shards.ShardedBackward())
     stepper = Stepper(optimizers, parts)
     run = Run(loss_func, optimizers, chosen, world, stepper, train, val, split)
+    run.options = {
+        "device": device,
+        "jit": jit,
+        "steps_per_execution": steps_per_execution,
+        "precision": precision,
+        "clip_grad_norm": clip_grad_norm,
+        "clip_grad_value": clip_grad_value,
+        "accumulate": accumulate,
+        "split_batch": split_batch,
+        "distributed": distributed,
+        "sync_batchnorm": sync_batchnorm,
+        "fsdp_blocks": fsdp_blocks,
+    }
     for parameter in parameters_of(model, loss_func):
         run.parameters[id(parameter)] = parameter.requires_grad
     for phase in (train, val):

@@ -36,6 +36,8 @@ from minikeras.rows import UnknownRows
 from minikeras.run import Run, prepare
 
 if TYPE_CHECKING:
+    from minikeras.diagnosis import Diagnosis, Evidence, Finding
+    from minikeras.diagnosis.lr_find import LearningRates
     from minikeras.report.layer_summary import Summary
 
 
@@ -601,6 +603,57 @@ class Model(nn.Module):
         return layer_summary.summary(
             self, input_shape, input_dtype, input_data=input_data, batch_size=batch_size
         )
+
+    @assemble.explain_calls
+    def diagnose(
+        self,
+        dl_train: Any,
+        dl_val: Any = None,
+        *,
+        steps: int = 100,
+        batch_size: int | None = None,
+        checks: Iterable[Callable[[Evidence], Iterable[Finding]]] = (),
+    ) -> Diagnosis:
+        """Find out why the model does not learn: show a table of what is wrong and what to do.
+
+        It looks at the data, calls copies of the model, trains them for a few steps, and reads the
+        history. The model, its optimizers, the random states and the data are bit-for-bit identical
+        afterwards.
+
+        Args:
+            dl_train: data as in `fit`; about 4,000 rows are looked at.
+            dl_val: validation data, to compare with; default none.
+            steps: steps of each trial training, default 100.
+            batch_size: rows per batch, for a Dataset and arrays; default 32.
+            checks: your own checks, functions of an `Evidence` that return `Finding`s.
+
+        Returns:
+            A `Diagnosis`: its `findings`, `to_dataframe()` and `plot()`.
+
+        Raises:
+            NotCompiledError: before `compile`.
+            TypeError: data that reading would use up, a model that cannot be copied, or a check
+                that is no function.
+            ValueError: steps below 1, or a model in parts in several processes.
+        """
+        from minikeras.diagnosis.diagnose import diagnose
+
+        return diagnose(self, dl_train, dl_val, steps, batch_size, checks)
+
+    @assemble.explain_calls
+    def lr_find(
+        self,
+        dl_train: Any,
+        min_lr: float = 1e-7,
+        max_lr: float = 10.0,
+        steps: int = 100,
+        *,
+        batch_size: int | None = None,
+    ) -> LearningRates:
+        """Find a learning rate: train a copy while the rate rises from min_lr to max_lr."""
+        from minikeras.diagnosis.lr_find import lr_find
+
+        return lr_find(self, dl_train, min_lr, max_lr, steps, batch_size)
 
     def _repr_html_(self) -> str | None:
         """Return what a notebook shows of a model."""

@@ -38,6 +38,8 @@ class Run:
     train: Phase
     val: Phase
     split_batch: Callable[[Any], Parts] = unpack  # into features, labels, sample_weight, rows
+    # the other arguments of compile, as they were given, to compile a copy in the same way
+    options: Mapping[str, Any] = field(default_factory=dict)
     engine: Eager = field(init=False)
     phase: Phase = field(init=False)  # the one that is running, or has run last
     modes: TrainingModes = field(init=False)  # of the current or last fit

@@ -10,7 +10,6 @@ forms.py         the split_batch that batches of another form need
 torch_errors.py  reading, memory, dead workers: add the likely cause to torch's error
 broadcast.py     outputs and labels that broadcast each other
 row_means.py     functions of metrics_dict that are not means over rows
-twin.py          copy a metric for a trial call
 raw_scores.py    torchmetrics objects that are given raw scores
 peek.py          the first batch of data in memory
 """

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minikeras.checks.twin import twin_of
 from minikeras.errors import is_number
 from minikeras.joining import join
 from minikeras.metric_objects import View
@@ -26,6 +25,7 @@ from minikeras.nests import clone_tensor, leaves, map_leaves, take_apart
 from minikeras.processes import OneProcess
 from minikeras.rows import UnknownRows, count_rows
 from minikeras.support.randomness import Randomness
+from minikeras.support.twin import twin_of
 
 LEAST = 4  # fewest rows that are looked at: two halves of two
 BATCHES = 4  # most batches of a pass that are looked at, to collect enough rows

@@ -6,4 +6,5 @@ loaders.py           how a DataLoader draws: rows, seeds, epochs
 randomness.py        random states of Python, NumPy, torch and of generators, saved and restored
 reachable.py         walk the objects that the user's objects refer to
 sharded_tensors.py   sharded tensors, one shard in each process
+twin.py              copy a metric or a loss with all that it reaches
 """

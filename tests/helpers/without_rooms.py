@@ -29,6 +29,7 @@ ROOMS = {
     "checkpoint": "fit(checkpoint=PATH)",
     "checks": "",
     "data": "fit(validation_steps=1)",
+    "diagnosis": "compiled().diagnose((X, y))",
     "distributed": "compiled(distributed='ddp')",
     "export.py": "compiled().export(PATH, X)",
     "faults": "",

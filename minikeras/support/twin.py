@@ -1,4 +1,4 @@
-"""Copy a metric so that a trial call of the copy leaves the metric's own state unchanged."""
+"""Copy a metric or a loss, so that calling the copy leaves the state of the original unchanged."""
 
 from __future__ import annotations
 
@@ -36,14 +36,18 @@ def twin_of(metric: Any) -> Any:
     Raises:
         Exception: something in it cannot be copied.
     """
-    return _Copier().copy(metric)
+    return Copier().copy(metric)
 
 
-class _Copier:
-    """Copies what a metric keeps, and everything only once."""
+class Copier:
+    """Copies what a function or an object keeps, and everything only once.
 
-    def __init__(self) -> None:
-        self.memo: dict[int, Any] = {}  # the memo of copy.deepcopy
+    Args:
+        memo: the memo of `copy.deepcopy`; what has been copied already, such as a model.
+    """
+
+    def __init__(self, memo: dict[int, Any] | None = None) -> None:
+        self.memo: dict[int, Any] = {} if memo is None else memo
         self.globals: dict[int, dict[str, Any]] = {}  # id of a module's globals -> their copy
         self.functions: dict[int, Any] = {}  # id of a function -> its copy
 
@@ -61,7 +65,7 @@ class _Copier:
             return value
         if isinstance(value, nn.Module):
             for parameter in value.parameters():
-                self.memo[id(parameter)] = parameter
+                self.memo.setdefault(id(parameter), parameter)
         return copy.deepcopy(value, self.memo)
 
     def copy_values(self, values: dict[str, Any]) -> dict[str, Any]:

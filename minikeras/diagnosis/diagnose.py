@@ -1,0 +1,228 @@
+"""`diagnose`: what keeps a network from learning, in one call.
+
+leave_no_trace        everything is as it was, however this ends
+    read the first rows of dl_train and dl_val
+    DATA              checks of the rows
+    call a copy of the model
+    NETWORK           checks of the outputs and the parameters
+    train copies      one step; one small batch; the learning-rate range test
+    TRAINING          checks of gradients, activations and of how the copies learnt
+    HISTORY           checks of earlier fits
+    the user's own checks
+sort the findings     the worst first, causes before symptoms
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from minikeras.diagnosis.activations import (
+    check_activation_growth,
+    check_dead_units,
+    check_saturated_units,
+)
+from minikeras.diagnosis.copies import leave_no_trace
+from minikeras.diagnosis.evidence import Evidence
+from minikeras.diagnosis.features import (
+    check_constant_features,
+    check_feature_scales,
+    check_missing_features,
+)
+from minikeras.diagnosis.findings import Diagnosis, Finding, rank
+from minikeras.diagnosis.first_loss import (
+    check_first_loss,
+)
+from minikeras.diagnosis.gradients import (
+    check_gradients,
+    check_updates,
+)
+from minikeras.diagnosis.labels import (
+    check_class_range,
+    check_class_shares,
+    check_missing_labels,
+    check_target_scale,
+)
+from minikeras.diagnosis.loading import (
+    check_loading_time,
+)
+from minikeras.diagnosis.memory import (
+    check_memorized,
+)
+from minikeras.diagnosis.mixing import (
+    check_rows_are_separate,
+)
+from minikeras.diagnosis.modes import (
+    check_batch_norm,
+    check_dropout,
+)
+from minikeras.diagnosis.order import (
+    check_order,
+)
+from minikeras.diagnosis.outputs import (
+    check_activation_before_loss,
+    check_outputs_differ,
+    check_saturated_outputs,
+)
+from minikeras.diagnosis.parameters import (
+    check_frozen,
+    check_optimizers,
+    check_symmetry,
+    check_unused,
+)
+from minikeras.diagnosis.past import (
+    check_history,
+)
+from minikeras.diagnosis.rates import (
+    check_learning_rate,
+)
+from minikeras.diagnosis.split import (
+    check_leaks,
+    check_split,
+)
+from minikeras.errors import check_positive_int
+
+if TYPE_CHECKING:
+    from minikeras.model import Model
+
+Check = Callable[[Evidence], Iterable[Finding]]
+
+# The checks, in the order in which they are made. Those of one level are listed in this order.
+DATA: list[Check] = [
+    check_missing_features,
+    check_constant_features,
+    check_feature_scales,
+    check_missing_labels,
+    check_class_range,
+    check_class_shares,
+    check_target_scale,
+    check_leaks,
+    check_split,
+    check_order,
+]
+NETWORK: list[Check] = [
+    check_rows_are_separate,
+    check_outputs_differ,
+    check_saturated_outputs,
+    check_activation_before_loss,
+    check_first_loss,
+    check_frozen,
+    check_optimizers,
+    check_unused,
+    check_symmetry,
+    check_batch_norm,
+    check_dropout,
+]
+TRAINING: list[Check] = [
+    check_gradients,
+    check_updates,
+    check_dead_units,
+    check_saturated_units,
+    check_activation_growth,
+    check_memorized,
+    check_learning_rate,
+    check_loading_time,
+]
+HISTORY: list[Check] = [check_history]
+
+
+def diagnose(
+    model: Model,
+    dl_train: Any,
+    dl_val: Any = None,
+    steps: int = 100,
+    batch_size: int | None = None,
+    checks: Iterable[Check] = (),
+) -> Diagnosis:
+    """Look at data, network and training, and return what was found; see `Model.diagnose`."""
+    check_positive_int("steps", steps)
+    own_checks = check_checks(checks)
+    start = time.perf_counter()
+    findings: list[Finding] = []
+    with leave_no_trace(model, "diagnose", {"dl_train": dl_train, "dl_val": dl_val}):
+        evidence = Evidence(model, dl_train, dl_val, steps, batch_size)
+        for check in DATA:
+            findings += run_check(check, evidence)
+        _ = evidence.output_batches  # an error of forward is raised here
+        for check in NETWORK:
+            findings += run_check(check, evidence)
+        failure = try_step(evidence)
+        if failure is None:
+            for check in TRAINING:
+                findings += run_check(check, evidence)
+        else:
+            findings.append(failure)
+        for check in HISTORY:
+            findings += run_check(check, evidence)
+        for check in own_checks:
+            findings += run_own_check(check, evidence)
+    findings.sort(key=rank)
+    return Diagnosis(type(model).__name__, findings, steps, time.perf_counter() - start)
+
+
+def check_checks(checks: Iterable[Check]) -> list[Check]:
+    """Check the user's own checks.
+
+    Raises:
+        TypeError: one of them cannot be called.
+    """
+    listed = list(checks)
+    for check in listed:
+        if not callable(check):
+            raise TypeError(
+                "checks must be functions of an Evidence that return a list of Findings, got "
+                f"{check!r}. Write def check_x(evidence): return [Finding(...)], with Finding from "
+                "minikeras.diagnosis."
+            )
+    return listed
+
+
+def run_check(check: Check, evidence: Evidence) -> list[Finding]:
+    """Make a check. What it cannot look at is a note, so that the others are made."""
+    name = name_of(check)
+    try:
+        return [replace(finding, check=name) for finding in check(evidence)]
+    except Exception as error:
+        return [
+            Finding(
+                "note",
+                name,
+                f"not made: {type(error).__name__}: {error}",
+                "no error",
+                "Nothing is known from this check; the others were made.",
+                check=name,
+            )
+        ]
+
+
+def run_own_check(check: Check, evidence: Evidence) -> list[Finding]:
+    """Make a check of the user's, whose errors are raised."""
+    name = name_of(check)
+    try:
+        return [replace(finding, check=name) for finding in check(evidence)]
+    except Exception as error:
+        error.add_note(f"diagnose, check {name}")
+        raise
+
+
+def name_of(check: Check) -> str:
+    """Return the name of a check."""
+    return getattr(check, "__name__", type(check).__name__)
+
+
+def try_step(evidence: Evidence) -> Finding | None:
+    """Take one training step of a copy; an error is a finding."""
+    try:
+        _ = evidence.step
+    except Exception as error:
+        return Finding(
+            "error",
+            "one training step",
+            f"raises {type(error).__name__}",
+            "no error",
+            str(error),
+            check="try_step",
+        )
+    return None
