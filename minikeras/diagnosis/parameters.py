@@ -2,27 +2,258 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+
+from torch import nn
 
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.findings import Finding
+from minikeras.diagnosis.gradients import join_words
+from minikeras.diagnosis.layers import (
+    LAYER,
+    ParameterStep,
+    Step,
+    find_unregistered,
+    named_parameters,
+    parameters_in,
+)
+from minikeras.run import has_own_step
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def check_frozen(evidence: Evidence) -> Iterator[Finding]:
     """Find frozen parameters."""
-    yield from ()
+    named = named_parameters(evidence.model, evidence.loss_func)
+    frozen = {name: value for name, value in named.items() if not value.requires_grad}
+    trained = {name: value for name, value in named.items() if value.requires_grad}
+    if not frozen or not trained:
+        return  # if nothing is trained, the training step raises an error
+    remedy = (
+        "Train it with minikeras.unfreeze(layer), and compile again if the optimizer does not "
+        "have its parameters."
+    )
+    has_frozen_weights = any(value.ndim > 1 for value in frozen.values())
+    if has_frozen_weights and not any(value.ndim > 1 for value in trained.values()):
+        yield Finding(
+            "warning",
+            "frozen parameters",
+            f"all weights are frozen; only {join_words(list(trained))} "
+            f"{'is' if len(trained) == 1 else 'are'} trained",
+            "weights are trained",
+            f"Biases and norm layers alone learn little. {remedy}",
+        )
+        return
+    last = find_last_layer(evidence)
+    if last is not None and is_frozen_alone(evidence.model, last):
+        yield Finding(
+            "warning",
+            f"layer {last}",
+            "frozen, and it is the last layer",
+            "the last layer is trained",
+            f"With transfer learning the first layers are frozen, and the last one learns. "
+            f"{remedy}",
+        )
+        return
+    yield Finding(
+        "note",
+        "frozen parameters",
+        f"{len(frozen)} of {len(named)}: {join_words(layers_of(list(frozen)))}",
+        "as you chose",
+        "They do not learn. minikeras.unfreeze(layer) trains them again.",
+    )
+
+
+def find_last_layer(evidence: Evidence) -> str | None:
+    """Return the name of the last layer with weights that forward calls."""
+    last = None
+    for layer in evidence.layers:
+        if layer.kind == LAYER and layer.has_weights and layer.name:
+            last = layer.name
+    return last
+
+
+def is_frozen_alone(model: nn.Module, name: str) -> bool:
+    """Tell whether a layer is frozen, and what it is a part of trains nothing else.
+
+    A frozen layer with trained ones next to it may be adapted by them, as in LoRA
+    (https://arxiv.org/abs/2106.09685).
+    """
+    layer = model.get_submodule(name)
+    if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+        return False
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.Sequential) or parent is model:
+        return True
+    return not any(parameter.requires_grad for parameter in parent.parameters())
+
+
+def layers_of(names: list[str]) -> list[str]:
+    """Return the layers that parameters belong to, each once.
+
+    >>> layers_of(["net.0.weight", "net.0.bias", "scale"])
+    ['net.0', 'scale']
+    """
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
 def check_optimizers(evidence: Evidence) -> Iterator[Finding]:
     """Find parameters that are in no optimizer, or in two."""
-    yield from ()
+    yield from find_unregistered_modules(evidence)
+    named = named_parameters(evidence.model, evidence.loss_func)
+    optimizers_of: Counter[int] = Counter()
+    for optimizer in evidence.optimizers.values():
+        optimizers_of.update({id(parameter) for parameter in parameters_in(optimizer)})
+    missing = []
+    twice = []
+    for name, parameter in named.items():
+        if not parameter.requires_grad:
+            continue
+        if not optimizers_of[id(parameter)]:
+            missing.append(name)
+        elif optimizers_of[id(parameter)] > 1:
+            twice.append(name)
+    if missing:
+        yield Finding(
+            "warning",
+            f"layer {layers_of(missing)[0]}" if len(layers_of(missing)) == 1 else "optimizer",
+            f"{len(missing)} of {len(named)} parameters are in no optimizer: "
+            f"{join_words(layers_of(missing))}",
+            "all are in one",
+            "They are not trained. Make the optimizer with all of them, "
+            "torch.optim.Adam(model.parameters()), after the last layer was added, and compile "
+            "again; or freeze them with minikeras.freeze(layer).",
+        )
+    if twice and not has_own_step(evidence.model):
+        yield Finding(
+            "error",
+            "optimizers",
+            f"{len(twice)} parameters are in two optimizers: {join_words(layers_of(twice))}",
+            "each in one",
+            "Both optimizers move them in each step. Give each optimizer the parameters of its "
+            "own part of the model.",
+        )
+
+
+def find_unregistered_modules(evidence: Evidence) -> Iterator[Finding]:
+    """Find layers in plain lists and dicts, which the model does not know."""
+    names = list(find_unregistered(evidence.model))
+    if not names:
+        return
+    step = find_step(evidence)
+    if step is not None:  # a frozen teacher may be hidden in a list on purpose
+        names = step.unregistered
+    if not names:
+        return
+    kind = "dict" if "['" in names[0] else "list"
+    container = "nn.ModuleDict" if kind == "dict" else "nn.ModuleList"
+    yield Finding(
+        "error",
+        f"layers in a {kind}",
+        f"{len(names)} layers are not registered: {join_words(names)}",
+        f"in an {container}",
+        f"model.parameters() does not have their weights: they are not trained, saved or moved to "
+        f"the device. Write {container}(...) instead of a plain {kind}, and make the optimizer "
+        "after that.",
+    )
+
+
+def find_step(evidence: Evidence) -> Step | None:
+    """Return the training step; None if it raises an error, which is a finding of its own."""
+    try:
+        return evidence.step
+    except Exception:
+        return None
 
 
 def check_unused(evidence: Evidence) -> Iterator[Finding]:
     """Find parameters that the loss does not use."""
-    yield from ()
+    step = find_step(evidence)
+    if step is None:
+        return
+    in_optimizers: set[str] = set()
+    ids = set()
+    for optimizer in evidence.optimizers.values():
+        ids |= {id(parameter) for parameter in parameters_in(optimizer)}
+    for name, parameter in named_parameters(evidence.model, evidence.loss_func).items():
+        if id(parameter) in ids:
+            in_optimizers.add(name)
+    unused = []
+    for parameter_step in step.parameters:
+        # those in no optimizer have a line already
+        if not parameter_step.is_used and parameter_step.name in in_optimizers:
+            unused.append(parameter_step.name)
+    if not unused:
+        return
+    layers = layers_of(unused)
+    called = {}
+    for layer in evidence.layers:
+        called[layer.name] = layer.is_output
+    if any(called.get(name, False) for name in layers):
+        remedy = (
+            "Their output is an output of the model that no loss uses. Give compile a loss for "
+            "it, such as a dict of losses, or leave the layers out."
+        )
+    elif any(name in called for name in layers):
+        remedy = (
+            "forward calls them, and the gradient does not reach them. Look between them and the "
+            "loss for .detach(), .data, .item(), .numpy(), torch.no_grad(), torch.tensor(outputs) "
+            "or argmax, and for outputs that are not used."
+        )
+    else:
+        remedy = "forward does not call them. Call them, or delete them."
+    yield Finding(
+        "warning",
+        f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers",
+        f"the loss does not use {len(unused)} of {len(step.parameters)} parameters: "
+        f"{join_words(layers)}",
+        "all are used",
+        f"They are not trained. {remedy}",
+    )
 
 
 def check_symmetry(evidence: Evidence) -> Iterator[Finding]:
-    """Find layers whose units all begin with the same weights."""
-    yield from ()
+    """Find layers whose units all begin with the same weights.
+
+    It is a fault if they stay the same in training: a last layer of zeros, or a LoRA matrix of
+    zeros, gets another gradient in each row.
+    """
+    step = find_step(evidence)
+    if step is None:
+        return
+    modules = dict(evidence.model.named_modules())
+    alike = []
+    begun = []
+    for parameter in step.parameters:
+        if isinstance(modules.get(parameter.layer), EMBEDDINGS):
+            continue
+        if parameter.stays_alike:
+            alike.append(parameter)
+        elif parameter.begins_alike:
+            begun.append(parameter)
+    if alike:
+        yield explain_symmetry(alike)
+    elif begun:
+        names = layers_of([parameter.name for parameter in begun])
+        yield Finding(
+            "note",
+            f"initial weights of {join_words(names)}",
+            "the same for all units; they differ after the first steps",
+            "random",
+            "A last layer of zeros is usual. For other layers use PyTorch's initialization.",
+        )
+
+
+def explain_symmetry(alike: list[ParameterStep]) -> Finding:
+    """Return the finding for layers whose units stay the same."""
+    names = layers_of([parameter.name for parameter in alike])
+    values = "0" if not any(parameter.weight_norm for parameter in alike) else "the same"
+    return Finding(
+        "error",
+        f"initial weights of {join_words(names)}",
+        f"{values} for all units, and still the same for all after the first steps",
+        "random",
+        "All units of such a layer compute the same and learn the same: it has one unit in "
+        "effect. Use PyTorch's initialization, or nn.init.kaiming_normal_(layer.weight).",
+    )
