@@ -110,7 +110,7 @@ class Gan(minikeras.Model):
         self.count = 0
 
     def forward(self, noise):
-        return self.generator(noise[:, :4])
+        return self.generator(noise)  # and not the features
 
     def train_step(self, features, labels, sample_weight=None):
         self.count += 1
@@ -283,6 +283,15 @@ HEALTHY = {
     "teacher in a list": compile_with_teacher,
     "warmup": compile_warmup,
     "linear": compile_linear,
+    "positions of zeros": lambda: (classify(Positions()), table()),
+    "weight norm": lambda: (
+        classify(
+            nn.Sequential(
+                nn.utils.parametrizations.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 3)
+            )
+        ),
+        table(),
+    ),
 }
 
 
@@ -355,6 +364,34 @@ class Extra(nn.Module):
 
     def forward(self, x):
         return self.used(x)
+
+
+class Matrices(nn.Module):
+    """Layers of the user's own, with weights (inputs, units), and learnt positions."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.first = nn.Parameter(torch.full((8, 16), value))
+        self.bias = nn.Parameter(torch.zeros(16))
+        self.second = nn.Parameter(torch.full((16, 3), value))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.first + self.bias) @ self.second
+
+
+class Positions(nn.Module):
+    """Learnt positions of zeros, whose mean is taken: all of them get the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(4, 8))
+        self.scale = nn.Parameter(torch.ones(8, 1))
+        self.up = nn.ConvTranspose1d(1, 4, 3)
+        self.last = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = (x[:, None] + self.positions).mean(1)
+        return self.last(self.up(x[:, None] * self.scale.T).flatten(1))
 
 
 def frozen(net, *layers):
@@ -491,6 +528,16 @@ FAULTS = {
     ),
     "all weights the same": (
         lambda: classify(initialized(mlp(nn.Tanh()), constant(0.1))), table,
+        "the same for all units, and still", "error",
+    ),
+    "own weights of zeros": (
+        lambda: classify(Matrices(0.0)), table, "0 for all units", "error"
+    ),
+    "own weights all the same": (
+        lambda: classify(Matrices(0.1)), table, "the same for all units, and still", "error"
+    ),
+    "convolutions all the same": (
+        lambda: classify(initialized(convolutional(False), constant(0.1))), images,
         "the same for all units, and still", "error",
     ),
     "round": (
@@ -633,7 +680,7 @@ def test_a_step_is_that_of_a_bare_training_loop(options):
         norm = float(expected[parameter.name].norm()) * scale
         assert parameter.gradient_norm == pytest.approx(norm, rel=1e-3)
         assert parameter.update_norm == pytest.approx(0.1 * norm, rel=1e-3)
-        assert parameter.weight_norm == pytest.approx(float(weights.norm()), rel=1e-5)
+        assert parameter.weight_norm == pytest.approx(float(weights.detach().norm()), rel=1e-5)
         assert parameter.update_ratio == pytest.approx(0.1 * parameter.gradient_ratio, rel=1e-3)
 
 
@@ -645,7 +692,7 @@ def test_layers_are_counted_over_all_rows_whatever_the_batches():
         batches = list(zip(X.split(size), y.split(size), strict=True))
         evidence = Evidence(classify(net), batches, None, 10)
         statistics[size] = [layer for layer in evidence.layers if layer.kind == RELU]
-    hidden = torch.relu(net.first(X))
+    hidden = torch.relu(net.first(X)).detach()
     dead = int((hidden == 0).all(0).sum())
     assert 0 < dead < 32
     for (layer,) in statistics.values():
@@ -724,6 +771,25 @@ def test_the_generator_of_a_gan_is_used_if_it_is_trained_in_every_fifth_step():
     }
     assert optimizers == {"generator": "g", "discriminator": "d"}
     assert all(parameter.is_used for parameter in step.parameters)
+
+
+def test_layers_of_a_gan_are_watched_in_its_own_step():
+    model, data = compile_gan(1)
+    with torch.no_grad():
+        model.discriminator[0].weight.mul_(float("nan"))
+        model.generator[0].bias -= 100
+    layers = Evidence(model, data, None, 10).layers
+    assert next(layer.name for layer in layers if not layer.is_finite) == "discriminator.0"
+    assert [layer.dead_units for layer in layers if layer.kind == RELU] == [16]
+
+
+def test_saturation_of_a_trained_network_is_told_only_if_it_is_nearly_complete():
+    data = table()
+    for scale, is_told in ((10, False), (300, True)):
+        model = classify(Functional(torch.tanh, scale=scale))
+        assert alarms(find(model, data))
+        model.fit(1, data, verbose=0)
+        assert bool(alarms(find(model, data))) == is_told
 
 
 def test_frozen_layers_of_a_transfer_are_a_note():

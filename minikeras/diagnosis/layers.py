@@ -26,10 +26,19 @@ from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
 
 if TYPE_CHECKING:
-    from minikeras.diagnosis.evidence import Evidence
+    from minikeras.diagnosis.evidence import Evidence, Sample
     from minikeras.model import Model
 
 STEPS = 3  # the second shows whether a layer that begins with zeros lets gradients through
+# modules whose weights have a row for each unit
+WITH_ROWS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 STEPS_OF_CUSTOM = 12  # a GAN may train its generator in every fifth step only
 ROWS_TO_WATCH = 1024  # as many as the outputs are looked at
 
@@ -49,7 +58,7 @@ class ParameterStep:
     is_finite: bool = True  # the gradient has neither NaN nor infinity
     is_used: bool = False  # one of the steps gave it a gradient
     is_moving: bool = False  # one of the steps gave it a gradient that is not 0 everywhere
-    begins_alike: bool = False  # all its rows are the same before the first step
+    begins_alike: bool = False  # all its units are the same before the first step
     stays_alike: bool = False  # and after the last one
 
     @property
@@ -103,23 +112,35 @@ def take_step(evidence: Evidence) -> Step:
     Raises:
         Exception: the training raises it.
     """
-    is_split = evidence.run.split_batch is not unpack
-    model = evidence.copy_model(split_batch=return_parts if is_split else None)
+    model, batches = copy_to_train(evidence)
     recorder = StepRecorder(model)
-    sample = evidence.train
-    # a short last batch may be another matter, as with BatchNorm
-    numbers = [number for number, size in enumerate(sample.sizes) if size == sample.sizes[0]]
     loss = None
     with silenced(), recorder.recording():
         for number in range(STEPS_OF_CUSTOM if has_own_step(model) else STEPS):
             if number >= STEPS and recorder.has_seen_all():
                 break
-            index = numbers[number % len(numbers)]
-            batch: Any = make_batch(sample.batches[index], sample.sizes[index], is_split)
-            history = model.fit(1, [batch], verbose=0, on_nan="ignore")
+            history = model.fit(1, [next(batches)], verbose=0, on_nan="ignore")
             if number == 0 and "loss" in history:
                 loss = float(history["loss"].iloc[0])
     return Step(loss, recorder.results(), recorder.unregistered_in_use())
+
+
+def copy_to_train(evidence: Evidence) -> tuple[Model, Iterator[Any]]:
+    """Return a copy of the model, and the first batches for its `fit`, again and again."""
+    is_split = evidence.run.split_batch is not unpack
+    model = evidence.copy_model(split_batch=return_parts if is_split else None)
+    return model, repeat_batches(evidence.train, is_split)
+
+
+def repeat_batches(sample: Sample, is_split: bool) -> Iterator[Any]:
+    """Yield the batches of as many rows as the first, for `fit`, without an end.
+
+    A short last batch may be another matter, as with BatchNorm.
+    """
+    while True:
+        for parts, size in zip(sample.batches, sample.sizes, strict=True):
+            if size == sample.sizes[0]:
+                yield make_batch(parts, size, is_split)
 
 
 def make_batch(parts: tuple[Any, Any, Any], rows: int, is_split: bool) -> Any:
@@ -148,6 +169,7 @@ class StepRecorder:
     def __init__(self, model: Model) -> None:
         run = model._compiled("diagnose")
         self.optimizers = run.optimizers
+        self.modules = dict(model.named_modules())
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in named_parameters(model, run.loss_func).items():
             if parameter.requires_grad:
@@ -200,7 +222,7 @@ class StepRecorder:
                 step.gradient_norm = norm
                 step.is_finite = is_finite
                 step.weight_norm = norm_of(parameter)
-                step.begins_alike = has_equal_rows(parameter)
+                step.begins_alike = self._begins_alike(parameter, step)
                 self.before[id(parameter)] = parameter.detach().clone()
 
         return look
@@ -214,6 +236,20 @@ class StepRecorder:
 
         return look
 
+    def _unit_axis(self, step: ParameterStep) -> int:
+        # a matrix of the user's own is mostly (inputs, units)
+        axis = find_unit_axis(self.modules.get(step.layer))
+        return -1 if axis is None else axis
+
+    def _begins_alike(self, parameter: Tensor, step: ParameterStep) -> bool:
+        module = self.modules.get(step.layer)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return False  # its rows get different gradients, of different tokens
+        is_alike = has_equal_units(parameter, self._unit_axis(step))
+        if find_unit_axis(module) is None:
+            return is_alike and has_equal_units(parameter, 0)
+        return is_alike
+
     def has_seen_all(self) -> bool:
         """Tell whether each trained parameter has had a gradient."""
         return self.steps.keys() <= self.with_gradient
@@ -224,7 +260,9 @@ class StepRecorder:
             step = self.steps[id(parameter)]
             step.dimensions = 0 if is_lazy(parameter) else parameter.ndim
             step.is_used = id(parameter) in self.with_gradient
-            step.stays_alike = step.begins_alike and has_equal_rows(parameter)
+            step.stays_alike = step.begins_alike and has_equal_units(
+                parameter, self._unit_axis(step)
+            )
         return list(self.steps.values())
 
     def unregistered_in_use(self) -> list[str]:
@@ -270,8 +308,6 @@ def find_unregistered(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute.startswith("_"):
-                continue  # torch's own, as _modules
             path = f"{prefix}.{attribute}" if prefix else attribute
             for name, part in parts_of(value, path):
                 parameters = {id(parameter) for parameter in part.parameters()}
@@ -280,8 +316,12 @@ def find_unregistered(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def parts_of(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules in a list, tuple or dict, with the names to reach them."""
+def parts_of(value: Any, path: str, depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a list, tuple or dict, with the names to reach them.
+
+    Args:
+        depth: of containers in containers.
+    """
     items: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -291,8 +331,8 @@ def parts_of(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
         name = f"{path}[{key!r}]"
         if isinstance(part, nn.Module):
             yield name, part
-        else:
-            yield from parts_of(part, name)
+        elif depth > 1:
+            yield from parts_of(part, name, depth - 1)
 
 
 def norm_of(tensor: Tensor) -> float:
@@ -313,21 +353,26 @@ def measure_gradient(gradient: Tensor) -> tuple[float, bool]:
     return norm_of(values), bool(torch.isfinite(values).all())
 
 
-def has_equal_rows(parameter: Tensor) -> bool:
-    """Tell whether all rows of a matrix are the same.
+def find_unit_axis(module: nn.Module | None) -> int | None:
+    """Return the dimension of a weight that has an entry for each unit; None if it is not known."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return 1
+    if isinstance(module, WITH_ROWS):
+        return 0
+    return None
 
-    A matrix of another layout, (inputs, units), is only told from a table of learnt rows if all its
-    values are the same; that is asked of its rows too.
 
-    >>> has_equal_rows(torch.ones(3, 2)), has_equal_rows(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+def has_equal_units(parameter: Tensor, axis: int) -> bool:
+    """Tell whether all units of a weight have the same values.
+
+    >>> weight = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+    >>> has_equal_units(weight, 0), has_equal_units(weight, 1)
     (True, False)
     """
-    if parameter.ndim < 2 or len(parameter) < 2:
+    if parameter.ndim < 2 or parameter.shape[axis] < 2 or not parameter.is_floating_point():
         return False
-    if not parameter.is_floating_point():
-        return False
-    rows = parameter.detach().reshape(len(parameter), -1)
-    return bool((rows == rows[:1]).all())
+    units = parameter.detach().movedim(axis, 0)
+    return bool((units == units[:1]).all())
 
 
 # --- what each layer returns ----------------------------------------------------------------------
@@ -565,20 +610,33 @@ def watch_layers(evidence: Evidence) -> list[LayerStatistics]:
     """Call a copy with the first rows, in train mode; return what each layer gives, in order.
 
     In train mode BatchNorm works as it does in training. A model that cannot be called so, as with
-    BatchNorm and one row, is watched in eval mode.
+    BatchNorm and one row, is watched in eval mode. If forward does not take the features, as in a
+    GAN whose forward takes noise, the custom train_step is watched.
     """
+    try:
+        in_eval = watch_in_mode(evidence, is_training=False, rows=1)
+    except Exception:
+        if not has_own_step(evidence.model):
+            raise
+        return watch_custom_step(evidence)
     try:
         layers = watch_in_mode(evidence, is_training=True, rows=ROWS_TO_WATCH)
     except Exception:  # forward may need more in train mode
         return watch_in_mode(evidence, is_training=False, rows=ROWS_TO_WATCH)
-    on_in_eval = set()
-    for statistics in watch_in_mode(evidence, is_training=False, rows=1):
-        if statistics.kind == DROPOUT:
-            on_in_eval.add(statistics.name)
+    on_in_eval = {statistics.name for statistics in in_eval if statistics.kind == DROPOUT}
     for statistics in layers:
         if statistics.kind == DROPOUT:
             statistics.is_on_in_eval = statistics.name in on_in_eval
     return layers
+
+
+def watch_custom_step(evidence: Evidence) -> list[LayerStatistics]:
+    """Take a training step of a copy, and return what each layer gives in it, in order."""
+    model, batches = copy_to_train(evidence)
+    watcher = Watcher(model)
+    with silenced(), watcher.watching():
+        model.fit(1, [next(batches)], verbose=0, on_nan="ignore")
+    return list(watcher.found.values())
 
 
 def watch_in_mode(evidence: Evidence, is_training: bool, rows: int) -> list[LayerStatistics]:

@@ -76,11 +76,8 @@ def find_small_batches(evidence: Evidence, model: Any, names: list[str]) -> Iter
         )
         return
     if sample.is_whole and sample.sizes[-1] == 1:
-        features = map_leaves(copy_tensor, sample.batches[-1][0])
-        try:
-            with torch.no_grad(), silenced():
-                model.compute_outputs(features)
-        except ValueError:  # torch's own, that one value has no variance
+        # torch raises an error only if there is one value per channel, not for an image
+        if can_call(model, sample.batches[0][0]) and not can_call(model, sample.batches[-1][0]):
             yield Finding(
                 "error",
                 which,
@@ -88,6 +85,16 @@ def find_small_batches(evidence: Evidence, model: Any, names: list[str]) -> Iter
                 "2 or more",
                 "Pass drop_last=True to the DataLoader, or another batch_size.",
             )
+
+
+def can_call(model: Any, features: Any) -> bool:
+    """Call a model; tell whether it has raised no error."""
+    try:
+        with torch.no_grad(), silenced():
+            model.compute_outputs(map_leaves(copy_tensor, features))
+    except Exception:
+        return False
+    return True
 
 
 def find_bad_momentum(layers: dict[str, Any]) -> Iterator[Finding]:
@@ -134,15 +141,9 @@ def find_unsettled(evidence: Evidence, model: Any, layers: dict[str, Any]) -> It
         handles.append(module.register_forward_pre_hook(keep))
     if not running:
         return
-    features = map_leaves(copy_tensor, evidence.train.batches[0][0])
-    try:
-        with torch.no_grad(), silenced():
-            model.compute_outputs(features)
-    except Exception:  # a batch of one row; or forward needs more in train mode
-        return
-    finally:
-        for handle in handles:
-            handle.remove()
+    can_call(model, evidence.train.batches[0][0])
+    for handle in handles:
+        handle.remove()
     far = []
     for name, values in inputs.items():
         if is_far(values, *running[name]):

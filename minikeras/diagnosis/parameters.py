@@ -14,13 +14,12 @@ from minikeras.diagnosis.layers import (
     LAYER,
     ParameterStep,
     Step,
+    find_unit_axis,
     find_unregistered,
     named_parameters,
     parameters_in,
 )
 from minikeras.run import has_own_step
-
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def check_frozen(evidence: Evidence) -> Iterator[Finding]:
@@ -226,11 +225,9 @@ def check_symmetry(evidence: Evidence) -> Iterator[Finding]:
     alike = []
     begun = []
     for parameter in step.parameters:
-        if isinstance(modules.get(parameter.layer), EMBEDDINGS):
-            continue
         if parameter.stays_alike:
             alike.append(parameter)
-        elif parameter.begins_alike:
+        elif parameter.begins_alike and find_unit_axis(modules.get(parameter.layer)) is not None:
             begun.append(parameter)
     if alike:
         yield explain_symmetry(alike)
