@@ -528,17 +528,17 @@ FAULTS = {
     ),
     "all weights the same": (
         lambda: classify(initialized(mlp(nn.Tanh()), constant(0.1))), table,
-        "the same for all units, and still", "error",
+        "the same for all units", "error",
     ),
     "own weights of zeros": (
         lambda: classify(Matrices(0.0)), table, "0 for all units", "error"
     ),
     "own weights all the same": (
-        lambda: classify(Matrices(0.1)), table, "the same for all units, and still", "error"
+        lambda: classify(Matrices(0.1)), table, "the same for all units", "error"
     ),
     "convolutions all the same": (
         lambda: classify(initialized(convolutional(False), constant(0.1))), images,
-        "the same for all units, and still", "error",
+        "the same for all units", "error",
     ),
     "round": (
         lambda: classify(Cut(torch.round)), table, "0 everywhere: net.first", "warning"
@@ -637,7 +637,7 @@ def test_a_planted_fault_is_found_and_little_else_is_told(name):
     found = alarms(find(make_model(), make_data()))
     told = [finding for finding in found if words in finding.found]
     assert [finding.level for finding in told] == [level], found
-    assert len(found) <= 3
+    assert len(found) <= 2
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.gradients import find_vanishing
-from minikeras.diagnosis.layers import LAYER, RELU, SIGMOID, TANH, LayerStatistics
+from minikeras.diagnosis.layers import LAYER, RELU, SIGMOID, TANH, VALUES, LayerStatistics
 
 # Half of the units of a deep layer with PyTorch's initialization may be dead: rows differ little
 # there, so that the sign of a unit is the same for all of them. Of 16 such units 13 are with
 # a probability of 1 %.
 DEAD_SHARE = 0.8
 UNITS = 16  # of fewer, all have to be dead
-VALUES = 32  # of each unit that are looked at, at least: rows times positions
 SATURATED_SHARE = 0.5  # weights of N(0, 1) and 64 inputs give 0.7; PyTorch's less than 0.05
 SATURATED_SHARE_TRAINED = 0.9  # training saturates units too: 0.6 after 40 epochs on digits
 EXPLODES = 1e3  # from the first layer to the largest
@@ -33,15 +32,15 @@ def check_dead_units(evidence: Evidence) -> Iterator[Finding]:
     if not dead:
         return
     worst = max(dead, key=lambda layer: layer.dead_units / layer.units)
-    is_whole = worst.dead_units == worst.units
     yield Finding(
-        "error" if is_whole else "warning",
+        "error" if worst.is_dead else "warning",
         name_layers(worst, dead),
         f"{worst.dead_units} of {worst.units} ReLU units are 0 for all rows",
         "less than half",
         "Dead units get no gradient and do not come back. Start from new weights with a lower "
         "learning rate; look at the scale of the features and at the biases; or use nn.LeakyReLU "
         "or nn.GELU, or a norm layer before ReLU.",
+        is_symptom=True,
     )
 
 

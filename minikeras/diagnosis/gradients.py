@@ -31,7 +31,8 @@ def check_gradients(evidence: Evidence) -> Iterator[Finding]:
     if bad or is_bad_loss:
         yield explain_nan(evidence, step, bad)
         return
-    yield from find_zero(step)
+    if not any(layer.is_dead for layer in evidence.layers):  # else that line tells it
+        yield from find_zero(step)
     vanishing = find_vanishing(evidence, step)
     if vanishing is not None:
         first, share = vanishing
@@ -96,8 +97,8 @@ def find_zero(step: Step) -> Iterator[Finding]:
         else f"gradient of layer {zero[0].layer}",
         f"0 everywhere: {join_names(zero)}",
         "not 0",
-        "These layers cannot learn. Look for ReLU units that never fire, for round, sign or argmax "
-        "(their gradient is 0), for a clamp, and for a softmax over a single output.",
+        "These layers cannot learn. Look for round, sign or argmax (their gradient is 0), for a "
+        "clamp, for units that never fire, and for a softmax over a single output.",
         is_symptom=True,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ WITH_ROWS = (
     nn.MultiheadAttention,
 )
 STEPS_OF_CUSTOM = 12  # a GAN may train its generator in every fifth step only
+VALUES = 32  # of each unit, at least, to judge a layer: rows times positions
 ROWS_TO_WATCH = 1024  # as many as the outputs are looked at
 
 # --- one training step ----------------------------------------------------------------------------
@@ -441,6 +443,12 @@ class LayerStatistics:
         return 0 if self.fires is None else int((~self.fires).sum())
 
     @property
+    def is_dead(self) -> bool:
+        """Whether it is a hidden ReLU none of whose units fired."""
+        is_seen = self.kind == RELU and self.units > 0 and self.values >= VALUES
+        return is_seen and not self.is_output and self.dead_units == self.units
+
+    @property
     def saturated_share(self) -> float:
         """The share of values that are saturated."""
         return self.saturated / max(1, self.values * self.units)
@@ -544,7 +552,7 @@ class Watcher(TorchFunctionMode):
         # in eval mode one kernel would take the place of the layers of an nn.TransformerEncoder
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with self:
+            with run_eagerly(), self:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(is_fast)
@@ -587,6 +595,16 @@ class Watcher(TorchFunctionMode):
                 if result.untyped_storage().data_ptr() in places:
                     statistics.is_output = True
         self.returned.clear()
+
+
+@contextlib.contextmanager
+def run_eagerly() -> Iterator[None]:
+    """Run what torch.compile has compiled as it is written, so that its layers are seen."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def first_tensor(outputs: Any) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from minikeras.diagnosis.evidence import Evidence
@@ -12,6 +13,7 @@ from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.gradients import join_words
 from minikeras.diagnosis.layers import (
     LAYER,
+    STEPS,
     ParameterStep,
     Step,
     find_unit_axis,
@@ -30,8 +32,8 @@ def check_frozen(evidence: Evidence) -> Iterator[Finding]:
     if not frozen or not trained:
         return  # if nothing is trained, the training step raises an error
     remedy = (
-        "Train it with minikeras.unfreeze(layer), and compile again if the optimizer does not "
-        "have its parameters."
+        "minikeras.unfreeze(layer) trains a layer; compile again if the optimizer does not have "
+        "its parameters."
     )
     has_frozen_weights = any(value.ndim > 1 for value in frozen.values())
     if has_frozen_weights and not any(value.ndim > 1 for value in trained.values()):
@@ -104,10 +106,11 @@ def check_optimizers(evidence: Evidence) -> Iterator[Finding]:
     optimizers_of: Counter[int] = Counter()
     for optimizer in evidence.optimizers.values():
         optimizers_of.update({id(parameter) for parameter in parameters_in(optimizer)})
+    scripted = find_scripted(evidence.model)
     missing = []
     twice = []
     for name, parameter in named.items():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in scripted:
             continue
         if not optimizers_of[id(parameter)]:
             missing.append(name)
@@ -133,6 +136,15 @@ def check_optimizers(evidence: Evidence) -> Iterator[Finding]:
             "Both optimizers move them in each step. Give each optimizer the parameters of its "
             "own part of the model.",
         )
+
+
+def find_scripted(model: nn.Module) -> set[int]:
+    """Return the ids of parameters in modules of torch.jit, whose copies no optimizer knows."""
+    ids = set()
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            ids |= {id(parameter) for parameter in module.parameters()}
+    return ids
 
 
 def find_unregistered_modules(evidence: Evidence) -> Iterator[Finding]:
@@ -196,12 +208,12 @@ def check_unused(evidence: Evidence) -> Iterator[Finding]:
         )
     elif any(name in called for name in layers):
         remedy = (
-            "forward calls them, and the gradient does not reach them. Look between them and the "
+            "The model calls them, and the gradient does not reach them. Look between them and the "
             "loss for .detach(), .data, .item(), .numpy(), torch.no_grad(), torch.tensor(outputs) "
             "or argmax, and for outputs that are not used."
         )
     else:
-        remedy = "forward does not call them. Call them, or delete them."
+        remedy = "The model does not call them. Call them in forward, or delete them."
     yield Finding(
         "warning",
         f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers",
@@ -249,8 +261,8 @@ def explain_symmetry(alike: list[ParameterStep]) -> Finding:
     return Finding(
         "error",
         f"initial weights of {join_words(names)}",
-        f"{values} for all units, and still the same for all after the first steps",
+        f"{values} for all units, also after {STEPS} steps",
         "random",
-        "All units of such a layer compute the same and learn the same: it has one unit in "
-        "effect. Use PyTorch's initialization, or nn.init.kaiming_normal_(layer.weight).",
+        "All units of such a layer compute the same and learn the same, as if there were one. "
+        "Use PyTorch's initialization, or nn.init.kaiming_normal_(layer.weight).",
     )
