@@ -155,6 +155,23 @@ class Loop(nn.Module):
         return self.leave(hidden)
 
 
+class LayerDrop(nn.Module):
+    """Skips each of its layers in half of the steps (https://arxiv.org/abs/1603.09382)."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(8, 16)
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+        self.leave = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.5:
+                x = x + F.relu(layer(x))
+        return self.leave(x)
+
+
 def compile_heads():
     model = Heads()
     losses = {"kind": nn.CrossEntropyLoss(), "size": nn.MSELoss()}
@@ -283,6 +300,7 @@ HEALTHY = {
     "teacher in a list": compile_with_teacher,
     "warmup": compile_warmup,
     "linear": compile_linear,
+    "layers that are skipped by chance": lambda: (classify(LayerDrop()), table()),
     "positions of zeros": lambda: (classify(Positions()), table()),
     "weight norm": lambda: (
         classify(
