@@ -177,10 +177,11 @@ def check_updates(evidence: Evidence) -> Iterator[Finding]:
         rates = []
         for parameter in step.parameters:
             ratio = parameter.update_ratio
-            is_told = not parameter.is_finite or not parameter.gradient_norm
-            if parameter.optimizer == name and parameter.is_weight and ratio is not None:
-                if not is_told:
-                    ratios.append(ratio)
+            if parameter.optimizer != name or not parameter.is_weight or ratio is None:
+                continue
+            # a gradient of 0, NaN or infinity has a line already
+            if parameter.is_finite and parameter.gradient_norm:
+                ratios.append(ratio)
         for group in optimizer.param_groups:
             rates.append(float(group.get("lr", math.nan)))
         if not ratios or not all(map(math.isfinite, ratios)):

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 STEPS = 3  # the second shows whether a layer that begins with zeros lets gradients through
+MOST_STEPS = 12  # if a layer has had no gradient yet: a GAN may train a part in each fifth step
+VALUES = 32  # of each unit, at least, to judge a layer: rows times positions
+ROWS_TO_WATCH = 256  # a unit that fires for 1 % of the rows is seen with a probability of 92 %
+
 # modules whose weights have a row for each unit
 WITH_ROWS = (
     nn.Linear,
@@ -40,9 +44,6 @@ WITH_ROWS = (
     nn.RNNCellBase,
     nn.MultiheadAttention,
 )
-MOST_STEPS = 12  # if a layer has had no gradient yet: a GAN may train a part in each fifth step
-VALUES = 32  # of each unit, at least, to judge a layer: rows times positions
-ROWS_TO_WATCH = 256  # a unit that fires for 1 % of the rows is seen with a probability of 92 %
 
 # --- one training step ----------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ class StatedBatch(tuple[Any, ...]):
 
 
 def return_parts(batch: StatedBatch) -> tuple[Any, ...]:
-    """Take a `StatedBatch` apart, as compile's split_batch does."""
+    """Return the parts of a `StatedBatch`: the split_batch of the copy."""
     return tuple(batch)
 
 
@@ -338,11 +339,11 @@ def parts_of(value: Any, path: str, depth: int = 3) -> Iterator[tuple[str, nn.Mo
 
 
 def norm_of(tensor: Tensor) -> float:
-    """Return the Euclidean norm of a tensor."""
+    """Return the Euclidean norm of a tensor, in float32 at least."""
     values = tensor.detach()
     if values.is_sparse:
         values = values.coalesce().values()
-    if not values.is_complex():
+    if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()
     return float(torch.linalg.vector_norm(values))
 
