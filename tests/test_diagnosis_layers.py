@@ -172,6 +172,22 @@ class LayerDrop(nn.Module):
         return self.leave(x)
 
 
+class Residual(nn.Module):
+    """Adds to what dropout has returned, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(8, 3)
+        self.dropout = nn.Dropout(0.1)
+        self.block = nn.Linear(3, 3)
+
+    def forward(self, x):
+        hidden = self.enter(x)
+        outputs = self.dropout(hidden)
+        outputs += self.block(hidden)
+        return outputs
+
+
 def compile_heads():
     model = Heads()
     losses = {"kind": nn.CrossEntropyLoss(), "size": nn.MSELoss()}
@@ -301,6 +317,7 @@ HEALTHY = {
     "warmup": compile_warmup,
     "linear": compile_linear,
     "layers that are skipped by chance": lambda: (classify(LayerDrop()), table()),
+    "residual in place": lambda: (classify(Residual()), table()),
     "positions of zeros": lambda: (classify(Positions()), table()),
     "weight norm": lambda: (
         classify(

@@ -498,7 +498,7 @@ class Watcher(TorchFunctionMode):
         self.frames: list[Frame] = [Frame("", model)]
         self.last_layer: nn.Module | None = None  # that has weights
         # kept until the outputs are known: freed memory would be used again
-        self.returned: list[tuple[LayerStatistics, Tensor]] = []
+        self.returned: list[tuple[LayerStatistics, Tensor, int]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -531,7 +531,7 @@ class Watcher(TorchFunctionMode):
 
     def _add(self, statistics: LayerStatistics, result: Tensor) -> None:
         statistics.add(result, self._unit_axis(result))
-        self.returned.append((statistics, result))
+        self.returned.append((statistics, result, result._version))
 
     def _unit_axis(self, result: Tensor) -> int:
         """Return the dimension of the units: the channels after a convolution, else the last."""
@@ -591,10 +591,13 @@ class Watcher(TorchFunctionMode):
         for leaf in leaves(outputs, inside=True):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel():
                 places.add(leaf.untyped_storage().data_ptr())
-        for statistics, result in self.returned:
-            if result.layout is torch.strided and result.numel():
-                if result.untyped_storage().data_ptr() in places:
-                    statistics.is_output = True
+        for statistics, result, version in self.returned:
+            if result.layout is not torch.strided or not result.numel():
+                continue
+            # a residual connection may have been added in place to what dropout has returned
+            is_changed = statistics.kind == DROPOUT and result._version != version
+            if result.untyped_storage().data_ptr() in places and not is_changed:
+                statistics.is_output = True
         self.returned.clear()
 
 
