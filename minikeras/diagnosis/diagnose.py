@@ -83,6 +83,7 @@ from minikeras.diagnosis.split import (
     check_split,
 )
 from minikeras.errors import check_positive_int
+from minikeras.overrides import overrides
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -145,7 +146,7 @@ def diagnose(
         evidence = Evidence(model, dl_train, dl_val, steps, batch_size)
         for check in DATA:
             findings += run_check(check, evidence)
-        _ = evidence.output_batches  # an error of forward is raised here
+        call_model(evidence)
         for check in NETWORK:
             findings += run_check(check, evidence)
         failure = try_step(evidence)
@@ -160,6 +161,20 @@ def diagnose(
             findings += run_own_check(check, evidence)
     findings.sort(key=rank)
     return Diagnosis(type(model).__name__, findings, steps, time.perf_counter() - start)
+
+
+def call_model(evidence: Evidence) -> None:
+    """Call the model with the first batches, so that an error of forward is raised here.
+
+    A custom train_step may call submodules with the features, and never forward.
+    """
+    try:
+        _ = evidence.output_batches
+    except Exception:
+        if not overrides(evidence.model, "train_step"):
+            raise
+        evidence.output_batches = []
+        evidence.outputs = None
 
 
 def check_checks(checks: Iterable[Check]) -> list[Check]:

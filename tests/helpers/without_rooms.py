@@ -29,7 +29,7 @@ ROOMS = {
     "checkpoint": "fit(checkpoint=PATH)",
     "checks": "",
     "data": "fit(validation_steps=1)",
-    "diagnosis": "compiled().diagnose((X, y))",
+    "diagnosis": "compiled().diagnose(X)",
     "distributed": "compiled(distributed='ddp')",
     "export.py": "compiled().export(PATH, X)",
     "faults": "",
