@@ -650,7 +650,44 @@ class Model(nn.Module):
         *,
         batch_size: int | None = None,
     ) -> LearningRates:
-        """Find a learning rate: train a copy while the rate rises from min_lr to max_lr."""
+        """Find a learning rate: train a copy while the rate rises from min_lr to max_lr.
+
+        This is the range test of Smith 2017, "Cyclical Learning Rates for Training Neural
+        Networks", section 3.3: step i has the rate min_lr * (max_lr / min_lr) ** (i / (steps - 1)).
+        It stops when the loss has diverged. The copy is compiled as the model was, with jit,
+        precision, accumulate and several processes; it begins with the weights and the optimizer
+        state of the model. The model, its optimizers, the random states and the data are
+        bit-for-bit identical afterwards.
+
+        Args:
+            dl_train: data as in `fit`; it starts again if it is exhausted.
+            min_lr, max_lr: learning rates of the first and the last step, of the first group of the
+                first optimizer. Other groups and optimizers keep their ratio to it.
+            steps: optimizer steps, 2 or more, default 100; each takes `accumulate` batches.
+            batch_size: rows per batch, for a Dataset and arrays; default 32.
+
+        Returns:
+            A `minikeras.diagnosis.LearningRates`: `suggestion`, the rate at which the loss falls
+            most steeply, or None; `diverges_at`, or None; `to_dataframe()` with a row per step and
+            the columns lr, loss and smoothed_loss; `plot()`.
+
+        Raises:
+            NotCompiledError: before `compile`.
+            TypeError: data that reading would use up, or a model that cannot be copied.
+            ValueError: limits that are not 0 < min_lr < max_lr; steps below 2; an optimizer without
+                a learning rate, or with 0 in its first group; a model in parts in several
+                processes.
+
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.linspace(-1, 1, 64).reshape(-1, 1)
+        >>> model = Model(nn.Linear(1, 1))
+        >>> model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+        >>> found = model.lr_find((x, 3 * x + 1), steps=50)
+        >>> 0.01 < found.suggestion < 1, found.diverges_at is None
+        (True, False)
+        >>> list(found.to_dataframe())
+        ['lr', 'loss', 'smoothed_loss']
+        """
         from minikeras.diagnosis.lr_find import lr_find
 
         return lr_find(self, dl_train, min_lr, max_lr, steps, batch_size)
