@@ -141,9 +141,9 @@ def diagnose(
     check_positive_int("steps", steps)
     own_checks = check_checks(checks)
     start = time.perf_counter()
-    findings: list[Finding] = []
     with leave_no_trace(model, "diagnose", {"dl_train": dl_train, "dl_val": dl_val}):
         evidence = Evidence(model, dl_train, dl_val, steps, batch_size)
+        findings = evidence.findings
         for check in DATA:
             findings += run_check(check, evidence)
         call_model(evidence)
@@ -159,7 +159,7 @@ def diagnose(
             findings += run_check(check, evidence)
         for check in own_checks:
             findings += run_own_check(check, evidence)
-    findings.sort(key=rank)
+    findings = sorted(findings, key=rank)
     return Diagnosis(type(model).__name__, findings, steps, time.perf_counter() - start)
 
 

@@ -21,6 +21,7 @@ from minikeras.rows import first_size
 from minikeras.sources import as_batches, is_batched
 
 if TYPE_CHECKING:
+    from minikeras.diagnosis.findings import Finding
     from minikeras.diagnosis.layers import LayerStatistics, Step
     from minikeras.diagnosis.lr_find import LearningRates
     from minikeras.diagnosis.memorize import Memorized
@@ -30,6 +31,7 @@ ROWS = 4096  # rows of the data that are looked at
 BATCHES = 200  # batches, at most
 SECONDS = 5.0  # for reading them; at least two batches are read
 NUMBERS = 2**25  # in features and labels together
+LEAST_STEPS = 20  # of the learning-rate range test, however long they take
 ROWS_OF_OUTPUTS = 1024  # rows that the model is called with
 
 
@@ -94,6 +96,7 @@ class Evidence:
         self.report = report
         self.run = model._compiled("diagnose")
         self.device = self.run.device
+        self.findings: list[Finding] = []  # of the checks so far, in their order
 
     # --- copies of the model ----------------------------------------------------------------------
 
@@ -243,12 +246,16 @@ class Evidence:
 
     @cached_property
     def learning_rates(self) -> LearningRates:
-        """The learning-rate range test of a copy."""
+        """The learning-rate range test of a copy; with fewer steps if they take too long."""
         from minikeras.diagnosis.lr_find import find_learning_rates
+        from minikeras.diagnosis.memorize import SECONDS as MOST_SECONDS
 
+        larger = max(1.0, self.train.sizes[0] / self.memorized.rows)
+        possible = MOST_SECONDS / (self.memorized.seconds * larger)
+        steps = min(self.steps, max(int(possible), LEAST_STEPS))
         self.report("finding the learning rate")
         return find_learning_rates(
-            self.copy_model(), self.dl_train, steps=self.steps, batch_size=self.batch_size
+            self.copy_model(), self.dl_train, steps=max(2, steps), batch_size=self.batch_size
         )
 
 

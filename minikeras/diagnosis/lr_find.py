@@ -65,9 +65,7 @@ class LearningRates:
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a DataFrame with a row for each step: lr, loss, smoothed_loss."""
-        return pd.DataFrame(
-            {"lr": self.rates, "loss": self.losses, "smoothed_loss": self.smoothed}
-        )
+        return pd.DataFrame({"lr": self.rates, "loss": self.losses, "smoothed_loss": self.smoothed})
 
     def plot(self) -> Axes:
         """Draw loss and smoothed loss over the learning rate, in a new figure.
@@ -194,9 +192,7 @@ def find_learning_rates(
         )
     smoothed = smooth(sweep.losses)
     suggestion = find_steepest_fall(sweep.rates, sweep.losses, smoothed)
-    return LearningRates(
-        sweep.rates, sweep.losses, smoothed, suggestion, sweep.diverges_at, steps
-    )
+    return LearningRates(sweep.rates, sweep.losses, smoothed, suggestion, sweep.diverges_at, steps)
 
 
 class Sweep(Callback):

@@ -2,12 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.findings import Finding
+from minikeras.diagnosis.lr_find import LearningRates
+from minikeras.run import has_own_step
+
+# below the suggestion by more than this, the loss hardly moves: fine-tuning uses a hundredth
+FAR_BELOW = 3000.0
+BARELY = 0.02  # of the way to the lowest loss on one batch, in all steps
+# of the fall of the loss up to its lowest value; a rate at which that much is lost is too high
+LOST = 0.5
 
 
 def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
     """Compare the optimizer's learning rate with that of the range test."""
-    yield from ()
+    rates = [group.get("lr") for group in next(iter(evidence.optimizers.values())).param_groups]
+    if not rates or rates[0] is None or not float(rates[0]) > 0 or has_own_step(evidence.model):
+        return
+    rate = float(rates[0])
+    curve = evidence.learning_rates
+    what = try_instead(curve)
+    if is_too_high(rate, curve, evidence.memorized.losses):
+        yield Finding(
+            "warning",
+            "the learning rate",
+            f"{rate:g}, at which the loss rises or diverges",
+            "below where it diverges" + at(curve.diverges_at),
+            f"Lower it. {what}",
+        )
+        return
+    share = evidence.memorized.own.share
+    barely_moves = share is not None and share < BARELY
+    if curve.suggestion is not None and rate * FAR_BELOW < curve.suggestion and barely_moves:
+        yield Finding(
+            "warning",
+            "the learning rate",
+            f"{rate:g}, at which the loss hardly moves in {len(evidence.memorized.losses)} steps",
+            f"near {curve.suggestion:.1e}",
+            f"Raise it. {what}",
+        )
+
+
+def is_too_high(rate: float, curve: LearningRates, losses: list[float]) -> bool:
+    """Tell whether the loss diverges at a rate.
+
+    The range test arrives at a rate after smaller ones; what counts is that a training from the
+    start at this rate loses ground on one small batch too.
+    """
+    if curve.diverges_at is not None and rate >= curve.diverges_at:
+        return True
+    if not losses:
+        return False
+    last = losses[-max(1, len(losses) // 5) :]
+    if not all(map(math.isfinite, last)):
+        return True
+    has_risen = sum(last) / len(last) > losses[0] + LOST * abs(losses[0])
+    return has_risen and curve.suggestion is not None and rate > curve.suggestion
+
+
+def try_instead(curve: LearningRates) -> str:
+    """Say which rate to try."""
+    if curve.suggestion is None:
+        return "model.lr_find(dl_train).plot() shows the loss over the learning rate."
+    return (
+        f"Try lr={curve.suggestion:.1e}, where the loss falls most steeply; "
+        "model.lr_find(dl_train).plot() shows the curve."
+    )
+
+
+def at(rate: float | None) -> str:
+    """Return a rate in words, if it is known."""
+    return "" if rate is None else f", {rate:.1e}"

@@ -15,6 +15,7 @@ from pandas.api.types import is_numeric_dtype
 
 from minikeras.columns import infer_mode, is_rate
 from minikeras.errors import did_you_mean
+from minikeras.support.pyplot import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ def plot_history(dfhistory: pd.DataFrame, metrics: str | Iterable[str] | None = 
     frame = _check_history(dfhistory)
     names = _panel_names(frame, metrics)
     _check_numbers(frame, names)
-    plt = _import_pyplot()
+    plt = import_pyplot()
     columns = 2 if len(names) == 4 else min(len(names), WIDEST)
     rows = -(-len(names) // columns)  # rounded up
     width, height = PANEL
@@ -114,14 +115,6 @@ def plot_metric(dfhistory: pd.DataFrame, metric: str) -> Axes:
     ['training', 'validation', 'best: 0.4 in epoch 2']
     """
     return plot_history(dfhistory, [metric])[0]
-
-
-def _import_pyplot() -> Any:
-    try:
-        import matplotlib.pyplot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("figures need matplotlib: pip install matplotlib") from error
-    return matplotlib.pyplot
 
 
 def _check_history(dfhistory: Any) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 atomic.py            write a file atomically
 paths.py             check the paths that users pass
 loaders.py           how a DataLoader draws: rows, seeds, epochs
+pyplot.py            import matplotlib, or show the install command
 randomness.py        random states of Python, NumPy, torch and of generators, saved and restored
 reachable.py         walk the objects that the user's objects refer to
 sharded_tensors.py   sharded tensors, one shard in each process
