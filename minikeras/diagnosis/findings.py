@@ -96,7 +96,7 @@ class Diagnosis(Shown):
     1. feature "age": always 7 (usual: it varies)
        Leave it out.
     <BLANKLINE>
-    Looked at 2,000 rows of dl_train, with steps=100, in 1.5 s.
+    Looked at 2,000 rows of dl_train; steps=100; 1.5 s.
     """
 
     model: str
@@ -193,8 +193,8 @@ class Diagnosis(Shown):
     def ending(self) -> str:
         """Return the last line: what was looked at, and how long it took."""
         rows = [f"{count:,} rows of {name}" for name, count in self.rows.items()]
-        looked_at = f"Looked at {' and '.join(rows)}, " if rows else "Looked at the model "
-        return f"{looked_at}with steps={self.steps}, in {self.seconds:.1f} s."
+        looked_at = " and ".join(rows) or "the model"
+        return f"Looked at {looked_at}; steps={self.steps}; {self.seconds:.1f} s."
 
 
 def headline(finding: Finding) -> str:
