@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -65,20 +66,24 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
     """
     run = model._compiled(verb)
     copies: dict[int, Any] = {}  # for deepcopy: id -> the copy to use
+    copier = Copier(copies)
     for root in (model, run.loss_func):
         for module in root.modules() if isinstance(root, nn.Module) else ():
             for leaf in leaves(list(vars(module).values())):
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:
                     copies[id(leaf)] = leaf.detach().clone()
     try:
+        # first: the model may hold an optimizer, and this is the copy that it holds then
+        optimizers = {}
+        for name, optimizer in run.optimizers.items():
+            optimizers[name] = copy_optimizer(optimizer, copier)
         twin = copy.deepcopy(model, copies)
         # a function may reach the model too, as one that adds a penalty does
         is_module = isinstance(run.loss_func, nn.Module)
-        copy_loss = copy.deepcopy if is_module else copy_function
-        loss_func = copy_loss(run.loss_func, copies)
-        optimizers = {}
-        for name, optimizer in run.optimizers.items():
-            optimizers[name] = copy_optimizer(optimizer, copies)
+        loss_func = copy.deepcopy(run.loss_func, copies) if is_module else copier.copy(run.loss_func)
+        for root in (twin, loss_func):
+            for module in root.modules() if isinstance(root, nn.Module) else ():
+                copy_functions(vars(module), copier)
     except Exception as error:
         raise TypeError(
             f"{verb} trains a copy of the model, its loss and its optimizers, and one of them "
@@ -96,25 +101,33 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
     return twin
 
 
-def copy_function(function: Any, copies: dict[int, Any]) -> Any:
-    """Copy a function with what it reaches: its closure, defaults and globals."""
-    return Copier(copies).copy(function)
+def copy_functions(values: dict[str, Any], copier: Copier) -> None:
+    """Copy the functions in the attributes of a copied object, and in its tables of hooks.
+
+    `copy.deepcopy` shares functions: a hook that appends to a list, or a lambda that reaches the
+    model, would act on what is the user's.
+    """
+    for name, value in values.items():
+        if isinstance(value, types.FunctionType):
+            values[name] = copier.copy(value)
+        elif isinstance(value, dict) and "hooks" in name:
+            for key, hook in value.items():
+                if isinstance(hook, types.FunctionType):
+                    value[key] = copier.copy(hook)
 
 
-def copy_optimizer(optimizer: Optimizer, copies: dict[int, Any]) -> Optimizer:
-    """Copy an optimizer, with parameters that have been copied.
+def copy_optimizer(optimizer: Optimizer, copier: Copier) -> Optimizer:
+    """Copy an optimizer with its parameters, or with the copies that there are of them.
 
     torch's own pickling leaves out the attributes of subclasses. A learning-rate scheduler replaces
     `step` in the instance; the copy has the method of the class again.
-
-    Args:
-        copies: the memo of the deepcopy that copied the parameters.
     """
     twin = type(optimizer).__new__(type(optimizer))
-    copies[id(optimizer)] = twin
+    copier.memo[id(optimizer)] = twin
     for name, value in vars(optimizer).items():
         if name != "step":
-            vars(twin)[name] = copy.deepcopy(value, copies)
+            vars(twin)[name] = copy.deepcopy(value, copier.memo)
+    copy_functions(vars(twin), copier)
     return twin
 
 

@@ -10,12 +10,13 @@ leave_no_trace        everything is as it was, however this ends
     HISTORY           checks of earlier fits
     the user's own checks
 sort the findings     the worst first, causes before symptoms
+show the diagnosis
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from minikeras.diagnosis.activations import (
     check_dead_units,
     check_saturated_units,
 )
+from minikeras.diagnosis.bar import show_progress
 from minikeras.diagnosis.copies import leave_no_trace
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.features import (
@@ -31,6 +33,7 @@ from minikeras.diagnosis.features import (
     check_feature_scales,
     check_missing_features,
 )
+from minikeras.diagnosis.figure import collect
 from minikeras.diagnosis.findings import Diagnosis, Finding, rank
 from minikeras.diagnosis.first_loss import (
     check_first_loss,
@@ -84,8 +87,10 @@ from minikeras.diagnosis.split import (
 )
 from minikeras.errors import check_positive_int
 from minikeras.overrides import overrides
+from minikeras.support.shown import show
 
 if TYPE_CHECKING:
+    from minikeras.diagnosis.bar import Bar, NoBar
     from minikeras.model import Model
 
 Check = Callable[[Evidence], Iterable[Finding]]
@@ -141,26 +146,31 @@ def diagnose(
     check_positive_int("steps", steps)
     own_checks = check_checks(checks)
     start = time.perf_counter()
-    with leave_no_trace(model, "diagnose", {"dl_train": dl_train, "dl_val": dl_val}):
-        evidence = Evidence(model, dl_train, dl_val, steps, batch_size)
-        findings = evidence.findings
-        for check in DATA:
-            findings += run_check(check, evidence)
+    total = sum(map(len, (DATA, NETWORK, TRAINING, HISTORY, own_checks)))
+    data = {"dl_train": dl_train, "dl_val": dl_val}
+    with leave_no_trace(model, "diagnose", data), show_progress(total) as bar:
+        evidence = Evidence(model, dl_train, dl_val, steps, batch_size, bar.say)
+        run_checks(DATA, evidence, bar)
         call_model(evidence)
-        for check in NETWORK:
-            findings += run_check(check, evidence)
+        run_checks(NETWORK, evidence, bar)
         failure = try_step(evidence)
         if failure is None:
-            for check in TRAINING:
-                findings += run_check(check, evidence)
+            run_checks(TRAINING, evidence, bar)
         else:
-            findings.append(failure)
-        for check in HISTORY:
-            findings += run_check(check, evidence)
+            evidence.findings.append(failure)
+        run_checks(HISTORY, evidence, bar)
         for check in own_checks:
-            findings += run_own_check(check, evidence)
-    findings = sorted(findings, key=rank)
-    return Diagnosis(type(model).__name__, findings, steps, time.perf_counter() - start)
+            evidence.findings += run_own_check(check, evidence)
+            bar.count()
+        rows = {"dl_train": evidence.train.rows}
+        if evidence.val is not None:
+            rows["dl_val"] = evidence.val.rows
+        curves = collect(evidence)
+    findings = sorted(evidence.findings, key=rank)
+    seconds = time.perf_counter() - start
+    diagnosis = Diagnosis(type(model).__name__, findings, steps, seconds, rows, curves)
+    show(diagnosis)
+    return diagnosis
 
 
 def call_model(evidence: Evidence) -> None:
@@ -181,17 +191,29 @@ def check_checks(checks: Iterable[Check]) -> list[Check]:
     """Check the user's own checks.
 
     Raises:
-        TypeError: one of them cannot be called.
+        TypeError: they are not a list of functions.
     """
+    remedy = (
+        "Write def check_x(evidence): return [Finding(...)], with Finding from "
+        "minikeras.diagnosis, and pass checks=[check_x]."
+    )
+    if callable(checks) or not isinstance(checks, Iterable):
+        raise TypeError(f"checks must be a list of functions, got {checks!r}. {remedy}")
     listed = list(checks)
     for check in listed:
         if not callable(check):
             raise TypeError(
                 "checks must be functions of an Evidence that return a list of Findings, got "
-                f"{check!r}. Write def check_x(evidence): return [Finding(...)], with Finding from "
-                "minikeras.diagnosis."
+                f"{check!r}. {remedy}"
             )
     return listed
+
+
+def run_checks(checks: list[Check], evidence: Evidence, bar: Bar | NoBar) -> None:
+    """Make checks, and add what they find to the evidence."""
+    for check in checks:
+        evidence.findings += run_check(check, evidence)
+        bar.count()
 
 
 def run_check(check: Check, evidence: Evidence) -> list[Finding]:
@@ -213,13 +235,32 @@ def run_check(check: Check, evidence: Evidence) -> list[Finding]:
 
 
 def run_own_check(check: Check, evidence: Evidence) -> list[Finding]:
-    """Make a check of the user's, whose errors are raised."""
+    """Make a check of the user's, whose errors are raised.
+
+    Raises:
+        TypeError: it returns something else than Findings.
+    """
     name = name_of(check)
     try:
-        return [replace(finding, check=name) for finding in check(evidence)]
+        found: Any = check(evidence)
+        listed = list(found) if is_list_of_parts(found) else [found]
     except Exception as error:
-        error.add_note(f"diagnose, check {name}")
+        error.add_note(f"diagnose, your check {name}")
         raise
+    for finding in listed:
+        if not is_list_of_parts(found) or not isinstance(finding, Finding):
+            got = "a single Finding" if isinstance(finding, Finding) else f"{finding!r}"
+            raise TypeError(
+                f"the check {name} must return a list of Findings, or yield them, got {got}. Write "
+                "return [Finding(level, looked_at, found, usual, remedy)], with Finding from "
+                "minikeras.diagnosis; return [] if nothing was found."
+            )
+    return [replace(finding, check=name) for finding in listed]
+
+
+def is_list_of_parts(found: Any) -> bool:
+    """Tell whether what a check returned can be a list of findings."""
+    return isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))
 
 
 def name_of(check: Check) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import html
-import inspect
 import random
 import sys
 import textwrap
@@ -44,8 +43,8 @@ from minikeras.arrays import array_to_tensor, is_array
 from minikeras.batch import call_with, to_device
 from minikeras.errors import ForwardError, check_positive_int, describe, find_failing_layer
 from minikeras.nests import is_sharded, leaves, map_leaves, take_apart
-from minikeras.processes import is_main
 from minikeras.rows import first_size
+from minikeras.support.shown import Shown, show
 
 MB = 1024**2  # bytes
 ROWS = 2  # of a batch in the first run
@@ -82,7 +81,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(Shown):
     """The rows and the totals of a model; shown as a table.
 
     `summary` has shown it already, so the same cell of a notebook or the same statement at a prompt
@@ -100,8 +99,6 @@ class Summary:
     # in matrix products, convolutions and attention; None if they cannot be counted
     multiply_adds: int | None
     note: str  # what was done differently and why, in one line, or ""
-    # where it was shown, as `_running_statement` returns it
-    shown_by: Any = field(default=None, compare=False)
 
     @property
     def non_trainable_params(self) -> int:
@@ -116,29 +113,8 @@ class Summary:
         table = _table(self.rows)
         return f"{table}\n{'-' * max(map(len, table.splitlines()))}\n{self.totals()}"
 
-    def __repr__(self) -> str:
-        # IPython asks `_ipython_display_`, Python's prompt knows nothing but this
-        is_at_prompt = _ipython_shell() is None
-        return "" if is_at_prompt and self._is_just_shown() else str(self)
-
     def _repr_html_(self) -> str:
         return f"{_table_html(self.rows)}\n<pre>{html.escape(self.totals())}</pre>"
-
-    def _ipython_display_(self) -> None:
-        if self._is_just_shown():
-            return
-        if notebook_cell() is None:
-            raise NotImplementedError  # IPython goes on to print what `repr` returns
-        _show(self)
-
-    def _is_just_shown(self) -> bool:
-        statement = _running_statement()
-        if isinstance(statement, int):
-            return bool(statement == self.shown_by)
-        return statement is not None and statement is self.shown_by  # equal ones may be typed twice
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "shown_by": None}  # a statement cannot be pickled
 
     def totals(self) -> str:
         """Return the lines below the table."""
@@ -291,8 +267,8 @@ def summary(
             output_bytes=round(_bytes(run.outputs) * scale),
             multiply_adds=None if run.flops is None else round(run.flops // 2 * scale),
         )
-    _show(result)
-    return replace(result, shown_by=_running_statement())
+    show(result)
+    return result
 
 
 def _check(model: nn.Module, input_shape: Any, input_dtype: Any, input_data: Any) -> None:
@@ -360,47 +336,6 @@ def _array_to_tensor(leaf: Any) -> Any:
     from minikeras.data.arrays import as_tensor
 
     return as_tensor(leaf, "input_data")
-
-
-def _show(result: Summary) -> None:
-    """Display the summary in a notebook, otherwise print it; with several processes on rank 0."""
-    if notebook_cell() is not None:
-        formats = {"text/html": result._repr_html_(), "text/plain": str(result)}
-        sys.modules["IPython"].display.display(formats, raw=True)
-    elif is_main():
-        print(result)
-
-
-def notebook_cell() -> int | None:
-    """Return the number of the notebook's running cell.
-
-    None in a script, and in a terminal, where IPython has no kernel.
-    """
-    shell = _ipython_shell()
-    return shell.execution_count if hasattr(shell, "kernel") else None
-
-
-def _ipython_shell() -> Any:
-    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-
-
-def _running_statement() -> Any:
-    """Return what stands for the running cell, or for the running statement at Python's prompt.
-
-    IPython's is a number, Python's a code object; None in a script.
-    """
-    shell = _ipython_shell()
-    if shell is not None:
-        return getattr(shell, "execution_count", None)
-    if not hasattr(sys, "ps1"):  # which only an interactive Python has
-        return None
-    frame = inspect.currentframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "<module>" and code.co_filename.startswith("<"):  # <stdin>
-            return code
-        frame = frame.f_back
-    return None
 
 
 def _make_inputs(shape: Any, dtype: Any, device: torch.device, rows: int) -> Any:

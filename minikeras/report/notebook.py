@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from minikeras.columns import infer_mode, is_rate
-from minikeras.report.layer_summary import LAZY, LayerRow, label_of, layer_rows, notebook_cell
+from minikeras.report.layer_summary import LAZY, LayerRow, label_of, layer_rows
 from minikeras.report.progress import Progress, clock, format_logs, wants_bar
+from minikeras.support.shown import notebook_cell
 
 if TYPE_CHECKING:
     import pandas as pd

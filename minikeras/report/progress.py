@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from minikeras.callback import Callback
 from minikeras.columns import is_rate, sort_columns
-from minikeras.report.layer_summary import notebook_cell
 from minikeras.report.table import (
     LONG_TIME_WIDTH,
     TIME_WIDTH,
@@ -26,6 +25,7 @@ from minikeras.report.table import (
     choose_layout,
     terminal_width,
 )
+from minikeras.support.shown import is_on_terminal, notebook_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,9 +45,7 @@ def wants_bar(verbose: str | int) -> bool:
     """
     if verbose != "auto":
         return verbose == 1
-    isatty = getattr(sys.stdout, "isatty", None)  # a custom stdout may have none
-    on_terminal = isatty is not None and isatty()
-    return bool(on_terminal or notebook_cell() is not None)
+    return is_on_terminal() or notebook_cell() is not None
 
 
 class Progress(Callback):

@@ -13,10 +13,11 @@ so that no row wraps:
 from __future__ import annotations
 
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from minikeras.support.shown import is_on_terminal
 
 WIDE = 9  # characters of a number: 1.234e-05
 NARROW = 7  # 1.2e-05
@@ -29,10 +30,7 @@ GAP = "  "
 
 def terminal_width() -> int | None:
     """Return the columns of the terminal to which stdout goes; None if it is none."""
-    isatty = getattr(sys.stdout, "isatty", None)  # a custom stdout may have none
-    if isatty is None or not isatty():
-        return None
-    return shutil.get_terminal_size().columns
+    return shutil.get_terminal_size().columns if is_on_terminal() else None
 
 
 @dataclass(frozen=True)

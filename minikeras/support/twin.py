@@ -54,7 +54,7 @@ class Copier:
     def copy(self, value: Any) -> Any:
         """Copy a value; share modules, classes, data sets, large tables and parameters."""
         if isinstance(value, types.FunctionType):
-            return self.copy_function(value)
+            return value if _is_torchs(value) else self.copy_function(value)
         if isinstance(value, types.MethodType):
             return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if isinstance(value, functools.partial):
@@ -102,6 +102,12 @@ class Copier:
                 continue  # a function of another module
             names[name] = self.copy(value)
         return twin
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    """Tell whether a function is one of torch's own, such as F.mse_loss, which keeps nothing."""
+    module = function.__module__ or ""
+    return module.partition(".")[0] == "torch" and function.__closure__ is None
 
 
 def _names_in(code: types.CodeType) -> set[str]:
