@@ -106,11 +106,15 @@ def first_guess(task: Task) -> Tensor | None:
 
 
 def to_outputs(task: Task, constant: Tensor) -> Tensor:
-    """Return the output that stands for a constant: its scores as what the loss takes."""
+    """Return the outputs that stand for scores: as what the loss takes.
+
+    Args:
+        constant: the scores of a row, or of all rows.
+    """
     if task.takes == PROBABILITIES:
         return torch.sigmoid(constant)
     if task.takes == LOG_PROBABILITIES:
-        return torch.log_softmax(constant, 0)
+        return torch.log_softmax(constant, constant.ndim + 1 - task.outputs.ndim)
     return constant
 
 

@@ -80,7 +80,9 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
         twin = copy.deepcopy(model, copies)
         # a function may reach the model too, as one that adds a penalty does
         is_module = isinstance(run.loss_func, nn.Module)
-        loss_func = copy.deepcopy(run.loss_func, copies) if is_module else copier.copy(run.loss_func)
+        loss_func = (
+            copy.deepcopy(run.loss_func, copies) if is_module else copier.copy(run.loss_func)
+        )
         for root in (twin, loss_func):
             for module in root.modules() if isinstance(root, nn.Module) else ():
                 copy_functions(vars(module), copier)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minikeras.diagnosis.constant_answer import best_constant_loss, loss_of
+from minikeras.diagnosis.constant_answer import best_constant_loss, loss_of, to_outputs
 from minikeras.diagnosis.evidence import Evidence, named_tensors
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
 
-FAR_ABOVE = 4.0  # times the loss of the best constant answer; PyTorch's initialization: below 2
+# times the loss of the best constant answer, or of zeros, if that is larger; networks with PyTorch's
+# initialization begin near zeros, and stay below 1.5
+FAR_ABOVE = 3.0
 FAR_BELOW = 0.5  # the same, for a network that has not been trained
 EXACT = 0.9999  # correlation of a column with the labels: it is the label
 ROWS = 50  # fewer are separated by chance
@@ -31,7 +33,8 @@ def check_first_loss(evidence: Evidence) -> Iterator[Finding]:
             continue
         ratio = loss / constant
         found = f"{loss:.3g}, {ratio:.2g} times that of the best constant answer ({constant:.3g})"
-        if ratio > FAR_ABOVE:
+        zeros = loss_of(task, to_outputs(task, torch.zeros_like(task.outputs)))
+        if loss > FAR_ABOVE * max(constant, zeros or 0.0):
             yield Finding(
                 "warning",
                 f"the loss at the start{task.called}",

@@ -52,7 +52,7 @@ def check_class_range(evidence: Evidence) -> Iterator[Finding]:
     for task in find_tasks(evidence):
         labels = task.labels
         if task.kind == CLASSES and task.classes and not labels.is_floating_point():
-            numbers = task.class_numbers
+            numbers = all_class_numbers(evidence, task)
             if numbers is None or not numbers.numel():
                 continue
             outside = numbers[(numbers < 0) | (numbers >= task.classes)]

@@ -70,6 +70,8 @@ def explain(model: nn.Module, layer: str) -> str:
 
 def take_rows(evidence: Evidence) -> Any:
     """Return the first rows of the features; None if they are not plain rows."""
+    if not evidence.output_batches:
+        return None  # forward does not take the features, as in a custom train_step
     features = evidence.train.batches[0][0]
     size = evidence.train.sizes[0]
     tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
@@ -132,28 +134,30 @@ def measure_by_gradient(model: Any, features: Any) -> float | None:
 
 
 def measure_by_change(model: Any, features: Any) -> float | None:
-    """Return how much row 0 changes with the other rows, relative to a change of row 0 itself."""
+    """Return how much the last row changes with the others, relative to a change of its own."""
     first = outputs_of(model, features)
     rows = leaves(features)[0].shape[0]
 
-    def others_moved(leaf: Tensor) -> Tensor:
-        return torch.cat([leaf[:1], leaf[1:].roll(1, 0)])
+    def replace_last(leaf: Tensor) -> Tensor:
+        return torch.cat([leaf[:-1], leaf[:1]])
 
-    def first_repeated(leaf: Tensor) -> Tensor:
-        return torch.cat([leaf[1:2], leaf[1:]])
-
-    moved = outputs_of(model, map_leaves(others_moved, features))
-    repeated = outputs_of(model, map_leaves(first_repeated, features))
+    moved = outputs_of(model, map_leaves(replace_others, features))
+    replaced = outputs_of(model, map_leaves(replace_last, features))
     other = own = 0.0
     for before, after, changed in zip(
-        rows_of(first, rows), rows_of(moved, rows), rows_of(repeated, rows), strict=True
+        rows_of(first, rows), rows_of(moved, rows), rows_of(replaced, rows), strict=True
     ):
-        other = max(other, (before[0] - after[0]).abs().max().item())
-        own = max(own, (before[0] - changed[0]).abs().max().item())
+        other = max(other, (before[-1] - after[-1]).abs().max().item())
+        own = max(own, (before[-1] - changed[-1]).abs().max().item())
     if not own and not other:
         return None
     share = other / max(own, other)
     return share if share > 100 * SMALL else 0.0  # sizes of matrix products round differently
+
+
+def replace_others(leaf: Tensor) -> Tensor:
+    """Replace all rows but the last one by row 0: a mean over the rows changes too."""
+    return torch.cat([leaf[:1].expand_as(leaf[:-1]), leaf[-1:]])
 
 
 def outputs_of(model: Any, features: Any) -> Any:
@@ -176,21 +180,22 @@ def rows_of(outputs: Any, rows: int) -> list[Tensor]:
 def find_mixing_layer(model: Any, features: Any) -> str:
     """Return the name and class of the first layer whose outputs mix rows; "" if none does.
 
-    What row 0 gives in each layer is compared between two batches that share row 0 alone.
+    What the last row gives in each layer is compared between two batches that share that row
+    alone. It is the last, since an LSTM that takes rows for steps looks back only.
     """
     seen: list[dict[str, Tensor]] = []
 
     def others_changed(leaf: Tensor) -> Tensor:
         if leaf.is_floating_point():
-            return torch.cat([leaf[:1], leaf[1:] * 1.5 + 0.5])
-        return torch.cat([leaf[:1], leaf[1:].roll(1, 0)])
+            return torch.cat([leaf[:-1] * 1.5 + 0.5, leaf[-1:]])
+        return replace_others(leaf)
 
     for batch in (features, map_leaves(others_changed, features)):
         found: dict[str, Tensor] = {}
         handles = []
         for name, module in model.named_modules():
-            if name and not list(module.children()):
-                handles.append(module.register_forward_hook(keep_first_row(name, found)))
+            if name and name != "net":
+                handles.append(module.register_forward_hook(keep_last_row(name, found)))
         try:
             outputs_of(model, batch)
         finally:
@@ -208,13 +213,13 @@ def find_mixing_layer(model: Any, features: Any) -> str:
     return ""
 
 
-def keep_first_row(name: str, found: dict[str, Tensor]) -> Any:
-    """Return a hook that keeps row 0 of a layer's output."""
+def keep_last_row(name: str, found: dict[str, Tensor]) -> Any:
+    """Return a hook that keeps the last row of a layer's output."""
 
     def keep(module: nn.Module, args: Any, outputs: Any) -> None:
         for leaf in leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.ndim and leaf.is_floating_point():
-                found.setdefault(name, leaf[0].detach().clone())
+                found.setdefault(name, leaf[-1].detach().clone())
                 return
 
     return keep

@@ -15,6 +15,7 @@ FAR_BELOW = 3000.0
 BARELY = 0.02  # of the way to the lowest loss on one batch, in all steps
 # of the fall of the loss up to its lowest value; a rate at which that much is lost is too high
 LOST = 0.5
+MISSING = ("check_missing_features", "check_missing_labels")
 
 
 def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
@@ -22,6 +23,8 @@ def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
     rates = [group.get("lr") for group in next(iter(evidence.optimizers.values())).param_groups]
     if not rates or rates[0] is None or not float(rates[0]) > 0 or has_own_step(evidence.model):
         return
+    if any(finding.check in MISSING for finding in evidence.findings):
+        return  # the loss becomes NaN at every rate
     rate = float(rates[0])
     curve = evidence.learning_rates
     what = try_instead(curve)

@@ -10,7 +10,8 @@ from torch import Tensor
 from minikeras.diagnosis.evidence import Evidence, Sample, named_tensors
 from minikeras.diagnosis.findings import Finding
 
-SHARED = 0.02  # of the validation rows; a few equal rows come by chance
+SHARED = 0.05  # of the validation rows; real data has a few equal rows
+LEAST_SHARED = 3  # of a small dl_val
 REPEATED = 0.5  # of the training rows: the data has few different rows
 ROWS = 20
 MANY_ROWS = 100  # for comparing means
@@ -31,7 +32,9 @@ def check_leaks(evidence: Evidence) -> Iterator[Finding]:
     shared = sum(row in known for row in val)
     repeated = 1 - len(known) / len(train)
     share = shared / len(val)
-    if share <= SHARED or repeated > REPEATED or share <= 2 * repeated:
+    if shared < LEAST_SHARED or share <= SHARED:
+        return
+    if repeated > REPEATED or share <= 2 * repeated:
         return
     seen = "" if evidence.train.is_whole else f", though only {len(train):,} of dl_train were seen"
     yield Finding(
@@ -140,8 +143,10 @@ def compare_scales(evidence: Evidence, val: Sample) -> Iterator[Finding]:
             continue
         # of all columns together, a difference is no matter of one rare value
         whole = first.std().item()
-        shift = abs(first.mean().item() - second.mean().item()) / max(whole, 1e-12)
-        ratio = second.std().item() / max(whole, 1e-12)
+        if not whole > 0:
+            continue  # constant features have their own line
+        shift = abs(first.mean().item() - second.mean().item()) / whole
+        ratio = second.std().item() / whole
         column = None
         if not (shift > SHIFT or ratio > RATIO or ratio < 1 / RATIO):
             column = find_shifted(first, second)
