@@ -12,8 +12,8 @@ from minikeras.diagnosis.evidence import Evidence, named_tensors
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
 
-# times the loss of the best constant answer, or of zeros, if that is larger; networks with PyTorch's
-# initialization begin near zeros, and stay below 1.5
+# times the loss of the best constant answer, or of zeros, if that is larger; networks with
+# PyTorch's initialization begin near zeros, and stay below 1.5
 FAR_ABOVE = 3.0
 FAR_BELOW = 0.5  # the same, for a network that has not been trained
 EXACT = 0.9999  # correlation of a column with the labels: it is the label

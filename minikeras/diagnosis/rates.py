@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.lr_find import LearningRates
+from minikeras.diagnosis.memorize import ENOUGH, Training
 from minikeras.run import has_own_step
 
 # below the suggestion by more than this, the loss hardly moves: fine-tuning uses a hundredth
 FAR_BELOW = 3000.0
 BARELY = 0.02  # of the way to the lowest loss on one batch, in all steps
-# of the fall of the loss up to its lowest value; a rate at which that much is lost is too high
-LOST = 0.5
-MISSING = ("check_missing_features", "check_missing_labels")
+RISEN = 0.5  # of the first loss on one batch, above it at the end: the rate is too high
+MAKE_NAN = ("check_missing_features", "check_missing_labels", "check_gradients")
 
 
 def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
@@ -23,12 +23,12 @@ def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
     rates = [group.get("lr") for group in next(iter(evidence.optimizers.values())).param_groups]
     if not rates or rates[0] is None or not float(rates[0]) > 0 or has_own_step(evidence.model):
         return
-    if any(finding.check in MISSING for finding in evidence.findings):
+    if any(finding.check in MAKE_NAN and finding.level == "error" for finding in evidence.findings):
         return  # the loss becomes NaN at every rate
     rate = float(rates[0])
     curve = evidence.learning_rates
     what = try_instead(curve)
-    if is_too_high(rate, curve, evidence.memorized.losses):
+    if is_too_high(rate, curve, evidence.memorized.own):
         yield Finding(
             "warning",
             "the learning rate",
@@ -49,20 +49,23 @@ def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def is_too_high(rate: float, curve: LearningRates, losses: list[float]) -> bool:
+def is_too_high(rate: float, curve: LearningRates, training: Training) -> bool:
     """Tell whether the loss diverges at a rate.
 
-    The range test arrives at a rate after smaller ones; what counts is that a training from the
-    start at this rate loses ground on one small batch too.
+    The range test alone does not tell: it arrives at a rate after smaller ones, and from trained
+    weights the loss can only rise. So a training on one small batch at this rate has to fail too.
     """
+    if training.share is not None and training.share >= ENOUGH:
+        return False
     if curve.diverges_at is not None and rate >= curve.diverges_at:
         return True
-    if not losses:
+    if not training.losses:
         return False
-    last = losses[-max(1, len(losses) // 5) :]
+    first = training.losses[0]
+    last = training.losses[-max(1, len(training.losses) // 5) :]
     if not all(map(math.isfinite, last)):
         return True
-    has_risen = sum(last) / len(last) > losses[0] + LOST * abs(losses[0])
+    has_risen = sum(last) / len(last) > first + RISEN * abs(first)
     return has_risen and curve.suggestion is not None and rate > curve.suggestion
 
 
