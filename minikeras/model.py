@@ -625,10 +625,12 @@ class Model(nn.Module):
             dl_val: validation data, to compare with; default none.
             steps: steps of each trial training, default 100.
             batch_size: rows per batch, for a Dataset and arrays; default 32.
-            checks: your own checks, functions of an `Evidence` that return `Finding`s.
+            checks: your own checks, functions of a `minikeras.diagnosis.Evidence` that return a
+                list of `minikeras.diagnosis.Finding`, or yield them.
 
         Returns:
-            A `Diagnosis`: its `findings`, `to_dataframe()` and `plot()`.
+            A `minikeras.diagnosis.Diagnosis`: its `findings`, the `warnings` among them,
+            `to_dataframe()` and `plot()`.
 
         Raises:
             NotCompiledError: before `compile`.
