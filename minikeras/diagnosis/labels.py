@@ -4,25 +4,178 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minikeras.diagnosis.evidence import Evidence
+import torch
+from torch import Tensor
+
+from minikeras.diagnosis.evidence import Evidence, named_tensors
 from minikeras.diagnosis.findings import Finding
+from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
+
+NEARLY_ALL = 0.97  # share of one class; a rare class of 5 to 10 % is common and can be learnt
+ROWS_PER_CLASS = 20  # rows, on average, from which a class that never comes is no chance
+MOST_CLASSES = 1000  # of a vocabulary, most words are rare
+LARGE = 30.0  # root mean square of a target; the loss is its square
+SMALL = 1e-3
+ROWS = 20
 
 
 def check_missing_labels(evidence: Evidence) -> Iterator[Finding]:
     """Find NaN and infinite labels."""
-    yield from ()
+    bad_rows = 0
+    rows = 0
+    for _, labels, _ in evidence.train.batches:
+        for _, tensor in named_tensors(labels, "the labels"):
+            if tensor.is_floating_point() and tensor.ndim:
+                bad = ~tensor.reshape(len(tensor), -1).isfinite()
+                bad_rows += int(bad.any(1).sum())
+                rows += len(tensor)
+    if bad_rows:
+        yield Finding(
+            "error",
+            "the labels",
+            f"NaN or infinite in {bad_rows:,} of {rows:,} rows",
+            "none",
+            "One of them makes every weight NaN. Drop these rows, from features and labels alike.",
+        )
+
+
+def find_tasks(evidence: Evidence) -> list[Task]:
+    """Return the tasks; none if the model cannot be called, which is said elsewhere."""
+    try:
+        return evidence.tasks
+    except Exception:
+        return []
 
 
 def check_class_range(evidence: Evidence) -> Iterator[Finding]:
     """Find classes that the outputs do not have."""
-    yield from ()
+    for task in find_tasks(evidence):
+        labels = task.labels
+        if task.kind == CLASSES and task.classes and not labels.is_floating_point():
+            numbers = task.class_numbers
+            if numbers is None or not numbers.numel():
+                continue
+            outside = numbers[(numbers < 0) | (numbers >= task.classes)]
+            if outside.numel():
+                yield Finding(
+                    "error",
+                    f"the labels{task.called}",
+                    f"class {outside[0].item()}, outside the {task.classes} outputs, in "
+                    f"{outside.numel():,} of {numbers.numel():,} labels",
+                    f"0 to {task.classes - 1}",
+                    explain_range(numbers, task.classes),
+                )
+        elif task.kind == BINARY and labels.numel():
+            lowest, highest = labels.min().item(), labels.max().item()
+            if lowest < 0 or highest > 1:
+                yield Finding(
+                    "error",
+                    f"the labels{task.called}",
+                    f"{lowest:g} to {highest:g}",
+                    "0 to 1",
+                    "The loss compares with 0 and 1, and becomes negative without end beyond. "
+                    "Map the labels: y = (y > 0).float(); for several classes use "
+                    "nn.CrossEntropyLoss.",
+                )
+
+
+def explain_range(numbers: Tensor, classes: int) -> str:
+    """Return what to do about classes outside the outputs."""
+    lowest, highest = int(numbers.min()), int(numbers.max())
+    if lowest == 1 and highest == classes:
+        return "The classes begin at 1: subtract it, y = y - 1."
+    if lowest < 0:
+        return (
+            "Number the classes from 0; labels that are to be left out have the loss's "
+            "ignore_index, -100."
+        )
+    return f"Give the last layer {highest + 1} outputs, or number the classes from 0 without gaps."
 
 
 def check_class_shares(evidence: Evidence) -> Iterator[Finding]:
     """Find classes that never come, and one that is nearly all there is."""
-    yield from ()
+    sample = evidence.train
+    for task in find_tasks(evidence):
+        numbers = all_class_numbers(evidence, task)
+        if numbers is None or numbers.numel() < ROWS or task.outputs[0].numel() == 0:
+            continue
+        classes = task.classes if task.kind == CLASSES else 2
+        if task.kind == BINARY and task.labels[0].numel() > 1:
+            continue  # several labels for each row: each may be rare
+        if classes is None or bool(((numbers < 0) | (numbers >= classes)).any()):
+            continue
+        counts = torch.bincount(numbers, minlength=classes)
+        missing = (counts == 0).nonzero()[:, 0].tolist()
+        share = counts.max().item() / numbers.numel()
+        most = int(counts.argmax())
+        if share > NEARLY_ALL:
+            yield Finding(
+                "error" if share == 1 and sample.is_whole else "warning",
+                f"the labels{task.called}",
+                f"class {most} is {share:.1%} of {numbers.numel():,} labels",
+                "no class nearly alone",
+                f"Always answering {most} has an accuracy of {share:.1%}: compare with that. "
+                "Get more rows of the others, weight them (nn.CrossEntropyLoss(weight=...), "
+                "nn.BCEWithLogitsLoss(pos_weight=...), FocalLoss), draw them more often "
+                "(WeightedRandomSampler), and watch recall or AUROC in place of accuracy.",
+            )
+        elif missing and classes <= MOST_CLASSES and numbers.numel() >= ROWS_PER_CLASS * classes:
+            if not sample.is_whole and not sample.is_batched_here and share > 0.5:
+                continue  # rows in an order, of which only the first were seen
+            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            yield Finding(
+                "warning",
+                f"the labels{task.called}",
+                f"no row of class {shown} in {numbers.numel():,} labels; the outputs have "
+                f"{classes} classes",
+                "rows of each class",
+                "The network cannot learn a class without rows. Add some, or give the last layer "
+                "as many outputs as there are classes.",
+            )
+
+
+def all_class_numbers(evidence: Evidence, task: Task) -> Tensor | None:
+    """Return the class numbers of all rows that were looked at, not only of those with outputs."""
+    labels = evidence.train.labels
+    if task.name or not isinstance(labels, Tensor) or labels.shape[1:] != task.labels.shape[1:]:
+        return task.class_numbers
+    if labels.is_floating_point():
+        return task.class_numbers
+    whole = Task(task.name, task.kind, task.takes, task.loss_func, task.outputs, labels)
+    return whole.class_numbers
 
 
 def check_target_scale(evidence: Evidence) -> Iterator[Finding]:
     """Find regression targets far from unit scale."""
-    yield from ()
+    for task in find_tasks(evidence):
+        if task.kind != REGRESSION or len(task.labels) < ROWS:
+            continue
+        targets = task.labels.detach().float()
+        if not bool(targets.isfinite().all()):
+            continue
+        size = targets.square().mean().sqrt().item()
+        deviation = (targets - targets.mean(0)).square().mean().sqrt().item()
+        predicted = task.outputs.detach().float().square().mean().sqrt().item()
+        if size > LARGE and predicted < size / 10:
+            found = f"values of about {size:,.4g}, deviation {deviation:,.3g}"
+        elif 0 < deviation < SMALL:
+            found = f"a deviation of {deviation:.2g}"
+        elif deviation == 0:
+            yield Finding(
+                "error",
+                f"the targets{task.called}",
+                f"the same for all {len(targets):,} rows: {targets.reshape(-1)[0].item():g}",
+                "values that differ",
+                "There is nothing to learn. Look at how the labels are read.",
+            )
+            continue
+        else:
+            continue
+        yield Finding(
+            "warning",
+            f"the targets{task.called}",
+            found,
+            "mean 0 and deviation 1",
+            "The weights have to grow for many steps to reach them. Train on "
+            "(y - y_train.mean()) / y_train.std(), and undo it after predict.",
+        )

@@ -1,13 +1,231 @@
-"""Checks that the rows of a batch do not see each other."""
+"""Checks that the rows of a batch do not see each other.
+
+The gradient of one row's output with respect to another row's input is 0, unless rows are mixed.
+Where inputs are whole numbers, such as tokens, the other rows are changed instead.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-from minikeras.diagnosis.evidence import Evidence
+import torch
+from torch import Tensor, nn
+
+from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.evidence import Evidence, copy_leaf
 from minikeras.diagnosis.findings import Finding
+from minikeras.nests import leaves, map_leaves
+
+ROWS = 6  # of the batch that is looked at
+SEED = 0  # of the random directions; the global generator is left alone
+# relative to the gradient of a row's own input; matrix products of other sizes round differently
+SMALL = 1e-5
 
 
 def check_rows_are_separate(evidence: Evidence) -> Iterator[Finding]:
     """Find outputs of a row that depend on the input of another row."""
-    yield from ()
+    features = take_rows(evidence)
+    if features is None:
+        return
+    model = evidence.model
+    model.eval()
+    with silenced(), without_fastpath():
+        share = measure_mixing(model, features)
+        if share is None or share <= SMALL:
+            return
+        layer = find_mixing_layer(model, features)
+    yield Finding(
+        "error",
+        f"{layer or 'forward'}: rows of a batch",
+        f"the output of one row changes with the input of another ({share:.0%} as much as with its "
+        "own)",
+        "no effect",
+        f"The rows are mixed{' before or in this layer' if layer else ''}: predictions depend on "
+        f"which rows share a batch. {explain(model, layer)}",
+    )
+
+
+def explain(model: nn.Module, layer: str) -> str:
+    """Return what to change."""
+    module = dict(model.named_modules()).get(layer.partition(" ")[0])
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
+        return (
+            f"{type(module).__name__} takes (steps, rows, ...) here: pass batch_first=True, or "
+            "give it features.transpose(0, 1)."
+        )
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return (
+            "With track_running_stats=False it uses the batch's own mean in eval mode too: leave "
+            "that argument out."
+        )
+    if isinstance(module, nn.Softmax):
+        return "A softmax over dim=0 goes over the rows: pass dim=1, or dim=-1."
+    return (
+        "Look for view, reshape, transpose or permute that move dimension 0 (flatten with "
+        "x.flatten(1)), for a softmax, mean or norm over dim=0, and for batch_first=True."
+    )
+
+
+def take_rows(evidence: Evidence) -> Any:
+    """Return the first rows of the features; None if they are not plain rows."""
+    features = evidence.train.batches[0][0]
+    size = evidence.train.sizes[0]
+    tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
+    if not tensors or len(tensors) != len(leaves(features)) or size < 2:
+        return None
+    if any(not tensor.ndim or len(tensor) != size for tensor in tensors):
+        return None  # such as the edges of a graph
+
+    def first_rows(leaf: Tensor) -> Tensor:
+        return copy_leaf(leaf[:ROWS])  # type: ignore[no-any-return]
+
+    return map_leaves(first_rows, features)
+
+
+def measure_mixing(model: Any, features: Any) -> float | None:
+    """Return how much the other rows count for the output of a row, relative to the row itself.
+
+    None if the outputs are no rows, or not finite.
+    """
+    is_float = all(leaf.is_floating_point() for leaf in leaves(features))
+    if is_float:
+        share = measure_by_gradient(model, features)
+        if share is not None:
+            return share
+    return measure_by_change(model, features)
+
+
+def measure_by_gradient(model: Any, features: Any) -> float | None:
+    """Return the largest gradient with respect to another row, relative to that of the row."""
+    inputs = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), features)
+    with torch.enable_grad():
+        # a layer may write into its input, which a leaf with a gradient does not allow
+        try:
+            outputs = model.compute_outputs(map_leaves(lambda leaf: leaf * 1, inputs))
+        except RuntimeError:
+            return None
+    rows = leaves(inputs)[0].shape[0]
+    tensors = rows_of(outputs, rows)
+    if not tensors or not any(tensor.requires_grad for tensor in tensors):
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    own = other = 0.0
+    for row in range(rows):
+        loss: Any = 0
+        for tensor in tensors:
+            if tensor.requires_grad:
+                direction = torch.randn(tensor.shape[1:], generator=generator)
+                loss = loss + (tensor[row] * direction.to(tensor)).sum()
+        gradients = torch.autograd.grad(loss, leaves(inputs), retain_graph=True, allow_unused=True)
+        for gradient in gradients:
+            if gradient is None:
+                continue
+            sizes = gradient.detach().float().reshape(rows, -1).abs().amax(1)
+            own = max(own, sizes[row].item())
+            sizes[row] = 0
+            other = max(other, sizes.max().item())
+    if not own and not other:
+        return None
+    return other / max(own, other)
+
+
+def measure_by_change(model: Any, features: Any) -> float | None:
+    """Return how much row 0 changes with the other rows, relative to a change of row 0 itself."""
+    first = outputs_of(model, features)
+    rows = leaves(features)[0].shape[0]
+
+    def others_moved(leaf: Tensor) -> Tensor:
+        return torch.cat([leaf[:1], leaf[1:].roll(1, 0)])
+
+    def first_repeated(leaf: Tensor) -> Tensor:
+        return torch.cat([leaf[1:2], leaf[1:]])
+
+    moved = outputs_of(model, map_leaves(others_moved, features))
+    repeated = outputs_of(model, map_leaves(first_repeated, features))
+    other = own = 0.0
+    for before, after, changed in zip(
+        rows_of(first, rows), rows_of(moved, rows), rows_of(repeated, rows), strict=True
+    ):
+        other = max(other, (before[0] - after[0]).abs().max().item())
+        own = max(own, (before[0] - changed[0]).abs().max().item())
+    if not own and not other:
+        return None
+    share = other / max(own, other)
+    return share if share > 100 * SMALL else 0.0  # sizes of matrix products round differently
+
+
+def outputs_of(model: Any, features: Any) -> Any:
+    """Call the model without gradients."""
+    with torch.no_grad():
+        return model.compute_outputs(map_leaves(copy_leaf, features))
+
+
+def rows_of(outputs: Any, rows: int) -> list[Tensor]:
+    """Return the tensors of the outputs that have a row for each row of the features."""
+    found = []
+    for leaf in leaves(outputs):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.ndim:
+            continue
+        if len(leaf) == rows and leaf.numel() and bool(leaf.isfinite().all()):
+            found.append(leaf)
+    return found
+
+
+def find_mixing_layer(model: Any, features: Any) -> str:
+    """Return the name and class of the first layer whose outputs mix rows; "" if none does.
+
+    What row 0 gives in each layer is compared between two batches that share row 0 alone.
+    """
+    seen: list[dict[str, Tensor]] = []
+
+    def others_changed(leaf: Tensor) -> Tensor:
+        if leaf.is_floating_point():
+            return torch.cat([leaf[:1], leaf[1:] * 1.5 + 0.5])
+        return torch.cat([leaf[:1], leaf[1:].roll(1, 0)])
+
+    for batch in (features, map_leaves(others_changed, features)):
+        found: dict[str, Tensor] = {}
+        handles = []
+        for name, module in model.named_modules():
+            if name and not list(module.children()):
+                handles.append(module.register_forward_hook(keep_first_row(name, found)))
+        try:
+            outputs_of(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen.append(found)
+    modules = dict(model.named_modules())
+    for name, before in seen[0].items():
+        after = seen[1].get(name)
+        if after is None or after.shape != before.shape:
+            continue
+        size = before.abs().max().item()
+        if (before - after).abs().max().item() > 100 * SMALL * max(size, 1e-12):
+            return f"{name} ({type(modules[name]).__name__})"
+    return ""
+
+
+def keep_first_row(name: str, found: dict[str, Tensor]) -> Any:
+    """Return a hook that keeps row 0 of a layer's output."""
+
+    def keep(module: nn.Module, args: Any, outputs: Any) -> None:
+        for leaf in leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.is_floating_point():
+                found.setdefault(name, leaf[0].detach().clone())
+                return
+
+    return keep
+
+
+@contextlib.contextmanager
+def without_fastpath() -> Iterator[None]:
+    """Let nn.TransformerEncoder call its layers, so that hooks see them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

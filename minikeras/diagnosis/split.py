@@ -4,15 +4,189 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minikeras.diagnosis.evidence import Evidence
+import torch
+from torch import Tensor
+
+from minikeras.diagnosis.evidence import Evidence, Sample, named_tensors
 from minikeras.diagnosis.findings import Finding
+
+SHARED = 0.02  # of the validation rows; a few equal rows come by chance
+REPEATED = 0.5  # of the training rows: the data has few different rows
+ROWS = 20
+MANY_ROWS = 100  # for comparing means
+SHIFT = 3.0  # deviations between the two means
+RATIO = 5.0  # between the two deviations
+ROWS_PER_CLASS = 20
 
 
 def check_leaks(evidence: Evidence) -> Iterator[Finding]:
     """Find rows that are in dl_train and in dl_val."""
-    yield from ()
+    if evidence.val is None:
+        return
+    train = hash_rows(evidence.train)
+    val = hash_rows(evidence.val)
+    if train is None or val is None or not val:
+        return
+    known = set(train)
+    shared = sum(row in known for row in val)
+    repeated = 1 - len(known) / len(train)
+    share = shared / len(val)
+    if share <= SHARED or repeated > REPEATED or share <= 2 * repeated:
+        return
+    seen = "" if evidence.train.is_whole else f", though only {len(train):,} of dl_train were seen"
+    yield Finding(
+        "error" if share > 0.5 else "warning",
+        "dl_train and dl_val",
+        f"{shared:,} of {len(val):,} validation rows are training rows too{seen}",
+        "no row in both",
+        "val_loss then shows what was memorized. Split before any row is repeated or augmented, "
+        "for instance with sklearn.model_selection.train_test_split, and drop duplicates first "
+        "(df.drop_duplicates()).",
+    )
+
+
+def hash_rows(sample: Sample) -> list[int] | None:
+    """Return a number for each row of the features, equal for equal rows; None without any.
+
+    Tokens and other whole numbers count as well.
+    """
+    if sample.rows < ROWS:
+        return None
+    hashes: list[int] = []
+    for features, _, _ in sample.batches:
+        tables = []
+        for _, tensor in named_tensors(features, "features"):
+            if tensor.ndim:
+                tables.append(tensor.detach().reshape(len(tensor), -1).cpu())
+        if not tables or len({len(table) for table in tables}) > 1:
+            return None
+        rows: list[list[bytes]] = []
+        for table in tables:
+            values = table.float() if table.dtype == torch.bfloat16 else table
+            rows.append([row.tobytes() for row in values.contiguous().numpy()])
+        hashes += [hash(parts) for parts in zip(*rows, strict=True)]
+    return hashes
 
 
 def check_split(evidence: Evidence) -> Iterator[Finding]:
     """Find classes and scales that differ between dl_train and dl_val."""
-    yield from ()
+    if evidence.val is None:
+        return
+    yield from compare_classes(evidence, evidence.val)
+    yield from compare_scales(evidence, evidence.val)
+
+
+def compare_classes(evidence: Evidence, val: Sample) -> Iterator[Finding]:
+    """Find classes that only one of them has."""
+    train_labels = class_labels(evidence.train)
+    val_labels = class_labels(val)
+    if train_labels is None or val_labels is None:
+        return
+    in_train = set(train_labels.unique().tolist())
+    in_val = set(val_labels.unique().tolist())
+    most = len(in_train | in_val)
+    is_seen = evidence.train.is_whole or evidence.train.is_batched_here
+    only_val = sorted(in_val - in_train)
+    if only_val and is_seen and train_labels.numel() >= ROWS_PER_CLASS * most:
+        yield describe_classes("dl_val", "dl_train", only_val, "The network never sees them.")
+    only_train = sorted(in_train - in_val)
+    is_seen = val.is_whole or val.is_batched_here
+    if only_train and is_seen and val_labels.numel() >= ROWS_PER_CLASS * most:
+        yield describe_classes("dl_train", "dl_val", only_train, "val_loss says nothing of them.")
+
+
+def describe_classes(where: str, where_not: str, classes: list[int], effect: str) -> Finding:
+    """Say that classes are in one of the two alone."""
+    shown = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
+    return Finding(
+        "warning",
+        "dl_train and dl_val",
+        f"class {shown} is in {where} and not in {where_not}",
+        "the same classes",
+        f"{effect} Shuffle before splitting, or split by class: "
+        "train_test_split(X, y, stratify=y).",
+    )
+
+
+def class_labels(sample: Sample) -> Tensor | None:
+    """Return labels that are class numbers, one for each row; None if they are not."""
+    labels = sample.labels
+    if not isinstance(labels, Tensor) or labels.numel() != len(labels):
+        return None
+    labels = labels.reshape(-1)
+    if labels.is_floating_point():
+        if not bool(((labels == 0) | (labels == 1)).all()):
+            return None
+        return labels.long()
+    return labels if labels.unique().numel() < len(labels) / 4 else None
+
+
+def compare_scales(evidence: Evidence, val: Sample) -> Iterator[Finding]:
+    """Find features whose mean or deviation differs much."""
+    if evidence.train.features is None or val.features is None:
+        return
+    if min(evidence.train.rows, val.rows) < ROWS:
+        return
+    others = dict(named_tensors(val.features, "features"))
+    for name, tensor in named_tensors(evidence.train.features, "features"):
+        other = others.get(name)
+        if other is None or not tensor.is_floating_point() or not tensor.ndim:
+            continue
+        first = as_columns(tensor)
+        second = as_columns(other)
+        if first.shape[1] != second.shape[1] or not first.isfinite().all():
+            continue
+        if not second.isfinite().all():
+            continue
+        # of all columns together, a difference is no matter of one rare value
+        whole = first.std().item()
+        shift = abs(first.mean().item() - second.mean().item()) / max(whole, 1e-12)
+        ratio = second.std().item() / max(whole, 1e-12)
+        column = None
+        if not (shift > SHIFT or ratio > RATIO or ratio < 1 / RATIO):
+            column = find_shifted(first, second)
+            if column is None:
+                continue
+        yield describe_scales(evidence, name, first, second, column)
+
+
+def as_columns(tensor: Tensor) -> Tensor:
+    """Return a table (rows, columns): of images the channels, of sequences the last size."""
+    values = tensor.detach().float()
+    if values.ndim == 4:
+        return values.transpose(0, 1).flatten(1).T
+    return values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values[:, None]
+
+
+def find_shifted(first: Tensor, second: Tensor) -> int | None:
+    """Return the column whose mean has moved most, if it has moved far; None else."""
+    if min(len(first), len(second)) < MANY_ROWS:
+        return None
+    deviation = torch.maximum(first.std(0), second.std(0))
+    moved = (first.mean(0) - second.mean(0)).abs() / deviation.clamp(min=1e-12)
+    moved[deviation == 0] = 0
+    column = int(moved.argmax())
+    return column if moved[column] > SHIFT else None
+
+
+def describe_scales(
+    evidence: Evidence, name: str, first: Tensor, second: Tensor, column: int | None
+) -> Finding:
+    """Say how the features differ."""
+    looked_at = f"{name} of dl_train and dl_val"
+    if column is not None:
+        first, second = first[:, column], second[:, column]
+        columns = evidence.train.columns
+        looked_at = f"column {column} of {name}"
+        if columns is not None and column < len(columns):
+            looked_at = f'feature "{columns[column]}"'
+    return Finding(
+        "warning",
+        looked_at,
+        f"mean {first.mean():.3g} and deviation {first.std():.3g} in dl_train, "
+        f"{second.mean():.3g} and {second.std():.3g} in dl_val",
+        "about the same",
+        "Scale both with the numbers of the training rows: scaler.fit(X_train), then "
+        "scaler.transform for both. If they come from different times or places, val_loss "
+        "measures that.",
+    )
