@@ -1,5 +1,6 @@
 """Nothing of a diagnosis stays: every bit is afterwards what it was, however it ends."""
 
+import contextlib
 import copy
 import itertools
 import random
@@ -85,6 +86,8 @@ def everything(model, *data):
         "optimizer": id(model.optimizer),
         "stop_training": model.stop_training,
         "history": freeze_value(model.history),
+        "loss_func": freeze_value(run.loss_func),
+        "totals": list(TOTALS),
         "random": random.getstate(),
         "numpy": freeze_value(np.random.get_state(legacy=False)),
         "torch": freeze_value(torch.get_rng_state()),
@@ -97,7 +100,9 @@ def everything(model, *data):
             torch.get_num_threads(),
             torch.is_autocast_enabled("cpu"),
         ),
-        "threads": [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)],
+        "threads": [
+            thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)
+        ],
     }
     for module in modules:
         for name, value in vars(module).items():
@@ -507,7 +512,99 @@ def with_own_generator():
     return compiled(model)
 
 
+def compiled_by_torch():
+    model = Net()
+    model.fc1 = torch.compile(model.fc1, backend="eager")
+    return compiled(model)
+
+
+class CompiledMethod(Net):
+    """A model that has compiled a method of its own, and a layer with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.scale = torch.compile(self.scale, backend="eager")
+
+    def scale(self, x):
+        return self.norm(x)
+
+    def forward(self, x):
+        return super().forward(self.scale(x))
+
+
+def with_compiled_loss():
+    return compiled(loss_func=torch.compile(loss_that_counts, backend="eager"))
+
+
+TOTALS = []
+
+
+def loss_that_counts(y_pred, y_true):
+    TOTALS.append(len(y_pred))
+    return nn.functional.binary_cross_entropy(y_pred, y_true)
+
+
+class CountingLoss(nn.Module):
+    """A loss with a parameter and a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, y_pred, y_true):
+        self.count += 1
+        return self.scale * nn.functional.binary_cross_entropy(y_pred, y_true)
+
+
+def with_counting_loss():
+    model = Net()
+    loss_func = CountingLoss()
+    optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()], lr=0.01)
+    model.compile(loss_func, optimizer, device="cpu")
+    return model
+
+
+class Gan(minikeras.Model):
+    """Two networks and two optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = nn.Linear(2, 2)
+        self.critic = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.generator(x)
+
+    def train_step(self, features, labels, sample_weight=None):
+        made = self.generator(torch.randn(len(features), 2))
+        loss = self.critic(made.detach()).mean() - self.critic(features).mean()
+        self.backward(loss, "critic")
+        self.optimizer_step("critic")
+        other = -self.critic(made).mean()
+        self.backward(other, "generator")
+        self.optimizer_step("generator")
+        return {"loss": loss, "other": other}
+
+
+def gan():
+    model = Gan()
+    optimizers = {
+        "critic": torch.optim.Adam(model.critic.parameters()),
+        "generator": torch.optim.RMSprop(model.generator.parameters()),
+    }
+    model.compile(nn.L1Loss(), optimizers, device="cpu")
+    return model
+
+
 MODELS = {
+    "torch.compile": compiled_by_torch,
+    "torch.compile of a method": lambda: compiled(CompiledMethod()),
+    "torch.compile of the loss": with_compiled_loss,
+    "loss that counts in a global": lambda: compiled(loss_func=loss_that_counts),
+    "loss with a parameter": with_counting_loss,
+    "two optimizers": gan,
     "holds its optimizer": holds_optimizer,
     "loss that reaches the model": with_loss_that_reaches_the_model,
     "penalty": with_penalty,
@@ -529,6 +626,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch.compile
 @verbs
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("is_fitted", [False, True], ids=["new", "fitted"])
@@ -635,10 +733,8 @@ def test_error_in_the_middle_leaves_everything_as_it_was(place, error, call, ver
     model.compile(loss_func, torch.optim.Adam(model.parameters()), device="cpu")
     data = DataLoader(Rows(), 8, shuffle=True, generator=torch.Generator())
     before = everything(model, data)
-    try:
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt, AssertionError):
         verb(model, data)
-    except (RuntimeError, KeyboardInterrupt, AssertionError):
-        pass
     assert differences(before, everything(model, data)) == []
 
 
@@ -671,7 +767,9 @@ class Locked(Net):
 def test_model_that_cannot_be_copied_is_refused_and_can_be_mended(verb):
     model = compiled(Locked(threading.Lock()))
     before = everything(model, X)
-    with pytest.raises(TypeError, match="cannot be copied: TypeError: cannot pickle.*__deepcopy__"):
+    with pytest.raises(
+        TypeError, match=r"cannot be copied: TypeError: cannot pickle.*__deepcopy__"
+    ):
         verb(model, (X, y))
     assert differences(before, everything(model, X)) == []
 

@@ -80,10 +80,14 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
         twin = copy.deepcopy(model, copies)
         # a function may reach the model too, as one that adds a penalty does
         is_module = isinstance(run.loss_func, nn.Module)
-        loss_func = copy.deepcopy(run.loss_func, copies) if is_module else copier.copy(run.loss_func)
+        loss_func = (
+            copy.deepcopy(run.loss_func, copies) if is_module else copier.copy(run.loss_func)
+        )
         for root in (twin, loss_func):
             for module in root.modules() if isinstance(root, nn.Module) else ():
-                copy_functions(vars(module), copier)
+                # torch copies the modules of torch.compile, with functions of their own
+                if not type(module).__module__.startswith("torch._dynamo"):
+                    copy_functions(vars(module), copier)
     except Exception as error:
         raise TypeError(
             f"{verb} trains a copy of the model, its loss and its optimizers, and one of them "
