@@ -98,4 +98,4 @@ if not typing.TYPE_CHECKING:  # type checkers refuse a name that is not there by
 
 def __dir__() -> list[str]:
     """Return what tab completion shows: the public names, and the modules that users import."""
-    return sorted([*__all__, "export", "integrations"])
+    return sorted([*__all__, "diagnosis", "export", "integrations"])

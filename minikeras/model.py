@@ -625,16 +625,35 @@ class Model(nn.Module):
             dl_val: validation data, to compare with; default none.
             steps: steps of each trial training, default 100.
             batch_size: rows per batch, for a Dataset and arrays; default 32.
-            checks: your own checks, functions of an `Evidence` that return `Finding`s.
+            checks: your own checks, functions of a `minikeras.diagnosis.Evidence` that return a
+                list of `minikeras.diagnosis.Finding`, or yield them.
 
         Returns:
-            A `Diagnosis`: its `findings`, `to_dataframe()` and `plot()`.
+            A `minikeras.diagnosis.Diagnosis`: its `findings`, the `warnings` among them,
+            `to_dataframe()` and `plot()`.
 
         Raises:
             NotCompiledError: before `compile`.
             TypeError: data that reading would use up, a model that cannot be copied, or a check
                 that is no function.
             ValueError: steps below 1, or a model in parts in several processes.
+
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(256, 3)
+        >>> y = x[:, :1] - x[:, 1:2]
+        >>> x[:, 2] = 7.0
+        >>> model = Model(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)))
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        >>> model.compile(nn.MSELoss(), optimizer, device="cpu")
+        >>> diagnosis = model.diagnose((x, y))  # doctest: +ELLIPSIS
+        Diagnosis of Model: 1 warning
+        ...
+        1. column 2 of features: one value in all 256 rows (usual: values that differ)
+           A constant column tells nothing. Drop it, or look at how it is read.
+        ...
+        Looked at 256 rows of dl_train; steps=100; ... s.
+        >>> diagnosis.findings[0].found
+        'one value in all 256 rows'
         """
         from minikeras.diagnosis.diagnose import diagnose
 

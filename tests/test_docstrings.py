@@ -189,6 +189,12 @@ MISTAKES = {
     ("Model.predict", "ValueError"): lambda folder: plain().predict(torch.zeros(8, 3)),
     ("Model.save", "TypeError"): lambda folder: Rest().save(folder / "weights.pt"),
     ("Model.save", "OSError"): lambda folder: plain().save(written(folder / "file") / "weights.pt"),
+    ("Model.diagnose", "NotCompiledError"): lambda folder: plain().diagnose((X, y)),
+    ("Model.diagnose", "TypeError"): lambda folder: compiled().diagnose(iter([(X, y)])),
+    ("Model.diagnose", "ValueError"): lambda folder: compiled().diagnose((X, y), steps=0),
+    ("Model.lr_find", "NotCompiledError"): lambda folder: plain().lr_find((X, y)),
+    ("Model.lr_find", "TypeError"): lambda folder: compiled().lr_find(iter([(X, y)])),
+    ("Model.lr_find", "ValueError"): lambda folder: compiled().lr_find((X, y), min_lr=1, max_lr=1),
     ("Model.load", "FileNotFoundError"): lambda folder: plain().load(folder / "weights.pt"),
     ("Model.load", "CheckpointError"): lambda folder: plain().load(written(folder / "weights.pt")),
     ("EarlyStopping", "ValueError"): lambda folder: trained(

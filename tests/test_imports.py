@@ -21,7 +21,7 @@ def test_imports_of_the_package_are_those_in_all():
 
 
 def test_imports_show_in_tab_completion_what_users_import():
-    assert dir(minikeras) == sorted([*minikeras.__all__, "export", "integrations"])
+    assert dir(minikeras) == sorted([*minikeras.__all__, "diagnosis", "export", "integrations"])
 
 
 def test_imports_of_a_module_are_not_needed_to_reach_it():

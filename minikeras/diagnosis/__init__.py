@@ -11,5 +11,6 @@ copies.py       everything that is trained here is a copy; data and random state
 
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.findings import Diagnosis, Finding
+from minikeras.diagnosis.lr_find import LearningRates
 
-__all__ = ["Diagnosis", "Evidence", "Finding"]
+__all__ = ["Diagnosis", "Evidence", "Finding", "LearningRates"]

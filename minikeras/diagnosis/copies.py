@@ -85,7 +85,9 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
         )
         for root in (twin, loss_func):
             for module in root.modules() if isinstance(root, nn.Module) else ():
-                copy_functions(vars(module), copier)
+                # torch copies the modules of torch.compile, with functions of their own
+                if not type(module).__module__.startswith("torch._dynamo"):
+                    copy_functions(vars(module), copier)
     except Exception as error:
         raise TypeError(
             f"{verb} trains a copy of the model, its loss and its optimizers, and one of them "

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minikeras.diagnosis.lr_find import LearningRates
 
 MOST_LAYERS = 25  # bars whose names can still be read; of more layers the worst are drawn
+LEAST_ROWS = 6  # for which there is space, so that a few bars are not as thick as a picture
 LONGEST_NAME = 28  # characters; of a longer name the end is shown, which tells layers apart
 USUAL_UPDATE = 1e-3  # of a step, relative to the weights: a rule of thumb, Karpathy 2022
 SMALLEST = 1e-12  # what a bar of 0 is drawn as, on a log scale
@@ -170,7 +171,7 @@ def draw_learning_rates(
     axis.set_xlabel("learning rate")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(edgecolor="none", fontsize="small")
 
 
 def limit_losses(axis: Axes, smoothed: list[float]) -> None:
@@ -202,7 +203,7 @@ def draw_memorized(axis: Axes, curves: Curves) -> None:
     axis.set_xlabel(f"steps on the same {curves.memorized_rows} rows")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(edgecolor="none", fontsize="small")
 
 
 def draw_ratios(axis: Axes, curves: Curves) -> None:
@@ -224,7 +225,7 @@ def draw_ratios(axis: Axes, curves: Curves) -> None:
     axis.set_xlim(smallest / 10, largest * 10)
     axis.set_xlabel("norm / norm of the weights")
     name_rows(axis, names, len(curves.updates))
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(edgecolor="none", fontsize="small")
 
 
 def draw_dead(axis: Axes, curves: Curves) -> None:
@@ -269,6 +270,6 @@ def name_rows(axis: Axes, names: list[str], count: int) -> None:
         short = name or "model"
         labels.append(f"...{short[3 - LONGEST_NAME :]}" if len(short) > LONGEST_NAME else short)
     axis.set_yticks(range(len(names)), labels, fontsize="small", parse_math=False)
-    axis.invert_yaxis()
+    axis.set_ylim(max(len(names), LEAST_ROWS) - 0.5, -0.5)
     if count > len(names):
         axis.set_ylabel(f"the worst {len(names)} of {count} layers")

@@ -148,7 +148,7 @@ class Diagnosis(Shown):
         for number, finding in enumerate(self.findings, start=1):
             if finding.level != level:
                 level = finding.level
-                blocks.append(HEADINGS[level])
+                blocks.append(textwrap.fill(HEADINGS[level], width))
             label = f"{number}. ".rjust(margin)
             first = wrap(f"{label}{headline(finding)}", width, margin)
             blocks.append("\n".join([*first, *remedy_lines(finding.remedy, width, margin)]))

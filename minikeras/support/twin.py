@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 LARGE = 2**20  # elements; a larger table is shared, since what a metric counts in is smaller
+# where torch.compile keeps the function that it was given; the compiled one cannot be copied
+COMPILED_FROM = "_torchdynamo_orig_callable"
 # types whose values are shared and not copied
 SHARED = (
     types.ModuleType,
@@ -52,8 +54,13 @@ class Copier:
         self.functions: dict[int, Any] = {}  # id of a function -> its copy
 
     def copy(self, value: Any) -> Any:
-        """Copy a value; share modules, classes, data sets, large tables and parameters."""
+        """Copy a value; share modules, classes, data sets, large tables and parameters.
+
+        The copy of a function that torch.compile has compiled is not compiled.
+        """
         if isinstance(value, types.FunctionType):
+            if hasattr(value, COMPILED_FROM):
+                return self.copy(getattr(value, COMPILED_FROM))
             return value if _is_torchs(value) else self.copy_function(value)
         if isinstance(value, types.MethodType):
             return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
