@@ -143,10 +143,11 @@ def measure_by_change(model: Any, features: Any) -> float | None:
 
     moved = outputs_of(model, map_leaves(replace_others, features))
     replaced = outputs_of(model, map_leaves(replace_last, features))
+    tensors = [rows_of(outputs, rows) for outputs in (first, moved, replaced)]
+    if len({len(part) for part in tensors}) > 1:
+        return None  # some are not finite
     other = own = 0.0
-    for before, after, changed in zip(
-        rows_of(first, rows), rows_of(moved, rows), rows_of(replaced, rows), strict=True
-    ):
+    for before, after, changed in zip(*tensors, strict=True):
         other = max(other, (before[-1] - after[-1]).abs().max().item())
         own = max(own, (before[-1] - changed[-1]).abs().max().item())
     if not own and not other:

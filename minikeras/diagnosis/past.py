@@ -58,7 +58,7 @@ def describe_divergence(loss: pd.Series[float]) -> Finding:
     last = f"{values[-1]:.3g}" if np.isfinite(values[-1]) else "NaN or infinite"
     best = np.nanmin(np.where(np.isfinite(values), values, np.nan))
     return Finding(
-        "warning",
+        "warning" if np.isfinite(values[-1]) else "error",
         "the history",
         f"the loss diverged in epoch {find_divergence(loss)}: {last} at the end, {best:.3g} at "
         "best",
