@@ -85,8 +85,8 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
         )
         for root in (twin, loss_func):
             for module in root.modules() if isinstance(root, nn.Module) else ():
-                # torch copies the modules of torch.compile, with functions of their own
-                if not type(module).__module__.startswith("torch._dynamo"):
+                # the copy of a module that torch.compile has compiled has functions of its own
+                if "_orig_mod" not in dict(module.named_children()):
                     copy_functions(vars(module), copier)
     except Exception as error:
         raise TypeError(
