@@ -10,6 +10,7 @@ from minikeras.model import Model
 from minikeras.results import Average
 
 if typing.TYPE_CHECKING:
+    from minikeras import diagnosis as diagnosis
     from minikeras.callbacks.averaging import EMA
     from minikeras.callbacks.files import CSVLogger, ModelCheckpoint
     from minikeras.callbacks.rates import LRScheduler

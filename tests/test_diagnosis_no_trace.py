@@ -124,6 +124,7 @@ def everything(model, *data):
 
 def traces_of(data):
     """Return what reading changes in data."""
+    data = data.loader if isinstance(data, Wrapped) else data
     if isinstance(data, DataLoader):
         parts = [data.dataset, data.sampler, data.batch_sampler]
         kept = [id(data._iterator)]
@@ -273,6 +274,16 @@ class NetByName(Net):
         return super().forward(features["x"])
 
 
+class Wrapped:
+    """Batches of a loader that is inside."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        yield from self.loader
+
+
 def begun(loader):
     """Read two batches of a loader that is kept in the middle of its epoch."""
     iterator = iter(loader)
@@ -311,6 +322,7 @@ KINDS = {
     "persistent workers": lambda: begun(
         DataLoader(Counting(), 4, shuffle=True, num_workers=1, persistent_workers=True)
     ),
+    "persistent workers inside": lambda: Wrapped(KINDS["persistent workers"]()),
     "workers": lambda: DataLoader(Counting(), 8, shuffle=True, num_workers=1),
     "endless": Endless,
 }
@@ -781,6 +793,25 @@ def test_model_that_cannot_be_copied_is_refused_and_can_be_mended(verb):
             return Lock()
 
     verb(compiled(Locked(Lock())), (X, y))
+
+
+@verbs
+def test_hook_that_cannot_be_copied_is_refused_and_can_be_removed(verb):
+    model = Net()
+    lock = threading.Lock()
+
+    def hook(layer, inputs):
+        with lock:
+            raise AssertionError
+
+    handle = model.fc1.register_forward_pre_hook(hook)
+    compiled(model)
+    before = everything(model, X)
+    with pytest.raises(TypeError, match=r"of their hooks cannot be copied.*handle\.remove\(\)"):
+        verb(model, (X, y))
+    assert differences(before, everything(model, X)) == []
+    handle.remove()
+    verb(model, (X, y))
 
 
 @verbs

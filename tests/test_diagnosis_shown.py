@@ -231,7 +231,7 @@ def test_diagnosis_can_be_pickled(capsys):
 
 @pytest.mark.parametrize(
     ("stdout", "delay", "is_drawn"),
-    [(Terminal, 0.0, True), (Terminal, 60.0, False), (io.StringIO, 0.0, False)],
+    [(Terminal, 0.01, True), (Terminal, 60.0, False), (io.StringIO, 0.0, False)],
     ids=["a long one", "a short one", "in a pipe"],
 )
 def test_bar_is_drawn_on_a_terminal_if_it_takes_long(stdout, delay, is_drawn, monkeypatch):
@@ -259,10 +259,13 @@ def test_bar_is_drawn_on_a_terminal_if_it_takes_long(stdout, delay, is_drawn, mo
 def test_bar_is_removed_when_a_check_raises(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(bar, "DELAY", 0.0)
+    monkeypatch.setattr(bar, "DELAY", 0.01)
 
     def check(evidence):
-        raise KeyboardInterrupt
+        for _ in range(200):
+            if "diagnose |" in stream.getvalue():
+                raise KeyboardInterrupt
+            time.sleep(0.01)
 
     with pytest.raises(KeyboardInterrupt):
         compiled().diagnose((X, y), steps=3, checks=[check])

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ from minikeras.processes import is_main
 from minikeras.support.shown import is_on_terminal, notebook_cell
 
 DELAY = 1.0  # seconds; a quicker diagnosis shows no bar
-FORMAT = "diagnose |{bar:12}| {n_fmt}/{total_fmt} [{elapsed}] {desc}"
+FORMAT = "diagnose |{bar:12}| {n_fmt}/{total_fmt} {desc}"
 
 
 class Bar:
@@ -24,39 +25,44 @@ class Bar:
     """
 
     def __init__(self, total: int) -> None:
-        self.bar = tqdm(
-            total=total,
-            bar_format=FORMAT,
-            leave=False,
-            file=sys.stdout,
-            delay=DELAY,
-            dynamic_ncols=True,
-        )
-        self.is_shown = False
+        self.total = total
+        self.made = 0  # checks
+        self.words = ""
+        self.bar: tqdm[Any] | None = None  # until it appears
         self.timer = threading.Timer(DELAY, self.appear)
         self.timer.daemon = True
         self.timer.start()
 
     def appear(self) -> None:
-        """Show the bar from now on."""
-        self.is_shown = True
-        self.bar.refresh()
+        """Draw the bar from now on."""
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.made,
+            desc=self.words,
+            bar_format=FORMAT,
+            leave=False,
+            file=sys.stdout,
+            dynamic_ncols=True,
+        )
 
     def say(self, words: str) -> None:
         """Show what is being done."""
-        self.bar.desc = words
-        if self.is_shown:
+        self.words = words
+        if self.bar is not None:
+            self.bar.desc = words
+            self.bar.n = self.made
             self.bar.refresh()
 
     def count(self) -> None:
         """Count a check."""
-        self.bar.n += 1
+        self.made += 1
 
     def close(self) -> None:
         """Remove the bar from the terminal."""
         self.timer.cancel()
         self.timer.join()
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 class NoBar:

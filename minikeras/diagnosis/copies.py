@@ -21,6 +21,7 @@ from minikeras.nests import is_sharded, leaves
 from minikeras.run import parameters_of
 from minikeras.support.loaders import DRAWN_FOR
 from minikeras.support.randomness import Randomness
+from minikeras.support.reachable import reachable
 from minikeras.support.twin import Copier
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
         changes: arguments of compile that differ, such as those of `PLAIN`.
 
     Raises:
-        TypeError: something in the model, the loss or an optimizer cannot be copied.
+        TypeError: something in the model, the loss, an optimizer or a hook cannot be copied.
     """
     run = model._compiled(verb)
     copies: dict[int, Any] = {}  # for deepcopy: id -> the copy to use
@@ -85,15 +86,16 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
         )
         for root in (twin, loss_func):
             for module in root.modules() if isinstance(root, nn.Module) else ():
-                # torch copies the modules of torch.compile, with functions of their own
-                if not type(module).__module__.startswith("torch._dynamo"):
+                # the copy of a module that torch.compile has compiled has functions of its own
+                if "_orig_mod" not in dict(module.named_children()):
                     copy_functions(vars(module), copier)
     except Exception as error:
         raise TypeError(
-            f"{verb} trains a copy of the model, its loss and its optimizers, and one of them "
-            f"cannot be copied: {type(error).__name__}: {error}. copy.deepcopy(model) must work: "
-            "create what cannot be copied (a file, a lock, a connection) outside the model, or "
-            "give its class a __deepcopy__."
+            f"{verb} trains a copy of the model, its loss and its optimizers, and one of them or "
+            f"of their hooks cannot be copied: {type(error).__name__}: {error}. "
+            "copy.deepcopy(model) must work: create what cannot be copied (a file, a lock, a "
+            "connection) outside the model, or give its class a __deepcopy__; remove hooks that "
+            "use it, handle.remove(), and register them again afterwards."
         ) from error
     for parameter in parameters_of(twin, loss_func):
         parameter.grad = None
@@ -162,7 +164,7 @@ def leave_no_trace(model: Model, verb: str, data: Mapping[str, Any]) -> Iterator
     randomness = Randomness(run.device, list(data.values()), roots, counted=data, without=(run,))
     states = randomness.states()
     with contextlib.ExitStack() as contexts:
-        for value in data.values():
+        for _, value in reachable(data):  # the user's own iterable may have a loader inside
             if isinstance(value, DataLoader):
                 contexts.enter_context(keep_workers(value))
         gradients = []

@@ -112,6 +112,18 @@ shown = minikeras.summary(model, (2,))
 assert_type(shown.total_params, int)
 assert_type(shown.to_dataframe(), pd.DataFrame)
 assert_type(model.summary(input_data=X).rows[0].trainable_params, int)
+
+
+def check_rows(evidence: minikeras.diagnosis.Evidence) -> list[minikeras.diagnosis.Finding]:
+    found = f"{evidence.train.rows} rows"
+    return [minikeras.diagnosis.Finding("note", "the data", found, "more", "Collect more.")]
+
+
+diagnosis = model.diagnose((X, y), (X, y), steps=10, checks=[check_rows])
+assert_type(diagnosis, minikeras.diagnosis.Diagnosis)
+assert_type(diagnosis.findings[0].found, str)
+assert_type(diagnosis.to_dataframe(), pd.DataFrame)
+assert_type(model.lr_find(loader, steps=10).suggestion, float | None)
 assert_type(minikeras.l1_penalty(model, 0.1) + minikeras.l2_penalty(model, 0.1), Tensor)
 assert_type(minikeras.EarlyStopping().best, float)
 assert_type(minikeras.FocalLoss().gamma, float)
