@@ -26,6 +26,8 @@ def check_dead_units(evidence: Evidence) -> Iterator[Finding]:
     for layer in evidence.layers:
         if layer.kind != RELU or layer.is_output or layer.values < VALUES or not layer.units:
             continue
+        if not layer.is_finite:
+            continue  # NaN does not fire either, and has its own line
         needed = DEAD_SHARE * layer.units if layer.units >= UNITS else layer.units
         if layer.dead_units >= needed:
             dead.append(layer)

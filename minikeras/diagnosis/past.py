@@ -56,12 +56,12 @@ def describe_divergence(loss: pd.Series[float]) -> Finding:
     """Say that the loss diverged."""
     values = loss.to_numpy(float)
     last = f"{values[-1]:.3g}" if np.isfinite(values[-1]) else "NaN or infinite"
-    best = np.nanmin(np.where(np.isfinite(values), values, np.nan))
+    finite = values[np.isfinite(values)]
+    best = f", {finite.min():.3g} at best" if len(finite) else ""
     return Finding(
         "warning" if np.isfinite(values[-1]) else "error",
         "the history",
-        f"the loss diverged in epoch {find_divergence(loss)}: {last} at the end, {best:.3g} at "
-        "best",
+        f"the loss diverged in epoch {find_divergence(loss)}: {last} at the end{best}",
         "a loss that falls",
         "Build and compile the model again, with a lower learning rate (model.lr_find) or "
         "compile(clip_grad_norm=1.0).",
