@@ -65,6 +65,7 @@ SAME = [
     "frozen",
     "nests",
     "split_batches",
+    "learning_rates",
     "fetched_rows",
     "early_stopping",
     "one_rank_stops",
@@ -106,6 +107,7 @@ ON_THREE = [
     "some_steps",
     "nests",
     "split_batches",
+    "learning_rates",
 ]
 
 

@@ -263,7 +263,7 @@ def test_plot_has_both_curves_on_a_logarithmic_axis():
 
 
 @pytest.mark.parametrize(
-    "limits, words",
+    ("limits", "words"),
     [
         ({"min_lr": 0.0}, "min_lr must be"),
         ({"max_lr": math.inf}, "max_lr must be"),

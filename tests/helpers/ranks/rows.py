@@ -1,5 +1,7 @@
 """Cases of rows, steps and modes."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.utils.data import (
@@ -118,6 +120,23 @@ def nests(size):
         DataLoader(row_by_row(rows), 12 // size, collate_fn=time_first) for rows in (41, 29)
     )
     return found(model, model.fit(2, train, val, verbose=0), val, evaluated=model.evaluate(val))
+
+
+def learning_rates(size):
+    """The range test, over batches whose last has fewer rows for some; nothing of it stays."""
+    X, y = doubles(27)
+    seed()
+    model = compiled(accumulate=2)
+    found = model.lr_find((X, y), 1e-3, 1e3, 40, batch_size=12 // size)
+    with contextlib.redirect_stdout(None):
+        model.diagnose((X, y), steps=5, batch_size=12 // size)
+    dfhistory = model.fit(1, (X, y), batch_size=12 // size, verbose=0)
+    return {
+        "curve": found.to_dataframe().to_dict("list"),
+        "suggestion": found.suggestion,
+        "diverges_at": found.diverges_at,
+        "history": dfhistory.to_dict("list"),
+    }
 
 
 def split_batches(size):
