@@ -51,6 +51,7 @@ def best_constant_loss(task: Task) -> float | None:
     """Return the loss of the best answer that is the same for all rows; None if it is not known.
 
     >>> from torch import nn
+    >>> from minikeras.diagnosis.tasks import SCORES
     >>> labels = torch.tensor([0, 0, 0, 1])
     >>> task = Task("", CLASSES, SCORES, nn.CrossEntropyLoss(), torch.zeros(4, 2), labels)
     >>> round(best_constant_loss(task), 3)  # the entropy of 3/4 and 1/4
