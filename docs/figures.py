@@ -83,8 +83,20 @@ def weights(**strengths):
     return model.net.weight.detach().squeeze().tolist()
 
 
+def diagnosis():
+    """Drawn by the code of the page on diagnose and lr_find."""
+    page = (ROOT / "docs" / "diagnose.md").read_text()
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec("\n".join(re.findall(r"```python\n(.*?)```\n", page, re.DOTALL)), names)
+    names["figure"].set_size_inches(10, 7)
+    names["figure"].savefig(IMG / "diagnosis.png", dpi=60)
+    names["axis"].figure.savefig(IMG / "lr_find.png", dpi=70)
+    plt.close("all")
+
+
 if __name__ == "__main__":
     IMG.mkdir(exist_ok=True)
     os.chdir(tempfile.mkdtemp())
-    for figure in (first, ring, focal, penalties):
+    for figure in (first, ring, focal, penalties, diagnosis):
         figure()

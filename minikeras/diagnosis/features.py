@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minikeras.diagnosis.copies import silenced
 from minikeras.diagnosis.evidence import Evidence, copy_leaf, named_tensors
 from minikeras.diagnosis.findings import Finding
+from minikeras.diagnosis.kinds import NORMS
 from minikeras.nests import leaves, map_leaves
 
 LARGE = 30.0  # root mean square of a column; standardized ones have 1, scikit-learn's digits 6
@@ -23,14 +24,6 @@ APART = 1000.0  # times, between the scales of two columns; of 100 the network t
 PIXELS = 20.0  # root mean square of pixels of 0 to 255; dark images still have more
 ROWS = 20  # fewer are constant by chance
 SHOWN = 3  # names of columns in a line
-
-# layers that scale what they get
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
 
 
 def check_missing_features(evidence: Evidence) -> Iterator[Finding]:
@@ -121,9 +114,9 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
                 "integers that were divided, a wrong column, a transform that returns zeros.",
             )
             continue
-        # a rare category, a padded step or the border of an image is 0 in all rows that were seen
-        is_zero = (tensor.reshape(len(tensor), -1) == 0).all() if tensor.ndim == 2 else True
-        level = "note" if is_zero or all_zero(tensor, numbers) else "warning"
+        # a rare category, a padded step, a mask or the border of an image is no mistake
+        is_measured = tensor.ndim == 2 and tensor.is_floating_point()
+        level = "warning" if is_measured and not is_zero(tensor, numbers) else "note"
         named = [name_column(evidence, name, tensor, number) for number in numbers]
         yield Finding(
             level,
@@ -134,7 +127,7 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def all_zero(tensor: Tensor, numbers: list[int]) -> bool:
+def is_zero(tensor: Tensor, numbers: list[int]) -> bool:
     """Tell whether these columns of a table are 0 everywhere."""
     return bool((tensor[:, numbers] == 0).all())
 
@@ -186,7 +179,7 @@ def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Fin
         yield Finding(
             "warning",
             name_column(evidence, name, columns, largest),
-            f"values of about {high:,.4g}{more}" + differ(high, low),
+            f"values of about {write_number(high)}{more}" + differ(high, low),
             "about 1 in each column",
             remedy,
         )
@@ -269,6 +262,15 @@ def find_unscaled_inputs(evidence: Evidence) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def write_number(value: float) -> str:
+    """Write a number as people do.
+
+    >>> write_number(58210.4), write_number(0.01234)
+    ('58,210', '0.0123')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def plural(word: str, count: int) -> str:

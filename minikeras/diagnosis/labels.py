@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minikeras.diagnosis.constant_answer import best_constant_loss, loss_of
 from minikeras.diagnosis.evidence import Evidence, named_tensors
+from minikeras.diagnosis.features import write_number
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
 
@@ -15,6 +17,7 @@ NEARLY_ALL = 0.97  # share of one class; a rare class of 5 to 10 % is common and
 ROWS_PER_CLASS = 20  # rows, on average, from which a class that never comes is no chance
 MOST_CLASSES = 1000  # of a vocabulary, most words are rare
 LARGE = 30.0  # root mean square of a target; the loss is its square
+LEARNT = 0.5  # of the loss of the best constant answer: the network has reached the targets
 SMALL = 1e-3
 ROWS = 20
 
@@ -155,9 +158,8 @@ def check_target_scale(evidence: Evidence) -> Iterator[Finding]:
             continue
         size = targets.square().mean().sqrt().item()
         deviation = (targets - targets.mean(0)).square().mean().sqrt().item()
-        predicted = task.outputs.detach().float().square().mean().sqrt().item()
-        if size > LARGE and predicted < size / 10:
-            found = f"values of about {size:,.4g}, deviation {deviation:,.3g}"
+        if size > LARGE and not is_learnt(task):
+            found = f"values of about {write_number(size)}, deviation {write_number(deviation)}"
         elif 0 < deviation < SMALL:
             found = f"a deviation of {deviation:.2g}"
         elif deviation == 0:
@@ -179,3 +181,10 @@ def check_target_scale(evidence: Evidence) -> Iterator[Finding]:
             "The weights have to grow for many steps to reach them. Train on "
             "(y - y_train.mean()) / y_train.std(), and undo it after predict.",
         )
+
+
+def is_learnt(task: Task) -> bool:
+    """Tell whether the outputs are much nearer to the targets than the best constant answer."""
+    loss = loss_of(task, task.outputs)
+    constant = best_constant_loss(task)
+    return loss is not None and constant is not None and loss < LEARNT * constant

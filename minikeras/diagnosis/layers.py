@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from minikeras.batch import unpack
 from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.kinds import TRANSPOSED, WITH_CHANNELS, WITH_ROWS
 from minikeras.modes import TrainingModes
 from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
@@ -34,16 +35,6 @@ STEPS = 3  # the second shows whether a layer that begins with zeros lets gradie
 MOST_STEPS = 12  # if a layer has had no gradient yet: a GAN may train a part in each fifth step
 VALUES = 32  # of each unit, at least, to judge a layer: rows times positions
 ROWS_TO_WATCH = 256  # a unit that fires for 1 % of the rows is seen with a probability of 92 %
-
-# modules whose weights have a row for each unit
-WITH_ROWS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-)
 
 # --- one training step ----------------------------------------------------------------------------
 
@@ -358,7 +349,7 @@ def measure_gradient(gradient: Tensor) -> tuple[float, bool]:
 
 def find_unit_axis(module: nn.Module | None) -> int | None:
     """Return the dimension of a weight that has an entry for each unit; None if it is not known."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if isinstance(module, TRANSPOSED):
         return 1
     if isinstance(module, WITH_ROWS):
         return 0
@@ -403,7 +394,6 @@ KINDS = {  # of torch's functions, by name
     "feature_alpha_dropout": DROPOUT,
 }
 # modules after which dimension 1 is the channels; after others it is the last one
-WITH_CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # tanh and sigmoid are saturated where their slope is below 2 % of its maximum
 TANH_LIMIT = 0.99
 SIGMOID_LIMIT = 0.995
@@ -498,7 +488,7 @@ class Watcher(TorchFunctionMode):
         self.frames: list[Frame] = [Frame("", model)]
         self.last_layer: nn.Module | None = None  # that has weights
         # kept until the outputs are known: freed memory would be used again
-        self.returned: list[tuple[LayerStatistics, Tensor, int]] = []
+        self.returned: list[tuple[LayerStatistics, Tensor, Tensor | None]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -531,7 +521,8 @@ class Watcher(TorchFunctionMode):
 
     def _add(self, statistics: LayerStatistics, result: Tensor) -> None:
         statistics.add(result, self._unit_axis(result))
-        self.returned.append((statistics, result, result._version))
+        before = result.detach().clone() if statistics.kind == DROPOUT else None
+        self.returned.append((statistics, result, before))
 
     def _unit_axis(self, result: Tensor) -> int:
         """Return the dimension of the units: the channels after a convolution, else the last."""
@@ -591,11 +582,11 @@ class Watcher(TorchFunctionMode):
         for leaf in leaves(outputs, inside=True):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel():
                 places.add(leaf.untyped_storage().data_ptr())
-        for statistics, result, version in self.returned:
+        for statistics, result, before in self.returned:
             if result.layout is not torch.strided or not result.numel():
                 continue
             # a residual connection may have been added in place to what dropout has returned
-            is_changed = statistics.kind == DROPOUT and result._version != version
+            is_changed = before is not None and not torch.equal(before, result)
             if result.untyped_storage().data_ptr() in places and not is_changed:
                 statistics.is_output = True
         self.returned.clear()

@@ -308,20 +308,21 @@ def find_steepest_fall(
 ) -> float | None:
     """Return the rate at which the smoothed loss falls most steeply, over the logarithm of rates.
 
-    The smoothed loss is behind the loss by LAG points, which are subtracted. Return None if it
-    does not fall by more than its noise.
+    The fall is that between two points, 2 * LAG steps apart, and the rate that in their middle. The
+    smoothed loss is behind the loss by LAG points, which are subtracted. Return None if it does not
+    fall by more than its noise.
     """
     values = np.array([value for value in smoothed if math.isfinite(value)])
     if len(values) < LEAST_POINTS:
         return None
     lowest = int(values.argmin())
+    if lowest <= LAG:  # the first smoothed losses are means of few
+        return None
     values = values[: lowest + 1]
-    highest = int(values.argmax())
     residuals = np.abs(np.array(losses[: lowest + 1]) - values)
-    if values[highest] - values[lowest] <= LEAST_FALL * np.median(residuals):
+    if values[LAG:].max() - values[lowest] <= LEAST_FALL * np.median(residuals):
         return None
-    falling = values[highest:]
-    if len(falling) < 2:
-        return None
-    steepest = highest + int(np.gradient(falling).argmin())
-    return rates[max(0, steepest - LAG)]
+    width = min(2 * LAG, lowest)  # the slope between neighbors is mostly noise
+    falls = values[:-width] - values[width:]
+    middle = int(falls.argmax()) + width // 2
+    return rates[max(0, middle - LAG)]

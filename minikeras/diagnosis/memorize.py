@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minikeras.callback import BatchLogs, Callback
 from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.diagnosis.layers import copy_to_train, make_batch
 from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
@@ -172,7 +173,7 @@ class Measure:
         features, labels, weight = self.parts
         self.model.eval()
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.train()
         statistics = {name: value.clone() for name, value in self.model.named_buffers()}
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minikeras.diagnosis.evidence import Evidence
+from minikeras.diagnosis.features import plural
 from minikeras.diagnosis.findings import Finding, rank
 from minikeras.diagnosis.memorize import Memorized, take_rows
 
@@ -52,8 +53,8 @@ def describe_optimizer(memorized: Memorized) -> Finding:
         f"{max(share, 0.0):.0%} of the way in {len(memorized.losses)} steps with the optimizer, "
         f"{training.share:.0%} with Adam(lr={rate:g})",
         "nearly all of the way",
-        "The network can learn these rows; the optimizer is slow. Try its learning rate as "
-        "model.lr_find suggests, or more epochs.",
+        "The optimizer is slow on these rows, and another one goes further. Try the learning rate "
+        "that model.lr_find suggests, or more epochs.",
         is_symptom=True,
     )
 
@@ -92,8 +93,3 @@ def share_of_contradictions(evidence: Evidence) -> float:
     for group, label in zip(groups.tolist(), labels.reshape(len(labels), -1).tolist(), strict=True):
         seen.setdefault(group, set()).add(tuple(label))
     return sum(len(seen[group]) > 1 for group in groups.tolist()) / len(labels)
-
-
-def plural(word: str, count: int) -> str:
-    """Return a word in the plural, but for a count of 1."""
-    return word if count == 1 else f"{word}s"

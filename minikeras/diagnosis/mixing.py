@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minikeras.diagnosis.copies import silenced
 from minikeras.diagnosis.evidence import Evidence, copy_leaf
 from minikeras.diagnosis.findings import Finding
+from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.nests import leaves, map_leaves
 
 ROWS = 6  # of the batch that is looked at
@@ -39,8 +40,8 @@ def check_rows_are_separate(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         "error",
         f"{layer or 'forward'}: rows of a batch",
-        f"the output of one row changes with the input of another ({share:.0%} as much as with its "
-        "own)",
+        f"the output of one row changes with the input of another, {share:.0%} as much as with its "
+        "own",
         "no effect",
         f"The rows are mixed{' before or in this layer' if layer else ''}: predictions depend on "
         f"which rows share a batch. {explain(model, layer)}",
@@ -55,7 +56,7 @@ def explain(model: nn.Module, layer: str) -> str:
             f"{type(module).__name__} takes (steps, rows, ...) here: pass batch_first=True, or "
             "give it features.transpose(0, 1)."
         )
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         return (
             "With track_running_stats=False it uses the batch's own mean in eval mode too: leave "
             "that argument out."

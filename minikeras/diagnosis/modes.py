@@ -13,11 +13,10 @@ from minikeras.diagnosis.copies import silenced
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.gradients import join_words
+from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.diagnosis.layers import DROPOUT, LAYER, LayerStatistics, copy_tensor
 from minikeras.modes import TrainingModes
 from minikeras.nests import map_leaves
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 FEW_ROWS = 4  # https://arxiv.org/abs/1803.08494, figure 1: with 4 rows the error begins to rise
 # PyTorch's default is 0.1, and 0.01 is usual too. Keras counts the other way: its 0.99 is 0.01.
@@ -50,7 +49,7 @@ def check_batch_norm(evidence: Evidence) -> Iterator[Finding]:
             )
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and module.training:
+        if isinstance(module, BATCH_NORMS) and module.training:
             layers[name] = module
     if not layers:
         return

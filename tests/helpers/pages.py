@@ -7,7 +7,7 @@ TIME = r"(?:\d+\.\d s|\d+ min \d+ s|\d+ h \d+ min)"
 
 
 def without_times(text):
-    """Leave out the times of a fit: the last column of its table, and the line at its end."""
+    """Leave out times: those of a fit's table and of the line at its end, and a diagnosis's."""
     lines = []
     in_head = False
     for line in text.splitlines():
@@ -18,6 +18,7 @@ def without_times(text):
         in_head = re.fullmatch(r"epoch .* time", line) is not None
         if in_head:
             line = re.sub(r" +time$", "", line)
+        line = re.sub(rf"; {TIME}\.$", "", line)  # of a diagnosis
         lines.append(re.sub(rf" +{TIME}$", "", line))
     return "\n".join(lines)
 
