@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.examples import EXAMPLES, first_fit
 from helpers.set_ups import (
     DIGIT_CLASSES,
     DIGITS,
@@ -671,5 +672,13 @@ def test_nothing_is_found_in_a_healthy_set_up(name):
     np.random.seed(0)
     model, dl_train, dl_val = SET_UPS[name]()
     diagnosis = model.diagnose(dl_train, dl_val)
+    assert diagnosis.warnings == []
+    assert [found for found in diagnosis.findings if found.found.startswith("not made")] == []
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_nothing_is_found_in_an_example(path, monkeypatch, tmp_path):
+    model, dl_train, dl_val, options = first_fit(path, monkeypatch, tmp_path)
+    diagnosis = model.diagnose(dl_train, dl_val, **options)
     assert diagnosis.warnings == []
     assert [found for found in diagnosis.findings if found.found.startswith("not made")] == []

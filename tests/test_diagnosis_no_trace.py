@@ -4,8 +4,6 @@ import contextlib
 import copy
 import itertools
 import random
-import runpy
-import sys
 import threading
 import warnings
 
@@ -13,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.examples import EXAMPLES, first_fit
 from helpers.models import Net, compiled, points
-from helpers.paths import ROOT
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import (
@@ -29,7 +27,6 @@ from torch.utils.data import (
 
 import minikeras
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 X, y = points(24)
 
 
@@ -177,38 +174,9 @@ verbs = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
 # --- every example --------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """Raised in place of the first fit of a script."""
-
-
-def first_fit(path, monkeypatch, folder):
-    """Run an example up to its first fit; return the model and what fit was given."""
-    given = []
-
-    def fit(model, epochs, dl_train, dl_val=None, **kwargs):
-        options = {name: kwargs[name] for name in ("batch_size",) if name in kwargs}
-        given.append((model, dl_train, dl_val, options))
-        raise Stopped
-
-    monkeypatch.setattr(sys, "argv", [path.name])
-    monkeypatch.syspath_prepend(path.parent)
-    monkeypatch.chdir(folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(minikeras.Model, "fit", fit)
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except Stopped:
-            pass
-        except ModuleNotFoundError as error:
-            pytest.skip(f"needs {error.name}")
-    return given[0]
-
-
 @verbs
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_is_as_it_was(path, verb, monkeypatch, tmp_path):
-    if path.stem == "ray_train":
-        pytest.skip("its model is built in the processes of ray")
     model, dl_train, dl_val, options = first_fit(path, monkeypatch, tmp_path)
     data = [part for part in (dl_train, dl_val) if part is not None]
     before = everything(model, *data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -595,9 +594,6 @@ class Watcher(TorchFunctionMode):
 @contextlib.contextmanager
 def run_eagerly() -> Iterator[None]:
     """Run what torch.compile has compiled as it is written, so that its layers are seen."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
     with torch.compiler.set_stance("force_eager"):
         yield
 
