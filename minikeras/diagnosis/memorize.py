@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minikeras.callback import BatchLogs, Callback
 from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.evidence import copy_leaf
 from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.diagnosis.layers import copy_to_train, make_batch
 from minikeras.nests import leaves, map_leaves
@@ -178,7 +179,7 @@ class Measure:
         statistics = {name: value.clone() for name, value in self.model.named_buffers()}
         try:
             with torch.no_grad(), silenced():
-                outputs = self.model.compute_outputs(map_leaves(copy_tensor, features))
+                outputs = self.model.compute_outputs(map_leaves(copy_leaf, features))
                 loss: Any = self.model.compute_loss(outputs, labels, weight)
         except Exception:
             return None
@@ -188,11 +189,6 @@ class Measure:
             self.model.train()
         total, count = loss if isinstance(loss, tuple) else (loss, 1)
         return float(total) / float(count) if float(count) else None
-
-
-def copy_tensor(leaf: Any) -> Any:
-    """Copy a tensor, since a layer may work in place; return anything else."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def floor_of(evidence: Evidence, parts: tuple[Any, Any, Any]) -> float | None:
