@@ -103,6 +103,8 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
         numbers = is_constant.nonzero()[:, 0].tolist()
         if not numbers:
             continue
+        if len(numbers) == len(is_constant) and not tensor.is_floating_point():
+            continue  # the mask of sequences of one length
         if len(numbers) == len(is_constant):
             yield Finding(
                 "error",
