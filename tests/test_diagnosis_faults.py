@@ -333,7 +333,9 @@ def attention_no_batch_first():
         def __init__(self):
             super().__init__()
             self.e = nn.Embedding(50, 16)
-            self.t = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 1)
+            self.t = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(16, 2, 32), 1, enable_nested_tensor=False
+            )
             self.o = nn.Linear(16, 3)
 
         def forward(self, x):

@@ -666,6 +666,125 @@ def gan():
     return (model, [(torch.randn(32, 2),) for _ in range(10)], None)
 
 
+@healthy
+def contrastive_loss_over_the_batch():
+    class Net(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp(64, 16)
+
+        def forward(self, x):
+            return nn.functional.normalize(self.body(x), dim=1)
+
+    def info_nce(embeddings, classes):
+        is_self = torch.eye(len(classes), dtype=torch.bool)
+        similar = (embeddings @ embeddings.T / 0.2).masked_fill(is_self, -1e9)
+        is_same = (classes[:, None] == classes[None]) & ~is_self
+        return -(similar.log_softmax(1) * is_same).sum() / is_same.sum().clamp(min=1)
+
+    return compiled(Net(), info_nce), (DIGITS[:1000], DIGIT_CLASSES[:1000]), None
+
+
+@healthy
+def masked_tokens():
+    tokens = torch.randint(3, 60, (400, 16))
+    is_masked = torch.rand(400, 16) < 0.3
+    labels = torch.full_like(tokens, -100)
+    labels[is_masked] = tokens[is_masked]
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    class Net(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(60, 32)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+            self.fc = nn.Linear(32, 60)
+
+        def forward(self, x):
+            return self.fc(self.encoder(self.embedding(x))).transpose(1, 2)
+
+    features = tokens.masked_fill(is_masked, 1)
+    return compiled(Net(), nn.CrossEntropyLoss()), (features, labels), None
+
+
+@healthy
+def warm_up_of_a_scheduler():
+    model, *data = digits(mlp(64, 10))
+    torch.optim.lr_scheduler.LinearLR(model.optimizer, 1e-3, total_iters=100)
+    return model, *data
+
+
+@healthy
+def raw_features_into_batch_norm():
+    X = torch.rand(500, 4) * 1000
+    net = nn.Sequential(nn.BatchNorm1d(4), mlp(4, 1))
+    return compiled(net, nn.HuberLoss()), (X, X.sum(1, keepdim=True) / 1000), None
+
+
+@healthy
+def raw_targets_that_are_learnt():
+    X = torch.randn(500, 4)
+    y = X.sum(1, keepdim=True) * 40 + 200
+    model = compiled(mlp(4, 1), nn.MSELoss(), lambda p: torch.optim.Adam(p, 1e-2))
+    return train_quietly(model, (X, y), epochs=60), (X, y), None
+
+
+@healthy
+def lists_of_different_lengths():
+    lengths = np.random.randint(3, 15, 300)
+    rows = [(torch.randint(1, 50, (int(n),)), int(n) % 2) for n in lengths]
+
+    def collate(batch):
+        tokens = nn.utils.rnn.pad_sequence([row for row, _ in batch], batch_first=True)
+        return tokens, torch.tensor([label for _, label in batch])
+
+    class Net(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(50, 16, padding_idx=0)
+            self.fc = nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.fc(self.embedding(x).sum(1))
+
+    loader = DataLoader(rows, 32, shuffle=True, collate_fn=collate)
+    return compiled(Net(), nn.CrossEntropyLoss()), loader, None
+
+
+@healthy
+def mixup_in_a_custom_step():
+    class Net(minikeras.Model):
+        def train_step(self, features, labels, sample_weight=None):
+            other = torch.randperm(len(features))
+            targets = nn.functional.one_hot(labels, 10).float()
+            mixed = 0.7 * features + 0.3 * features[other]
+            return super().train_step(mixed, 0.7 * targets + 0.3 * targets[other])
+
+    return digits(Net(mlp(64, 10)))
+
+
+@healthy
+def vae():
+    class Net(minikeras.Model):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(64, 8)
+            self.decoder = mlp(4, 64, 32)
+
+        def forward(self, x):
+            mean, log_variance = self.encoder(x).chunk(2, 1)
+            drawn = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+            return self.decoder(drawn), mean, log_variance
+
+    def loss_func(outputs, x):
+        scores, mean, log_variance = outputs
+        distance = nn.functional.binary_cross_entropy_with_logits(scores, x, reduction="none")
+        divergence = -0.5 * (1 + log_variance - mean**2 - log_variance.exp())
+        return (distance.sum(1) + divergence.sum(1)).mean()
+
+    return compiled(Net(), loss_func), (DIGITS[:1000], DIGITS[:1000]), None
+
+
 @pytest.mark.parametrize("name", SET_UPS)
 def test_nothing_is_found_in_a_healthy_set_up(name):
     torch.manual_seed(0)

@@ -306,13 +306,14 @@ def test_generator_is_refused_and_a_list_is_taken():
     assert model.lr_find(batches(), steps=10).rates
 
 
-def test_it_is_refused_inside_a_fit_of_the_same_model():
+@pytest.mark.parametrize("verb", ["lr_find", "diagnose"])
+def test_it_is_refused_inside_a_fit_of_the_same_model(verb):
     model = minikeras.Model(network())
     model.compile(nn.MSELoss(), adam(model.net), device="cpu")
 
     def find_inside(epoch, logs):
-        model.lr_find((X, y))
+        getattr(model, verb)((X, y))
 
     callback = minikeras.LambdaCallback(on_epoch_end=find_inside)
-    with pytest.raises(RuntimeError, match="lr_find was called inside a fit of the same model"):
+    with pytest.raises(RuntimeError, match=f"{verb} was called inside a fit of the same model"):
         model.fit(1, (X, y), callbacks=[callback], verbose=0)

@@ -144,6 +144,8 @@ def diagnose(
 ) -> Diagnosis:
     """Look at data, network and training, and return what was found; see `Model.diagnose`."""
     check_positive_int("steps", steps)
+    model._compiled("diagnose")
+    model._check_not_fitting("diagnose", "It may be called inside a fit of another model.")
     own_checks = check_checks(checks)
     start = time.perf_counter()
     total = sum(map(len, (DATA, NETWORK, TRAINING, HISTORY, own_checks)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minikeras.batch import move_to_device
 from minikeras.diagnosis.copies import PLAIN, compiled_copy, silenced
+from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.diagnosis.tasks import Task, find_tasks
 from minikeras.nests import detach_nest, leaves, map_leaves, names_in, take_apart
 from minikeras.rows import first_size
@@ -197,12 +199,18 @@ class Evidence:
 
     @cached_property
     def output_batches(self) -> list[Any]:
-        """The outputs of the first batches of dl_train, in eval mode, at least of one batch."""
+        """The outputs of the first batches of dl_train, in eval mode, at least of one batch.
+
+        A BatchNorm that has seen no batch yet uses the statistics of the batch.
+        """
         outputs = []
         rows = 0
         model = self.model
+        norms: Any = contextlib.nullcontext()
         model.eval()
-        with torch.no_grad(), silenced():
+        if min(self.train.sizes) > 1 and has_new_batch_norm(model):
+            norms = use_batch_statistics(model)
+        with torch.no_grad(), silenced(), norms:
             for (features, _, _), size in zip(self.train.batches, self.train.sizes, strict=True):
                 given = map_leaves(copy_leaf, features)  # a layer may work in place
                 outputs.append(detach_nest(model.compute_outputs(given)))
@@ -257,6 +265,35 @@ class Evidence:
         return find_learning_rates(
             self.copy_model(), self.dl_train, steps=max(2, steps), batch_size=self.batch_size
         )
+
+
+def has_new_batch_norm(model: nn.Module) -> bool:
+    """Tell whether a BatchNorm has the running statistics that it was created with."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and module.num_batches_tracked is not None:
+            if not module.num_batches_tracked:
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def use_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, but let BatchNorm use the statistics of the batch.
+
+    All buffers are as before at the end of the block.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.train()
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        yield
+    finally:
+        model.eval()
+        for name, value in model.named_buffers():
+            if name in buffers:
+                value.copy_(buffers[name])
 
 
 def copy_leaf(leaf: Any) -> Any:

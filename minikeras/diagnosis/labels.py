@@ -19,7 +19,8 @@ from minikeras.nests import map_leaves
 
 NEARLY_ALL = 0.97  # share of one class; a rare class of 5 to 10 % is common and can be learnt
 ROWS_PER_CLASS = 20  # rows, on average, from which a class that never comes is no chance
-MOST_CLASSES = 1000  # of a vocabulary, most words are rare
+MOST_CLASSES = 1000
+MOST_TOKENS = 30  # a vocabulary has words that are rare, or never to be predicted
 LARGE = 30.0  # root mean square of a target; the loss is its square
 LEARNT = 0.5  # of the loss of the best constant answer: the network has reached the targets
 SMALL = 1e-3
@@ -158,7 +159,11 @@ def check_class_shares(evidence: Evidence) -> Iterator[Finding]:
                 "nn.BCEWithLogitsLoss(pos_weight=...), FocalLoss), draw them more often "
                 "(WeightedRandomSampler), and watch recall or AUROC in place of accuracy.",
             )
-        elif missing and classes <= MOST_CLASSES and numbers.numel() >= ROWS_PER_CLASS * classes:
+        elif (
+            missing
+            and classes <= most_classes(task)
+            and numbers.numel() >= ROWS_PER_CLASS * classes
+        ):
             is_certain = is_of_rows and stands_for_all(sample, evidence.dl_train)
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             yield Finding(
@@ -243,3 +248,8 @@ def is_reached(task: Task) -> bool:
     is_far_from_0 = targets.mean().abs() > FAR * deviation
     is_near = (outputs.mean() - targets.mean()).abs() < deviation
     return bool(is_near and (is_wide or is_far_from_0))
+
+
+def most_classes(task: Task) -> int:
+    """Return up to how many classes each is expected to come."""
+    return MOST_CLASSES if task.labels.ndim == 1 else MOST_TOKENS

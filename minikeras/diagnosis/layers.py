@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from minikeras.batch import unpack
 from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.evidence import copy_leaf
 from minikeras.diagnosis.kinds import TRANSPOSED, WITH_CHANNELS, WITH_ROWS
 from minikeras.modes import TrainingModes
 from minikeras.nests import leaves, map_leaves
@@ -138,7 +139,7 @@ def repeat_batches(sample: Sample, is_split: bool) -> Iterator[Any]:
 
 def make_batch(parts: tuple[Any, Any, Any], rows: int, is_split: bool) -> Any:
     """Return a batch for `fit` from the parts that the evidence has of it."""
-    features, labels, weight = map_leaves(copy_tensor, parts)
+    features, labels, weight = map_leaves(copy_leaf, parts)
     if is_split:
         stated = StatedBatch((features, labels, weight))
         stated.batch_size = rows
@@ -146,11 +147,6 @@ def make_batch(parts: tuple[Any, Any, Any], rows: int, is_split: bool) -> Any:
     if weight is None:
         return features, labels
     return features, labels, weight
-
-
-def copy_tensor(leaf: Any) -> Any:
-    """Copy a tensor, since a layer may work in place; return anything else."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 class StepRecorder:
@@ -660,7 +656,7 @@ def watch_in_mode(evidence: Evidence, is_training: bool, rows: int) -> list[Laye
     sample = evidence.train
     with torch.no_grad(), silenced():
         for (features, _, _), size in zip(sample.batches, sample.sizes, strict=True):
-            given = map_leaves(copy_tensor, features)
+            given = map_leaves(copy_leaf, features)
             with watcher.watching():
                 outputs = model.compute_outputs(given)
             watcher.note_outputs(outputs)

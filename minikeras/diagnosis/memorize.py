@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minikeras.callback import BatchLogs, Callback
 from minikeras.diagnosis.copies import silenced
-from minikeras.diagnosis.kinds import BATCH_NORMS
+from minikeras.diagnosis.evidence import copy_leaf, use_batch_statistics
 from minikeras.diagnosis.layers import copy_to_train, make_batch
 from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
@@ -171,28 +171,16 @@ class Measure:
     def __call__(self) -> float | None:
         """Return the loss; None if forward does not take the features."""
         features, labels, weight = self.parts
-        self.model.eval()
-        for module in self.model.modules():
-            if isinstance(module, BATCH_NORMS):
-                module.train()
-        statistics = {name: value.clone() for name, value in self.model.named_buffers()}
         try:
-            with torch.no_grad(), silenced():
-                outputs = self.model.compute_outputs(map_leaves(copy_tensor, features))
+            with torch.no_grad(), silenced(), use_batch_statistics(self.model):
+                outputs = self.model.compute_outputs(map_leaves(copy_leaf, features))
                 loss: Any = self.model.compute_loss(outputs, labels, weight)
         except Exception:
             return None
         finally:
-            for name, value in self.model.named_buffers():
-                value.copy_(statistics[name])
             self.model.train()
         total, count = loss if isinstance(loss, tuple) else (loss, 1)
         return float(total) / float(count) if float(count) else None
-
-
-def copy_tensor(leaf: Any) -> Any:
-    """Copy a tensor, since a layer may work in place; return anything else."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def floor_of(evidence: Evidence, parts: tuple[Any, Any, Any]) -> float | None:

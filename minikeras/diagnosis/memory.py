@@ -16,6 +16,7 @@ from minikeras.diagnosis.memorize import Memorized, take_rows
 # of the way to the lowest loss; a network that learns slowly goes further, one that learns nothing
 # hardly moves
 BARELY = 0.1
+STEPS = 100  # of which that is expected; of fewer, less
 CONTRADICTING = 0.1  # share of the rows whose label differs from that of an equal row
 
 
@@ -23,8 +24,9 @@ def check_memorized(evidence: Evidence) -> Iterator[Finding]:
     """Find a network that cannot memorize one small batch."""
     memorized = evidence.memorized
     best = memorized.best_share
-    if best is None or best >= BARELY:
-        if best is not None and (memorized.own.share or 0.0) < BARELY:
+    limit = BARELY * min(1.0, len(memorized.losses) / STEPS)
+    if best is None or best >= limit:
+        if best is not None and (memorized.own.share or 0.0) < limit:
             yield describe_optimizer(memorized)
         return
     rows = memorized.rows

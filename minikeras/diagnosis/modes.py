@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from minikeras.diagnosis.copies import silenced
-from minikeras.diagnosis.evidence import Evidence
+from minikeras.diagnosis.evidence import Evidence, copy_leaf
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.gradients import join_words
 from minikeras.diagnosis.kinds import BATCH_NORMS
-from minikeras.diagnosis.layers import DROPOUT, LAYER, LayerStatistics, copy_tensor
+from minikeras.diagnosis.layers import DROPOUT, LAYER, LayerStatistics
 from minikeras.modes import TrainingModes
 from minikeras.nests import map_leaves
 
@@ -90,7 +90,7 @@ def can_call(model: Any, features: Any) -> bool:
     """Call a model; tell whether it has raised no error."""
     try:
         with torch.no_grad(), silenced():
-            model.compute_outputs(map_leaves(copy_tensor, features))
+            model.compute_outputs(map_leaves(copy_leaf, features))
     except Exception:
         return False
     return True

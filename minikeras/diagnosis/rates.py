@@ -20,12 +20,14 @@ MAKE_NAN = ("check_missing_features", "check_missing_labels", "check_gradients")
 
 def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
     """Compare the optimizer's learning rate with that of the range test."""
-    rates = [group.get("lr") for group in next(iter(evidence.optimizers.values())).param_groups]
-    if not rates or rates[0] is None or not float(rates[0]) > 0 or has_own_step(evidence.model):
+    group = next(iter(evidence.optimizers.values())).param_groups[0]
+    # a scheduler of torch notes the rate that it begins from, such as that after a warm-up
+    found = group.get("initial_lr", group.get("lr"))
+    if found is None or not float(found) > 0 or has_own_step(evidence.model):
         return
     if any(finding.check in MAKE_NAN and finding.level == "error" for finding in evidence.findings):
         return  # the loss becomes NaN at every rate
-    rate = float(rates[0])
+    rate = float(found)
     curve = evidence.learning_rates
     what = try_instead(curve)
     if is_too_high(rate, curve, evidence.memorized.own):
@@ -38,7 +40,8 @@ def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
         )
         return
     share = evidence.memorized.own.share
-    barely_moves = share is not None and share < BARELY
+    is_scheduled = "initial_lr" in group  # the copies were trained with the rate of this moment
+    barely_moves = share is not None and share < BARELY and not is_scheduled
     if curve.suggestion is not None and rate * FAR_BELOW < curve.suggestion and barely_moves:
         yield Finding(
             "warning",

@@ -53,6 +53,10 @@ OF_FUNCTIONS: dict[Any, tuple[str, str]] = {
 }
 
 
+ROWS_TO_TRY = 64  # that a custom loss is called with
+SAME = 1e-3  # relative; a penalty or float16 rounds
+
+
 @dataclass
 class Task:
     """One loss with its output and labels, over the rows that were looked at."""
@@ -150,9 +154,37 @@ def classify(loss_func: Any, outputs: Tensor, labels: Tensor) -> tuple[str, str]
     is_whole = not labels.is_floating_point()
     if is_whole and outputs.ndim > 1 and labels.shape == outputs.shape[:1] + outputs.shape[2:]:
         if outputs.shape[1] > 1 and labels.dtype != torch.bool:
-            return CLASSES, UNKNOWN
+            if is_cross_entropy(loss_func, outputs, labels):
+                return CLASSES, SCORES
+            return UNKNOWN, UNKNOWN
     if labels.shape == outputs.shape and any(
         word in name for word in ("mse", "l1", "mae", "huber")
     ):
         return REGRESSION, VALUES
     return UNKNOWN, UNKNOWN
+
+
+def is_cross_entropy(loss_func: Any, outputs: Tensor, labels: Tensor) -> bool:
+    """Tell whether a custom loss takes scores of classes, by trying it.
+
+    A cross-entropy is the same if all scores of a row grow alike, and less if that of the right
+    class grows.
+    """
+    classes = outputs.shape[1]
+    scores = outputs[:ROWS_TO_TRY].detach().float()
+    right = labels[:ROWS_TO_TRY]
+    inside = right.clamp(0, classes - 1).long().unsqueeze(1)
+    better = scores.scatter_add(1, inside, torch.ones_like(scores))
+    losses = []
+    for tried in (scores, scores + 1.0, better):
+        try:
+            with torch.no_grad():
+                loss = loss_func(tried.to(outputs.dtype), right)
+        except Exception:  # it needs more than outputs and labels
+            return False
+        total = loss[0] / loss[1] if isinstance(loss, tuple) and len(loss) == 2 else loss
+        if not isinstance(total, Tensor):
+            return False
+        losses.append(total.float().mean().item())
+    first, shifted, improved = losses
+    return abs(shifted - first) <= SAME * max(abs(first), 1.0) and improved < first
