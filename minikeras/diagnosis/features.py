@@ -144,12 +144,18 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
             suspicious = drop_background(tensor, numbers, is_constant)
         shown = suspicious or numbers
         named = [name_column(evidence, name, tensor, number) for number in shown]
+        remedy = "A constant column tells nothing. Drop it, or look at how it is read."
+        if not suspicious:
+            remedy = (
+                "Nothing to do for a rare category, padding, a mask, the border of images, or if "
+                "the rows that were not looked at differ."
+            )
         yield Finding(
             "warning" if suspicious else "note",
             join_names(named),
             f"one value in all {len(tensor):,} rows",
             "values that differ",
-            "A constant column tells nothing. Drop it, or look at how it is read.",
+            remedy,
         )
 
 
