@@ -338,13 +338,14 @@ def find_columns(data: Any) -> list[str] | None:
 
 
 def named_tensors(nest: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a nest with names to call them by, such as features["age"].
+    """Yield the dense tensors of a nest with names to call them by, such as features["age"].
 
     >>> [name for name, _ in named_tensors({"a": torch.zeros(1), "b": 2}, "features")]
     ['features["a"]']
     """
     if isinstance(nest, Tensor):
-        yield name, nest
+        if nest.layout is torch.strided and not nest.is_nested:
+            yield name, nest
         return
     container = take_apart(nest)
     if container is None:

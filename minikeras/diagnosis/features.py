@@ -11,17 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import RandomSampler
 
 from minikeras.diagnosis.copies import silenced
-from minikeras.diagnosis.evidence import Evidence, copy_leaf, named_tensors
+from minikeras.diagnosis.evidence import Evidence, Sample, copy_leaf, named_tensors
 from minikeras.diagnosis.findings import Finding
-from minikeras.diagnosis.kinds import NORMS
+from minikeras.diagnosis.kinds import NORMS, WITH_ROWS
 from minikeras.nests import leaves, map_leaves
 
 LARGE = 30.0  # root mean square of a column; standardized ones have 1, scikit-learn's digits 6
 SMALL = 1e-3
 APART = 1000.0  # times, between the scales of two columns; of 100 the network takes longer
 PIXELS = 20.0  # root mean square of pixels of 0 to 255; dark images still have more
+BRIGHTEST = 100.0  # the least that the brightest pixel of images of 0 to 255 has
+MANY_COLUMNS = 49  # of flat images, 7 x 7 at least; a table of so many bytes is rare
+BACKGROUND = 0.01  # share of the other columns' values; two measured values are seldom equal
 ROWS = 20  # fewer are constant by chance
 SHOWN = 3  # names of columns in a line
 
@@ -31,13 +36,15 @@ def check_missing_features(evidence: Evidence) -> Iterator[Finding]:
     bad_rows = 0
     rows = 0
     names: dict[str, int] = {}  # of columns -> rows
+    first_bad: Any = None  # features of a batch with some
     for features, _, _ in evidence.train.batches:
         batch_rows: Tensor | None = None
         for name, tensor in named_tensors(features, "features"):
-            if not tensor.is_floating_point() or tensor.ndim == 0:
+            if not tensor.is_floating_point() or tensor.ndim == 0 or is_mask(tensor):
                 continue
             bad = ~tensor.isfinite()
             if bad.any():
+                first_bad = features if first_bad is None else first_bad
                 for column, count in count_by_column(evidence, name, bad).items():
                     names[column] = names.get(column, 0) + count
             in_rows = bad.reshape(len(bad), -1).any(1)
@@ -47,20 +54,34 @@ def check_missing_features(evidence: Evidence) -> Iterator[Finding]:
             bad_rows += int(batch_rows.sum())
             rows += len(batch_rows)
     if bad_rows:
+        inputs = find_inputs(evidence, first_bad)
+        is_filled = bool(inputs) and all(bool(given.isfinite().all()) for given in inputs)
+        remedy = (
+            "One of them makes every weight NaN. Fill them (X.fillna(X.median()), "
+            "sklearn.impute.SimpleImputer) or drop the rows (X.dropna())."
+        )
+        if is_filled:
+            remedy = "forward replaces them before the first layer with weights: nothing to do."
         yield Finding(
-            "error",
+            "note" if is_filled else "error",
             join_names(list(names)),
             f"NaN or infinite in {bad_rows:,} of {rows:,} rows",
             "none",
-            "One of them makes every weight NaN. Fill them (X.fillna(X.median()), "
-            "sklearn.impute.SimpleImputer) or drop the rows (X.dropna()).",
+            remedy,
         )
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Tell whether this is a mask to add to scores of attention: 0, or minus infinity."""
+    return bool(((tensor == 0) | (tensor == -torch.inf)).all()) and bool((tensor == 0).any())
 
 
 def count_by_column(evidence: Evidence, name: str, bad: Tensor) -> dict[str, int]:
     """Count the rows with a bad value by column, channel or tensor."""
     if bad.ndim < 2:
         return {name: int(bad.sum())}
+    if bad.ndim == 3:  # (rows, steps, columns)
+        bad = bad.transpose(1, 2)
     by_column = bad.reshape(len(bad), bad.shape[1], -1).any(2).sum(0)
     counts = {}
     for column in by_column.nonzero()[:, 0].tolist():
@@ -89,7 +110,8 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
     """Find columns and channels that have one value."""
     if evidence.train.rows < ROWS or evidence.train.features is None:
         return
-    for name, tensor in named_tensors(evidence.train.features, "features"):
+    tensors = list(named_tensors(evidence.train.features, "features"))
+    for name, tensor in tensors:
         if len(tensor) < ROWS or tensor.ndim not in (2, 3, 4):
             continue
         if tensor.ndim == 2:
@@ -103,9 +125,8 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
         numbers = is_constant.nonzero()[:, 0].tolist()
         if not numbers:
             continue
-        if len(numbers) == len(is_constant) and not tensor.is_floating_point():
-            continue  # the mask of sequences of one length
-        if len(numbers) == len(is_constant):
+        # one of several inputs may be constant: a mask without padding
+        if len(numbers) == len(is_constant) and len(tensors) == 1:
             yield Finding(
                 "error",
                 name,
@@ -118,43 +139,79 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
             continue
         # a rare category, a padded step, a mask or the border of an image is no mistake
         is_measured = tensor.ndim == 2 and tensor.is_floating_point()
-        level = "warning" if is_measured and not is_zero(tensor, numbers) else "note"
-        named = [name_column(evidence, name, tensor, number) for number in numbers]
+        suspicious: list[int] = []
+        if is_measured and stands_for_all(evidence.train, evidence.dl_train):
+            suspicious = drop_background(tensor, numbers, is_constant)
+        shown = suspicious or numbers
+        named = [name_column(evidence, name, tensor, number) for number in shown]
+        remedy = "A constant column tells nothing. Drop it, or look at how it is read."
+        if not suspicious:
+            remedy = (
+                "Nothing to do for a rare category, padding, a mask, the border of images, or if "
+                "the rows that were not looked at differ."
+            )
         yield Finding(
-            level,
+            "warning" if suspicious else "note",
             join_names(named),
             f"one value in all {len(tensor):,} rows",
             "values that differ",
-            "A constant column tells nothing. Drop it, or look at how it is read.",
+            remedy,
         )
 
 
-def is_zero(tensor: Tensor, numbers: list[int]) -> bool:
-    """Tell whether these columns of a table are 0 everywhere."""
-    return bool((tensor[:, numbers] == 0).all())
+def stands_for_all(sample: Sample, data: Any) -> bool:
+    """Tell whether the rows of a sample are all rows, or random ones, and not those of a time."""
+    is_shuffled = isinstance(getattr(data, "sampler", None), RandomSampler)
+    return sample.is_whole or sample.is_batched_here or is_shuffled
+
+
+def drop_background(table: Tensor, numbers: list[int], is_constant: Tensor) -> list[int]:
+    """Return the constant columns whose value is not 0, nor common in the columns that vary.
+
+    A value that other columns have too is the background of flat images, or a category.
+    """
+    others = table[:, ~is_constant]
+    kept = []
+    for number in numbers:
+        value = table[0, number]
+        if value != 0 and (others == value).float().mean() < BACKGROUND:
+            kept.append(number)
+    return kept
 
 
 def check_feature_scales(evidence: Evidence) -> Iterator[Finding]:
     """Find features far from unit scale, or far from each other; images of 0 to 255."""
-    scaled = find_unscaled_inputs(evidence)
+    scaled = find_inputs(evidence, evidence.train.batches[0][0])
     for name, tensor in named_tensors(evidence.train.features, "features"):
+        if tensor.is_complex():
+            continue
         if not any(is_same_data(tensor, layer_input) for layer_input in scaled):
             continue
         values = tensor.detach().float()
         if not bool(values.isfinite().all()) or len(values) < ROWS:
             continue
-        if is_image(values):
+        if is_image(values) or has_bytes(values):
             if values.square().mean().sqrt() > PIXELS and values.min() >= 0:
-                yield Finding(
-                    "warning",
-                    f"the images, {name}",
-                    f"pixels of {values.min():g} to {values.max():g}, mean {values.mean():.0f}",
-                    "0 to 1, or mean 0 and deviation 1",
-                    "Divide by 255: X = X.float() / 255, or "
-                    "torchvision.transforms.ToTensor() in the Dataset.",
-                )
+                yield describe_pixels(name, values)
             continue
         yield from judge_columns(evidence, name, values)
+
+
+def describe_pixels(name: str, values: Tensor) -> Finding:
+    """Say that images are still 0 to 255, or 0 to 4,095 as of some cameras."""
+    remedy = f"Divide by the largest value: X = X.float() / {values.max():g}."
+    if values.max() <= 255:
+        remedy = (
+            "Divide by 255: X = X.float() / 255, or torchvision.transforms.ToTensor() in the "
+            "Dataset."
+        )
+    return Finding(
+        "warning",
+        f"the images, {name}",
+        f"pixels of {values.min():g} to {values.max():g}, mean {values.mean():.0f}",
+        "0 to 1, or mean 0 and deviation 1",
+        remedy,
+    )
 
 
 def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Finding]:
@@ -215,8 +272,17 @@ def is_dense(column: Tensor) -> bool:
 
 
 def is_image(values: Tensor) -> bool:
-    """Tell whether these are images: (rows, channels, height, width), or (rows, height, width)."""
-    return values.ndim == 4 and min(values.shape[-2:]) > 1
+    """Tell whether these are images: (rows, channels, height, width), or the channels last."""
+    return values.ndim == 4 and sorted(values.shape[1:])[1] > 1
+
+
+def has_bytes(values: Tensor) -> bool:
+    """Tell whether these are images as rows, or without a channel: whole numbers of 0 to 255."""
+    if (values.ndim == 2 and values.shape[1] < MANY_COLUMNS) or values.ndim not in (2, 3):
+        return False
+    if values.min() < 0 or not BRIGHTEST < values.max() <= 255:
+        return False
+    return bool((values == values.round()).all())
 
 
 def is_same_data(tensor: Tensor, layer_input: Tensor) -> bool:
@@ -225,45 +291,60 @@ def is_same_data(tensor: Tensor, layer_input: Tensor) -> bool:
     given = layer_input.reshape(-1)
     if rows.numel() == given.numel():
         return bool(torch.equal(rows.sort().values, given.sort().values))
-    # one input of several that are joined: its largest value is in what the layer gets
-    if rows.numel() < given.numel() and rows.numel():
-        largest = rows[rows.abs().argmax()]
-        return bool((given == largest).any()) and abs(largest.item()) > LARGE
-    return False
+    # one input of several that are joined, or some of the columns: it gets their largest value
+    if not rows.numel():
+        return False
+    largest = rows[rows.abs().argmax()]
+    return bool((given == largest).any()) and abs(largest.item()) > LARGE
 
 
-def find_unscaled_inputs(evidence: Evidence) -> list[Tensor]:
-    """Return what the first layers with weights get of the first batch, if no norm layer is first.
+def find_inputs(evidence: Evidence, features: Any) -> list[Tensor]:
+    """Return what the layers with weights get of these features of a batch, as float32.
 
-    It is float32, on the rows of the first batch.
+    Norm layers and embeddings are left out: they take values of any scale. Of the features
+    themselves, if forward cannot be called.
     """
     found: list[Tensor] = []
     handles: list[Any] = []
     model = evidence.model
 
-    def look(module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        for leaf in leaves(args):
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for leaf in leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
-                found.append(leaf.detach().float().clone())
+                if not is_mask(leaf):
+                    found.append(leaf.detach().float().clone())
 
     for module in model.modules():
-        is_layer = bool(list(module.parameters(recurse=False)))
-        if is_layer and not isinstance(module, (*NORMS, nn.Embedding, nn.EmbeddingBag)):
-            handles.append(module.register_forward_pre_hook(look))
+        if takes_unit_scale(module):
+            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     model.eval()
     try:
         with torch.no_grad(), silenced():
-            model.compute_outputs(map_leaves(copy_leaf, evidence.train.batches[0][0]))
+            model.compute_outputs(map_leaves(copy_leaf, features))
     except Exception:  # a custom step may call submodules with the features
         found = [
             tensor.detach().float()
-            for _, tensor in named_tensors(evidence.train.batches[0][0], "features")
+            for _, tensor in named_tensors(features, "features")
             if tensor.is_floating_point()
         ]
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def takes_unit_scale(module: nn.Module) -> bool:
+    """Tell whether a layer multiplies what it gets with weights, as it is.
+
+    One whose own parameters are vectors scales each column: a norm layer, of whatever class. What
+    has parameters and layers too may scale the features before it calls the layers.
+    """
+    if isinstance(module, WITH_ROWS):
+        return True
+    if isinstance(module, (*NORMS, nn.Embedding, nn.EmbeddingBag)) or list(module.children()):
+        return False
+    parameters = list(module.parameters(recurse=False))
+    return any(not is_lazy(parameter) and parameter.ndim > 1 for parameter in parameters)
 
 
 def write_number(value: float) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minikeras.diagnosis.constant_answer import best_constant_loss, loss_of
-from minikeras.diagnosis.evidence import Evidence, named_tensors
-from minikeras.diagnosis.features import write_number
+from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.evidence import Evidence, copy_leaf, named_tensors
+from minikeras.diagnosis.features import stands_for_all, write_number
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
+from minikeras.diagnosis.tasks import find_tasks as tasks_of
+from minikeras.nests import map_leaves
 
 NEARLY_ALL = 0.97  # share of one class; a rare class of 5 to 10 % is common and can be learnt
 ROWS_PER_CLASS = 20  # rows, on average, from which a class that never comes is no chance
@@ -20,27 +24,47 @@ MOST_TOKENS = 30  # a vocabulary has words that are rare, or never to be predict
 LARGE = 30.0  # root mean square of a target; the loss is its square
 LEARNT = 0.5  # of the loss of the best constant answer: the network has reached the targets
 SMALL = 1e-3
+REACHED = 0.05  # deviation of the outputs by that of the targets; large targets are not reached
+FAR = 2.0  # deviations of the targets from 0 to their mean, which no network reaches by chance
 ROWS = 20
+NAMES_OF_WEIGHTS = ("weight", "pos_weight", "alpha")  # of classes, in torch's losses and FocalLoss
 
 
 def check_missing_labels(evidence: Evidence) -> Iterator[Finding]:
     """Find NaN and infinite labels."""
     bad_rows = 0
     rows = 0
-    for _, labels, _ in evidence.train.batches:
+    first_bad: tuple[Any, Any] | None = None  # features and labels of a batch with some
+    for features, labels, _ in evidence.train.batches:
         for _, tensor in named_tensors(labels, "the labels"):
             if tensor.is_floating_point() and tensor.ndim:
                 bad = ~tensor.reshape(len(tensor), -1).isfinite()
                 bad_rows += int(bad.any(1).sum())
                 rows += len(tensor)
-    if bad_rows:
-        yield Finding(
-            "error",
-            "the labels",
-            f"NaN or infinite in {bad_rows:,} of {rows:,} rows",
-            "none",
-            "One of them makes every weight NaN. Drop these rows, from features and labels alike.",
-        )
+                if first_bad is None and bool(bad.any()):
+                    first_bad = features, labels
+    if first_bad is None:
+        return
+    level = "error"
+    remedy = "One of them makes every weight NaN. Drop these rows, from features and labels alike."
+    if is_left_out(evidence, *first_bad):
+        level = "note"
+        remedy = "The loss leaves them out: it is finite for a batch with some."
+    found = f"NaN or infinite in {bad_rows:,} of {rows:,} rows"
+    yield Finding(level, "the labels", found, "none", remedy)
+
+
+def is_left_out(evidence: Evidence, features: Any, labels: Any) -> bool:
+    """Tell whether a custom loss leaves out labels that are NaN, as of values not measured."""
+    model = evidence.model
+    model.eval()
+    try:
+        with torch.no_grad(), silenced():
+            outputs = model.compute_outputs(map_leaves(copy_leaf, features))
+            tasks = tasks_of(evidence.loss_func, outputs, labels)
+    except Exception:  # said elsewhere
+        return False
+    return bool(tasks) and all(loss_of(task, task.outputs) is not None for task in tasks)
 
 
 def find_tasks(evidence: Evidence) -> list[Task]:
@@ -109,16 +133,28 @@ def check_class_shares(evidence: Evidence) -> Iterator[Finding]:
         if classes is None or bool(((numbers < 0) | (numbers >= classes)).any()):
             continue
         counts = torch.bincount(numbers, minlength=classes)
-        missing = (counts == 0).nonzero()[:, 0].tolist()
+        ignored = getattr(task.loss_func, "ignore_index", None)
+        missing = [number for number in (counts == 0).nonzero()[:, 0].tolist() if number != ignored]
         share = counts.max().item() / numbers.numel()
         most = int(counts.argmax())
+        # most of an image is background, and most words are rare
+        is_of_rows = task.labels.numel() == len(task.labels) or task.labels.is_floating_point()
         if share > NEARLY_ALL:
+            level = "error" if share == 1 and sample.is_whole else "warning"
+            if share < 1 and (is_weighted(task) or not is_of_rows):
+                level = "note"
+            sort = ""
+            if not stands_for_all(sample, evidence.dl_train):
+                sort = (
+                    "These are the first rows: if dl_train is sorted, shuffle it, "
+                    "DataLoader(..., shuffle=True). "
+                )
             yield Finding(
-                "error" if share == 1 and sample.is_whole else "warning",
+                level,
                 f"the labels{task.called}",
                 f"class {most} is {share:.1%} of {numbers.numel():,} labels",
                 "no class nearly alone",
-                f"Always answering {most} has an accuracy of {share:.1%}: compare with that. "
+                f"{sort}Always answering {most} has an accuracy of {share:.1%}: compare with that. "
                 "Get more rows of the others, weight them (nn.CrossEntropyLoss(weight=...), "
                 "nn.BCEWithLogitsLoss(pos_weight=...), FocalLoss), draw them more often "
                 "(WeightedRandomSampler), and watch recall or AUROC in place of accuracy.",
@@ -128,11 +164,10 @@ def check_class_shares(evidence: Evidence) -> Iterator[Finding]:
             and classes <= most_classes(task)
             and numbers.numel() >= ROWS_PER_CLASS * classes
         ):
-            if not sample.is_whole and not sample.is_batched_here and share > 0.5:
-                continue  # rows in an order, of which only the first were seen
+            is_certain = is_of_rows and stands_for_all(sample, evidence.dl_train)
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             yield Finding(
-                "warning",
+                "warning" if is_certain else "note",
                 f"the labels{task.called}",
                 f"no row of class {shown} in {numbers.numel():,} labels; the outputs have "
                 f"{classes} classes",
@@ -140,6 +175,12 @@ def check_class_shares(evidence: Evidence) -> Iterator[Finding]:
                 "The network cannot learn a class without rows. Add some, or give the last layer "
                 "as many outputs as there are classes.",
             )
+
+
+def is_weighted(task: Task) -> bool:
+    """Tell whether the loss gives rare classes more weight."""
+    weights = [getattr(task.loss_func, name, None) for name in NAMES_OF_WEIGHTS]
+    return any(weight is not None for weight in weights)
 
 
 def all_class_numbers(evidence: Evidence, task: Task) -> Tensor | None:
@@ -163,11 +204,12 @@ def check_target_scale(evidence: Evidence) -> Iterator[Finding]:
             continue
         size = targets.square().mean().sqrt().item()
         deviation = (targets - targets.mean(0)).square().mean().sqrt().item()
-        if size > LARGE and not is_learnt(task):
+        is_constant = bool((targets == targets[:1]).all())
+        if size > LARGE and not is_constant and not is_learnt(task) and not is_reached(task):
             found = f"values of about {write_number(size)}, deviation {write_number(deviation)}"
-        elif 0 < deviation < SMALL:
+        elif deviation < SMALL and not is_constant:
             found = f"a deviation of {deviation:.2g}"
-        elif deviation == 0:
+        elif is_constant:
             yield Finding(
                 "error",
                 f"the targets{task.called}",
@@ -193,6 +235,19 @@ def is_learnt(task: Task) -> bool:
     loss = loss_of(task, task.outputs)
     constant = best_constant_loss(task)
     return loss is not None and constant is not None and loss < LEARNT * constant
+
+
+def is_reached(task: Task) -> bool:
+    """Tell whether the outputs have the scale of the targets: forward ends with their scaling."""
+    if not task.outputs.is_floating_point():
+        return False
+    targets = task.labels.detach().float()
+    outputs = task.outputs.detach().float()
+    deviation = targets.std()
+    is_wide = outputs.std() > REACHED * deviation
+    is_far_from_0 = targets.mean().abs() > FAR * deviation
+    is_near = (outputs.mean() - targets.mean()).abs() < deviation
+    return bool(is_near and (is_wide or is_far_from_0))
 
 
 def most_classes(task: Task) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from minikeras.diagnosis.evidence import Evidence, Sample, named_tensors
+from minikeras.diagnosis.features import stands_for_all
 from minikeras.diagnosis.findings import Finding
 
 SHARED = 0.05  # of the validation rows; real data has a few equal rows
@@ -17,12 +20,22 @@ ROWS = 20
 MANY_ROWS = 100  # for comparing means
 SHIFT = 3.0  # deviations between the two means
 RATIO = 5.0  # between the two deviations
-ROWS_PER_CLASS = 20
+EXPECTED = 10  # rows of a class, by its share in the other; that none comes has a chance of e^-10
 
 
 def check_leaks(evidence: Evidence) -> Iterator[Finding]:
     """Find rows that are in dl_train and in dl_val."""
     if evidence.val is None:
+        return
+    if is_same_source(evidence.dl_train, evidence.dl_val):
+        yield Finding(
+            "error",
+            "dl_train and dl_val",
+            "they are the same data",
+            "no row in both",
+            "val_loss then shows what was memorized. Keep rows for validation: "
+            "sklearn.model_selection.train_test_split, or torch.utils.data.random_split.",
+        )
         return
     train = hash_rows(evidence.train)
     val = hash_rows(evidence.val)
@@ -46,6 +59,32 @@ def check_leaks(evidence: Evidence) -> Iterator[Finding]:
         "for instance with sklearn.model_selection.train_test_split, and drop duplicates first "
         "(df.drop_duplicates()).",
     )
+
+
+def is_same_source(train: Any, val: Any) -> bool:
+    """Tell whether both read all rows of the same data, however many rows that are.
+
+    Samples of a large data set have few rows in common.
+    """
+    if isinstance(train, DataLoader) and isinstance(val, DataLoader):
+        # an IterableDataset may make other rows each time; its rows are compared
+        return (
+            not isinstance(train.dataset, IterableDataset)
+            and train.dataset is val.dataset
+            and draws_from_all(train)
+            and draws_from_all(val)
+        )
+    if isinstance(train, tuple) and isinstance(val, tuple) and train and val:
+        return train[0] is val[0]
+    return train is val and hasattr(train, "__getitem__")
+
+
+def draws_from_all(loader: DataLoader[Any]) -> bool:
+    """Tell whether a loader's rows are all of its Dataset's: it has no sampler of the user's."""
+    if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+        return False
+    batch_sampler = loader.batch_sampler  # given one, a loader has a sampler that it does not use
+    return batch_sampler is None or getattr(batch_sampler, "sampler", None) is loader.sampler
 
 
 def hash_rows(sample: Sample) -> list[int] | None:
@@ -81,21 +120,29 @@ def check_split(evidence: Evidence) -> Iterator[Finding]:
 
 def compare_classes(evidence: Evidence, val: Sample) -> Iterator[Finding]:
     """Find classes that only one of them has."""
-    train_labels = class_labels(evidence.train)
-    val_labels = class_labels(val)
+    train_labels = class_labels(evidence.train.labels)
+    val_labels = class_labels(val.labels)
     if train_labels is None or val_labels is None:
         return
-    in_train = set(train_labels.unique().tolist())
-    in_val = set(val_labels.unique().tolist())
-    most = len(in_train | in_val)
-    is_seen = evidence.train.is_whole or evidence.train.is_batched_here
-    only_val = sorted(in_val - in_train)
-    if only_val and is_seen and train_labels.numel() >= ROWS_PER_CLASS * most:
-        yield describe_classes("dl_val", "dl_train", only_val, "The network never sees them.")
-    only_train = sorted(in_train - in_val)
-    is_seen = val.is_whole or val.is_batched_here
-    if only_train and is_seen and val_labels.numel() >= ROWS_PER_CLASS * most:
-        yield describe_classes("dl_train", "dl_val", only_train, "val_loss says nothing of them.")
+    if stands_for_all(evidence.train, evidence.dl_train):
+        missing = find_missing(val_labels, train_labels)
+        if missing:
+            effect = "The network never sees them."
+            yield describe_classes("dl_val", "dl_train", missing, effect)
+    if stands_for_all(val, evidence.dl_val):
+        missing = find_missing(train_labels, val_labels)
+        if missing:
+            effect = "val_loss says nothing of them."
+            yield describe_classes("dl_train", "dl_val", missing, effect)
+
+
+def find_missing(first: Tensor, second: Tensor) -> list[int]:
+    """Return the classes of `first` that are not in `second`, though rows of them had to come."""
+    classes, counts = first.unique(return_counts=True)
+    expected = counts.double() / len(first) * len(second)
+    is_missing = ~torch.isin(classes, second) & (expected >= EXPECTED)
+    numbers: list[int] = classes[is_missing].tolist()
+    return numbers
 
 
 def describe_classes(where: str, where_not: str, classes: list[int], effect: str) -> Finding:
@@ -111,17 +158,15 @@ def describe_classes(where: str, where_not: str, classes: list[int], effect: str
     )
 
 
-def class_labels(sample: Sample) -> Tensor | None:
+def class_labels(labels: Any) -> Tensor | None:
     """Return labels that are class numbers, one for each row; None if they are not."""
-    labels = sample.labels
     if not isinstance(labels, Tensor) or labels.numel() != len(labels):
         return None
-    labels = labels.reshape(-1)
-    if labels.is_floating_point():
-        if not bool(((labels == 0) | (labels == 1)).all()):
-            return None
-        return labels.long()
-    return labels if labels.unique().numel() < len(labels) / 4 else None
+    numbers = labels.reshape(-1)
+    if numbers.is_floating_point():
+        is_binary = bool(((numbers == 0) | (numbers == 1)).all())
+        return numbers.long() if is_binary else None
+    return numbers.long() if numbers.unique().numel() < len(numbers) / 4 else None
 
 
 def compare_scales(evidence: Evidence, val: Sample) -> Iterator[Finding]:
