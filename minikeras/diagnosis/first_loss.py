@@ -15,6 +15,7 @@ from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
 # times the loss of the best constant answer, or of zeros, if that is larger; networks with
 # PyTorch's initialization begin near zeros, and stay below 1.5
 FAR_ABOVE = 3.0
+FAR_ABOVE_OF_REGRESSION = 10.0  # a mean of squares: outputs about three times too large
 FAR_BELOW = 0.5  # the same, for a network that has not been trained
 EXACT = 0.9999  # correlation of a column with the labels: it is the label
 ROWS = 50  # fewer are separated by chance
@@ -34,7 +35,8 @@ def check_first_loss(evidence: Evidence) -> Iterator[Finding]:
         ratio = loss / constant
         found = f"{loss:.3g}, {ratio:.2g} times that of the best constant answer ({constant:.3g})"
         zeros = loss_of(task, to_outputs(task, torch.zeros_like(task.outputs)))
-        if loss > FAR_ABOVE * max(constant, zeros or 0.0):
+        limit = FAR_ABOVE_OF_REGRESSION if task.kind == REGRESSION else FAR_ABOVE
+        if loss > limit * max(constant, zeros or 0.0):
             yield Finding(
                 "warning",
                 f"the loss at the start{task.called}",
