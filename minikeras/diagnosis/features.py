@@ -125,8 +125,11 @@ def check_constant_features(evidence: Evidence) -> Iterator[Finding]:
         numbers = is_constant.nonzero()[:, 0].tolist()
         if not numbers:
             continue
-        # one of several inputs may be constant: a mask without padding
-        if len(numbers) == len(is_constant) and len(tensors) == 1:
+        is_alone = len(tensors) == 1
+        is_all = len(numbers) == len(is_constant)
+        if is_all and not is_alone and not tensor.is_floating_point():
+            continue  # the mask of sequences of one length
+        if is_all and is_alone:
             yield Finding(
                 "error",
                 name,
