@@ -40,8 +40,8 @@ def check_dead_units(evidence: Evidence) -> Iterator[Finding]:
         f"{worst.dead_units} of {worst.units} ReLU units are 0 for all rows",
         "less than half",
         "Dead units get no gradient and do not come back. Start from new weights with a lower "
-        "learning rate; look at the scale of the features and at the biases; or use nn.LeakyReLU "
-        "or nn.GELU, or a norm layer before ReLU.",
+        "learning rate, or put a norm layer before ReLU; look at the scale of the features and at "
+        "the biases. With new weights, nn.LeakyReLU keeps units alive.",
         is_symptom=True,
     )
 

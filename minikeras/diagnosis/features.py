@@ -23,6 +23,8 @@ from minikeras.nests import leaves, map_leaves
 LARGE = 30.0  # root mean square of a column; standardized ones have 1, scikit-learn's digits 6
 SMALL = 1e-3
 APART = 1000.0  # times, between the scales of two columns; of 100 the network takes longer
+# BatchNorm adds eps=1e-5 to the variance, and hardly scales a column below its square root
+LEAST_OF_NORM = 3e-3
 PIXELS = 20.0  # root mean square of pixels of 0 to 255; dark images still have more
 BRIGHTEST = 100.0  # the least that the brightest pixel of images of 0 to 255 has
 MANY_COLUMNS = 49  # of flat images, 7 x 7 at least; a table of so many bytes is rare
@@ -230,11 +232,14 @@ def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Fin
     high = sizes[largest].item()
     low = sizes[smallest].item()
     columns = table if values.ndim == 2 else table[:, :]
+    by_hand = "X = (X - X_train.mean(0)) / X_train.std(0)"
+    if evidence.train.columns is not None:  # a DataFrame goes by columns without an argument
+        by_hand = "X = (X - X_train.mean()) / X_train.std()"
     remedy = (
-        "Standardize the columns by the training rows: X = (X - X_train.mean(0)) / "
-        "X_train.std(0), or sklearn.preprocessing.StandardScaler; or begin the network with "
-        "nn.BatchNorm1d."
+        f"Standardize the columns by the training rows: {by_hand}, or "
+        "sklearn.preprocessing.StandardScaler"
     )
+    remedy += "; or begin the network with nn.BatchNorm1d." if low > LEAST_OF_NORM else "."
     if high > LARGE:
         count = int((varies & (sizes > LARGE)).sum())
         more = f"; {count} columns above {LARGE:g}" if count > 1 else ""

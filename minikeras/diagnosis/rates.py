@@ -15,7 +15,13 @@ from minikeras.run import has_own_step
 FAR_BELOW = 3000.0
 BARELY = 0.02  # of the way to the lowest loss on one batch, in all steps
 RISEN = 0.5  # of the first loss on one batch, above it at the end: the rate is too high
-MAKE_NAN = ("check_missing_features", "check_missing_labels", "check_gradients")
+# faults with which the loss is NaN, or no number at all, at every rate
+NO_LOSS = (
+    "check_missing_features",
+    "check_missing_labels",
+    "check_class_range",
+    "check_gradients",
+)
 
 
 def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
@@ -25,8 +31,8 @@ def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
     found = group.get("initial_lr", group.get("lr"))
     if found is None or not float(found) > 0 or has_own_step(evidence.model):
         return
-    if any(finding.check in MAKE_NAN and finding.level == "error" for finding in evidence.findings):
-        return  # the loss becomes NaN at every rate
+    if any(finding.check in NO_LOSS and finding.level == "error" for finding in evidence.findings):
+        return
     rate = float(found)
     curve = evidence.learning_rates
     what = try_instead(curve)

@@ -90,7 +90,7 @@ def draws_from_all(loader: DataLoader[Any]) -> bool:
 def hash_rows(sample: Sample) -> list[int] | None:
     """Return a number for each row of the features, equal for equal rows; None without any.
 
-    Tokens and other whole numbers count as well.
+    Tokens and other whole numbers count as well. Rows of two dtypes are equal if their values are.
     """
     if sample.rows < ROWS:
         return None
@@ -104,7 +104,8 @@ def hash_rows(sample: Sample) -> list[int] | None:
             return None
         rows: list[list[bytes]] = []
         for table in tables:
-            values = table.float() if table.dtype == torch.bfloat16 else table
+            # by value: a table of float64 has the bytes of no other dtype, and -0.0 not those of 0.0
+            values = table if table.is_complex() else table.double() + 0.0
             rows.append([row.tobytes() for row in values.contiguous().numpy()])
         hashes += [hash(parts) for parts in zip(*rows, strict=True)]
     return hashes
