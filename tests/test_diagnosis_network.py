@@ -16,7 +16,6 @@ from minikeras.by_name import LossesByName
 from minikeras.diagnosis.constant_answer import best_constant_loss
 from minikeras.diagnosis.evidence import Sample
 from minikeras.diagnosis.mixing import SMALL, measure_mixing
-from minikeras.diagnosis.order import count_single_class
 from minikeras.diagnosis.split import hash_rows
 from minikeras.diagnosis.tasks import (
     BINARY,
@@ -387,17 +386,3 @@ def test_too_few_rows_have_no_hashes():
 
 
 # --- batches of one class -------------------------------------------------------------------------
-
-
-def test_batches_of_one_class_and_their_chance():
-    batches = (torch.zeros(4), torch.ones(4), torch.tensor([0.0, 1, 0, 1]), torch.zeros(2))
-    batches = tuple(batch.long() + 5 for batch in batches)
-    # 8 of 14 labels are 0; the batch of 2 rows is too small to count
-    alone = (8 / 14) ** 4 + (6 / 14) ** 4
-    single, chance = count_single_class(batches)
-    assert single == 2
-    assert chance == pytest.approx(alone**2)
-
-
-def test_chance_is_1_if_no_batch_has_one_class():
-    assert count_single_class((torch.arange(4), torch.arange(4))) == (0, 1.0)
