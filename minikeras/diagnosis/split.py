@@ -65,7 +65,7 @@ def hash_rows(sample: Sample) -> list[int] | None:
             return None
         rows: list[list[bytes]] = []
         for table in tables:
-            # by value: a table of float64 has the bytes of no other dtype, and -0.0 not those of 0.0
+            # by value: the bytes of another dtype differ, and those of -0.0 from those of 0.0
             values = table if table.is_complex() else table.double() + 0.0
             rows.append([row.tobytes() for row in values.contiguous().numpy()])
         hashes += [hash(parts) for parts in zip(*rows, strict=True)]
