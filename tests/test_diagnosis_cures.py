@@ -71,10 +71,10 @@ def drop_rows_with_missing_features(model, train, val, finding):
     return model, (X, y.loc[X.index]), val
 
 
-@cure("raw_table", "check_feature_scales", "X = (X - X_train.mean()) / X_train.std()")
+@cure("raw_table", "check_feature_scales", "X = (X - X_train.mean(0)) / X_train.std(0)")
 def standardize_by_hand(model, train, val, finding):
-    X, y = train
-    return model, ((X - X.mean()) / X.std(), y), val
+    X, y = (torch.tensor(part.to_numpy("f4")) for part in train)
+    return model, ((X - X.mean(0)) / X.std(0), y), val
 
 
 @cure("income_in_dollars", "check_feature_scales", "sklearn.preprocessing.StandardScaler", 30)

@@ -317,3 +317,11 @@ def test_it_is_refused_inside_a_fit_of_the_same_model(verb):
     callback = minikeras.LambdaCallback(on_epoch_end=find_inside)
     with pytest.raises(RuntimeError, match=f"{verb} was called inside a fit of the same model"):
         model.fit(1, (X, y), callbacks=[callback], verbose=0)
+
+
+@pytest.mark.parametrize("verb", ["lr_find", "diagnose"])
+def test_unknown_argument_is_refused_with_the_line_to_write(verb):
+    model = minikeras.Model(network())
+    model.compile(nn.MSELoss(), adam(model.net), device="cpu")
+    with pytest.raises(TypeError, match=rf"{verb}\(\) got an .*Write model.{verb}\(dl_train"):
+        getattr(model, verb)((X, y), step=10)

@@ -93,6 +93,8 @@ NOTES = {
         "concatenate_returns": "Pass join=False for a list with the outputs of each batch.",
     },
     "summary": {"input_size": "input_shape is the shape of one row, without the batch."},
+    "diagnose": {},
+    "lr_find": {},
 }
 
 
@@ -248,6 +250,11 @@ def write_evaluate(args: Any, kwargs: dict[str, Any]) -> str:
     return "dl_val"
 
 
+def write_diagnose(args: Any, kwargs: dict[str, Any]) -> str:
+    """Write the data that diagnose and lr_find take."""
+    return "dl_train"
+
+
 def write_predict(args: Any, kwargs: dict[str, Any]) -> str:
     """Write the arguments of predict."""
     line = "X"
@@ -267,6 +274,8 @@ WRITERS = {
     "evaluate": write_evaluate,
     "predict": write_predict,
     "summary": write_summary,
+    "diagnose": write_diagnose,
+    "lr_find": write_diagnose,
 }
 
 

@@ -232,12 +232,9 @@ def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Fin
     high = sizes[largest].item()
     low = sizes[smallest].item()
     columns = table if values.ndim == 2 else table[:, :]
-    by_hand = "X = (X - X_train.mean(0)) / X_train.std(0)"
-    if evidence.train.columns is not None:  # a DataFrame goes by columns without an argument
-        by_hand = "X = (X - X_train.mean()) / X_train.std()"
     remedy = (
-        f"Standardize the columns by the training rows: {by_hand}, or "
-        "sklearn.preprocessing.StandardScaler"
+        "Standardize the columns by the training rows: X = (X - X_train.mean(0)) / "
+        "X_train.std(0), or sklearn.preprocessing.StandardScaler"
     )
     remedy += "; or begin the network with nn.BatchNorm1d." if low > LEAST_OF_NORM else "."
     if high > LARGE:
