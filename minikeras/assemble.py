@@ -336,9 +336,9 @@ def make_parts(
             check_mean(loss_func, f"accumulate={accumulate}")
         if world.size > 1:
             check_mean(loss_func, f"training on {world.size} processes")
-        parts.append(Accumulate(accumulate))
+        parts.append(Accumulate(accumulate, world))
     if dtype is not None:
-        parts.append(MixedPrecision(device, dtype, world))
+        parts.append(MixedPrecision(device, dtype))
     if world.size > 1:
         from minikeras.distributed import all_reduce
 

@@ -8,9 +8,9 @@ out, and each part undoes to the gradients what it did to the loss:
 
     ClipGradients                                          clips
     NaNGuard            may raise
-    Accumulate          times rows                         divides by the rows of the window
+    Accumulate          times a share of the window's rows  divides by the rows there were
     MixedPrecision      times the loss scale               divides by the scale, may skip the step
-    AllReduce                                              adds up the gradients of all processes
+    AllReduce                                              averages the gradients of all processes
     ShardedBackward     ---------- backward ----------
 
 A part overrides the moments that it needs; the others cost nothing. No part knows another.
@@ -42,7 +42,6 @@ class StepLoss:
     batch: Batch
     optimizers: list[Optimizer]  # whose gradients are filled
     inputs: list[Tensor] | None  # the parameters to fill; None for all that the loss reaches
-    weight: Any = None  # what a total over rows is to be divided by, if it is one
 
 
 class Part:
@@ -101,6 +100,10 @@ class Part:
     def on_gradients(self, optimizer: Optimizer) -> None:
         """Change the gradients of an optimizer that steps now (out)."""
 
+    def gradient_memory(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """Return tensors that hold all numbers of its gradients; None where no other does."""
+        return None
+
     def on_gradient_norm(self, norm: Tensor, parameters: list[Tensor]) -> None:
         """Look at the norm of gradients that another part has computed."""
 
@@ -125,7 +128,10 @@ class Part:
         return []
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Take the sums of these numbers, before any weight moves (in)."""
+        """Take the sums of these numbers, before any weight moves (in).
+
+        Each is a plain number, or a 0-d tensor on a device that is not to be waited for.
+        """
 
     def on_gradients_in_graph(
         self, parameters: list[Tensor], tell_norm: Callable[..., None]
@@ -190,6 +196,7 @@ class Stepper:
         self._on_waiting = self.moments("on_waiting")
         self._before_steps = self.moments("before_steps")[::-1]
         self._on_gradients = self.moments("on_gradients")[::-1]
+        self._gradient_memory = self.moments("gradient_memory")
         self._on_gradient_norm = self.moments("on_gradient_norm")
         self._step = self.moments("step")[::-1]
         self._on_stepped = self.moments("on_stepped")[::-1]
@@ -307,6 +314,14 @@ class Stepper:
             self.close = close
             for handle in handles:
                 handle.remove()
+
+    def gradient_memory(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return tensors whose numbers are those of its gradients: these, or few that hold them."""
+        for find in self._gradient_memory:
+            memory: list[Tensor] | None = find(optimizer)
+            if memory is not None:
+                return memory
+        return gradients_of(optimizer)
 
     def tell_norm(self, norm: Tensor, parameters: list[Tensor]) -> None:
         """Show the norm of gradients to the parts that look at it."""

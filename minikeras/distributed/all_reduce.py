@@ -1,97 +1,200 @@
-"""Gradients added up over all processes, before an optimizer steps."""
+"""Gradients averaged over all processes, before an optimizer steps."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from minikeras.distributed.gradients import GradientSums
+from minikeras.distributed.gradients import Bucket, GradientSums, make_buckets
 from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
-from minikeras.nests import is_sharded
 from minikeras.overrides import overrides
-from minikeras.stepper import Part, Restore, StepLoss, trainable_parameters_of
+from minikeras.stepper import Part, Restore, StepLoss, gradients_of, trainable_parameters_of
 
 
 class AllReduce(Part, Hook):
-    """Add up the gradients of all optimizers that step, and the numbers of other parts.
+    """Average the gradients of all optimizers that step, and add up the numbers of other parts.
 
-    They go in one message. In a default step the first gradients are sent while backward still
-    fills the others.
+    In a default step backward does it: the first gradients are sent while it still fills the
+    others, and metrics see the means. A custom train_step may call backward several times, and not
+    as often in each process, so there the optimizer's step does it.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.outside_graph = f"training on {world.size} processes"
-        self.sums: GradientSums | None = None  # which backward feeds
-        self.sends_early = False  # during a fit whose steps call backward once
-        self.order: dict[Tensor, int] = {}  # of the parameters, by layer, during a fit
+        self.has_default_step = False  # in a fit: each step calls backward once
+        self.order: Mapping[Tensor, int] = {}  # in which gradients arrive, during a fit
+        self.arrivals: list[Tensor] | None = None  # in the first step: gradients as they arrive
+        self.kept: dict[tuple[int, ...], list[Bucket]] = {}  # ids of the parameters -> buckets
+        self.heard: list[Bucket] | None = None  # whose gradients are listened to
+        self.handles: list[Any] = []
+        self.means: GradientSums | None = None  # which backward feeds
+        self.averaged: list[Bucket] = []  # that hold the gradients that are there
+        self.is_averaged = False  # so are the gradients that are there
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
         """Listen to the gradients as they are filled."""
-        self.order = {}
-        for number, parameter in enumerate(fit.model.parameters()):
-            self.order[parameter] = number
-        self.sends_early = not overrides(fit.model, "train_step", "backward", "optimizer_step")
-        handles = []
-        if self.sends_early:
-            for tensor in self._collect_gradients(self.stepper.optimizers.values()).bucket_of:
-                handles.append(tensor.register_post_accumulate_grad_hook(self._note_gradient))
+        self.has_default_step = not overrides(fit.model, "train_step", "backward", "optimizer_step")
+        trained: list[Tensor] = list(fit.model.parameters())
+        for optimizer in self.stepper.all:
+            trained += trainable_parameters_of(optimizer)
+        self.order = places(reversed(trained))  # until they have arrived once
+        self.arrivals = []
         try:
             yield
         finally:
+            self.has_default_step = False
             self.order = {}
-            self.sends_early = False
-            for handle in handles:
-                handle.remove()
+            self.kept = {}
+            self._listen_to(None)
 
-    def _note_gradient(self, parameter: Tensor) -> None:
-        if self.sums is not None:
-            self.sums.arrived(parameter)
-
-    def _collect_gradients(self, optimizers: Iterable[Optimizer]) -> GradientSums:
-        """Return the gradients to add up, in the order of the layers; those of the loss last.
-
-        Those of sharded parameters have been added up in backward.
-        """
-        trained: dict[Tensor, None] = {}
-        for optimizer in optimizers:
-            for parameter in trainable_parameters_of(optimizer):
-                if not is_sharded(parameter):
-                    trained[parameter] = None
-        last = len(self.order)
-        in_order = sorted(trained, key=lambda parameter: self.order.get(parameter, last))
-        return GradientSums(self.world, in_order)
+    # --- a default step ---------------------------------------------------------------------------
 
     def on_loss(self, loss: StepLoss) -> None:
         """Prepare to send, if this is the last backward before a step of all optimizers."""
-        if self.sends_early and self.stepper.all_due():
-            self.sums = self._collect_gradients(self.stepper.optimizers.values())
+        if self.has_default_step and self.stepper.all_due():
+            buckets = self._buckets_of(self.stepper.all)
+            self._listen_to(buckets)
+            self.means = GradientSums(self.world, buckets)
+
+    def backward(self, loss: StepLoss) -> bool:
+        """Fill the gradients, and average them on the way."""
+        if self.means is None:
+            return False
+        loss.total.backward(inputs=loss.inputs)
+        self._finish(self.means, self.stepper.all)
+        if self.arrivals is not None:
+            self._follow_arrivals(self.arrivals)
+        self.is_averaged = True
+        return True
+
+    def _listen_to(self, buckets: list[Bucket] | None) -> None:
+        """Be told of the gradients of these buckets, and of no others."""
+        if buckets is self.heard:
+            return
+        self.heard = buckets
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        for number, bucket in enumerate(buckets or ()):
+            if number == len(buckets or ()) - 1 and self.arrivals is None:
+                break  # the last one is sent at the end anyway
+            for parameter in bucket.parameters:
+                hook = functools.partial(self._note_gradient, number)
+                self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _note_gradient(self, number: int, parameter: Tensor) -> None:
+        if self.means is None:
+            return
+        if self.arrivals is not None:
+            self.arrivals.append(parameter)
+        self.means.arrived(number)
+
+    def _follow_arrivals(self, arrivals: list[Tensor]) -> None:
+        """Order the buckets from now on as the gradients have arrived on rank 0."""
+        parameters = list(self.order)
+        numbers = [self.order[parameter] for parameter in arrivals if parameter in self.order]
+        self.order = places(parameters[number] for number in self.world.broadcast(numbers))
+        self.arrivals = None
+        self.kept = {}
+
+    # --- any step ---------------------------------------------------------------------------------
 
     def before_steps(self, optimizers: list[Optimizer]) -> None:
-        """Send what is left; gradients become their sums, and other parts get theirs."""
-        sums = self.sums or self._collect_gradients(optimizers)
-        self.sums = None
+        """Average the gradients, unless backward has done it."""
+        if self.is_averaged:
+            self.is_averaged = False
+            return
+        if not self.has_default_step:
+            self._check_optimizers(optimizers)
+        self._finish(GradientSums(self.world, self._buckets_of(optimizers)), optimizers)
+
+    def _finish(self, means: GradientSums, optimizers: list[Optimizer]) -> None:
+        """Send what is left; gradients become their means, and other parts get their sums."""
+        self.means = None
         counts = []
         numbers = []
         for part in self.stepper.parts:
             own = part.numbers(optimizers)
             counts.append(len(own))
             numbers += own
-        totals = sums.finish(*numbers)
+        sums = means.finish(*numbers)
+        self.averaged = means.buckets
         for part, count in zip(self.stepper.parts, counts, strict=True):
             if count:
-                part.take_numbers(optimizers, totals[:count])
-                totals = totals[count:]
+                part.take_numbers(optimizers, sums[:count])
+                sums = sums[count:]
+
+    def _buckets_of(self, optimizers: Iterable[Optimizer]) -> list[Bucket]:
+        """Return the buckets of what these optimizers train now; parameters may be frozen."""
+        optimizers = list(optimizers)
+        trained: list[int] = []
+        for optimizer in optimizers:
+            trained += map(id, trainable_parameters_of(optimizer))
+        key = tuple(trained)
+        if key not in self.kept:
+            self.kept[key] = make_buckets(optimizers, self.order)
+        return self.kept[key]
+
+    def _check_optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Check that all processes step the same optimizers.
+
+        Raises:
+            ValueError: they would add up gradients that do not belong together.
+        """
+        if len(self.stepper.optimizers) == 1:
+            return
+        mine = sum(2**number for number, one in enumerate(self.stepper.all) if one in optimizers)
+        most, negative_least = self.world.agree(mine, -mine)
+        if most == -negative_least:
+            return
+        names = [name for name, one in self.stepper.optimizers.items() if one in optimizers]
+        shown = []
+        for rank, others in enumerate(self.world.gather(names) or ()):
+            shown.append(f"process {rank} steps {' and '.join(map(repr, others))}")
+        raise ValueError(
+            f"the processes step different optimizers in the same batch: {', '.join(shown)}. "
+            "Expected the same ones in all, since their gradients are added up. Make the choice "
+            "alike in all processes, for instance by the number of the batch, or draw it from a "
+            "torch.Generator() with the same seed in each."
+        )
+
+    def gradient_memory(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """Return the buckets' memory, in which the optimizer's gradients lie."""
+        memory = []
+        count = 0
+        for bucket in self.averaged:
+            if bucket.optimizer is optimizer and bucket.holds_gradients():
+                memory.append(bucket.memory)
+                count += sum(gradient is not None for gradient in bucket.gradients)
+        return memory if count == len(gradients_of(optimizer)) else None
+
+    def on_stepped(self, optimizer: Optimizer) -> None:
+        """Let go of the memory of gradients that have been cleared."""
+        for bucket in self.averaged:
+            if bucket.optimizer is optimizer:
+                bucket.let_go()
 
     def reset(self) -> None:
         """Forget the messages being sent."""
-        self.sums = None
+        self.means = None
+        self.is_averaged = False
+        for bucket in self.averaged:
+            bucket.let_go()
+        self.averaged = []
 
     def way_back(self) -> Restore:
         """Return a function that forgets the messages being sent."""
         return self.reset
+
+
+def places(parameters: Iterable[Tensor]) -> dict[Tensor, int]:
+    """Return the place of each parameter; the first counts for one that comes again."""
+    return {parameter: number for number, parameter in enumerate(dict.fromkeys(parameters))}

@@ -1,56 +1,166 @@
-"""Add up the gradients of all processes in buckets, while backward is still running.
+"""Average the gradients of all processes in buckets, while backward is still running.
 
 You may skip this file. Without buckets one message would be sent after backward.
 
-    of the last layers                                           of the first
-    bucket 0, bucket 1, ... each sent as soon as it is full      the last bucket, sent at the end
-                                                                 with the other numbers
+    arrived first                                                       arrived last
+    bucket 0, bucket 1, ... each sent as soon as it is full             the last bucket, sent at the
+                                                                        end with the other numbers
 
-Each bucket says which of its gradients exist, so that a gradient that no process has stays None.
-All processes send the buckets in this order, whatever the order in which gradients are filled. A
-model of one bucket sends it at the end.
+A gradient is let go as its bucket is sent, and is a part of the bucket's memory afterwards, in the
+layout of its parameter. Each bucket says which of its gradients exist, so that a gradient that no
+process has stays None. All processes send the buckets in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from minikeras.distributed.world import World
+from minikeras.nests import is_sharded
+from minikeras.stepper import trainable_parameters_of
 
 BUCKET = 2**23  # bytes; a bucket ends with the parameter that fills it
+SMALL_BUCKET = 2**20  # of the first one, so that sending begins early, and of the last one
+
+
+class Layout:
+    """How a parameter lies in memory; its gradients are to lie in the same way.
+
+    An optimizer that goes through the memory of several tensors at once relies on it. Of a
+    parameter whose numbers do not fill its memory, such as an expanded one, gradients are
+    contiguous.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.shape = parameter.shape
+        self.dtype = parameter.dtype
+        self.strides = parameter.stride()
+        # dimensions from the slowest to the fastest in memory
+        self.order = sorted(range(parameter.ndim), key=lambda number: -self.strides[number])
+        if not parameter.permute(self.order).is_contiguous():
+            self.order = list(range(parameter.ndim))
+            self.strides = torch.empty(self.shape, device="meta").stride()
+
+    def flatten(self, gradient: Tensor) -> Tensor:
+        """Return the real numbers of a gradient, (n,), in the order of the parameter's memory."""
+        return view_as_real(gradient.permute(self.order)).reshape(-1)
+
+    def unflatten(self, numbers: Tensor) -> Tensor:
+        """Return the gradient of these numbers, (n,)."""
+        if self.dtype.is_complex:
+            numbers = torch.view_as_complex(numbers.view(-1, 2))
+        return numbers.to(self.dtype).as_strided(self.shape, self.strides)
+
+
+class Bucket:
+    """Parameters of one optimizer, one device and one kind of numbers, averaged in one message.
+
+    Attributes:
+        dtype: of the message, float32, or float64 for parameters that are.
+        bytes: of the parameters.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, device: torch.device, dtype: torch.dtype):
+        self.optimizer = optimizer
+        self.device = device
+        self.dtype = dtype
+        self.parameters: list[Tensor] = []
+        self.sizes: list[int] = []  # of their real numbers
+        self.layouts: list[Layout] = []
+        self.bytes = 0
+        self.all_exist: Tensor | None = None  # what is sent if every gradient exists here
+        self.memory = torch.empty(0)  # of the means, which are parts of it
+        self.gradients: list[Tensor | None] = []  # the means as the parameters got them
+
+    def add(self, parameter: Tensor) -> None:
+        """Add a parameter at the end."""
+        self.parameters.append(parameter)
+        self.sizes.append(view_as_real(parameter).numel())
+        self.layouts.append(Layout(parameter))
+        self.bytes += parameter.numel() * parameter.element_size()
+
+    def take(self) -> tuple[list[Tensor], list[bool]]:
+        """Take the gradients away from the parameters.
+
+        Returns:
+            their numbers as vectors, 0 where there is none; and which gradients exist.
+        """
+        parts = []
+        exist = []
+        for parameter, size, layout in zip(self.parameters, self.sizes, self.layouts, strict=True):
+            gradient = parameter.grad
+            exist.append(gradient is not None)
+            if gradient is None:
+                parts.append(torch.zeros(size, dtype=self.dtype, device=self.device))
+                continue
+            if gradient.is_sparse:
+                raise ValueError(
+                    "gradients must be dense to be added up over several processes. Build the "
+                    "embedding with sparse=False."
+                )
+            parts.append(layout.flatten(gradient.detach()).to(self.dtype))
+            parameter.grad = None
+        return parts, exist
+
+    def give(self, memory: Tensor, exist: Sequence[bool]) -> None:
+        """Give the parameters their gradients, which are parts of this memory."""
+        self.memory = memory
+        self.gradients = []
+        pieces = memory.split(self.sizes)
+        for parameter, piece, layout, exists in zip(
+            self.parameters, pieces, self.layouts, exist, strict=True
+        ):
+            if exists:
+                parameter.grad = layout.unflatten(piece)
+            self.gradients.append(parameter.grad)
+
+    def holds_gradients(self) -> bool:
+        """Tell whether the parameters' gradients are still parts of the memory."""
+        if not self.gradients or any(layout.dtype != self.dtype for layout in self.layouts):
+            return False  # cleared, or half precision: those were copied
+        pairs = zip(self.parameters, self.gradients, strict=True)
+        return all(parameter.grad is gradient for parameter, gradient in pairs)
+
+    def let_go(self) -> None:
+        """Keep no memory: the gradients have been cleared."""
+        self.memory = torch.empty(0)
+        self.gradients = []
+
+    def describe_existing(self, exist: list[bool]) -> Tensor:
+        """Return 1 for each gradient that exists and else 0, (parameters,), on the device."""
+        if not all(exist):
+            return to_device([float(exists) for exists in exist], self.device, self.dtype)
+        if self.all_exist is None:
+            self.all_exist = torch.ones(len(exist), dtype=self.dtype, device=self.device)
+        return self.all_exist
 
 
 class GradientSums:
-    """The gradients of one step while they are being added up.
+    """The gradients of one step while they are being averaged over the processes.
 
     Args:
-        parameters: the same ones in all processes, in the order of the layers.
+        buckets: the same ones in all processes.
     """
 
-    def __init__(self, world: World, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, world: World, buckets: list[Bucket]) -> None:
         self.world = world
-        self.buckets = buckets_of(parameters)
-        self.bucket_of = {}
-        for number, bucket in enumerate(self.buckets[:-1]):
-            for parameter in bucket:
-                self.bucket_of[parameter] = number
-        self.missing = [len(bucket) for bucket in self.buckets]
+        self.buckets = buckets
+        self.missing = [len(bucket.parameters) for bucket in buckets]
         # for each bucket what is added up, torch's handle, and which gradients exist here
         self.sent: list[tuple[Tensor, Any, list[bool]]] = []
 
-    def arrived(self, parameter: Tensor) -> None:
-        """Note that backward has filled a gradient; send buckets that are full now.
+    def arrived(self, number: int) -> None:
+        """Note that backward has filled a gradient of a bucket; send buckets that are full now.
 
         Raises:
             RuntimeError: backward had filled it before, and it has been sent.
         """
-        number = self.bucket_of.get(parameter)
-        if number is None:
-            return
         if number < len(self.sent):
             raise RuntimeError(
                 "backward computed the gradient of a parameter a second time, after the processes "
@@ -58,77 +168,92 @@ class GradientSums:
                 "use_reentrant=False."
             )
         self.missing[number] -= 1
+        # the last one waits for the other numbers
         while len(self.sent) < len(self.buckets) - 1 and self.missing[len(self.sent)] <= 0:
             self._send()
 
-    def finish(self, *numbers: Any) -> list[Tensor]:
-        """Send the rest, set the gradients to their sums, and return the sums of the numbers.
+    def finish(self, *numbers: Any) -> list[Any]:
+        """Send the rest, set the gradients to their means, and return the sums of the numbers.
 
-        A gradient that no process has stays None.
+        A gradient that one process has alone counts as 0 in the others; one that no process has
+        stays None. The sums are plain numbers on the CPU, and 0-d tensors on another device, which
+        is not waited for.
         """
         while len(self.sent) < len(self.buckets) - 1:
             self._send()
         self._send(*numbers)
-        totals: tuple[Tensor, ...] = ()
+        sums: Tensor = torch.empty(0)
         for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
             with self.world.answered():
                 work.wait()
-            sizes = [view_as_real(parameter).numel() for parameter in bucket]
-            rest = len(flat) - sum(sizes) - len(bucket)
-            sums, counts, totals = flat.split([sum(sizes), len(bucket), rest])
+            size = sum(bucket.sizes)
+            gradients, counts, sums = flat.split([size, len(own), len(flat) - size - len(own)])
             # read from the device only if a gradient is missing here
-            exists = own if all(own) else (counts > 0).tolist()
-            gradients = sums.split(sizes)
-            for parameter, gradient, has_one in zip(bucket, gradients, exists, strict=True):
-                if has_one:
-                    parameter.grad = reshape_gradient(gradient, parameter)
-        return list(totals)
+            exist = own if all(own) else (counts > 0).tolist()
+            gradients.div_(self.world.size)
+            bucket.give(gradients, exist)
+        return sums.tolist() if sums.device.type == "cpu" else list(sums)
 
     def _send(self, *numbers: Any) -> None:
         bucket = self.buckets[len(self.sent)]
-        own = [parameter.grad is not None for parameter in bucket]
-        flat = join_gradients(bucket, [*map(float, own), *numbers])
+        parts, exist = bucket.take()
+        parts.append(bucket.describe_existing(exist))
+        parts += as_vectors(numbers, bucket.device, bucket.dtype)
+        flat = torch.cat(parts)
         with self.world.answered():
             work = self.world.dist.all_reduce(flat, async_op=True)
-        self.sent.append((flat, work, own))
+        self.sent.append((flat, work, exist))
 
 
-def buckets_of(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the parameters from the last to the first, in buckets of one device each."""
-    buckets: list[list[Tensor]] = [[]]
-    size = 0
-    for parameter in reversed(parameters):
-        if size >= BUCKET or (buckets[-1] and buckets[-1][0].device != parameter.device):
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter)
-        size += parameter.numel() * parameter.element_size()
-    return buckets
+def make_buckets(optimizers: Iterable[Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:
+    """Return the parameters that these optimizers train, in buckets.
 
+    The last bucket is small: it waits for the last gradient and the other numbers, and nothing is
+    left to compute while it is sent. It also takes the parameters that `order` lacks.
 
-def join_gradients(bucket: list[Tensor], numbers: list[Any]) -> Tensor:
-    """Return the bucket's gradients and some numbers as one tensor, (n,).
-
-    It is float32, or float64 if a parameter is.
+    Args:
+        order: the place of each parameter whose gradient arrives. Sharded ones are left out: their
+            gradients have been averaged in backward.
     """
-    if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in bucket):
-        raise ValueError(
-            "gradients must be dense to be added up over several processes. Build the embedding "
-            "with sparse=False."
-        )
-    device = bucket[0].device if bucket else torch.device("cpu")
-    dtype = torch.float32
-    parts = []
-    for parameter in bucket:
-        gradient = parameter.grad
-        if gradient is None:
-            gradient = torch.zeros_like(parameter)
-        if view_as_real(parameter).dtype == torch.float64:
-            dtype = torch.float64
-        parts.append(view_as_real(gradient))
-    for number in numbers:
-        parts.append(torch.as_tensor(number, device=device))
-    return torch.cat([part.detach().to(dtype).reshape(-1) for part in parts])
+    owners: dict[Tensor, Optimizer] = {}  # if several train one, the first steps with its gradient
+    for optimizer in optimizers:
+        for parameter in trainable_parameters_of(optimizer):
+            if not is_sharded(parameter):
+                owners.setdefault(parameter, optimizer)
+    arriving = sorted(filter(order.__contains__, owners), key=order.__getitem__)
+    last = [parameter for parameter in owners if parameter not in order]
+    size = 0
+    while arriving and size < SMALL_BUCKET:
+        last.insert(0, arriving.pop())
+        size += last[0].numel() * last[0].element_size()
+    buckets = []
+    for bucket in fill_buckets(arriving, owners, SMALL_BUCKET, BUCKET):
+        if bucket.bytes >= SMALL_BUCKET:
+            buckets.append(bucket)
+        else:  # not worth a message
+            last = bucket.parameters + last
+    buckets += fill_buckets(last, owners, math.inf, math.inf)
+    return buckets or [Bucket(None, torch.device("cpu"), torch.float64)]
+
+
+def fill_buckets(
+    parameters: Iterable[Tensor],
+    owners: Mapping[Tensor, Optimizer],
+    first_limit: float,
+    limit: float,
+) -> list[Bucket]:
+    """Put parameters into buckets, each of one kind; a limit in bytes fills a bucket."""
+    full: list[Bucket] = []
+    filling: dict[Any, Bucket] = {}
+    for parameter in parameters:
+        is_double = view_as_real(parameter).dtype == torch.float64
+        dtype = torch.float64 if is_double else torch.float32
+        kind = (owners[parameter], parameter.device, dtype)
+        bucket = filling.setdefault(kind, Bucket(*kind))
+        bucket.add(parameter)
+        if bucket.bytes >= (limit if full else first_limit):
+            full.append(filling.pop(kind))
+    return full + list(filling.values())
 
 
 def view_as_real(tensor: Tensor) -> Tensor:
@@ -136,9 +261,24 @@ def view_as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def reshape_gradient(flat: Tensor, parameter: Tensor) -> Tensor:
-    """Return a parameter's gradient from its numbers, (n,)."""
-    flat = flat.to(view_as_real(parameter).dtype)
-    if parameter.is_complex():
-        return torch.view_as_complex(flat.view(*parameter.shape, 2))
-    return flat.view_as(parameter)
+def as_vectors(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Return numbers in their order as vectors on a device; plain ones move there together."""
+    vectors = []
+    plain: list[float] = []
+    for number in numbers:
+        if not isinstance(number, Tensor) or number.device.type == "cpu":
+            plain.append(float(number))
+            continue
+        if plain:
+            vectors.append(to_device(plain, device, dtype))
+            plain = []
+        vectors.append(number.detach().to(device, dtype).reshape(1))
+    if plain:
+        vectors.append(to_device(plain, device, dtype))
+    return vectors
+
+
+def to_device(numbers: list[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return plain numbers as a vector on a device, which is not waited for."""
+    vector = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return vector.to(device, non_blocking=True)

@@ -1,11 +1,11 @@
 """Shard a model's parameters over the processes, by torch's fully_shard.
 
 shard          each block, then the model; optimizers follow by name, with their state
-sum_of_parts   add up a number that each process has of its own shard
+sum_of_parts   add up a number that each process has of its own shard; gradients are averaged
 
 Between forward passes a process holds its own shard of each parameter alone. The parameters of a
 block are whole during its forward and its backward; after that each process has its shard of the
-gradients' sum over all, and `optimizer_step` has nothing left to send.
+gradients' mean over all, and `optimizer_step` has nothing left to send.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def shard(
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # sums and not means: all gradients here are sums until a step divides them
-            module.set_gradient_divide_factor(1.0)
+            # each backend can add up, and not each can average
+            module.set_gradient_divide_factor(dist.get_world_size())
             module.set_force_sum_reduction_for_comms(True)
     after = dict(model.named_parameters())
     for optimizer in optimizers:
@@ -225,7 +225,10 @@ def settle(model: nn.Module) -> None:
 
 
 def sum_of_parts(number: Tensor, like: Any) -> Tensor:
-    """Add up a 0-d tensor, and its gradient, over the processes that hold shards of `like`."""
+    """Add up a 0-d tensor over the processes that hold shards of `like`.
+
+    Its gradient is the mean of theirs, as gradients are between backward and step.
+    """
     summed: Tensor = _Sum.apply(number, like.device_mesh.get_group())  # type: ignore[no-untyped-call]
     return summed
 
@@ -238,7 +241,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _add_up(gradient, ctx.group), None
+        import torch.distributed as dist
+
+        return _add_up(gradient, ctx.group) / dist.get_world_size(ctx.group), None
 
 
 def _add_up(number: Tensor, group: Any) -> Tensor:

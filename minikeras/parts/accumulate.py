@@ -1,12 +1,13 @@
 """Accumulate the gradients of several batches into one step, by the mean over all rows.
 
-backward   add the gradient of loss * rows, or of the total of an Average
+backward   add the gradient of loss * rows / rows of a full window; of an Average its total / unit
 step       count a batch in the window of its optimizer; divide a full window by its rows and step
 pass end   step with windows that are partly filled
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minikeras.nests import widen
+from minikeras.processes import OneProcess
 from minikeras.results import Average, LossParts, get_total, losses_in, unwrap_loss
-from minikeras.stepper import Part, Restore, StepLoss, gradients_of
+from minikeras.stepper import Part, Restore, StepLoss
 
 
 @dataclass
@@ -42,14 +44,20 @@ class Window:
 
 
 class Accumulate(Part):
-    """Keep gradients as sums over rows until a window of `batches` batches is full.
+    """Gather the gradients of a window of `batches` batches; its mean is over all rows.
 
     Each optimizer has a window and counts its own calls of `optimizer_step`. With windows of one
     batch this only weights by rows, which several processes need.
+
+    A batch counts by its rows as a share of `unit`, the rows of a full window in one process: so
+    the gradients of full batches are means at every moment, over 1 / `batches` of the window, and
+    only those of others have to be divided at the end.
     """
 
-    def __init__(self, batches: int) -> None:
+    def __init__(self, batches: int, world: OneProcess) -> None:
         self.batches = batches
+        self.world = world
+        self.unit = 0.0  # 0 until the first batch of a fit
         self.windows: dict[Optimizer, Window] = {}
         if batches > 1:
             self.delays = True
@@ -58,22 +66,41 @@ class Accumulate(Part):
     def _window(self, optimizer: Optimizer) -> Window:
         return self.windows.setdefault(optimizer, Window())
 
+    def _settle_unit(self, weight: Any, is_count: bool = False) -> None:
+        """Take the first batch for a full one, the same in all processes.
+
+        Counts of Averages differ from batch to batch. They may be float32 tensors, which a power of
+        2 divides without rounding.
+        """
+        if self.unit:
+            return
+        unit = self.batches * float(weight)
+        if is_count and unit:
+            unit = 2.0 ** math.ceil(math.log2(unit))
+        self.unit = self.world.agree(unit)[0] or 1.0
+
     def on_loss(self, loss: StepLoss) -> None:
-        """Turn the mean into a sum over rows, or take the total of an Average."""
+        """Multiply the mean by the rows, or take the total of an Average; divide by the unit."""
         rows: Any = 0 if loss.batch.is_filler else loss.batch.rows
-        if isinstance(loss.result, Tensor):
-            loss.total = widen(loss.total) * rows
-            loss.weight = rows
-        elif isinstance(loss.result, Average):
-            loss.total = widen(get_total(loss.result))
-            loss.weight = loss.result.count
-        else:
+        is_average = isinstance(loss.result, Average)
+        if not is_average and not isinstance(loss.result, Tensor):
             raise ValueError(describe_units(loss.result, self.batches))
+        weight = loss.result.count if is_average and rows else rows
+        self._settle_unit(weight, is_average)
+        if is_average:
+            loss.total = widen(get_total(loss.result)) / self.unit
+        else:
+            loss.total = widen(loss.total)
+            if weight != self.unit:
+                loss.total = loss.total * (weight / self.unit)
         if not rows:  # a filler batch, which counts as zero
             loss.total = loss.total * 0
-            loss.weight = 0
         for optimizer in loss.optimizers:
-            self._window(optimizer).add(loss.weight)
+            self._window(optimizer).add(weight)
+
+    def on_step(self, optimizers: list[Optimizer]) -> None:
+        """Settle the unit with the other processes, if the first batch had no loss in this one."""
+        self._settle_unit(0)
 
     def is_due(self, optimizer: Optimizer) -> bool:
         """Tell whether the current batch fills the optimizer's window."""
@@ -86,14 +113,14 @@ class Accumulate(Part):
         window.current = None
 
     def on_gradients(self, optimizer: Optimizer) -> None:
-        """Divide the sums by the rows of the window; without any rows they stay 0."""
-        weight = self._window(optimizer).weight
-        if isinstance(weight, Tensor):
-            weight = torch.where(weight == 0, 1, weight)
-        elif weight == 0:
-            weight = 1
-        for gradient in gradients_of(optimizer):
-            gradient.div_(weight)
+        """Divide by the rows of the window, in units; without any rows gradients stay 0."""
+        share = self._window(optimizer).weight / self.unit
+        if isinstance(share, Tensor):
+            share = torch.where(share == 0, 1, share)
+        elif share in (0, 1):
+            return
+        for memory in self.stepper.gradient_memory(optimizer):
+            memory.div_(share)
 
     def on_stepped(self, optimizer: Optimizer) -> None:
         """Begin a new window."""
@@ -112,13 +139,14 @@ class Accumulate(Part):
         return [self._window(optimizer).weight for optimizer in optimizers]
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Read the weights of all processes."""
+        """Read the weights of all processes: of their means this is the mean weight."""
         for optimizer, weight in zip(optimizers, sums, strict=True):
-            self._window(optimizer).weight = weight
+            self._window(optimizer).weight = weight / self.world.size
 
     def reset(self) -> None:
         """Forget the windows."""
         self.windows = {}
+        self.unit = 0.0
 
     def settings(self) -> dict[str, Any]:
         """Return how many batches make a step."""
@@ -129,19 +157,22 @@ class Accumulate(Part):
         windows = {}
         for name, optimizer in self.stepper.optimizers.items():
             windows[name] = asdict(self._window(optimizer))
-        return {"accumulate": self.batches, "windows": windows}
+        return {"accumulate": self.batches, "windows": windows, "unit": self.unit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the windows of a checkpoint."""
+        """Load the windows of a checkpoint; those of older files hold sums, whose unit is 1."""
+        self.unit = state.get("unit", 1.0)
         for name, optimizer in self.stepper.optimizers.items():
             window = state["windows"][name]
             self.windows[optimizer] = Window(window["weight"], window["current"], window["batches"])
 
     def way_back(self) -> Restore:
         """Return a function that restores the current windows."""
+        unit = self.unit
         windows = {optimizer: replace(window) for optimizer, window in self.windows.items()}
 
         def restore() -> None:
+            self.unit = unit
             self.windows = windows
 
         return restore

@@ -8,7 +8,6 @@ gradients  divide by the scale; skip a step with infinite gradients
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.optim import Optimizer
 
 from minikeras.errors import check_one_of, dtype_name
 from minikeras.nests import to_float32, widen
-from minikeras.processes import OneProcess
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of, optimizer_parameters
 
 DTYPES: dict[str, torch.dtype | None] = {
@@ -30,15 +28,13 @@ DTYPES: dict[str, torch.dtype | None] = {
 class MixedPrecision(Part):
     """Compute forward and loss in `dtype`, as torch's autocast does; the rest stays float32."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, world: OneProcess) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        self.world = world
         self.scaler: Any = None
         if dtype == torch.float16:
             self.scaler = torch.amp.GradScaler(device.type)
             self.outside_graph = 'precision="fp16"'
-        self.is_scale_sized = False  # the first scale has been set for gradients that are sums
         self.has_stepped = False
 
     def around_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,18 +78,7 @@ class MixedPrecision(Part):
         loss.total = widen(loss.total)
         if self.scaler is None:
             return
-        if not self.is_scale_sized and loss.weight is not None:
-            self._size_scale(loss.weight)
-        self.is_scale_sized = True
         loss.total = self.scaler.scale(loss.total)
-
-    def _size_scale(self, weight: Any) -> None:
-        """Make the first scale smaller for a sum: a sum over 1000 rows is 1000 times as large."""
-        weight = self.world.agree(float(weight))[0]
-        smaller = math.ceil(math.log2(max(float(weight), 1)))
-        state = self.scaler.state_dict()
-        state["scale"] = self.scaler.get_scale() / 2**smaller
-        self.scaler.load_state_dict(state)
 
     def on_gradients(self, optimizer: Optimizer) -> None:
         """Scale the gradients down again."""
@@ -136,15 +121,12 @@ class MixedPrecision(Part):
         """Load the loss scale of a checkpoint."""
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-            self.is_scale_sized = True
 
     def way_back(self) -> Restore:
         """Return a function that restores the current scale."""
         scale = None if self.scaler is None else self.scaler.state_dict()
-        is_scale_sized = self.is_scale_sized
 
         def restore() -> None:
-            self.is_scale_sized = is_scale_sized
             if self.scaler is not None:
                 self.scaler.load_state_dict(scale or {})
 

@@ -27,7 +27,8 @@ def own_step(model, features, labels):
     return {"loss": loss, **metrics}
 
 
-gradients.BUCKET = int(os.environ.get("BUCKET", gradients.BUCKET))
+if "BUCKET" in os.environ:
+    gradients.SMALL_BUCKET = gradients.BUCKET = int(os.environ["BUCKET"])
 if os.environ.get("STEP") == "own":
     Net.train_step = own_step
 

@@ -302,3 +302,42 @@ def jit(size):
         "needs backward and step outside it" in str(warning.message) for warning in caught
     )
     return found(model, dfhistory)
+
+
+class OneOfTwo(minikeras.Model):
+    """Draw in each step which of two heads learns."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.generator = generator
+
+    def forward(self, x):
+        return self.a(x)
+
+    def train_step(self, features, labels):
+        name = "a" if torch.rand((), generator=self.generator) < 0.5 else "b"
+        loss = self.compute_loss(getattr(self, name)(features), labels)
+        self.backward(loss, name)
+        self.optimizer_step(name)
+        return {"loss": loss}
+
+
+def other_optimizer(size):
+    """Return what is said where the processes step different optimizers; then follow the remedy."""
+    said = None
+    for seeds in (RANK, 0):
+        seed()
+        model = OneOfTwo(torch.Generator().manual_seed(seeds)).double()
+        optimizers = {
+            "a": torch.optim.SGD(model.a.parameters(), lr=0.1),
+            "b": torch.optim.SGD(model.b.parameters(), lr=0.1),
+        }
+        model = compiled(model, nn.MSELoss(), optimizers, {})
+        before = copy_weights(model)
+        try:
+            dfhistory = model.fit(2, doubles(48), batch_size=12 // size, verbose=0)
+        except ValueError as error:
+            said = str(error)
+            moved = not all(map(torch.equal, before.values(), model.state_dict().values()))
+    return {"said": said, "moved": moved} | found(model, dfhistory)

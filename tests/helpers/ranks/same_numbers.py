@@ -294,3 +294,46 @@ def big_steps(size):
     seed()
     model = compiled(accumulate=2, clip_grad_norm=0.1)
     return found(model, model.fit(2, doubles(61), batch_size=12 // size, verbose=0))
+
+
+class LooksAtGradients(Net):
+    """Look at gradients, and clip them, between backward and step; add a loss of its own."""
+
+    def compute_loss(self, outputs, labels, sample_weight=None):
+        if self.training:
+            (0.5 * self.fc1.weight.square().sum()).backward()
+        return super().compute_loss(outputs, labels, sample_weight)
+
+    def compute_metrics(self, outputs, labels):
+        metrics = super().compute_metrics(outputs, labels)
+        norm = torch.zeros(())
+        if self.training:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+        return metrics | {"norm": norm}
+
+
+def gradients_between_backward_and_step(size):
+    """All see the mean over the rows of all processes, once backward is over."""
+    seed()
+    model = LooksAtGradients().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    norms = []
+    weight = model.fc2.weight
+    optimizer.register_step_pre_hook(lambda *call: norms.append(weight.grad.norm().item()))
+    weight.register_hook(lambda gradient: gradient + 0.1 * weight.detach())
+    model = compiled(model, optimizer=optimizer)
+    dfhistory = model.fit(3, doubles(48), batch_size=12 // size, verbose=0)
+    return found(model, dfhistory, norms=norms)
+
+
+def channels_last(size):
+    """A fused optimizer goes through the memory of weights and gradients side by side."""
+    seed()
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(64, 1)]
+    model = minikeras.Model(nn.Sequential(*layers).to(memory_format=torch.channels_last)).double()
+    images = torch.randn(20, 3, 6, 6, dtype=torch.float64)
+    images = images.to(memory_format=torch.channels_last)
+    scores = images.mean((1, 2, 3))[:, None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    model = compiled(model, nn.MSELoss(), optimizer, {})
+    return found(model, model.fit(2, (images, scores), batch_size=8 // size, verbose=0))
