@@ -71,8 +71,7 @@ class GradientSums:
         self._send(*numbers)
         totals: tuple[Tensor, ...] = ()
         for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
-            with self.world.answered():
-                work.wait()
+            self.world.wait_for_sum(work, flat)
             sizes = [view_as_real(parameter).numel() for parameter in bucket]
             rest = len(flat) - sum(sizes) - len(bucket)
             sums, counts, totals = flat.split([sum(sizes), len(bucket), rest])
