@@ -462,7 +462,9 @@ def test_process_group_with_a_lost_process_raises_after_the_timeout_of_the_user(
         "process 0 of 2 got no answer from the others: one has ended, or has taken longer than "
         "the group's timeout. Look for its error message first. Processes must make the same "
         "calls of fit, evaluate, predict and save. For a longer timeout call "
-        "torch.distributed.init_process_group(timeout=...) before compile. Torch says: "
+        "torch.distributed.init_process_group(timeout=...) before compile. With "
+        "TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch says which operations did not "
+        "meet. Torch says: "
     )
     # and it has ended at all: a group's own timeout is half an hour
     assert seconds > peers.TIMEOUT - 1

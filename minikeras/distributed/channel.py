@@ -208,7 +208,7 @@ class Channel:
         places = []
         for part in self._gather(packed, everywhere=True) or []:
             places.append(part.numpy().tobytes().rstrip(b"\0").decode(errors="replace"))
-        self.give_up(f"the processes are in different calls: {by_value(places)}. {REMEDY}")
+        raise OutOfStep(f"the processes are in different calls: {by_value(places)}. {REMEDY}")
 
     # --- waiting ----------------------------------------------------------------------------------
 

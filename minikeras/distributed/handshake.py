@@ -105,9 +105,9 @@ def facts_of(model: nn.Module, run: Run | None, given: Mapping[str, Any]) -> Fac
     facts: Facts = {"the model's class": type(model).__name__}
     for name, value in given.items():
         facts |= facts_of_argument(name, value)
-    facts |= facts_of_layers(model)
     facts |= facts_of_tensors("parameter", model.named_parameters())
     facts |= facts_of_tensors("buffer", model.named_buffers())
+    facts |= facts_of_layers(model)
     if run is None:
         return facts
     facts["device"] = run.device.type
@@ -115,7 +115,7 @@ def facts_of(model: nn.Module, run: Run | None, given: Mapping[str, Any]) -> Fac
     facts["loss_func"] = name_of(run.loss_func)
     if isinstance(run.loss_func, nn.Module):
         facts |= facts_of_tensors("parameter of the loss", run.loss_func.named_parameters())
-    facts["metrics_dict"] = ", ".join(run.train.totals.names) or MISSING
+    facts["loss and metrics_dict"] = ", ".join(run.train.totals.names)
     for name, value in run.options.items():
         if name != "device":  # each process may be given its own
             facts[f"compile's {name}"] = shown(value)
@@ -152,7 +152,7 @@ def facts_of_argument(name: str, value: Any) -> Facts:
     if hasattr(source, "batch_size"):
         facts[f"batch_size of {name}"] = shown(source.batch_size)
     if hasattr(value, "by_rows"):  # shared out by rows or by batches: all have the same
-        facts[f"length of {name}"] = f"{find_length(value)} batches"
+        facts[f"batches in {name}"] = str(find_length(value))
     return facts
 
 
@@ -187,6 +187,8 @@ def shown(value: Any) -> str:
     """Return a value as text that is the same in all processes."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
+    if isinstance(value, Mapping | list | tuple) and not value:
+        return MISSING
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {shown(item)}" for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):

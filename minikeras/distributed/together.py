@@ -21,6 +21,7 @@ import torch
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback, with_method
+from minikeras.distributed.channel import by_value
 from minikeras.distributed.handshake import (
     check_settings,
     check_weights,
@@ -157,12 +158,23 @@ class SameSteps(Part):
         self.world = world
 
     def before_steps(self, optimizers: list[Optimizer]) -> None:
-        """Raise an error in all processes if one steps others than this one."""
-        names = []
-        for name, optimizer in self.stepper.optimizers.items():
-            if optimizer in optimizers:
-                names.append(repr(name))
-        self.world.agree(about=f"optimizer_step of {', '.join(names)}")
+        """Compare which optimizers step.
+
+        Raises:
+            ValueError: they differ, in all processes.
+        """
+        names = [name for name, own in self.stepper.optimizers.items() if own in optimizers]
+        code = zlib.crc32(repr(names).encode())
+        most, negative_least = self.world.agree(code, -code, about="optimizer_step")
+        if most == -negative_least:
+            return
+        steps = [", ".join(map(repr, other)) for other in self.world.gather(names) or []]
+        raise ValueError(
+            "train_step steps different optimizers in the processes, and their gradients would be "
+            f"added up: {by_value(steps)}. Random numbers differ between processes in a fit, and "
+            "so do the rows: choose the optimizer by a number that all have, such as one from a "
+            "generator of your own with the same seed in every process."
+        )
 
 
 def decides_after_batches(callback: Callback) -> bool:
