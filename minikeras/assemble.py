@@ -143,8 +143,10 @@ def make_run(
         if sync_batchnorm:
             shards.sync_batchnorm(model, world, chosen)
         if is_in_parts:
-            world.share_weights(model, loss_func)
-            shards.shard(model, fsdp_blocks, optimizers.values(), has_own_step(model), chosen)
+            with world.verb("compile"):
+                world.meet(model, fsdp_blocks=fsdp_blocks)
+                world.share_weights(model, loss_func)
+                shards.shard(model, fsdp_blocks, optimizers.values(), has_own_step(model), chosen)
             parts.append(shards.ShardedBackward())
     stepper = Stepper(optimizers, parts)
     run = Run(loss_func, optimizers, chosen, world, stepper, train, val, split)
@@ -546,6 +548,7 @@ def make_fit(
         validation_freq,
     )
     listed = check_callbacks(callbacks)
+    data = {"dl_train": train, "dl_val": val}  # as each process reads it
     if saved is not None:
         train = saved.watched(train, val, model, run, listed)
     if steps_per_epoch is not None:
@@ -553,9 +556,22 @@ def make_fit(
         train = ContinuedBatches(train, steps_per_epoch, "dl_train")
     check_listed(model, run, listed, val is not None, None if saved is None else saved.path)
     check_before_fit(model, run)
-    prepare(model, run)
     run.modes = TrainingModes(model)
-    run.modes.look()
+    run.world.meet(
+        model,
+        run,
+        epochs=epochs,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        validation_steps=validation_steps,
+        validation_freq=validation_freq,
+        on_nan=on_nan,
+        checkpoint=saved is not None,
+        checkpoint_every=checkpoint_every,
+        in_eval_mode=run.modes.look(),
+        **data,
+    )
+    prepare(model, run)
     first = len(run.epochs) + 1
     last = len(run.epochs) + epochs
     if saved is None:
@@ -671,6 +687,11 @@ def make_parts_of_fit(model: Model, run: Run, guard: Part | None) -> list[Part]:
         from minikeras.parts.bare_calls import RefuseBareCalls
 
         parts.append(RefuseBareCalls())
+    if has_custom_moves(model) and run.world.size > 1:
+        from minikeras.distributed.together import SameSteps
+
+        world: Any = run.world
+        parts.append(SameSteps(world))
     return parts
 
 
@@ -693,7 +714,7 @@ def make_hooks(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
 
         signals = None if saved is None else saved.interruptions
         world: Any = run.world
-        hooks.append(KeepTogether(world, signals))
+        hooks.append(KeepTogether(world, fit, signals))
     losses = sys.modules.get("minikeras.losses")  # if it is not loaded, nobody has a penalty
     if losses is not None:
         hooks.append(losses.WeightsFoundOnce())

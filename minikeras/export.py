@@ -88,7 +88,9 @@ def export(model: Model, path: str | Path, example: Any) -> None:
             "it once on a batch."
         )
     world = OneProcess() if model._run is None else model._run.world
-    world.by_main(lambda: _write(model, path, example))
+    with world.verb("export"):
+        world.meet(model)
+        world.by_main(lambda: _write(model, path, example))
 
 
 def _write(model: Model, path: Path, example: Any) -> None:

@@ -443,24 +443,25 @@ class Model(nn.Module):
         self._check_not_fitting(
             "fit", "evaluate, predict and a fit of another model may be called inside one."
         )
-        fit = assemble.make_fit(
-            self,
-            run,
-            epochs,
-            dl_train,
-            dl_val,
-            log_step_freq=log_step_freq,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            validation_steps=validation_steps,
-            validation_freq=validation_freq,
-            callbacks=callbacks,
-            verbose=verbose,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            on_nan=on_nan,
-        )
-        loop.run_fit(fit)
+        with run.world.verb("fit"):
+            fit = assemble.make_fit(
+                self,
+                run,
+                epochs,
+                dl_train,
+                dl_val,
+                log_step_freq=log_step_freq,
+                batch_size=batch_size,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_freq=validation_freq,
+                callbacks=callbacks,
+                verbose=verbose,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                on_nan=on_nan,
+            )
+            loop.run_fit(fit)
         history = run.history()
         fit.take_history(history)
         return history
@@ -482,10 +483,12 @@ class Model(nn.Module):
             TypeError, ValueError: there is no data, or the model or the loss cannot use it.
         """
         run = self._compiled("evaluate")
-        batches = assemble.make_source_of_evaluation(run, dl_val, batch_size, steps)
-        prepare(self, run)
-        run.val.begin()
-        return loop.evaluate(self, run, batches)
+        with run.world.verb("evaluate"):
+            batches = assemble.make_source_of_evaluation(run, dl_val, batch_size, steps)
+            run.world.meet(self, run, dl_val=batches, batch_size=batch_size, steps=steps)
+            prepare(self, run)
+            run.val.begin()
+            return loop.evaluate(self, run, batches)
 
     @assemble.explain_calls
     def predict(
@@ -748,8 +751,13 @@ class Model(nn.Module):
 
     def _save(self, path: str | Path, keep: bool) -> None:
         """Write the weights; with `keep` the file that was there becomes NAME.prev."""
-        if self._run is None or self._run.allows_writing(path):
+        if self._run is None:
             assemble.save_weights(self, path, keep)
+            return
+        with self._run.world.verb("save"):
+            self._run.world.meet(self)
+            if self._run.allows_writing(path):
+                assemble.save_weights(self, path, keep)
 
     def _publish(self, name: str, value: Any) -> None:
         """Set a plain attribute that torchkeras's users know, unless the subclass has its own."""

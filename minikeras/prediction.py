@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,10 @@ def predict(
         batches = assemble.make_source_of_prediction(dl, batch_size, steps, device, OneProcess())
         outputs = compute_all_outputs(model, batches, device, unpack, wanted)
         return choose_result(model, outputs, device, wanted)
-    prepare(model, run)
-    with run.engine.predicting():
+    with run.world.verb("predict"), run.engine.predicting():
         batches = assemble.make_source_of_prediction(dl, batch_size, steps, run.device, run.world)
+        run.world.meet(model, run, dl=batches, batch_size=batch_size, steps=steps, **asdict(wanted))
+        prepare(model, run)
         own = compute_all_outputs(model, batches, run.device, run.split_batch, wanted)
         outputs = run.world.join_outputs(own, wanted.everywhere)
         if outputs is None:

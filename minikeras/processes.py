@@ -6,6 +6,7 @@ for itself; `distributed.World` asks the others. So nobody asks whether there ar
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,6 +29,13 @@ class OneProcess:
         """Return this process's device of the chosen kind."""
         return chosen
 
+    def verb(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context of one call of fit, evaluate, ...; an error in it is told to others."""
+        return contextlib.nullcontext()
+
+    def meet(self, model: nn.Module, run: Any = None, **given: Any) -> None:
+        """Compare what all processes are about to do: the model, and what is `given`."""
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Fill tensors with those of rank 0."""
 
@@ -39,9 +47,13 @@ class OneProcess:
         """Return the plain values of all, by rank; None on ranks above 0 unless `everywhere`."""
         return [value]
 
-    def agree(self, *numbers: float) -> list[float]:
-        """Return the largest of each number, of all processes."""
+    def agree(self, *numbers: float, about: str = "") -> list[float]:
+        """Return the largest of each number, of all processes; say what it is about."""
         return list(numbers)
+
+    def follow(self, value: float) -> float:
+        """Return a value that rank 0 has read, for a decision that all must make alike."""
+        return value
 
     def by_main(self, act: Callable[[], None]) -> None:
         """Let rank 0 do something that is done when the others go on."""

@@ -14,6 +14,7 @@ from minikeras import (
     EarlyStopping,
     LambdaCallback,
 )
+from minikeras.processes import OneProcess
 
 
 def stopped_by(stop, values, name="score"):
@@ -23,7 +24,7 @@ def stopped_by(stop, values, name="score"):
         stop_training=False,
         state_dict=lambda: now,
         load_state_dict=now.update,
-        _compiled=lambda verb: SimpleNamespace(fit=None),
+        _compiled=lambda verb: SimpleNamespace(fit=None, world=OneProcess()),
     )
     stop.on_fit_begin()
     for epoch, value in enumerate(values, start=1):

@@ -20,6 +20,17 @@ class MonitoringCallback(Callback):
         """Return triples: a name, what the callback does with it, and how to do without it."""
         raise NotImplementedError
 
+    def read(self, monitor: Monitor, logs: Mapping[str, float]) -> float | None:
+        """Return the monitored value in an epoch's logs; None if its validation was skipped.
+
+        With several processes it is that of rank 0, so that all decide alike: a column that a
+        callback logs may differ between them.
+        """
+        value = monitor.read(logs, self.validates)
+        if value is None:
+            return None
+        return self.model._compiled(monitor.owner).world.follow(value)
+
 
 class Monitor:
     """Read one name from the logs and compare its values.

@@ -154,7 +154,7 @@ class Checkpoint(Hook):
         plain(self.run.train.totals.state_dict(), "metrics")
         place = follow_links(self.path)
         refuse_folders(previous(place))
-        found = read_newest(self.path, reader(model))
+        found = self._share_file(read_newest(self.path, reader(model)))
         if found is not None and before is not None and before[0] == self.path:
             self.first = before[1]  # the same call again, after an error or an interruption
         self.last = self.first - 1 + epochs
@@ -169,9 +169,58 @@ class Checkpoint(Hook):
             self.whole = path == place
             self.state = self._state_of_this_call(state, path)
             self._compare_beginnings(state.get("begun"))
+        self._compare_positions()
         run.world.by_main(self._check_writable)
         run.kept["unfinished"] = self.path, self.first
         return self.last
+
+    def _share_file(self, found: tuple[Any, Path] | None) -> tuple[Any, Path] | None:
+        """Return what was found, and rank 0's file in processes whose path has none.
+
+        It may be on a disk of rank 0's machine: rank 0 alone writes.
+
+        Raises:
+            CheckpointError: rank 0 has no file and another process has, or it is in parts.
+        """
+        world = self.run.world
+        some, none = world.agree(found is not None, found is None, about="the checkpoint's file")
+        if not (some and none):
+            return found
+        can_send = found is not None and found[1].is_file()
+        if not world.broadcast(can_send):
+            here = "a file" if found is not None else "no file"
+            raise CheckpointError(
+                f"{self.path}: process {world.rank} finds {here}, and other processes do not find "
+                "the same. Rank 0 sends a file that it alone has to the others; this one must be "
+                "read by all. Pass a path on a disk that all machines share, or copy it to each."
+            )
+        state, path = world.broadcast(None if found is None else [found[0], str(found[1])])
+        return (state, Path(path)) if found is None else found
+
+    def _compare_positions(self) -> None:
+        """Refuse files that are at different positions in different processes.
+
+        Raises:
+            CheckpointError: they are.
+        """
+        at = None if self.state is None else Position(**self.state["position"])
+        place = [0, 0] if at is None else [at.epoch, at.step]
+        world = self.run.world
+        about = "the checkpoint's position"
+        last_epoch, last_step, first_epoch, first_step = world.agree(
+            *place, -place[0], -place[1], about=about
+        )
+        if [last_epoch, last_step] == [-first_epoch, -first_step]:
+            return
+        places = []
+        for rank, (epoch, step) in enumerate(world.gather(place) or []):
+            where = f"in epoch {epoch} after step {step}" if epoch else "without a state"
+            places.append(f"process {rank} is {where}")
+        raise CheckpointError(
+            f"{self.path} differs between the processes: {', '.join(places)}. Pass a path on a "
+            "disk that all machines share, or delete the files of all but process 0, which sends "
+            "its own to the others."
+        )
 
     def _check_writable(self) -> None:
         if self.state is None and not self.path.is_dir():  # a folder was read

@@ -112,8 +112,6 @@ class AllReduce(Part, Hook):
         if self.is_averaged:
             self.is_averaged = False
             return
-        if not self.has_default_step:
-            self._check_optimizers(optimizers)
         self._finish(GradientSums(self.world, self._buckets_of(optimizers)), optimizers)
 
     def _finish(self, means: GradientSums, optimizers: list[Optimizer]) -> None:
@@ -142,29 +140,6 @@ class AllReduce(Part, Hook):
         if key not in self.kept:
             self.kept[key] = make_buckets(optimizers, self.order)
         return self.kept[key]
-
-    def _check_optimizers(self, optimizers: list[Optimizer]) -> None:
-        """Check that all processes step the same optimizers.
-
-        Raises:
-            ValueError: they would add up gradients that do not belong together.
-        """
-        if len(self.stepper.optimizers) == 1:
-            return
-        mine = sum(2**number for number, one in enumerate(self.stepper.all) if one in optimizers)
-        most, negative_least = self.world.agree(mine, -mine)
-        if most == -negative_least:
-            return
-        names = [name for name, one in self.stepper.optimizers.items() if one in optimizers]
-        shown = []
-        for rank, others in enumerate(self.world.gather(names) or ()):
-            shown.append(f"process {rank} steps {' and '.join(map(repr, others))}")
-        raise ValueError(
-            f"the processes step different optimizers in the same batch: {', '.join(shown)}. "
-            "Expected the same ones in all, since their gradients are added up. Make the choice "
-            "alike in all processes, for instance by the number of the batch, or draw it from a "
-            "torch.Generator() with the same seed in each."
-        )
 
     def gradient_memory(self, optimizer: Optimizer) -> list[Tensor] | None:
         """Return the buckets' memory, in which the optimizer's gradients lie."""

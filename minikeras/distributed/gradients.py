@@ -184,8 +184,7 @@ class GradientSums:
         self._send(*numbers)
         sums: Tensor = torch.empty(0)
         for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
-            with self.world.answered():
-                work.wait()
+            self.world.wait_for_sum(work, flat)
             size = sum(bucket.sizes)
             gradients, counts, sums = flat.split([size, len(own), len(flat) - size - len(own)])
             # read from the device only if a gradient is missing here

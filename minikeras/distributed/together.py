@@ -1,16 +1,42 @@
-"""Keep processes in lockstep during a fit."""
+"""Keep processes in lockstep during a fit.
+
+After a batch or an epoch all processes agree whether to stop, which signals have been received, and
+that learning rates and frozen layers are the same everywhere; after an epoch that the weights are.
+
+after each batch        if a process has a callback for batches, or a custom step, which may decide
+                        by numbers of its own
+about every 0.1 s       otherwise: after as many batches as rank 0 has counted in that time, a
+                        number that all receive with the agreement before
+"""
 
 from __future__ import annotations
 
 import contextlib
+import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
+from minikeras.callback import Callback, with_method
+from minikeras.distributed.channel import by_value
+from minikeras.distributed.handshake import (
+    check_settings,
+    check_weights,
+    code_of_settings,
+    code_of_weights,
+)
 from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
+from minikeras.overrides import overrides
+from minikeras.stepper import Part
 from minikeras.support.randomness import Randomness, reseed
+
+INTERVAL = 0.1  # seconds between two agreements, where no process may decide after each batch
+# where callbacks are that do the same after a batch in all processes
+ALIKE = ("minikeras.callbacks.averaging", "minikeras.callbacks.rates")
 
 
 class KeepTogether(Hook):
@@ -20,9 +46,16 @@ class KeepTogether(Hook):
         signals: what has been received from the operating system; None if nothing listens.
     """
 
-    def __init__(self, world: World, signals: Any = None) -> None:
+    def __init__(self, world: World, fit: Fit, signals: Any = None) -> None:
         self.world = world
         self.signals = signals
+        self.callbacks = list(fit.callbacks)  # the user's; rank 0 has others to show the fit
+        self.wants_stop = False  # in this process, which the others have not heard of yet
+        self.all_stop = False  # as all have agreed
+        self.after_each = True  # batch
+        self.waiting = 0  # batches since the last agreement
+        self.interval = 1  # batches from one agreement to the next
+        self.agreed_at = 0.0  # by this process's clock
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
@@ -31,6 +64,7 @@ class KeepTogether(Hook):
         Afterwards all have the random state of rank 0.
         """
         world = self.world
+        self._compare_callbacks(fit)
         state = Randomness(torch.device("cpu"), [])
         own = torch.get_rng_state().long().sum().item() + torch.initial_seed()
         seed = int(world.broadcast(own))
@@ -41,7 +75,28 @@ class KeepTogether(Hook):
             yield
         finally:
             world.draws_apart = False
+            world.follows_main = False
         state.restore(world.broadcast(state.states()))
+
+    def _compare_callbacks(self, fit: Fit) -> None:
+        """Ask once whether a process may stop after any batch, and whether all monitor alike."""
+        own_step = overrides(fit.model, "train_step", "evaluate_step", "backward", "optimizer_step")
+        decides = own_step or any(map(decides_after_batches, self.callbacks))
+        code = float(code_of_monitors(self.callbacks))
+        about = "beginning of a fit"
+        some_decide, most, negative_least = self.world.agree(decides, code, -code, about=about)
+        self.after_each = bool(some_decide)
+        self.world.follows_main = most == -negative_least
+        self.agreed_at = time.monotonic()
+
+    def on_epoch_begin(self, fit: Fit) -> None:
+        """Check that callbacks have left settings alike, before a gradient is sent."""
+        code = code_of_settings(fit.model, fit.run)
+        stops = fit.model.stop_training
+        found = self.world.agree(stops, code, -code, about="beginning of an epoch")
+        check_settings(self.world, fit.model, fit.run, *found[1:])
+        if found[0]:
+            self.interval = 1  # all stop after the first batch
 
     def on_train_end(self, fit: Fit) -> None:
         """Give all processes the buffers of rank 0: each has counted its own rows."""
@@ -49,17 +104,93 @@ class KeepTogether(Hook):
 
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Let all processes stop after the same batch."""
-        self._agree(fit)
+        self.waiting += 1
+        if self.after_each or self.waiting >= self.interval:
+            self._agree(fit, "end of a batch")
+            return
+        if not self.all_stop:  # else it ends the pass of all
+            self.wants_stop |= fit.model.stop_training
+            fit.model.stop_training = False
 
     def on_epoch_end(self, fit: Fit) -> None:
-        """Let all processes stop after the same epoch."""
-        self._agree(fit)
+        """Let all processes stop after the same epoch, with the same weights."""
+        code = code_of_weights(fit.model, fit.run)
+        most = self._agree(fit, "end of an epoch", code, -code)
+        check_weights(self.world, fit.model, fit.run, *most)
 
-    def _agree(self, fit: Fit) -> None:
+    def _agree(self, fit: Fit, about: str, *numbers: float) -> list[float]:
+        """Agree to stop and on signals, compare settings; return the largest of more numbers."""
         received = 0
         if self.signals is not None:
             received = self.signals.received or 0
-        stops, signal = self.world.agree(fit.model.stop_training, received)
-        fit.model.stop_training = bool(stops)
+        stops = fit.model.stop_training or self.wants_stop
+        code = code_of_settings(fit.model, fit.run)
+        found = self.world.agree(
+            stops, received, self._next_interval(), code, -code, *numbers, about=about
+        )
+        check_settings(self.world, fit.model, fit.run, *found[3:5])
+        self.wants_stop = False
+        self.waiting = 0
+        self.interval = int(found[2])
+        self.all_stop = bool(found[0])
+        fit.model.stop_training = self.all_stop
         if self.signals is not None:
-            self.signals.agreed = int(signal) or None
+            self.signals.agreed = int(found[1]) or None
+        return found[5:]
+
+    def _next_interval(self) -> int:
+        """Count the batches of rank 0 in `INTERVAL`: at most twice as many as the last time."""
+        now = time.monotonic()
+        seconds = (now - self.agreed_at) / max(self.waiting, 1)  # per batch
+        self.agreed_at = now
+        if self.world.rank:
+            return 0  # the largest counts
+        return max(1, min(2 * self.interval, int(INTERVAL / max(seconds, 1e-6))))
+
+
+class SameSteps(Part):
+    """Check that all processes step the same optimizers, before gradients are added up.
+
+    For a custom step, which may choose an optimizer by random numbers: those differ.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def before_steps(self, optimizers: list[Optimizer]) -> None:
+        """Compare which optimizers step.
+
+        Raises:
+            ValueError: they differ, in all processes.
+        """
+        names = [name for name, own in self.stepper.optimizers.items() if own in optimizers]
+        code = zlib.crc32(repr(names).encode())
+        most, negative_least = self.world.agree(code, -code, about="optimizer_step")
+        if most == -negative_least:
+            return
+        steps = [", ".join(map(repr, other)) for other in self.world.gather(names) or []]
+        raise ValueError(
+            "train_step steps different optimizers in the processes, and their gradients would be "
+            f"added up: {by_value(steps)}. Random numbers differ between processes in a fit, and "
+            "so do the rows: choose the optimizer by a number that all have, such as one from a "
+            "generator of your own with the same seed in every process."
+        )
+
+
+def decides_after_batches(callback: Callback) -> bool:
+    """Tell whether a callback may do after a batch what the processes must agree on."""
+    for moment in ("on_batch_begin", "on_batch_end"):
+        if with_method([callback], moment):
+            module = getattr(getattr(callback, moment), "__module__", "")
+            if module not in ALIKE:
+                return True
+    return False
+
+
+def code_of_monitors(callbacks: list[Callback]) -> int:
+    """Compute a number from the classes of callbacks that monitor a value, in their order."""
+    names = []
+    for callback in callbacks:
+        if hasattr(callback, "watched_names"):
+            names.append(type(callback).__name__)
+    return zlib.crc32(" ".join(names).encode())

@@ -4,6 +4,7 @@ They are started by torchrun, or by anything that sets RANK, LOCAL_RANK and WORL
 
 world_of        the process group: an existing one, or a new one if WORLD_SIZE is above 1
 World           the rank of this process, and the collective operations:
+    verb, meet  compare what all processes are about to do: see handshake.py
     share       broadcast the weights and buffers of rank 0
     broadcast   send a plain value of rank 0 to all
     gather      collect a plain value of each
@@ -11,34 +12,37 @@ World           the rank of this process, and the collective operations:
     by_main     run a function on rank 0; the others wait for it
     add_up      add up tensors
 
-A process that fails ends, and the others then get an error from torch: `answered` explains it.
-All processes must call each function of this module at the same place.
+A process that fails leaves a note, or ends: the others then get an error, see channel.py. All
+processes must call each function of this module at the same place.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.distributed import shards
+from minikeras.distributed import handshake, shards
+from minikeras.distributed.channel import (
+    TIMEOUT,
+    VERBS,
+    Channel,
+    Verb,
+    is_broken,
+    open_channel,
+)
 from minikeras.metric_objects import find_syncing_parts, needs_all_rows
 from minikeras.nests import is_sharded
 from minikeras.processes import OneProcess
 from minikeras.run import parameters_of
-
-# after which a lost process is an error; a group of the user's own has its own timeout
-TIMEOUT = timedelta(minutes=2)
 
 
 def world_of(distributed: str) -> OneProcess:
@@ -74,9 +78,12 @@ def leave() -> None:
     """
     import torch.distributed as dist
 
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
+    if dist.is_initialized() and not hasattr(sys, "last_value") and not is_broken():
         time.sleep(0.05)
         dist.destroy_process_group()
+
+
+MESSAGE = 2**23  # bytes
 
 
 class World(OneProcess):
@@ -94,12 +101,10 @@ class World(OneProcess):
         # without a launcher: as many processes on each machine as it has GPUs
         gpus = torch.cuda.device_count() or 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % gpus))
-        self.control = None  # the group for small values; None for the group of all
-        if "cpu:" not in dist.get_backend_config():
-            self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.has_shared = False  # all have the weights of rank 0
         # a fit is running: the random states of ranks differ, for dropout
         self.draws_apart = False
+        self.follows_main = False  # a fit is running, and the same callbacks monitor in all
 
     def device(self, chosen: torch.device) -> torch.device:
         """Return this process's device of a kind.
@@ -118,75 +123,102 @@ class World(OneProcess):
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
+    @property
+    def channel(self) -> Channel:
+        """The small messages of the process group that exists now."""
+        return open_channel()
+
+    def answered(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that explains an error of a collective operation."""
+        return self.channel.answered()
+
     @contextlib.contextmanager
-    def answered(self) -> Iterator[None]:
-        """Explain an error of a collective operation."""
+    def verb(self, name: str) -> Iterator[None]:
+        """Return a context of one call of fit, evaluate, ...; an error in it is told to the others.
+
+        An error before `meet` is this process's own: the others have not been met yet.
+        """
+        verb = Verb(name)
+        VERBS.append(verb)
         try:
             yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"process {self.rank} of {self.size} got no answer from the others: one has "
-                "ended, or has taken longer than the group's timeout. Look for its error message "
-                "first. Processes must make the same calls of fit, evaluate, predict and save. "
-                "For a longer timeout call torch.distributed.init_process_group(timeout=...) "
-                f"before compile. Torch says: {error}"
-            ) from error
+        except BaseException as error:
+            verb.tell_left(error)
+            raise
+        finally:
+            VERBS.remove(verb)
+
+    def meet(self, model: nn.Module, run: Any = None, **given: Any) -> None:
+        """Compare what the processes are about to do, before a weight moves.
+
+        Args:
+            model: the model.
+            run: what compile set up, once it is.
+            given: what else must be the same, such as the arguments of the call.
+
+        Raises:
+            ValueError: something differs; the message names what, and where.
+        """
+        handshake.meet(self, model, run, given)
+
+    def wait_for_sum(self, work: Any, tensor: Tensor) -> None:
+        """Wait for an operation on a tensor such as gradients; an error says why there is none."""
+        self.channel.wait_for_sum(work, tensor)
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Fill tensors with those of rank 0."""
-        with torch.no_grad():
-            for tensor in tensors:
-                if is_lazy(tensor):
-                    raise ValueError(
-                        "the model has lazy layers without weights yet, which each process would "
-                        "initialize differently. Call the model once on a batch before compile."
-                    )
-                whole = tensor.detach().contiguous()
-                numbers = whole.reshape(-1).view(torch.uint8)  # backends lack some dtypes
-                with self.answered():
-                    self.dist.broadcast(numbers, 0)
-                tensor.detach().copy_(whole)
+        """Fill tensors with those of rank 0, in messages of about `MESSAGE` bytes."""
+        together: list[Tensor] = []
+        size = 0
+        for tensor in tensors:
+            if is_lazy(tensor):
+                raise ValueError(
+                    "the model has lazy layers without weights yet, which each process would "
+                    "initialize differently. Call the model once on a batch before compile."
+                )
+            if together and (size >= MESSAGE or tensor.device != together[0].device):
+                self._share_together(together)
+                together, size = [], 0
+            together.append(tensor.detach())
+            size += tensor.numel() * tensor.element_size()
+        if together:
+            self._share_together(together)
+
+    def _share_together(self, tensors: list[Tensor]) -> None:
+        """Fill tensors of one device with those of rank 0, in one message."""
+        contiguous = [tensor.contiguous() for tensor in tensors]
+        # as bytes, since backends lack some dtypes
+        numbers = [tensor.reshape(-1).view(torch.uint8) for tensor in contiguous]
+        message = torch.cat(numbers)
+        self.wait_for_sum(self.dist.broadcast(message, 0, async_op=True), message)
+        received = message.split([len(part) for part in numbers])
+        for tensor, like, part in zip(tensors, contiguous, received, strict=True):
+            # a copy begins where its dtype may
+            tensor.copy_(part.clone().view(like.dtype).view(like.shape))
 
     def broadcast(self, value: Any) -> Any:
         """Return a plain value of rank 0."""
-        is_main = self.rank == 0
-        packed = pack(value) if is_main else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(packed)])
-        with self.answered():
-            self.dist.broadcast(size, 0, group=self.control)
-            if not is_main:
-                packed = torch.empty(int(size), dtype=torch.uint8)
-            self.dist.broadcast(packed, 0, group=self.control)
-        return value if is_main else unpack(packed)
+        return self.channel.broadcast(value)
 
     def gather(self, value: Any, everywhere: bool = True) -> list[Any] | None:
         """Return the plain values of all, by rank.
 
         Without `everywhere` only rank 0 gets them, and the others None.
         """
-        packed = pack(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self.answered():
-            self.dist.all_gather(sizes, torch.tensor([len(packed)]), group=self.control)
-            longest = max(map(int, sizes))
-            packed = torch.nn.functional.pad(packed, (0, longest - len(packed)))
-            parts = None
-            if everywhere or self.rank == 0:
-                parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-            if everywhere:
-                self.dist.all_gather(parts, packed, group=self.control)
-            else:
-                self.dist.gather(packed, parts, 0, group=self.control)
-        if parts is None:
-            return None
-        return [unpack(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        return self.channel.gather(value, everywhere)
 
-    def agree(self, *numbers: float) -> list[float]:
-        """Return the largest of each number over all processes."""
-        largest = torch.tensor(numbers, dtype=torch.float64)
-        with self.answered():
-            self.dist.all_reduce(largest, self.dist.ReduceOp.MAX, group=self.control)
-        return largest.tolist()
+    def agree(self, *numbers: float, about: str = "") -> list[float]:
+        """Return the largest of each number over all processes.
+
+        Args:
+            about: what it is about, for the error of processes that are not at the same place.
+        """
+        return self.channel.exchange(about, *numbers)
+
+    def follow(self, value: float) -> float:
+        """Return a value that rank 0 has read, if all processes read it in this fit."""
+        if not self.follows_main:
+            return value
+        return float(self.channel.broadcast(value, "a callback monitors"))
 
     def by_main(self, act: Callable[[], None]) -> None:
         """Run a function on rank 0 while the others wait; if it fails, all fail."""
@@ -196,7 +228,7 @@ class World(OneProcess):
                 act()
             except Exception as caught:
                 error = caught
-        has_failed = self.agree(error is not None)[0]
+        has_failed = self.agree(error is not None, about="rank 0 has done its work")[0]
         if error is not None:
             raise error
         if has_failed:
@@ -207,8 +239,7 @@ class World(OneProcess):
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, and return it."""
-        with self.answered():
-            self.dist.all_reduce(tensor)
+        self.wait_for_sum(self.dist.all_reduce(tensor, async_op=True), tensor)
         return tensor
 
     def add_up_totals(
@@ -303,15 +334,3 @@ class World(OneProcess):
     def describe_part(self) -> str:
         """Return the words for a message that a batch is this process's share."""
         return f", process {self.rank}'s share of the batch"
-
-
-def pack(value: Any) -> Tensor:
-    """Return a plain value as bytes, (n,) uint8."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-
-
-def unpack(packed: Tensor) -> Any:
-    """Return the value that was packed; no code in it can run."""
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)

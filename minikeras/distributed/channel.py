@@ -1,0 +1,393 @@
+"""Small messages between processes, and what to say if one of them does not answer.
+
+    exchange    the largest of a few numbers over all processes
+    broadcast   a plain value of rank 0
+    gather      a plain value of each
+    wait        wait for any message, and look for the reason if it takes long
+
+Each small message begins with one all_reduce of the same size, whose first number says which verb
+is running and what the message is about. So processes that have come to different places in a
+script find it out, each says where it is, and no numbers are mixed up.
+
+A process that waits longer than a second writes into the group's store where it waits, and looks
+there for what others have written. There are two reasons to give up:
+
+    a process has left the verb with an error, and will not answer any more
+    a process waits for a small message of this one, which itself waits for gradients of that one
+
+All of it is in one group of gloo, which is created with the first message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# after which a lost process is an error; a group of the user's own has its own timeout
+TIMEOUT = timedelta(minutes=2)
+NUMBERS = 8  # in one message
+FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
+LAST_LOOK = 4.0  # seconds between two looks at most
+LONGEST_PLACE = 500  # bytes of the name of a place
+LONGEST_ERROR = 500  # characters of another process's error
+
+REMEDY = (
+    "All processes must make the same calls of fit, evaluate, predict, save and export, in the "
+    "same order. Call them in every process, and not only `if model.is_main_process`: rank 0 alone "
+    "prints and writes files anyway."
+)
+ADVICE = (
+    "Look for its error message first. Processes must make the same calls of fit, evaluate, "
+    "predict and save. For a longer timeout call torch.distributed.init_process_group(timeout=...) "
+    "before compile. With TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment torch says which "
+    "operations did not meet."
+)
+
+
+@dataclass
+class Verb:
+    """A call of fit, evaluate, ... that is running."""
+
+    name: str
+    number: int = 0  # the same in all processes, once they have met
+    channel: Channel | None = None  # by which they have met
+
+    def tell_left(self, error: BaseException) -> None:
+        """Note that an error ends it in this process, which will not answer in it any more."""
+        if self.channel is None:  # the others have not been met: it is a matter of this one alone
+            return
+        text = f"{type(error).__name__}: {error}".rstrip(".: ")
+        if len(text) > LONGEST_ERROR:
+            text = f"{text[:LONGEST_ERROR]} ..."
+        self.channel.notes.write_once(
+            f"left/{self.number}", f"process {self.channel.rank} has left {self.name} with {text}"
+        )
+
+
+VERBS: list[Verb] = []  # the running ones; a callback of fit may call evaluate
+_met = 0  # verbs so far, in all of which the processes have met
+_channels: list[Channel] = []  # that of the current process group; every World uses it
+_opened = 0  # channels so far
+
+
+def open_channel() -> Channel:
+    """Return the channel of the current process group; all processes must call it first."""
+    global _opened
+    if _channels and _channels[0].is_open():
+        return _channels[0]
+    _opened += 1
+    _channels[:] = [Channel(_opened)]
+    return _channels[0]
+
+
+def count_verb(channel: Channel, number: float) -> None:
+    """Number the verb in which the processes have just met, as all of them do."""
+    global _met
+    _met = int(number)
+    if VERBS:
+        VERBS[-1].number = _met
+        VERBS[-1].channel = channel
+
+
+def verbs_met() -> int:
+    """Return the number of the last verb in which the processes met."""
+    return _met
+
+
+def is_broken() -> bool:
+    """Tell whether a process has given up waiting, so that messages are still on their way."""
+    return bool(_channels and _channels[0].broken)
+
+
+class Channel:
+    """The small messages of one process group.
+
+    Args:
+        number: how many channels this process has opened.
+    """
+
+    def __init__(self, number: int) -> None:
+        import torch.distributed as dist
+
+        self.dist = dist
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.notes = Notes(f"minikeras/{number}/")
+        self.group: Any = dist.new_group(backend="gloo", timeout=self.notes.timeout)
+        self.messages = 0  # small ones begun so far
+        self.sums = 0  # of gradients and other tensors on the CPU, waited for so far
+        self.broken = ""  # why this process has given up waiting
+
+    def is_open(self) -> bool:
+        """Tell whether the group still exists: the user may have destroyed the groups."""
+        try:
+            self.dist.get_backend(self.group)
+        except (ValueError, RuntimeError, AssertionError):
+            return False
+        return True
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def exchange(self, about: str, *numbers: float) -> list[float]:
+        """Return the largest of each number over all processes.
+
+        Args:
+            about: what the message is about, the same words in all processes.
+
+        Raises:
+            RuntimeError: the processes are in different calls, or one does not answer.
+        """
+        largest: list[float] = []
+        for start in range(0, max(len(numbers), 1), NUMBERS):
+            part = numbers[start : start + NUMBERS]
+            largest += self._exchange_few(about, f"{len(numbers)} numbers", part)
+        return largest
+
+    def _exchange_few(self, about: str, kind: str, numbers: tuple[float, ...]) -> list[float]:
+        self._check_in_step()
+        code = zlib.crc32(f"{describe_verbs()}: {about}: {kind}".encode())
+        filled = [code, -code, *numbers, *[0.0] * (NUMBERS - len(numbers))]
+        message = torch.tensor(filled, dtype=torch.float64)
+        self.messages += 1
+        self.wait(
+            self.dist.all_reduce(message, self.dist.ReduceOp.MAX, group=self.group, async_op=True)
+        )
+        largest: list[float] = message.tolist()
+        if largest[0] != -largest[1]:
+            self._explain_other_places(about or kind)
+        return largest[2 : 2 + len(numbers)]
+
+    def broadcast(self, value: Any, about: str = "") -> Any:
+        """Return a plain value of rank 0."""
+        packed = pack(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        size = self._exchange_few(about, "a value of rank 0", (len(packed),))[0]
+        if self.rank:
+            packed = torch.empty(int(size), dtype=torch.uint8)
+        self.wait(self.dist.broadcast(packed, 0, group=self.group, async_op=True))
+        return unpack(packed) if self.rank else value
+
+    def gather(self, value: Any, everywhere: bool = True, about: str = "") -> list[Any] | None:
+        """Return the plain values of all, by rank; without `everywhere` on rank 0 alone."""
+        packed = pack(value)
+        kind = f"a value of each for {'all' if everywhere else 'rank 0'}"
+        longest = int(self._exchange_few(about, kind, (len(packed),))[0])
+        size = torch.tensor([len(packed)], dtype=torch.int64).view(torch.uint8)
+        padding = torch.zeros(longest - len(packed), dtype=torch.uint8)
+        parts = self._gather(torch.cat([size, packed, padding]), everywhere)
+        if parts is None:
+            return None
+        values = []
+        for part in parts:
+            length = int(part[:8].view(torch.int64))
+            values.append(unpack(part[8 : 8 + length]))
+        return values
+
+    def _gather(self, packed: Tensor, everywhere: bool) -> list[Tensor] | None:
+        parts = None
+        if everywhere or self.rank == 0:
+            parts = [torch.empty_like(packed) for _ in range(self.size)]
+        if everywhere:
+            self.wait(self.dist.all_gather(parts, packed, group=self.group, async_op=True))
+        else:
+            self.wait(self.dist.gather(packed, parts, 0, group=self.group, async_op=True))
+        return parts
+
+    def _explain_other_places(self, about: str) -> None:
+        """Say which process is where; all know that they are in different places."""
+        place = f"{describe_verbs()} ({about})".encode()[:LONGEST_PLACE]
+        padding = torch.zeros(LONGEST_PLACE - len(place), dtype=torch.uint8)
+        packed = torch.cat([torch.frombuffer(bytearray(place), dtype=torch.uint8), padding])
+        places = []
+        for part in self._gather(packed, everywhere=True) or []:
+            places.append(part.numpy().tobytes().rstrip(b"\0").decode(errors="replace"))
+        raise OutOfStep(f"the processes are in different calls: {by_value(places)}. {REMEDY}")
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    def wait_for_sum(self, work: Any, tensor: Tensor) -> None:
+        """Wait for an operation on tensors such as gradients."""
+        if tensor.device.type != "cpu":  # it is waited for on the device
+            with self.answered():
+                work.wait()
+            return
+        self.sums += 1
+        self.wait(work, for_sum=True)
+
+    def wait(self, work: Any, for_sum: bool = False) -> None:
+        """Wait for an operation, and look for the reason if it takes long.
+
+        Raises:
+            RuntimeError: it has failed, or will never end.
+        """
+        pause = FIRST_LOOK
+        with self.answered():
+            while not self._has_ended(work, pause):
+                self._look(for_sum)
+                pause = min(2 * pause, LAST_LOOK)
+
+    def _has_ended(self, work: Any, pause: float) -> bool:
+        try:
+            work.wait(timedelta(seconds=pause))
+        except RuntimeError:
+            if not work.is_completed():
+                return False
+            work.wait()  # raises its error, if it has one
+        return True
+
+    def _look(self, for_sum: bool) -> None:
+        """Write where this process waits, and give up if the notes of another say so."""
+        reason = self.find_reason()
+        if reason:
+            self.give_up(f"process {self.rank} of {self.size} waits for the others, and {reason}")
+        own = [self.messages, self.sums, int(for_sum), describe_verbs()]
+        self.notes.write(f"waits/{self.rank}", "|".join(map(str, own)))
+        for other in {0, (self.rank + 1) % self.size} - {self.rank}:
+            note = self.notes.read(f"waits/{other}")
+            if note and are_stuck(own, note.split("|")):
+                place = note.split("|")[3]
+                self.give_up(
+                    f"process {self.rank} is in {describe_verbs()}, process {other} in {place}, "
+                    f"and each waits for the other. {REMEDY}"
+                )
+
+    def find_reason(self) -> str:
+        """Return why another process will not answer, as far as it has said so."""
+        for verb in VERBS:
+            note = self.notes.read(f"left/{verb.number}")
+            if note:
+                return note
+        return self.notes.read("broken")
+
+    def give_up(self, why: str) -> None:
+        """Raise an error, and tell the others that this process is out of step with them."""
+        self.broken = why
+        self.notes.write_once("broken", f"process {self.rank} has given up: {why}")
+        raise OutOfStep(why)
+
+    def _check_in_step(self) -> None:
+        if self.broken:
+            raise OutOfStep(
+                f"process {self.rank} of {self.size} is no longer in step with the others since an "
+                f"earlier error: {self.broken} Start the script again."
+            )
+
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        """Explain an error of a collective operation."""
+        try:
+            yield
+        except OutOfStep:
+            raise
+        except RuntimeError as error:
+            reason = self.find_reason()
+            if reason:
+                reason = f"{reason.rstrip('.')}. "
+            self.broken = "another process did not answer."
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} got no answer from the others: one has "
+                f"ended, or has taken longer than the group's timeout. {reason}{ADVICE} "
+                f"Torch says: {error}"
+            ) from error
+
+
+class OutOfStep(RuntimeError):
+    """The processes have made different calls, or one of them has left a call with an error."""
+
+
+class Notes:
+    """What processes write into the store of the group for each other; empty without a store.
+
+    Args:
+        prefix: of the names, to tell the notes from those of an earlier group.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        from torch.distributed import group
+
+        self.prefix = prefix
+        self.store: Any = None
+        world: Any = group.WORLD
+        if hasattr(world, "get_group_store"):  # older torch has none
+            self.store = world.get_group_store()
+        self.timeout: timedelta = getattr(self.store, "timeout", TIMEOUT)  # that of the group
+
+    def write(self, name: str, text: str) -> None:
+        """Write a note; without a store, or if it has gone with its process, do nothing."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(self.prefix + name, text)
+
+    def write_once(self, name: str, text: str) -> None:
+        """Write a note, unless there is one: the first reason is the one that helps."""
+        if not self.read(name):
+            self.write(name, text)
+
+    def read(self, name: str) -> str:
+        """Return a note; empty if there is none."""
+        text = ""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                if self.store.check([self.prefix + name]):
+                    text = self.store.get(self.prefix + name).decode()
+        return text
+
+
+def are_stuck(own: list[Any], note: list[str]) -> bool:
+    """Tell whether a process waits for this one in a message that this one has not come to.
+
+    And the other way round: neither can go on then, so that the note cannot be out of date.
+
+    Args:
+        own, note: messages and sums begun so far, whether a sum is waited for, the verbs.
+    """
+    messages, sums, for_sum = map(int, note[:3])
+    if bool(for_sum) == bool(own[2]):
+        return False
+    if for_sum:  # of the other process
+        return bool(messages < own[0] and own[1] < sums)
+    return bool(sums < own[1] and own[0] < messages)
+
+
+def describe_verbs() -> str:
+    """Name the running verbs, the innermost first: "evaluate in fit"."""
+    names = [verb.name for verb in reversed(VERBS)]
+    return " in ".join(names) or "no call of fit, evaluate, predict, save or export"
+
+
+def by_value(values: list[Any]) -> str:
+    """Name the processes of each value.
+
+    >>> by_value(["fit", "save", "fit"])
+    'fit in processes 0 and 2, save in process 1'
+    """
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(str(value), []).append(str(rank))
+    parts = []
+    for value, numbers in ranks.items():
+        shown = numbers if len(numbers) <= 4 else [*numbers[:3], f"{len(numbers) - 3} more"]
+        if len(shown) == 1:
+            parts.append(f"{value} in process {shown[0]}")
+        else:
+            parts.append(f"{value} in processes {', '.join(shown[:-1])} and {shown[-1]}")
+    return ", ".join(parts)
+
+
+def pack(value: Any) -> Tensor:
+    """Return a plain value as bytes, (n,) uint8."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    """Return the value that was packed; no code in it can run."""
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)

@@ -1,0 +1,191 @@
+"""How often processes agree in a fit, and what stops all of them after the same batch."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import minikeras
+from helpers.compare import copy_weights
+from helpers.datasets import Rows
+from helpers.models import Net, points
+from helpers.ranks.common import RANK
+from helpers.seeds import seed
+from minikeras.distributed import together
+
+X, Y = points(400)
+STEPS = 50  # of an epoch
+
+
+def compiled():
+    seed()
+    model = minikeras.Model(Net())
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    return model
+
+
+def fit(model, epochs=2, **kwargs):
+    model.fit(epochs, (X, Y), batch_size=4, verbose=0, **kwargs)
+
+
+def count_messages(size, **kwargs):
+    """Return the small messages of a fit of 2 epochs."""
+    model = compiled()
+    fit(model)
+    channel = model._run.world.channel
+    before = channel.messages
+    fit(model, **kwargs)
+    return channel.messages - before
+
+
+def agreements(size):
+    """Messages of a fit: with a callback for batches, of slow and of fast steps without one."""
+    each = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: None)
+    on_one = [each] if RANK else []
+    counts = {"each": count_messages(size, callbacks=[each])}
+    counts["each on one"] = count_messages(size, callbacks=on_one)
+    together.INTERVAL = 1e9  # every step is fast
+    counts["fast"] = count_messages(size)
+    together.INTERVAL = 1e-9
+    counts["slow"] = count_messages(size)
+    together.INTERVAL = 0.1
+    return counts
+
+
+def stopped_by_a_layer(size):
+    """A layer of one process sets stop_training: all stop after the same batch."""
+    model = compiled()
+    batches = []
+
+    def stop(layer, inputs, output):
+        batches.append(len(inputs))
+        if RANK and len(batches) == 3:
+            model.stop_training = True
+
+    model.net.register_forward_hook(stop)
+    fit(model, 1000)
+    return [len(batches), len(model.history), model.stop_training, copy_weights(model)]
+
+
+class Signalling(Rows):
+    """Rows; reading one of them sends SIGTERM to the process that reads it, once."""
+
+    def __init__(self, row):
+        super().__init__(X, Y)
+        self.row = row
+
+    def __getitem__(self, row):
+        time.sleep(1e-4)
+        if row == self.row:
+            self.row = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(row)
+
+
+def signalled(size):
+    """SIGTERM in one process, between two agreements: all save at one place and resume there."""
+    results = {}
+    for name, row in (("whole", None), ("resumed", 203)):
+        model = compiled()
+        loader = DataLoader(Signalling(row), 4, shuffle=True)
+        path = Path(os.environ["FOLDER"], f"signalled {name}.pt")
+        ended = []
+        while True:
+            try:
+                model.fit(2, loader, checkpoint=path, verbose=0)
+                break
+            except SystemExit as error:
+                ended.append(error.code)
+        results[name] = [copy_weights(model), model.history.to_dict("list")]
+        results[f"{name} ended"] = ended
+    return results
+
+
+def caught(size):
+    """One process catches its own error: what the other says, which waits for gradients."""
+    count = 0
+
+    def loss_func(y_pred, y_true):
+        nonlocal count
+        count += 1
+        if RANK and count == 3:
+            raise ValueError("loss of mine")
+        return (y_pred - y_true).square().mean()
+
+    seed()
+    model = minikeras.Model(Net())
+    model.compile(loss_func, torch.optim.SGD(model.parameters(), 0.1), device="cpu")
+    said = []
+    for _ in range(2):
+        try:
+            fit(model)
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return said
+
+
+def stuck(size):
+    """One process alone evaluates while the other waits for its gradients."""
+    model = compiled()
+
+    def evaluate(batch):
+        if RANK == 0 and batch == 3:
+            model.evaluate((X, Y))
+
+    said = ""
+    try:
+        fit(model, callbacks=[minikeras.LambdaCallback(on_batch_begin=evaluate)])
+    except RuntimeError as error:
+        said = str(error)
+    return said
+
+
+def followed(size):
+    """Callbacks that monitor a column which differs between processes."""
+    model = compiled()
+    values = iter([3.0, 1, 2, 2, 2, 2] if RANK else [1.0, 3, 2, 2, 2, 2])
+    column = minikeras.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.__setitem__("gap", next(values))
+    )
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(model.optimizer, patience=0)
+    stop = minikeras.EarlyStopping("gap", mode="min", patience=3, restore_best_weights=True)
+    path = Path(os.environ["FOLDER"], "followed.pt")
+    save = minikeras.ModelCheckpoint(path, "gap", mode="min", save_best_only=True)
+    callbacks = [column, minikeras.LRScheduler(plateau, monitor="gap"), stop, save]
+    fit(model, 6, callbacks=callbacks)
+    rate = model.optimizer.param_groups[0]["lr"]
+    return [stop.best_epoch, save.best, rate, len(model.history), copy_weights(model)]
+
+
+def local_files(size):
+    """Each process has a path of its own: what they do if rank 0's file alone is there."""
+    folder = Path(os.environ["FOLDER"], f"machine {RANK}")
+    said = []
+
+    def resumed(path, epochs=3):
+        seed()
+        model = compiled()
+        try:
+            model.fit(epochs, (X, Y), batch_size=4, verbose=0, checkpoint=path)
+        except minikeras.CheckpointError as error:
+            said.append(str(error))
+        return [model.history.to_dict("list"), copy_weights(model)]
+
+    whole = resumed(folder / "whole.pt")
+    first = folder / "run.pt"
+    resumed(first, 2)
+    if RANK == 0:
+        (folder / "older.pt").write_bytes(first.read_bytes())
+    else:
+        folder.mkdir(exist_ok=True)
+        there = folder.parent / "machine 0"
+        (folder / "only.pt").write_bytes((there / "run.pt").read_bytes())
+        (folder / "older.pt").write_bytes((there / "run.pt.prev").read_bytes())
+    again = resumed(first)
+    resumed(folder / "only.pt")
+    resumed(folder / "older.pt")
+    return {"whole": whole, "again": again, "said": said}

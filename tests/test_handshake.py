@@ -1,0 +1,124 @@
+"""What differs between processes is named at the beginning of a call, with the value of each."""
+
+import pytest
+import torch
+from helpers.compare import assert_equal_tensors
+from helpers.launch import launch_cases, results_of
+from helpers.ranks import agreement
+from helpers.ranks.planted import DURING, PLANTED
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """What each of two processes is told about each difference."""
+    folder = tmp_path_factory.mktemp("planted")
+    return results_of("helpers.ranks", folder, ["planted"])["planted"]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_handshake_names_a_difference_and_both_values_before_a_weight_moves(planted, name):
+    _, first, last = PLANTED[name]
+    for said in planted:
+        message, same = said[name]
+        assert first in message, message
+        assert last in message, message
+        assert same
+
+
+@pytest.mark.parametrize("name", DURING)
+def test_handshake_names_what_has_come_to_differ_during_a_fit(planted, name):
+    _, first, last = DURING[name]
+    for said in planted:
+        message, _ = said[name]
+        assert first in message, message
+        assert last in message, message
+
+
+# --- agreement during a fit -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("agreed")
+    cases = ["agreements", "stopped_by_a_layer", "signalled", "followed", "local_files"]
+    return results_of("helpers.ranks", folder, cases)
+
+
+def test_agreement_after_each_batch_is_for_callbacks_of_batches_in_any_process(agreed):
+    for counts in agreed["agreements"]:
+        assert counts["each"] == counts["each on one"] == counts["slow"]
+        assert counts["each"] - counts["fast"] > agreement.STEPS
+
+
+def test_agreement_makes_all_stop_after_the_batch_of_a_layer_in_one_process(agreed):
+    first, last = agreed["stopped_by_a_layer"]
+    assert first[:3] == last[:3]
+    batches, epochs, has_stopped, _ = first
+    assert epochs < 1000
+    assert has_stopped
+    assert batches < 1000 * agreement.STEPS
+    assert_equal_tensors(first[3], last[3])
+
+
+def test_agreement_on_a_signal_of_one_process_saves_at_one_place_to_resume_from(agreed):
+    for result in agreed["signalled"]:
+        assert result["whole ended"] == []
+        assert set(result["resumed ended"]) == {143}
+        assert result["resumed"][1] == result["whole"][1]
+        assert_equal_tensors(result["resumed"][0], result["whole"][0])
+
+
+def test_agreement_on_what_callbacks_monitor_is_by_the_value_of_rank_0(agreed):
+    for best_epoch, best, rate, epochs, weights in agreed["followed"]:
+        assert (best_epoch, best, epochs) == (1, 1.0, 4)
+        assert rate == pytest.approx(1e-3 * 0.1**3)
+        assert_equal_tensors(weights, agreed["followed"][0][4])
+
+
+def test_agreement_on_a_checkpoint_sends_the_file_that_rank_0_alone_has(agreed):
+    for result in agreed["local_files"]:
+        assert result["again"][0] == result["whole"][0]
+        assert_equal_tensors(result["again"][1], result["whole"][1])
+
+
+def test_agreement_on_a_checkpoint_refuses_files_that_differ(agreed):
+    for rank, result in enumerate(agreed["local_files"]):
+        only, older = result["said"]
+        finds = ("no file", "a file")[rank]
+        assert f"only.pt: process {rank} finds {finds}, and other processes do not" in only
+        assert (
+            "older.pt differs between the processes: process 0 is in epoch 3 after step 0, process "
+            "1 is in epoch 2 after step 0. Pass a path on a disk that all machines share, or "
+            "delete the files of all but process 0, which sends its own to the others."
+        ) in older
+
+
+# --- a process that does not answer ---------------------------------------------------------------
+
+
+def said_by(folder, case):
+    """What each process says if one does not answer; torch may abort them as they end."""
+    launch_cases("helpers.ranks", folder, [case])
+    return [torch.load(folder / f"{case}.{rank}.pt") for rank in range(2)]
+
+
+def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_path):
+    waiting, failed = said_by(tmp_path, "caught")
+    assert failed[0] == "loss of mine"
+    assert waiting[0] == (
+        "process 0 of 2 waits for the others, and process 1 has left fit with ValueError: loss of "
+        "mine"
+    )
+    assert "is no longer in step with the others since an earlier error" in waiting[1]
+    assert "process 0 has given up: process 0 of 2 waits for the others" in failed[1]
+
+
+def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(tmp_path):
+    first, last = said_by(tmp_path, "stuck")
+    said = (
+        "process 0 is in evaluate in fit, process 1 in fit, and each waits for the other.",
+        "process 1 is in fit, process 0 in evaluate in fit, and each waits for the other.",
+    )
+    assert any(sentence in first for sentence in said)
+    assert any(sentence in last for sentence in said)
