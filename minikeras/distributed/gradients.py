@@ -46,16 +46,22 @@ class Layout:
         if not parameter.permute(self.order).is_contiguous():
             self.order = list(range(parameter.ndim))
             self.strides = torch.empty(self.shape, device="meta").stride()
+        # as nearly all are: a gradient's numbers are in their place as they are
+        self.is_plain = self.order == sorted(self.order) and not self.dtype.is_complex
 
     def flatten(self, gradient: Tensor) -> Tensor:
         """Return the real numbers of a gradient, (n,), in the order of the parameter's memory."""
+        if self.is_plain:
+            return gradient.reshape(-1)
         return view_as_real(gradient.permute(self.order)).reshape(-1)
 
     def unflatten(self, numbers: Tensor) -> Tensor:
         """Return the gradient of these numbers, (n,)."""
         if self.dtype.is_complex:
             numbers = torch.view_as_complex(numbers.view(-1, 2))
-        return numbers.to(self.dtype).as_strided(self.shape, self.strides)
+        if numbers.dtype != self.dtype:
+            numbers = numbers.to(self.dtype)
+        return numbers.as_strided(self.shape, self.strides)
 
 
 class Bucket:
@@ -104,7 +110,8 @@ class Bucket:
                     "gradients must be dense to be added up over several processes. Build the "
                     "embedding with sparse=False."
                 )
-            parts.append(layout.flatten(gradient.detach()).to(self.dtype))
+            numbers = layout.flatten(gradient)
+            parts.append(numbers if numbers.dtype == self.dtype else numbers.to(self.dtype))
             parameter.grad = None
         return parts, exist
 
@@ -198,7 +205,8 @@ class GradientSums:
         parts, exist = bucket.take()
         parts.append(bucket.describe_existing(exist))
         parts += as_vectors(numbers, bucket.device, bucket.dtype)
-        flat = torch.cat(parts)
+        with torch.no_grad():  # gradients may have a graph of their own
+            flat = torch.cat(parts)
         with self.world.answered():
             work = self.world.dist.all_reduce(flat, async_op=True)
         self.sent.append((flat, work, exist))

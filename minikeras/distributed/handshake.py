@@ -246,13 +246,22 @@ def weight_sums(model: nn.Module, run: Run) -> list[int]:
         numbers = parameter.detach()
         if numbers.is_complex():
             numbers = torch.view_as_real(numbers)
-        if numbers.element_size() in INTEGERS and numbers.dtype != torch.bool:
-            numbers = numbers.view(INTEGERS[numbers.element_size()])
-        sums.append(numbers.sum(dtype=torch.int64))
+        sums.append(as_integers(numbers).sum(dtype=torch.int64))
     if not sums:
         return []
     found: list[int] = torch.stack([value.to(sums[0].device) for value in sums]).tolist()
     return found
+
+
+def as_integers(numbers: Tensor) -> Tensor:
+    """Return the bits of numbers as integers, of 8 bytes where that goes: the fastest to add."""
+    size = numbers.element_size()
+    if size not in INTEGERS or numbers.dtype == torch.bool:
+        return numbers
+    begin, length = numbers.storage_offset() * size, numbers.numel() * size
+    if numbers.is_contiguous() and begin % 8 == 0 and length % 8 == 0:
+        return numbers.reshape(-1).view(torch.int64)
+    return numbers.view(INTEGERS[size])
 
 
 # --- errors ---------------------------------------------------------------------------------------

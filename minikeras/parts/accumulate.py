@@ -72,8 +72,6 @@ class Accumulate(Part):
         Counts of Averages differ from batch to batch. They may be float32 tensors, which a power of
         2 divides without rounding.
         """
-        if self.unit:
-            return
         unit = self.batches * float(weight)
         if is_count and unit:
             unit = 2.0 ** math.ceil(math.log2(unit))
@@ -86,7 +84,8 @@ class Accumulate(Part):
         if not is_average and not isinstance(loss.result, Tensor):
             raise ValueError(describe_units(loss.result, self.batches))
         weight = loss.result.count if is_average and rows else rows
-        self._settle_unit(weight, is_average)
+        if not self.unit:
+            self._settle_unit(weight, is_average)
         if is_average:
             loss.total = widen(get_total(loss.result)) / self.unit
         else:
@@ -100,7 +99,8 @@ class Accumulate(Part):
 
     def on_step(self, optimizers: list[Optimizer]) -> None:
         """Settle the unit with the other processes, if the first batch had no loss in this one."""
-        self._settle_unit(0)
+        if not self.unit:
+            self._settle_unit(0)
 
     def is_due(self, optimizer: Optimizer) -> bool:
         """Tell whether the current batch fills the optimizer's window."""
