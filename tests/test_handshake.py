@@ -108,10 +108,10 @@ def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_pa
     assert failed[0] == "loss of mine"
     assert waiting[0] == (
         "process 0 of 2 waits for the others, and process 1 has left fit with ValueError: loss of "
-        "mine"
+        "mine. Mend that error, and start all processes again."
     )
     assert "is no longer in step with the others since an earlier error" in waiting[1]
-    assert "process 0 has given up: process 0 of 2 waits for the others" in failed[1]
+    assert "process 0 has given up, since process 1 has left fit with ValueError" in failed[1]
 
 
 def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(tmp_path):
