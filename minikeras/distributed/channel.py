@@ -52,7 +52,7 @@ ADVICE = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Verb:
     """A call of fit, evaluate, ... that is running."""
 
