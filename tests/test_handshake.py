@@ -3,16 +3,34 @@
 import pytest
 import torch
 from helpers.compare import assert_equal_tensors
-from helpers.launch import launch_cases, results_of
+from helpers.launch import launch_cases
 from helpers.ranks import agreement
 from helpers.ranks.planted import DURING, PLANTED
 
+CASES = ["planted", "agreements", "stopped_by_a_layer", "signalled", "followed", "local_files"]
+
+
+def run(folder, cases):
+    """Return what each of two processes found; after an error torch may abort them as they end."""
+    done = launch_cases("helpers.ranks", folder, cases)
+    found = {}
+    for case in cases:
+        files = [folder / f"{case}.{rank}.pt" for rank in range(2)]
+        assert all(file.exists() for file in files), done.stderr
+        found[case] = [torch.load(file) for file in files]
+    return found
+
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def agreed(tmp_path_factory):
+    """What each of two processes found; the last case is one that they cannot go on after."""
+    return run(tmp_path_factory.mktemp("agreed"), [*CASES, "stuck"])
+
+
+@pytest.fixture
+def planted(agreed):
     """What each of two processes is told about each difference."""
-    folder = tmp_path_factory.mktemp("planted")
-    return results_of("helpers.ranks", folder, ["planted"])["planted"]
+    return agreed["planted"]
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -35,14 +53,6 @@ def test_handshake_names_what_has_come_to_differ_during_a_fit(planted, name):
 
 
 # --- agreement during a fit -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def agreed(tmp_path_factory):
-    """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("agreed")
-    cases = ["agreements", "stopped_by_a_layer", "signalled", "followed", "local_files"]
-    return results_of("helpers.ranks", folder, cases)
 
 
 def test_agreement_after_each_batch_is_for_callbacks_of_batches_in_any_process(agreed):
@@ -97,25 +107,19 @@ def test_agreement_on_a_checkpoint_refuses_files_that_differ(agreed):
 # --- a process that does not answer ---------------------------------------------------------------
 
 
-def said_by(folder, case):
-    """What each process says if one does not answer; torch may abort them as they end."""
-    launch_cases("helpers.ranks", folder, [case])
-    return [torch.load(folder / f"{case}.{rank}.pt") for rank in range(2)]
-
-
 def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_path):
-    waiting, failed = said_by(tmp_path, "caught")
+    waiting, failed = run(tmp_path, ["caught"])["caught"]
     assert failed[0] == "loss of mine"
     assert waiting[0] == (
         "process 0 of 2 waits for the others, and process 1 has left fit with ValueError: loss of "
-        "mine"
+        "mine. Mend that error, and start all processes again."
     )
     assert "is no longer in step with the others since an earlier error" in waiting[1]
-    assert "process 0 has given up: process 0 of 2 waits for the others" in failed[1]
+    assert "process 0 has given up, since process 1 has left fit with ValueError" in failed[1]
 
 
-def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(tmp_path):
-    first, last = said_by(tmp_path, "stuck")
+def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(agreed):
+    first, last = agreed["stuck"]
     said = (
         "process 0 is in evaluate in fit, process 1 in fit, and each waits for the other.",
         "process 1 is in fit, process 0 in evaluate in fit, and each waits for the other.",

@@ -92,7 +92,7 @@ class ModelCheckpoint(MonitoringCallback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         watch = self._watch
         if watch is not None:
-            value = self.read(watch, logs)
+            value = self._read_monitored(watch, logs)
             if value is None or not watch.better(value, self.best):
                 return
             self.best = value

@@ -20,7 +20,7 @@ class MonitoringCallback(Callback):
         """Return triples: a name, what the callback does with it, and how to do without it."""
         raise NotImplementedError
 
-    def read(self, monitor: Monitor, logs: Mapping[str, float]) -> float | None:
+    def _read_monitored(self, monitor: Monitor, logs: Mapping[str, float]) -> float | None:
         """Return the monitored value in an epoch's logs; None if its validation was skipped.
 
         With several processes it is that of rank 0, so that all decide alike: a column that a

@@ -135,7 +135,7 @@ class LRScheduler(MonitoringCallback):
         # another scheduler of the same optimizer may have logged already, and stepped
         logs.setdefault(self.column, float(rate))
         if self.monitor is not None:
-            value = self.read(self.monitor, logs)
+            value = self._read_monitored(self.monitor, logs)
             if value is not None:
                 self.scheduler.step(value)
         elif self.step == "epoch":

@@ -97,7 +97,7 @@ class EarlyStopping(MonitoringCallback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         self.epochs += 1
         watch = self._watch
-        value = self.read(watch, logs)
+        value = self._read_monitored(watch, logs)
         if value is None or self.epochs <= self.start_from_epoch:
             return
         self.wait += 1

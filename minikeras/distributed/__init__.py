@@ -1,6 +1,8 @@
 """Several processes that train one model.
 
 world.py        the rank of this process, and collective operations: `World` replaces `OneProcess`
+handshake.py    what all processes must have in common, compared at the beginning of each call
+channel.py      small messages, and what to say if a process does not answer
 together.py     keep processes together during a fit: a hook
 sharded.py      one process's share of the batches; you may skip it
 all_reduce.py   gradients added up over the processes: a part of the stepper

@@ -52,7 +52,7 @@ ADVICE = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Verb:
     """A call of fit, evaluate, ... that is running."""
 
@@ -64,11 +64,9 @@ class Verb:
         """Note that an error ends it in this process, which will not answer in it any more."""
         if self.channel is None:  # the others have not been met: it is a matter of this one alone
             return
-        text = f"{type(error).__name__}: {error}".rstrip(".: ")
-        if len(text) > LONGEST_ERROR:
-            text = f"{text[:LONGEST_ERROR]} ..."
         self.channel.notes.write_once(
-            f"left/{self.number}", f"process {self.channel.rank} has left {self.name} with {text}"
+            f"left/{self.number}",
+            f"process {self.channel.rank} has left {self.name} with {shorten(error)}",
         )
 
 
@@ -246,17 +244,22 @@ class Channel:
         """Write where this process waits, and give up if the notes of another say so."""
         reason = self.find_reason()
         if reason:
-            self.give_up(f"process {self.rank} of {self.size} waits for the others, and {reason}")
+            self.give_up(
+                f"process {self.rank} of {self.size} waits for the others, and {reason}. Mend that "
+                "error, and start all processes again.",
+                reason,
+            )
         own = [self.messages, self.sums, int(for_sum), describe_verbs()]
         self.notes.write(f"waits/{self.rank}", "|".join(map(str, own)))
         for other in {0, (self.rank + 1) % self.size} - {self.rank}:
             note = self.notes.read(f"waits/{other}")
             if note and are_stuck(own, note.split("|")):
                 place = note.split("|")[3]
-                self.give_up(
+                why = (
                     f"process {self.rank} is in {describe_verbs()}, process {other} in {place}, "
-                    f"and each waits for the other. {REMEDY}"
+                    "and each waits for the other"
                 )
+                self.give_up(f"{why}. {REMEDY}", why)
 
     def find_reason(self) -> str:
         """Return why another process will not answer, as far as it has said so."""
@@ -266,17 +269,17 @@ class Channel:
                 return note
         return self.notes.read("broken")
 
-    def give_up(self, why: str) -> None:
-        """Raise an error, and tell the others that this process is out of step with them."""
+    def give_up(self, message: str, why: str) -> None:
+        """Raise an error, and tell the others why this process is out of step with them."""
         self.broken = why
-        self.notes.write_once("broken", f"process {self.rank} has given up: {why}")
-        raise OutOfStep(why)
+        self.notes.write_once("broken", f"process {self.rank} has given up, since {why}")
+        raise OutOfStep(message)
 
     def _check_in_step(self) -> None:
         if self.broken:
             raise OutOfStep(
                 f"process {self.rank} of {self.size} is no longer in step with the others since an "
-                f"earlier error: {self.broken} Start the script again."
+                f"earlier error: {self.broken}. Start all processes again."
             )
 
     @contextlib.contextmanager
@@ -290,7 +293,7 @@ class Channel:
             reason = self.find_reason()
             if reason:
                 reason = f"{reason.rstrip('.')}. "
-            self.broken = "another process did not answer."
+            self.broken = "another process did not answer"
             raise RuntimeError(
                 f"process {self.rank} of {self.size} got no answer from the others: one has "
                 f"ended, or has taken longer than the group's timeout. {reason}{ADVICE} "
@@ -354,6 +357,19 @@ def are_stuck(own: list[Any], note: list[str]) -> bool:
     if for_sum:  # of the other process
         return bool(messages < own[0] and own[1] < sums)
     return bool(sums < own[1] and own[0] < messages)
+
+
+def shorten(error: BaseException) -> str:
+    """Return an error's first line, and the last one of several, as of a worker's traceback.
+
+    >>> shorten(ValueError("no such image."))
+    'ValueError: no such image'
+    """
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    if len(text) > LONGEST_ERROR:
+        text = f"{text[:LONGEST_ERROR]} ..."
+    return text.rstrip(".: ")
 
 
 def describe_verbs() -> str:

@@ -280,18 +280,19 @@ def raise_difference(world: World, facts: Facts, during: bool = False) -> None:
             differences.append(f"{name} is {by_value(shortened(values))}")
     if len(differences) > SHOWN:
         differences[SHOWN:] = [f"and {len(differences) - SHOWN} more differ"]
-    what = "have been given different things" if not during else "have come to differ in this fit"
+    what = "the processes have been given different things"
     remedy = (
         "Build, compile and call the model alike in every process: each takes its own share of "
         "the same data, and gradients are added up parameter by parameter."
     )
     if during:
+        what = "the processes have come to differ in this fit"
         remedy = (
             "A callback or step has set it in one process alone, or by a value that differs "
             "between processes, such as the running means of on_batch_end. Set it in every process "
             "alike, by a value of the epoch's logs in on_epoch_end."
         )
-    raise ValueError(f"the processes {what}: {'; '.join(differences)}. {remedy}")
+    raise ValueError(f"{what}: {'; '.join(differences)}. {remedy}")
 
 
 def raise_drift(world: World, model: nn.Module, run: Run, sums: list[int], when: str) -> None:

@@ -57,7 +57,7 @@ def layers(*middle):
     return nn.Sequential(nn.Linear(2, 4), *middle, nn.Linear(4, 1))
 
 
-def frozen(model):
+def freeze_a_weight(model):
     model.net.a.weight.requires_grad_(False)
     return model
 
@@ -225,7 +225,7 @@ PLANTED = {
         "net.seen (4,) float32 in process 1",
     ),
     "frozen": (
-        lambda: fit(on_last(frozen)(compiled())),
+        lambda: fit(on_last(freeze_a_weight)(compiled())),
         "requires_grad of net.a.weight is True in process 0",
         "False in process 1",
     ),
