@@ -11,6 +11,6 @@ any number.
 """
 
 from helpers.launch import cases_of
-from helpers.ranks import differ, metrics, resume, rows, same_numbers
+from helpers.ranks import differ, loaders, metrics, resume, rows, same_numbers
 
-CASES = cases_of(same_numbers, metrics, rows, differ, resume)
+CASES = cases_of(same_numbers, metrics, rows, loaders, differ, resume)
