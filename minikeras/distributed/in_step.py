@@ -67,8 +67,11 @@ class InStep:
         if self.world.rank:
             return
         size = self.world.size
-        dataset = getattr(self.loader, "dataset", None)
-        source = dataset if isinstance(dataset, IterableDataset) else self.loader
+        # a custom iterable may have an attribute `loader` as well
+        is_ours = getattr(self.batches, "is_exact", False) is True
+        source: Any = self.loader if is_ours else self.batches
+        if isinstance(getattr(source, "dataset", None), IterableDataset):
+            source = source.dataset
         warnings.warn(
             f"{self.name} gave all {size} processes the same rows; expected other rows in each. "
             f"Every row counts {size} times: each process reads {type(source).__name__} itself, "

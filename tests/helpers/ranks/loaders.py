@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -21,7 +20,6 @@ from torch.utils.data import (
 )
 from tqdm import tqdm
 
-import minikeras
 from helpers.ranks.common import RANK, apart, compiled, doubles, found, row_by_row
 from helpers.seeds import seed
 
@@ -53,14 +51,8 @@ def distributed_sampler_of_rows(size):
     dataset = Subset(batches, range(3))
     sampler = DistributedSampler(dataset, size, rank, shuffle=False)
     loader = DataLoader(dataset, batch_size=None, sampler=sampler)
-    return {"evaluated": compiled(minikeras.Model(Last())).evaluate(loader)}
-
-
-class Last(nn.Module):
-    """Without weights."""
-
-    def forward(self, x):
-        return torch.sigmoid(x[:, :1])
+    seed()
+    return {"evaluated": compiled().evaluate(loader)}
 
 
 class Named(DataLoader):
@@ -109,7 +101,7 @@ def shown_in_a_bar(size):
     bar = tqdm(loader, file=file)
     compiled().predict(bar)
     assert bar.iterable is loader
-    return {"shown": file.getvalue().rstrip().rpartition(" 4/4 ")[1]}
+    return {"shown": " 4/4 " in file.getvalue()}
 
 
 class Part(IterableDataset):
