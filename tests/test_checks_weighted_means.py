@@ -64,11 +64,14 @@ def test_weighted_mean_is_told_under_accumulate_and_the_remedy_is_exact(kind, we
         torch.testing.assert_close(parts, whole)
         return
     (text,) = said
-    over = "their class weights" if weight is not None else "the labels that are not ignored"
+    name = type(kind()).__name__
+    over = (
+        "the labels that are not ignored" if weight is None else "the class weights of its labels"
+    )
     assert text.startswith(
-        f"loss_func is a {type(kind()).__name__} whose mean is over {over}; expected a mean over rows, "
-        "since accumulate=2 weights each batch by its rows: the steps are not those of the whole "
-        "batch. Let the loss return its total and what it is divided by: lambda y_pred, y_true: "
+        f"loss_func is a {name} whose mean is over {over}; expected a mean over rows, since "
+        "accumulate=2 weights each batch by its rows: the steps are not those of the whole batch. "
+        "Let the loss return its total and what it is divided by: lambda y_pred, y_true: "
     )
     assert not torch.allclose(parts["net.fc.weight"], whole["net.fc.weight"], atol=1e-4)
     remedy = re.search(r"lambda y_pred.*(?=\.$)", text).group()

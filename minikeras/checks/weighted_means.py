@@ -34,7 +34,7 @@ def warn_of_weighted_mean(loss: Any, y_true: Any, what: str, is_main: bool) -> N
     if loss.weight is not None:
         arguments += ", weight"
         count = f"weight[{labels}].sum()"
-        over = "their class weights"
+        over = "the class weights of its labels"
     else:
         count = f"(y_true != {loss.ignore_index}).sum()"
         over = "the labels that are not ignored"
