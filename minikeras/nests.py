@@ -108,7 +108,7 @@ def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     >>> map_leaves(lambda leaf: leaf + 1, {"a": (1, 2), "b": [3]})
     {'a': (2, 3), 'b': [4]}
     """
-    container = take_apart(nest)
+    container = None if isinstance(nest, Tensor) else take_apart(nest)
     if container is None:
         return function(nest)
     inner, build = container

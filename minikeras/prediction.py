@@ -116,7 +116,8 @@ def compute_all_outputs(
             rows_alone = counter_of_features.count(features)
             if is_second_size(rows, features, rows_alone):
                 rows_alone = rows  # time first: the features alone would tell the wrong number
-            note_rows(outputs, labels=rows, features=rows_alone)
+            note_rows(outputs, "labels", rows)
+            note_rows(outputs, "features", rows_alone)
             sizes = first_sizes(features)
             features = to_device(features, device)
             piece = move_outputs(model, compute_outputs(features))
@@ -202,13 +203,15 @@ def move_to_cpu(leaf: Any) -> Any:
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
 
 
-def note_rows(outputs: Outputs, **found: Any) -> None:
-    """Note the rows of a batch: by the rule of `evaluate`, and as the features alone have them."""
-    for name, rows in found.items():
-        if isinstance(rows, UnknownRows):
-            outputs.unknown = outputs.unknown or rows
-            rows = None
-        outputs.rows.setdefault(name, []).append(rows)
+def note_rows(outputs: Outputs, name: str, rows: int | UnknownRows) -> None:
+    """Note the rows of a batch: by the labels as in `evaluate`, or by the features alone."""
+    known: int | None
+    if isinstance(rows, UnknownRows):
+        outputs.unknown = outputs.unknown or rows
+        known = None
+    else:
+        known = rows
+    outputs.rows.setdefault(name, []).append(known)
 
 
 def is_second_size(rows: int | UnknownRows, features: Any, rows_alone: int | UnknownRows) -> bool:

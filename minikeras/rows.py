@@ -80,6 +80,8 @@ class RowCounter:
 
     def count(self, features: Any, labels: Any = None) -> int | UnknownRows:
         """Count the rows of a batch."""
+        if labels is None and isinstance(features, Tensor) and features.ndim:
+            return features.shape[0]
         if (
             isinstance(labels, Tensor)
             and isinstance(features, Tensor)
@@ -372,6 +374,8 @@ def may_be_rows(items: list[Any]) -> bool:
 
 def first_sizes(nest: Any) -> set[int]:
     """Return the first size of each tensor in a nest."""
+    if isinstance(nest, Tensor):  # most are
+        return {nest.shape[0]} if nest.ndim else set()
     sizes = set()
     for leaf in leaves(nest, inside=True):
         if is_array(leaf) and leaf.ndim:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.batch import Parts, unpack
-from minikeras.columns import rate_name, sort_columns
+from minikeras.columns import rate_name
 from minikeras.engine import Eager
+from minikeras.history import HistoryColumns
 from minikeras.hooks import Fit
 from minikeras.modes import TrainingModes
 from minikeras.overrides import overrides
@@ -50,6 +51,8 @@ class Run:
     published: dict[str, Any] = field(default_factory=dict)
     # logs and learning rates of each epoch
     epochs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)
+    # the same as columns, as far as they have been read
+    columns: HistoryColumns = field(default_factory=lambda: HistoryColumns([]))
     kept: dict[str, Any] = field(default_factory=dict)  # what hooks and callbacks keep between fits
 
     def __post_init__(self) -> None:
@@ -84,23 +87,22 @@ class Run:
         """
         scheduled = self.scheduled_rates()
         names = []
-        for name in self.epochs[0][1] if self.epochs else ():
-            values = {rates.get(name) for _, rates in self.epochs}
-            if name in scheduled or len(values) > 1:
+        for name, has_changed in self._columns_of_epochs().changed_rates().items():
+            if name in scheduled or has_changed:
                 names.append(name)
         return names
 
+    def _columns_of_epochs(self) -> HistoryColumns:
+        """Return the columns of the epochs, as far as they have been read."""
+        if not self.columns.is_of(self.epochs):
+            self.columns = HistoryColumns(self.epochs)
+        return self.columns
+
     def history(self) -> pd.DataFrame:
         """Return the epochs so far: training columns, then validation's, then learning rates."""
-        names: dict[str, None] = {}
-        for logs, _ in self.epochs:
-            names.update(dict.fromkeys(logs))
-        names.update(dict.fromkeys(self.rate_columns()))
-        rows = [rates | logs for logs, rates in self.epochs]  # a rate that a callback logs stays
-        columns = {}
-        for name in sort_columns(names):
-            columns[name] = [row.get(name, math.nan) for row in rows]
-        return pd.DataFrame(columns, pd.RangeIndex(len(rows)))  # the epoch's number is one more
+        columns = self._columns_of_epochs()
+        columns.extend()
+        return columns.frame(self.rate_columns())
 
     def allows_writing(self, path: Any, with_state: bool = False) -> bool:
         """Tell whether weights may be written to a file now; the hooks of a fit may raise an error.

@@ -209,6 +209,7 @@ class ArrayBatches:
             isinstance(rows, TensorRows) and rows.dtype != rows.tensor.dtype for rows in sources
         )
         plain = False
+        single = isinstance(self.arrays, (TensorRows, FetchedRows))  # X alone
         if type(self.arrays) is tuple:  # (X, y), the usual case
             plain = all(isinstance(part, (TensorRows, FetchedRows)) for part in self.arrays)
         for batch in batches:
@@ -216,6 +217,9 @@ class ArrayBatches:
                 batch = [tensor.to(dtype) for tensor, dtype in zip(batch, dtypes, strict=True)]
             if plain:
                 yield tuple(batch)
+                continue
+            if single:
+                yield batch[0]
                 continue
             remaining = iter(batch)
             yield map_leaves(lambda _, remaining=remaining: next(remaining), self.arrays)  # type: ignore[misc]

@@ -72,8 +72,18 @@ SAME = [
     "channels_last",
     "one_rank_stops",
     "jit",
+    "distributed_sampler",
+    "distributed_sampler_of_rows",
+    "loaders_of_other_classes",
+    "shown_in_a_bar",
+    "part_of_an_iterable",
+    "generator_of_a_loader_and_a_split",
+    "drawn_by_a_dataset",
+    "workers_that_stay",
 ]
 OTHERS = [
+    "same_rows",
+    "other_rows",
     "rows_unknown_on_one",
     "spoiled_on_one",
     "one_file",
@@ -110,6 +120,8 @@ ON_THREE = [
     "nests",
     "split_batches",
     "learning_rates",
+    "distributed_sampler",
+    "loaders_of_other_classes",
 ]
 
 
@@ -318,6 +330,39 @@ def test_ddp_refuses_what_several_processes_cannot_do_with_a_remedy(by_two):
         "share of it.",
     ]
     assert [found["said"] for found in by_two["refused"]] == [said, said]
+
+
+def test_ddp_rows_that_all_processes_read_are_told_by_rank_0_alone(by_two):
+    said = (
+        "{} gave all 2 processes the same rows; expected other rows in each. Every row counts 2 "
+        "times: each process reads {} itself, since its rows are not known by number. Pass a "
+        "Dataset with __getitem__, or a DataLoader over one, which are divided; or yield a part "
+        "in __iter__: itertools.islice(rows, rank, None, 2), with rank = "
+        "torch.distributed.get_rank()."
+    )
+    told = [
+        [said.format("dl_val", "Wrapped")],
+        [said.format("dl_train", "Wrapped")],
+        [said.format("dl", "Unchanged")],
+        [],
+    ]
+    assert by_two["same_rows"] == [told, [[], [], [], []]]
+
+
+def test_ddp_data_that_differs_between_processes_is_an_error_before_a_weight_moves(by_two):
+    said = (
+        "dl_train has other rows in process 1 than in process 0; expected the same rows in the "
+        "same order in all processes, since each uses its share of them. A split or a shuffle "
+        "without a seed differs from process to process. Give it one: random_split(..., "
+        "generator=torch.Generator().manual_seed(0)), train_test_split(..., random_state=0), "
+        "np.random.default_rng(0). If each process is to read rows of its own, pass an "
+        "IterableDataset."
+    )
+    refused = dict.fromkeys(["arrays", "frames", "split", "tensors", "sampler"], said)
+    fine = {"rounded": "", "same": ""}
+    first = refused | {"list": f"warned: {said}", "array": f"warned: {said}"} | fine
+    other = refused | {"list": "", "array": ""} | fine
+    assert by_two["other_rows"] == [first, other]
 
 
 def test_ddp_error_of_a_function_on_all_rows_reaches_all_processes(by_two):

@@ -10,6 +10,5 @@ weights.py    model.save, model.load
 state.py      fit(checkpoint=...): the state of a run, a hook of the fit
 fits.py       which fit of this process a file belongs to
 position.py   the position in an iteration of batches, and how to resume from it
-checksums.py  compare batches that are read again
 signals.py    SIGTERM and Ctrl-C: the batch is finished and the state written first
 """

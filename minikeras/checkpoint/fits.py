@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset, Subset, TensorDataset
 
 from minikeras.callback import Callback
-from minikeras.checkpoint.checksums import SAMPLE, checksum
 from minikeras.checkpoint.file import remedy_of_fit
 from minikeras.checkpoint.matching import settings
 from minikeras.errors import CheckpointError
+from minikeras.support.checksums import SAMPLE, checksum
 from minikeras.support.randomness import KINDS, state_of
 from minikeras.support.reachable import SCALARS, reachable
 

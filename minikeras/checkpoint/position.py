@@ -42,9 +42,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from minikeras.checkpoint.checksums import batch_checksum
 from minikeras.errors import CheckpointError
 from minikeras.sources import find_length
+from minikeras.support.checksums import batch_checksum
 from minikeras.support.loaders import (
     DRAWN_AT_ONCE,
     base_of,
@@ -94,7 +94,9 @@ class Positioned:
         self.draws: WatchedDraws | None = None  # of an iterable
         if may_draw_as_it_is_read(batches):
             self.order = WatchedOrder(self.loader, randomness)
-        is_known = keeps_state(self.loader) or reads_the_same(batches, self.loader)
+        # a loader whose batches several processes divide does not know how far they are
+        self.keeps_state = keeps_state(self.loader) and not is_exact(batches)
+        is_known = self.keeps_state or reads_the_same(batches, self.loader)
         self.is_stream = self.order is None and not is_known  # read again, and watched
 
     def __len__(self) -> int:
@@ -133,7 +135,7 @@ class Positioned:
         """Return the position of the current iteration as plain values; None between two."""
         if self.pending is not None or self.start is None:
             return self.pending
-        state = self.loader.state_dict() if keeps_state(self.loader) else None
+        state = self.loader.state_dict() if self.keeps_state else None
         return {
             "start": self.start,
             "seen": self.seen,
@@ -159,15 +161,20 @@ class Positioned:
             CheckpointError: they end before it, or their generators are others.
         """
         self.randomness.check(position["start"])
-        if position["loader"] is not None and not keeps_state(self.loader):
+        if position["loader"] is not None and not self.keeps_state:
             raise CheckpointError(
                 f"the checkpoint holds the position of a loader with state_dict, and {self.name} "
-                f"is a {type(self.loader).__name__} without one. Give the same data as before. "
-                f"{self.remedy}".rstrip()
+                f"is a {type(self.loader).__name__} {self._without_state()}. Give the same data as "
+                f"before. {self.remedy}".rstrip()
             )
         now = find_length(self.batches)
         if position["loader"] is None and now is not None and position["seen"] > now:
             raise build_end_error(position["seen"], self.name, now, self.remedy)
+
+    def _without_state(self) -> str:
+        if keeps_state(self.loader):
+            return "whose rows several processes divide, now"
+        return "without one"
 
     def resume_at(self, position: dict[str, Any] | None) -> None:
         """Let the next iteration begin at a position; None for a new one."""

@@ -11,5 +11,6 @@ torch_errors.py  reading, memory, dead workers: add the likely cause to torch's 
 broadcast.py     outputs and labels that broadcast each other
 row_means.py     functions of metrics_dict that are not means over rows
 raw_scores.py    torchmetrics objects that are given raw scores
+weighted_means.py  losses whose mean is not over rows, under accumulate and several processes
 peek.py          the first batch of data in memory
 """

@@ -27,6 +27,7 @@ from minikeras.checks.several_outputs import (
     find_failing_part,
     prefix_messages,
 )
+from minikeras.checks.weighted_means import warn_of_weighted_mean
 from minikeras.errors import describe
 from minikeras.nests import names_in, take_apart
 from minikeras.overrides import overrides
@@ -139,6 +140,12 @@ class FirstBatch(Explanations):
         inputs.check_loss_inputs(
             loss, y_pred, y_true, self.phase.is_training, self.model, is_fitting
         )
+        batches = self.run.options.get("accumulate", 1)
+        if self.phase.is_training and (self.world.size > 1 or batches > 1):
+            what = f"training on {self.world.size} processes"
+            if self.world.size == 1:
+                what = f"accumulate={batches}"
+            warn_of_weighted_mean(loss, y_true, what, self.world.rank == 0)
 
     def _loss_of_output(self, name: Any, loss: Any, y_pred: Any, y_true: Any) -> Any:
         """Call the loss of one of several outputs, and check it as one alone."""

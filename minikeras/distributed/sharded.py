@@ -6,9 +6,10 @@ ranks put their own state back.
 
 rows known by number       batch_size rows for each process; the last ones are divided into parts
                            that differ by one row at most
+torch's DistributedSampler  the same, in its order, without the rows that it repeats
 a custom batch sampler,    as many batches as there are processes make one step
 a list of batches
-anything else              each process reads its own, for as long as one of them has a batch
+anything else              each process reads its own (in_step.py)
 
 A process that has no batch in a step repeats one that it has already seen, as a `FillerBatch`: its
 rows, loss and gradients count as zero.
@@ -17,28 +18,52 @@ rows, loss and gradients count as zero.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from tqdm import tqdm
 
+from minikeras.distributed.in_step import InStep
+from minikeras.distributed.same_data import check_same_data
 from minikeras.distributed.world import World
 from minikeras.phase import FillerBatch
 from minikeras.sources import ArrayBatches, find_length
-from minikeras.support.loaders import asked, draw_seed, drawn, draws_at_once, with_sampler
+from minikeras.support.loaders import (
+    asked,
+    draw_seed,
+    drawn,
+    draws_at_once,
+    persistent_loader,
+    with_sampler,
+)
 from minikeras.support.randomness import Randomness
+
+# what a subclass of DataLoader may define and be read as a DataLoader is
+ALLOWED = ("__init__", "__len__", "__doc__", "__module__", "__orig_bases__", "__parameters__")
 
 
 def sharded(batches: Iterable[Any], world: World, name: str) -> Iterable[Any]:
     """Return this process's share of the batches."""
-    if reads_rows(batches) and not is_sharded_by_user(getattr(batches, "loader", None)):
-        return Sharded(batches, world)
-    if type(batches) is list or is_known_by_number(batches):
-        return Sharded(batches, world)
-    return InStep(batches, world, name)
+    bar = batches if isinstance(batches, tqdm) else None
+    given: Any = batches if bar is None else bar.iterable
+    if not is_divisible(given, world):
+        return InStep(batches, world, name)
+    share = Sharded(given, world, bar)
+    share.check_sizes()
+    check_same_data(given, world, name)
+    return share
+
+
+def is_divisible(batches: Any, world: World) -> bool:
+    """Tell whether the rows or the batches are known by number, and not divided yet."""
+    if reads_rows(batches):
+        return not is_sharded_by_user(getattr(batches, "loader", None), world)
+    return type(batches) is list or is_known_by_number(batches, world)
 
 
 def reads_rows(batches: Any) -> bool:
@@ -46,17 +71,41 @@ def reads_rows(batches: Any) -> bool:
     return getattr(batches, "is_exact", False) is True and hasattr(batches, "of")
 
 
-def is_known_by_number(batches: Any) -> bool:
+def is_known_by_number(batches: Any, world: World) -> bool:
     """Tell whether a loader's rows are known by number before they are read."""
-    if not isinstance(batches, DataLoader):
+    if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
         return False
-    if type(batches).__iter__ is not DataLoader.__iter__ or hasattr(batches, "state_dict"):
-        return False
-    return not (isinstance(batches.dataset, IterableDataset) or is_sharded_by_user(batches))
+    return reads_by_number(batches) and not is_sharded_by_user(batches, world)
 
 
-def is_sharded_by_user(loader: Any) -> bool:
-    """Tell whether a sampler of the loader already gives each process its share."""
+def reads_by_number(loader: DataLoader[Any]) -> bool:
+    """Tell whether a loader does nothing but read the rows that its samplers tell it.
+
+    A DataLoader does, a subclass that overrides nothing of it, and torchdata's StatefulDataLoader
+    unless it is to begin at a position of its own.
+    """
+    torchdata = sys.modules.get("torchdata.stateful_dataloader")
+    if torchdata is not None and type(loader) is torchdata.StatefulDataLoader:
+        return loader.next_iter_state is None  # type: ignore[attr-defined]
+    if hasattr(loader, "state_dict"):
+        return False
+    for kind in type(loader).__mro__:
+        if kind is DataLoader:
+            return True
+        overridden = vars(kind).keys() & vars(DataLoader).keys()
+        if not overridden <= set(ALLOWED):
+            return False
+    return True
+
+
+def is_sharded_by_user(loader: Any, world: World) -> bool:
+    """Tell whether a sampler of the loader already gives each process its share.
+
+    torch's own DistributedSampler over all processes does not count: its order is known, and so all
+    of its rows are divided here, without those that it repeats.
+    """
+    if is_distributed(order_of(loader), world):
+        return False
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (
         getattr(loader, "sampler", None),
@@ -66,22 +115,59 @@ def is_sharded_by_user(loader: Any) -> bool:
     return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in samplers)
 
 
-def draw_first_seed(loader: DataLoader[Any]) -> None:
+def order_of(loader: Any) -> Any:
+    """Return the sampler that decides the order of a loader's rows; a custom batch sampler may."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_sampler is None:
+        return getattr(loader, "sampler", None)
+    return batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler
+
+
+def is_distributed(sampler: Any, world: World) -> bool:
+    """Tell whether a sampler is torch's own that gives each of these processes a share."""
+    if type(sampler) is not DistributedSampler:
+        return False
+    return (sampler.num_replicas, sampler.rank) == (world.size, world.rank)
+
+
+def count_rows(sampler: Any) -> int:
+    """Return how many rows the samplers of all processes give together, each row once."""
+    if type(sampler) is not DistributedSampler:
+        return len(sampler)
+    return sampler.total_size if sampler.drop_last else len(sampler.dataset)  # type: ignore[arg-type]
+
+
+def rows_of_all(sampler: DistributedSampler[Any]) -> Tensor:
+    """Return the rows that the samplers of all processes give together, in their order."""
+    whole: DistributedSampler[Any] = DistributedSampler(
+        sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
+    )
+    whole.set_epoch(sampler.epoch)
+    return drawn(whole)[: count_rows(sampler)]
+
+
+def draw_first_seed(loader: DataLoader[Any], world: World) -> None:
     """Draw what a loader drew for its persistent workers in its first iteration, now over."""
-    if is_known_by_number(loader):
+    if is_known_by_number(loader, world):
         draw_seed(loader)
+        iter(persistent_loader(loader, [], loader.generator if world.rank == 0 else None))
     else:
         iter(loader)
 
 
 class Sharded:
-    """One process's share of batches, if the rows or the batches are known by number."""
+    """One process's share of batches, if the rows or the batches are known by number.
+
+    Args:
+        bar: the user's bar around the batches, which shows this process's share.
+    """
 
     is_exact = True  # reading again from the same random state gives the same batches
 
-    def __init__(self, batches: Any, world: World) -> None:
+    def __init__(self, batches: Any, world: World, bar: tqdm[Any] | None = None) -> None:
         self.batches = batches
         self.world = world
+        self.bar = bar
         self.loader: Any = getattr(batches, "loader", batches)  # what the user passed
         self.randomness = Randomness(torch.device("cpu"), [self.loader])
 
@@ -109,11 +195,14 @@ class Sharded:
 
     def __len__(self) -> int:
         if not self.by_rows:
-            return math.ceil(len(self.loader) / self.world.size)
+            loader = self.loader
+            order = order_of(loader)
+            batches = count_rows(order) if type(order) is DistributedSampler else len(loader)
+            return math.ceil(batches / self.world.size)
         if isinstance(self.batches, ArrayBatches):
             rows = self.batches.rows
         else:
-            rows = len(self.sampler.sampler)
+            rows = count_rows(self.sampler.sampler)
         if self.drop_last:
             return int(rows // self.batch_size)
         return math.ceil(rows / self.batch_size)
@@ -156,9 +245,13 @@ class Sharded:
         # others each its own.
         self.randomness.restore(before if rank == 0 else own)
         batches = self.read(shares, count)
-        if rank == 0 or not self.world.draws_apart:
-            self.randomness.restore(after)
-        return with_filler(batches, max(len(shares) - count, 0), is_filler)
+        if rank and self.world.draws_apart:
+            # in a fit the global generators differ, but not those that decide the order
+            after = self.randomness.states() | {"generators": after["generators"]}
+        self.randomness.restore(after)
+        batches = with_filler(batches, max(len(shares) - count, 0), is_filler)
+        batches = together_at_the_end(batches, self.world, self.randomness)
+        return batches if self.bar is None else shown(self.bar, batches, len(self))
 
     def shares(self) -> tuple[list[Any], bool]:
         """Return what this process reads in each step, and whether the last one is a filler."""
@@ -193,6 +286,8 @@ class Sharded:
             return self.batches.order()
         draw_seed(self.loader)
         sampler = self.sampler.sampler
+        if type(sampler) is DistributedSampler:
+            return rows_of_all(sampler)
         return drawn(sampler) if draws_at_once(self.sampler) else list(sampler)
 
     def all_batches(self) -> list[Any]:
@@ -201,7 +296,10 @@ class Sharded:
             return self.loader
         if self.sampler is None:
             draw_seed(self.loader)
-            return list(self.loader.sampler)
+            sampler = self.loader.sampler
+            if type(sampler) is DistributedSampler:
+                return rows_of_all(sampler).tolist()
+            return list(sampler)
         return list(map(list, asked(self.loader)))
 
     def read(self, shares: list[Any], count: int) -> Iterator[Any]:
@@ -217,7 +315,10 @@ class Sharded:
             wanted.append(share.tolist() if isinstance(share, Tensor) else share)
         # which differs by rank, as workers draw for their rows
         generator = self.loader.generator if self.world.rank == 0 else None
-        batches = iter(with_sampler(self.loader, wanted, generator))
+        if self.loader.persistent_workers:
+            batches = iter(persistent_loader(self.loader, wanted, generator))
+        else:
+            batches = iter(with_sampler(self.loader, wanted, generator))
         return islice(batches, count - skipped, None)
 
 
@@ -234,33 +335,23 @@ def with_filler(batches: Iterator[Any], count: int, is_filler: bool) -> Iterator
         yield FillerBatch(batch) if is_filler and number == count else batch
 
 
-class InStep:
-    """Batches that each process reads for itself, for as long as one of them has one."""
+def together_at_the_end(
+    batches: Iterator[Any], world: World, randomness: Randomness
+) -> Iterator[Any]:
+    """Yield batches; then give all processes the random state of rank 0, except within a fit.
 
-    def __init__(self, batches: Iterable[Any], world: World, name: str) -> None:
-        self.batches = batches
-        self.world = world
-        self.name = name
-        self.loader: Any = getattr(batches, "loader", batches)  # what the user passed
+    Reading different rows may have drawn differently.
+    """
+    yield from batches
+    if not world.draws_apart:
+        randomness.restore(world.broadcast(randomness.states()))
 
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type] # raises as theirs does
 
-    def __iter__(self) -> Iterator[Any]:
-        nothing = object()
-        last = nothing
-        iterator = iter(self.batches)
-        while True:
-            batch = next(iterator, nothing)
-            if not self.world.agree(batch is not nothing)[0]:
-                return
-            if batch is not nothing:
-                last = batch
-                yield batch
-                continue
-            if last is nothing:
-                raise ValueError(
-                    f"{self.name} gave process {self.world.rank} no batch, but other processes "
-                    "got some. Give each process at least one."
-                )
-            yield FillerBatch(last)
+def shown(bar: tqdm[Any], batches: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yield batches, of which there are `count`, as the bar goes on."""
+    given, bar.iterable = bar.iterable, batches
+    bar.total = count
+    try:
+        yield from bar
+    finally:
+        bar.iterable = given

@@ -280,7 +280,7 @@ class World(OneProcess):
         """Draw what a loader drew for its persistent workers in its first iteration, now over."""
         from minikeras.distributed.sharded import draw_first_seed
 
-        draw_first_seed(loader)
+        draw_first_seed(loader, self)
 
     def prepare_metric(self, metric: Any, name: str, syncs: Callable[[], bool]) -> None:
         """Let a torchmetrics object synchronize its state when `syncs()` says so.

@@ -1,6 +1,7 @@
 """Helpers that several rooms use and the core does not.
 
 atomic.py            write a file atomically
+checksums.py         compare batches, and other nested values, by a sample
 paths.py             check the paths that users pass
 loaders.py           how a DataLoader draws: rows, seeds, epochs
 pyplot.py            import matplotlib, or show the install command

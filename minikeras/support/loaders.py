@@ -5,6 +5,7 @@ draws_at_once          whether an epoch's order may be drawn before its first ba
 drawn, asked           the numbers of an epoch's rows: all at once, or batch by batch
 draw_seed              the seed for the workers
 with_sampler           the same loader with another sampler
+persistent_loader      the same, with workers that stay
 set_epoch, epochs_of   the epoch's number, for samplers and datasets that shuffle by it
 
 The random draws, and their order, are those of iterating the loader itself.
@@ -45,6 +46,10 @@ DRAWN_AT_ONCE = (
 )
 # loaders with persistent workers, which keep the seed that was drawn for them
 DRAWN_FOR: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
+# ... and the loaders with such workers that read a part of their batches
+READERS: weakref.WeakKeyDictionary[DataLoader[Any], tuple[DataLoader[Any], list[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def base_of(dataset: Any) -> Any:
@@ -152,7 +157,10 @@ def _one_behind(rows: Iterator[Any], waiting: deque[Any]) -> Iterator[Any]:
 
 
 def with_sampler(
-    loader: DataLoader[Any], sampler: Any, generator: torch.Generator | None
+    loader: DataLoader[Any],
+    sampler: Any,
+    generator: torch.Generator | None,
+    persistent_workers: bool = False,
 ) -> DataLoader[Any]:
     """Return a loader like this one, with another (batch) sampler and generator."""
     kwargs: dict[str, Any] = {"batch_sampler": sampler}
@@ -171,8 +179,27 @@ def with_sampler(
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         generator=generator,
+        persistent_workers=persistent_workers,
         **kwargs,
     )
+
+
+def persistent_loader(
+    loader: DataLoader[Any], batches: list[Any], generator: torch.Generator | None
+) -> DataLoader[Any]:
+    """Return a loader like this one that reads these batches, by the same workers each time.
+
+    Args:
+        loader: the user's, with persistent workers.
+        batches: the row numbers of each batch of the next iteration.
+        generator: gives the workers' seed when they start.
+    """
+    if loader not in READERS:
+        numbers: list[Any] = []
+        READERS[loader] = with_sampler(loader, numbers, generator, True), numbers
+    reader, numbers = READERS[loader]
+    numbers[:] = batches
+    return reader
 
 
 # --- epochs ---------------------------------------------------------------------------------------

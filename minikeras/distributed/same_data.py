@@ -1,0 +1,177 @@
+"""Check that all processes were given the same data, of which each uses its share.
+
+A split or a shuffle without a seed gives each process other rows, and then one process validates
+on rows that another trains on. Once for each call of fit, evaluate and predict are compared:
+
+row numbers                     of Subsets and samplers, exactly
+arrays, and in TensorDatasets   a sample of their numbers, but for rounding
+what else a Dataset holds       lists and arrays with an item for each row: with a warning alone,
+                                since it may fill them as it is read
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
+
+from minikeras.arrays import FetchedRows, TensorRows
+from minikeras.distributed.world import World
+from minikeras.nests import is_sharded, leaves
+from minikeras.sources import ArrayBatches, find_length
+from minikeras.support.checksums import checksum
+
+ROWS = 64  # of an array that are compared
+COLUMNS = 16  # numbers of such a row
+ITEMS = 1_000  # of a list that are compared
+ROUNDING = 1e-4  # relative: arrays that were computed on different machines may differ by less
+
+
+def check_same_data(batches: Any, world: World, name: str) -> None:
+    """Check that all processes have the same rows, in the same order.
+
+    How many there are is not compared.
+
+    Raises:
+        ValueError: they have not.
+    """
+    certain, possible = Sample(), Sample()
+    if isinstance(batches, ArrayBatches):
+        for rows in leaves(batches.arrays):
+            certain.add_rows(rows)
+    loader = getattr(batches, "loader", batches)
+    add_samplers(loader, certain)
+    add_dataset(getattr(loader, "dataset", None), certain, possible)
+    found = world.gather([certain.values(), possible.values()]) or []
+    for rank, other in enumerate(found):
+        if not are_alike(found[0][0], other[0]):
+            raise ValueError(describe_difference(name, rank))
+    for rank, other in enumerate(found):
+        if world.rank == 0 and not are_alike(found[0][1], other[1]):
+            warnings.warn(describe_difference(name, rank), stacklevel=2)
+            return
+
+
+def describe_difference(name: str, rank: int) -> str:
+    """Return the message that one process has other rows than the first."""
+    return (
+        f"{name} has other rows in process {rank} than in process 0; expected the same rows in the "
+        "same order in all processes, since each uses its share of them. A split or a shuffle "
+        "without a seed differs from process to process. Give it one: random_split(..., "
+        "generator=torch.Generator().manual_seed(0)), train_test_split(..., random_state=0), "
+        "np.random.default_rng(0). If each process is to read rows of its own, pass an "
+        "IterableDataset."
+    )
+
+
+def are_alike(first: list[Any], other: list[Any]) -> bool:
+    """Tell whether what two processes have sampled are the same rows."""
+    if first[0] != other[0] or len(first[1]) != len(other[1]):
+        return False
+    for (total, size), (other_total, other_size) in zip(first[1], other[1], strict=True):
+        if abs(total - other_total) > ROUNDING * max(size, other_size):
+            return False
+    return True
+
+
+class Sample:
+    """A sample of row numbers, and of the numbers in arrays."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.totals: list[tuple[float, float]] = []
+
+    def values(self) -> list[Any]:
+        """Return plain values: row numbers as a checksum, and weighted sums with their size."""
+        return [checksum(self.numbers), self.totals]
+
+    def add_items(self, items: Any) -> None:
+        """Add a list or an array of row numbers or names."""
+        step = max(1, len(items) // ITEMS)
+        chosen = items[::step]
+        if isinstance(chosen, (Tensor, np.ndarray)):
+            chosen = chosen.tolist()
+        self.numbers.append(checksum([len(items), *map(str, chosen)]))
+
+    def add_rows(self, rows: Any) -> None:
+        """Add rows of an array: the sum of some numbers, each with its weight."""
+        if len(rows) == 0:
+            return
+        numbers = torch.arange(0, len(rows), max(1, len(rows) // ROWS))
+        if isinstance(rows, FetchedRows):
+            picked = rows.fetch(numbers)
+        elif isinstance(rows, np.ndarray):
+            picked = torch.from_numpy(rows[numbers.numpy()].astype(np.float64))
+        else:
+            tensor = rows.tensor if isinstance(rows, TensorRows) else rows
+            if tensor.layout is not torch.strided or tensor.is_quantized or is_sharded(tensor):
+                return
+            picked = tensor.detach()[numbers.to(tensor.device)]
+        if picked.is_complex():
+            picked = torch.view_as_real(picked)
+        table = picked.reshape(len(numbers), -1)
+        table = table[:, :: max(1, table.shape[1] // COLUMNS)].cpu().double().nan_to_num()
+        if not table.numel():
+            return
+        weights = torch.arange(1, table.numel() + 1, dtype=torch.float64).reshape(table.shape)
+        total = float((weights * table).sum())
+        size = float((weights * table.abs()).sum())
+        if math.isfinite(size):
+            self.totals.append((total, size))
+
+
+def add_samplers(loader: Any, sample: Sample) -> None:
+    """Add the row numbers that the loader's samplers hold."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+        for name in ("indices", "weights"):  # of SubsetRandomSampler and WeightedRandomSampler
+            items = getattr(sampler, name, None)
+            if isinstance(items, (list, tuple, range, Tensor, np.ndarray)):
+                sample.add_items(items)
+
+
+def add_dataset(dataset: Any, certain: Sample, possible: Sample) -> None:
+    """Add the row numbers and arrays of a Dataset, and of those inside it."""
+    if isinstance(dataset, Subset):
+        if isinstance(dataset.indices, (list, tuple, range, Tensor, np.ndarray)):
+            certain.add_items(dataset.indices)
+        add_dataset(dataset.dataset, certain, possible)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            add_dataset(part, certain, possible)
+    elif type(dataset) is TensorDataset:
+        for tensor in dataset.tensors:
+            certain.add_rows(tensor)
+    elif isinstance(dataset, StackDataset):
+        parts = dataset.datasets
+        for part in parts.values() if isinstance(parts, Mapping) else parts:
+            add_dataset(part, certain, possible)
+    elif isinstance(dataset, Tensor):
+        certain.add_rows(dataset)
+    else:
+        add_attributes(dataset, possible)
+
+
+def add_attributes(dataset: Any, sample: Sample) -> None:
+    """Add what a custom Dataset holds for its rows: arrays, and lists of numbers or names."""
+    length = find_length(dataset)
+    for value in getattr(dataset, "__dict__", {}).values():
+        if not isinstance(value, (list, tuple, Tensor, np.ndarray)):
+            continue
+        if find_length(value) != length or not length:
+            continue
+        if isinstance(value, Tensor) or is_numeric(value):
+            sample.add_rows(value)
+        elif isinstance(value[0], (int, str)):
+            sample.add_items(value)
+
+
+def is_numeric(value: Any) -> bool:
+    """Tell whether this is an array of real numbers."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
