@@ -23,6 +23,7 @@ AS_THEY_ARE = (
     torch.dtype,
     torch.device,
 )
+TYPES_AS_THEY_ARE = frozenset(AS_THEY_ARE)
 ARRAY = "a NumPy array"  # the key of a dict that stands for one
 
 
@@ -44,13 +45,17 @@ def plain(value: Any, where: str) -> Any:
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc":
         return {ARRAY: torch.from_numpy(value.copy())}
-    if type(value) in AS_THEY_ARE:
+    if type(value) in TYPES_AS_THEY_ARE:
         return value
     if type(value) in (list, tuple, set):
+        if is_flat(value):  # quick for the hundreds of numbers in a random state
+            return type(value)(value)
         items = []
         for number, part in enumerate(value):
             items.append(plain(part, f"{where}[{number}]"))
         return type(value)(items)
+    if type(value) is dict and is_flat(value) and is_flat(value.values()):
+        return dict(value)
     if type(value) in (dict, OrderedDict, Counter):
         pairs = []
         for key, part in value.items():
@@ -66,6 +71,37 @@ def plain(value: Any, where: str) -> Any:
         "numbers, strings, lists and dicts. Turn it into these in state_dict, and back in "
         "load_state_dict."
     )
+
+
+def is_flat(values: Iterable[Any]) -> bool:
+    """Tell whether all of these values can be saved as they are: none is a tensor or a container.
+
+    >>> is_flat([1, "two"]), is_flat([1, [2]])
+    (True, False)
+    """
+    return TYPES_AS_THEY_ARE.issuperset(map(type, values))
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """List the tensors in a plain value.
+
+    >>> find_tensors({"a": [torch.tensor(1), 2]})
+    [tensor(1)]
+    """
+    tensors: list[Tensor] = []
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, Tensor):
+            tensors.append(current)
+            continue
+        if isinstance(current, dict):
+            current = current.values()
+        elif not isinstance(current, (list, tuple, set)):
+            continue
+        if not is_flat(current):
+            waiting.extend(current)
+    return tensors
 
 
 def restored(value: Any) -> Any:
