@@ -76,7 +76,7 @@ from minikeras.support.atomic import (
     write,
 )
 from minikeras.support.paths import fix, follow_links, user_path
-from minikeras.support.randomness import Randomness
+from minikeras.support.randomness import Randomness, pack
 from minikeras.support.reachable import PlainAttributes
 from minikeras.support.sharded_tensors import load_optimizer, load_whole
 
@@ -725,7 +725,7 @@ class Checkpoint(Hook):
             "precision": layout_of(stepper),  # of all parts: files of older versions have the name
             "optimizer_steps": stepper.named_steps(),
             "totals": self.run.train.totals.state_dict(),
-            "random": self.random or self.randomness.states(),
+            "random": pack(self.random or self.randomness.states()),
             "train": self.train.position(),
         }
 
