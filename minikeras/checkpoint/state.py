@@ -163,7 +163,8 @@ class Checkpoint(Hook):
         plain(self.run.train.totals.state_dict(), "metrics")
         place = follow_links(self.path)
         refuse_folders(previous(place))
-        wait_for_writes()  # of a fit in whose callback this one begins
+        # of a fit that an error has ended in all processes, or in whose callback this one begins
+        run.world.by_main(wait_for_writes)
         found = read_newest(self.path, reader(model))
         if found is not None and before is not None and before[0] == self.path:
             self.first = before[1]  # the same call again, after an error or an interruption
@@ -567,8 +568,9 @@ class Checkpoint(Hook):
         if not self.run.allows_writing(self.path, with_state=True):
             return
         state = plain(self._state(at), "the state of the run")
-        self.saving = Saving(f"epoch {at.epoch}, step {at.step}", at.step)
-        self._write(self.saving, state, wait=wait or last)
+        saving = Saving(f"epoch {at.epoch}, step {at.step}", at.step)
+        self._write(saving, state, wait=wait or last)
+        self.saving = saving
         if wait or last:
             self.finish(last)
 
