@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from minikeras import Callback, CheckpointError, LambdaCallback
 from minikeras.checkpoint import background
 from minikeras.checkpoint.file import previous, read
+from minikeras.checkpoint.state import Checkpoint
 from minikeras.support import atomic
 
 NAME = "minikeras save"
@@ -91,7 +92,14 @@ def position(path):
 
 
 def no_thread_is_left():
-    return all(thread.name != NAME for thread in threading.enumerate())
+    deadline = time.monotonic() + 5
+    while is_saving() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not is_saving()
+
+
+def is_saving():
+    return any(thread.name == NAME for thread in threading.enumerate())
 
 
 # --- the fit goes on ------------------------------------------------------------------------------
@@ -310,16 +318,25 @@ def test_second_signal_during_the_wait_leaves_a_complete_file_and_no_thread(monk
     path = tmp_path / "run.pt"
     fsync = os.fsync
     writes = []
+    waits = threading.Event()
+    on_train_end = Checkpoint.on_train_end
+
+    def waiting(self, fit):
+        if fit.at.epoch == 2:
+            waits.set()
+        on_train_end(self, fit)
 
     def interrupting(descriptor):
         if is_saving_thread() and not writes:
             writes.append(True)
-            time.sleep(0.5)  # the fit is in its wait by now
+            assert waits.wait(LIMIT)
             for _ in range(2):
+                time.sleep(0.2)
                 os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.1)
+            time.sleep(0.2)
         fsync(descriptor)
 
+    monkeypatch.setattr(Checkpoint, "on_train_end", waiting)
     monkeypatch.setattr(atomic.os, "fsync", interrupting)
     with pytest.raises(SystemExit) as raised:
         fit(path)
@@ -356,9 +373,7 @@ def test_failed_write_within_an_epoch_is_tried_again_before_the_next_one_is_due(
     positions = []
 
     def freed():
-        deadline = time.monotonic() + LIMIT
-        while not no_thread_is_left() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert no_thread_is_left()
         disk.is_full = False
 
     def look():
@@ -437,7 +452,7 @@ def test_state_that_cannot_be_serialized_raises_its_error_and_is_not_said_to_be_
         raise RuntimeError("a fault of torch.save")
 
     monkeypatch.setattr(background, "serialize", broken)
-    with pytest.raises(RuntimeError, match="a fault of torch.save") as raised:
+    with pytest.raises(RuntimeError, match=r"a fault of torch\.save") as raised:
         fit(tmp_path / "run.pt")
     assert not any("The last checkpoint" in note for note in raised.value.__notes__)
     assert no_thread_is_left()

@@ -85,6 +85,7 @@ class BackgroundWrite:
         has ended. Unless the file is complete, the one before it stays.
         """
         wait_for_thread(self._thread, self._done, self._done, self._sink.stop)
+        self._thread.join()
         if self.failure is None or isinstance(self.failure, OSError):
             return self.failure
         raise self.failure
