@@ -21,12 +21,11 @@ from minikeras.checkpoint.file import previous, read
 from minikeras.checkpoint.state import Checkpoint
 from minikeras.support import atomic
 
-NAME = "minikeras save"
 LIMIT = 60  # seconds after which a test that hangs fails
 
 
 def is_saving_thread():
-    return threading.current_thread().name == NAME
+    return threading.current_thread().name.startswith(background.THREAD + "_")
 
 
 class Disk:
@@ -99,7 +98,7 @@ def no_thread_is_left():
 
 
 def is_saving():
-    return any(thread.name == NAME for thread in threading.enumerate())
+    return any(thread.name.startswith(background.THREAD) for thread in threading.enumerate())
 
 
 # --- the fit goes on ------------------------------------------------------------------------------
@@ -121,6 +120,18 @@ def test_workers_are_forked_while_the_file_is_written(disk, tmp_path):
     assert disk.saw_free[0]
 
 
+def status_of(child):
+    """Wait for a forked process; return its exit status, or None if it hangs."""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return None
+
+
 def test_forked_process_does_not_wait_for_the_thread_of_its_parent(disk, tmp_path):
     disk.is_blocked = True
     statuses = []
@@ -130,20 +141,34 @@ def test_forked_process_does_not_wait_for_the_thread_of_its_parent(disk, tmp_pat
         if not child:
             background.wait_for_writes()  # as a fit or a load would
             os._exit(7)
-        end = time.monotonic() + LIMIT
-        while time.monotonic() < end:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                statuses.append(os.waitstatus_to_exitcode(status))
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(child, signal.SIGKILL)
+        statuses.append(status_of(child))
         disk.let_go()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of such a fork
         fit(tmp_path / "run.pt", callbacks=[Counts({(2, 1): fork})])
+    assert statuses == [7]
+
+
+def test_forked_process_that_leaves_the_fit_does_not_wait_either(disk, tmp_path):
+    disk.is_blocked = True
+    own = os.getpid()
+    statuses = []
+
+    def fork():
+        child = os.fork()
+        if not child:
+            raise SystemExit
+        statuses.append(status_of(child))
+        disk.let_go()
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of such a fork
+            fit(tmp_path / "run.pt", callbacks=[Counts({(2, 1): fork})])
+    finally:
+        if os.getpid() != own:
+            os._exit(7)
     assert statuses == [7]
 
 
@@ -373,7 +398,7 @@ def test_failed_write_within_an_epoch_is_tried_again_before_the_next_one_is_due(
     positions = []
 
     def freed():
-        assert no_thread_is_left()
+        background.wait_for_writes()
         disk.is_full = False
 
     def look():
@@ -448,10 +473,10 @@ def test_error_other_than_of_the_disk_is_raised_at_the_next_save(monkeypatch, tm
 def test_state_that_cannot_be_serialized_raises_its_error_and_is_not_said_to_be_saved(
     monkeypatch, tmp_path
 ):
-    def broken(value, sink):
+    def broken(*args):
         raise RuntimeError("a fault of torch.save")
 
-    monkeypatch.setattr(background, "serialize", broken)
+    monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(RuntimeError, match=r"a fault of torch\.save") as raised:
         fit(tmp_path / "run.pt")
     assert not any("The last checkpoint" in note for note in raised.value.__notes__)

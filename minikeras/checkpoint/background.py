@@ -1,98 +1,120 @@
 """Write a value to a file while the training goes on.
 
-the fit                           the thread
-starts the thread, and waits
-                                  serializes the value into memory
-goes on and changes the value     writes the memory to the file, atomically
-waits for the end                 ends
+the fit                                        the thread of the fit
+serializes the value into memory
+goes on and changes the value                  writes the memory to the file, atomically
+waits for the end of the write
 
-Nothing of the value is read once the fit goes on, so a file never mixes two states. All of torch
-runs while the fit waits: later the thread only calls the system, so a process that forks meanwhile,
-as a DataLoader with workers does, gives no lock of torch to its children.
+A file never mixes two states, since the fit itself takes the copy. The thread calls the system
+alone, and nothing of torch: a process that is forked meanwhile, as a DataLoader with workers does,
+inherits no lock of torch that is taken.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import threading
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from minikeras.checkpoint.file import Sink, serialize, wait_for_thread
+import torch
+
 from minikeras.support.atomic import write
 
-UNDER_WAY: set[BackgroundWrite] = set()  # of this process
+THREAD = "minikeras save"  # its name
+UNDER_WAY: set[BackgroundWrite] = set()
+
+
+class BackgroundWrites:
+    """The thread that writes the files of a fit, one after another."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._executor: Executor | None = None
+
+    def start(self, path: Path, value: Any, *, keep: bool) -> BackgroundWrite:
+        """Copy a value, and begin to write it; it may change from then on.
+
+        What a signal handler raises meanwhile is raised here: in C++ torch.save only calls the
+        methods of `BytesIO`, which are C and run no handler.
+
+        Args:
+            path: the file.
+            value: plain values.
+            keep: whether an existing file becomes NAME.prev.
+
+        Raises:
+            RuntimeError, MemoryError: there is no memory for a copy, or no thread. Nothing is
+                written.
+        """
+        memory = io.BytesIO()
+        torch.save(value, memory)
+        if self._executor is None:
+            # Python waits for it when it ends, so a state that a fit has saved is written.
+            self._executor = ThreadPoolExecutor(1, THREAD)
+        return BackgroundWrite(self._executor, path, memory, keep)
+
+    def close(self) -> None:
+        """End the thread, once it has written all files."""
+        if self._executor is not None and self.process == os.getpid():
+            self._executor.shutdown()
+        self._executor = None
 
 
 class BackgroundWrite:
-    """One file that a thread writes. The constructor returns once the value may be changed.
+    """A file that a thread writes.
 
     Args:
+        executor: of the thread.
         path: the file.
-        value: plain values, whose tensors no device is still computing.
+        memory: its bytes.
         keep: whether an existing file becomes NAME.prev.
-
-    Raises:
-        MemoryError: there is no memory for a copy of the value. Nothing is written.
     """
 
-    def __init__(self, path: Path, value: Any, *, keep: bool) -> None:
+    def __init__(self, executor: Executor, path: Path, memory: io.BytesIO, keep: bool) -> None:
         self.process = os.getpid()
-        self.failure: BaseException | None = None
-        self._memory = io.BytesIO()
-        self._sink = Sink(self._memory)
-        self._serialized = threading.Event()  # or failed
-        self._done = threading.Event()
-        # Python waits for it when it ends: a fit in a daemon thread has its last state written too.
-        self._thread = threading.Thread(
-            target=self._run, args=(path, value, keep), name="minikeras save", daemon=False
-        )
-        wait_for_thread(self._thread, self._serialized, self._done, self._sink.stop)
-        if self.failure is not None:
-            raise self.failure
-
-    def _run(self, path: Path, value: Any, keep: bool) -> None:
+        self._is_stopped = False
+        self._future: Future[None] = executor.submit(self._write, path, memory, keep)
         UNDER_WAY.add(self)
-        try:
-            serialize(value, self._sink)
-            self._serialized.set()
-            write(path, self._write_memory, keep=keep)
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self._memory = io.BytesIO()  # frees the other one
-            UNDER_WAY.discard(self)
-            self._done.set()
-            self._serialized.set()
+        self._future.add_done_callback(lambda future: UNDER_WAY.discard(self))
 
-    def _write_memory(self, path: Path) -> None:
-        with open(path, "wb", buffering=0) as file:
-            rest = self._memory.getbuffer()
-            while rest:
-                self._sink.raise_if_stopped()
-                rest = rest[file.write(rest) :]
-        self._sink.raise_if_stopped()
+    def _write(self, path: Path, memory: io.BytesIO, keep: bool) -> None:
+        def dump(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                file.write(memory.getbuffer())
+            if self._is_stopped:
+                raise InterruptedError("a signal has ended the writing of the file")
+
+        write(path, dump, keep=keep)
 
     def is_done(self) -> bool:
         """Tell whether the file is complete, or could not be written."""
-        return self._done.is_set()
+        return self._future.done()
 
     def wait(self) -> OSError | None:
         """Wait for the end, and return the error if the file could not be written.
 
-        What a signal handler raises meanwhile, as a second Ctrl-C does, is raised once the thread
-        has ended. Unless the file is complete, the one before it stays.
+        What a signal handler raises meanwhile, as a second Ctrl-C does, is raised once the write
+        has ended. Unless the new file is complete, the one before it stays.
         """
-        wait_for_thread(self._thread, self._done, self._done, self._sink.stop)
-        self._thread.join()
-        if self.failure is None or isinstance(self.failure, OSError):
-            return self.failure
-        raise self.failure
+        if self.process != os.getpid():  # a forked child: the thread is its parent's
+            return None
+        try:
+            error = self._future.exception()
+        except BaseException:
+            self._is_stopped = True
+            while not self._future.done():
+                with contextlib.suppress(BaseException):  # a third signal: the second is raised
+                    wait([self._future], timeout=1.0)
+            raise
+        if error is None or isinstance(error, OSError):
+            return error
+        raise error
 
 
 def wait_for_writes() -> None:
-    """Wait until no file of this process is being written; their errors stay with their fits."""
-    for writing in list(UNDER_WAY):
-        if writing.process == os.getpid():  # a forked child has no thread that writes
-            writing._done.wait()
+    """Wait until no file of this process is being written; their errors are for their fits."""
+    own = [writing._future for writing in list(UNDER_WAY) if writing.process == os.getpid()]
+    wait(own)

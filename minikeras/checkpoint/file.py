@@ -15,12 +15,11 @@ import contextlib
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minikeras.checkpoint.archive import ArchiveError, check_entries, check_program, check_values
 from minikeras.checkpoint.plain import find_tensors
@@ -46,7 +45,7 @@ __all__ = [
 ZIP = b"PK\x03\x04"  # the first bytes of a file that torch.save writes
 
 
-class Sink:
+class _Sink:
     """A file that never raises: it keeps the first error for later and writes nothing after it.
 
     torch's writer cannot handle an error of the file: it hides it behind its own, or ends the
@@ -55,7 +54,7 @@ class Sink:
 
     def __init__(self, file: Any) -> None:
         self.file = file
-        self.error: OSError | MemoryError | None = None
+        self.error: OSError | None = None
         self.stopped = False
 
     def write(self, data: Any) -> int:
@@ -64,7 +63,7 @@ class Sink:
         if self.error is None and not self.stopped and not self.file.closed:
             try:
                 self.file.write(data)
-            except (OSError, MemoryError) as error:
+            except OSError as error:
                 self.error = error
         return size
 
@@ -75,43 +74,19 @@ class Sink:
         """Write nothing from now on."""
         self.stopped = True
 
-    def raise_if_stopped(self) -> None:
-        """Raise an error if the file will not be complete, since it was stopped.
-
-        Raises:
-            InterruptedError: it was stopped.
-        """
-        if self.stopped:
-            raise InterruptedError("a signal has ended the writing of the file")
-
-
-def serialize(value: Any, sink: Sink) -> None:
-    """Write a plain value to a sink with torch.save. No signal handler may run meanwhile.
-
-    Raises:
-        OSError, MemoryError: the sink's file has raised it.
-    """
-    file: Any = sink
-    torch.save(value, file)
-    if sink.error is not None:
-        raise sink.error
-
-
-def synchronize_devices(tensors: Iterable[Tensor]) -> None:
-    """Wait for the devices of tensors: a thread that saves them has another stream."""
-    for device in {tensor.device for tensor in tensors}:
-        if device.type not in ("cpu", "meta"):
-            torch.get_device_module(device).synchronize()
-
 
 def dump(value: Any) -> Callable[[Path], None]:
     """Return a function that writes a plain value to a path with torch.save."""
 
     def save(path: Path) -> None:
-        synchronize_devices(find_tensors(value))
+        for device in {tensor.device for tensor in find_tensors(value)}:
+            if device.type not in ("cpu", "meta"):  # the thread that saves has another stream
+                torch.get_device_module(device).synchronize()
         with open(path, "wb") as file:
-            sink = Sink(file)
-            run_uninterrupted(lambda: serialize(value, sink), sink.stop)
+            sink: Any = _Sink(file)
+            run_uninterrupted(lambda: torch.save(value, sink), sink.stop)
+            if sink.error is not None:
+                raise sink.error
 
     return save
 
@@ -137,35 +112,17 @@ def run_uninterrupted(work: Callable[[], None], stop: Callable[[], None]) -> Non
             done.set()
 
     thread = threading.Thread(target=run, name="minikeras save")
-    wait_for_thread(thread, done, done, stop)
-    if failures:
-        raise failures[0]
-
-
-def wait_for_thread(
-    thread: threading.Thread,
-    until: threading.Event,
-    done: threading.Event,
-    stop: Callable[[], None],
-) -> None:
-    """Wait until a thread sets an event; start the thread first if it has not been started.
-
-    Args:
-        until: what to wait for.
-        done: the event that the thread sets as it ends.
-        stop: makes the thread end soon. Called when a signal handler raises an error, which is
-            raised here once the thread has ended.
-    """
     try:
-        if thread.ident is None:
-            thread.start()
-        until.wait()
+        thread.start()
+        done.wait()
     except BaseException:
         stop()
         while thread.is_alive() and not done.is_set():
             with contextlib.suppress(BaseException):  # a second Ctrl-C: the first is raised below
                 done.wait(1.0)
         raise
+    if failures:
+        raise failures[0]
 
 
 def read(path: str | Path) -> Any:

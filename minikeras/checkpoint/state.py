@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback
-from minikeras.checkpoint.background import BackgroundWrite, wait_for_writes
+from minikeras.checkpoint.background import BackgroundWrite, BackgroundWrites, wait_for_writes
 from minikeras.checkpoint.file import (
     dump,
     name_files,
     read_newest,
     remedy_of_fit,
-    synchronize_devices,
 )
 from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
@@ -103,6 +102,7 @@ class Checkpoint(Hook):
         self.written = ""  # the last writing, for messages
         self.random: Any = None  # the random state before the current validation
         self.saved_step = 0  # of the current epoch
+        self.writes = BackgroundWrites()
         self.saving: Saving | None = None  # the last save, until it is known whether it succeeded
         # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
         self.resumed_state: Any = None
@@ -257,6 +257,7 @@ class Checkpoint(Hook):
                 yield
             finally:
                 self._finish_alone()
+                self.writes.close()
 
     def resume(self, fit: Fit) -> None:
         """Load the file's state, and set where the fit starts."""
@@ -643,9 +644,9 @@ class Checkpoint(Hook):
             if not self.model.is_main_process:
                 return
             if not parts and not wait:
-                synchronize_devices(tensors)
-                with contextlib.suppress(MemoryError):  # the file needs no memory
-                    saving.thread = BackgroundWrite(path, state, keep=self.whole)
+                # without memory for a copy, write the file now: that needs none
+                with contextlib.suppress(MemoryError, RuntimeError):
+                    saving.thread = self.writes.start(path, state, keep=self.whole)
                     return
             write_file = dump_rest(state) if parts else dump(state)
             write(path, write_file, keep=self.whole, new=folder)
@@ -753,7 +754,7 @@ class Saving:
 
     name: str  # of the state, for messages
     step: int  # of the epoch
-    thread: BackgroundWrite | None = None  # None where the file is complete, or is another's
+    thread: BackgroundWrite | None = None  # None if the file is complete, or rank 0 writes it
     error: OSError | None = None
 
     def is_done(self) -> bool:
