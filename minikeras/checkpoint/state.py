@@ -4,7 +4,9 @@ open      read the file, check that it is complete and belongs to this call of f
           nothing is changed yet
 restore   load weights, optimizers, totals, history, callbacks and random states; the fit resumes
           from the position in the file
-save      at the end of each epoch, every so many steps, and when the process is asked to end
+save      at the end of each epoch, every so many steps, and when the process is asked to end: copy
+          the state, and let a thread write it while the fit goes on
+finish    wait for the last save, and tell whether it succeeded
 """
 
 from __future__ import annotations
