@@ -419,9 +419,10 @@ class Model(nn.Module):
             callbacks: instances of `minikeras.Callback`.
             verbose: "auto" shows a bar on a terminal or in a notebook and prints lines elsewhere;
                 0 shows nothing, 1 the bar, 2 lines.
-            checkpoint: a file for the whole state of the run, written at the end of each epoch. If
-                the file exists, training resumes from it: weights and history are bit-for-bit
-                identical to a fit that was never interrupted, unless a warning says why not.
+            checkpoint: a file for the whole state of the run, saved at the end of each epoch and
+                written while the next one trains; complete when `fit` ends. If the file exists,
+                training resumes from it: weights and history are bit-for-bit identical to a fit
+                that was never interrupted, unless a warning says why not.
             checkpoint_every: also write it every this many steps within an epoch.
             on_nan: what to do about a NaN or infinite training loss, which is caught before the
                 weights are updated, and about weights that are NaN or infinite: "raise" an error,

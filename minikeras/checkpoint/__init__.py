@@ -8,6 +8,7 @@ plain.py      plain values: what can be read without running code
 matching.py   check that the state in a file fits this run
 weights.py    model.save, model.load
 state.py      fit(checkpoint=...): the state of a run, a hook of the fit
+background.py write a file in a thread while the fit goes on
 fits.py       which fit of this process a file belongs to
 position.py   the position in an iteration of batches, and how to resume from it
 signals.py    SIGTERM and Ctrl-C: the batch is finished and the state written first

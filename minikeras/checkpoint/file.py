@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minikeras.checkpoint.archive import ArchiveError, check_entries, check_program, check_values
+from minikeras.checkpoint.plain import find_tensors
 from minikeras.errors import CheckpointError
-from minikeras.nests import leaves
 from minikeras.support.atomic import REST, discard, flush, previous, temporaries, write
 from minikeras.support.paths import follow_links, refuse_special
 
@@ -80,7 +79,7 @@ def dump(value: Any) -> Callable[[Path], None]:
     """Return a function that writes a plain value to a path with torch.save."""
 
     def save(path: Path) -> None:
-        for device in {leaf.device for leaf in leaves(value) if isinstance(leaf, Tensor)}:
+        for device in {tensor.device for tensor in find_tensors(value)}:
             if device.type not in ("cpu", "meta"):  # the thread that saves has another stream
                 torch.get_device_module(device).synchronize()
         with open(path, "wb") as file:

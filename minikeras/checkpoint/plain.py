@@ -23,7 +23,22 @@ AS_THEY_ARE = (
     torch.dtype,
     torch.device,
 )
+TYPES_AS_THEY_ARE = frozenset(AS_THEY_ARE)
 ARRAY = "a NumPy array"  # the key of a dict that stands for one
+
+
+class _NotPlain(Exception):
+    """A value that is not plain.
+
+    Args:
+        kind: the name of its class.
+        place: where it is, such as "['a'][0]".
+    """
+
+    def __init__(self, kind: str, place: str = "") -> None:
+        super().__init__(kind, place)
+        self.kind = kind
+        self.place = place
 
 
 def plain(value: Any, where: str) -> Any:
@@ -38,34 +53,96 @@ def plain(value: Any, where: str) -> Any:
     >>> plain({"best": np.float64(0.5)}, "the state")
     {'best': 0.5}
     """
+    try:
+        return _plain(value)
+    except _NotPlain as error:
+        raise TypeError(
+            f"{where}{error.place} is a {error.kind}, which a checkpoint cannot hold: expected "
+            "tensors, numbers, strings, lists and dicts. Turn it into these in state_dict, and "
+            "back in load_state_dict."
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind in TYPES_AS_THEY_ARE:
+        return value
     if isinstance(value, Tensor):
         return value.detach()
+    if kind is dict or kind is OrderedDict or kind is Counter:
+        return _plain_dict(value)
+    if kind is list or kind is tuple or kind is set:
+        return _plain_items(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc":
         return {ARRAY: torch.from_numpy(value.copy())}
-    if type(value) in AS_THEY_ARE:
-        return value
-    if type(value) in (list, tuple, set):
-        items = []
-        for number, part in enumerate(value):
-            items.append(plain(part, f"{where}[{number}]"))
-        return type(value)(items)
-    if type(value) in (dict, OrderedDict, Counter):
-        pairs = []
-        for key, part in value.items():
-            pairs.append((plain(key, where), plain(part, f"{where}[{key!r}]")))
-        return like(value, pairs)
     # subclasses, such as a member of an enum, a named tuple or a defaultdict
-    kinds: tuple[Any, ...] = (bool, int, float, str, dict, list, tuple)
-    for kind in kinds:
-        if isinstance(value, kind):
-            return plain(kind(value), where)
-    raise TypeError(
-        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors, "
-        "numbers, strings, lists and dicts. Turn it into these in state_dict, and back in "
-        "load_state_dict."
-    )
+    bases: tuple[Any, ...] = (bool, int, float, str, dict, list, tuple)
+    for base in bases:
+        if isinstance(value, base):
+            return _plain(base(value))
+    raise _NotPlain(kind.__name__)
+
+
+def _plain_dict(value: Any) -> Any:
+    """Convert a dict, and keep its class."""
+    if type(value) is dict and is_flat(value) and is_flat(value.values()):
+        return dict(value)
+    pairs = []
+    for key, part in value.items():
+        plain_key = _plain(key)
+        try:
+            pairs.append((plain_key, _plain(part)))
+        except _NotPlain as error:
+            raise _NotPlain(error.kind, f"[{key!r}]{error.place}") from None
+    if type(value) is dict:
+        return dict(pairs)
+    return like(value, pairs)
+
+
+def _plain_items(value: Any) -> Any:
+    """Convert a list, tuple or set, and keep its class."""
+    if is_flat(value):  # quick for the hundreds of numbers in a random state
+        return type(value)(value)
+    items: list[Any] = []
+    for part in value:
+        try:
+            items.append(_plain(part))
+        except _NotPlain as error:
+            raise _NotPlain(error.kind, f"[{len(items)}]{error.place}") from None
+    return type(value)(items)
+
+
+def is_flat(values: Iterable[Any]) -> bool:
+    """Tell whether all of these values can be saved as they are: none is a tensor or a container.
+
+    >>> is_flat([1, "two"]), is_flat([1, [2]])
+    (True, False)
+    """
+    return TYPES_AS_THEY_ARE.issuperset(map(type, values))
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """List the tensors in a plain value.
+
+    >>> find_tensors({"a": [torch.tensor(1), 2]})
+    [tensor(1)]
+    """
+    tensors: list[Tensor] = []
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, Tensor):
+            tensors.append(current)
+            continue
+        if isinstance(current, dict):
+            current = current.values()
+        elif not isinstance(current, (list, tuple, set)):
+            continue
+        if not is_flat(current):
+            waiting.extend(current)
+    return tensors
 
 
 def restored(value: Any) -> Any:

@@ -52,7 +52,7 @@ from minikeras.support.loaders import (
     put_epochs_back,
     with_sampler,
 )
-from minikeras.support.randomness import Randomness, same_state
+from minikeras.support.randomness import Randomness, pack, same_state
 from minikeras.support.reachable import is_users, reachable
 
 PLAIN = (TensorDataset, StackDataset)  # their rows draw nothing
@@ -137,7 +137,7 @@ class Positioned:
             return self.pending
         state = self.loader.state_dict() if self.keeps_state else None
         return {
-            "start": self.start,
+            "start": pack(self.start),
             "seen": self.seen,
             "loader": state,
             "steps": find_length(self.batches),

@@ -4,7 +4,9 @@ open      read the file, check that it is complete and belongs to this call of f
           nothing is changed yet
 restore   load weights, optimizers, totals, history, callbacks and random states; the fit resumes
           from the position in the file
-save      at the end of each epoch, every so many steps, and when the process is asked to end
+save      at the end of each epoch, every so many steps, and when the process is asked to end: copy
+          the state, and let a thread write it while the fit goes on
+finish    wait for the last save, and tell whether it succeeded
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import copy
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback
-from minikeras.checkpoint.file import dump, name_files, read_newest, remedy_of_fit
+from minikeras.checkpoint.background import BackgroundWrite, BackgroundWrites, wait_for_writes
+from minikeras.checkpoint.file import (
+    dump,
+    name_files,
+    read_newest,
+    remedy_of_fit,
+)
 from minikeras.checkpoint.fits import data_of, use
 from minikeras.checkpoint.folder import apart, dump_rest, reader, save_parts
 from minikeras.checkpoint.matching import (
@@ -40,7 +48,7 @@ from minikeras.checkpoint.matching import (
     warn_of_other_schedules,
     warn_of_other_settings,
 )
-from minikeras.checkpoint.plain import plain, restored
+from minikeras.checkpoint.plain import find_tensors, plain, restored
 from minikeras.checkpoint.position import Positioned, build_end_error, warn_of_hidden_draws
 from minikeras.checkpoint.signals import Interruptions
 from minikeras.checkpoint.validate import untouched
@@ -57,6 +65,7 @@ from minikeras.checkpoint.weights import (
 from minikeras.errors import CheckpointError, check_positive_int
 from minikeras.hooks import Fit, Hook, Position
 from minikeras.modes import names_staying_in_eval, set_staying_in_eval
+from minikeras.nests import is_sharded
 from minikeras.processes import OneProcess
 from minikeras.stepper import Stepper
 from minikeras.support.atomic import (
@@ -68,7 +77,7 @@ from minikeras.support.atomic import (
     write,
 )
 from minikeras.support.paths import fix, follow_links, user_path
-from minikeras.support.randomness import Randomness
+from minikeras.support.randomness import Randomness, pack
 from minikeras.support.reachable import PlainAttributes
 from minikeras.support.sharded_tensors import load_optimizer, load_whole
 
@@ -95,6 +104,8 @@ class Checkpoint(Hook):
         self.written = ""  # the last writing, for messages
         self.random: Any = None  # the random state before the current validation
         self.saved_step = 0  # of the current epoch
+        self.writes = BackgroundWrites()
+        self.saving: Saving | None = None  # the last save, until it is known whether it succeeded
         # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
         self.resumed_state: Any = None
         self.interruptions = Interruptions()
@@ -154,6 +165,8 @@ class Checkpoint(Hook):
         plain(self.run.train.totals.state_dict(), "metrics")
         place = follow_links(self.path)
         refuse_folders(previous(place))
+        # of a fit that an error has ended in all processes, or in whose callback this one begins
+        run.world.by_main(wait_for_writes)
         found = self._share_file(read_newest(self.path, reader(model)))
         if found is not None and before is not None and before[0] == self.path:
             self.first = before[1]  # the same call again, after an error or an interruption
@@ -291,7 +304,11 @@ class Checkpoint(Hook):
     def around_fit(self, fit: Fit) -> Iterator[None]:
         """Hold signals back during a fit, until the state is written."""
         with self.interruptions:
-            yield
+            try:
+                yield
+            finally:
+                self._finish_alone()
+                self.writes.close()
 
     def resume(self, fit: Fit) -> None:
         """Load the file's state, and set where the fit starts."""
@@ -550,12 +567,19 @@ class Checkpoint(Hook):
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Write the state if it is due, or if the process has received a signal to end."""
         at = fit.at
+        if self.saving is not None and self.saving.is_done() and self.run.world.size == 1:
+            self.finish()
         is_training = at.logs is None
         if is_training and not self.model.stop_training and self.every is not None:
-            if number - self.saved_step >= self.every:
+            saved_step = self.saved_step if self.saving is None else self.saving.step
+            if number - saved_step >= self.every:
                 self.save(at)
         if not (is_training and self.model.stop_training):
             self.interruptions.act(lambda: self._leave(at))
+
+    def on_train_end(self, fit: Fit) -> None:
+        """Wait for the last save: callbacks may read its file when this epoch ends."""
+        self.finish()
 
     def on_validation_begin(self, fit: Fit) -> None:
         """Note the random state: validation is not resumed in its middle, but runs again."""
@@ -570,25 +594,52 @@ class Checkpoint(Hook):
 
     def _leave(self, at: Position, is_saved: bool = False) -> None:
         """Write the state after a signal, and say how to resume."""
-        if not is_saved:
-            self.save(at)
+        if is_saved:
+            self.finish()
+        else:
+            self.save(at, wait=True)
         self.say(
             f"{self.path}: stopped in epoch {at.epoch} after step {at.step}; the same call "
             "resumes from there"
         )
 
-    def save(self, at: Position, last: bool = False) -> None:
-        """Write the state of the run.
+    def save(self, at: Position, last: bool = False, wait: bool = False) -> None:
+        """Write the state of the run as it is now.
+
+        A thread writes the file while the fit goes on, and `finish` tells whether that succeeded;
+        the next save, the end of the epoch's training and the end of the fit call it.
 
         Args:
-            last: it is the last state of the fit.
+            last: it is the last state of the fit: wait until the file is complete.
+            wait: wait until the file is complete.
 
         Raises:
             CheckpointError: the last state could not be written. For another one it is a warning.
         """
+        self.finish()
         if not self.run.allows_writing(self.path, with_state=True):
             return
-        error = self._write(self.place, plain(self._state(at), "the state of the run"))
+        state = plain(self._state(at), "the state of the run")
+        saving = Saving(f"epoch {at.epoch}, step {at.step}", at.step)
+        self._write(saving, state, wait=wait or last)
+        self.saving = saving
+        if wait or last:
+            self.finish(last)
+
+    def finish(self, last: bool = False) -> None:
+        """Wait for the save that has begun, and tell whether it succeeded. All processes call it.
+
+        Args:
+            last: it is that of the last state of the fit.
+
+        Raises:
+            CheckpointError: the last state could not be written. For another one it is a warning.
+        """
+        saving = self.saving
+        self.saving = None
+        if saving is None:
+            return
+        error = saving.wait()
         # all processes must know, since all try again
         has_failed = bool(self.run.world.agree(error is not None)[0])
         if has_failed and last:
@@ -605,30 +656,56 @@ class Checkpoint(Hook):
         if not has_failed:
             if last:
                 self.run.kept["unfinished"] = None
-            self.whole = True
-            self.written = f"epoch {at.epoch}, step {at.step}"
-            self.saved_step = at.step
+            self._note_success(saving)
 
-    def _write(self, path: Path, state: Any) -> OSError | None:
-        """Write a state, and return the error if that failed.
+    def _finish_alone(self) -> None:
+        """Wait for the save that has begun as a fit ends early; the other processes may not."""
+        saving = self.saving
+        self.saving = None
+        if saving is None:
+            return
+        error = saving.wait()
+        if error is None:
+            self._note_success(saving)
+        else:
+            why = "Free disk space or pass another path."
+            warnings.warn(f"{self._describe_failure(error)} {why}", stacklevel=2)
 
-        With several processes rank 0 writes, and all write their parts of sharded tensors.
+    def _note_success(self, saving: Saving) -> None:
+        self.whole = True
+        self.written = saving.name
+        self.saved_step = saving.step
+
+    def _write(self, saving: Saving, state: Any, wait: bool) -> None:
+        """Write a state, or begin to; `saving` has the thread, or the error if that failed.
+
+        With several processes rank 0 writes, and all write their parts of sharded tensors; for
+        that all of them wait.
         """
-        state, parts = apart(state)
+        path = self.place
+        tensors = find_tensors(state)
+        parts: dict[str, Tensor] = {}
+        if any(is_sharded(tensor) for tensor in tensors):
+            state, parts = apart(state)
         folder = None
         try:
             if parts:
                 folder = Path(self.run.world.broadcast(str(temporary(follow_links(path)))))
                 state["parts"] = save_parts(folder, parts, self.run.world)
-            if self.model.is_main_process:
-                write_file = dump_rest(state) if parts else dump(state)
-                write(path, write_file, keep=self.whole, new=folder)
+            if not self.model.is_main_process:
+                return
+            if not parts and not wait:
+                # without memory for a copy, write the file now: that needs none
+                with contextlib.suppress(MemoryError, RuntimeError):
+                    saving.thread = self.writes.start(path, state, keep=self.whole)
+                    return
+            write_file = dump_rest(state) if parts else dump(state)
+            write(path, write_file, keep=self.whole, new=folder)
         except OSError as error:
             if folder is not None and self.model.is_main_process:
                 with contextlib.suppress(OSError):
                     discard(folder)
-            return error
-        return None
+            saving.error = error
 
     def _describe_failure(self, error: Any) -> str:
         before = "No earlier checkpoint was written"
@@ -643,6 +720,7 @@ class Checkpoint(Hook):
             yield
         except Exception as error:
             self.use.came_to = "an error"
+            self._finish_alone()
             if self.written:
                 error.add_note(
                     f"The last checkpoint is in {self.path}: {self.written}. Call fit again to "
@@ -701,7 +779,7 @@ class Checkpoint(Hook):
             "precision": layout_of(stepper),  # of all parts: files of older versions have the name
             "optimizer_steps": stepper.named_steps(),
             "totals": self.run.train.totals.state_dict(),
-            "random": self.random or self.randomness.states(),
+            "random": pack(self.random or self.randomness.states()),
             "train": self.train.position(),
         }
 
@@ -719,6 +797,24 @@ class Checkpoint(Hook):
         # sharded tensors are in the whole state under the same names
         rest, _ = apart(plain(of_process, "the state of a process"))
         return {"totals": totals_of_all, "ranks": world.gather(rest)}
+
+
+@dataclass
+class Saving:
+    """A save that has begun."""
+
+    name: str  # of the state, for messages
+    step: int  # of the epoch
+    thread: BackgroundWrite | None = None  # None if the file is complete, or rank 0 writes it
+    error: OSError | None = None
+
+    def is_done(self) -> bool:
+        """Tell whether the file is complete, or could not be written."""
+        return self.thread is None or self.thread.is_done()
+
+    def wait(self) -> OSError | None:
+        """Wait for the end, and return the error if the file could not be written."""
+        return self.error if self.thread is None else self.thread.wait()
 
 
 def buffers_beside(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from minikeras.callback import Callback
 from minikeras.checkpoint.file import remedy_of_fit
-from minikeras.checkpoint.plain import restored
+from minikeras.checkpoint.plain import ARRAY, restored
 from minikeras.checkpoint.weights import buffers_of, check_weights, misfit, plain_name
 from minikeras.errors import CheckpointError, describe, is_number
 from minikeras.modes import way_back_of_eval
@@ -608,8 +608,9 @@ def _check_python(state: Any, where: str) -> None:
     `setstate` does not look at the third part, the next number of `gauss`.
     """
     try:
-        random.Random().setstate(state)
-        is_fit = state[2] is None or type(state[2]) is float
+        version, words, gauss = state
+        random.Random().setstate((version, _convert_words(words), gauss))
+        is_fit = gauss is None or type(gauss) is float
     except Exception:
         is_fit = False
     if not is_fit:
@@ -651,7 +652,9 @@ def _check_numpy(state: Any, where: str) -> None:
             raise _Unfit(f"{where} {key}", state[key], "a number")
     inner = _check_named(_get(state, "state", f"{where} "), f"{where} state")
     if kind == "MT19937":
-        words = _check_list(_get(inner, "key", f"{where} "), f"{where} key")
+        words = _convert_words(_get(inner, "key", f"{where} "))
+        _check_list(words, f"{where} key")
+        state = {**state, "state": {**inner, "key": words}}
         if len(words) != WORDS or not all(_is_count(word) and word < 2**32 for word in words):
             raise _Unfit(f"{where} key", f"{len(words)} words", f"{WORDS} words of 32 bits")
         if not _is_count(_get(inner, "pos", f"{where} ")) or inner["pos"] > WORDS:
@@ -666,6 +669,16 @@ def _check_numpy(state: Any, where: str) -> None:
         generator.state = _convert_lists(state)
     except Exception:
         raise _Unfit(where, state, "a state of NumPy's random") from None
+
+
+def _convert_words(words: Any) -> Any:
+    """Convert the words of a Mersenne Twister to a tuple, if they are an array."""
+    if type(words) is dict and words.keys() == {ARRAY}:
+        array = words[ARRAY]
+        if isinstance(array, Tensor) and array.dtype == torch.int64 and array.ndim == 1:
+            if array.layout == torch.strided and array.numel() <= WORDS + 1:
+                return tuple(array.tolist())
+    return words
 
 
 def _convert_lists(state: Any) -> Any:

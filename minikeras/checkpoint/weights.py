@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from minikeras.checkpoint.background import wait_for_writes
 from minikeras.checkpoint.file import dump, read_newest, refuse_special_file, remedy, remedy_of_load
 from minikeras.checkpoint.folder import reader
 from minikeras.checkpoint.plain import plain
@@ -163,6 +164,7 @@ def freeze(model: nn.Module, names: list[str] | None) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights from a file into the model; if they do not fit, change nothing."""
     read_state = _read_safetensors if path.suffix == ".safetensors" else reader(model)
+    wait_for_writes()  # of a fit in whose callback the weights are loaded
     value_and_path = read_newest(path, read_state)
     if value_and_path is None:
         raise FileNotFoundError(

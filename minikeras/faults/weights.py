@@ -198,20 +198,24 @@ class FiniteWeights:
     @torch.no_grad()
     def _find(self, named: Mapping[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
         """Return the keys of tensors with NaN or infinities that they did not have at first."""
-        keys = []
-        extremes: list[Tensor] = []
+        tensors = []
         for key, tensor in named.items():
             comparable = self._without_known(key, tensor)
             if comparable.is_complex():
                 comparable = torch.view_as_real(comparable)
-            keys.append(key)
-            extremes += [comparable.min(), comparable.max()]  # NaN where one value is
-        if not keys:
+            tensors.append(comparable)
+        # A sum is finite only if all its terms are, and is quicker than a minimum and a maximum.
+        if all(_are_finite([_sum(tensor) for tensor in tensors])):
             return []
-        device = extremes[0].device
-        stacked = torch.stack([extreme.to(device) for extreme in extremes])
-        finite = stacked.isfinite().view(-1, 2).all(1).tolist()  # waits for the device, once
-        return [key for key, is_finite in zip(keys, finite, strict=True) if not is_finite]
+        extremes = []  # a sum of finite numbers may be infinite
+        for tensor in tensors:
+            extremes += [tensor.min(), tensor.max()]  # NaN where one value is
+        finite = _are_finite(extremes)
+        keys = []
+        for number, key in enumerate(named):
+            if not (finite[2 * number] and finite[2 * number + 1]):
+                keys.append(key)
+        return keys
 
     def _without_known(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
         """Return a tensor without the values that may be infinite."""
@@ -225,6 +229,23 @@ class FiniteWeights:
             # a new one, such as a mask for attention of another length: -inf has a meaning there
             return tensor.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0)
         return tensor
+
+
+def _are_finite(numbers: list[Tensor]) -> list[bool]:
+    """Tell of each 0-d tensor whether it is finite; waits for the device, once."""
+    if not numbers:
+        return []
+    device = numbers[0].device
+    on_one_device = []
+    for number in numbers:
+        on_one_device.append(number if number.device == device else number.to(device))
+    finite: list[bool] = torch.stack(on_one_device).isfinite().tolist()
+    return finite
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Add up a tensor; in float32 if it has 16 bits, whose sums overflow soon."""
+    return tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize == 2 else None)
 
 
 def select_checkable(kind: str, name: str, tensor: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:

@@ -1,6 +1,7 @@
 """Save and restore the random state of a run: Python, NumPy, torch, device, data, callbacks.
 
 states    return all random states as plain values, for a file
+pack      make them small and quick to write
 restore   set them again
 reseed    seed the global generators
 """
@@ -143,7 +144,7 @@ class Randomness:
             CheckpointError: the states are of other loaders.
         """
         self.check(states)
-        random.setstate(states["python"])
+        random.setstate(to_tuples(states["python"]))
         np.random.set_state(to_arrays(states["numpy"]))
         torch.set_rng_state(states["torch"])
         set_device_states(self.device, states["device"])
@@ -293,7 +294,7 @@ def set_state(generator: Any, state: Any) -> None:
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(to_arrays(state))
     else:
-        generator.setstate(state)
+        generator.setstate(to_tuples(state))
 
 
 def to_lists(state: Any) -> Any:
@@ -302,6 +303,45 @@ def to_lists(state: Any) -> Any:
         return {key: to_lists(value) for key, value in state.items()}
     if isinstance(state, np.ndarray):
         return state.tolist()
+    return state
+
+
+def pack(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return states of `Randomness` with an array in place of the words of each Mersenne Twister.
+
+    Its 624 words would be as many objects to write. `restore` takes both forms.
+
+    >>> states = pack(Randomness(torch.device("cpu"), []).states())
+    >>> type(states["python"][1]).__name__, len(states["python"][1])
+    ('ndarray', 625)
+    """
+    packed = dict(states)
+    packed["python"] = pack_state(states["python"])
+    packed["numpy"] = pack_state(states["numpy"])
+    if isinstance(states["generators"], dict):  # a list in a file of an older version
+        generators = {}
+        for name, state in states["generators"].items():
+            generators[name] = pack_state(state)
+        packed["generators"] = generators
+    return packed
+
+
+def pack_state(state: Any) -> Any:
+    """Return the state of one generator with an array in place of a Mersenne Twister's words."""
+    if isinstance(state, tuple) and len(state) == 3:
+        version, words, gauss = state
+        return version, np.asarray(words, np.int64), gauss
+    if isinstance(state, dict) and state.get("bit_generator") == "MT19937":
+        inner = dict(state["state"])
+        inner["key"] = np.asarray(inner["key"], np.int64)
+        return {**state, "state": inner}
+    return state
+
+
+def to_tuples(state: Any) -> Any:
+    """Convert the array in a packed state of Python's random to a tuple."""
+    if isinstance(state[1], np.ndarray):
+        return state[0], tuple(state[1].tolist()), state[2]
     return state
 
 
