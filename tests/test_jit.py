@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.jit.graphs import Graphs, add_cuda_graph, chosen
+from minikeras.jit.graphs import CUDA_GRAPH, Graphs, add_to_options, chosen
 
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
@@ -57,6 +57,12 @@ def pair(kind=Net, **kwargs):
 
 def way(model):
     return model._run.engine.train.way
+
+
+@pytest.fixture(autouse=True)
+def compile_all_at_once(monkeypatch):
+    """Compile each graph at its first batch: the tests look at the numbers of all of them."""
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 0)
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -732,11 +738,17 @@ def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
     ],
 )
 def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda):
+    with_graph = add_to_options(chosen(options), CUDA_GRAPH)
     assert chosen(options).get("options") == on_cpu
-    assert add_cuda_graph(chosen(options)).get("options") == on_cuda
-    assert {
-        key: value for key, value in add_cuda_graph(chosen(options)).items() if key != "options"
-    } == {key: value for key, value in options.items() if key != "options"}
+    assert with_graph.get("options") == on_cuda
+    assert {key: value for key, value in with_graph.items() if key != "options"} == {
+        key: value for key, value in options.items() if key != "options"
+    }
+
+
+def test_jit_leaves_out_options_that_this_torch_does_not_have():
+    theirs = chosen({})
+    assert add_to_options(theirs, {"no_such_option": True}) == theirs
 
 
 # torch's own, as it loads its CUDA graphs

@@ -17,6 +17,12 @@ X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) + 1
 BATCHES = list(zip(X.split(10), X[:, :1].split(10), strict=True))
 
 
+@pytest.fixture(autouse=True)
+def compile_all_at_once(monkeypatch):
+    """Compile each graph at its first batch: the tests look at the numbers of all of them."""
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 0)
+
+
 # --- the step that is only looked at --------------------------------------------------------------
 
 

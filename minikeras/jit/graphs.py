@@ -31,6 +31,11 @@ TOO_OFTEN = (
     "a Python value that is part of it, in the model, the loss, a metric or the data, has changed "
     "too often. Store it in a tensor to keep one graph"
 )
+# as mode="reduce-overhead" does
+CUDA_GRAPH = {"triton.cudagraphs": True}
+# The compiler keeps no graph on the disk that holds a function which it does not know. It may keep
+# those with this one; change the number if you change the function.
+CACHED = {"unsafe_marked_cacheable_functions": {"minikeras.jit.optimizer.gradients_in_graph": "1"}}
 _numbers = itertools.count()
 
 
@@ -55,7 +60,7 @@ class ChangedTensors(nn.Module):
 
 
 class Graphs:
-    """Compile a function for the shapes that it is called with first, and once for all others."""
+    """Compile a function for its own shapes, and once for all others."""
 
     def __init__(
         self,
@@ -73,19 +78,14 @@ class Graphs:
         self.options = options
         self.say = say
         self.state = state  # the tensors that the function changes
-        self.shapes: list[Any] = []
         # whether it is for other shapes -> the compiled function
         self.compiled: dict[bool, Callable[..., Any]] = {}
-
-    def fits(self, batches: Sequence[Batch]) -> bool:
-        """Tell whether the batches have the shapes that the function was called with first."""
-        return not self.shapes or [shapes_of(batch) for batch in batches] == self.shapes
 
     def __call__(self, *batches: Any, other: bool) -> Any:
         """Return what the function returns.
 
         Args:
-            other: the batches have other shapes than the first.
+            other: the batches do not have the graph's own shapes.
         """
         if not self.on_cuda:
             return self._call(batches, other)
@@ -112,7 +112,9 @@ class Graphs:
         name = self.function.__name__.replace("_", " ")
         for_sizes = " for other batch sizes" if other else ""
         self.say(f"compiling the {name}{for_sizes} ...")
-        options = add_cuda_graph(self.options) if self.on_cuda and not other else self.options
+        options = add_to_options(self.options, CACHED)
+        if self.on_cuda and not other:
+            options = add_to_options(options, CUDA_GRAPH)
         function = compiled(copy_code(self.function), fullgraph=True, dynamic=other, **options)
         with undo_on_error(self.state, self.device):
             check = None if self.verify is None else self.verify()
@@ -121,8 +123,6 @@ class Graphs:
                 check()
         self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
         self.compiled[other] = function
-        if not other:
-            self.shapes = [shapes_of(batch) for batch in batches]
         return result
 
 
@@ -184,25 +184,30 @@ def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**options, "options": {"size_asserts": False, **options.get("options", {})}}
 
 
-def add_cuda_graph(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return arguments that also capture the step as a CUDA graph.
+def add_to_options(options: Mapping[str, Any], ours: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return arguments for torch.compile with options of ours, if the user has not set them.
 
-    As mode="reduce-overhead" does.
+    Options that this version of torch does not have are left out.
     """
     if "options" not in options:  # a mode or backend that the user passed
         return options
-    return {**options, "options": {"triton.cudagraphs": True, **options["options"]}}
+    both = {**options, "options": {**ours, **options["options"]}}
+    try:
+        compiled(add_to_options, **both)  # it compiles nothing before it is called
+    except RuntimeError:
+        return options
+    return both
 
 
 def shapes_of(batch: Any) -> Any:
-    """Return what a graph is made for: the shape of each tensor in a batch."""
+    """Return what a graph is made for: the shape of each tensor in a batch, in plain lists."""
     if batch is None:
         return None
     if isinstance(batch, Tensor):
-        return batch.shape
+        return list(batch.shape)
     if isinstance(batch, tuple):
         return [shapes_of(part) for part in batch]
-    return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    return [list(leaf.shape) for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
