@@ -33,6 +33,9 @@ TOO_OFTEN = (
 )
 # as mode="reduce-overhead" does
 CUDA_GRAPH = {"triton.cudagraphs": True}
+# the calls between the kernels are compiled too: half as many files, and less time in each step;
+# some operations cannot be in them
+IN_CPP = {"cpp_wrapper": True}
 # The compiler keeps no graph on the disk that holds a function which it does not know. It may keep
 # those with this one; change the number if you change the function.
 CACHED = {"unsafe_marked_cacheable_functions": {"minikeras.jit.optimizer.gradients_in_graph": "1"}}
@@ -112,16 +115,38 @@ class Graphs:
         name = self.function.__name__.replace("_", " ")
         for_sizes = " for other batch sizes" if other else ""
         self.say(f"compiling the {name}{for_sizes} ...")
+        *preferred, plain = self._choices(other)
+        for options in preferred:
+            with contextlib.suppress(CompileError):
+                result = self._compile(batches, other, options)
+                break
+        else:
+            result = self._compile(batches, other, plain)
+        self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
+        return result
+
+    def _choices(self, other: bool) -> list[Mapping[str, Any]]:
+        """Return arguments for torch.compile, the best first."""
         options = add_to_options(self.options, CACHED)
-        if self.on_cuda and not other:
-            options = add_to_options(options, CUDA_GRAPH)
+        if self.on_cuda:
+            return [options if other else add_to_options(options, CUDA_GRAPH)]
+        in_cpp = add_to_options(options, IN_CPP)
+        if self.device.type != "cpu" or in_cpp == options:
+            return [options]
+        return [in_cpp, options]
+
+    def _compile(self, batches: Sequence[Any], other: bool, options: Mapping[str, Any]) -> Any:
+        """Compile the function and call it.
+
+        Raises:
+            CompileError: it does not work; nothing has changed.
+        """
         function = compiled(copy_code(self.function), fullgraph=True, dynamic=other, **options)
         with undo_on_error(self.state, self.device):
             check = None if self.verify is None else self.verify()
             result = function(*batches)
             if check is not None:
                 check()
-        self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
         self.compiled[other] = function
         return result
 

@@ -98,7 +98,7 @@ class OptimizerTwin:
                 else:
                     device = parameter.device if parameter.is_cuda else value.device
                     # beta ** step in float32 would lose four digits
-                    copied[key] = nn.Parameter(value.to(device, torch.float64, copy=True), requires_grad=False)
+                    copied[key] = as_parameter(value.to(device, torch.float64, copy=True))
         return is_same
 
     def before_a_graph(self) -> Callable[[], None]:
@@ -185,7 +185,16 @@ def prepare_for_graph(group: dict[str, Any]) -> None:
     rate = group.get("lr")
     if not isinstance(rate, Tensor | None):
         # a float would be part of the code, compiled again when it changes
-        group["lr"] = nn.Parameter(torch.tensor(rate, dtype=torch.float64, device=first.device), requires_grad=False)
+        group["lr"] = as_parameter(torch.tensor(rate, dtype=torch.float64, device=first.device))
+
+
+def as_parameter(number: Tensor) -> nn.Parameter:
+    """Return a 0-d tensor as a parameter without a gradient.
+
+    Of a plain tensor in float64 on the CPU the compiler would trace the value too, find that it
+    must not, and trace the whole step again.
+    """
+    return nn.Parameter(number, requires_grad=False)
 
 
 def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
@@ -219,9 +228,10 @@ def numbers(optimizer: Optimizer) -> dict[tuple[str, int], Any]:
     return found
 
 
-@torch.compiler.allow_in_graph
+# the compiler differentiates through it; Dynamo does not look inside
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def gradients_in_graph(reached: int, loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Return torch.autograd.grad as one operation of a graph.
+    """Compute torch.autograd.grad as one operation of a graph.
 
     Args:
         reached: the loss reaches the first so many parameters, and none of the rest.

@@ -448,7 +448,8 @@ class TrainStep(EvaluateStep):
             features: Any, labels: Any, sample_weight: Tensor | None
         ) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
-            gradients = gradients_in_graph(len(parameters), get_mean(loss), *parameters, *others)
+            reached = len(parameters)
+            gradients = gradients_in_graph(reached, get_mean(loss), *parameters, *others)
             with torch.no_grad():
                 bad, of_gradient, holds, *states = changed()
                 moved = [*parameters, *states]
