@@ -255,6 +255,57 @@ def test_jit_batches_of_many_sizes_take_two_graphs():
     assert way(model) == "one graph"
 
 
+def test_jit_compiles_the_graphs_of_short_batches_and_of_validation_once_they_pay(monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 2)
+    model, twin = pair()
+    found = []
+
+    def look(epoch, logs):
+        engine = twin._run.engine
+        found.append((set(engine.train.graphs.compiled), set(engine.evaluate.graphs.compiled)))
+
+    compiled(model)
+    compiled(twin, jit=FAST)
+    data = batches(20, 20, 7), batches(20, 20, 7)
+    expected = model.fit(3, *data, verbose=0)
+    seen = twin.fit(3, *data, callbacks=[LambdaCallback(on_epoch_end=look)], verbose=0)
+    # the first batch of a fit runs in eager mode to be checked, and is not counted
+    assert found == [
+        ({False}, set()),
+        ({False}, {False}),
+        ({False, True}, {False, True}),
+    ]
+    pd.testing.assert_frame_equal(seen, expected, rtol=1e-5)
+    assert_same_weights(model, twin, 1e-5)
+
+
+def test_jit_takes_fewer_batches_than_go_together_in_eager_until_a_graph_pays(monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 4)
+    model, twin = pair()
+    compiled(model)
+    compiled(twin, jit=FAST, steps_per_execution=3)
+    data = batches(*[20] * 6)
+    pd.testing.assert_frame_equal(
+        twin.fit(3, data, verbose=0), model.fit(3, data, verbose=0), rtol=1e-5
+    )
+    train = twin._run.engine.train
+    # of 5 batches after the first, 2 are left over; later epochs have no first batch, and none
+    assert set(train.graphs.compiled) == {False}
+    assert train.without_graph[True] == 2
+    assert_same_weights(model, twin, 1e-5)
+
+
+def test_jit_short_batch_in_eager_after_a_nan_in_the_graph_moves_no_weight(monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 9)
+    model = Net()
+    compiled(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), jit=FAST)
+    data = batches(20, 20, 20, 7)
+    data[2][0][3] = float("nan")
+    with pytest.raises(FloatingPointError, match="in epoch 1, batch 3"):
+        model.fit(1, data, verbose=0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_jit_of_ten_models_in_one_process_shares_no_limit():
     for _ in range(10):
         model = compiled(Net(), jit=FAST)
