@@ -1,6 +1,8 @@
 """jit=True: the numbers of eager from one graph; what cannot be traced falls back and warns."""
 
 import copy
+import io
+import logging
 import shutil
 import warnings
 
@@ -19,7 +21,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.jit.graphs import CUDA_GRAPH, Graphs, add_to_options, chosen
+from minikeras.jit.graphs import (
+    CUDA_GRAPH,
+    CompileError,
+    Graphs,
+    add_to_options,
+    chosen,
+    without_notes_on_operations,
+)
 
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
@@ -795,6 +804,38 @@ def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda
     assert {key: value for key, value in with_graph.items() if key != "options"} == {
         key: value for key, value in options.items() if key != "options"
     }
+
+
+def test_jit_shows_no_log_lines_of_operations_without_compiled_calls():
+    handler = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("torch")
+    logger.addHandler(handler)
+    try:
+        with without_notes_on_operations():
+            logger.warning("aten.x is missing a c-shim implementation, using proxy executor")
+            logger.warning("something else")
+        logger.warning("another c-shim")
+    finally:
+        logger.removeHandler(handler)
+    assert handler.stream.getvalue() == "something else\nanother c-shim\n"
+
+
+def test_jit_takes_plain_calls_if_the_compiled_ones_do_not_work():
+    tried = []
+
+    class Failing(Graphs):
+        def _compile(self, batches, other, options):
+            tried.append(options["options"].get("cpp_wrapper", False))
+            if tried[-1]:
+                raise CompileError("no such operation")
+            return "result"
+
+    def function(batch):
+        return batch
+
+    graphs = Failing(function, chosen({}), lambda message: None, [], torch.device("cpu"))
+    assert graphs(None, other=False) == "result"
+    assert tried == [True, False]
 
 
 def test_jit_leaves_out_options_that_this_torch_does_not_have():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import random
 import re
 import textwrap
@@ -142,7 +143,7 @@ class Graphs:
             CompileError: it does not work; nothing has changed.
         """
         function = compiled(copy_code(self.function), fullgraph=True, dynamic=other, **options)
-        with undo_on_error(self.state, self.device):
+        with undo_on_error(self.state, self.device), without_notes_on_operations():
             check = None if self.verify is None else self.verify()
             result = function(*batches)
             if check is not None:
@@ -271,6 +272,26 @@ def undo_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
         if isinstance(error, Exception):
             raise CompileError(f"{type(error).__name__}: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def without_notes_on_operations() -> Iterator[None]:
+    """Leave out log lines of operations that compiled code calls through Python.
+
+    It says "aten.x is missing a c-shim implementation", which is no fault and has no remedy.
+    """
+
+    def is_of_interest(record: logging.LogRecord) -> bool:
+        return "c-shim" not in record.getMessage()
+
+    handlers = list(logging.getLogger("torch").handlers)
+    for handler in handlers:
+        handler.addFilter(is_of_interest)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_of_interest)
 
 
 def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], None]:
