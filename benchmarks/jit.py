@@ -49,7 +49,7 @@ def make_model(jit: bool, steps: int = 1) -> tuple[Any, Any, Any]:
     model = work.make_net(minikeras.Model)
     loss_func = minikeras.Regularized(minikeras.FocalLoss(), model, l1=0.001, l2=0.001)
     optimizer = torch.optim.Adam(model.parameters(), lr=work.lr)
-    together = {"steps_per_execution": steps} if steps > 1 else {}
+    together = {"steps_per_execution": steps} if jit and steps > 1 else {}
     model.compile(loss_func, optimizer, {"accuracy": work.metric}, "cpu", jit=jit, **together)
     rows = len(work.X) * 3 // 10
     held_out = TensorDataset(work.X[:rows], work.y[:rows])
@@ -77,7 +77,7 @@ def measure_steps(steps: int, rounds: int) -> dict[str, float]:
     """Return the CPU microseconds of a later step in eager mode and with jit."""
     fits: dict[str, tuple[Any, Any]] = {}
     for name, jit in (("eager", False), ("jit", True)):
-        model, dl_train, _ = make_model(jit, steps if jit else 1)
+        model, dl_train, _ = make_model(jit, steps)
         model.fit(1, dl_train, verbose=0)
         fits[name] = model, dl_train
     times: dict[str, list[float]] = {"eager": [], "jit": []}
@@ -99,7 +99,7 @@ def run_apart(args: Mapping[str, Any], cache: str) -> dict[str, float]:
     """Run this script in a fresh process, and return what it measures."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--apart", json.dumps(dict(args))]
-    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(output.stdout.splitlines()[-1])
     return found
 
