@@ -417,6 +417,23 @@ def test_jit_graph_follows_what_a_callback_does_to_parameters_and_optimizers(
     assert way(twin) == "one graph"
 
 
+@pytest.mark.parametrize("change", [thaw, take_another_way])
+def test_jit_graph_follows_a_change_right_after_a_batch_in_eager_mode(change):
+    model, twin = pair(Detour)
+    for net, jit in ((model, False), (twin, FAST)):
+        compiled(net, optimizer=OPTIMIZERS["SGD"](net.parameters()), jit=jit)
+
+        def at_1(number, logs, net=net):
+            if number == 1:
+                change(net)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            net.fit(1, batches(), callbacks=[LambdaCallback(on_batch_end=at_1)], verbose=0)
+    assert_same_weights(model, twin, 1e-5)
+    assert way(twin) == "one graph"
+
+
 def test_jit_leaves_a_state_that_is_cleared_each_epoch_in_eager_and_warns_once(monkeypatch):
     def train(one, **kwargs):
         compiled(one, optimizer=OPTIMIZERS["SGD"](one.parameters()), **kwargs)

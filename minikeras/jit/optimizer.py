@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+OTHER_PARAMETERS = "the loss uses other parameters than in the batch before"
+
 
 class OptimizerTwin:
     """A copy of an optimizer for the graph.
@@ -244,7 +246,7 @@ def gradients_in_graph(reached: int, loss: Tensor, *parameters: Tensor) -> tuple
         if gradient is not None:
             with_gradient.append(number)
     if with_gradient != list(range(reached)):
-        raise RuntimeError("the loss uses other parameters than in the batch before")
+        raise RuntimeError(OTHER_PARAMETERS)
     return found[:reached]
 
 

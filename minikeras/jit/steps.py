@@ -24,6 +24,7 @@ from minikeras.jit.graphs import (
 )
 from minikeras.jit.looking import put_back
 from minikeras.jit.optimizer import (
+    OTHER_PARAMETERS,
     OptimizerTwin,
     gradients_in_graph,
     has_hooks,
@@ -213,7 +214,8 @@ class EvaluateStep:
         try:
             results, last, outputs = self.graphs(*batches, other=other)
         except CompileError as error:
-            if not other and not self.graphs.compiled:
+            has_changed = OTHER_PARAMETERS in str(error)  # since the last step in eager mode
+            if not other and not self.graphs.compiled and not has_changed:
                 raise
             return self.around_the_graph(batches, other, error)
         if last is None:
@@ -240,15 +242,15 @@ class EvaluateStep:
         results = self.combined([self.first(batch) for batch in batches], batches)
         if self.graphs is not graphs or graphs is None:
             return results  # the loss reaches other parameters: a new graph is due
-        if other in graphs.compiled:
-            self.descend(self.ways[len(IN_GRAPH)])
-            self.warn(error)
-        else:
+        if other and other not in graphs.compiled:
             self.others_in_eager = True
             warnings.warn(
                 f"jit: {self.name} runs other batch sizes in eager mode, because {reason(error)}",
                 stacklevel=2,
             )
+        else:
+            self.descend(self.ways[len(IN_GRAPH)])
+            self.warn(error)
         return results
 
     def verify(self) -> Verify | None:
