@@ -52,3 +52,10 @@ class Eager(Hook):
 
     def expect_steps(self, names: list[str]) -> None:
         """Learn of the steps that the fit had taken before it was resumed in another process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides, in a fit that resumes, when its next graph is compiled."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""

@@ -1,6 +1,8 @@
 """jit=True: the numbers of eager from one graph; what cannot be traced falls back and warns."""
 
 import copy
+import io
+import logging
 import shutil
 import warnings
 
@@ -19,7 +21,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
-from minikeras.jit.graphs import Graphs, add_cuda_graph, chosen
+from minikeras.jit.graphs import (
+    CUDA_GRAPH,
+    CompileError,
+    Graphs,
+    add_to_options,
+    chosen,
+    without_notes_on_operations,
+)
 
 PATHS = {"jit": {"jit": FAST}, "jit of 3 steps": {"jit": FAST, "steps_per_execution": 3}}
 OPTIMIZERS = {
@@ -57,6 +66,12 @@ def pair(kind=Net, **kwargs):
 
 def way(model):
     return model._run.engine.train.way
+
+
+@pytest.fixture(autouse=True)
+def compile_all_at_once(monkeypatch):
+    """Compile each graph at its first batch: the tests look at the numbers of all of them."""
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 0)
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -249,6 +264,57 @@ def test_jit_batches_of_many_sizes_take_two_graphs():
     assert way(model) == "one graph"
 
 
+def test_jit_compiles_the_graphs_of_short_batches_and_of_validation_once_they_pay(monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 2)
+    model, twin = pair()
+    found = []
+
+    def look(epoch, logs):
+        engine = twin._run.engine
+        found.append((set(engine.train.graphs.compiled), set(engine.evaluate.graphs.compiled)))
+
+    compiled(model)
+    compiled(twin, jit=FAST)
+    data = batches(20, 20, 7), batches(20, 20, 7)
+    expected = model.fit(3, *data, verbose=0)
+    seen = twin.fit(3, *data, callbacks=[LambdaCallback(on_epoch_end=look)], verbose=0)
+    # the first batch of a fit runs in eager mode to be checked, and is not counted
+    assert found == [
+        ({False}, set()),
+        ({False}, {False}),
+        ({False, True}, {False, True}),
+    ]
+    pd.testing.assert_frame_equal(seen, expected, rtol=1e-5)
+    assert_same_weights(model, twin, 1e-5)
+
+
+def test_jit_takes_fewer_batches_than_go_together_in_eager_until_a_graph_pays(monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 4)
+    model, twin = pair()
+    compiled(model)
+    compiled(twin, jit=FAST, steps_per_execution=3)
+    data = batches(*[20] * 6)
+    pd.testing.assert_frame_equal(
+        twin.fit(3, data, verbose=0), model.fit(3, data, verbose=0), rtol=1e-5
+    )
+    train = twin._run.engine.train
+    # of 5 batches after the first, 2 are left over; later epochs have no first batch, and none
+    assert set(train.graphs.compiled) == {False}
+    assert train.without_graph[True] == 2
+    assert_same_weights(model, twin, 1e-5)
+
+
+def test_jit_short_batch_in_eager_after_a_nan_in_the_graph_moves_no_weight(monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 9)
+    model = Net()
+    compiled(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), jit=FAST)
+    data = batches(20, 20, 20, 7)
+    data[2][0][3] = float("nan")
+    with pytest.raises(FloatingPointError, match="in epoch 1, batch 3"):
+        model.fit(1, data, verbose=0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_jit_of_ten_models_in_one_process_shares_no_limit():
     for _ in range(10):
         model = compiled(Net(), jit=FAST)
@@ -348,6 +414,23 @@ def test_jit_graph_follows_what_a_callback_does_to_parameters_and_optimizers(
     torch.testing.assert_close(
         twin.optimizer.state_dict(), model.optimizer.state_dict(), rtol=1e-4, atol=1e-5
     )
+    assert way(twin) == "one graph"
+
+
+@pytest.mark.parametrize("change", [thaw, take_another_way])
+def test_jit_graph_follows_a_change_right_after_a_batch_in_eager_mode(change):
+    model, twin = pair(Detour)
+    for net, jit in ((model, False), (twin, FAST)):
+        compiled(net, optimizer=OPTIMIZERS["SGD"](net.parameters()), jit=jit)
+
+        def at_1(number, logs, net=net):
+            if number == 1:
+                change(net)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            net.fit(1, batches(), callbacks=[LambdaCallback(on_batch_end=at_1)], verbose=0)
+    assert_same_weights(model, twin, 1e-5)
     assert way(twin) == "one graph"
 
 
@@ -732,11 +815,49 @@ def test_jit_options_that_the_compiler_cannot_take_are_refused(jit, message):
     ],
 )
 def test_jit_options_of_the_user_come_before_our_choice(options, on_cpu, on_cuda):
+    with_graph = add_to_options(chosen(options), CUDA_GRAPH)
     assert chosen(options).get("options") == on_cpu
-    assert add_cuda_graph(chosen(options)).get("options") == on_cuda
-    assert {
-        key: value for key, value in add_cuda_graph(chosen(options)).items() if key != "options"
-    } == {key: value for key, value in options.items() if key != "options"}
+    assert with_graph.get("options") == on_cuda
+    assert {key: value for key, value in with_graph.items() if key != "options"} == {
+        key: value for key, value in options.items() if key != "options"
+    }
+
+
+def test_jit_shows_no_log_lines_of_operations_without_compiled_calls():
+    handler = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("torch")
+    logger.addHandler(handler)
+    try:
+        with without_notes_on_operations():
+            logger.warning("aten.x is missing a c-shim implementation, using proxy executor")
+            logger.warning("something else")
+        logger.warning("another c-shim")
+    finally:
+        logger.removeHandler(handler)
+    assert handler.stream.getvalue() == "something else\nanother c-shim\n"
+
+
+def test_jit_takes_plain_calls_if_the_compiled_ones_do_not_work():
+    tried = []
+
+    class Failing(Graphs):
+        def _compile(self, batches, other, options):
+            tried.append(options["options"].get("cpp_wrapper", False))
+            if tried[-1]:
+                raise CompileError("no such operation")
+            return "result"
+
+    def function(batch):
+        return batch
+
+    graphs = Failing(function, chosen({}), lambda message: None, [], torch.device("cpu"))
+    assert graphs(None, other=False) == "result"
+    assert tried == [True, False]
+
+
+def test_jit_leaves_out_options_that_this_torch_does_not_have():
+    theirs = chosen({})
+    assert add_to_options(theirs, {"no_such_option": True}) == theirs
 
 
 # torch's own, as it loads its CUDA graphs

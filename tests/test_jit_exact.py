@@ -17,6 +17,12 @@ X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) + 1
 BATCHES = list(zip(X.split(10), X[:, :1].split(10), strict=True))
 
 
+@pytest.fixture(autouse=True)
+def compile_all_at_once(monkeypatch):
+    """Compile each graph at its first batch: the tests look at the numbers of all of them."""
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 0)
+
+
 # --- the step that is only looked at --------------------------------------------------------------
 
 
@@ -178,6 +184,46 @@ def test_jit_fit_that_resumes_is_the_one_never_stopped(kind, every, kill, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
     torch.testing.assert_close(found[2], expected[2], rtol=0, atol=0)
     assert found[3] == expected[3]
+
+
+@pytest.mark.parametrize("kill", [2, 3, 5, 6, 9])
+def test_jit_resumed_fit_compiles_its_graphs_at_the_same_batches(kill, tmp_path, monkeypatch):
+    monkeypatch.setattr("minikeras.jit.steps.BATCHES_BEFORE_A_GRAPH", 2)
+    parts = list(zip(X[:27].split(10), X[:27, :1].split(10), strict=True))
+    graphs = []
+
+    def fit(kill=None, **saving):
+        torch.manual_seed(0)
+        model = minikeras.Model(nn.Sequential(linear(), nn.Tanh(), nn.Linear(1, 1)))
+        model.compile(nn.MSELoss(), sgd(model.parameters()), device="cpu", jit=FAST)
+        steps = []
+        taken = []
+
+        def die(batch, logs):
+            engine = model._run.engine
+            graph = engine.train.graphs
+            taken.append(engine.state_dict())
+            steps.append((len(taken), set(graph.compiled) if graph else set()))
+            if len(taken) == kill:
+                raise Stopped
+
+        graphs.append(taken)
+        history = model.fit(
+            4, parts, parts[1:], callbacks=[LambdaCallback(on_batch_end=die)], verbose=0, **saving
+        )
+        return history, model
+
+    history, whole = fit()
+    saving = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
+    with pytest.raises(Stopped):
+        fit(kill, **saving)
+    resumed, model = fit(**saving)
+    # the step that was stopped in its callback was not saved, and is taken again
+    assert graphs[2] == graphs[0][kill - 1 :]
+    assert model._run.engine.state_dict() == whole._run.engine.state_dict()
+    assert resumed.equals(history)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
 
 
 def test_jit_puts_the_attributes_of_a_module_back(tmp_path):

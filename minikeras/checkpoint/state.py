@@ -477,6 +477,7 @@ class Checkpoint(Hook):
         if self._has_validated():
             steps.append("evaluate_step")
         self.run.engine.expect_steps(steps)
+        self.run.engine.load_state_dict(self._of_rank(state).get("graphs", {}))  # older: none
         position = restored(self._of_rank(state)["train"])
         is_past_first_epoch = len(self.run.epochs) >= self.first
         # older files do not say how many iterations have begun
@@ -778,6 +779,7 @@ class Checkpoint(Hook):
         return {
             "precision": layout_of(stepper),  # of all parts: files of older versions have the name
             "optimizer_steps": stepper.named_steps(),
+            "graphs": self.run.engine.state_dict(),
             "totals": self.run.train.totals.state_dict(),
             "random": pack(self.random or self.randomness.states()),
             "train": self.train.position(),

@@ -294,6 +294,12 @@ def _check_process(state: Mapping[str, Any], where: str = "") -> None:
     steps_taken = _check_named(state.get("optimizer_steps", {}), f"{where}optimizer_steps")
     for name, steps in steps_taken.items():
         _check_count(steps, f"{where}optimizer_steps {name!r}")
+    for name, graph in _check_named(state.get("graphs", {}), f"{where}graphs").items():
+        _check_named(graph, f"{where}graphs {name!r}")
+        _check_list(_get(graph, "shapes", f"{where}graphs {name!r} "), f"{where}graphs {name!r}")
+        for count in ("own", "others"):
+            value = _get(graph, count, f"{where}graphs {name!r} ")
+            _check_count(value, f"{where}graphs {name!r} {count}")
 
 
 def _check_totals(totals: Any, where: str) -> None:
@@ -767,6 +773,7 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
     stop_training = model.stop_training
     random_states = randomness.states()
     put_steps_back = run.stepper.way_back()
+    graphs = run.engine.state_dict()
 
     def put_back() -> None:
         for tensor, before, requires_grad in tensors:
@@ -787,6 +794,7 @@ def _remember(checkpoint: Any, callbacks: list[Callback]) -> Callable[[], None]:
         run.kept["unfinished"] = None
         run.train.totals.reset()
         run.engine.expect_steps([])
+        run.engine.load_state_dict(graphs)
         randomness.restore(random_states)
 
     return put_back

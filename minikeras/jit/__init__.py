@@ -10,6 +10,9 @@ the next batch              traced and compiled in the first of these ways that 
                             optimizers must be called
     "eager"
 every other batch           that graph for batches of its shape, one more graph for all other shapes
+a short batch, validation   in eager mode, until so many batches have come that their graph pays;
+                            they are counted, and the count is in the checkpoint, so that a fit
+                            that resumes compiles it at the same batch
 a batch for which the loss  in eager mode, as the first; then a new graph
 reaches other parameters,
 or the optimizer has other

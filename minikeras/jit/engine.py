@@ -91,6 +91,16 @@ class Jit(Eager):
         """Let the next batch go through the graph, as in the interrupted run."""
         self.expected = set(names)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides when each step's next graph is compiled."""
+        return {step.name: step.state_dict() for step in (self.train, self.evaluate)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for step in (self.train, self.evaluate):
+            if step.name in state:
+                step.load_state_dict(state[step.name])
+
     def forward(self, module: nn.Module, features: Any) -> Any:
         """Return the model's outputs; forward may be compiled by itself."""
         if not self.compiles_parts:

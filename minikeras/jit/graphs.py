@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import random
 import re
 import textwrap
@@ -31,6 +32,14 @@ TOO_OFTEN = (
     "a Python value that is part of it, in the model, the loss, a metric or the data, has changed "
     "too often. Store it in a tensor to keep one graph"
 )
+# as mode="reduce-overhead" does
+CUDA_GRAPH = {"triton.cudagraphs": True}
+# the calls between the kernels are compiled too: half as many files, and less time in each step;
+# some operations cannot be in them
+IN_CPP = {"cpp_wrapper": True}
+# The compiler keeps no graph on the disk that holds a function which it does not know. It may keep
+# those with this one; change the number if you change the function.
+CACHED = {"unsafe_marked_cacheable_functions": {"minikeras.jit.optimizer.gradients_in_graph": "1"}}
 _numbers = itertools.count()
 
 
@@ -55,7 +64,7 @@ class ChangedTensors(nn.Module):
 
 
 class Graphs:
-    """Compile a function for the shapes that it is called with first, and once for all others."""
+    """Compile a function for its own shapes, and once for all others."""
 
     def __init__(
         self,
@@ -73,19 +82,14 @@ class Graphs:
         self.options = options
         self.say = say
         self.state = state  # the tensors that the function changes
-        self.shapes: list[Any] = []
         # whether it is for other shapes -> the compiled function
         self.compiled: dict[bool, Callable[..., Any]] = {}
-
-    def fits(self, batches: Sequence[Batch]) -> bool:
-        """Tell whether the batches have the shapes that the function was called with first."""
-        return not self.shapes or [shapes_of(batch) for batch in batches] == self.shapes
 
     def __call__(self, *batches: Any, other: bool) -> Any:
         """Return what the function returns.
 
         Args:
-            other: the batches have other shapes than the first.
+            other: the batches do not have the graph's own shapes.
         """
         if not self.on_cuda:
             return self._call(batches, other)
@@ -112,17 +116,39 @@ class Graphs:
         name = self.function.__name__.replace("_", " ")
         for_sizes = " for other batch sizes" if other else ""
         self.say(f"compiling the {name}{for_sizes} ...")
-        options = add_cuda_graph(self.options) if self.on_cuda and not other else self.options
+        *preferred, plain = self._choices(other)
+        for options in preferred:
+            with contextlib.suppress(CompileError):
+                result = self._compile(batches, other, options)
+                break
+        else:
+            result = self._compile(batches, other, plain)
+        self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
+        return result
+
+    def _choices(self, other: bool) -> list[Mapping[str, Any]]:
+        """Return arguments for torch.compile, the best first."""
+        options = add_to_options(self.options, CACHED)
+        if self.on_cuda:
+            return [options if other else add_to_options(options, CUDA_GRAPH)]
+        in_cpp = add_to_options(options, IN_CPP)
+        if self.device.type != "cpu" or in_cpp == options:
+            return [options]
+        return [in_cpp, options]
+
+    def _compile(self, batches: Sequence[Any], other: bool, options: Mapping[str, Any]) -> Any:
+        """Compile the function and call it.
+
+        Raises:
+            CompileError: it does not work; nothing has changed.
+        """
         function = compiled(copy_code(self.function), fullgraph=True, dynamic=other, **options)
-        with undo_on_error(self.state, self.device):
+        with undo_on_error(self.state, self.device), without_notes_on_operations():
             check = None if self.verify is None else self.verify()
             result = function(*batches)
             if check is not None:
                 check()
-        self.say(f"compiled in {time.perf_counter() - begun:.1f} s")
         self.compiled[other] = function
-        if not other:
-            self.shapes = [shapes_of(batch) for batch in batches]
         return result
 
 
@@ -184,25 +210,30 @@ def chosen(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**options, "options": {"size_asserts": False, **options.get("options", {})}}
 
 
-def add_cuda_graph(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return arguments that also capture the step as a CUDA graph.
+def add_to_options(options: Mapping[str, Any], ours: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return arguments for torch.compile with options of ours, if the user has not set them.
 
-    As mode="reduce-overhead" does.
+    Options that this version of torch does not have are left out.
     """
     if "options" not in options:  # a mode or backend that the user passed
         return options
-    return {**options, "options": {"triton.cudagraphs": True, **options["options"]}}
+    both = {**options, "options": {**ours, **options["options"]}}
+    try:
+        compiled(add_to_options, **both)  # it compiles nothing before it is called
+    except RuntimeError:
+        return options
+    return both
 
 
 def shapes_of(batch: Any) -> Any:
-    """Return what a graph is made for: the shape of each tensor in a batch."""
+    """Return what a graph is made for: the shape of each tensor in a batch, in plain lists."""
     if batch is None:
         return None
     if isinstance(batch, Tensor):
-        return batch.shape
+        return list(batch.shape)
     if isinstance(batch, tuple):
         return [shapes_of(part) for part in batch]
-    return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    return [list(leaf.shape) for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -241,6 +272,26 @@ def undo_on_error(state: list[Tensor], device: torch.device) -> Iterator[None]:
         if isinstance(error, Exception):
             raise CompileError(f"{type(error).__name__}: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def without_notes_on_operations() -> Iterator[None]:
+    """Leave out log lines of operations that compiled code calls through Python.
+
+    It says "aten.x is missing a c-shim implementation", which is no fault and has no remedy.
+    """
+
+    def is_of_interest(record: logging.LogRecord) -> bool:
+        return "c-shim" not in record.getMessage()
+
+    handlers = list(logging.getLogger("torch").handlers)
+    for handler in handlers:
+        handler.addFilter(is_of_interest)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_of_interest)
 
 
 def way_back(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], None]:

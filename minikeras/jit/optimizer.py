@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+OTHER_PARAMETERS = "the loss uses other parameters than in the batch before"
 
 
 class OptimizerTwin:
@@ -98,7 +100,7 @@ class OptimizerTwin:
                 else:
                     device = parameter.device if parameter.is_cuda else value.device
                     # beta ** step in float32 would lose four digits
-                    copied[key] = value.to(device, torch.float64, copy=True)
+                    copied[key] = as_parameter(value.to(device, torch.float64, copy=True))
         return is_same
 
     def before_a_graph(self) -> Callable[[], None]:
@@ -185,7 +187,16 @@ def prepare_for_graph(group: dict[str, Any]) -> None:
     rate = group.get("lr")
     if not isinstance(rate, Tensor | None):
         # a float would be part of the code, compiled again when it changes
-        group["lr"] = torch.tensor(rate, dtype=torch.float64, device=first.device)
+        group["lr"] = as_parameter(torch.tensor(rate, dtype=torch.float64, device=first.device))
+
+
+def as_parameter(number: Tensor) -> nn.Parameter:
+    """Return a 0-d tensor as a parameter without a gradient.
+
+    Of a plain tensor in float64 on the CPU the compiler would trace the value too, find that it
+    must not, and trace the whole step again.
+    """
+    return nn.Parameter(number, requires_grad=False)
 
 
 def counts_steps(parameter: Tensor, key: str, value: Any) -> bool:
@@ -219,28 +230,24 @@ def numbers(optimizer: Optimizer) -> dict[tuple[str, int], Any]:
     return found
 
 
-def gradients_in_graph(reached: int) -> Callable[..., tuple[Tensor, ...]]:
-    """Return torch.autograd.grad as one operation of a graph.
+# the compiler differentiates through it; Dynamo does not look inside
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def gradients_in_graph(reached: int, loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Compute torch.autograd.grad as one operation of a graph.
 
     Args:
         reached: the loss reaches the first so many parameters, and none of the rest.
     """
-
-    def gradients(loss: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
-        wanted = [parameters[number] for number in trained]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        with_gradient = []
-        for number, gradient in zip(trained, found, strict=True):
-            if gradient is not None:
-                with_gradient.append(number)
-        if with_gradient != list(range(reached)):
-            raise RuntimeError("the loss uses other parameters than in the batch before")
-        return found[:reached]
-
-    # the compiler differentiates through it; Dynamo does not look inside
-    in_graph: Callable[..., tuple[Tensor, ...]] = torch.compiler.allow_in_graph(gradients)
-    return in_graph
+    trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
+    wanted = [parameters[number] for number in trained]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    with_gradient = []
+    for number, gradient in zip(trained, found, strict=True):
+        if gradient is not None:
+            with_gradient.append(number)
+    if with_gradient != list(range(reached)):
+        raise RuntimeError(OTHER_PARAMETERS)
+    return found[:reached]
 
 
 def has_hooks(parameters: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> bool:

@@ -20,9 +20,11 @@ from minikeras.jit.graphs import (
     Graphs,
     Verify,
     reason,
+    shapes_of,
 )
 from minikeras.jit.looking import put_back
 from minikeras.jit.optimizer import (
+    OTHER_PARAMETERS,
     OptimizerTwin,
     gradients_in_graph,
     has_hooks,
@@ -54,6 +56,10 @@ if TYPE_CHECKING:
 IN_GRAPH = ("one graph", "metrics outside")  # the best ways
 # new graphs of a fit for other parameters or state, after which compiling is not worth it
 RENEWALS = 8
+# batches in eager mode before the graph for them is compiled: at some 1 ms won for each batch, they
+# have cost by then about as much as compiling does. Never seconds: a fit that resumes must compile
+# at the same batch.
+BATCHES_BEFORE_A_GRAPH = 2000
 
 
 class EvaluateStep:
@@ -62,6 +68,8 @@ class EvaluateStep:
     name = "evaluate_step"
     ways: tuple[str, ...] = (*IN_GRAPH, "eager")
     together = 1  # steps in one call of the graph
+    # whether it is for other shapes -> its graph is compiled at the first batch
+    at_once: Mapping[bool, bool] = {False: False, True: False}
 
     def __init__(self, model: Model, run: Run, phase: Phase, jit: Jit) -> None:
         self.__name__ = self.name  # the name of the method that it replaces
@@ -74,6 +82,9 @@ class EvaluateStep:
         self.graphs: Graphs | None = None
         # batches of other shapes than the graph's run in eager mode
         self.others_in_eager = False
+        self.shapes: list[Any] = []  # the graph's own: of the batches that came first
+        # whether it is for other shapes -> batches that ran in eager mode, as there was no graph
+        self.without_graph = {False: 0, True: 0}
         self.waiting: list[Batch] = []
 
     def __call__(self, features: Any, labels: Any, sample_weight: Tensor | None = None) -> Any:
@@ -105,12 +116,36 @@ class EvaluateStep:
         """Take the steps of the batches that wait, if there are any."""
         batches = self.waiting
         self.waiting = []
-        if len(batches) == self.together and (self.graphs is None or self.graphs.fits(batches)):
+        if len(batches) == self.together and self.fits(batches):
             return self.take(batches, other=False)
         if not batches:
             return None
         results = [self.take([batch], other=True) for batch in batches]
         return self.combined(results, batches)
+
+    def fits(self, batches: Sequence[Batch]) -> bool:
+        """Tell whether the batches have the shapes of the first ones, as the graph has."""
+        shapes = [shapes_of(batch) for batch in batches]
+        if not self.shapes:
+            self.shapes = shapes
+        return shapes == self.shapes
+
+    def pays(self, batches: Sequence[Batch], other: bool) -> bool:
+        """Tell whether so many batches have run without this graph that it pays; count them."""
+        if self.at_once[other] or self.without_graph[other] >= BATCHES_BEFORE_A_GRAPH:
+            return True
+        self.without_graph[other] += len(batches)
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides when a graph is compiled, and for which shapes."""
+        own, others = self.without_graph[False], self.without_graph[True]
+        return {"shapes": self.shapes, "own": own, "others": others}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.shapes = state["shapes"]
+        self.without_graph = {False: state["own"], True: state["others"]}
 
     def combined(
         self, results: Sequence[Mapping[str, Any]], batches: Sequence[Batch]
@@ -174,12 +209,13 @@ class EvaluateStep:
                 self.run.device,
                 self.verify(),
             )
-        if other and self.others_in_eager:
+        if (other and self.others_in_eager) or not self.pays(batches, other):
             return self.combined([self.first(batch) for batch in batches], batches)
         try:
             results, last, outputs = self.graphs(*batches, other=other)
         except CompileError as error:
-            if not self.graphs.compiled:
+            has_changed = OTHER_PARAMETERS in str(error)  # since the last step in eager mode
+            if not other and not self.graphs.compiled and not has_changed:
                 raise
             return self.around_the_graph(batches, other, error)
         if last is None:
@@ -206,15 +242,15 @@ class EvaluateStep:
         results = self.combined([self.first(batch) for batch in batches], batches)
         if self.graphs is not graphs or graphs is None:
             return results  # the loss reaches other parameters: a new graph is due
-        if other in graphs.compiled:
-            self.descend(self.ways[len(IN_GRAPH)])
-            self.warn(error)
-        else:
+        if other and other not in graphs.compiled:
             self.others_in_eager = True
             warnings.warn(
                 f"jit: {self.name} runs other batch sizes in eager mode, because {reason(error)}",
                 stacklevel=2,
             )
+        else:
+            self.descend(self.ways[len(IN_GRAPH)])
+            self.warn(error)
         return results
 
     def verify(self) -> Verify | None:
@@ -343,6 +379,7 @@ class TrainStep(EvaluateStep):
 
     name = "train_step"
     ways = (*IN_GRAPH, "forward and loss", "eager")
+    at_once = {False: True, True: False}  # noqa: RUF012
 
     def __init__(self, model: Model, run: Run, phase: Phase, jit: Jit, together: int) -> None:
         super().__init__(model, run, phase, jit)
@@ -406,7 +443,6 @@ class TrainStep(EvaluateStep):
         clip = self.clip()
         parameters = self.reached
         steps = [(twin.step, twin.copy) for twin in self.twins]
-        gradients_of = gradients_in_graph(len(parameters))
         others = self.others()
         changed = ChangedTensors([self.bad, self.of_gradient, self.holds, *self.states()])
 
@@ -414,7 +450,8 @@ class TrainStep(EvaluateStep):
             features: Any, labels: Any, sample_weight: Tensor | None
         ) -> tuple[dict[str, Any], Any]:
             outputs, loss = forward_and_loss(features, labels, sample_weight)
-            gradients = gradients_of(get_mean(loss), *parameters, *others)
+            reached = len(parameters)
+            gradients = gradients_in_graph(reached, get_mean(loss), *parameters, *others)
             with torch.no_grad():
                 bad, of_gradient, holds, *states = changed()
                 moved = [*parameters, *states]

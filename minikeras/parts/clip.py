@@ -36,16 +36,25 @@ class ClipGradients(Part):
         self, parameters: list[Tensor], tell_norm: Callable[..., None]
     ) -> None:
         """Clip the gradients of these parameters in a compiled graph."""
-        self._clip(parameters, tell_norm)
+        # one norm for all gradients together would be a call out of the compiled code
+        self._clip(parameters, tell_norm, foreach=False)
 
     def settings(self) -> dict[str, Any]:
         """Return the two limits."""
         return {"clip_grad_norm": self.norm, "clip_grad_value": self.value}
 
-    def _clip(self, parameters: list[Tensor], tell_norm: Callable[..., None]) -> None:
+    def _clip(
+        self,
+        parameters: list[Tensor],
+        tell_norm: Callable[..., None],
+        foreach: bool | None = None,
+    ) -> None:
         """Clip each value, then the norm of all.
 
-        `tell_norm` shows the norm, before it is clipped, to the parts that look at it.
+        Args:
+            tell_norm: shows the norm, before it is clipped, to the parts that look at it.
+            foreach: whether torch computes the norms of all gradients in one call; None lets it
+                choose.
         """
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
         if self.value is not None:
@@ -53,7 +62,7 @@ class ClipGradients(Part):
         if self.norm is None:
             return
         gradients = [parameter.grad for parameter in with_gradient]
-        total: Any = nn.utils.get_total_norm(gradients)  # type: ignore[arg-type]
+        total: Any = nn.utils.get_total_norm(gradients, foreach=foreach)  # type: ignore[arg-type]
         tell_norm(total, with_gradient)
         nn.utils.clip_grads_with_norm_(with_gradient, self.norm, total)
 
