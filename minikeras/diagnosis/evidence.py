@@ -20,6 +20,7 @@ from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.diagnosis.tasks import Task, find_tasks
 from minikeras.nests import detach_nest, leaves, map_leaves, names_in, take_apart
 from minikeras.rows import first_size
+from minikeras.run import has_own_step
 from minikeras.sources import as_batches, is_batched
 
 if TYPE_CHECKING:
@@ -221,12 +222,27 @@ class Evidence:
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """What each loss asks of its output; empty if outputs or labels are not plain tensors."""
+        """What each loss asks of its output; empty if outputs or labels are not plain tensors.
+
+        It is empty too if a custom step does not compare the outputs with the labels.
+        """
+        if not self.compares_labels:
+            return []
         count = len(self.output_batches)
         labels = join([labels for _, labels, _ in self.train.batches[:count]])
         if self.outputs is None or labels is None:
             return []
         return find_tasks(self.loss_func, self.outputs, labels)
+
+    @cached_property
+    def compares_labels(self) -> bool:
+        """Whether training compares the outputs with the labels: a custom step may not."""
+        if not has_own_step(self.model):
+            return True
+        try:
+            return self.step.compares_labels
+        except Exception:  # said by the check of one step
+            return True
 
     @cached_property
     def step(self) -> Step:
