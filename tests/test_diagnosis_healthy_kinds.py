@@ -7,10 +7,12 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.set_ups import DIGIT_CLASSES, DIGITS, adam, compiled, digits, mlp, split
+from helpers.set_ups import DIGIT_CLASSES, DIGITS, compiled, digits, mlp, split
+from scipy import sparse
 from sklearn import datasets
 from torch import nn
 from torch.utils.data import DataLoader
@@ -409,6 +411,84 @@ def causal_language_model():
     return model, (tokens[:, :-1], tokens[:, 1:]), None
 
 
+@healthy
+def adapters_in_a_frozen_network():
+    """Low-rank adapters of the layers before a frozen head."""
+
+    class Adapted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = minikeras.freeze(layer)
+            self.down = nn.Linear(layer.in_features, 4, bias=False)
+            self.up = nn.Linear(4, layer.out_features, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x):
+            return self.layer(x) + self.up(self.down(x))
+
+    model, train, val = digits(mlp(64, 10), lambda p: torch.optim.Adam(p, 1e-3))
+    model.fit(2, train, verbose=0)
+    net = model.net
+    minikeras.freeze(net)
+    adapted = nn.Sequential(Adapted(net[0]), net[1], Adapted(net[2]), net[3], net[4])
+    model = minikeras.Model(adapted)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.compile(nn.CrossEntropyLoss(), torch.optim.Adam(trained, 1e-3), device="cpu")
+    return model, train, val
+
+
+@healthy
+def prompt_of_a_frozen_transformer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.embedding = nn.Embedding(30, 16)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+            self.fc = nn.Linear(16, 3)
+            minikeras.freeze(self)
+            self.prompt = nn.Parameter(0.5 * torch.randn(1, 8, 16))
+
+        def forward(self, x):
+            hidden = torch.cat([self.prompt.expand(len(x), -1, -1), self.embedding(x)], 1)
+            return self.fc(self.encoder(hidden).mean(1))
+
+    tokens = torch.randint(0, 30, (300, 6))
+    model = minikeras.Model(Net())
+    model.compile(nn.CrossEntropyLoss(), torch.optim.Adam([model.net.prompt], 1e-2), device="cpu")
+    return model, (tokens, tokens[:, 0] % 3), None
+
+
+@healthy
+def sparse_rows():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(0.2 * torch.randn(30, 16))
+            self.fc = nn.Linear(16, 1)
+
+        def forward(self, x):
+            return self.fc(torch.relu(torch.sparse.mm(x, self.weight)))
+
+    X = torch.randn(300, 30) * (torch.rand(300, 30) < 0.1)
+    return compiled(Net(), nn.MSELoss()), (X.to_sparse(), X.sum(1, keepdim=True)), None
+
+
+@healthy
+def sparse_matrix_of_scipy():
+    X = torch.randn(300, 30) * (torch.rand(300, 30) < 0.2)
+    return compiled(mlp(30, 1), nn.MSELoss()), (sparse.csr_matrix(X), X.sum(1, keepdim=True)), None
+
+
+@healthy
+def table_with_nullable_columns():
+    rng = np.random.default_rng(0)
+    size = pd.array(rng.normal(size=200), "Float64")
+    X = pd.DataFrame({"size": size, "is_new": [True, False] * 100})
+    y = (X["size"] + X["is_new"]).astype(float).to_frame()
+    return compiled(mlp(2, 1), nn.MSELoss()), (X, y), None
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 
@@ -416,6 +496,30 @@ def causal_language_model():
 def soft_labels():
     targets = F.one_hot(DIGIT_CLASSES, 10).float() * 0.8 + 0.02
     return digits(mlp(64, 10), y=targets)
+
+
+@healthy
+def soft_labels_of_a_teacher_that_is_hardly_sure():
+    X = torch.randn(600, 8)
+    targets = (0.3 * X @ torch.randn(8, 6)).softmax(1)
+    return compiled(mlp(8, 6), nn.CrossEntropyLoss()), *split(X, targets, 500)
+
+
+@healthy
+def loss_far_above_zero_at_its_lowest():
+    X, y = regression_rows()
+
+    def loss_func(y_pred, y_true):
+        return 20 + F.mse_loss(y_pred, y_true)
+
+    return compiled(mlp(5, 1), loss_func), *split(X, y, 500)
+
+
+@healthy
+def counts_near_one():
+    X = torch.randn(600, 5)
+    y = torch.poisson((0.3 * X[:, :1]).exp())
+    return compiled(mlp(5, 1), nn.PoissonNLLLoss()), *split(X, y, 500)
 
 
 @healthy

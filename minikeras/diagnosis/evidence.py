@@ -21,7 +21,7 @@ from minikeras.diagnosis.tasks import Task, find_tasks
 from minikeras.nests import detach_nest, leaves, map_leaves, names_in, take_apart
 from minikeras.rows import first_size
 from minikeras.run import has_own_step
-from minikeras.sources import as_batches, is_batched
+from minikeras.sources import as_batches, is_batched, make_empty_error
 
 if TYPE_CHECKING:
     from minikeras.diagnosis.findings import Finding
@@ -155,9 +155,12 @@ class Evidence:
         return self._read(self.dl_val, "dl_val")
 
     def _read(self, data: Any, name: str) -> Sample:
+        from minikeras.data.in_memory import FastFetch
+
         size = None if name == "dl_val" and is_batched(data) else self.batch_size
         sample = Sample(name, is_batched_here=not is_batched(data), columns=find_columns(data))
-        batches = iter(as_batches(data, name, size, shuffle=True))
+        source = as_batches(data, name, size, shuffle=True, fetch=FastFetch())
+        batches = iter(source)
         split_batch = self.run.split_batch
         begin = time.perf_counter()
         numbers = 0
@@ -183,7 +186,7 @@ class Evidence:
             if now - begin > SECONDS and len(sample.batches) > 1:
                 break
         if not sample.batches:
-            raise ValueError(f"{name} has no batch; expected one or more.")
+            raise make_empty_error(source, name)
         sample.batch_size = max(sample.sizes)
         return sample
 

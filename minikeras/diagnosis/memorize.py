@@ -43,7 +43,7 @@ SECONDS = 4.0  # for one training; on a large network there are fewer steps
 RATES = (1e-3, 1e-2)  # of Adam: its default, and ten times that for the few steps
 SEARCH = 60  # iterations of LBFGS for the lowest loss
 MOST_NUMBERS = 2**20  # in the outputs, for that
-SETTLED = 0.02  # of the fall: the most that the search may find in its last third
+SETTLED = 0.02  # of the fall: the most that a second search may find
 SMALLEST = 1e-6  # a probability; its logarithm is finite in float32
 ENOUGH = 0.5  # of the way to the lowest loss there is: the network can memorize
 
@@ -287,13 +287,14 @@ def search_lowest(loss_func: Any, outputs: Any, labels: Any) -> float | None:
     try:
         with torch.enable_grad(), silenced():
             optimizer.step(closure)
+            found = min(losses)
+            optimizer.step(closure)
     except Exception:  # it has no gradient, or needs more than outputs and labels
         return None
-    if not all(map(math.isfinite, losses)):
-        return None
     lowest = min(losses)
-    still_falls = min(losses[: -(len(losses) // 3) or None]) - lowest
-    return None if still_falls > SETTLED * (losses[0] - lowest) else lowest
+    if not all(map(math.isfinite, losses)) or found - lowest > SETTLED * (losses[0] - lowest):
+        return None
+    return lowest
 
 
 def share_of_way(
