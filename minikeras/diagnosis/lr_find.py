@@ -41,7 +41,7 @@ WIDE = (6, 3)  # these tell a fall from noise
 # standard deviations of such a fall, if the losses were noise
 LEAST_FALL = 4.0  # a chance of 1 %
 CLEAR_FALL = 6.0  # its place is known too
-MARGIN = 3.0  # times below the rate at which the loss diverges, which is seen a few steps late
+MARGIN = 5.0  # times below the rate at which the loss is lowest: from there on it is unstable
 # the test stops when the smoothed loss is this many times the larger of its lowest value and its
 # fall above the lowest: a loss that has not fallen may become four times as large
 RISE = 3.0
@@ -60,8 +60,8 @@ class LearningRates:
         rates: the learning rate of each step, of the first group of the first optimizer.
         losses: the training loss of each step, before it was taken.
         smoothed: `smooth(losses)`.
-        suggestion: the rate at which the loss falls most steeply, and at most a third of
-            `diverges_at`; None if the loss does not fall by more than its noise.
+        suggestion: the rate at which the loss falls most steeply, and at most a fifth of that at
+            which it is lowest; None if the loss does not fall by more than its noise.
         diverges_at: the rate at which the test stopped, since the loss had risen too far or was not
             finite; None if it reached max_lr.
         steps: how many steps were asked for.
@@ -206,8 +206,6 @@ def find_learning_rates(
         )
     smoothed = smooth(sweep.losses)
     suggestion = find_steepest_fall(sweep.rates, sweep.losses, smoothed)
-    if suggestion is not None and sweep.diverges_at is not None:
-        suggestion = min(suggestion, sweep.diverges_at / MARGIN)
     return LearningRates(sweep.rates, sweep.losses, smoothed, suggestion, sweep.diverges_at, steps)
 
 
@@ -332,7 +330,8 @@ def find_steepest_fall(
 
     The fall at a rate is the mean of the losses before it less the mean of those after it, up to
     where the smoothed loss is lowest. If the noise hides where it is steepest, the rate is that at
-    which the smoothed loss has fallen by half. Return None if all of it may be noise.
+    which the smoothed loss has fallen by half. It is below the rate at which the loss is lowest by
+    `MARGIN` at least. Return None if all of the fall may be noise.
     """
     finite = [value for value in smoothed if math.isfinite(value)]
     if len(finite) < LEAST_POINTS:
@@ -346,7 +345,7 @@ def find_steepest_fall(
         width = max(2, round(len(losses) / part))
         steepest, deviations = find_fall(values, width)
         if part in NARROW and deviations > CLEAR_FALL:
-            return rates[steepest]
+            return min(rates[steepest], rates[lowest] / MARGIN)
         furthest = max(furthest, deviations)
     if furthest < LEAST_FALL:
         return None
@@ -354,7 +353,7 @@ def find_steepest_fall(
     place = lowest
     while place > LAG and finite[place] < middle:
         place -= 1
-    return rates[place - LAG]
+    return min(rates[place - LAG], rates[lowest] / MARGIN)
 
 
 def find_fall(values: Any, width: int) -> tuple[int, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.features import plural
@@ -47,7 +48,8 @@ def check_memorized(evidence: Evidence) -> Iterator[Finding]:
 
 def is_mostly_frozen(model: nn.Module) -> bool:
     """Tell whether few of the parameters are trained, which need not be able to memorize rows."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    known = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in known]
     trained = sum(size for size, is_trained in sizes if is_trained)
     return trained < sum(size for size, _ in sizes) / 2
 
