@@ -29,6 +29,7 @@ CORE = sorted(path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE
 # Imports from room to room, each with its reason. All others are of the core, or of `support`.
 ROOM_TO_ROOM = {
     ("diagnosis", "by_name"): "it looks at each of several outputs",
+    ("diagnosis", "data"): "it reads the arrays and tables that fit takes, as fit reads them",
     ("distributed", "on_all_rows"): "its rows are gathered from all processes",
     ("losses", "by_name"): "a penalty may be added to losses by name",
     ("report", "data"): "summary takes the tables that predict takes",

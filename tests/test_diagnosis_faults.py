@@ -659,6 +659,11 @@ def adam_with_0_5():
     return digits(mlp(64, 10), make_optimizer=lambda p: torch.optim.Adam(p, 0.5))
 
 
+@fault("check_learning_rate")
+def adam_with_5():
+    return digits(mlp(64, 10), make_optimizer=lambda p: torch.optim.Adam(p, 5.0))
+
+
 class Slow(torch.utils.data.Dataset):
     def __init__(self, d):
         self.d = d

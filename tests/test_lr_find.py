@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import minikeras
 from minikeras.diagnosis import LearningRates
-from minikeras.diagnosis.lr_find import find_steepest_fall, smooth
+from minikeras.diagnosis.lr_find import MARGIN, find_steepest_fall, has_diverged, smooth
 
 X, y = points(90)
 STEPS = 25
@@ -227,9 +227,91 @@ def test_smoothed_loss_is_the_weighted_mean_of_the_formula():
         assert value == pytest.approx(np.average(losses[: place + 1], weights=weights))
 
 
-def test_no_rate_is_suggested_if_the_loss_only_has_noise():
-    losses = list(2.3 + 0.1 * np.random.default_rng(0).normal(size=60))
-    assert find_steepest_fall(rates(60), losses, smooth(losses)) is None
+NOISE = {
+    "normal": lambda rng: 2.3 + 0.1 * rng.normal(size=60),
+    "around 0": lambda rng: rng.normal(size=60),
+    "below 0": lambda rng: rng.normal(size=60) - 5,
+    "with outliers": lambda rng: rng.lognormal(0, 1, 60),
+}
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_alone_neither_falls_nor_diverges(kind):
+    rng = np.random.default_rng(0)
+    suggested = diverged = 0
+    for _ in range(50):
+        losses = list(NOISE[kind](rng))
+        suggested += find_steepest_fall(rates(60), losses, smooth(losses)) is not None
+        diverged += any(has_diverged(losses[:count]) for count in range(1, 61))
+    assert suggested <= 2
+    assert diverged <= 4
+
+
+def sigmoid_fall(start, end, center=60):
+    """Return a loss that falls around a step of 100."""
+    return start + (end - start) / (1 + np.exp(-0.5 * (np.arange(100) - center)))
+
+
+@pytest.mark.parametrize("start", [2.5, 0.5, -8.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_fall_is_found_behind_noise_whatever_the_sign_of_the_loss(start, seed):
+    noise = np.random.default_rng(seed).normal(size=100)
+    losses = list(sigmoid_fall(start, start - 2) + 0.6 * noise)
+    tried = rates(100, 1e-7, 10.0)
+    found = find_steepest_fall(tried, losses, smooth(losses))
+    assert abs(math.log10(found / tried[60])) < 1
+
+
+def first_divergence(losses):
+    """Return the step at which the test stops; None if it does not."""
+    for count in range(1, len(losses) + 1):
+        if has_diverged(list(losses[:count])):
+            return count - 1
+    return None
+
+
+@pytest.mark.parametrize(("start", "lowest"), [(-0.02, -0.95), (-0.4, -0.9), (1.0, -3.0)])
+def test_loss_below_0_diverges_if_it_loses_what_it_has_fallen(start, lowest):
+    fall = sigmoid_fall(start, lowest, 40)
+    rise = sigmoid_fall(0, start - lowest, 75)  # back to the start, and not above it
+    noise = 0.05 * np.random.default_rng(0).normal(size=100)
+    assert 75 <= first_divergence(fall + rise + noise) <= 90
+    assert first_divergence(fall + noise) is None
+    assert first_divergence(fall + 0.3 * rise + noise) is None
+
+
+def test_loss_with_a_bound_above_diverges():
+    class Closeness(nn.Module):
+        def forward(self, y_pred, y_true):
+            return -torch.exp(-(y_pred - y_true).square().mean())
+
+    model = minikeras.Model(network())
+    model.compile(Closeness(), torch.optim.SGD(model.parameters(), 0.1), device="cpu")
+    found = model.lr_find((X, y), max_lr=1e3)
+    assert max(found.losses) <= 0
+    assert found.suggestion < found.diverges_at / MARGIN
+
+
+def test_negative_likelihood_gets_a_suggestion_that_trains():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(300, 1, generator=generator)
+    targets = 0.05 * features + 0.01 * torch.randn(300, 1, generator=generator)
+
+    def loss_func(outputs, y_true):
+        mean, variance = outputs.chunk(2, 1)
+        return nn.functional.gaussian_nll_loss(mean, y_true, variance.exp())
+
+    def compiled(rate):
+        torch.manual_seed(0)
+        model = minikeras.Model(nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 2)))
+        model.compile(loss_func, torch.optim.Adam(model.parameters(), rate), device="cpu")
+        return model
+
+    found = compiled(1e-3).lr_find((features, targets))
+    assert min(found.losses) < -1
+    model = compiled(found.suggestion)
+    loss = model.fit(5, (features, targets), verbose=0)["loss"]
+    assert loss.iloc[-1] < min(-1, loss.iloc[0])
 
 
 @pytest.mark.parametrize("center", range(20, 80, 10))

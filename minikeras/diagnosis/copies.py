@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -73,6 +74,10 @@ def compiled_copy(model: Model, verb: str, **changes: Any) -> Model:
             for leaf in leaves(list(vars(module).values())):
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:
                     copies[id(leaf)] = leaf.detach().clone()
+            for buffer in module.buffers(recurse=False):
+                if is_lazy(buffer):  # deepcopy knows lazy parameters only
+                    make: Any = UninitializedBuffer
+                    copies[id(buffer)] = make(device=buffer.device, dtype=buffer.dtype)
     try:
         # first: the model may hold an optimizer, and this is the copy that it holds then
         optimizers = {}

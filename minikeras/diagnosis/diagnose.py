@@ -15,6 +15,7 @@ show the diagnosis
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -92,6 +93,8 @@ from minikeras.support.shown import show
 if TYPE_CHECKING:
     from minikeras.diagnosis.bar import Bar, NoBar
     from minikeras.model import Model
+
+LONGEST = 600  # characters of an error's message
 
 Check = Callable[[Evidence], Iterable[Finding]]
 
@@ -228,12 +231,21 @@ def run_check(check: Check, evidence: Evidence) -> list[Finding]:
             Finding(
                 "note",
                 name,
-                f"not made: {type(error).__name__}: {error}",
+                f"not made: {type(error).__name__}: {shorten(str(error))}",
                 "no error",
                 "Nothing is known from this check; the others were made.",
                 check=name,
             )
         ]
+
+
+def shorten(message: str) -> str:
+    """Return the first lines of a message: some of torch's are of several pages.
+
+    >>> shorten("No such kernel.\n\nCPU: registered at ...")
+    'No such kernel.'
+    """
+    return textwrap.shorten(message.partition("\n\n")[0], LONGEST, placeholder=" ...")
 
 
 def run_own_check(check: Check, evidence: Evidence) -> list[Finding]:
@@ -275,12 +287,15 @@ def try_step(evidence: Evidence) -> Finding | None:
     try:
         _ = evidence.step
     except Exception as error:
+        remedy = shorten(str(error))
+        if not remedy.endswith("."):  # of another library, or of the user's own code
+            remedy = f"{remedy}. model.fit(1, dl_train) shows where."
         return Finding(
             "error",
             "one training step",
             f"raises {type(error).__name__}",
             "no error",
-            str(error),
+            remedy,
             check="try_step",
         )
     return None

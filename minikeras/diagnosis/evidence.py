@@ -20,7 +20,8 @@ from minikeras.diagnosis.kinds import BATCH_NORMS
 from minikeras.diagnosis.tasks import Task, find_tasks
 from minikeras.nests import detach_nest, leaves, map_leaves, names_in, take_apart
 from minikeras.rows import first_size
-from minikeras.sources import as_batches, is_batched
+from minikeras.run import has_own_step
+from minikeras.sources import as_batches, is_batched, make_empty_error
 
 if TYPE_CHECKING:
     from minikeras.diagnosis.findings import Finding
@@ -154,9 +155,12 @@ class Evidence:
         return self._read(self.dl_val, "dl_val")
 
     def _read(self, data: Any, name: str) -> Sample:
+        from minikeras.data.in_memory import FastFetch
+
         size = None if name == "dl_val" and is_batched(data) else self.batch_size
         sample = Sample(name, is_batched_here=not is_batched(data), columns=find_columns(data))
-        batches = iter(as_batches(data, name, size, shuffle=True))
+        source = as_batches(data, name, size, shuffle=True, fetch=FastFetch())
+        batches = iter(source)
         split_batch = self.run.split_batch
         begin = time.perf_counter()
         numbers = 0
@@ -182,7 +186,7 @@ class Evidence:
             if now - begin > SECONDS and len(sample.batches) > 1:
                 break
         if not sample.batches:
-            raise ValueError(f"{name} has no batch; expected one or more.")
+            raise make_empty_error(source, name)
         sample.batch_size = max(sample.sizes)
         return sample
 
@@ -221,12 +225,27 @@ class Evidence:
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """What each loss asks of its output; empty if outputs or labels are not plain tensors."""
+        """What each loss asks of its output; empty if outputs or labels are not plain tensors.
+
+        It is empty too if a custom step does not compare the outputs with the labels.
+        """
+        if not self.compares_labels:
+            return []
         count = len(self.output_batches)
         labels = join([labels for _, labels, _ in self.train.batches[:count]])
         if self.outputs is None or labels is None:
             return []
         return find_tasks(self.loss_func, self.outputs, labels)
+
+    @cached_property
+    def compares_labels(self) -> bool:
+        """Whether training compares the outputs with the labels: a custom step may not."""
+        if not has_own_step(self.model):
+            return True
+        try:
+            return self.step.compares_labels
+        except Exception:  # said by the check of one step
+            return True
 
     @cached_property
     def step(self) -> Step:

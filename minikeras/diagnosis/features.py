@@ -231,7 +231,6 @@ def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Fin
     smallest = int(torch.nan_to_num(used, nan=float("inf")).argmin())
     high = sizes[largest].item()
     low = sizes[smallest].item()
-    columns = table if values.ndim == 2 else table[:, :]
     remedy = (
         "Standardize the columns by the training rows: X = (X - X_train.mean(0)) / "
         "X_train.std(0), or sklearn.preprocessing.StandardScaler"
@@ -242,7 +241,7 @@ def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Fin
         more = f"; {count} columns above {LARGE:g}" if count > 1 else ""
         yield Finding(
             "warning",
-            name_column(evidence, name, columns, largest),
+            name_column(evidence, name, table, largest),
             f"values of about {write_number(high)}{more}" + differ(high, low),
             "about 1 in each column",
             remedy,
@@ -258,9 +257,9 @@ def judge_columns(evidence: Evidence, name: str, values: Tensor) -> Iterator[Fin
     elif high / low > APART and is_dense(table[:, smallest]):
         yield Finding(
             "warning",
-            name_column(evidence, name, columns, smallest),
+            name_column(evidence, name, table, smallest),
             f"values of about {low:.2g}, and {high:.2g} in "
-            f"{name_column(evidence, name, columns, largest)}",
+            f"{name_column(evidence, name, table, largest)}",
             "about 1 in each column",
             remedy,
         )

@@ -15,6 +15,7 @@ from minikeras.diagnosis.tasks import BINARY, CLASSES, REGRESSION, Task
 # times the loss of the best constant answer, or of zeros, if that is larger; networks with
 # PyTorch's initialization begin near zeros, and stay below 1.5
 FAR_ABOVE = 3.0
+NATS = 3.0  # above it, at least: of two classes the best constant answer has 0.7 or less
 FAR_ABOVE_OF_REGRESSION = 10.0  # a mean of squares: outputs about three times too large
 FAR_BELOW = 0.5  # the same, for a network that has not been trained
 EXACT = 0.9999  # correlation of a column with the labels: it is the label
@@ -35,8 +36,7 @@ def check_first_loss(evidence: Evidence) -> Iterator[Finding]:
         ratio = loss / constant
         found = f"{loss:.3g}, {ratio:.2g} times that of the best constant answer ({constant:.3g})"
         zeros = loss_of(task, to_outputs(task, torch.zeros_like(task.outputs)))
-        limit = FAR_ABOVE_OF_REGRESSION if task.kind == REGRESSION else FAR_ABOVE
-        if loss > limit * max(constant, zeros or 0.0):
+        if is_far_above(loss, max(constant, zeros or 0.0), task):
             yield Finding(
                 "warning",
                 f"the loss at the start{task.called}",
@@ -57,6 +57,15 @@ def check_first_loss(evidence: Evidence) -> Iterator[Finding]:
                 "Right for weights that have been trained. New weights that are so good can read "
                 "the labels: check that they do not reach the features.",
             )
+
+
+def is_far_above(loss: float, constant: float, task: Task) -> bool:
+    """Tell whether a loss is far above that of a constant answer."""
+    if task.kind == REGRESSION:
+        return loss > FAR_ABOVE_OF_REGRESSION * constant
+    if task.kind in (CLASSES, BINARY) and loss < constant + NATS:
+        return False
+    return loss > FAR_ABOVE * constant
 
 
 def find_leaking_column(evidence: Evidence, task: Task) -> str | None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from minikeras.model import Model
 
 STEPS = 3  # the second shows whether a layer that begins with zeros lets gradients through
-MOST_STEPS = 12  # if a layer has had no gradient yet: a GAN may train a part in each fifth step
+# if a layer has had no gradient yet, or 0: a GAN may train a part in each fifth step
+MOST_STEPS = 12
 VALUES = 32  # of each unit, at least, to judge a layer: rows times positions
 ROWS_TO_WATCH = 256  # a unit that fires for 1 % of the rows is seen with a probability of 92 %
 
@@ -87,6 +88,9 @@ class Step:
     loss: float | None  # None if a custom train_step returns no "loss"
     parameters: list[ParameterStep]  # those that are trained
     unregistered: list[str]  # modules that get a gradient and that the model does not know
+    # False if a custom train_step does not use the labels of the batch, or gives others to
+    # compute_loss
+    compares_labels: bool = True
 
 
 class StatedBatch(tuple[Any, ...]):
@@ -108,15 +112,69 @@ def take_step(evidence: Evidence) -> Step:
     """
     model, batches = copy_to_train(evidence)
     recorder = StepRecorder(model)
+    watched = WatchedLabels(model) if has_own_step(model) else None
     loss = None
     with silenced(), recorder.recording():
         for number in range(MOST_STEPS):
             if number >= STEPS and recorder.has_seen_all():
                 break
-            history = model.fit(1, [next(batches)], verbose=0, on_nan="ignore")
+            batch = next(batches)
+            if watched is not None:
+                watched.expect(batch[1])
+            history = model.fit(1, [batch], verbose=0, on_nan="ignore")
             if number == 0 and "loss" in history:
                 loss = float(history["loss"].iloc[0])
-    return Step(loss, recorder.results(), recorder.unregistered_in_use())
+    compares_labels = watched is None or watched.are_compared
+    return Step(loss, recorder.results(), recorder.unregistered_in_use(), compares_labels)
+
+
+class WatchedLabels(TorchFunctionMode):
+    """Sees whether the train_step of a copy compares outputs with the labels of the batch.
+
+    Args:
+        model: a copy; its train_step and compute_loss are replaced.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.expected: list[Tensor] = []  # the labels of the batch
+        self.in_loss: bool | None = None  # compute_loss got them; None if it was not called
+        self.are_used = False  # a function was called with them
+        self.compute_loss = model.compute_loss
+        self.train_step = model.train_step
+        vars(model).update(compute_loss=self._compute_loss, train_step=self._train_step)
+
+    @property
+    def are_compared(self) -> bool:
+        """Whether outputs were compared with the labels of a batch."""
+        return self.are_used if self.in_loss is None else self.in_loss
+
+    def expect(self, labels: Any) -> None:
+        """Note the labels of the next batch."""
+        self.expected = [leaf for leaf in leaves(labels) if isinstance(leaf, Tensor)]
+
+    def _train_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return self.train_step(*args, **kwargs)
+
+    def _compute_loss(self, outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [leaf for leaf in leaves(labels) if isinstance(leaf, Tensor)]
+        is_same = len(given) == len(self.expected)
+        for one, other in zip(given, self.expected, strict=False):
+            is_same = is_same and one.shape == other.shape and bool((one == other).all())
+        self.in_loss = is_same or bool(self.in_loss)
+        return self.compute_loss(outputs, labels, *args, **kwargs)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function, and note whether it gets the labels; their sizes do not count."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("__get__", "__len__", "size", "dim"):
+            for leaf in leaves((args, kwargs)):
+                if any(leaf is label for label in self.expected):
+                    self.are_used = True
+        return func(*args, **kwargs)
 
 
 def copy_to_train(evidence: Evidence) -> tuple[Model, Iterator[Any]]:
@@ -240,8 +298,16 @@ class StepRecorder:
         return is_alike
 
     def has_seen_all(self) -> bool:
-        """Tell whether each trained parameter has had a gradient."""
-        return self.steps.keys() <= self.with_gradient
+        """Tell whether each trained parameter has had a gradient that is not 0.
+
+        An expert of a mixture may be chosen for no row of a batch.
+        """
+        for key, step in self.steps.items():
+            if step.optimizer is None and key not in self.with_gradient:
+                return False
+            if step.optimizer is not None and not step.is_moving:
+                return False
+        return True
 
     def results(self) -> list[ParameterStep]:
         """Return what was recorded of each trained parameter, in the model's order."""

@@ -6,7 +6,7 @@ lr_find
         one optimizer step            `accumulate` batches
         note rate and loss            the loss before the step
         stop if the smoothed loss has risen far above its lowest value
-    suggestion: where the smoothed loss falls most steeply
+    suggestion: where the loss falls most steeply
 """
 
 from __future__ import annotations
@@ -34,10 +34,21 @@ if TYPE_CHECKING:
 
 BETA = 0.8  # a smoothed loss is mostly of the last five points
 LAG = round(BETA / (1 - BETA))  # points by which it is behind a loss that falls evenly
-LEAST_FALL = 4.0  # times the median distance of losses from smoothed ones, which is their noise
+# the fall at a rate is that of the mean of so many losses before it to that of as many after it:
+# parts of all steps
+NARROW = (24, 12)  # these tell the rate
+WIDE = (6, 3)  # these tell a fall from noise
+# standard deviations of such a fall, if the losses were noise
+LEAST_FALL = 4.0  # a chance of 1 %
+CLEAR_FALL = 6.0  # its place is known too
+MARGIN = 5.0  # times below the rate at which the loss is lowest: from there on it is unstable
 # the test stops when the smoothed loss is this many times the larger of its lowest value and its
 # fall above the lowest: a loss that has not fallen may become four times as large
 RISE = 3.0
+# the same for a loss below 0, which may have a bound above: it has lost most of its fall
+RISE_BELOW_0 = 0.8
+LEAST_RISE = 3.0  # times the mean step from loss to loss, which is its noise
+TINY = 1e-300  # losses without noise
 LEAST_POINTS = 5  # a loss jumps in the first batches too; with fewer points nothing is judged
 
 
@@ -49,8 +60,8 @@ class LearningRates:
         rates: the learning rate of each step, of the first group of the first optimizer.
         losses: the training loss of each step, before it was taken.
         smoothed: `smooth(losses)`.
-        suggestion: the rate at which the smoothed loss falls most steeply; None if it does not fall
-            by more than its noise.
+        suggestion: the rate at which the loss falls most steeply, and at most a fifth of that at
+            which it is lowest; None if the loss does not fall by more than its noise.
         diverges_at: the rate at which the test stopped, since the loss had risen too far or was not
             finite; None if it reached max_lr.
         steps: how many steps were asked for.
@@ -83,7 +94,10 @@ class LearningRates:
 
     def __str__(self) -> str:
         if self.suggestion is None:
-            first = "no suggestion: the loss does not fall at any rate"
+            first = (
+                "no suggestion, since the loss does not fall by more than its noise (a larger "
+                "batch_size or more steps may show a fall)"
+            )
         else:
             first = f"try {self.suggestion:.1e} (steepest fall of the loss)"
         last = "it does not diverge"
@@ -289,40 +303,74 @@ def smooth(losses: list[float]) -> list[float]:
 def has_diverged(losses: list[float]) -> bool:
     """Tell whether the last loss is not finite, or has risen far above the lowest.
 
-    Both are smoothed. A loss may be negative, so that their ratio alone would not do.
+    Both are smoothed, and a rise that may be noise does not count. A loss may be negative, so that
+    their ratio alone would not do.
     """
     if not math.isfinite(losses[-1]):
         return True
     if len(losses) < LEAST_POINTS:
         return False
     smoothed = smooth(losses)
-    lowest = min(smoothed)
     if not math.isfinite(smoothed[-1]):
         return True
-    scale = max(abs(lowest), smoothed[0] - lowest)
-    return smoothed[-1] > lowest + RISE * scale
+    lowest = min(smoothed)
+    rise = smoothed[-1] - lowest
+    if rise <= LEAST_RISE * np.abs(np.diff(losses)).mean():
+        return False
+    fall = smoothed[0] - lowest
+    if lowest < 0:
+        return rise > RISE_BELOW_0 * max(abs(lowest) / 2, fall)
+    return rise > RISE * max(lowest, fall)
 
 
 def find_steepest_fall(
     rates: list[float], losses: list[float], smoothed: list[float]
 ) -> float | None:
-    """Return the rate at which the smoothed loss falls most steeply, over the logarithm of rates.
+    """Return the rate at which the loss falls most steeply, over the logarithm of the rates.
 
-    The fall is that between two points, 2 * LAG steps apart, and the rate that in their middle. The
-    smoothed loss is behind the loss by LAG points, which are subtracted. Return None if it does not
-    fall by more than its noise.
+    The fall at a rate is the mean of the losses before it less the mean of those after it, up to
+    where the smoothed loss is lowest. If the noise hides where it is steepest, the rate is that at
+    which the smoothed loss has fallen by half. It is below the rate at which the loss is lowest by
+    `MARGIN` at least. Return None if all of the fall may be noise.
     """
-    values = np.array([value for value in smoothed if math.isfinite(value)])
-    if len(values) < LEAST_POINTS:
+    finite = [value for value in smoothed if math.isfinite(value)]
+    if len(finite) < LEAST_POINTS:
         return None
-    lowest = int(values.argmin())
-    if lowest <= LAG:  # the first smoothed losses are means of few
+    lowest = int(np.argmin(finite))
+    values = np.array(losses[: lowest + 1])
+    if len(values) < LEAST_POINTS:  # the first smoothed losses are means of few
         return None
-    values = values[: lowest + 1]
-    residuals = np.abs(np.array(losses[: lowest + 1]) - values)
-    if values[LAG:].max() - values[lowest] <= LEAST_FALL * np.median(residuals):
+    furthest = 0.0
+    for part in (*NARROW, *WIDE):
+        width = max(2, round(len(losses) / part))
+        steepest, deviations = find_fall(values, width)
+        if part in NARROW and deviations > CLEAR_FALL:
+            return min(rates[steepest], rates[lowest] / MARGIN)
+        furthest = max(furthest, deviations)
+    if furthest < LEAST_FALL:
         return None
-    width = min(2 * LAG, lowest)  # the slope between neighbors is mostly noise
-    falls = values[:-width] - values[width:]
-    middle = int(falls.argmax()) + width // 2
-    return rates[max(0, middle - LAG)]
+    middle = (values[: max(LAG, len(values) // 3)].mean() + finite[lowest]) / 2
+    place = lowest
+    while place > LAG and finite[place] < middle:
+        place -= 1
+    return min(rates[place - LAG], rates[lowest] / MARGIN)
+
+
+def find_fall(values: Any, width: int) -> tuple[int, float]:
+    """Return the place of the largest fall from so many losses to as many after them.
+
+    Returns:
+        The number of the first loss after it; and the fall in standard deviations of what it would
+        be if the losses were noise: 0 if there are too few.
+    """
+    places = np.arange(width, len(values) - width + 1)
+    if not len(places):
+        return 0, 0.0
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    before = sums[places] - sums[places - width]
+    after = sums[places + width] - sums[places]
+    falls = (before - after) / width
+    steepest = int(falls.argmax())
+    # of neighbors, so that the fall itself hardly counts; with outliers it is large
+    noise = math.sqrt(np.square(np.diff(values)).mean() / 2)
+    return int(places[steepest]), float(falls[steepest] / max(noise * math.sqrt(2 / width), TINY))

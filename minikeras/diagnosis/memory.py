@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from minikeras.diagnosis.evidence import Evidence
 from minikeras.diagnosis.features import plural
@@ -35,7 +36,7 @@ def check_memorized(evidence: Evidence) -> Iterator[Finding]:
         rates = " and ".join(f"{rate:g}" for rate in memorized.others)
         trained = f"with the optimizer, nor with Adam at {rates}"
     yield Finding(
-        "warning",
+        "note" if is_mostly_frozen(evidence.model) else "warning",
         f"training on one batch of {rows} {plural('row', rows)}",
         f"the loss falls by {max(best, 0.0):.0%} of the way in {len(memorized.losses)} steps "
         f"{trained}",
@@ -43,6 +44,14 @@ def check_memorized(evidence: Evidence) -> Iterator[Finding]:
         f"The network cannot memorize even these rows. {name_cause(evidence)}",
         is_symptom=True,
     )
+
+
+def is_mostly_frozen(model: nn.Module) -> bool:
+    """Tell whether few of the parameters are trained, which need not be able to memorize rows."""
+    known = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in known]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return trained < sum(size for size, _ in sizes) / 2
 
 
 def describe_optimizer(memorized: Memorized) -> Finding:
@@ -86,7 +95,9 @@ def name_cause(evidence: Evidence) -> str:
 def share_of_contradictions(evidence: Evidence) -> float:
     """Return the share of the batch's rows that have an equal row with another label."""
     (features, labels, _), _ = take_rows(evidence)
-    if not isinstance(features, Tensor) or not isinstance(labels, Tensor) or not len(labels):
+    if not isinstance(features, Tensor) or not isinstance(labels, Tensor) or not labels.ndim:
+        return 0.0
+    if features.layout is not torch.strided or features.is_nested or not len(labels):
         return 0.0
     if len(features) != len(labels):
         return 0.0

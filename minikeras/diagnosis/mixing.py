@@ -7,7 +7,7 @@ Where inputs are whole numbers, such as tokens, the other rows are changed inste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,13 +78,25 @@ def take_rows(evidence: Evidence) -> Any:
     tensors = [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
     if not tensors or len(tensors) != len(leaves(features)) or size < 2:
         return None
-    if any(not tensor.ndim or len(tensor) != size for tensor in tensors):
+    if any(not tensor.ndim or tensor.shape[0] != size for tensor in tensors):
         return None  # such as the edges of a graph
+    if any(tensor.is_nested for tensor in tensors):
+        return None  # rows of different lengths
 
     def first_rows(leaf: Tensor) -> Tensor:
-        return copy_leaf(leaf[:ROWS])  # type: ignore[no-any-return]
+        return pick_rows(leaf, range(min(ROWS, size)))
 
     return map_leaves(first_rows, features)
+
+
+def pick_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return a copy of some rows of a tensor, which may be sparse."""
+    numbers = torch.tensor(rows, device=tensor.device)
+    if tensor.layout is torch.strided:
+        return tensor.detach()[numbers]
+    # the only sparse layout with index_select
+    picked: Tensor = tensor.detach().to_sparse_coo().index_select(0, numbers).coalesce()
+    return picked if tensor.layout is torch.sparse_coo else picked.to_sparse(layout=tensor.layout)
 
 
 def measure_mixing(model: Any, features: Any) -> float | None:
@@ -92,8 +104,10 @@ def measure_mixing(model: Any, features: Any) -> float | None:
 
     None if the outputs are no rows, or not finite.
     """
-    is_float = all(leaf.is_floating_point() for leaf in leaves(features))
-    if is_float:
+    has_gradient = all(
+        leaf.is_floating_point() and leaf.layout is torch.strided for leaf in leaves(features)
+    )
+    if has_gradient:
         share = measure_by_gradient(model, features)
         if share is not None:
             return share
@@ -140,7 +154,7 @@ def measure_by_change(model: Any, features: Any) -> float | None:
     rows = leaves(features)[0].shape[0]
 
     def replace_last(leaf: Tensor) -> Tensor:
-        return torch.cat([leaf[:-1], leaf[:1]])
+        return pick_rows(leaf, [*range(rows - 1), 0])
 
     moved = outputs_of(model, map_leaves(replace_others, features))
     replaced = outputs_of(model, map_leaves(replace_last, features))
@@ -159,7 +173,8 @@ def measure_by_change(model: Any, features: Any) -> float | None:
 
 def replace_others(leaf: Tensor) -> Tensor:
     """Replace all rows but the last one by row 0: a mean over the rows changes too."""
-    return torch.cat([leaf[:1].expand_as(leaf[:-1]), leaf[-1:]])
+    rows = leaf.shape[0]
+    return pick_rows(leaf, [*[0] * (rows - 1), rows - 1])
 
 
 def outputs_of(model: Any, features: Any) -> Any:
@@ -188,7 +203,7 @@ def find_mixing_layer(model: Any, features: Any) -> str:
     seen: list[dict[str, Tensor]] = []
 
     def others_changed(leaf: Tensor) -> Tensor:
-        if leaf.is_floating_point():
+        if leaf.is_floating_point() and leaf.layout is torch.strided:
             return torch.cat([leaf[:-1] * 1.5 + 0.5, leaf[-1:]])
         return replace_others(leaf)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minikeras.diagnosis.evidence import Evidence
+from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.evidence import Evidence, copy_leaf
 from minikeras.diagnosis.findings import Finding
 from minikeras.diagnosis.gradients import join_words
 from minikeras.diagnosis.layers import (
@@ -21,6 +23,8 @@ from minikeras.diagnosis.layers import (
     named_parameters,
     parameters_in,
 )
+from minikeras.modes import TrainingModes
+from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
 
 
@@ -35,8 +39,9 @@ def check_frozen(evidence: Evidence) -> Iterator[Finding]:
         "minikeras.unfreeze(layer) trains a layer; compile again if the optimizer does not have "
         "its parameters."
     )
-    has_frozen_weights = any(value.ndim > 1 for value in frozen.values())
-    if has_frozen_weights and not any(value.ndim > 1 for value in trained.values()):
+    if any(value.ndim > 1 for value in frozen.values()) and not any(
+        value.ndim > 1 for value in trained.values()
+    ):
         yield Finding(
             "warning",
             "frozen parameters",
@@ -47,7 +52,7 @@ def check_frozen(evidence: Evidence) -> Iterator[Finding]:
         )
         return
     last = find_last_layer(evidence)
-    if last is not None and is_frozen_alone(evidence.model, last):
+    if last is not None and is_frozen_by_mistake(evidence, last):
         yield Finding(
             "warning",
             f"layer {last}",
@@ -75,19 +80,72 @@ def find_last_layer(evidence: Evidence) -> str | None:
     return last
 
 
-def is_frozen_alone(model: nn.Module, name: str) -> bool:
-    """Tell whether a layer is frozen, and what it is a part of trains nothing else.
+def is_frozen_by_mistake(evidence: Evidence, name: str) -> bool:
+    """Tell whether the last layer is frozen, and neither adapted nor that of another network.
 
-    A frozen layer with trained ones next to it may be adapted by them, as in LoRA
-    (https://arxiv.org/abs/2106.09685).
+    It is adapted if what it is a part of trains something else, or if trained parameters were put
+    into frozen layers before it, as in LoRA (https://arxiv.org/abs/2106.09685) and prompt tuning.
+    It is that of another network, such as a teacher, if no trained layer comes before it.
     """
+    model = evidence.model
     layer = model.get_submodule(name)
     if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
         return False
     parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.Sequential) or parent is model:
+    is_alone = isinstance(parent, nn.Sequential) or parent is model
+    if not is_alone and any(parameter.requires_grad for parameter in parent.parameters()):
+        return False
+    return gets_a_gradient(evidence, name) and not has_adapters(model, name)
+
+
+def gets_a_gradient(evidence: Evidence, name: str) -> bool:
+    """Tell whether trained layers come before a frozen one: what it is given has a gradient."""
+    found: list[bool] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for leaf in leaves((args, kwargs), inside=True):
+            found.append(isinstance(leaf, Tensor) and leaf.requires_grad)
+
+    model = evidence.copy_model()
+    TrainingModes(model).enter()  # a student may call its teacher in train mode only
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.enable_grad(), silenced():
+            model.compute_outputs(map_leaves(copy_leaf, evidence.train.batches[0][0]))
+    except Exception:  # a custom step may call submodules with the features
         return True
-    return not any(parameter.requires_grad for parameter in parent.parameters())
+    finally:
+        handle.remove()
+    return any(found) or not found
+
+
+def has_adapters(model: nn.Module, last: str) -> bool:
+    """Tell whether trained parameters were put between frozen layers, before the last one.
+
+    They are in no layer, such as a prompt; or in a layer next to frozen ones, in a part of the
+    model that the last layer is not a part of.
+    """
+    are_in_layers = False
+    for name, module in model.named_modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        if not any(parameter.requires_grad for parameter in own):
+            continue
+        are_in_layers = are_in_layers or not any(True for _ in module.children())
+        parent_name = name.rpartition(".")[0]
+        parent = model.get_submodule(parent_name)
+        if isinstance(parent, nn.Sequential) or f"{last}.".startswith(f"{parent_name}."):
+            continue
+        if parent_name and has_frozen_weights(parent):
+            return True
+    return not are_in_layers
+
+
+def has_frozen_weights(module: nn.Module) -> bool:
+    """Tell whether a weight of a module is frozen."""
+    return any(
+        parameter.ndim > 1 and not parameter.requires_grad for parameter in module.parameters()
+    )
 
 
 def layers_of(names: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from minikeras.run import has_own_step
 # below the suggestion by more than this, the loss hardly moves: fine-tuning uses a hundredth
 FAR_BELOW = 3000.0
 BARELY = 0.02  # of the way to the lowest loss on one batch, in all steps
+JUMPED = 30.0  # times the first loss on one batch: it may come back, from weights that are lost
 RISEN = 0.5  # of the first loss on one batch, above it at the end: the rate is too high
 # faults with which the loss is NaN, or no number at all, at every rate
 NO_LOSS = (
@@ -64,6 +65,9 @@ def is_too_high(rate: float, curve: LearningRates, training: Training) -> bool:
     The range test alone does not tell: it arrives at a rate after smaller ones, and from trained
     weights the loss can only rise. So a training on one small batch at this rate has to fail too.
     """
+    is_above = curve.suggestion is not None and rate > curve.suggestion
+    if is_above and has_jumped(training.losses):
+        return True
     if training.share is not None and training.share >= ENOUGH:
         return False
     if curve.diverges_at is not None and rate >= curve.diverges_at:
@@ -75,7 +79,15 @@ def is_too_high(rate: float, curve: LearningRates, training: Training) -> bool:
     if not all(map(math.isfinite, last)):
         return True
     has_risen = sum(last) / len(last) > first + RISEN * abs(first)
-    return has_risen and curve.suggestion is not None and rate > curve.suggestion
+    return has_risen and is_above
+
+
+def has_jumped(losses: list[float]) -> bool:
+    """Tell whether a loss was far above its first value in between."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite or not finite[0] > 0:  # one near 0 or below it has no such scale
+        return False
+    return max(finite) > JUMPED * finite[0]
 
 
 def try_instead(curve: LearningRates) -> str:

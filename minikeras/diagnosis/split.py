@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from minikeras.diagnosis.evidence import Evidence, Sample, named_tensors
+from minikeras.diagnosis.copies import silenced
+from minikeras.diagnosis.evidence import Evidence, Sample, copy_leaf, named_tensors
 from minikeras.diagnosis.features import stands_for_all
 from minikeras.diagnosis.findings import Finding
+from minikeras.nests import map_leaves
 
 SHARED = 0.05  # of the validation rows; real data has a few equal rows
 LEAST_SHARED = 3  # of a small dl_val
@@ -115,8 +117,32 @@ def check_split(evidence: Evidence) -> Iterator[Finding]:
     """Find classes and scales that differ between dl_train and dl_val."""
     if evidence.val is None:
         return
+    yield from try_validation(evidence, evidence.val)
     yield from compare_classes(evidence, evidence.val)
     yield from compare_scales(evidence, evidence.val)
+
+
+def try_validation(evidence: Evidence, val: Sample) -> Iterator[Finding]:
+    """Find rows of dl_val that forward does not take, though it takes those of dl_train."""
+    model = evidence.model
+    model.eval()
+    raised: Exception | None = None
+    for sample in (evidence.train, val):
+        try:
+            with torch.no_grad(), silenced():
+                model.compute_outputs(map_leaves(copy_leaf, sample.batches[0][0]))
+        except Exception as error:
+            if sample is not val:
+                return  # said elsewhere, or a custom step does not call forward so
+            raised = error
+    if raised is not None:
+        yield Finding(
+            "error",
+            "dl_val",
+            f"forward raises {type(raised).__name__} for its first batch, and not for dl_train",
+            "features of one form",
+            str(raised).partition("\n\n")[0],
+        )
 
 
 def compare_classes(evidence: Evidence, val: Sample) -> Iterator[Finding]:

@@ -86,7 +86,7 @@ class Task:
         """
         labels = self.labels
         if self.kind == BINARY:
-            rounded = labels.round()
+            rounded = labels if labels.dtype == torch.bool else labels.round()
             is_hard = bool(((rounded == labels) & (labels >= 0) & (labels <= 1)).all())
             return rounded.long().reshape(-1) if is_hard else None
         if self.kind != CLASSES:
