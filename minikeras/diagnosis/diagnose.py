@@ -242,7 +242,7 @@ def run_check(check: Check, evidence: Evidence) -> list[Finding]:
 def shorten(message: str) -> str:
     """Return the first lines of a message: some of torch's are of several pages.
 
-    >>> shorten("No such kernel.\n\nCPU: registered at ...")
+    >>> shorten("No such kernel." + 2 * chr(10) + "CPU: registered at ...")
     'No such kernel.'
     """
     return textwrap.shorten(message.partition("\n\n")[0], LONGEST, placeholder=" ...")
