@@ -384,6 +384,8 @@ class TrainStep(EvaluateStep):
     def __init__(self, model: Model, run: Run, phase: Phase, jit: Jit, together: int) -> None:
         super().__init__(model, run, phase, jit)
         self.together = together
+        if together > 1:  # for a long run; the batches that are left over come in every epoch
+            self.at_once = {False: True, True: True}
         self.twins: list[OptimizerTwin] = []
         self.reached: list[nn.Parameter] = []  # by the loss, in an eager step
         self.gradients: list[Tensor] = []  # their buffers, for the graph to write into
