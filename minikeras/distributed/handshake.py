@@ -55,6 +55,21 @@ def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, An
         raise_difference(world, facts)
     if run is not None and most[2] != -most[3]:
         raise_drift(world, model, run, sums, "before this call")
+    for name, value in given.items():
+        check_same_rows(name, value)
+
+
+def check_same_rows(name: str, source: Any) -> None:
+    """Compare data of which each process takes a share; it may be in what limits a pass.
+
+    Raises:
+        ValueError: the processes were given other rows.
+    """
+    while source is not None:
+        if hasattr(source, "check_same"):
+            source.check_same(name)
+            return
+        source = getattr(source, "batches", None)
 
 
 def check_settings(world: World, model: nn.Module, run: Run, *numbers: float) -> None:

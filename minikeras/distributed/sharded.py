@@ -53,10 +53,7 @@ def sharded(batches: Iterable[Any], world: World, name: str) -> Iterable[Any]:
     given: Any = batches if bar is None else bar.iterable
     if not is_divisible(given, world):
         return InStep(batches, world, name)
-    share = Sharded(given, world, bar)
-    share.check_sizes()
-    check_same_data(given, world, name)
-    return share
+    return Sharded(given, world, bar)
 
 
 def is_divisible(batches: Any, world: World) -> bool:
@@ -206,6 +203,15 @@ class Sharded:
         if self.drop_last:
             return int(rows // self.batch_size)
         return math.ceil(rows / self.batch_size)
+
+    def check_same(self, name: str) -> None:
+        """Check that all processes were given the same data.
+
+        Raises:
+            ValueError: they were not.
+        """
+        self.check_sizes()
+        check_same_data(self.batches, self.world, name)
 
     def check_sizes(self) -> None:
         """Check that all processes got the same amount of data.

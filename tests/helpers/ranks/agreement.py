@@ -100,6 +100,8 @@ def signalled(size):
                 break
             except SystemExit as error:
                 ended.append(error.code)
+            if len(model.history) == 2:  # the signal came when all was done
+                break
         results[name] = [copy_weights(model), model.history.to_dict("list")]
         results[f"{name} ended"] = ended
     return results
