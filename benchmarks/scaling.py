@@ -50,7 +50,7 @@ def make_work(name: str) -> tuple[Any, int, int, Any, Any]:
         return make_transformer(), 8, 1, torch.randn(320, 32, 64), torch.randint(10, (320,))
     if name == "tiny":  # the ring example's network
         net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-        return net, 50, 1, torch.randn(10000, 2), torch.randint(2, (10000,))
+        return net, 50, 3, torch.randn(10000, 2), torch.randint(2, (10000,))
     net = nn.Sequential(*(nn.Linear(2000, 2000, bias=False) for _ in range(16)))
     return net, 4, 1, torch.randn(24, 2000), torch.randint(2000, (24,))
 
