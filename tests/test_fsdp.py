@@ -15,6 +15,7 @@ from minikeras.errors import CheckpointError
 SAME = [
     "arrays",
     "penalties",
+    "whole_parameters_beside",
     "big_steps",
     "fewer_rows_than_processes",
     "uneven",

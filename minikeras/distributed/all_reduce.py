@@ -70,8 +70,6 @@ class AllReduce(Part, Hook):
             return False
         loss.total.backward(inputs=loss.inputs)
         self._finish(self.means, self.stepper.all)
-        if self.arrivals is not None:
-            self._follow_arrivals(self.arrivals)
         self.is_averaged = True
         return True
 
@@ -112,10 +110,13 @@ class AllReduce(Part, Hook):
         if self.is_averaged:
             self.is_averaged = False
             return
-        self._finish(GradientSums(self.world, self._buckets_of(optimizers)), optimizers)
+        # those of sharded parameters are filled by another part, beside some that are sent here
+        means = self.means or GradientSums(self.world, self._buckets_of(optimizers))
+        self._finish(means, optimizers)
 
     def _finish(self, means: GradientSums, optimizers: list[Optimizer]) -> None:
         """Send what is left; gradients become their means, and other parts get their sums."""
+        arrivals = None if self.means is None else self.arrivals
         self.means = None
         counts = []
         numbers = []
@@ -125,6 +126,8 @@ class AllReduce(Part, Hook):
             numbers += own
         sums = means.finish(*numbers)
         self.averaged = means.buckets
+        if arrivals is not None:
+            self._follow_arrivals(arrivals)
         for part, count in zip(self.stepper.parts, counts, strict=True):
             if count:
                 part.take_numbers(optimizers, sums[:count])

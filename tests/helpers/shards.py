@@ -20,6 +20,7 @@ from helpers.metrics import Scaled
 from helpers.models import Net
 from helpers.ranks.common import METRICS, RANK, Two, Uneven, doubles, uneven_batches
 from helpers.seeds import seed
+from minikeras.distributed import gradients
 
 
 class Deep(minikeras.Model):
@@ -109,6 +110,29 @@ def penalties(size):
     )
     dfhistory = model.fit(2, doubles(45), doubles(17), batch_size=12 // size, verbose=0)
     return found(model, dfhistory, scale=loss.scale.detach())
+
+
+class Weighed(nn.Module):
+    """Its parameters stay whole, and are sent in several buckets."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = nn.ParameterList(torch.zeros(4, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, y_pred, y_true):
+        scale = sum(log.mean() for log in self.logs)
+        return (y_pred - y_true).square().mean() * torch.exp(-scale) + scale
+
+
+def whole_parameters_beside(size):
+    seed()
+    gradients.SMALL_BUCKET = gradients.BUCKET = 8
+    model = Deep().double()
+    loss = Weighed()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    model = compiled(model, loss, optimizer)
+    dfhistory = model.fit(2, doubles(45), batch_size=12 // size, verbose=0)
+    return found(model, dfhistory, logs=[log.detach() for log in loss.logs])
 
 
 def big_steps(size):
