@@ -3,10 +3,9 @@
 A split or a shuffle without a seed gives each process other rows, and then one process validates
 on rows that another trains on. Once for each call of fit, evaluate and predict are compared:
 
-row numbers                     of Subsets and samplers, exactly
-arrays, and in TensorDatasets   a sample of their numbers, but for rounding
-what else a Dataset holds       lists and arrays with an item for each row: with a warning alone,
-                                since it may fill them as it is read
+row numbers                of Subsets and samplers, exactly: an error
+arrays and TensorDatasets  a sample of their numbers, but for rounding: a warning
+what a Dataset holds       lists and arrays with an item for each row: a warning
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ ROUNDING = 1e-4  # relative: arrays that were computed on different machines may
 
 
 def check_same_data(batches: Any, world: World, name: str) -> None:
-    """Check that all processes have the same rows, in the same order.
+    """Check that all processes have the same rows, in the same order; warn of other numbers.
 
     How many there are is not compared.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they have other row numbers.
     """
     certain, possible = Sample(), Sample()
     if isinstance(batches, ArrayBatches):
         for rows in leaves(batches.arrays):
-            certain.add_rows(rows)
+            possible.add_rows(rows)
     loader = getattr(batches, "loader", batches)
     add_samplers(loader, certain)
     add_dataset(getattr(loader, "dataset", None), certain, possible)
@@ -147,13 +146,13 @@ def add_dataset(dataset: Any, certain: Sample, possible: Sample) -> None:
             add_dataset(part, certain, possible)
     elif type(dataset) is TensorDataset:
         for tensor in dataset.tensors:
-            certain.add_rows(tensor)
+            possible.add_rows(tensor)
     elif isinstance(dataset, StackDataset):
         parts = dataset.datasets
         for part in parts.values() if isinstance(parts, Mapping) else parts:
             add_dataset(part, certain, possible)
     elif isinstance(dataset, Tensor):
-        certain.add_rows(dataset)
+        possible.add_rows(dataset)
     else:
         add_attributes(dataset, possible)
 

@@ -246,14 +246,13 @@ class Holds(Dataset):
 def other_rows(size):
     """Return the errors and warnings about data that differs between the processes."""
     seed()
-    model = compiled()
     X, y = doubles(24)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(RANK))
     rows = TensorDataset(X, y)
     nearly = X * (1 + 1e-7 * RANK)
     data = {
         "arrays": (X[order], y[order]),
-        "frames": (pd.DataFrame(X[order].numpy()).assign(text=1), y[order].numpy()),
+        "frames": (pd.DataFrame(X[order].numpy()), y[order].numpy()),
         "split": random_split(rows, [20, 4], torch.Generator().manual_seed(RANK))[0],
         "tensors": TensorDataset(X[order], y[order]),
         "sampler": DataLoader(row_by_row(24), 4, sampler=SubsetRandomSampler(order[:12].tolist())),
@@ -264,6 +263,9 @@ def other_rows(size):
     }
     said = {}
     for name, dl_train in data.items():
+        model = compiled()
+        if name == "frames":  # which become float32
+            model.float()
         before = [parameter.clone() for parameter in model.parameters()]
         try:
             told = said_by(lambda dl_train=dl_train: model.fit(1, dl_train, verbose=0))
