@@ -1,5 +1,6 @@
 """Cases of loaders: what is divided, what each process reads itself, and what the ranks draw."""
 
+import functools
 import io
 import itertools
 import os
@@ -268,7 +269,7 @@ def other_rows(size):
             model.float()
         before = [parameter.clone() for parameter in model.parameters()]
         try:
-            told = said_by(lambda dl_train=dl_train: model.fit(1, dl_train, verbose=0))
+            told = said_by(functools.partial(model.fit, 1, dl_train, verbose=0))
             said[name] = f"warned: {told[0]}" if told else ""
         except ValueError as error:
             said[name] = str(error)
