@@ -79,6 +79,7 @@ class Bucket:
         self.parameters: list[Tensor] = []
         self.sizes: list[int] = []  # of their real numbers
         self.layouts: list[Layout] = []
+        self.size = 0  # of all
         self.bytes = 0
         self.all_exist: Tensor | None = None  # what is sent if every gradient exists here
         self.memory = torch.empty(0)  # of the means, which are parts of it
@@ -88,22 +89,25 @@ class Bucket:
         """Add a parameter at the end."""
         self.parameters.append(parameter)
         self.sizes.append(view_as_real(parameter).numel())
+        self.size += self.sizes[-1]
         self.layouts.append(Layout(parameter))
         self.bytes += parameter.numel() * parameter.element_size()
 
-    def take(self) -> tuple[list[Tensor], list[bool]]:
-        """Take the gradients away from the parameters.
+    def take(self, message: Tensor, share: float) -> list[bool]:
+        """Take the gradients away from the parameters, times `share` into the message.
 
         Returns:
-            their numbers as vectors, 0 where there is none; and which gradients exist.
+            which of them exist; the others are 0 in the message.
         """
-        parts = []
         exist = []
+        start = 0
         for parameter, size, layout in zip(self.parameters, self.sizes, self.layouts, strict=True):
             gradient = parameter.grad
             exist.append(gradient is not None)
+            place = message[start : start + size]
+            start += size
             if gradient is None:
-                parts.append(torch.zeros(size, dtype=self.dtype, device=self.device))
+                place.zero_()
                 continue
             if gradient.is_sparse:
                 raise ValueError(
@@ -111,9 +115,11 @@ class Bucket:
                     "embedding with sparse=False."
                 )
             numbers = layout.flatten(gradient)
-            parts.append(numbers if numbers.dtype == self.dtype else numbers.to(self.dtype))
+            if numbers.dtype != self.dtype:
+                numbers = numbers.to(self.dtype)
+            torch.mul(numbers, share, out=place)
             parameter.grad = None
-        return parts, exist
+        return exist
 
     def give(self, memory: Tensor, exist: Sequence[bool]) -> None:
         """Give the parameters their gradients, which are parts of this memory."""
@@ -192,21 +198,22 @@ class GradientSums:
         sums: Tensor = torch.empty(0)
         for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
             self.world.wait_for_sum(work, flat)
-            size = sum(bucket.sizes)
-            gradients, counts, sums = flat.split([size, len(own), len(flat) - size - len(own)])
+            size, end = bucket.size, bucket.size + len(own)
             # read from the device only if a gradient is missing here
-            exist = own if all(own) else (counts > 0).tolist()
-            gradients.div_(self.world.size)
-            bucket.give(gradients, exist)
+            exist = own if all(own) else (flat[size:end] > 0).tolist()
+            bucket.give(flat[:size], exist)
+            sums = flat[end:]
         return sums.tolist() if sums.device.type == "cpu" else list(sums)
 
     def _send(self, *numbers: Any) -> None:
         bucket = self.buckets[len(self.sent)]
-        parts, exist = bucket.take()
-        parts.append(bucket.describe_existing(exist))
-        parts += as_vectors(numbers, bucket.device, bucket.dtype)
+        size, end = bucket.size, bucket.size + len(bucket.parameters)
+        flat = torch.empty(end + len(numbers), dtype=bucket.dtype, device=bucket.device)
         with torch.no_grad():  # gradients may have a graph of their own
-            flat = torch.cat(parts)
+            exist = bucket.take(flat[:size], 1 / self.world.size)
+            flat[size:end] = bucket.describe_existing(exist)
+            if numbers:
+                flat[end:] = torch.cat(as_vectors(numbers, bucket.device, bucket.dtype))
         with self.world.answered():
             work = self.world.dist.all_reduce(flat, async_op=True)
         self.sent.append((flat, work, exist))
