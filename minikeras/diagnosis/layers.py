@@ -26,6 +26,7 @@ from minikeras.diagnosis.kinds import TRANSPOSED, WITH_CHANNELS, WITH_ROWS
 from minikeras.modes import TrainingModes
 from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
+from minikeras.stepper import optimizer_parameters
 
 if TYPE_CHECKING:
     from minikeras.diagnosis.evidence import Evidence, Sample
@@ -160,8 +161,8 @@ class WatchedLabels(TorchFunctionMode):
     def _compute_loss(self, outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> Any:
         given = [leaf for leaf in leaves(labels) if isinstance(leaf, Tensor)]
         is_same = len(given) == len(self.expected)
-        for one, other in zip(given, self.expected, strict=False):
-            is_same = is_same and one.shape == other.shape and bool((one == other).all())
+        for found, label in zip(given, self.expected, strict=False):
+            is_same = is_same and found.shape == label.shape and bool((found == label).all())
         self.in_loss = is_same or bool(self.in_loss)
         return self.compute_loss(outputs, labels, *args, **kwargs)
 
@@ -256,7 +257,7 @@ class StepRecorder:
 
     def _pre_hook(self, name: str) -> Any:
         def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for parameter in parameters_in(optimizer):
+            for parameter in optimizer_parameters(optimizer):
                 step = self.steps.get(id(parameter))
                 if step is None or parameter.grad is None:
                     continue
@@ -276,7 +277,7 @@ class StepRecorder:
 
     def _post_hook(self) -> Any:
         def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for parameter in parameters_in(optimizer):
+            for parameter in optimizer_parameters(optimizer):
                 before = self.before.pop(id(parameter), None)
                 if before is not None:
                     self.steps[id(parameter)].update_norm = norm_of(parameter.detach() - before)
@@ -324,7 +325,7 @@ class StepRecorder:
         """Return the unregistered modules that got a gradient, and that no optimizer has."""
         moved = set()
         for optimizer in self.optimizers.values():
-            moved |= {id(parameter) for parameter in parameters_in(optimizer)}
+            moved |= {id(parameter) for parameter in optimizer_parameters(optimizer)}
         names = []
         for name, module in self.unregistered.items():
             trained = {id(parameter) for parameter in module.parameters()} & self.with_gradient
@@ -342,11 +343,6 @@ def named_parameters(model: nn.Module, loss_func: Any) -> dict[str, nn.Parameter
             if id(parameter) not in known:
                 named[f"loss_func.{name}"] = parameter
     return named
-
-
-def parameters_in(optimizer: Optimizer) -> list[Tensor]:
-    """Return the parameters that an optimizer has."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def find_unregistered(model: nn.Module) -> dict[str, nn.Module]:

@@ -21,11 +21,11 @@ from minikeras.diagnosis.layers import (
     find_unit_axis,
     find_unregistered,
     named_parameters,
-    parameters_in,
 )
 from minikeras.modes import TrainingModes
 from minikeras.nests import leaves, map_leaves
 from minikeras.run import has_own_step
+from minikeras.stepper import optimizer_parameters
 
 
 def check_frozen(evidence: Evidence) -> Iterator[Finding]:
@@ -163,7 +163,7 @@ def check_optimizers(evidence: Evidence) -> Iterator[Finding]:
     named = named_parameters(evidence.model, evidence.loss_func)
     optimizers_of: Counter[int] = Counter()
     for optimizer in evidence.optimizers.values():
-        optimizers_of.update({id(parameter) for parameter in parameters_in(optimizer)})
+        optimizers_of.update({id(parameter) for parameter in optimizer_parameters(optimizer)})
     scripted = find_scripted(evidence.model)
     missing = []
     twice = []
@@ -244,7 +244,7 @@ def check_unused(evidence: Evidence) -> Iterator[Finding]:
     in_optimizers: set[str] = set()
     ids = set()
     for optimizer in evidence.optimizers.values():
-        ids |= {id(parameter) for parameter in parameters_in(optimizer)}
+        ids |= {id(parameter) for parameter in optimizer_parameters(optimizer)}
     for name, parameter in named_parameters(evidence.model, evidence.loss_func).items():
         if id(parameter) in ids:
             in_optimizers.add(name)

@@ -223,11 +223,11 @@ def make_buckets(optimizers: Iterable[Optimizer], order: Mapping[Tensor, int]) -
     """Return the parameters that these optimizers train, in buckets.
 
     The last bucket is small: it waits for the last gradient and the other numbers, and nothing is
-    left to compute while it is sent. It also takes the parameters that `order` lacks.
+    left to compute while it is sent. It also takes the parameters that `order` lacks. Sharded
+    parameters are in no bucket: backward has averaged their gradients.
 
     Args:
-        order: the place of each parameter whose gradient arrives. Sharded ones are left out: their
-            gradients have been averaged in backward.
+        order: the place of each parameter whose gradient arrives.
     """
     owners: dict[Tensor, Optimizer] = {}  # if several train one, the first steps with its gradient
     for optimizer in optimizers:

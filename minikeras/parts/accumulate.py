@@ -139,7 +139,7 @@ class Accumulate(Part):
         return [self._window(optimizer).weight for optimizer in optimizers]
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Read the weights of all processes: of their means this is the mean weight."""
+        """Take the mean weight over the processes, as gradients are means over them."""
         for optimizer, weight in zip(optimizers, sums, strict=True):
             self._window(optimizer).weight = weight / self.world.size
 
