@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,6 +16,8 @@ from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of, trainable_parameters_of
+
+LARGEST_BLOCK = 2**25 - 2**13  # bytes; glibc does not count blocks above 32 MiB
 
 
 class AllReduce(Part, Hook):
@@ -29,7 +32,8 @@ class AllReduce(Part, Hook):
         self.world = world
         self.outside_graph = f"training on {world.size} processes"
         self.has_default_step = False  # in a fit: each step calls backward once
-        self.order: Mapping[Tensor, int] = {}  # in which gradients arrive, during a fit
+        self.order: Mapping[Tensor, int] = {}  # in which gradients arrive
+        self.trained: set[Tensor] = set()  # the parameters that were, as they arrived
         self.arrivals: list[Tensor] | None = None  # in the first step: gradients as they arrive
         self.kept: dict[tuple[int, ...], list[Bucket]] = {}  # ids of the parameters -> buckets
         self.heard: list[Bucket] | None = None  # whose gradients are listened to
@@ -42,16 +46,17 @@ class AllReduce(Part, Hook):
     def around_fit(self, fit: Fit) -> Iterator[None]:
         """Listen to the gradients as they are filled."""
         self.has_default_step = not overrides(fit.model, "train_step", "backward", "optimizer_step")
-        trained: list[Tensor] = list(fit.model.parameters())
+        trained: list[Tensor] = []
         for optimizer in self.stepper.all:
             trained += trainable_parameters_of(optimizer)
-        self.order = places(reversed(trained))  # until they have arrived once
-        self.arrivals = []
+        if self.trained != set(trained):  # until they have arrived once
+            self.order = places(reversed([*fit.model.parameters(), *trained]))
+            self.arrivals = []
+        keep_freed_memory()
         try:
             yield
         finally:
             self.has_default_step = False
-            self.order = {}
             self.kept = {}
             self._listen_to(None)
 
@@ -100,6 +105,9 @@ class AllReduce(Part, Hook):
         parameters = list(self.order)
         numbers = [self.order[parameter] for parameter in arrivals if parameter in self.order]
         self.order = places(parameters[number] for number in self.world.broadcast(numbers))
+        self.trained = set()
+        for optimizer in self.stepper.all:
+            self.trained.update(trainable_parameters_of(optimizer))
         self.arrivals = None
         self.kept = {}
 
@@ -171,6 +179,16 @@ class AllReduce(Part, Hook):
     def way_back(self) -> Restore:
         """Return a function that forgets the messages being sent."""
         return self.reset
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MiB of freed memory instead of giving it back to the system.
+
+    What backward frees as it sends it would be fetched again in each step, page by page. glibc
+    keeps twice the largest block that was freed so far (mallopt(3), M_MMAP_THRESHOLD). This block
+    is not touched, so it takes no memory.
+    """
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
 
 
 def places(parameters: Iterable[Tensor]) -> dict[Tensor, int]:

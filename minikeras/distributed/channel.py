@@ -7,7 +7,8 @@
 
 Each small message begins with one all_reduce of the same size, whose first number says which verb
 is running and what the message is about. So processes that have come to different places in a
-script find it out, each says where it is, and no numbers are mixed up.
+script find it out, each says where it is, and no numbers are mixed up. A message takes about as long
+with 8 numbers as with 5,000, since nearly all of it is waiting: so a value of rank 0 travels in it.
 
 A process that waits longer than a second writes into the group's store where it waits, and looks
 there for what others have written. There are two reasons to give up:
@@ -22,18 +23,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # after which a lost process is an error; a group of the user's own has its own timeout
 TIMEOUT = timedelta(minutes=2)
-NUMBERS = 8  # in one message
+NUMBERS = 16  # in one message
+VALUE = 20_480  # bytes of a value of rank 0 in it, enough for the states of random generators
 FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
 LAST_LOOK = 4.0  # seconds between two looks at most
 LONGEST_PLACE = 500  # bytes of the name of a place
@@ -119,18 +123,16 @@ class Channel:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.notes = Notes(f"minikeras/{number}/")
+        self.of: Any = dist.group.WORLD  # the process group
         self.group: Any = dist.new_group(backend="gloo", timeout=self.notes.timeout)
+        self.begun: Exchange | None = None  # on its way
         self.messages = 0  # small ones begun so far
         self.sums = 0  # of gradients and other tensors on the CPU, waited for so far
         self.broken = ""  # why this process has given up waiting
 
     def is_open(self) -> bool:
         """Tell whether the group still exists: the user may have destroyed the groups."""
-        try:
-            self.dist.get_backend(self.group)
-        except (ValueError, RuntimeError, AssertionError):
-            return False
-        return True
+        return self.dist.group.WORLD is self.of
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -146,37 +148,60 @@ class Channel:
         largest: list[float] = []
         for start in range(0, max(len(numbers), 1), NUMBERS):
             part = numbers[start : start + NUMBERS]
-            largest += self._exchange_few(about, f"{len(numbers)} numbers", part)
+            largest += self._begin(about, f"{len(numbers)} numbers", part).largest()
         return largest
 
-    def _exchange_few(self, about: str, kind: str, numbers: tuple[float, ...]) -> list[float]:
-        self._check_in_step()
-        code = zlib.crc32(f"{describe_verbs()}: {about}: {kind}".encode())
-        filled = [code, -code, *numbers, *[0.0] * (NUMBERS - len(numbers))]
-        message = torch.tensor(filled, dtype=torch.float64)
-        self.messages += 1
-        self.wait(
-            self.dist.all_reduce(message, self.dist.ReduceOp.MAX, group=self.group, async_op=True)
-        )
-        largest: list[float] = message.tolist()
-        if largest[0] != -largest[1]:
-            self._explain_other_places(about or kind)
-        return largest[2 : 2 + len(numbers)]
+    def begin(self, about: str, *numbers: float) -> Exchange:
+        """Send a few numbers, and go on: their `largest()` are asked for later.
 
-    def broadcast(self, value: Any, about: str = "") -> Any:
-        """Return a plain value of rank 0."""
-        packed = pack(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        size = self._exchange_few(about, "a value of rank 0", (len(packed),))[0]
+        That is before the next message, of which all processes have the same ones. Nobody waits
+        then, if it is late enough.
+        """
+        return self._begin(about, f"{len(numbers)} numbers", numbers)
+
+    def broadcast(self, value: Any, about: str = "", *numbers: float) -> tuple[Any, list[float]]:
+        """Return a plain value of rank 0, and the largest of each number."""
+        packed = pack(value) if self.rank == 0 else b""
+        given = (*numbers, len(packed))
+        exchange = self._begin(about, "a value of rank 0", given, packed[:VALUE])
+        *largest, size = exchange.largest()
         if self.rank:
-            packed = torch.empty(int(size), dtype=torch.uint8)
-        self.wait(self.dist.broadcast(packed, 0, group=self.group, async_op=True))
-        return unpack(packed) if self.rank else value
+            packed = exchange.value(int(size))
+        if size > VALUE:
+            rest = np.zeros(int(size) - VALUE, np.uint8)
+            if self.rank == 0:
+                rest[:] = np.frombuffer(packed[VALUE:], np.uint8)
+            message = torch.from_numpy(rest)
+            self.wait(self.dist.broadcast(message, 0, group=self.group, async_op=True))
+            packed += rest.tobytes()
+        return value if self.rank == 0 else unpack(packed), largest
+
+    def _begin(
+        self, about: str, kind: str, numbers: tuple[float, ...], value: bytes = b""
+    ) -> Exchange:
+        """Send numbers and up to `VALUE` bytes of rank 0, after the message that is on its way."""
+        self._check_in_step()
+        if self.begun is not None:
+            self.begun.largest()
+        code = zlib.crc32(f"{describe_verbs()}: {about}: {kind}".encode())
+        words = np.frombuffer(value + bytes(-len(value) % 4), np.uint32)
+        frame = np.zeros(2 + NUMBERS + VALUE // 4)
+        frame[:2] = code, -code
+        frame[2 : 2 + len(numbers)] = numbers
+        frame[2 + NUMBERS : 2 + NUMBERS + len(words)] = words
+        message = torch.from_numpy(frame)
+        self.messages += 1
+        work = self.dist.all_reduce(
+            message, self.dist.ReduceOp.MAX, group=self.group, async_op=True
+        )
+        self.begun = Exchange(self, about or kind, len(numbers), frame, work)
+        return self.begun
 
     def gather(self, value: Any, everywhere: bool = True, about: str = "") -> list[Any] | None:
         """Return the plain values of all, by rank; without `everywhere` on rank 0 alone."""
-        packed = pack(value)
+        packed = torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
         kind = f"a value of each for {'all' if everywhere else 'rank 0'}"
-        longest = int(self._exchange_few(about, kind, (len(packed),))[0])
+        longest = int(self._begin(about, kind, (len(packed),)).largest()[0])
         size = torch.tensor([len(packed)], dtype=torch.int64).view(torch.uint8)
         padding = torch.zeros(longest - len(packed), dtype=torch.uint8)
         parts = self._gather(torch.cat([size, packed, padding]), everywhere)
@@ -185,7 +210,7 @@ class Channel:
         values = []
         for part in parts:
             length = int(part[:8].view(torch.int64))
-            values.append(unpack(part[8 : 8 + length]))
+            values.append(unpack(part[8 : 8 + length].numpy().tobytes()))
         return values
 
     def _gather(self, packed: Tensor, everywhere: bool) -> list[Tensor] | None:
@@ -198,7 +223,7 @@ class Channel:
             self.wait(self.dist.gather(packed, parts, 0, group=self.group, async_op=True))
         return parts
 
-    def _explain_other_places(self, about: str) -> None:
+    def explain_other_places(self, about: str) -> None:
         """Say which process is where; all know that they are in different places."""
         place = f"{describe_verbs()} ({about})".encode()[:LONGEST_PLACE]
         padding = torch.zeros(LONGEST_PLACE - len(place), dtype=torch.uint8)
@@ -212,12 +237,14 @@ class Channel:
 
     def wait_for_sum(self, work: Any, tensor: Tensor) -> None:
         """Wait for an operation on tensors such as gradients."""
-        if tensor.device.type != "cpu":  # it is waited for on the device
-            with self.answered():
-                work.wait()
+        if tensor.device.type == "cpu":
+            self.sums += 1
+            self.wait(work, for_sum=True)
             return
-        self.sums += 1
-        self.wait(work, for_sum=True)
+        try:  # it is waited for on the device
+            work.wait()
+        except RuntimeError as error:
+            self.explain(error)
 
     def wait(self, work: Any, for_sum: bool = False) -> None:
         """Wait for an operation, and look for the reason if it takes long.
@@ -226,10 +253,12 @@ class Channel:
             RuntimeError: it has failed, or will never end.
         """
         pause = FIRST_LOOK
-        with self.answered():
+        try:
             while not self._has_ended(work, pause):
                 self._look(for_sum)
                 pause = min(2 * pause, LAST_LOOK)
+        except RuntimeError as error:
+            self.explain(error)
 
     def _has_ended(self, work: Any, pause: float) -> bool:
         try:
@@ -282,23 +311,49 @@ class Channel:
                 f"earlier error: {self.broken}. Start all processes again."
             )
 
-    @contextlib.contextmanager
-    def answered(self) -> Iterator[None]:
-        """Explain an error of a collective operation."""
-        try:
-            yield
-        except OutOfStep:
-            raise
-        except RuntimeError as error:
-            reason = self.find_reason()
-            if reason:
-                reason = f"{reason.rstrip('.')}. "
-            self.broken = "another process did not answer"
-            raise RuntimeError(
-                f"process {self.rank} of {self.size} got no answer from the others: one has "
-                f"ended, or has taken longer than the group's timeout. {reason}{ADVICE} "
-                f"Torch says: {error}"
-            ) from error
+    def explain(self, error: RuntimeError) -> NoReturn:
+        """Raise an error that explains one of a collective operation."""
+        if isinstance(error, OutOfStep):
+            raise error
+        reason = self.find_reason()
+        if reason:
+            reason = f"{reason.rstrip('.')}. "
+        self.broken = "another process did not answer"
+        raise RuntimeError(
+            f"process {self.rank} of {self.size} got no answer from the others: one has ended, or "
+            f"has taken longer than the group's timeout. {reason}{ADVICE} Torch says: {error}"
+        ) from error
+
+
+@dataclass(eq=False)
+class Exchange:
+    """A small message that all processes send, and that may still be on its way."""
+
+    channel: Channel
+    about: str
+    count: int  # of the numbers in it
+    frame: np.ndarray
+    work: Any  # torch's handle; None once it has been waited for
+
+    def largest(self) -> list[float]:
+        """Wait for the message, and return the largest of each number.
+
+        Raises:
+            RuntimeError: the processes are in different calls, or one does not answer.
+        """
+        if self.work is not None:
+            self.channel.begun = None
+            work, self.work = self.work, None
+            self.channel.wait(work)
+            if self.frame[0] != -self.frame[1]:
+                self.channel.explain_other_places(self.about)
+        found: list[float] = self.frame[2 : 2 + self.count].tolist()
+        return found
+
+    def value(self, size: int) -> bytes:
+        """Return the value of rank 0, of `size` bytes, or as much as fits into a message."""
+        words = self.frame[2 + NUMBERS :].astype(np.uint32)
+        return words.tobytes()[: min(size, VALUE)]
 
 
 class OutOfStep(RuntimeError):
@@ -397,13 +452,35 @@ def by_value(values: list[Any]) -> str:
     return ", ".join(parts)
 
 
-def pack(value: Any) -> Tensor:
-    """Return a plain value as bytes, (n,) uint8."""
+class Packer(pickle.Pickler):
+    """Packs tensors on the CPU as their numbers alone, which is quick."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Return a function and its arguments that make a value again."""
+        if type(value) is not Tensor or not is_plain(value):
+            return NotImplemented
+        numbers = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        return make_tensor, (numbers.numpy(), value.dtype, value.shape)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is nothing but its numbers, on the CPU."""
+    is_dense = tensor.layout is torch.strided and not tensor.is_quantized
+    return is_dense and tensor.device.type == "cpu" and not tensor.is_nested
+
+
+def make_tensor(numbers: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """Make a packed tensor again."""
+    return torch.from_numpy(numbers).view(dtype).reshape(shape)
+
+
+def pack(value: Any) -> bytes:
+    """Return a plain value as bytes, for a process of the same job."""
     file = io.BytesIO()
-    torch.save(value, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    Packer(file, protocol=5).dump(value)
+    return file.getvalue()
 
 
-def unpack(packed: Tensor) -> Any:
-    """Return the value that was packed; no code in it can run."""
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+def unpack(packed: bytes) -> Any:
+    """Return the value that was packed."""
+    return pickle.loads(packed)

@@ -214,9 +214,7 @@ class GradientSums:
             flat[size:end] = bucket.describe_existing(exist)
             if numbers:
                 flat[end:] = torch.cat(as_vectors(numbers, bucket.device, bucket.dtype))
-        with self.world.answered():
-            work = self.world.dist.all_reduce(flat, async_op=True)
-        self.sent.append((flat, work, exist))
+        self.sent.append((flat, self.world.begin_sum(flat), exist))
 
 
 def make_buckets(optimizers: Iterable[Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:

@@ -48,28 +48,35 @@ def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, An
         facts["compiled since the last call"] = str(not world.has_shared)
         if world.has_shared:  # else all get the weights of rank 0 now
             sums = weight_sums(model, run)
-    codes = [checksum_of(facts), zlib.crc32(repr(sums).encode())]
-    most = world.agree(codes[0], -codes[0], codes[1], -codes[1], verbs_met() + 1, about="beginning")
-    count_verb(world.channel, most[4])
+    data = divided_data(given)
+    numbers: list[float] = []
+    for code in (
+        checksum_of(facts),
+        zlib.crc32(repr(sums).encode()),
+        zlib.crc32(repr([source.code() for source in data.values()]).encode()),
+    ):
+        numbers += code, -code
+    most = world.agree(*numbers, verbs_met() + 1, about="beginning")
+    count_verb(world.channel, most[6])
     if most[0] != -most[1]:
         raise_difference(world, facts)
     if run is not None and most[2] != -most[3]:
         raise_drift(world, model, run, sums, "before this call")
-    for name, value in given.items():
-        check_same_rows(name, value)
-
-
-def check_same_rows(name: str, source: Any) -> None:
-    """Compare data of which each process takes a share; it may be in what limits a pass.
-
-    Raises:
-        ValueError: the processes were given other rows.
-    """
-    while source is not None:
-        if hasattr(source, "check_same"):
+    if most[4] != -most[5]:
+        for name, source in data.items():
             source.check_same(name)
-            return
-        source = getattr(source, "batches", None)
+
+
+def divided_data(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of which each process takes a share; it may be in what limits a pass."""
+    data = {}
+    for name, source in given.items():
+        while source is not None:
+            if hasattr(source, "check_same"):
+                data[name] = source
+                break
+            source = getattr(source, "batches", None)
+    return data
 
 
 def check_settings(world: World, model: nn.Module, run: Run, *numbers: float) -> None:

@@ -40,14 +40,7 @@ def check_same_data(batches: Any, world: World, name: str) -> None:
     Raises:
         ValueError: they have other row numbers.
     """
-    certain, possible = Sample(), Sample()
-    if isinstance(batches, ArrayBatches):
-        for rows in leaves(batches.arrays):
-            possible.add_rows(rows)
-    loader = getattr(batches, "loader", batches)
-    add_samplers(loader, certain)
-    add_dataset(getattr(loader, "dataset", None), certain, possible)
-    found = world.gather([certain.values(), possible.values()]) or []
+    found = world.gather(sample_of(batches)) or []
     for rank, other in enumerate(found):
         if not are_alike(found[0][0], other[0]):
             raise ValueError(describe_difference(name, rank))
@@ -55,6 +48,18 @@ def check_same_data(batches: Any, world: World, name: str) -> None:
         if world.rank == 0 and not are_alike(found[0][1], other[1]):
             warnings.warn(describe_difference(name, rank), stacklevel=2)
             return
+
+
+def sample_of(batches: Any) -> list[Any]:
+    """Return plain values of what must be the same in all processes, and of what may be rounded."""
+    certain, possible = Sample(), Sample()
+    if isinstance(batches, ArrayBatches):
+        for rows in leaves(batches.arrays):
+            possible.add_rows(rows)
+    loader = getattr(batches, "loader", batches)
+    add_samplers(loader, certain)
+    add_dataset(getattr(loader, "dataset", None), certain, possible)
+    return [certain.values(), possible.values()]
 
 
 def describe_difference(name: str, rank: int) -> str:

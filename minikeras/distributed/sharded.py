@@ -29,10 +29,11 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from tqdm import tqdm
 
 from minikeras.distributed.in_step import InStep
-from minikeras.distributed.same_data import check_same_data
+from minikeras.distributed.same_data import check_same_data, sample_of
 from minikeras.distributed.world import World
 from minikeras.phase import FillerBatch
 from minikeras.sources import ArrayBatches, find_length
+from minikeras.support.checksums import checksum
 from minikeras.support.loaders import (
     asked,
     draw_seed,
@@ -210,23 +211,28 @@ class Sharded:
         Raises:
             ValueError: they were not.
         """
-        self.check_sizes()
+        size = self.size()
+        self.check_sizes(*self.world.agree(size, -size))
         check_same_data(self.batches, self.world, name)
 
-    def check_sizes(self) -> None:
+    def code(self) -> int:
+        """Compute a checksum that differs if `check_same` has something to say."""
+        return checksum([self.size(), *sample_of(self.batches)])
+
+    def size(self) -> int:
+        """Return how many rows there are, or batches of a loader."""
+        if isinstance(self.batches, ArrayBatches):
+            return self.batches.rows
+        return find_length(self.loader) or 0
+
+    def check_sizes(self, most: float, negative_least: float) -> None:
         """Check that all processes got the same amount of data.
 
         Raises:
             ValueError: they were not.
         """
-        if isinstance(self.batches, ArrayBatches):
-            size = self.batches.rows
-            unit = "rows"
-        else:
-            size = find_length(self.loader) or 0
-            unit = "batches"
-        most, negative_least = self.world.agree(size, -size)
         if most != -negative_least:
+            unit = "rows" if isinstance(self.batches, ArrayBatches) else "batches"
             raise ValueError(
                 f"the processes have from {-negative_least:g} to {most:g} {unit}. Give all "
                 "processes the same data: each uses its share of it."
@@ -242,8 +248,9 @@ class Sharded:
         """
         rank = self.world.rank
         own = self.randomness.states()
-        self.check_sizes()
-        before = self.world.broadcast(own)
+        size = self.size()
+        before, sizes = self.world.broadcast_and_agree(own, size, -size)
+        self.check_sizes(*sizes)
         self.randomness.restore(before)
         shares, is_filler = self.shares()
         after = self.randomness.states()

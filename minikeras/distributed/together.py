@@ -6,7 +6,8 @@ that learning rates and frozen layers are the same everywhere; after an epoch th
 after each batch        if a process has a callback for batches, or a custom step, which may decide
                         by numbers of its own
 about every 0.1 s       otherwise: after as many batches as rank 0 has counted in that time, a
-                        number that all receive with the agreement before
+                        number that all receive with the agreement before. Nobody waits for it: it
+                        is sent after one batch, and all read it after the next
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback, with_method
-from minikeras.distributed.channel import by_value
+from minikeras.distributed.channel import Exchange, by_value
 from minikeras.distributed.handshake import (
     check_settings,
     check_weights,
@@ -56,6 +57,7 @@ class KeepTogether(Hook):
         self.waiting = 0  # batches since the last agreement
         self.interval = 1  # batches from one agreement to the next
         self.agreed_at = 0.0  # by this process's clock
+        self.asked: Exchange | None = None  # an agreement that is on its way
 
     @contextlib.contextmanager
     def around_fit(self, fit: Fit) -> Iterator[None]:
@@ -64,12 +66,10 @@ class KeepTogether(Hook):
         Afterwards all have the random state of rank 0.
         """
         world = self.world
-        self._compare_callbacks(fit)
+        seed = self._begin(fit)
         state = Randomness(torch.device("cpu"), [])
-        own = torch.get_rng_state().long().sum().item() + torch.initial_seed()
-        seed = int(world.broadcast(own))
         if world.rank:
-            reseed((seed + world.rank) % 2**63)
+            reseed(seed + world.rank)
         world.draws_apart = True
         try:
             yield
@@ -78,16 +78,25 @@ class KeepTogether(Hook):
             world.follows_main = False
         state.restore(world.broadcast(state.states()))
 
-    def _compare_callbacks(self, fit: Fit) -> None:
-        """Ask once whether a process may stop after any batch, and whether all monitor alike."""
+    def _begin(self, fit: Fit) -> int:
+        """Ask once whether a process may stop after any batch, and whether all monitor alike.
+
+        Returns:
+            a seed, which rank 0 makes from its random state.
+        """
+        seed = torch.get_rng_state().long().sum().item() + torch.initial_seed()
+        seed = 0 if self.world.rank else seed % 2**53  # a float holds it
         own_step = overrides(fit.model, "train_step", "evaluate_step", "backward", "optimizer_step")
         decides = own_step or any(map(decides_after_batches, self.callbacks))
         code = float(code_of_monitors(self.callbacks))
         about = "beginning of a fit"
-        some_decide, most, negative_least = self.world.agree(decides, code, -code, about=about)
+        some_decide, most, negative_least, seed = self.world.agree(
+            decides, code, -code, seed, about=about
+        )
         self.after_each = bool(some_decide)
         self.world.follows_main = most == -negative_least
         self.agreed_at = time.monotonic()
+        return int(seed)
 
     def on_epoch_begin(self, fit: Fit) -> None:
         """Check that callbacks have left settings alike, before a gradient is sent."""
@@ -105,38 +114,51 @@ class KeepTogether(Hook):
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Let all processes stop after the same batch."""
         self.waiting += 1
-        if self.after_each or self.waiting >= self.interval:
-            self._agree(fit, "end of a batch")
+        if self.after_each:
+            self._hear(fit, self._ask(fit, "end of a batch"))
             return
         if not self.all_stop:  # else it ends the pass of all
             self.wants_stop |= fit.model.stop_training
             fit.model.stop_training = False
+        if self.asked is not None:
+            self._hear(fit, self.asked)
+        if self.waiting >= self.interval and not self.all_stop:
+            self.asked = self._ask(fit, "end of a batch")
 
     def on_epoch_end(self, fit: Fit) -> None:
         """Let all processes stop after the same epoch, with the same weights."""
         code = code_of_weights(fit.model, fit.run)
-        most = self._agree(fit, "end of an epoch", code, -code)
+        if self.asked is not None:
+            self.wants_stop |= fit.model.stop_training
+            self._hear(fit, self.asked)
+        most = self._hear(fit, self._ask(fit, "end of an epoch", code, -code))
         check_weights(self.world, fit.model, fit.run, *most)
 
-    def _agree(self, fit: Fit, about: str, *numbers: float) -> list[float]:
-        """Agree to stop and on signals, compare settings; return the largest of more numbers."""
+    def _ask(self, fit: Fit, about: str, *numbers: float) -> Exchange:
+        """Send what is to be agreed on: to stop, signals, settings, and more numbers."""
         received = 0
         if self.signals is not None:
             received = self.signals.received or 0
         stops = fit.model.stop_training or self.wants_stop
-        code = code_of_settings(fit.model, fit.run)
-        found = self.world.agree(
-            stops, received, self._next_interval(), code, -code, *numbers, about=about
-        )
-        check_settings(self.world, fit.model, fit.run, *found[3:5])
         self.wants_stop = False
+        code = code_of_settings(fit.model, fit.run)
+        interval = self._next_interval()
         self.waiting = 0
-        self.interval = int(found[2])
-        self.all_stop = bool(found[0])
+        return self.world.begin_to_agree(
+            stops, received, interval, code, -code, *numbers, about=about
+        )
+
+    def _hear(self, fit: Fit, asked: Exchange) -> list[float]:
+        """Do what all have agreed on; return the largest of the other numbers."""
+        self.asked = None
+        stops, received, interval, *found = asked.largest()
+        check_settings(self.world, fit.model, fit.run, *found[:2])
+        self.interval = int(interval)
+        self.all_stop = bool(stops)
         fit.model.stop_training = self.all_stop
         if self.signals is not None:
-            self.signals.agreed = int(found[1]) or None
-        return found[5:]
+            self.signals.agreed = int(received) or None
+        return found[2:]
 
     def _next_interval(self) -> int:
         """Count the batches of rank 0 in `INTERVAL`: at most twice as many as the last time."""

@@ -35,6 +35,7 @@ from minikeras.distributed.channel import (
     TIMEOUT,
     VERBS,
     Channel,
+    Exchange,
     Verb,
     is_broken,
     open_channel,
@@ -128,10 +129,6 @@ class World(OneProcess):
         """The small messages of the process group that exists now."""
         return open_channel()
 
-    def answered(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that explains an error of a collective operation."""
-        return self.channel.answered()
-
     @contextlib.contextmanager
     def verb(self, name: str) -> Iterator[None]:
         """Return a context of one call of fit, evaluate, ...; an error in it is told to the others.
@@ -160,6 +157,13 @@ class World(OneProcess):
             ValueError: something differs; the message names what, and where.
         """
         handshake.meet(self, model, run, given)
+
+    def begin_sum(self, tensor: Tensor) -> Any:
+        """Begin to add up a tensor over all processes, in place; return torch's handle."""
+        try:
+            return self.dist.all_reduce(tensor, async_op=True)
+        except RuntimeError as error:
+            self.channel.explain(error)
 
     def wait_for_sum(self, work: Any, tensor: Tensor) -> None:
         """Wait for an operation on a tensor such as gradients; an error says why there is none."""
@@ -197,7 +201,11 @@ class World(OneProcess):
 
     def broadcast(self, value: Any) -> Any:
         """Return a plain value of rank 0."""
-        return self.channel.broadcast(value)
+        return self.channel.broadcast(value)[0]
+
+    def broadcast_and_agree(self, value: Any, *numbers: float) -> tuple[Any, list[float]]:
+        """Return a plain value of rank 0, and the largest of each number over all processes."""
+        return self.channel.broadcast(value, "", *numbers)
 
     def gather(self, value: Any, everywhere: bool = True) -> list[Any] | None:
         """Return the plain values of all, by rank.
@@ -214,11 +222,15 @@ class World(OneProcess):
         """
         return self.channel.exchange(about, *numbers)
 
+    def begin_to_agree(self, *numbers: float, about: str) -> Exchange:
+        """Do as `agree`, without waiting: the others' numbers are asked for before the next."""
+        return self.channel.begin(about, *numbers)
+
     def follow(self, value: float) -> float:
         """Return a value that rank 0 has read, if all processes read it in this fit."""
         if not self.follows_main:
             return value
-        return float(self.channel.broadcast(value, "a callback monitors"))
+        return float(self.channel.broadcast(value, "a callback monitors")[0])
 
     def by_main(self, act: Callable[[], None]) -> None:
         """Run a function on rank 0 while the others wait; if it fails, all fail."""
@@ -239,7 +251,7 @@ class World(OneProcess):
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, and return it."""
-        self.wait_for_sum(self.dist.all_reduce(tensor, async_op=True), tensor)
+        self.wait_for_sum(self.begin_sum(tensor), tensor)
         return tensor
 
     def add_up_totals(
