@@ -188,8 +188,11 @@ class Stepper:
     def use(self, parts: Sequence[Part]) -> None:
         """Take these parts from now on: a fit adds some to those of compile."""
         self.parts = list(parts)
+        self.counting = []  # the parts whose numbers are added up over the processes
         for part in self.parts:
             part.stepper = self
+            if type(part).numbers is not Part.numbers:
+                self.counting.append(part)
         self._on_loss = self.moments("on_loss")
         self._backward = self.moments("backward")[::-1]
         self._on_step = self.moments("on_step")

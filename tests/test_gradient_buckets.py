@@ -165,7 +165,7 @@ def test_gradients_get_the_layout_of_their_parameter(name):
     for gradient in (parameter.contiguous(), parameter.clone(), -parameter):
         numbers = layout.flatten(gradient).clone()
         assert numbers.ndim == 1
-        found = layout.unflatten(numbers)
+        found = layout.unflatten(numbers, 0, len(numbers))
         assert torch.equal(found, gradient)
         assert found.dtype == parameter.dtype
         if has_gaps:

@@ -128,7 +128,7 @@ class AllReduce(Part, Hook):
         self.means = None
         counts = []
         numbers = []
-        for part in self.stepper.parts:
+        for part in self.stepper.counting:
             own = part.numbers(optimizers)
             counts.append(len(own))
             numbers += own
@@ -136,7 +136,7 @@ class AllReduce(Part, Hook):
         self.averaged = means.buckets
         if arrivals is not None:
             self._follow_arrivals(arrivals)
-        for part, count in zip(self.stepper.parts, counts, strict=True):
+        for part, count in zip(self.stepper.counting, counts, strict=True):
             if count:
                 part.take_numbers(optimizers, sums[:count])
                 sums = sums[count:]

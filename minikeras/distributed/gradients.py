@@ -55,13 +55,14 @@ class Layout:
             return gradient.reshape(-1)
         return view_as_real(gradient.permute(self.order)).reshape(-1)
 
-    def unflatten(self, numbers: Tensor) -> Tensor:
-        """Return the gradient of these numbers, (n,)."""
+    def unflatten(self, memory: Tensor, start: int, size: int) -> Tensor:
+        """Return the gradient of these real numbers of a bucket's memory."""
+        if memory.dtype == self.dtype:
+            return memory.as_strided(self.shape, self.strides, memory.storage_offset() + start)
+        numbers = memory[start : start + size]
         if self.dtype.is_complex:
             numbers = torch.view_as_complex(numbers.view(-1, 2))
-        if numbers.dtype != self.dtype:
-            numbers = numbers.to(self.dtype)
-        return numbers.as_strided(self.shape, self.strides)
+        return numbers.to(self.dtype).as_strided(self.shape, self.strides)
 
 
 class Bucket:
@@ -100,12 +101,10 @@ class Bucket:
             which of them exist; the others are 0 in the message.
         """
         exist = []
-        start = 0
-        for parameter, size, layout in zip(self.parameters, self.sizes, self.layouts, strict=True):
+        places = message.split_with_sizes(self.sizes)
+        for parameter, place, layout in zip(self.parameters, places, self.layouts, strict=True):
             gradient = parameter.grad
             exist.append(gradient is not None)
-            place = message[start : start + size]
-            start += size
             if gradient is None:
                 place.zero_()
                 continue
@@ -125,12 +124,13 @@ class Bucket:
         """Give the parameters their gradients, which are parts of this memory."""
         self.memory = memory
         self.gradients = []
-        pieces = memory.split(self.sizes)
-        for parameter, piece, layout, exists in zip(
-            self.parameters, pieces, self.layouts, exist, strict=True
+        start = 0
+        for parameter, size, layout, exists in zip(
+            self.parameters, self.sizes, self.layouts, exist, strict=True
         ):
             if exists:
-                parameter.grad = layout.unflatten(piece)
+                parameter.grad = layout.unflatten(memory, start, size)
+            start += size
             self.gradients.append(parameter.grad)
 
     def holds_gradients(self) -> bool:
