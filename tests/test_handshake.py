@@ -7,7 +7,16 @@ from helpers.launch import launch_cases
 from helpers.ranks import agreement
 from helpers.ranks.planted import DURING, PLANTED
 
-CASES = ["planted", "agreements", "stopped_by_a_layer", "signalled", "followed", "local_files"]
+CASES = [
+    "planted",
+    "agreements",
+    "stopped_by_a_layer",
+    "stopped_at_an_epoch_end",
+    "signalled",
+    "followed",
+    "local_files",
+    "group_created_again",
+]
 
 
 def run(folder, cases):
@@ -69,6 +78,25 @@ def test_agreement_makes_all_stop_after_the_batch_of_a_layer_in_one_process(agre
     assert has_stopped
     assert batches < 1000 * agreement.STEPS
     assert_equal_tensors(first[3], last[3])
+
+
+def test_agreement_on_its_way_is_not_waited_for_and_loses_no_stop(agreed):
+    first, last = agreed["stopped_at_an_epoch_end"]
+    epochs, on_their_way, weights = first
+    assert epochs == last[0] == 2
+    assert on_their_way == last[1] == 2 * (agreement.STEPS - 1)
+    assert_equal_tensors(weights, last[2])
+
+
+def test_fit_sends_few_small_messages(agreed):
+    for counts in agreed["agreements"]:
+        assert counts["fast"] <= 17, counts
+
+
+def test_group_that_is_destroyed_is_said_and_one_that_is_created_again_is_used(agreed):
+    for message, alike in agreed["group_created_again"]:
+        assert "there is no process group any more" in message
+        assert alike
 
 
 def test_agreement_on_a_signal_of_one_process_saves_at_one_place_to_resume_from(agreed):

@@ -7,8 +7,8 @@
 
 Each small message begins with one all_reduce of the same size, whose first number says which verb
 is running and what the message is about. So processes that have come to different places in a
-script find it out, each says where it is, and no numbers are mixed up. A message takes about as long
-with 8 numbers as with 5,000, since nearly all of it is waiting: so a value of rank 0 travels in it.
+script find it out, each says where it is, and no numbers are mixed up. A message of 5,000 numbers
+takes about as long as one of 8, nearly all of it waiting: so a value of rank 0 travels in it.
 
 A process that waits longer than a second writes into the group's store where it waits, and looks
 there for what others have written. There are two reasons to give up:
@@ -25,7 +25,6 @@ import contextlib
 import io
 import pickle
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -81,10 +80,22 @@ _opened = 0  # channels so far
 
 
 def open_channel() -> Channel:
-    """Return the channel of the current process group; all processes must call it first."""
+    """Return the channel of the current process group; all processes must call it first.
+
+    Raises:
+        RuntimeError: the process group has been destroyed.
+    """
     global _opened
     if _channels and _channels[0].is_open():
         return _channels[0]
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(
+            "there is no process group any more; expected the one that compile found to exist as "
+            "long as the model is used. Call torch.distributed.destroy_process_group after the "
+            "last call of fit, evaluate, predict and save. If you create another group, give it a "
+            "store of its own, since torch may find in the old one what the first group has left, "
+            "and call compile again."
+        )
     _opened += 1
     _channels[:] = [Channel(_opened)]
     return _channels[0]
@@ -459,8 +470,9 @@ class Packer(pickle.Pickler):
         """Return a function and its arguments that make a value again."""
         if type(value) is not Tensor or not is_plain(value):
             return NotImplemented
-        numbers = value.detach().contiguous().reshape(-1).view(torch.uint8)
-        return make_tensor, (numbers.numpy(), value.dtype, value.shape)
+        numbers = torch.empty(value.numel(), dtype=value.dtype)
+        numbers.view(value.shape).copy_(value.detach())
+        return make_tensor, (numbers.view(torch.uint8).numpy(), value.dtype, value.shape)
 
 
 def is_plain(tensor: Tensor) -> bool:

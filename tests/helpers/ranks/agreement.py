@@ -71,6 +71,24 @@ def stopped_by_a_layer(size):
     return [len(batches), len(model.history), model.stop_training, copy_weights(model)]
 
 
+def stopped_at_an_epoch_end(size):
+    """One process sets stop_training as an epoch ends, with an agreement on its way."""
+    model = compiled()
+    waiting = []
+
+    def look(layer, inputs, output):
+        waiting.append(model._run.world.channel.begun is not None)
+
+    def stop(epoch, logs):
+        model.stop_training = bool(RANK) and epoch == 2
+
+    model.net.register_forward_hook(look)
+    together.INTERVAL = 1e-9  # every step is slow: an agreement after each
+    fit(model, 5, callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
+    together.INTERVAL = 0.1
+    return [len(model.history), sum(waiting), copy_weights(model)]
+
+
 class Signalling(Rows):
     """Rows; reading one of them sends SIGTERM to the process that reads it, once."""
 
@@ -191,3 +209,23 @@ def local_files(size):
     resumed(folder / "only.pt")
     resumed(folder / "older.pt")
     return {"whole": whole, "again": again, "said": said}
+
+
+def group_created_again(size):
+    """The user destroys the group between two fits, and creates one again as the error says."""
+    model = compiled()
+    fit(model)
+    torch.distributed.destroy_process_group()
+    said = ""
+    try:
+        fit(model)
+    except RuntimeError as error:
+        said = str(error)
+    store = torch.distributed.FileStore(os.path.join(os.environ["FOLDER"], "second group"), size)
+    torch.distributed.init_process_group("gloo", store=store, rank=RANK, world_size=size)
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    fit(model)
+    sums = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
+    gathered = [torch.zeros_like(sums) for _ in range(size)]
+    torch.distributed.all_gather(gathered, sums)
+    return [said, all(torch.equal(sums, other) for other in gathered)]
