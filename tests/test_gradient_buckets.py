@@ -104,7 +104,7 @@ def test_a_gradient_is_let_go_as_its_bucket_is_sent_and_then_lies_in_the_memory_
     net = nn.Sequential(*layers)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     order = {parameter: number for number, parameter in enumerate(net.parameters())}
-    (bucket,) = make_buckets([optimizer], order)
+    (bucket,) = make_buckets(dict.fromkeys(net.parameters(), optimizer), order)
     net(torch.ones(1, 8)).sum().backward()
     expected = [parameter.grad.clone() for parameter in net.parameters()]
     sums = gradients.GradientSums(Watched(), [bucket])
@@ -132,7 +132,9 @@ def test_buckets_of_optimizers_that_take_turns_among_the_layers_stay_few():
     ]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     order = {parameter: number for number, parameter in enumerate(parameters)}
-    buckets = make_buckets(optimizers, order)
+    owners = {layer.weight: optimizers[0] for layer in layers}
+    owners |= {layer.bias: optimizers[1] for layer in layers}
+    buckets = make_buckets(owners, order)
     assert len(buckets) <= 7
     found = [parameter for bucket in buckets for parameter in bucket.parameters]
     assert sorted(map(id, found)) == sorted(map(id, parameters))

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from minikeras.distributed.gradients import Bucket, GradientSums, make_buckets
+from minikeras.distributed.handshake import checksum_of, raise_difference
 from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
@@ -36,7 +38,12 @@ class AllReduce(Part, Hook):
         self.trained: set[Tensor] = set()  # the parameters that were, as they arrived
         self.arrivals: list[Tensor] | None = None  # in the first step: gradients as they arrive
         self.kept: dict[tuple[int, ...], list[Bucket]] = {}  # ids of the parameters -> buckets
+        self.compared: set[tuple[int, ...]] = set()  # such ids, which are the same in all processes
+        self.named: dict[str, Tensor] = {}  # the model's parameters, during a fit
+        # for each optimizer what it trained in batches that wait for a step, frozen since or not
+        self.waiting: dict[Optimizer, dict[Tensor, None]] = {}
         self.heard: list[Bucket] | None = None  # whose gradients are listened to
+        self.last_hook = 0  # torch's count of hooks after those of `heard`
         self.handles: list[Any] = []
         self.means: GradientSums | None = None  # which backward feeds
         self.averaged: list[Bucket] = []  # that hold the gradients that are there
@@ -46,6 +53,7 @@ class AllReduce(Part, Hook):
     def around_fit(self, fit: Fit) -> Iterator[None]:
         """Listen to the gradients as they are filled."""
         self.has_default_step = not overrides(fit.model, "train_step", "backward", "optimizer_step")
+        self.named = dict(fit.model.named_parameters())
         trained: list[Tensor] = []
         for optimizer in self.stepper.all:
             trained += trainable_parameters_of(optimizer)
@@ -57,7 +65,10 @@ class AllReduce(Part, Hook):
             yield
         finally:
             self.has_default_step = False
+            self.named = {}
             self.kept = {}
+            self.compared = set()
+            self.waiting = {}
             self._listen_to(None)
 
     # --- a default step ---------------------------------------------------------------------------
@@ -68,6 +79,10 @@ class AllReduce(Part, Hook):
             buckets = self._buckets_of(self.stepper.all)
             self._listen_to(buckets)
             self.means = GradientSums(self.world, buckets)
+            return
+        for optimizer in loss.optimizers:
+            waiting = self.waiting.setdefault(optimizer, {})
+            waiting.update(dict.fromkeys(trainable_parameters_of(optimizer)))
 
     def backward(self, loss: StepLoss) -> bool:
         """Fill the gradients, and average them on the way."""
@@ -79,8 +94,11 @@ class AllReduce(Part, Hook):
         return True
 
     def _listen_to(self, buckets: list[Bucket] | None) -> None:
-        """Be told of the gradients of these buckets, and of no others."""
-        if buckets is self.heard:
+        """Be told of the gradients of these buckets, and of no others, after other hooks of them.
+
+        A hook that the user has registered since would otherwise find its gradient sent away.
+        """
+        if buckets is self.heard and RemovableHandle.next_id == self.last_hook:
             return
         self.heard = buckets
         for handle in self.handles:
@@ -90,8 +108,11 @@ class AllReduce(Part, Hook):
             if number == len(buckets or ()) - 1 and self.arrivals is None:
                 break  # the last one is sent at the end anyway
             for parameter in bucket.parameters:
+                if not parameter.requires_grad:  # frozen since: its bucket is sent at the end
+                    continue
                 hook = functools.partial(self._note_gradient, number)
                 self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self.last_hook = RemovableHandle.next_id
 
     def _note_gradient(self, number: int, parameter: Tensor) -> None:
         if self.means is None:
@@ -143,14 +164,34 @@ class AllReduce(Part, Hook):
 
     def _buckets_of(self, optimizers: Iterable[Optimizer]) -> list[Bucket]:
         """Return the buckets of what these optimizers train now; parameters may be frozen."""
-        optimizers = list(optimizers)
-        trained: list[int] = []
+        owners: dict[Tensor, Optimizer] = {}  # if several train one, the first steps with it
         for optimizer in optimizers:
-            trained += map(id, trainable_parameters_of(optimizer))
-        key = tuple(trained)
+            for parameter in self.waiting.get(optimizer, ()):
+                owners.setdefault(parameter, optimizer)
+            for parameter in trainable_parameters_of(optimizer):
+                owners.setdefault(parameter, optimizer)
+        key = tuple(map(id, owners))
         if key not in self.kept:
-            self.kept[key] = make_buckets(optimizers, self.order)
+            if key not in self.compared:
+                self._compare_trained(owners)
+                self.compared.add(key)
+            self.kept[key] = make_buckets(owners, self.order)
         return self.kept[key]
+
+    def _compare_trained(self, owners: Mapping[Tensor, Optimizer]) -> None:
+        """Check that all processes train the same parameters, if others than before.
+
+        Raises:
+            ValueError: they do not, in all processes.
+        """
+        if not self.compared:  # as a fit begins
+            return
+        facts = {name: str(parameter in owners) for name, parameter in self.named.items()}
+        code = checksum_of(facts)
+        most, negative_least = self.world.agree(code, -code, about="the parameters that are trained")
+        if most != -negative_least:
+            facts = {f"training of {name}": value for name, value in facts.items()}
+            raise_difference(self.world, facts, during=True)
 
     def gradient_memory(self, optimizer: Optimizer) -> list[Tensor] | None:
         """Return the buckets' memory, in which the optimizer's gradients lie."""
@@ -164,6 +205,7 @@ class AllReduce(Part, Hook):
 
     def on_stepped(self, optimizer: Optimizer) -> None:
         """Let go of the memory of gradients that have been cleared."""
+        self.waiting.pop(optimizer, None)
         for bucket in self.averaged:
             if bucket.optimizer is optimizer:
                 bucket.let_go()
@@ -171,6 +213,7 @@ class AllReduce(Part, Hook):
     def reset(self) -> None:
         """Forget the messages being sent."""
         self.means = None
+        self.waiting = {}
         self.is_averaged = False
         for bucket in self.averaged:
             bucket.let_go()

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from minikeras.distributed.world import World
 from minikeras.nests import is_sharded
-from minikeras.stepper import trainable_parameters_of
 
 BUCKET = 2**23  # bytes; a bucket ends with the parameter that fills it
 SMALL_BUCKET = 2**20  # of the first one, so that sending begins early, and of the last one
@@ -53,15 +52,15 @@ class Layout:
         """Return the real numbers of a gradient, (n,), in the order of the parameter's memory."""
         if self.is_plain:
             return gradient.reshape(-1)
-        return view_as_real(gradient.permute(self.order)).reshape(-1)
+        return view_as_real(gradient.permute(self.order).resolve_conj()).reshape(-1)
 
     def unflatten(self, memory: Tensor, start: int, size: int) -> Tensor:
         """Return the gradient of these real numbers of a bucket's memory."""
         if memory.dtype == self.dtype:
             return memory.as_strided(self.shape, self.strides, memory.storage_offset() + start)
         numbers = memory[start : start + size]
-        if self.dtype.is_complex:
-            numbers = torch.view_as_complex(numbers.view(-1, 2))
+        if self.dtype.is_complex:  # a pair begins at an even place, as a copy does
+            numbers = torch.view_as_complex(numbers.clone().view(-1, 2))
         return numbers.to(self.dtype).as_strided(self.shape, self.strides)
 
 
@@ -217,21 +216,18 @@ class GradientSums:
         self.sent.append((flat, self.world.begin_sum(flat), exist))
 
 
-def make_buckets(optimizers: Iterable[Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:
-    """Return the parameters that these optimizers train, in buckets.
+def make_buckets(owners: Mapping[Tensor, Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:
+    """Return parameters in buckets.
 
     The last bucket is small: it waits for the last gradient and the other numbers, and nothing is
     left to compute while it is sent. It also takes the parameters that `order` lacks. Sharded
     parameters are in no bucket: backward has averaged their gradients.
 
     Args:
+        owners: the parameters, each with the optimizer that steps with its gradient.
         order: the place of each parameter whose gradient arrives.
     """
-    owners: dict[Tensor, Optimizer] = {}  # if several train one, the first steps with its gradient
-    for optimizer in optimizers:
-        for parameter in trainable_parameters_of(optimizer):
-            if not is_sharded(parameter):
-                owners.setdefault(parameter, optimizer)
+    owners = {parameter: owner for parameter, owner in owners.items() if not is_sharded(parameter)}
     arriving = sorted(filter(order.__contains__, owners), key=order.__getitem__)
     last = [parameter for parameter in owners if parameter not in order]
     size = 0

@@ -33,7 +33,8 @@ MISSING = "nothing"
 SHOWN = 3  # differences in one message
 LONGEST = 120  # characters of one value in a message
 # integers of as many bytes, to read the bits of a number
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+BLOCKS = 4093  # of a parameter's bits, in a checksum of it
 
 
 def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, Any]) -> None:
@@ -262,28 +263,55 @@ def named_weights(model: nn.Module, run: Run) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def weight_sums(model: nn.Module, run: Run) -> list[int]:
-    """Return the sum of the bits of each parameter, as integers; the device is waited for once."""
+    """Return a checksum of the bits of each parameter; the device is waited for once."""
     sums = []
+    factors: dict[torch.device, Tensor] = {}
     for _, parameter in named_weights(model, run):
-        numbers = parameter.detach()
-        if numbers.is_complex():
-            numbers = torch.view_as_real(numbers)
-        sums.append(as_integers(numbers).sum(dtype=torch.int64))
+        if parameter.device not in factors:
+            factors[parameter.device] = factors_of_blocks().to(parameter.device)
+        sums.append(sum_of_bits(parameter.detach(), factors[parameter.device]))
     if not sums:
         return []
     found: list[int] = torch.stack([value.to(sums[0].device) for value in sums]).tolist()
     return found
 
 
+def sum_of_bits(numbers: Tensor, factors: Tensor) -> Tensor:
+    """Add up the bits of numbers as integers, in blocks, each times a factor of its own.
+
+    So rows in another order have another sum. An overflow is the same in all processes.
+    """
+    bits = as_integers(numbers)
+    length = len(bits) // len(factors)  # of a block
+    begin = length * len(factors)
+    rest = (bits[begin:] * factors[: len(bits) - begin]).sum()
+    if not length:
+        return rest
+    return (bits[:begin].view(-1, length).sum(1, dtype=torch.int64) * factors).sum() + rest
+
+
+def factors_of_blocks() -> Tensor:
+    """Return odd numbers that are the same everywhere, (blocks,) int64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2**62, (BLOCKS,), generator=generator) | 1
+
+
 def as_integers(numbers: Tensor) -> Tensor:
-    """Return the bits of numbers as integers, of 8 bytes where that goes: the fastest to add."""
+    """Return the bits of numbers as integers, (n,), of 8 bytes where that goes: fastest to add.
+
+    Of numbers of 8 bytes it does not: the sign would be the highest bit of a sum, where two that
+    change cancel each other out.
+    """
+    if numbers.is_complex():
+        numbers = torch.view_as_real(numbers)
     size = numbers.element_size()
-    if size not in INTEGERS or numbers.dtype == torch.bool:
-        return numbers
-    begin, length = numbers.storage_offset() * size, numbers.numel() * size
-    if numbers.is_contiguous() and begin % 8 == 0 and length % 8 == 0:
-        return numbers.reshape(-1).view(torch.int64)
-    return numbers.view(INTEGERS[size])
+    flat = numbers.reshape(-1)
+    if size == 8:
+        return flat.view(torch.int32)
+    begin, length = flat.storage_offset() * size, flat.numel() * size
+    if begin % 8 == 0 and length % 8 == 0:
+        return flat.view(torch.int64)
+    return flat.view(INTEGERS[size])
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Accumulate the gradients of several batches into one step, by the mean over all rows.
 
 backward   add the gradient of loss * rows / rows of a full window; of an Average its total / unit
-step       count a batch in the window of its optimizer; divide a full window by its rows and step
+step       count a batch in the window of its optimizer; divide a full window by its rows and step.
+           Several processes divide as soon as the gradients have been averaged
 pass end   step with windows that are partly filled
 """
 
@@ -113,6 +114,11 @@ class Accumulate(Part):
         window.current = None
 
     def on_gradients(self, optimizer: Optimizer) -> None:
+        """Divide by the rows of the window, unless that has been done."""
+        if self.world.size == 1:
+            self._divide(optimizer)
+
+    def _divide(self, optimizer: Optimizer) -> None:
         """Divide by the rows of the window, in units; without any rows gradients stay 0."""
         share = self._window(optimizer).weight / self.unit
         if isinstance(share, Tensor):
@@ -139,9 +145,10 @@ class Accumulate(Part):
         return [self._window(optimizer).weight for optimizer in optimizers]
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Take the mean weight over the processes, as gradients are means over them."""
+        """Divide by the mean weight over the processes, as gradients are means over them."""
         for optimizer, weight in zip(optimizers, sums, strict=True):
             self._window(optimizer).weight = weight / self.world.size
+            self._divide(optimizer)
 
     def reset(self) -> None:
         """Forget the windows."""

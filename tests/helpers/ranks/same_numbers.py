@@ -326,6 +326,88 @@ def gradients_between_backward_and_step(size):
     return found(model, dfhistory, norms=norms)
 
 
+class ClipsInMetrics(Net):
+    """Clip the gradients in the metrics, which see them whole."""
+
+    def compute_metrics(self, outputs, labels):
+        metrics = super().compute_metrics(outputs, labels)
+        norm = torch.zeros(())
+        if self.training:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+        return metrics | {"norm": norm}
+
+
+def mean_of_some(y_pred, y_true):
+    """Return the error over rows that count, of which there are other numbers in each batch."""
+    counted = y_true + 0.25
+    return minikeras.Average(((y_pred - y_true) ** 2 * counted).sum(), counted.sum())
+
+
+def gradients_of_a_short_batch(size):
+    """Metrics see the mean over all rows, however many there are, and of an Average."""
+    histories = []
+    for loss_func in (nn.MSELoss(), mean_of_some):
+        seed()
+        model = ClipsInMetrics().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        model = compiled(model, loss_func, optimizer)
+        histories.append(model.fit(3, doubles(49), batch_size=12 // size, verbose=0))
+    return found(model, histories[1], first=histories[0].to_dict("list"))
+
+
+def frozen_in_a_window(size):
+    """A layer is frozen between two batches of one step, which still takes its gradient."""
+    seed()
+    model = compiled(accumulate=3)
+
+    def freeze(batch, logs):
+        model.fc1.requires_grad_(requires_grad=batch not in (2, 4))
+
+    callback = minikeras.LambdaCallback(on_batch_end=freeze)
+    dfhistory = model.fit(2, doubles(60), batch_size=12 // size, verbose=0, callbacks=[callback])
+    return found(model, dfhistory)
+
+
+def late_hook(size):
+    """A hook of the user's that is registered after those of the buckets."""
+    seed()
+    model = compiled(optimizer=None)
+    seen = []
+
+    def halve(parameter):
+        seen.append(parameter.grad is not None)
+        parameter.grad.mul_(0.5)
+
+    def register(epoch):
+        if epoch == 2:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(halve)
+
+    model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), 0.5), device="cpu")
+    callback = minikeras.LambdaCallback(on_epoch_begin=register)
+    dfhistory = model.fit(3, doubles(48), batch_size=12 // size, verbose=0, callbacks=[callback])
+    return found(model, dfhistory, seen=seen)
+
+
+class Conjugates(minikeras.Model):
+    """Complex parameters behind an odd number of others, whose gradients are conjugates."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.ones(2, 1, dtype=torch.complex128) * (1 + 2j))
+
+    def forward(self, x):
+        return torch.sigmoid((x.to(self.weight.dtype) @ self.weight.conj()).abs() * self.scale[0])
+
+
+def conjugates(size):
+    seed()
+    model = Conjugates()
+    model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
+
+
 def channels_last(size):
     """A fused optimizer goes through the memory of weights and gradients side by side."""
     seed()
