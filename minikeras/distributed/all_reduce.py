@@ -188,7 +188,7 @@ class AllReduce(Part, Hook):
             return
         facts = {name: str(parameter in owners) for name, parameter in self.named.items()}
         code = checksum_of(facts)
-        most, negative_least = self.world.agree(code, -code, about="the parameters that are trained")
+        most, negative_least = self.world.agree(code, -code, about="what is trained")
         if most != -negative_least:
             facts = {f"training of {name}": value for name, value in facts.items()}
             raise_difference(self.world, facts, during=True)
