@@ -8,11 +8,16 @@ anything else   has no rows: an error that says so
 The sizes of one batch may look like rows by accident, so the sizes of all batches are compared.
 If all batches have the same number of rows and the outputs may be a vector, a table or a mean for
 the whole batch, `probe` runs the model once more, on two rows.
+
+join            joins the outputs of all batches
+Stack           copies the outputs of each batch behind the others as they come, if they are plain
+                tensors: nothing is left to concatenate
+join_stack      makes the same checks as `join` on a stack
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -52,6 +57,175 @@ def join(
     {'a': tensor([1., 1., 1.])}
     """
     return _Joining(rows, probe, final).join(pieces, [])
+
+
+class Stack:
+    """The outputs of many batches in one tensor on the CPU, each batch behind the one before it.
+
+    Args:
+        rows: the rows of all batches, if they are known.
+        batch_size: the rows of each of these batches; the last may have fewer.
+
+    >>> stack = Stack()
+    >>> [stack.add(torch.zeros(2)), stack.add(torch.ones(1)), stack.add(torch.ones(1, 1))]
+    [2, 1, 0]
+    >>> stack.joined()
+    tensor([0., 0., 1.])
+    """
+
+    def __init__(self, rows: int | None = None, batch_size: int = 1) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.is_open = True  # until a batch does not fit
+        self.sizes: list[int] = []  # the first size of each batch's outputs
+        self.full: list[Tensor] = []  # blocks of memory
+        self.block: Tensor | None = None  # the block that is being filled
+        self.start = 0  # rows of it that were filled when `size` last changed
+        self.before = 0  # batches until then
+        # of the last batch's outputs
+        self.size = 0
+        self.shape: torch.Size | None = None
+        self.dtype: torch.dtype | None = None
+        self.places: Iterator[Tensor] = iter(())  # where the next outputs of this shape go
+
+    def add(self, outputs: Any) -> int:
+        """Copy the outputs of a batch behind the others, and return their first size.
+
+        0 if they do not fit; after the first that do not, none do. They are copied at once since
+        the model may return a view of something larger, or the same memory for each batch.
+        """
+        if (
+            type(outputs) is Tensor
+            and outputs.shape == self.shape
+            and outputs.dtype is self.dtype
+            and outputs.layout is torch.strided
+        ):
+            place = next(self.places, None)
+            if place is not None:
+                place.copy_(outputs.detach() if outputs.requires_grad else outputs)
+                self.sizes.append(self.size)
+                return self.size
+        return self._add_other(outputs)
+
+    def _add_other(self, outputs: Any) -> int:
+        """Copy outputs of another first size than the last ones, or into a new block."""
+        if not self.is_open or not self._fits(outputs):
+            self.is_open = False
+            self.shape = None
+            return 0
+        filled = self._filled()
+        size = outputs.shape[0]
+        block = self.block
+        if block is None or filled + size > len(block):
+            if block is not None:
+                self.full.append(block[:filled])
+            block = self._make_block(outputs)
+            filled = 0
+        block[filled : filled + size] = outputs.detach()
+        self.sizes.append(size)
+        self.block = block
+        self.start = filled + size
+        self.before = len(self.sizes)
+        self.size = size
+        self.shape = outputs.shape
+        self.dtype = outputs.dtype
+        self.places = cut_places(block, self.start, size)
+        return size
+
+    def _filled(self) -> int:
+        """Return how many rows of the block are filled."""
+        return self.start + (len(self.sizes) - self.before) * self.size
+
+    def _fits(self, outputs: Any) -> bool:
+        """Tell whether outputs are a plain tensor, with rows like those of the last batch."""
+        if type(outputs) is not Tensor or outputs.layout is not torch.strided:
+            return False
+        if outputs.is_quantized or outputs.is_nested or outputs.is_meta:
+            return False
+        # a batch of images may be in channels_last order, which torch.cat keeps
+        if not 1 <= outputs.ndim <= 3 or outputs.shape[0] == 0:
+            return False
+        if self.block is None:
+            return True
+        return outputs.dtype is self.block.dtype and outputs.shape[1:] == self.block.shape[1:]
+
+    def _make_block(self, outputs: Tensor) -> Tensor:
+        """Return memory for all batches if their rows are known, else for twice as many each time.
+
+        What nothing is written into takes no memory.
+        """
+        size = outputs.shape[0]
+        if self.block is not None:
+            capacity = 2 * len(self.block)
+        elif self.rows is not None:
+            capacity = size * self.rows // min(self.batch_size, self.rows)
+        else:
+            capacity = 16 * size
+        shape = (max(capacity, size), *outputs.shape[1:])
+        return torch.empty(shape, dtype=outputs.dtype, device="cpu")
+
+    def _parts(self) -> list[Tensor]:
+        """Return what is filled of each block."""
+        assert self.block is not None
+        return [*self.full, self.block[: self._filled()]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the outputs of each batch, as views."""
+        sizes = iter(self.sizes)
+        for part in self._parts() if self.sizes else ():
+            start = 0
+            while start < len(part):
+                size = next(sizes)
+                yield part[start : start + size]
+                start += size
+
+    def joined(self) -> Tensor:
+        """Return the outputs of all batches, in memory that holds nothing else."""
+        parts = self._parts()
+        if len(parts) > 1:
+            return torch.cat(parts)
+        assert self.block is not None
+        return self.block if len(parts[0]) == len(self.block) else parts[0].clone()
+
+
+def cut_places(block: Tensor, start: int, size: int) -> Iterator[Tensor]:
+    """Yield views of a block from `start`, each for `size` rows, as long as there is room.
+
+    Many are cut at once, which is faster, but the first few are not: sizes may change soon.
+    """
+    count = 1
+    while count:
+        stop = start + count * size
+        if stop > len(block):
+            count = (len(block) - start) // size
+            stop = start + count * size
+        if count:
+            yield from block[start:stop].split(size)
+        start = stop
+        count = min(2 * count, 256)
+
+
+def join_stack(
+    stack: Stack, rows: list[int], probe: Probe = lambda: None, final: bool = True
+) -> Tensor:
+    """Join the outputs of all batches of a stack along the rows: as `join` does, and it raises.
+
+    Only batches that differ from those before them in rows or first size are looked at, and the
+    first two, whose numbers are compared.
+    """
+    first_with: dict[tuple[int, int], int] = {}
+    for number, sizes in enumerate(zip(stack.sizes, rows, strict=True)):
+        first_with.setdefault(sizes, number)
+    looked_at = {0, 1, *first_with.values()}
+    last = max(first_with.values())
+    pieces = []
+    rows_of_pieces = []
+    for number, piece in zip(range(max(last, 1) + 1), stack, strict=False):
+        if number in looked_at:
+            pieces.append(piece)
+            rows_of_pieces.append(rows[number])
+    _Joining(rows_of_pieces, probe, final).check_tensors(pieces, [])
+    return stack.joined()
 
 
 class _Joining:
@@ -154,6 +328,16 @@ class _Joining:
 
     def join_tensors(self, pieces: list[Any], path: list[Any]) -> Any:
         """Concatenate tensors or arrays along their rows."""
+        self.check_tensors(pieces, path)
+        first = pieces[0]
+        if len(pieces) == 1:
+            return first
+        if isinstance(first, Tensor):
+            return torch.cat(pieces)
+        return np.concatenate(pieces)
+
+    def check_tensors(self, pieces: list[Any], path: list[Any]) -> None:
+        """Refuse tensors or arrays that cannot be concatenated along their rows."""
         self.check_dimensions(pieces, path)
         first = pieces[0]
         multiple = self.find_multiple(pieces)
@@ -172,11 +356,6 @@ class _Joining:
                 self.check_against_probe(first, probed, multiple, path)
             elif multiple != 1 and self.rows[0] == 1 and len(pieces) > 1:
                 self.refuse_size(pieces, path)  # a row without a dimension for the rows
-        if len(pieces) == 1:
-            return first
-        if isinstance(first, Tensor):
-            return torch.cat(pieces)
-        return np.concatenate(pieces)
 
     def check_dimensions(self, pieces: list[Any], path: list[Any]) -> None:
         """Refuse tensors without dimensions, and a batch of one row that was squeezed."""
