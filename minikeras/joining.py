@@ -80,13 +80,12 @@ class Stack:
         self.sizes: list[int] = []  # the first size of each batch's outputs
         self.full: list[Tensor] = []  # blocks of memory
         self.block: Tensor | None = None  # the block that is being filled
-        self.start = 0  # rows of it that were filled when `size` last changed
-        self.before = 0  # batches until then
+        self.array: Any = np.empty(0)  # the same memory: NumPy copies into it faster
+        self.filled = 0  # rows of the block
         # of the last batch's outputs
         self.size = 0
         self.shape: torch.Size | None = None
         self.dtype: torch.dtype | None = None
-        self.places: Iterator[Tensor] = iter(())  # where the next outputs of this shape go
 
     def add(self, outputs: Any) -> int:
         """Copy the outputs of a batch behind the others, and return their first size.
@@ -95,46 +94,22 @@ class Stack:
         the model may return a view of something larger, or the same memory for each batch.
         """
         if (
-            type(outputs) is Tensor
-            and outputs.shape == self.shape
-            and outputs.dtype is self.dtype
-            and outputs.layout is torch.strided
+            type(outputs) is not Tensor
+            or outputs.shape != self.shape
+            or outputs.dtype is not self.dtype
+            or outputs.layout is not torch.strided
+            or self.filled + self.size > len(self.array)
         ):
-            place = next(self.places, None)
-            if place is not None:
-                place.copy_(outputs.detach() if outputs.requires_grad else outputs)
-                self.sizes.append(self.size)
-                return self.size
-        return self._add_other(outputs)
-
-    def _add_other(self, outputs: Any) -> int:
-        """Copy outputs of another first size than the last ones, or into a new block."""
-        if not self.is_open or not self._fits(outputs):
-            self.is_open = False
-            self.shape = None
-            return 0
-        filled = self._filled()
-        size = outputs.shape[0]
-        block = self.block
-        if block is None or filled + size > len(block):
-            if block is not None:
-                self.full.append(block[:filled])
-            block = self._make_block(outputs)
-            filled = 0
-        block[filled : filled + size] = outputs.detach()
-        self.sizes.append(size)
-        self.block = block
-        self.start = filled + size
-        self.before = len(self.sizes)
-        self.size = size
-        self.shape = outputs.shape
-        self.dtype = outputs.dtype
-        self.places = cut_places(block, self.start, size)
-        return size
-
-    def _filled(self) -> int:
-        """Return how many rows of the block are filled."""
-        return self.start + (len(self.sizes) - self.before) * self.size
+            if not self.is_open or not self._fits(outputs):
+                self.is_open = False
+                self.shape = None
+                return 0
+            self._make_room(outputs)
+        stop = self.filled + self.size
+        self.array[self.filled : stop] = outputs.numpy(force=True)  # off the device, no graph
+        self.filled = stop
+        self.sizes.append(self.size)
+        return self.size
 
     def _fits(self, outputs: Any) -> bool:
         """Tell whether outputs are a plain tensor, with rows like those of the last batch."""
@@ -145,29 +120,40 @@ class Stack:
         # a batch of images may be in channels_last order, which torch.cat keeps
         if not 1 <= outputs.ndim <= 3 or outputs.shape[0] == 0:
             return False
-        if self.block is None:
-            return True
-        return outputs.dtype is self.block.dtype and outputs.shape[1:] == self.block.shape[1:]
-
-    def _make_block(self, outputs: Tensor) -> Tensor:
-        """Return memory for all batches if their rows are known, else for twice as many each time.
-
-        What nothing is written into takes no memory.
-        """
-        size = outputs.shape[0]
         if self.block is not None:
+            return outputs.dtype is self.block.dtype and outputs.shape[1:] == self.block.shape[1:]
+        try:
+            torch.empty(0, dtype=outputs.dtype, device="cpu").numpy()
+        except TypeError:  # NumPy does not have this dtype, such as bfloat16
+            return False
+        return True
+
+    def _make_room(self, outputs: Tensor) -> None:
+        """Get ready for outputs of another first size, or begin a new block.
+
+        The first block has room for all batches if their rows are known; else each block has twice
+        the room of the one before. What nothing is written into takes no memory.
+        """
+        self.size = outputs.shape[0]
+        self.shape = outputs.shape
+        self.dtype = outputs.dtype
+        if self.filled + self.size <= len(self.array):
+            return
+        capacity = 16 * self.size
+        if self.block is not None:
+            self.full.append(self.block[: self.filled])
             capacity = 2 * len(self.block)
         elif self.rows is not None:
-            capacity = size * self.rows // min(self.batch_size, self.rows)
-        else:
-            capacity = 16 * size
-        shape = (max(capacity, size), *outputs.shape[1:])
-        return torch.empty(shape, dtype=outputs.dtype, device="cpu")
+            capacity = self.size * self.rows // min(self.batch_size, self.rows)
+        shape = (max(capacity, self.size), *self.shape[1:])
+        self.block = torch.empty(shape, dtype=self.dtype, device="cpu")
+        self.array = self.block.numpy()
+        self.filled = 0
 
     def _parts(self) -> list[Tensor]:
         """Return what is filled of each block."""
         assert self.block is not None
-        return [*self.full, self.block[: self._filled()]]
+        return [*self.full, self.block[: self.filled]]
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the outputs of each batch, as views."""
@@ -185,24 +171,7 @@ class Stack:
         if len(parts) > 1:
             return torch.cat(parts)
         assert self.block is not None
-        return self.block if len(parts[0]) == len(self.block) else parts[0].clone()
-
-
-def cut_places(block: Tensor, start: int, size: int) -> Iterator[Tensor]:
-    """Yield views of a block from `start`, each for `size` rows, as long as there is room.
-
-    Many are cut at once, which is faster, but the first few are not: sizes may change soon.
-    """
-    count = 1
-    while count:
-        stop = start + count * size
-        if stop > len(block):
-            count = (len(block) - start) // size
-            stop = start + count * size
-        if count:
-            yield from block[start:stop].split(size)
-        start = stop
-        count = min(2 * count, 256)
+        return self.block if self.filled == len(self.block) else parts[0].clone()
 
 
 def join_stack(
