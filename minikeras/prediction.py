@@ -1,7 +1,7 @@
 """What happens in predict: every batch through the model, off the device, all rows joined.
 
 for each batch (compute_all_outputs):
-    split it; copy its labels if they are asked for; count its rows
+    split it; copy its labels if they are asked for; count its rows, unless it is like the last one
     forward, and the outputs to the CPU: behind those of earlier batches if they are plain tensors
 with several processes: gather the outputs of all
 join outputs, and labels, along the rows (join_all)
@@ -157,14 +157,13 @@ def compute_all_outputs(
         for number, batch in enumerate(batches, start=1):
             is_filler = False
             is_same = type(batch) is Tensor and batch.shape == shape
-            if is_same:  # most are: its rows are counted
+            if is_same:  # most are: they have as many rows as the batch before
                 features = batch.to(device)
             else:
                 batch, is_filler = unwrap_filler(batch)
                 features, labels, _, rows_stated = split_batch(batch)
-                if (
-                    wanted.labels
-                ):  # copied before forward, which may write into features that they are
+                if wanted.labels:
+                    # copied before forward, which may write into features that they are
                     outputs.labels.append(copy_labels(labels, features, number))
                 rows, rows_alone = count_rows(counters, features, labels, rows_stated)
                 sizes = first_sizes(features)
@@ -176,7 +175,7 @@ def compute_all_outputs(
             if not size:
                 piece = map_leaves(move_to_cpu, piece)
                 outputs.pieces.append(FillerBatch(piece) if is_filler else piece)
-            if not is_same or not size or size != size_before:
+            if not is_same or not size or size != size_before:  # else they are as before
                 counts_of_batch = Counts(rows, rows_alone, find_agreed_size(piece, sizes))
             counts.append(counts_of_batch)
             if number == 1 and wanted.joined:
