@@ -155,6 +155,15 @@ class Stack:
         assert self.block is not None
         return [*self.full, self.block[: self.filled]]
 
+    def batch(self, number: int) -> Tensor:
+        """Return the outputs of one batch, as a view; the first is number 0."""
+        start = sum(self.sizes[:number])
+        for part in self._parts():
+            if start < len(part):
+                return part[start : start + self.sizes[number]]
+            start -= len(part)
+        raise IndexError(number)
+
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the outputs of each batch, as views."""
         sizes = iter(self.sizes)
@@ -185,14 +194,10 @@ def join_stack(
     first_with: dict[tuple[int, int], int] = {}
     for number, sizes in enumerate(zip(stack.sizes, rows, strict=True)):
         first_with.setdefault(sizes, number)
-    looked_at = {0, 1, *first_with.values()}
-    last = max(first_with.values())
-    pieces = []
-    rows_of_pieces = []
-    for number, piece in zip(range(max(last, 1) + 1), stack, strict=False):
-        if number in looked_at:
-            pieces.append(piece)
-            rows_of_pieces.append(rows[number])
+    first_two = range(min(2, len(rows)))
+    looked_at = sorted({*first_two, *first_with.values()})
+    pieces = [stack.batch(number) for number in looked_at]
+    rows_of_pieces = [rows[number] for number in looked_at]
     _Joining(rows_of_pieces, probe, final).check_tensors(pieces, [])
     return stack.joined()
 

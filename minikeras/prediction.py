@@ -70,12 +70,13 @@ class Outputs:
     def note_counts(self, counts: list[Counts]) -> None:
         """Note how many rows each batch may have."""
         for name, numbers in zip(Counts._fields, zip(*counts, strict=True), strict=True):
-            self.rows[name] = []
-            for number in numbers:
+            self.rows[name] = list(numbers)
+            if UnknownRows not in set(map(type, numbers)):
+                continue
+            for position, number in enumerate(numbers):
                 if isinstance(number, UnknownRows):
                     self.unknown = self.unknown or number
-                    number = None
-                self.rows[name].append(number)
+                    self.rows[name][position] = None
 
     def join(self, rows: list[int], probe: Probe = lambda: None, final: bool = True) -> Any:
         """Join the outputs of all batches along the rows, as `joining.join` does."""
