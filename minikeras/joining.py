@@ -8,11 +8,16 @@ anything else   has no rows: an error that says so
 The sizes of one batch may look like rows by accident, so the sizes of all batches are compared.
 If all batches have the same number of rows and the outputs may be a vector, a table or a mean for
 the whole batch, `probe` runs the model once more, on two rows.
+
+join            joins the outputs of all batches
+Stack           copies the outputs of each batch behind the others as they come, if they are plain
+                tensors: nothing is left to concatenate
+join_stack      makes the same checks as `join` on a stack
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -52,6 +57,149 @@ def join(
     {'a': tensor([1., 1., 1.])}
     """
     return _Joining(rows, probe, final).join(pieces, [])
+
+
+class Stack:
+    """The outputs of many batches in one tensor on the CPU, each batch behind the one before it.
+
+    Args:
+        rows: the rows of all batches, if they are known.
+        batch_size: the rows of each of these batches; the last may have fewer.
+
+    >>> stack = Stack()
+    >>> [stack.add(torch.zeros(2)), stack.add(torch.ones(1)), stack.add(torch.ones(1, 1))]
+    [2, 1, 0]
+    >>> stack.joined()
+    tensor([0., 0., 1.])
+    """
+
+    def __init__(self, rows: int | None = None, batch_size: int = 1) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.is_open = True  # until a batch does not fit
+        self.sizes: list[int] = []  # the first size of each batch's outputs
+        self.full: list[Tensor] = []  # blocks of memory
+        self.block: Tensor | None = None  # the block that is being filled
+        self.array: Any = np.empty(0)  # the same memory: NumPy copies into it faster
+        self.filled = 0  # rows of the block
+        # of the last batch's outputs
+        self.size = 0
+        self.shape: torch.Size | None = None
+        self.dtype: torch.dtype | None = None
+
+    def add(self, outputs: Any) -> int:
+        """Copy the outputs of a batch behind the others, and return their first size.
+
+        0 if they do not fit; after the first that do not, none do. They are copied at once since
+        the model may return a view of something larger, or the same memory for each batch.
+        """
+        if (
+            type(outputs) is not Tensor
+            or outputs.shape != self.shape
+            or outputs.dtype is not self.dtype
+            or outputs.layout is not torch.strided
+            or self.filled + self.size > len(self.array)
+        ):
+            if not self.is_open or not self._fits(outputs):
+                self.is_open = False
+                self.shape = None
+                return 0
+            self._make_room(outputs)
+        stop = self.filled + self.size
+        self.array[self.filled : stop] = outputs.numpy(force=True)  # off the device, no graph
+        self.filled = stop
+        self.sizes.append(self.size)
+        return self.size
+
+    def _fits(self, outputs: Any) -> bool:
+        """Tell whether outputs are a plain tensor, with rows like those of the last batch."""
+        if type(outputs) is not Tensor or outputs.layout is not torch.strided:
+            return False
+        if outputs.is_quantized or outputs.is_nested or outputs.is_meta:
+            return False
+        # a batch of images may be in channels_last order, which torch.cat keeps
+        if not 1 <= outputs.ndim <= 3 or outputs.shape[0] == 0:
+            return False
+        if self.block is not None:
+            return outputs.dtype is self.block.dtype and outputs.shape[1:] == self.block.shape[1:]
+        try:
+            torch.empty(0, dtype=outputs.dtype, device="cpu").numpy()
+        except TypeError:  # NumPy does not have this dtype, such as bfloat16
+            return False
+        return True
+
+    def _make_room(self, outputs: Tensor) -> None:
+        """Get ready for outputs of another first size, or begin a new block.
+
+        The first block has room for all batches if their rows are known; else each block has twice
+        the room of the one before. What nothing is written into takes no memory.
+        """
+        self.size = outputs.shape[0]
+        self.shape = outputs.shape
+        self.dtype = outputs.dtype
+        if self.filled + self.size <= len(self.array):
+            return
+        capacity = 16 * self.size
+        if self.block is not None:
+            self.full.append(self.block[: self.filled])
+            capacity = 2 * len(self.block)
+        elif self.rows is not None:
+            capacity = self.size * self.rows // min(self.batch_size, self.rows)
+        shape = (max(capacity, self.size), *self.shape[1:])
+        self.block = torch.empty(shape, dtype=self.dtype, device="cpu")
+        self.array = self.block.numpy()
+        self.filled = 0
+
+    def _parts(self) -> list[Tensor]:
+        """Return what is filled of each block."""
+        assert self.block is not None
+        return [*self.full, self.block[: self.filled]]
+
+    def batch(self, number: int) -> Tensor:
+        """Return the outputs of one batch, as a view; the first is number 0."""
+        start = sum(self.sizes[:number])
+        for part in self._parts():
+            if start < len(part):
+                return part[start : start + self.sizes[number]]
+            start -= len(part)
+        raise IndexError(number)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the outputs of each batch, as views."""
+        sizes = iter(self.sizes)
+        for part in self._parts() if self.sizes else ():
+            start = 0
+            while start < len(part):
+                size = next(sizes)
+                yield part[start : start + size]
+                start += size
+
+    def joined(self) -> Tensor:
+        """Return the outputs of all batches, in memory that holds nothing else."""
+        parts = self._parts()
+        if len(parts) > 1:
+            return torch.cat(parts)
+        assert self.block is not None
+        return self.block if self.filled == len(self.block) else parts[0].clone()
+
+
+def join_stack(
+    stack: Stack, rows: list[int], probe: Probe = lambda: None, final: bool = True
+) -> Tensor:
+    """Join the outputs of all batches of a stack along the rows: as `join` does, and it raises.
+
+    Only batches that differ from those before them in rows or first size are looked at, and the
+    first two, whose numbers are compared.
+    """
+    first_with: dict[tuple[int, int], int] = {}
+    for number, sizes in enumerate(zip(stack.sizes, rows, strict=True)):
+        first_with.setdefault(sizes, number)
+    first_two = range(min(2, len(rows)))
+    looked_at = sorted({*first_two, *first_with.values()})
+    pieces = [stack.batch(number) for number in looked_at]
+    rows_of_pieces = [rows[number] for number in looked_at]
+    _Joining(rows_of_pieces, probe, final).check_tensors(pieces, [])
+    return stack.joined()
 
 
 class _Joining:
@@ -154,6 +302,16 @@ class _Joining:
 
     def join_tensors(self, pieces: list[Any], path: list[Any]) -> Any:
         """Concatenate tensors or arrays along their rows."""
+        self.check_tensors(pieces, path)
+        first = pieces[0]
+        if len(pieces) == 1:
+            return first
+        if isinstance(first, Tensor):
+            return torch.cat(pieces)
+        return np.concatenate(pieces)
+
+    def check_tensors(self, pieces: list[Any], path: list[Any]) -> None:
+        """Refuse tensors or arrays that cannot be concatenated along their rows."""
         self.check_dimensions(pieces, path)
         first = pieces[0]
         multiple = self.find_multiple(pieces)
@@ -172,11 +330,6 @@ class _Joining:
                 self.check_against_probe(first, probed, multiple, path)
             elif multiple != 1 and self.rows[0] == 1 and len(pieces) > 1:
                 self.refuse_size(pieces, path)  # a row without a dimension for the rows
-        if len(pieces) == 1:
-            return first
-        if isinstance(first, Tensor):
-            return torch.cat(pieces)
-        return np.concatenate(pieces)
 
     def check_dimensions(self, pieces: list[Any], path: list[Any]) -> None:
         """Refuse tensors without dimensions, and a batch of one row that was squeezed."""

@@ -1,8 +1,8 @@
 """What happens in predict: every batch through the model, off the device, all rows joined.
 
 for each batch (compute_all_outputs):
-    split it; copy its labels if they are asked for; count its rows
-    forward, and the outputs to the CPU
+    split it; copy its labels if they are asked for; count its rows, unless it is like the last one
+    forward, and the outputs to the CPU: behind those of earlier batches if they are plain tensors
 with several processes: gather the outputs of all
 join outputs, and labels, along the rows (join_all)
 """
@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,14 @@ from torch.nn.utils.rnn import PackedSequence
 from minikeras import assemble
 from minikeras.batch import Parts, choose_call, to_device, unpack
 from minikeras.errors import describe
-from minikeras.joining import BY_BATCH, join
+from minikeras.joining import BY_BATCH, Probe, Stack, join, join_stack
 from minikeras.modes import keep_modes, keep_random_states
 from minikeras.nests import is_sharded, leaves, map_leaves
 from minikeras.phase import FillerBatch, unwrap_filler
 from minikeras.processes import OneProcess
 from minikeras.rows import RowCounter, UnknownRows, first_sizes, shapes_of
 from minikeras.run import prepare
-from minikeras.sources import make_empty_error
+from minikeras.sources import ArrayBatches, make_empty_error
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -47,16 +47,45 @@ class Wanted:
     everywhere: bool  # in all processes; else on rank 0 alone
 
 
+class Counts(NamedTuple):
+    """How many rows a batch may have."""
+
+    labels: int | UnknownRows  # as `evaluate` counts them
+    features: int | UnknownRows  # by the features alone
+    outputs: int | None  # by the outputs
+
+
 @dataclass
 class Outputs:
     """The model's outputs for some batches, on the CPU, and how many rows each may have."""
 
-    pieces: list[Any] = field(default_factory=list)
+    stack: Stack | None = None  # of the first batches, if they can be joined as they come
+    pieces: list[Any] = field(default_factory=list)  # of the batches after those
     labels: list[Any] = field(default_factory=list)  # of each batch, if they are wanted
-    # by the labels, or by the features alone: the rows of each batch
+    # the rows of each batch: by the labels, by the features alone, or by the outputs
     rows: dict[str, list[int | None]] = field(default_factory=dict)
     unknown: UnknownRows | None = None  # why they could not be counted, where that is so
     features: Any = None  # of the last batch, to probe the model with
+
+    def note_counts(self, counts: list[Counts]) -> None:
+        """Note how many rows each batch may have."""
+        for name, numbers in zip(Counts._fields, zip(*counts, strict=True), strict=True):
+            self.rows[name] = list(numbers)
+            if UnknownRows not in set(map(type, numbers)):
+                continue
+            for position, number in enumerate(numbers):
+                if isinstance(number, UnknownRows):
+                    self.unknown = self.unknown or number
+                    self.rows[name][position] = None
+
+    def join(self, rows: list[int], probe: Probe = lambda: None, final: bool = True) -> Any:
+        """Join the outputs of all batches along the rows, as `joining.join` does."""
+        if self.stack is not None and not self.pieces:
+            return join_stack(self.stack, rows, probe, final)
+        pieces = [] if self.stack is None else list(self.stack)
+        for piece in self.pieces:
+            pieces.append(unwrap_filler(piece)[0])
+        return join(pieces, rows, probe, final)
 
 
 def predict(
@@ -67,17 +96,32 @@ def predict(
     if run is None:
         device = next((parameter.device for parameter in model.parameters()), CPU)
         batches = assemble.make_source_of_prediction(dl, batch_size, steps, device, OneProcess())
-        outputs = compute_all_outputs(model, batches, device, unpack, wanted)
+        outputs = begin_outputs(batches, wanted, OneProcess())
+        compute_all_outputs(model, batches, device, unpack, wanted, outputs)
         return choose_result(model, outputs, device, wanted)
     with run.world.verb("predict"), run.engine.predicting():
         batches = assemble.make_source_of_prediction(dl, batch_size, steps, run.device, run.world)
         run.world.meet(model, run, dl=batches, batch_size=batch_size, steps=steps, **asdict(wanted))
         prepare(model, run)
-        own = compute_all_outputs(model, batches, run.device, run.split_batch, wanted)
+        own = begin_outputs(batches, wanted, run.world)
+        compute_all_outputs(model, batches, run.device, run.split_batch, wanted, own)
         outputs = run.world.join_outputs(own, wanted.everywhere)
         if outputs is None:
             return (None, None) if wanted.labels else None
         return choose_result(model, outputs, run.device, wanted)
+
+
+def begin_outputs(batches: Iterable[Any], wanted: Wanted, world: OneProcess) -> Outputs:
+    """Return what the outputs of all batches go into.
+
+    It is a stack if the batches of this process are joined; not if they go to other processes
+    first, or to the user one by one.
+    """
+    if not wanted.joined or world.size > 1:
+        return Outputs()
+    if isinstance(batches, ArrayBatches):
+        return Outputs(stack=Stack(batches.rows, batches.batch_size))
+    return Outputs(stack=Stack())
 
 
 def choose_result(model: Model, outputs: Outputs, device: torch.device, wanted: Wanted) -> Any:
@@ -98,41 +142,55 @@ def compute_all_outputs(
     device: torch.device,
     split_batch: Callable[[Any], Parts],
     wanted: Wanted,
-) -> Outputs:
-    """Return the model's outputs for each batch, and its labels if they are wanted."""
-    outputs = Outputs()
+    outputs: Outputs,
+) -> None:
+    """Add the model's outputs for each batch to `outputs`, and its labels if they are wanted."""
     compute_outputs = decorate_forward(model)
-    counter = RowCounter(lambda features: choose_call(model, features) == "unpacked")
-    counter_of_features = RowCounter(counter.takes_several)
+    convert = choose_conversion(model)
+    counters = make_counters(model)
+    stack = outputs.stack
+    counts: list[Counts] = []
+    shape = None  # of the last batch, if it was a tensor of features and nothing else
+    size = 0  # first size of its outputs, if they went onto the stack
+    number = 0
     with keep_modes(model), torch.no_grad():
         model.eval()
         for number, batch in enumerate(batches, start=1):
-            batch, is_filler = unwrap_filler(batch)
-            features, labels, _, rows_stated = split_batch(batch)
-            if wanted.labels:  # copied before forward, which may write into features that they are
-                outputs.labels.append(copy_labels(labels, features, number))
-            rows: int | UnknownRows
-            rows = counter.count(features, labels) if rows_stated is None else rows_stated
-            rows_alone = counter_of_features.count(features)
-            if is_second_size(rows, features, rows_alone):
-                rows_alone = rows  # time first: the features alone would tell the wrong number
-            note_rows(outputs, "labels", rows)
-            note_rows(outputs, "features", rows_alone)
-            sizes = first_sizes(features)
-            features = to_device(features, device)
-            piece = move_outputs(model, compute_outputs(features))
-            outputs.features = features
-            outputs.pieces.append(FillerBatch(piece) if is_filler else piece)
-            outputs.rows.setdefault("outputs", []).append(find_agreed_size(piece, sizes))
-            if len(outputs.pieces) == 1 and wanted.joined:
+            is_filler = False
+            is_same = type(batch) is Tensor and batch.shape == shape
+            if is_same:  # most are: they have as many rows as the batch before
+                features = batch.to(device)
+            else:
+                batch, is_filler = unwrap_filler(batch)
+                features, labels, _, rows_stated = split_batch(batch)
+                if wanted.labels:
+                    # copied before forward, which may write into features that they are
+                    outputs.labels.append(copy_labels(labels, features, number))
+                rows, rows_alone = count_rows(counters, features, labels, rows_stated)
+                sizes = first_sizes(features)
+                shape = batch.shape if type(batch) is Tensor and split_batch is unpack else None
+                features = to_device(features, device)
+            piece = convert(compute_outputs(features))
+            size_before = size
+            size = 0 if stack is None else stack.add(piece)
+            if not size:
+                piece = map_leaves(move_to_cpu, piece)
+                outputs.pieces.append(FillerBatch(piece) if is_filler else piece)
+            if not is_same or not size or size != size_before:  # else they are as before
+                counts_of_batch = Counts(rows, rows_alone, find_agreed_size(piece, sizes))
+            counts.append(counts_of_batch)
+            if number == 1 and wanted.joined:
+                outputs.features = features
+                outputs.note_counts(counts)
                 try:
                     join_all(model, outputs, device, final=False)  # says what is wrong at once
                 except ValueError as error:
                     refuse_single_row(model, features, error)
                     raise
-    if not outputs.pieces:
+    if not number:
         raise make_empty_error(batches, "dl")
-    return outputs
+    outputs.features = features
+    outputs.note_counts(counts)
 
 
 def copy_labels(labels: Any, features: Any, number: int) -> Any:
@@ -179,11 +237,11 @@ def _note_sequence(model: Model, features: Tensor, error: ValueError) -> None:
             return
 
 
-def move_outputs(model: Model, outputs: Any) -> Any:
-    """Return the outputs for a batch in float32, on the CPU."""
-    if model._run is not None:
-        outputs = model._run.stepper.outputs_for_user(outputs)
-    return map_leaves(move_to_cpu, outputs)
+def choose_conversion(model: Model) -> Callable[[Any], Any]:
+    """Return what converts outputs to those that the user gets, in float32."""
+    if model._run is None:
+        return lambda outputs: outputs
+    return model._run.stepper.outputs_for_user
 
 
 def move_to_cpu(leaf: Any) -> Any:
@@ -203,15 +261,26 @@ def move_to_cpu(leaf: Any) -> Any:
     return leaf.cpu() if hasattr(leaf, "cpu") else leaf
 
 
-def note_rows(outputs: Outputs, name: str, rows: int | UnknownRows) -> None:
-    """Note the rows of a batch: by the labels as in `evaluate`, or by the features alone."""
-    known: int | None
-    if isinstance(rows, UnknownRows):
-        outputs.unknown = outputs.unknown or rows
-        known = None
-    else:
-        known = rows
-    outputs.rows.setdefault(name, []).append(known)
+def make_counters(model: Model) -> tuple[RowCounter, RowCounter]:
+    """Return what counts the rows of batches: by their labels, and by their features alone."""
+
+    def takes_several(features: Any) -> bool:
+        return choose_call(model, features) == "unpacked"
+
+    return RowCounter(takes_several), RowCounter(takes_several)
+
+
+def count_rows(
+    counters: tuple[RowCounter, RowCounter], features: Any, labels: Any, rows_stated: int | None
+) -> tuple[int | UnknownRows, int | UnknownRows]:
+    """Count the rows of a batch: by the labels as in `evaluate`, and by the features alone."""
+    by_labels, by_features = counters
+    rows: int | UnknownRows
+    rows = by_labels.count(features, labels) if rows_stated is None else rows_stated
+    rows_alone = by_features.count(features)
+    if is_second_size(rows, features, rows_alone):
+        rows_alone = rows  # time first: the features alone would tell the wrong number
+    return rows, rows_alone
 
 
 def is_second_size(rows: int | UnknownRows, features: Any, rows_alone: int | UnknownRows) -> bool:
@@ -223,6 +292,9 @@ def is_second_size(rows: int | UnknownRows, features: Any, rows_alone: int | Unk
 
 def find_agreed_size(piece: Any, sizes: set[int]) -> int | None:
     """Return the first size of all outputs, if it is one of the features' or these have none."""
+    if type(piece) is Tensor and piece.ndim:  # most are
+        size = piece.shape[0]
+        return size if size in sizes or not sizes else None
     found = first_sizes(piece)
     if len(found) == 1 and (not sizes or found <= sizes):
         return next(iter(found))
@@ -241,21 +313,20 @@ def join_all(
         The joined outputs, and the joined labels or None.
     """
     first_error: ValueError | None = None
-    pieces = [unwrap_filler(piece)[0] for piece in outputs.pieces]
     tried: list[list[int]] = []
     for name, counts in outputs.rows.items():
         if name == "outputs" and tried:
             continue  # for batches that tell nothing
         rows = [number for number in counts if number is not None]
-        if len(rows) != len(pieces) or rows in tried:
+        if len(rows) != len(counts) or rows in tried:
             continue
         tried.append(rows)
         try:
             if rows == outputs.rows["features"]:
                 another = partial(probe, model, outputs.features, rows[-1], device)
-                joined = join(pieces, rows, another, final)
+                joined = outputs.join(rows, another, final)
             else:  # the features cannot be cut along the rows
-                joined = join(pieces, rows, final=final)
+                joined = outputs.join(rows, final=final)
         except ValueError as error:
             first_error = first_error or error
             continue
@@ -323,7 +394,8 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
         with keep_random_states(device), keep_modes(model), torch.no_grad(), probing:
             model.eval()
             changed_features = (features * 2)[:fewer] if by_item else map_leaves(changed, features)
-            return move_outputs(model, decorate_forward(model)(changed_features)), fewer
+            changed_outputs = choose_conversion(model)(decorate_forward(model)(changed_features))
+            return map_leaves(move_to_cpu, changed_outputs), fewer
     except Exception:
         return None  # a model for batches of one size
 

@@ -339,11 +339,12 @@ def test_in_memory_batches_may_be_changed_in_place_by_a_layer():
     assert not first[0].requires_grad
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
-def test_in_memory_batches_are_aligned_as_memory_of_their_own(dtype):
+def test_in_memory_batches_are_aligned_as_memory_of_their_own(dtype, shuffle):
     # a matrix product differs in its last bit from one alignment to another
     dataset = TensorDataset(torch.zeros(500, 3, dtype=dtype), torch.zeros(500, 1))
-    for batch in InMemoryBatches(DataLoader(dataset, batch_size=33, shuffle=True)):
+    for batch in InMemoryBatches(DataLoader(dataset, batch_size=33, shuffle=shuffle)):
         assert [tensor.data_ptr() % 64 for tensor in batch] == [0, 0]
 
 

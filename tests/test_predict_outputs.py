@@ -2,10 +2,12 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from helpers.bad_input import X, Y, refused
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from minikeras import Model
 
@@ -76,6 +78,110 @@ def test_predict_has_each_batchs_answer_though_forward_gives_one_buffer_again_an
             return self.out.copy_(x)
 
     assert torch.equal(Model(Buffered()).predict(Y, batch_size=2), Y)
+
+
+class Calls(nn.Module):
+    """Answers by a function of the features and the number of the call, from 0."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.answer(x, self.calls - 1)
+
+
+ANSWERS = {
+    "a table": lambda x, call: x * 2,
+    "a vector": lambda x, call: x[:, 0] * 2,
+    "a view": lambda x, call: x[:, 1:],
+    "a transposed view": lambda x, call: x.T.contiguous().T,
+    "its input": lambda x, call: x,
+    "two rows for each": lambda x, call: x.repeat_interleave(2, 0),
+    "a sequence for each": lambda x, call: x[:, :, None] * torch.ones(3),
+    "images": lambda x, call: x[:, :, None, None].to(memory_format=torch.channels_last),
+    "bools": lambda x, call: x > 4,
+    "half": lambda x, call: x.half(),
+    "bfloat16": lambda x, call: x.bfloat16(),
+    "complex": lambda x, call: torch.complex(x, -x).conj(),
+    "a gradient": lambda x, call: x.clone().requires_grad_(),
+    "another dtype in the last": lambda x, call: x.double() / 3 if call == 2 else x / 3,
+    "another dtype in the first": lambda x, call: x.double() / 3 if call == 0 else x / 3,
+}
+KINDS = {
+    "array": lambda x, size: {"dl": x.numpy(), "batch_size": size},
+    "tensor": lambda x, size: {"dl": x, "batch_size": size},
+    "loader": lambda x, size: {"dl": DataLoader(TensorDataset(x), size)},
+    "pairs": lambda x, size: {"dl": (x, x), "batch_size": size},
+    "batches": lambda x, size: {"dl": list(x.split(size))},
+    "batches of two sizes": lambda x, size: {"dl": [*x[:2].split(1), *x[2:].split(size)]},
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 30])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ANSWERS)
+def test_predict_gives_the_outputs_of_a_bare_loop_one_after_the_other(name, kind, size):
+    x = torch.arange(20.0).reshape(10, 2)
+    given = KINDS[kind](x, size)
+    bare = Calls(ANSWERS[name])
+    batches = given["dl"] if type(given["dl"]) is list else x.split(size)
+    expected = torch.cat([bare(batch.clone()).detach() for batch in batches])
+    outputs = Model(Calls(ANSWERS[name])).predict(**given)
+    assert torch.equal(outputs, expected)
+    assert outputs.dtype == expected.dtype
+    assert not outputs.requires_grad
+    assert outputs.stride() == expected.stride()
+    assert outputs.untyped_storage().nbytes() == outputs.nbytes  # and nothing else
+
+
+def test_predict_of_arrays_has_nothing_left_to_concatenate(monkeypatch):
+    x = torch.arange(20.0).reshape(10, 2)
+    monkeypatch.setattr(torch, "cat", lambda *args: pytest.fail("outputs are copied twice"))
+    assert torch.equal(Model(nn.Identity()).predict(x, batch_size=3), x)
+
+
+def test_predict_has_each_batchs_answer_though_forward_changes_an_earlier_one():
+    class Changing(nn.Module):
+        last = torch.zeros(1)
+
+        def forward(self, x):
+            self.last.zero_()
+            self.last = x * 2
+            return self.last[:]
+
+    x = torch.arange(20.0).reshape(10, 2)
+    assert torch.equal(Model(Changing()).predict(x, batch_size=2), x * 2)
+
+
+INPUTS = {
+    "float32": lambda x: x,
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "backwards": lambda x: x[::-1],
+    "column by column": np.asfortranarray,
+    "every second row": lambda x: x[::2],
+    "float64": lambda x: x.astype(np.float64),
+    "big-endian": lambda x: x.astype(">f4"),
+}
+
+
+@pytest.mark.parametrize("size", [1, 16, 33, 1000])
+@pytest.mark.parametrize("name", INPUTS)
+def test_predict_leaves_the_array_alone_though_forward_writes_into_its_input(name, size):
+    array = INPUTS[name](np.arange(600, dtype=np.float32).reshape(200, 3))
+    before = array.copy()
+    outputs = Model(Calls(lambda x, call: x.add_(1))).predict(array, batch_size=size)
+    assert np.array_equal(array, before)
+    assert np.array_equal(outputs.numpy(), before + 1)
+
+
+def test_predict_features_that_forward_keeps_stay_as_they_were():
+    kept = []
+    x = torch.arange(40.0).reshape(20, 2)
+    Model(Calls(lambda x, call: kept.append(x) or x)).predict(x, batch_size=3)
+    assert torch.equal(torch.cat(kept), x)
 
 
 def test_predict_joins_outputs_in_a_list_one_by_one():

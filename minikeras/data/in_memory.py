@@ -169,42 +169,59 @@ def gathered(
     [[tensor([12, 10])], [tensor([11])]]
     """
     if order is None:
-        tensors = resident(tensors, tensors[0].size(0), device)
-        for start in range(0, tensors[0].size(0), batch_size):
-            yield [_slice(tensor, start, start + batch_size, device) for tensor in tensors]
+        yield from _in_order(resident(tensors, tensors[0].size(0), device), batch_size, device)
         return
     tensors = resident(tensors, len(order), device)
     order = order.to(tensors[0].device)
     rest = order
-    if len(order) >= 2 * batch_size and all(map(_is_plain, tensors)):
-        blocks_of_rows, rest, sizes = _blocks(tensors, order, batch_size)
-        for block in blocks_of_rows:
-            # Two batches share a block but no byte of it. Not `split`: its pieces are views that
-            # autograd follows, and `batch *= parameter` on one is an error. The price: a batch that
-            # is kept keeps its block, BLOCK bytes.
-            pieces = [
-                torch.unsafe_split_with_sizes(
-                    _take(tensor, block.flatten(), device), sizes * len(block)
-                )[::2]
-                for tensor in tensors
-            ]
+    batches, filler = _choose_block(tensors, batch_size)
+    if batches:
+        full = len(order) // batch_size * batch_size
+        table = torch.nn.functional.pad(order[:full].view(-1, batch_size), (0, filler))
+        rest = order[full:]
+        for block in table.split(batches) if full else ():
+            rows = block.flatten()
+            pieces = []
+            for tensor in tensors:
+                pieces.append(_cut(_take(tensor, rows, device), len(block), batch_size, filler))
             yield from map(list, zip(*pieces, strict=True))
     for rows in rest.split(batch_size) if len(rest) else ():
         yield [_take(tensor, rows, device) for tensor in tensors]
 
 
-def _blocks(
-    tensors: list[Tensor], order: Tensor, batch_size: int
-) -> tuple[tuple[Tensor, ...], Tensor, list[int]]:
-    """Cut an order into blocks of (batches, rows with filler).
+def _in_order(
+    tensors: list[Tensor], batch_size: int, device: torch.device | None
+) -> Iterator[list[Tensor]]:
+    """Yield each row once, in order: blocks of several batches are copied at once, then cut."""
+    total = tensors[0].size(0)
+    start = 0
+    batches, filler = _choose_block(tensors, batch_size)
+    while batches and start + batch_size <= total:
+        count = min(batches, (total - start) // batch_size)
+        stop = start + count * batch_size
+        pieces = []
+        for tensor in tensors:
+            block = _slice(tensor, start, stop, device)
+            if filler:
+                padded = block.new_empty((count, batch_size + filler, *block.shape[1:]))
+                padded[:, :batch_size] = block.unflatten(0, (count, batch_size))
+                block = padded.flatten(0, 1)
+            pieces.append(_cut(block, count, batch_size, filler))
+        yield from map(list, zip(*pieces, strict=True))
+        start = stop
+    for begin in range(start, total, batch_size):
+        yield [_slice(tensor, begin, begin + batch_size, device) for tensor in tensors]
 
-    Filler (row 0) lets each batch begin at a multiple of 64 bytes, as memory of its own would:
-    matrix products of the same numbers differ in the last bit from one alignment to another.
 
-    Returns:
-        The blocks, the rest of the order for batches without a block, and the rows and filler rows
-        of a batch.
+def _choose_block(tensors: list[Tensor], batch_size: int) -> tuple[int, int]:
+    """Return how many batches are copied at once, 0 for each by itself, and the rows of filler.
+
+    Filler behind the rows of a batch lets the next begin at a multiple of 64 bytes, as memory of
+    its own would: matrix products of the same numbers differ in the last bit from one alignment to
+    another.
     """
+    if not all(map(_is_plain, tensors)):
+        return 0, 0
     bytes_of_row = []
     for tensor in tensors:
         bytes_of_row.append(math.prod(tensor.shape[1:]) * tensor.element_size())
@@ -213,10 +230,19 @@ def _blocks(
     batches = BLOCK // max(1, (batch_size + filler) * sum(bytes_of_row))
     # large batches gain nothing from a block, tiny ones would be mostly filler
     if batches < 2 or filler > batch_size:
-        return (), order, []
-    full = len(order) // batch_size * batch_size
-    table = torch.nn.functional.pad(order[:full].view(-1, batch_size), (0, filler))
-    return table.split(batches), order[full:], [batch_size, filler]
+        return 0, 0
+    return batches, filler
+
+
+def _cut(block: Tensor, count: int, batch_size: int, filler: int) -> tuple[Tensor, ...]:
+    """Cut a block into its batches; two batches share the block but no byte of it.
+
+    Not by `split`: its pieces are views that autograd follows, and `batch *= parameter` on one is
+    an error. The price: a batch that is kept keeps its block, BLOCK bytes.
+    """
+    if not filler:
+        return torch.unsafe_split(block, batch_size)
+    return torch.unsafe_split_with_sizes(block, [batch_size, filler] * count)[::2]
 
 
 def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -> Tensor:
