@@ -477,7 +477,7 @@ def test_state_that_cannot_be_serialized_raises_its_error_and_is_not_said_to_be_
         raise RuntimeError("a fault of torch.save")
 
     monkeypatch.setattr(torch, "save", broken)
-    monkeypatch.setattr(snapshot.Pickler, "dump", broken)
+    monkeypatch.setattr(snapshot.StatePickler, "dump", broken)
     with pytest.raises(RuntimeError, match=r"a fault of torch\.save") as raised:
         fit(tmp_path / "run.pt")
     assert not any("The last checkpoint" in note for note in raised.value.__notes__)

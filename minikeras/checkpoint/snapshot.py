@@ -11,12 +11,12 @@ reads it. The rows of the history are pickled once, and each later save joins th
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pickle import Pickler, dumps
 from typing import Any, BinaryIO
 
 import torch
@@ -67,7 +67,7 @@ class Storage:
         self.identity = identity
 
 
-class Pickler(pickle.Pickler):
+class StatePickler(Pickler):
     """Pickle a value as torch.save does, and collect its tensors."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -141,7 +141,7 @@ def program_of(value: Any) -> bytes:
 
     Such programs may follow one another: each one stores what it repeats before it repeats it.
     """
-    return pickle.dumps(value, PROTOCOL)[2:-1]
+    return dumps(value, PROTOCOL)[2:-1]
 
 
 class Snapshot:
@@ -251,7 +251,7 @@ class Memory:
             self.rows = PickledRows(epochs)
         self.rows.extend()
         file = io.BytesIO()
-        pickler = Pickler(file)
+        pickler = StatePickler(file)
         pickler.dump(state)
         program = file.getvalue()
         if OF_PYTHON in program:
