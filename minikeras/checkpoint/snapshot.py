@@ -4,14 +4,15 @@ copy    at the save: pickle the value; its tensors go one after another into mem
         from save to save, so the system need not give new pages to each copy
 write   in a thread: the pickle and the bytes of each tensor become the entries of a zip file
 
-torch.save does both at once and needs more Python for each value. The file is the same: torch.load
-reads it. The rows of the history are pickled once, and each later save joins their bytes.
+torch.save does both at once, and runs more Python for each value. The file has the same format:
+torch.load reads it. Each row of the history is pickled once; a later save joins their bytes.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ NAMED = (REBUILD, OrderedDict, Counter, torch.Size, torch.device, *STORAGES.valu
 # how a pickle names classes of Python such as `set` and `frozenset`; some are not plain
 OF_PYTHON = b"c__builtin__\n"
 
+BYTE_ORDER = sys.byteorder.encode()
 ALIGNMENT = 64  # bytes; torch.save aligns tensors to this as well
 LARGEST = 2**32 - 2**20  # bytes of a zip file whose numbers have 32 bits
 LOCAL = struct.Struct("<4s5H3L2H")
@@ -193,9 +195,6 @@ class Snapshot:
         yield b"archive/version", b"3\n"
 
 
-BYTE_ORDER = b"little" if struct.pack("=H", 1)[0] else b"big"
-
-
 def build_directory(entries: list[tuple[bytes, int, int, int]], position: int) -> bytes:
     """Build the end of a zip file: the list of its entries.
 
@@ -226,7 +225,8 @@ def build_directory(entries: list[tuple[bytes, int, int, int]], position: int) -
         )
         directory += name
     count = len(entries)
-    return directory + END.pack(b"PK\5\6", 0, 0, count, count, len(directory), position, 0)
+    end = END.pack(b"PK\5\6", 0, 0, count, count, len(directory), position, 0)
+    return bytes(directory) + end
 
 
 class Memory:
@@ -278,7 +278,7 @@ class Memory:
             if memory is None or memory.numel() < total:
                 memory = self.flat[dtype] = torch.empty(total, dtype=dtype)
             torch.cat(flat, out=memory[:total])
-            content = memoryview(memory.view(torch.uint8).numpy())
+            content = memory.view(torch.uint8).numpy().data
             begin = 0
             for number in of_dtype:
                 end = begin + tensors[number].numel() * dtype.itemsize
