@@ -1,7 +1,7 @@
 """Save and restore the random state of a run: Python, NumPy, torch, device, data, callbacks.
 
-states    return all random states
-pack      make them small and quick to write to a file
+states    return all random states as plain values, for a file
+pack      make them small and quick to write
 restore   set them again
 reseed    seed the global generators
 """
@@ -64,13 +64,13 @@ class Randomness:
         self.attributes = PlainAttributes(find_counters(counted or {}, (*without, *uncounted)))
 
     def states(self) -> dict[str, Any]:
-        """Return all states as plain values, and arrays."""
+        """Return all states as plain values."""
         generators = {}
         for name, generator in self.generators.items():
             generators[name] = state_of(generator)
         return {
             "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False),
+            "numpy": to_lists(np.random.get_state(legacy=False)),
             "torch": torch.get_rng_state(),
             "device": device_states(self.device),
             "generators": generators,
