@@ -16,7 +16,7 @@ from helpers.models import compiled, points
 from torch.utils.data import DataLoader, TensorDataset
 
 from minikeras import Callback, CheckpointError, LambdaCallback
-from minikeras.checkpoint import background
+from minikeras.checkpoint import background, snapshot
 from minikeras.checkpoint.file import previous, read
 from minikeras.checkpoint.state import Checkpoint
 from minikeras.support import atomic
@@ -292,7 +292,7 @@ def test_without_memory_for_a_copy_the_file_is_written_at_once(tmp_path, monkeyp
             raise MemoryError
 
     positions = []
-    monkeypatch.setattr(background, "io", SimpleNamespace(BytesIO=Small))
+    monkeypatch.setattr(snapshot, "io", SimpleNamespace(BytesIO=Small))
     look = Counts({(2, 1): lambda: positions.append(position(tmp_path / "run.pt"))})
     fit(tmp_path / "run.pt", callbacks=[look])
     assert positions == [(2, 0)]
@@ -477,6 +477,7 @@ def test_state_that_cannot_be_serialized_raises_its_error_and_is_not_said_to_be_
         raise RuntimeError("a fault of torch.save")
 
     monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(snapshot.StatePickler, "dump", broken)
     with pytest.raises(RuntimeError, match=r"a fault of torch\.save") as raised:
         fit(tmp_path / "run.pt")
     assert not any("The last checkpoint" in note for note in raised.value.__notes__)

@@ -8,6 +8,7 @@ plain.py      plain values: what can be read without running code
 matching.py   check that the state in a file fits this run
 weights.py    model.save, model.load
 state.py      fit(checkpoint=...): the state of a run, a hook of the fit
+snapshot.py   copy the state into memory, and write the copy as a file of torch.save's format
 background.py write a file in a thread while the fit goes on
 fits.py       which fit of this process a file belongs to
 position.py   the position in an iteration of batches, and how to resume from it

@@ -1,13 +1,13 @@
-"""Write a value to a file while the training goes on.
+"""Write the state of a run to a file while the training goes on.
 
 the fit                                        the thread of the fit
-serializes the value into memory
-goes on and changes the value                  writes the memory to the file, atomically
+copies the state into memory
+goes on and changes the state                  writes the memory to the file, atomically
 waits for the end of the write
 
-A file never mixes two states, since the fit itself takes the copy. The thread calls the system
-alone, and nothing of torch: a process that is forked meanwhile, as a DataLoader with workers does,
-inherits no lock of torch that is taken.
+A file never mixes two states, since the fit itself takes the copy. The thread calls zlib and the
+system alone, and nothing of torch: a process that is forked meanwhile, as a DataLoader with workers
+does, inherits no lock of torch that is taken.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from minikeras.checkpoint.plain import plain
+from minikeras.checkpoint.snapshot import Memory, UnusualError
 from minikeras.support.atomic import write
 
 THREAD = "minikeras save"  # its name
+BUFFERED = 2**16  # bytes: a small file is one call of the system
 UNDER_WAY: set[BackgroundWrite] = set()
 
 
@@ -33,34 +37,59 @@ class BackgroundWrites:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._executor: Executor | None = None
+        # the copies, which are kept from save to save: a save waits for the end of the last one
+        self._memory = Memory()
+        self._file_in_memory = io.BytesIO()
+        self._is_plain = True  # states hold plain values alone, as far as has been seen
 
-    def start(self, path: Path, value: Any, *, keep: bool) -> BackgroundWrite:
-        """Copy a value, and begin to write it; it may change from then on.
+    def start(self, path: Path, state: dict[str, Any], *, keep: bool) -> BackgroundWrite:
+        """Copy the state of a run, and begin to write it; it may change from then on.
 
-        What a signal handler raises meanwhile is raised here: in C++ torch.save only calls the
-        methods of `BytesIO`, which are C and run no handler.
+        The last write must have ended.
 
         Args:
             path: the file.
-            value: plain values.
+            state: the state, with "history".
             keep: whether an existing file becomes NAME.prev.
 
         Raises:
             RuntimeError, MemoryError: there is no memory for a copy, or no thread. Nothing is
                 written.
+            TypeError: it holds something that is not plain.
         """
-        memory = io.BytesIO()
-        torch.save(value, memory)
+        write_copy = self._copy(state)
         if self._executor is None:
             # Python waits for it when it ends, so a state that a fit has saved is written.
             self._executor = ThreadPoolExecutor(1, THREAD)
-        return BackgroundWrite(self._executor, path, memory, keep)
+        return BackgroundWrite(self._executor, path, write_copy, keep)
+
+    def _copy(self, state: dict[str, Any]) -> Callable[[BinaryIO], Any]:
+        """Copy a state, and return a function that writes the copy to an open file."""
+        rest = dict(state)
+        epochs = rest.pop("history")
+        if self._is_plain:
+            try:
+                return self._memory.copy(rest, epochs).write
+            except UnusualError:
+                self._is_plain = False
+        rest = plain(rest, "the state of the run")
+        with contextlib.suppress(UnusualError):
+            return self._memory.copy(rest, epochs).write
+        # What a signal handler raises meanwhile is raised here: in C++ torch.save only calls the
+        # methods of `BytesIO`, which are C and run no handler.
+        file_in_memory = self._file_in_memory
+        file_in_memory.seek(0)
+        torch.save(rest | {"history": plain(epochs, "the history")}, file_in_memory)
+        file_in_memory.truncate()
+        return lambda file: file.write(file_in_memory.getbuffer())
 
     def close(self) -> None:
         """End the thread, once it has written all files."""
         if self._executor is not None and self.process == os.getpid():
             self._executor.shutdown()
         self._executor = None
+        self._memory = Memory()
+        self._file_in_memory = io.BytesIO()
 
 
 class BackgroundWrite:
@@ -69,21 +98,23 @@ class BackgroundWrite:
     Args:
         executor: of the thread.
         path: the file.
-        memory: its bytes.
+        write_copy: writes the copy to an open file.
         keep: whether an existing file becomes NAME.prev.
     """
 
-    def __init__(self, executor: Executor, path: Path, memory: io.BytesIO, keep: bool) -> None:
+    def __init__(
+        self, executor: Executor, path: Path, write_copy: Callable[[BinaryIO], Any], keep: bool
+    ) -> None:
         self.process = os.getpid()
         self._is_stopped = False
-        self._future: Future[None] = executor.submit(self._write, path, memory, keep)
+        self._future: Future[None] = executor.submit(self._write, path, write_copy, keep)
         UNDER_WAY.add(self)
         self._future.add_done_callback(lambda future: UNDER_WAY.discard(self))
 
-    def _write(self, path: Path, memory: io.BytesIO, keep: bool) -> None:
+    def _write(self, path: Path, write_copy: Callable[[BinaryIO], Any], keep: bool) -> None:
         def dump(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                file.write(memory.getbuffer())
+            with open(temporary, "wb", BUFFERED) as file:
+                write_copy(file)
             if self._is_stopped:
                 raise InterruptedError("a signal has ended the writing of the file")
 

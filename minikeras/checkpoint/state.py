@@ -108,6 +108,7 @@ class Checkpoint(Hook):
         self.saving: Saving | None = None  # the last save, until it is known whether it succeeded
         # the state of an epoch that is resumed in its middle, until its on_epoch_begin is over
         self.resumed_state: Any = None
+        self.is_divided = False  # several processes train, or each tensor may be in several parts
         self.interruptions = Interruptions()
 
     # --- before a fit -----------------------------------------------------------------------------
@@ -326,6 +327,8 @@ class Checkpoint(Hook):
         """
         self.callbacks = callbacks
         self.say = say
+        parameters = self.model.parameters()
+        self.is_divided = self.run.world.size > 1 or any(map(is_sharded, parameters))
         self._note_groups()
         self._check_plain()
         if self.state is None:
@@ -620,9 +623,14 @@ class Checkpoint(Hook):
         self.finish()
         if not self.run.allows_writing(self.path, with_state=True):
             return
-        state = plain(self._state(at), "the state of the run")
+        state = self._state(at)
         saving = Saving(f"epoch {at.epoch}, step {at.step}", at.step)
-        self._write(saving, state, wait=wait or last)
+        if not (wait or last or self.is_divided):
+            # without memory for a copy, write the file now: that needs none
+            with contextlib.suppress(MemoryError, RuntimeError):
+                saving.thread = self.writes.start(self.place, state, keep=self.whole)
+        if saving.thread is None:
+            self._write(saving, plain(state, "the state of the run"), wait=wait or last)
         self.saving = saving
         if wait or last:
             self.finish(last)
@@ -695,8 +703,7 @@ class Checkpoint(Hook):
                 state["parts"] = save_parts(folder, parts, self.run.world)
             if not self.model.is_main_process:
                 return
-            if not parts and not wait:
-                # without memory for a copy, write the file now: that needs none
+            if not parts and not wait and self.is_divided:
                 with contextlib.suppress(MemoryError, RuntimeError):
                     saving.thread = self.writes.start(path, state, keep=self.whole)
                     return
@@ -743,6 +750,9 @@ class Checkpoint(Hook):
                 "names": group_names(optimizer, model, loss),
             }
         of_process = self._of_process()
+        states_of_callbacks = {}
+        for name, callback in named(self.callbacks):
+            states_of_callbacks[name] = callback.state_dict()
         state = {
             RUN: VERSION,
             "first": self.first,
@@ -761,7 +771,7 @@ class Checkpoint(Hook):
             "buffers": buffers_beside(model, weights),
             "loss": {},
             "optimizers": optimizers,
-            "callbacks": {name: callback.state_dict() for name, callback in named(self.callbacks)},
+            "callbacks": plain(states_of_callbacks, "callbacks"),
             **of_process,
         }
         if isinstance(loss, nn.Module):
@@ -781,8 +791,8 @@ class Checkpoint(Hook):
             "optimizer_steps": stepper.named_steps(),
             "graphs": self.run.engine.state_dict(),
             "totals": self.run.train.totals.state_dict(),
-            "random": pack(self.random or self.randomness.states()),
-            "train": self.train.position(),
+            "random": plain(pack(self.random or self.randomness.states()), "random states"),
+            "train": plain(self.train.position(), "the position of dl_train"),
         }
 
     def _of_ranks(self, world: OneProcess, of_process: dict[str, Any]) -> dict[str, Any]:
