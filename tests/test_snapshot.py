@@ -10,7 +10,7 @@ import torch
 from helpers.models import compiled, points
 
 from minikeras import CheckpointError, LambdaCallback
-from minikeras.checkpoint import background, snapshot
+from minikeras.checkpoint import snapshot
 from minikeras.checkpoint.background import BackgroundWrites
 from minikeras.checkpoint.file import read
 from minikeras.checkpoint.snapshot import Memory
@@ -142,13 +142,14 @@ def test_value_that_no_file_can_hold_is_an_error(value, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_state_too_large_for_the_zip_file_is_written_by_torch(monkeypatch, tmp_path):
-    monkeypatch.setattr(snapshot, "LARGEST", 1000)
-    saved = []
-    save = torch.save
-    monkeypatch.setattr(background.torch, "save", lambda *args: [saved.append(1), save(*args)])
-    found = in_background(tmp_path / "run.pt", {"value": torch.ones(1000)})
-    assert (len(saved), found["value"].sum().item()) == (1, 1000)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_large_file_is_read_with_its_numbers_of_64_bits(mmap, monkeypatch, tmp_path):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)  # instead of 2 GB
+    value = {"first": torch.arange(1000), "second": torch.arange(5.0)}
+    write(tmp_path / "run.pt", Memory().copy(value, [ROW]))
+    found = torch.load(tmp_path / "run.pt", weights_only=True, mmap=mmap)
+    assert torch.equal(found["first"], value["first"])
+    assert torch.equal(found["second"], value["second"])
 
 
 def test_no_byte_can_change_unnoticed(tmp_path):

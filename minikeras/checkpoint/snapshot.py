@@ -13,12 +13,12 @@ from __future__ import annotations
 import io
 import struct
 import sys
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pickle import Pickler, dumps
 from typing import Any, BinaryIO
+from zipfile import ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
@@ -47,15 +47,10 @@ NAMED = (REBUILD, OrderedDict, Counter, torch.Size, torch.device, *STORAGES.valu
 # how a pickle names classes of Python such as `set` and `frozenset`; some are not plain
 OF_PYTHON = b"c__builtin__\n"
 
-BYTE_ORDER = sys.byteorder.encode()
 ALIGNMENT = 64  # bytes; torch.save aligns tensors to this as well
-LARGEST = 2**32 - 2**20  # bytes of a zip file whose numbers have 32 bits
-LOCAL = struct.Struct("<4s5H3L2H")
-CENTRAL = struct.Struct("<4s6H3L5H2L")
-END = struct.Struct("<4s4H2LH")
-PADDING = struct.Struct("<2sH")
-ZIP_VERSION = 20
-DATE = (1 << 5) | 1  # 1980-01-01, the first day that a zip file knows
+HEADER = 30  # bytes of an entry before its name
+PADDING = struct.Struct("<2sH")  # what an extra field begins with: its name and length
+FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # that a zip file knows, as torch.save writes it
 
 
 class UnusualError(Exception):
@@ -160,73 +155,21 @@ class Snapshot:
 
     def write(self, file: BinaryIO) -> None:
         """Write the copy to a file, as a zip file that torch.load reads."""
-        entries = []
-        position = 0
-        for name, data in self._records():
-            size = len(data)
-            checksum = zlib.crc32(data)
-            padding = -(position + LOCAL.size + len(name) + PADDING.size) % ALIGNMENT
-            header = LOCAL.pack(
-                b"PK\3\4",
-                ZIP_VERSION,
-                0,
-                0,
-                0,
-                DATE,
-                checksum,
-                size,
-                size,
-                len(name),
-                PADDING.size + padding,
-            )
-            header += name + PADDING.pack(b"FB", padding) + bytes(padding)
-            entries.append((name, checksum, size, position))
-            file.write(header)
-            file.write(data)
-            position += len(header) + size
-        file.write(build_directory(entries, position))
+        with ZipFile(file, "w") as archive:
+            for name, data in self._records():
+                info = ZipInfo(name, FIRST_DAY)
+                header = HEADER + len(name) + PADDING.size
+                padding = -(file.tell() + header) % ALIGNMENT
+                info.extra = PADDING.pack(b"FB", padding) + bytes(padding)
+                archive.writestr(info, data)
 
-    def _records(self) -> Iterator[tuple[bytes, Any]]:
+    def _records(self) -> Iterator[tuple[str, Any]]:
         """Yield the name and the bytes of each entry."""
-        yield b"archive/data.pkl", self.program
-        yield b"archive/byteorder", BYTE_ORDER
+        yield "archive/data.pkl", self.program
+        yield "archive/byteorder", sys.byteorder.encode()
         for number, part in enumerate(self.parts):
-            yield b"archive/data/%d" % number, part
-        yield b"archive/version", b"3\n"
-
-
-def build_directory(entries: list[tuple[bytes, int, int, int]], position: int) -> bytes:
-    """Build the end of a zip file: the list of its entries.
-
-    Args:
-        entries: of each its name, checksum, size and position.
-        position: where the list begins.
-    """
-    directory = bytearray()
-    for name, checksum, size, begin in entries:
-        directory += CENTRAL.pack(
-            b"PK\1\2",
-            ZIP_VERSION,
-            ZIP_VERSION,
-            0,
-            0,
-            0,
-            DATE,
-            checksum,
-            size,
-            size,
-            len(name),
-            0,
-            0,
-            0,
-            0,
-            0,
-            begin,
-        )
-        directory += name
-    count = len(entries)
-    end = END.pack(b"PK\5\6", 0, 0, count, count, len(directory), position, 0)
-    return bytes(directory) + end
+            yield f"archive/data/{number}", part
+        yield "archive/version", b"3\n"
 
 
 class Memory:
@@ -260,8 +203,6 @@ class Memory:
         # the dict is on the stack: add the list of rows to it as "history", and stop
         rows = b"(" + program_of("history") + b"](" + self.rows.program + b"eu."
         program = program[:-1] + rows
-        if len(program) + sum(map(len, parts)) > LARGEST:
-            raise UnusualError("a file of 4 GB or more")
         return Snapshot(program, parts)
 
     @torch.no_grad()
