@@ -76,9 +76,9 @@ class OptimizerTwin:
                     return False
                 self.rates[number] = rate
                 self.copy.param_groups[number]["lr"].fill_(rate)
-            for key, value in self.settings[number]:
-                if group[key] is not value and group[key] != value:
-                    return False
+            names, values = self.settings[number]
+            if list(map(group.get, names)) != values:
+                return False
         return True
 
     def read(self) -> bool:
@@ -171,9 +171,10 @@ class OptimizerTwin:
         self.taken = 0
 
 
-def settings_of(group: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the settings of a group that are part of a graph's code."""
-    return [(key, value) for key, value in group.items() if key not in ("params", "lr")]
+def settings_of(group: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """Return the settings of a group that are part of a graph's code: names and values."""
+    names = [name for name in group if name not in ("params", "lr")]
+    return names, [group[name] for name in names]
 
 
 def prepare_for_graph(group: dict[str, Any]) -> None:
