@@ -1,7 +1,8 @@
 """What all processes must have in common, compared before a weight moves and after each epoch.
 
     meet                    at the beginning of fit, evaluate, predict, save, export: the verb, the
-                            model, loss, metrics, optimizers, arguments, data, and the weights
+                            model, loss, metrics, optimizers, arguments, data, and the weights;
+                            buffers may differ, and then all use those of rank 0
     code_of_..., check_...  during a fit: learning rates, what is frozen, and the weights
 
 If all is well, one small message is exchanged: a checksum of everything. If the checksums differ,
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.distributed.channel import by_value, count_verb, verbs_met
+from minikeras.distributed.channel import VERBS, by_value, count_verb, verbs_met
 from minikeras.nests import is_sharded
+from minikeras.run import buffers_of, remember_buffers
 from minikeras.sources import find_length
 
 if TYPE_CHECKING:
@@ -39,25 +41,31 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, Any]) -> None:
     """Compare what the processes are about to do; number the call, as all of them do.
 
+    Buffers differ in the middle of an epoch, and after a fit that has failed: in training each
+    process counts its own rows in them. Then all use those of rank 0.
+
     Raises:
         ValueError: something differs; the message names what, and in which process.
     """
     facts = facts_of(model, run, given)
     sums: list[int] = []
+    sums_of_buffers: list[int] = []
     if run is not None:
         facts["compiled since the last call"] = str(not world.has_shared)
-        if world.has_shared:  # else all get the weights of rank 0 now
+        if world.has_shared:  # else all get the weights and buffers of rank 0 now
             sums = weight_sums(model, run)
+            sums_of_buffers = buffer_sums(model, run)
     data = divided_data(given)
     numbers: list[float] = []
     for code in (
         checksum_of(facts),
         zlib.crc32(repr(sums).encode()),
         zlib.crc32(repr([source.code() for source in data.values()]).encode()),
+        zlib.crc32(repr(sums_of_buffers).encode()),
     ):
         numbers += code, -code
     most = world.agree(*numbers, verbs_met() + 1, about="beginning")
-    count_verb(world.channel, most[6])
+    count_verb(world.channel, most[8])
     if most[0] != -most[1]:
         raise_difference(world, facts)
     if run is not None and most[2] != -most[3]:
@@ -65,6 +73,18 @@ def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, An
     if most[4] != -most[5]:
         for name, source in data.items():
             source.check_same(name)
+    if run is not None and most[6] != -most[7]:
+        share_buffers(world, model, run)
+
+
+def share_buffers(world: World, model: nn.Module, run: Run) -> None:
+    """Give all processes the buffers of rank 0; in a fit only until the current call ends.
+
+    A callback may evaluate in the middle of an epoch, which must not change the training.
+    """
+    if run.fit is not None:
+        VERBS[-1].put_back = remember_buffers(model, run.loss_func)
+    world.share(buffers_of(model, run.loss_func))
 
 
 def divided_data(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +265,7 @@ def checksum_of(facts: Facts) -> int:
 def named_weights(model: nn.Module, run: Run) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters that each process has whole, of the model and of the loss.
 
-    No buffers: each process counts its own rows in them, until an epoch's end sends rank 0's.
+    No buffers: each process counts its own rows in them, until the end of the training pass.
     """
     named = [("", model)]
     if isinstance(run.loss_func, nn.Module):
@@ -265,10 +285,29 @@ def weight_sums(model: nn.Module, run: Run) -> list[int]:
     """Return the sum of the bits of each parameter, as integers; the device is waited for once."""
     sums = []
     for _, parameter in named_weights(model, run):
-        numbers = parameter.detach()
-        if numbers.is_complex():
-            numbers = torch.view_as_real(numbers)
-        sums.append(as_integers(numbers).sum(dtype=torch.int64))
+        sums.append(as_integers(parameter).sum(dtype=torch.int64))
+    return read_sums(sums)
+
+
+@torch.no_grad()
+def buffer_sums(model: nn.Module, run: Run) -> list[int]:
+    """Return the sum of the bits of each buffer, each times its place, as integers.
+
+    Without the places two buffers that count the same number of rows would look alike.
+    """
+    sums = []
+    for buffer in buffers_of(model, run.loss_func):
+        is_plain = buffer.layout is torch.strided and not buffer.is_quantized
+        if not is_plain or buffer.is_nested or is_sharded(buffer) or is_lazy(buffer):
+            continue
+        bits = as_integers(buffer).reshape(-1)
+        places = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums.append((bits * places).sum())
+    return read_sums(sums)
+
+
+def read_sums(sums: list[Tensor]) -> list[int]:
+    """Return sums as plain integers; the device is waited for once."""
     if not sums:
         return []
     found: list[int] = torch.stack([value.to(sums[0].device) for value in sums]).tolist()
@@ -277,6 +316,9 @@ def weight_sums(model: nn.Module, run: Run) -> list[int]:
 
 def as_integers(numbers: Tensor) -> Tensor:
     """Return the bits of numbers as integers, of 8 bytes where that goes: the fastest to add."""
+    numbers = numbers.detach()
+    if numbers.is_complex():
+        numbers = torch.view_as_real(numbers)
     size = numbers.element_size()
     if size not in INTEGERS or numbers.dtype == torch.bool:
         return numbers
