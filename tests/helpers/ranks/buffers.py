@@ -112,7 +112,7 @@ class Parts(IterableDataset):
     """Two batches in one process, and four in the others."""
 
     def __init__(self, short):
-        self.count = 2 if RANK == short else 4
+        self.count = 2 if short == RANK else 4
 
     def __iter__(self):
         for number in range(self.count):
