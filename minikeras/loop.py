@@ -44,7 +44,7 @@ from minikeras.hooks import Fit, Hook, Position
 from minikeras.modes import keep_modes, record_gradients
 from minikeras.phase import NO_BATCH, FillerBatch, Phase
 from minikeras.results import Result
-from minikeras.run import Run
+from minikeras.run import Run, remember_buffers
 from minikeras.sources import make_empty_error
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def run_pass(
             is_filler = isinstance(given, FillerBatch)
             if is_filler:  # repeated to keep in step with other processes: counts for nothing
                 given = given.batch
+                put_back = remember_buffers(run.engine.model, run.loss_func)
             features, labels, sample_weight, rows = move_to_device(given, run.device, split_batch)
             batch = phase.take(number, features, labels, sample_weight, is_filler, rows)
             phase.checks.batch(step, batch)
@@ -180,6 +181,8 @@ def run_pass(
                 results = step(features, labels)
             else:
                 results = step(features, labels, sample_weight)
+            if is_filler:
+                put_back()
             if results is WAITING:  # for other batches, to go through a graph together
                 continue
             phase.add(step, results)

@@ -154,3 +154,33 @@ def parameters_of(model: nn.Module, loss_func: Any) -> list[nn.Parameter]:
     if isinstance(loss_func, nn.Module):
         parameters += loss_func.parameters()
     return list(dict.fromkeys(parameters))
+
+
+def buffers_of(model: nn.Module, loss_func: Any) -> list[Tensor]:
+    """The buffers of a model and of its loss, each once."""
+    buffers = list(model.buffers())
+    if isinstance(loss_func, nn.Module):
+        buffers += loss_func.buffers()
+    return list(dict.fromkeys(buffers))
+
+
+def remember_buffers(model: nn.Module, loss_func: Any) -> Callable[[], None]:
+    """Return a function that puts the buffers of a model and of its loss back.
+
+    They are the same tensors again, also if forward has assigned others.
+    """
+    modules = list(model.modules())
+    if isinstance(loss_func, nn.Module):
+        modules += loss_func.modules()
+    before = []
+    for module in dict.fromkeys(modules):
+        for name, buffer in module.named_buffers(recurse=False):
+            before.append((module, name, buffer, buffer.detach().clone()))
+
+    def put_back() -> None:
+        for module, name, buffer, numbers in before:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            buffer.detach().copy_(numbers)
+
+    return put_back

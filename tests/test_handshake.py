@@ -7,6 +7,9 @@ from helpers.launch import launch_cases
 from helpers.ranks import agreement
 from helpers.ranks.planted import DURING, PLANTED
 
+import minikeras
+from minikeras.distributed.handshake import buffer_sums
+
 CASES = [
     "planted",
     "agreements",
@@ -16,6 +19,11 @@ CASES = [
     "followed",
     "local_files",
     "group_created_again",
+    "stepped_differently",
+    "caught_and_called",
+    "buffers_inside_a_fit",
+    "buffers_after_a_failed_fit",
+    "buffers_of_fillers",
 ]
 
 
@@ -132,7 +140,89 @@ def test_agreement_on_a_checkpoint_refuses_files_that_differ(agreed):
         ) in older
 
 
+# --- buffers, in which each process counts its own rows -------------------------------------------
+
+
+def test_buffers_in_a_callback_are_those_of_rank_0_for_that_call_alone(agreed):
+    first, last = (found["calls"] for found in agreed["buffers_inside_a_fit"])
+    assert len(first["called"]) == 8
+    for number, own in enumerate(first["own"]):
+        torch.testing.assert_close(first["called"][number], own)
+        torch.testing.assert_close(last["called"][number], own)
+        assert not torch.equal(last["own"][number][0], own[0])  # the case is what it says
+    for found in agreed["buffers_inside_a_fit"]:
+        for name in ("buffers", "weights", "after"):
+            assert_bits(found["calls"][name], found["none"][name])
+
+
+def test_buffers_of_model_and_loss_are_those_of_rank_0_after_a_fit(agreed):
+    first, last = agreed["buffers_inside_a_fit"]
+    assert_bits(first["none"]["after"], first["none"]["buffers"][-1])
+    assert_bits(last["none"]["after"], first["none"]["after"])
+
+
+def test_buffers_after_a_fit_that_raised_are_those_of_rank_0(agreed):
+    first, last = agreed["buffers_after_a_failed_fit"]
+    assert not torch.equal(first["before"][0], last["before"][0])
+    for found in (first, last):
+        torch.testing.assert_close(found["called"], first["own"])
+        assert_bits(found["after"], first["before"])
+
+
+def test_buffers_do_not_count_the_batch_that_a_process_repeats(agreed):
+    for first, last in zip(*agreed["buffers_of_fillers"], strict=True):
+        torch.testing.assert_close(first["found"], first["expected"])
+        torch.testing.assert_close(last["found"], last["expected"])
+        assert_bits(first["after"], first["found"])
+        assert_bits(last["after"], first["found"])
+
+
+def test_buffers_that_count_as_many_rows_of_other_kinds_have_other_checksums():
+    sums = []
+    for counts in ([3, 5, 0], [5, 3, 0], [3, 5, 0]):
+        model = minikeras.Model(torch.nn.Linear(2, 1))
+        model.register_buffer("counts", torch.tensor(counts))
+        model.compile(torch.nn.MSELoss(), device="cpu")
+        sums.append(buffer_sums(model, model._run))
+    assert sums[0] == sums[2] != sums[1]
+
+
+def assert_bits(one, other):
+    """Check that nested lists of tensors are bit-for-bit identical."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 # --- a process that does not answer ---------------------------------------------------------------
+
+
+def test_step_of_one_process_alone_is_told_as_such(agreed):
+    remedy = (
+        "optimizer_step adds up the gradients of all processes, so it must be called equally often "
+        "in every process. The loss and the rows of a batch differ between processes: skip or "
+        "repeat optimizer_step by a number that all have, such as the batch's number."
+    )
+    begin = "train_step calls optimizer_step more often in one process than in another"
+    for said in agreed["stepped_differently"]:
+        assert said == [
+            f"{begin}: fit (optimizer_step) in process 0, fit (end of a batch) in process 1. "
+            f"{remedy}",
+            f"{begin}: fit (end of a batch) in process 0, fit (optimizer_step) in process 1. "
+            f"{remedy}",
+        ]
+
+
+def test_error_that_one_process_catches_is_quoted_if_it_calls_the_next_verb(agreed):
+    errors = ["ValueError: epoch of mine", "KeyboardInterrupt", "OSError: disk of mine"]
+    places = ["end of an epoch", "end of a batch", "1 numbers"]
+    expected = []
+    for error, place in zip(errors, places, strict=True):
+        expected.append(
+            f"process 1 has left fit with {error}. So the processes are in different calls now: "
+            f"fit ({place}) in process 0, evaluate (beginning) in process 1. Mend that error, and "
+            "start all processes again."
+        )
+    for said in agreed["caught_and_called"]:
+        assert said == expected
 
 
 def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_path):

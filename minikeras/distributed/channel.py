@@ -25,6 +25,7 @@ import contextlib
 import io
 import pickle
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -39,14 +40,23 @@ NUMBERS = 16  # in one message
 VALUE = 20_480  # bytes of a value of rank 0 in it, enough for the states of random generators
 FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
 LAST_LOOK = 4.0  # seconds between two looks at most
-LONGEST_PLACE = 500  # bytes of the name of a place
+LONGEST_PLACE = 200  # characters of the names of running verbs
 LONGEST_ERROR = 500  # characters of another process's error
+LONGEST_REASON = 700  # characters of why another process does not answer
+LARGEST_PLACE = 8_192  # bytes of a place and a reason, packed
+OPTIMIZER_STEP = "optimizer_step"  # what the message of a custom step is about
 
 REMEDY = (
     "All processes must make the same calls of fit, evaluate, predict, save and export, in the "
     "same order. Call them in every process, and not only `if model.is_main_process`: rank 0 alone "
     "prints and writes files anyway."
 )
+REMEDY_OF_STEPS = (
+    "optimizer_step adds up the gradients of all processes, so it must be called equally often in "
+    "every process. The loss and the rows of a batch differ between processes: skip or repeat "
+    "optimizer_step by a number that all have, such as the batch's number."
+)
+RESTART = "Mend that error, and start all processes again."
 ADVICE = (
     "Look for its error message first. Processes must make the same calls of fit, evaluate, "
     "predict and save. For a longer timeout call torch.distributed.init_process_group(timeout=...) "
@@ -62,6 +72,7 @@ class Verb:
     name: str
     number: int = 0  # the same in all processes, once they have met
     channel: Channel | None = None  # by which they have met
+    put_back: Callable[[], None] | None = None  # what is replaced for this call alone
 
     def tell_left(self, error: BaseException) -> None:
         """Note that an error ends it in this process, which will not answer in it any more."""
@@ -234,15 +245,25 @@ class Channel:
             self.wait(self.dist.gather(packed, parts, 0, group=self.group, async_op=True))
         return parts
 
-    def explain_other_places(self, about: str) -> None:
+    def explain_other_places(self, about: str) -> NoReturn:
         """Say which process is where; all know that they are in different places."""
-        place = f"{describe_verbs()} ({about})".encode()[:LONGEST_PLACE]
-        padding = torch.zeros(LONGEST_PLACE - len(place), dtype=torch.uint8)
-        packed = torch.cat([torch.frombuffer(bytearray(place), dtype=torch.uint8), padding])
-        places = []
-        for part in self._gather(packed, everywhere=True) or []:
-            places.append(part.numpy().tobytes().rstrip(b"\0").decode(errors="replace"))
-        raise OutOfStep(f"the processes are in different calls: {by_value(places)}. {REMEDY}")
+        own = [describe_verbs()[:LONGEST_PLACE], about, self.find_reason()[:LONGEST_REASON]]
+        packed = pack(own)
+        padding = torch.zeros(LARGEST_PLACE - len(packed), dtype=torch.uint8)
+        message = torch.cat([torch.frombuffer(bytearray(packed), dtype=torch.uint8), padding])
+        found = [unpack(part.numpy().tobytes()) for part in self._gather(message, True) or []]
+        verbs, abouts, reasons = zip(*found, strict=True)
+        places = by_value([f"{verb} ({what})" for verb, what, _ in found])
+        for reason in filter(None, reasons):
+            raise OutOfStep(
+                f"{reason}. So the processes are in different calls now: {places}. {RESTART}"
+            )
+        if len(set(verbs)) == 1 and OPTIMIZER_STEP in abouts:
+            raise OutOfStep(
+                f"train_step calls optimizer_step more often in one process than in another: "
+                f"{places}. {REMEDY_OF_STEPS}"
+            )
+        raise OutOfStep(f"the processes are in different calls: {places}. {REMEDY}")
 
     # --- waiting ----------------------------------------------------------------------------------
 
@@ -285,8 +306,7 @@ class Channel:
         reason = self.find_reason()
         if reason:
             self.give_up(
-                f"process {self.rank} of {self.size} waits for the others, and {reason}. Mend that "
-                "error, and start all processes again.",
+                f"process {self.rank} of {self.size} waits for the others, and {reason}. {RESTART}",
                 reason,
             )
         own = [self.messages, self.sums, int(for_sum), describe_verbs()]

@@ -1,7 +1,8 @@
 """What all processes must have in common, compared before a weight moves and after each epoch.
 
     meet                    at the beginning of fit, evaluate, predict, save, export: the verb, the
-                            model, loss, metrics, optimizers, arguments, data, and the weights
+                            model, loss, metrics, optimizers, arguments, data, and the weights;
+                            buffers may differ, and then all use those of rank 0
     code_of_..., check_...  during a fit: learning rates, what is frozen, and the weights
 
 If all is well, one small message is exchanged: a checksum of everything. If the checksums differ,
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minikeras.distributed.channel import by_value, count_verb, verbs_met
+from minikeras.distributed.channel import VERBS, by_value, count_verb, verbs_met
 from minikeras.nests import is_sharded
+from minikeras.run import buffers_of, remember_buffers
 from minikeras.sources import find_length
 
 if TYPE_CHECKING:
@@ -40,25 +42,31 @@ BLOCKS = 4093  # of a parameter's bits, in a checksum of it
 def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, Any]) -> None:
     """Compare what the processes are about to do; number the call, as all of them do.
 
+    Buffers differ in the middle of an epoch, and after a fit that has failed: in training each
+    process counts its own rows in them. Then all use those of rank 0.
+
     Raises:
         ValueError: something differs; the message names what, and in which process.
     """
     facts = facts_of(model, run, given)
     sums: list[int] = []
+    sums_of_buffers: list[int] = []
     if run is not None:
         facts["compiled since the last call"] = str(not world.has_shared)
-        if world.has_shared:  # else all get the weights of rank 0 now
+        if world.has_shared:  # else all get the weights and buffers of rank 0 now
             sums = weight_sums(model, run)
+            sums_of_buffers = buffer_sums(model, run)
     data = divided_data(given)
     numbers: list[float] = []
     for code in (
         checksum_of(facts),
         zlib.crc32(repr(sums).encode()),
         zlib.crc32(repr([source.code() for source in data.values()]).encode()),
+        zlib.crc32(repr(sums_of_buffers).encode()),
     ):
         numbers += code, -code
     most = world.agree(*numbers, verbs_met() + 1, about="beginning")
-    count_verb(world.channel, most[6])
+    count_verb(world.channel, most[8])
     if most[0] != -most[1]:
         raise_difference(world, facts)
     if run is not None and most[2] != -most[3]:
@@ -66,6 +74,18 @@ def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, An
     if most[4] != -most[5]:
         for name, source in data.items():
             source.check_same(name)
+    if run is not None and most[6] != -most[7]:
+        share_buffers(world, model, run)
+
+
+def share_buffers(world: World, model: nn.Module, run: Run) -> None:
+    """Give all processes the buffers of rank 0; in a fit only until the current call ends.
+
+    A callback may evaluate in the middle of an epoch, which must not change the training.
+    """
+    if run.fit is not None:
+        VERBS[-1].put_back = remember_buffers(model, run.loss_func)
+    world.share(buffers_of(model, run.loss_func))
 
 
 def divided_data(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +266,7 @@ def checksum_of(facts: Facts) -> int:
 def named_weights(model: nn.Module, run: Run) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters that each process has whole, of the model and of the loss.
 
-    No buffers: each process counts its own rows in them, until an epoch's end sends rank 0's.
+    No buffers: each process counts its own rows in them, until the end of the training pass.
     """
     named = [("", model)]
     if isinstance(run.loss_func, nn.Module):
@@ -261,15 +281,30 @@ def named_weights(model: nn.Module, run: Run) -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, parameter
 
 
-@torch.no_grad()
 def weight_sums(model: nn.Module, run: Run) -> list[int]:
     """Return a checksum of the bits of each parameter; the device is waited for once."""
-    sums = []
+    return sums_of(parameter for _, parameter in named_weights(model, run))
+
+
+def buffer_sums(model: nn.Module, run: Run) -> list[int]:
+    """Return a checksum of the bits of each buffer that each process has whole."""
+    buffers = []
+    for buffer in buffers_of(model, run.loss_func):
+        is_plain = buffer.layout is torch.strided and not buffer.is_quantized
+        if is_plain and not (buffer.is_nested or is_sharded(buffer) or is_lazy(buffer)):
+            buffers.append(buffer)
+    return sums_of(buffers)
+
+
+@torch.no_grad()
+def sums_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return a checksum of the bits of each tensor; the device is waited for once."""
+    sums: list[Tensor] = []
     factors: dict[torch.device, Tensor] = {}
-    for _, parameter in named_weights(model, run):
-        if parameter.device not in factors:
-            factors[parameter.device] = factors_of_blocks().to(parameter.device)
-        sums.append(sum_of_bits(parameter.detach(), factors[parameter.device]))
+    for tensor in tensors:
+        if tensor.device not in factors:
+            factors[tensor.device] = factors_of_blocks().to(tensor.device)
+        sums.append(sum_of_bits(tensor.detach(), factors[tensor.device]))
     if not sums:
         return []
     found: list[int] = torch.stack([value.to(sums[0].device) for value in sums]).tolist()

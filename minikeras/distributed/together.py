@@ -22,7 +22,7 @@ import torch
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback, with_method
-from minikeras.distributed.channel import Exchange, by_value
+from minikeras.distributed.channel import OPTIMIZER_STEP, Exchange, by_value
 from minikeras.distributed.handshake import (
     check_settings,
     check_weights,
@@ -32,6 +32,7 @@ from minikeras.distributed.handshake import (
 from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
+from minikeras.run import buffers_of
 from minikeras.stepper import Part
 from minikeras.support.randomness import Randomness, reseed
 
@@ -109,7 +110,7 @@ class KeepTogether(Hook):
 
     def on_train_end(self, fit: Fit) -> None:
         """Give all processes the buffers of rank 0: each has counted its own rows."""
-        self.world.share(fit.model.buffers())
+        self.world.share(buffers_of(fit.model, fit.run.loss_func))
 
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Let all processes stop after the same batch."""
@@ -187,7 +188,7 @@ class SameSteps(Part):
         """
         names = [name for name, own in self.stepper.optimizers.items() if own in optimizers]
         code = zlib.crc32(repr(names).encode())
-        most, negative_least = self.world.agree(code, -code, about="optimizer_step")
+        most, negative_least = self.world.agree(code, -code, about=OPTIMIZER_STEP)
         if most == -negative_least:
             return
         steps = [", ".join(map(repr, other)) for other in self.world.gather(names) or []]

@@ -43,7 +43,7 @@ from minikeras.distributed.channel import (
 from minikeras.metric_objects import find_syncing_parts, needs_all_rows
 from minikeras.nests import is_sharded
 from minikeras.processes import OneProcess
-from minikeras.run import parameters_of
+from minikeras.run import buffers_of, parameters_of
 
 
 def world_of(distributed: str) -> OneProcess:
@@ -133,7 +133,8 @@ class World(OneProcess):
     def verb(self, name: str) -> Iterator[None]:
         """Return a context of one call of fit, evaluate, ...; an error in it is told to the others.
 
-        An error before `meet` is this process's own: the others have not been met yet.
+        An error before `meet` is this process's own: the others have not been met yet. At the end
+        buffers are put back that `meet` has replaced for this call alone.
         """
         verb = Verb(name)
         VERBS.append(verb)
@@ -144,6 +145,8 @@ class World(OneProcess):
             raise
         finally:
             VERBS.remove(verb)
+            if verb.put_back is not None:
+                verb.put_back()
 
     def meet(self, model: nn.Module, run: Any = None, **given: Any) -> None:
         """Compare what the processes are about to do, before a weight moves.
@@ -272,9 +275,7 @@ class World(OneProcess):
         if self.has_shared:
             return
         tensors: list[Tensor] = list(parameters_of(model, loss_func))
-        tensors += model.buffers()
-        if isinstance(loss_func, nn.Module):
-            tensors += loss_func.buffers()
+        tensors += buffers_of(model, loss_func)
         self.share([tensor for tensor in tensors if not is_sharded(tensor)])
         self.has_shared = True
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import minikeras
 from helpers.compare import copy_weights
@@ -161,6 +161,75 @@ def stuck(size):
         fit(model, callbacks=[minikeras.LambdaCallback(on_batch_begin=evaluate)])
     except RuntimeError as error:
         said = str(error)
+    return said
+
+
+class Stepping(minikeras.Model):
+    """A model whose train_step skips or repeats optimizer_step in one process."""
+
+    def __init__(self, steps):
+        super().__init__(Net())
+        self.steps = steps  # in each batch of rank 1
+
+    def train_step(self, features, labels):
+        loss = self.compute_loss(self(features), labels)
+        self.backward(loss)
+        for _ in range(self.steps if RANK else 1):
+            self.optimizer_step()
+        return {"loss": loss}
+
+
+def stepped_differently(size):
+    """A custom step calls optimizer_step more often in one process than in the other."""
+    said = []
+    for steps in (0, 2):
+        seed()
+        model = Stepping(steps)
+        model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), 0.1), device="cpu")
+        try:
+            fit(model)
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+class Breaking(IterableDataset):
+    """Other rows in each process; reading the third batch fails in one."""
+
+    def __iter__(self):
+        for number in range(5):
+            if RANK and number == 2:
+                raise OSError("disk of mine")
+            yield X[40 * RANK + 8 * number :][:8], Y[40 * RANK + 8 * number :][:8]
+
+
+def caught_and_called(size):
+    """One process catches its own error and calls evaluate, while the other is in fit."""
+
+    def fail(epoch, logs):
+        if RANK:
+            raise ValueError("epoch of mine")
+
+    def interrupt(batch, logs):
+        if RANK and batch == 2:
+            raise KeyboardInterrupt
+
+    said = []
+    for data, callbacks in (
+        ((X, Y), [minikeras.LambdaCallback(on_epoch_end=fail)]),
+        ((X, Y), [minikeras.LambdaCallback(on_batch_end=interrupt)]),
+        (DataLoader(Breaking(), batch_size=None), []),
+    ):
+        model = compiled()
+        try:
+            model.fit(1, data, callbacks=callbacks, verbose=0)
+        except (ValueError, OSError, KeyboardInterrupt):
+            try:
+                model.evaluate((X, Y))
+            except RuntimeError as error:
+                said.append(str(error))
+        except RuntimeError as error:
+            said.append(str(error))
     return said
 
 
