@@ -615,6 +615,17 @@ def test_row_means_check_draws_no_random_numbers_and_skips_a_metric_that_draws()
     assert drawn == expected
 
 
+def test_row_means_check_leaves_generators_that_functions_of_other_modules_draw_from():
+    module = {"generator": np.random.default_rng(0)}
+    exec("def draw():\n    return generator.random()", module)
+    drawn = []
+
+    script = {"draw": module["draw"], "drawn": drawn}
+    exec("def noisy(p, t):\n    drawn.append(draw())\n    return p.mean()", script)
+    given(script["noisy"]).evaluate(points(32), batch_size=8)
+    assert drawn == np.random.default_rng(0).random(4).tolist()
+
+
 CALLS = []
 
 

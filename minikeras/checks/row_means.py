@@ -62,7 +62,7 @@ class RowMeanCheck:
     def __init__(self, looks: Counter[str], device: torch.device, world: OneProcess) -> None:
         self.looks = looks
         self.world = world
-        self.randomness = Randomness(device, [])
+        self.device = device
         self.passes = 0
         self.batches = 0  # looked at in this pass
         self.rows = 0  # of the batch that was looked at
@@ -150,20 +150,24 @@ class RowMeanCheck:
         self, functions: Mapping[str, Any], pair: tuple[Any, Any], views: Mapping[str, View]
     ) -> list[int]:
         """Judge each function, with random states as they were before."""
-        before = self.randomness.states()
+        judged = {}
+        for name, metric in functions.items():
+            if not _can_change_what_counts(metric):
+                judged[name] = metric
+        randomness = Randomness(self.device, [], roots=judged)
+        before = randomness.states()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as of a half without positives
                 kinds = []
-                for name, metric in functions.items():
-                    if _can_change_what_counts(metric):
-                        kinds.append(LEFT_OUT)
-                        continue
-                    kind = _judge_function(metric, views.get(name), *pair, self.rows)
+                for name in functions:
+                    kind = LEFT_OUT
+                    if name in judged:
+                        kind = _judge_function(judged[name], views.get(name), *pair, self.rows)
                     kinds.append(kind)
                 return kinds
         finally:
-            self.randomness.restore(before)
+            randomness.restore(before)
 
 
 def _warn_of_other(name: str) -> None:
