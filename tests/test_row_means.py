@@ -1,9 +1,11 @@
 """A metric function that is not a mean over rows causes one warning; a mean never does."""
 
 import copy
+import dataclasses
 import functools
 import random
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ import sklearn.metrics as skm
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional as tmf
+from helpers.compare import assert_same_weights
 from helpers.metrics import r2
 from helpers.models import compiled, points
 from torch import nn
 
 import minikeras
+from minikeras.nests import take_apart
 
 
 class Same(nn.Module):
@@ -215,6 +219,10 @@ def test_metric_that_is_a_mean_over_rows_is_never_warned_of(data, function):
             assert (
                 warned(lambda X=X[order], y=y[order]: given(function).evaluate([(X, y)])) == []
             ), (rows, seed)
+
+
+def rmse(y_pred, y_true):
+    return ((y_pred - y_true) ** 2).mean().sqrt()
 
 
 def f1(y_pred, y_true):
@@ -444,6 +452,145 @@ def test_row_means_check_splits_rows_in_a_list_by_item():
     assert warned(lambda: model.evaluate([(X, {"y": y, "boxes": boxes})])) == ["longest"]
 
 
+@dataclasses.dataclass
+class Heads:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+# outputs of a model of features (batch, 1), and what the metric takes of outputs and of labels
+STRUCTURES = {
+    "a tuple of 1": (lambda x: (x,), lambda nest: nest[0]),
+    "a tuple of 2": (lambda x: (x, -x), lambda nest: nest[0]),
+    "a tuple of 3": (lambda x: (x, -x, x), lambda nest: nest[0]),
+    "a tuple of 4": (lambda x: (x, -x, x, x), lambda nest: nest[0]),
+    "a list of 1": (lambda x: [x], lambda nest: nest[0]),
+    "a list of 2": (lambda x: [x, -x], lambda nest: nest[0]),
+    "a list of 3": (lambda x: [x, -x, x], lambda nest: nest[0]),
+    "a list of 4": (lambda x: [x, -x, x, -x], lambda nest: nest[0]),
+    "a dict of 1": (lambda x: {"a": x}, lambda nest: nest["a"]),
+    "a dict of 2": (lambda x: {"a": x, "b": -x}, lambda nest: nest["a"]),
+    "a dict of 3": (lambda x: {"a": x, "b": -x, "c": x}, lambda nest: nest["a"]),
+    "a named tuple": (lambda x: Pair(x, -x), lambda nest: nest.first),
+    "a dataclass": (lambda x: Heads(x, -x), lambda nest: nest.first),
+    "a tuple of dicts": (lambda x: ({"a": x}, {"a": -x}), lambda nest: nest[0]["a"]),
+    "a list of dicts": (lambda x: [{"a": x}, {"a": -x}], lambda nest: nest[0]["a"]),
+    "a list of other dicts": (lambda x: [{"a": x}, {"b": -x}], lambda nest: nest[0]["a"]),
+    "a list of 3 dicts": (lambda x: [{"a": x}, {"a": -x}, {"a": x}], lambda nest: nest[0]["a"]),
+    "pairs in a pair": (lambda x: ((x, -x), (x, x)), lambda nest: nest[0][0]),
+    "a list in a dict": (lambda x: {"a": [x, -x]}, lambda nest: nest["a"][0]),
+    "a list of vectors": (lambda x: [x[:, 0], -x[:, 0]], lambda nest: nest[0][:, None]),
+}
+
+
+def count_parts(nest):
+    container = take_apart(nest)
+    return None if container is None else [count_parts(part) for part in container[0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("build", "first"), STRUCTURES.values(), ids=STRUCTURES)
+def test_row_means_check_keeps_the_structure_for_any_number_of_rows(build, first, batch_size):
+    X, y = numbers(22, torch.Generator().manual_seed(0))
+    expected = count_parts(build(X))
+
+    class Builds(Same):
+        def forward(self, x):
+            return build(super().forward(x))
+
+    def see(y_pred, y_true):
+        assert count_parts(y_pred) == expected
+        assert count_parts(y_true) == expected
+        return first(y_pred), first(y_true)
+
+    metrics = {"mae": lambda p, t: F.l1_loss(*see(p, t)), "rmse": lambda p, t: rmse(*see(p, t))}
+    model = compiled(minikeras.Model(Builds()), lambda p, t: first(p).mean(), metrics, lr=0.0)
+    pairs = zip(X.split(batch_size), y.split(batch_size), strict=True)
+    batches = [(features, build(labels)) for features, labels in pairs]
+    assert warned(lambda: model.fit(2, batches, batches, verbose=0)) == ["rmse"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_row_means_check_takes_losses_and_metrics_by_output_for_any_number_of_rows(batch_size):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 1)
+            self.b = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return {"a": self.a(x), "b": self.b(x)}
+
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(19, 3, generator=generator)
+    y = {
+        "a": torch.randn(19, 1, generator=generator),
+        "b": torch.randint(0, 3, (19,), generator=generator),
+    }
+    losses = {"a": nn.MSELoss(), "b": nn.CrossEntropyLoss()}
+    metrics = {"a": {"mae": nn.L1Loss(), "rmse": rmse}}
+    model = compiled(minikeras.Model(TwoHeads()), losses, metrics)
+    data = (X, y)
+    fit = functools.partial(model.fit, 2, data, data, batch_size=batch_size, verbose=0)
+    assert warned(fit) == ["a_rmse"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_row_means_check_has_no_false_alarm_by_parts_that_look_like_rows(batch_size):
+    X, y = numbers(16, torch.Generator().manual_seed(0))
+    size = batch_size
+
+    class Returns(Same):
+        def forward(self, x):
+            x = super().forward(x)
+            temperatures = [torch.tensor(float(number)) for number in range(size)]
+            return {
+                "values": x,
+                "table": torch.arange(float(size)),
+                "temperatures": temperatures,
+                "heads": [{"values": x, "temperature": leaf} for leaf in temperatures],
+                "states": tuple(leaf.expand(1, len(x), 8) for leaf in temperatures),
+                "state list": [leaf.expand(1, len(x), 8) for leaf in temperatures],
+            }
+
+    metrics = {
+        "last of the table": lambda p, t: p["table"][size - 1],
+        "last of the temperatures": lambda p, t: p["temperatures"][size - 1],
+        "all temperatures": lambda p, t: sum(p["temperatures"]),
+        "last head": lambda p, t: p["heads"][size - 1]["temperature"],
+        "last state": lambda p, t: p["states"][size - 1].mean(),
+        "last of the list": lambda p, t: p["state list"][size - 1].mean(),
+    }
+    model = compiled(minikeras.Model(Returns()), lambda p, t: p["values"].mean(), metrics, lr=0.0)
+    batches = list(zip(X.split(batch_size), y.split(batch_size), strict=True))
+    assert warned(lambda: model.fit(2, batches, batches, verbose=0)) == []
+
+
+def test_row_means_check_joins_small_batches_with_an_item_for_each_row():
+    X, y = numbers(16, torch.Generator().manual_seed(0))
+    sizes = [3, 1, 4, 1, 5, 2, 6, 5, 3, 1, 4, 1, 5, 2, 6, 5]
+    boxes = [{"boxes": torch.full((size, 4), float(size))} for size in sizes]
+    batches = []
+    for start in range(0, 16, 2):
+        rows = slice(start, start + 2)
+        batches.append((X[rows], {"y": y[rows], "boxes": boxes[rows]}))
+
+    def mean_boxes(y_pred, y_true):
+        return sum(len(row["boxes"]) for row in y_true["boxes"]) / len(y_pred)
+
+    def most_boxes(y_pred, y_true):
+        return float(max(len(row["boxes"]) for row in y_true["boxes"]))
+
+    metrics = {"mean": mean_boxes, "most": most_boxes}
+    model = compiled(minikeras.Model(Same()), lambda p, t: p.mean(), metrics)
+    assert warned(lambda: model.evaluate(batches)) == ["most"]
+
+
 # --- it leaves no trace ---------------------------------------------------------------------------
 
 
@@ -466,6 +613,17 @@ def test_row_means_check_draws_no_random_numbers_and_skips_a_metric_that_draws()
     seed()
     expected = [(torch.rand(()), np.random.rand(), random.random()) for _ in range(4)]
     assert drawn == expected
+
+
+def test_row_means_check_leaves_generators_that_functions_of_other_modules_draw_from():
+    module = {"generator": np.random.default_rng(0)}
+    exec("def draw():\n    return generator.random()", module)
+    drawn = []
+
+    script = {"draw": module["draw"], "drawn": drawn}
+    exec("def noisy(p, t):\n    drawn.append(draw())\n    return p.mean()", script)
+    given(script["noisy"]).evaluate(points(32), batch_size=8)
+    assert drawn == np.random.default_rng(0).random(4).tolist()
 
 
 CALLS = []
@@ -529,6 +687,178 @@ def test_row_means_check_leaves_what_a_function_keeps_as_if_called_once_a_batch(
     model.fit(1, points(70), batch_size=32, verbose=0)
     assert calls == default == CALLS == [32, 32, 6]
     assert [total, counts.rows, other.rows, running.rows] == [70] * 4
+
+
+def add_to_gradients(parameters):
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.add_(1.0)
+
+
+NETWORK = None  # set by a test
+
+
+def changes_a_global(y_pred, y_true):
+    add_to_gradients(NETWORK.parameters())
+    return y_pred.mean()
+
+
+class Changes:
+    """An object that holds a network, whose method is a metric."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, y_pred, y_true):
+        add_to_gradients(self.network.parameters())
+        return y_pred.mean()
+
+    def method(self, y_pred, y_true):
+        return self(y_pred, y_true)
+
+
+def changes_a_closure(net):
+    def metric(y_pred, y_true):
+        add_to_gradients(net.parameters())
+        return y_pred.mean()
+
+    return metric
+
+
+def changes_a_list(net):
+    parameters = list(net.parameters())
+
+    def metric(y_pred, y_true):
+        add_to_gradients(parameters)
+        return y_pred.mean()
+
+    return metric
+
+
+def changes_what_an_optimizer_has(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def metric(y_pred, y_true):
+        for group in optimizer.param_groups:
+            add_to_gradients(group["params"])
+        return y_pred.mean()
+
+    return metric
+
+
+def changes_by_a_default(net):
+    def metric(y_pred, y_true, net=net):
+        add_to_gradients(net.parameters())
+        return y_pred.mean()
+
+    return metric
+
+
+def changes_by_a_view(net):
+    def view(outputs):
+        add_to_gradients(net.parameters())
+        return outputs
+
+    return minikeras.Transformed(lambda y_pred, y_true: y_pred.mean(), y_pred=view)
+
+
+CHANGES = {
+    "a closure": changes_a_closure,
+    "a global": lambda net: changes_a_global,
+    "a list of parameters": changes_a_list,
+    "an optimizer": changes_what_an_optimizer_has,
+    "a default": changes_by_a_default,
+    "an object": Changes,
+    "a method": lambda net: Changes(net).method,
+    "a partial": lambda net: functools.partial(changes_a_closure(net)),
+    "a function in a function": lambda net: lambda p, t: changes_a_closure(net)(p, t),
+    "a view": changes_by_a_view,
+}
+
+
+@pytest.mark.parametrize("make", CHANGES.values(), ids=CHANGES)
+def test_row_means_check_does_not_call_a_metric_that_changes_gradients(make, monkeypatch):
+    X, y = points(24)
+    net = nn.Linear(2, 1)
+    expected = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for features, labels in zip(X.split(4), y.split(4), strict=True):
+        optimizer.zero_grad()
+        F.mse_loss(expected(features), labels).backward()
+        add_to_gradients(expected.parameters())
+        optimizer.step()
+    monkeypatch.setitem(globals(), "NETWORK", net)
+    model = minikeras.Model(net)
+    own = torch.optim.SGD(net.parameters(), lr=0.1)
+    model.compile(nn.MSELoss(), own, {"m": make(net)}, device="cpu")
+    batches = list(zip(X.split(4), y.split(4), strict=True))
+    assert warned(lambda: model.fit(1, batches, verbose=0)) == []
+    assert_same_weights(model.net, expected)
+
+
+def test_row_means_check_does_not_call_a_metric_that_changes_weights_buffers_or_an_optimizer():
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    total = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    expected = {name: 5 * value for name, value in net.named_parameters()}
+
+    def add_weights(y_pred, y_true):
+        for parameter, other in zip(total.parameters(), net.parameters(), strict=True):
+            parameter.add_(other)
+        return y_pred.mean()
+
+    def change_buffer(y_pred, y_true):
+        net[1].num_batches_tracked.add_(100)
+        return y_pred.mean()
+
+    def change_rate(y_pred, y_true):
+        optimizer.param_groups[0]["weight_decay"] += 1.0
+        return y_pred.mean()
+
+    metrics = {"weights": add_weights, "buffer": change_buffer, "rate": change_rate}
+    model = minikeras.Model(net)
+    model.compile(nn.MSELoss(), optimizer, metrics, device="cpu")
+    model.fit(1, points(32), batch_size=8, verbose=0)
+    for name, value in total.named_parameters():
+        torch.testing.assert_close(value, expected[name])
+    assert net[1].num_batches_tracked.item() == 404
+    assert optimizer.param_groups[0]["weight_decay"] == 4.0
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_row_means_check_does_not_call_a_metric_that_counts_in_a_large_table(kind):
+    table = np.zeros((1100, 1100)) if kind == "array" else torch.zeros(1100, 1100)
+
+    def count(y_pred, y_true):
+        table[0, 0] += len(y_true)
+        return y_pred.mean()
+
+    compiled(metrics_dict={"m": count}).fit(1, points(64), batch_size=16, verbose=0)
+    assert table.sum() == 64
+
+
+def test_row_means_check_gives_copies_of_labels_of_any_kind():
+    class Boxes:
+        def __init__(self, values):
+            self.values = values
+
+        def to(self, device, **kwargs):
+            return self
+
+    X, y = points(32)
+    boxes = [Boxes(torch.ones(8)) for _ in range(4)]
+    batches = [
+        (features, {"y": labels, "boxes": box})
+        for features, labels, box in zip(X.split(8), y.split(8), boxes, strict=True)
+    ]
+
+    def double(y_pred, y_true):
+        y_true["boxes"].values *= 2
+        return y_pred.mean()
+
+    model = compiled(loss_func=lambda p, t: F.mse_loss(p, t["y"]), metrics_dict={"m": double})
+    model.fit(1, batches, verbose=0)
+    assert [box.values.tolist() for box in boxes] == [[2.0] * 8] * 4
 
 
 def test_row_means_check_gives_copies_to_a_metric_that_edits_in_place():

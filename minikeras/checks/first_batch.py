@@ -180,7 +180,8 @@ class FirstBatch(Explanations):
             self._look_at_scores(totals.objects, outputs, seen)
         found: dict[str, int] = {}
         if functions and self.row_means.active:
-            found = self.row_means.look(totals.calls, outputs, labels, counts, totals.views)
+            batch = self.phase.batch
+            found = self.row_means.look(totals.calls, outputs, labels, batch, totals.views)
         if counts:
             for name, metric in totals.objects.items():
                 inputs.guarded(metric.update, *seen[name], f"metric {name!r}", scalar=False)
@@ -248,9 +249,9 @@ class MetricLooks(Explanations):
         totals = self.phase.totals
         found: dict[str, int] = {}
         if with_functions and totals.calls and row_means.active:
-            counts = not self.phase.batch.is_filler
+            batch = self.phase.batch
             with torch.no_grad():
-                found = row_means.look(totals.calls, outputs, labels, counts, totals.views)
+                found = row_means.look(totals.calls, outputs, labels, batch, totals.views)
         results = super().metrics(outputs, labels, with_functions)
         if found:
             row_means.tell(found)

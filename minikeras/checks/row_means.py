@@ -5,27 +5,33 @@ in the first batches of a pass, for each function that is not yet known:
     for a few orders of the rows:
         compute its values on the two halves: their mean is the value on the whole batch if the
         function is a mean over rows
+
+These are calls that the user does not expect, so they must change nothing: they get copies, and a
+function that can reach the parameters of a network is not called.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minikeras.errors import is_number
-from minikeras.joining import join
 from minikeras.metric_objects import View
-from minikeras.nests import clone_tensor, leaves, map_leaves, take_apart
+from minikeras.nests import leaves, map_leaves, names_in, take_apart
+from minikeras.phase import Batch
 from minikeras.processes import OneProcess
-from minikeras.rows import UnknownRows, count_rows
+from minikeras.rows import UnknownRows, count_rows, first_sizes
 from minikeras.support.randomness import Randomness
-from minikeras.support.twin import twin_of
+from minikeras.support.reachable import MOST, reachable
+from minikeras.support.twin import LARGE, twin_of
 
 LEAST = 4  # fewest rows that are looked at: two halves of two
 BATCHES = 4  # most batches of a pass that are looked at, to collect enough rows
@@ -36,6 +42,7 @@ DIGITS = (1, 2, 3, 4)  # decimal digits to which a metric may round its value
 UNKNOWN = 0
 MEAN = 1
 OTHER = 2
+LEFT_OUT = 3  # another call might change what is not copied
 ENOUGH = 2  # batches that must show a mean: in a small one another function may look like a mean
 
 
@@ -55,7 +62,7 @@ class RowMeanCheck:
     def __init__(self, looks: Counter[str], device: torch.device, world: OneProcess) -> None:
         self.looks = looks
         self.world = world
-        self.randomness = Randomness(device, [])
+        self.device = device
         self.passes = 0
         self.batches = 0  # looked at in this pass
         self.rows = 0  # of the batch that was looked at
@@ -74,34 +81,34 @@ class RowMeanCheck:
         functions: Mapping[str, Any],
         outputs: Any,
         labels: Any,
-        counts: bool = True,
-        views: Mapping[str, View] | None = None,
+        batch: Batch,
+        views: Mapping[str, View],
     ) -> dict[str, int]:
         """Judge the functions by a batch, before they are called on it.
 
         Args:
             functions: name -> function of (outputs, labels).
-            counts: False for a filler batch.
+            batch: of which the outputs are; a filler is not looked at.
             views: name -> what the function sees of a batch, by which the rows are sorted.
 
         Returns:
-            name -> UNKNOWN, MEAN or OTHER, for each function that was judged.
+            name -> UNKNOWN, MEAN, OTHER or LEFT_OUT, for each function that was looked at.
         """
         pending = {name: metric for name, metric in functions.items() if self.looks[name] < ENOUGH}
         if not pending:
             self.active = False
             return {}
-        batch: Any = (outputs, labels)
+        pair: Any = (outputs, labels)
         self.rows = 0
-        if counts:
-            batch, self.rows = self._collect(outputs, labels)
+        if not batch.is_filler:
+            pair, self.rows = self._collect(outputs, labels, batch.rows)
         fewest = int(-self.world.agree(-self.rows)[0])
         self.batches += 1
         self.active = self.batches < BATCHES
         if fewest < LEAST:
             return {}
         self.small = []
-        kinds = self._judge(pending, batch, views or {})
+        kinds = self._judge(pending, pair, views)
         kinds = [int(kind) for kind in self.world.agree(*kinds)]
         return dict(zip(pending, kinds, strict=True))
 
@@ -114,40 +121,53 @@ class RowMeanCheck:
                 self.looks[name] = ENOUGH
                 if self.world.rank == 0:
                     _warn_of_other(name)
+            elif kind == LEFT_OUT:
+                self.looks[name] = ENOUGH
 
-    def _collect(self, outputs: Any, labels: Any) -> tuple[Any, int]:
-        """Return the batch and its rows, 0 if they are unknown.
+    def _collect(
+        self, outputs: Any, labels: Any, rows_of_batch: int | UnknownRows
+    ) -> tuple[Any, int]:
+        """Return outputs and labels, and their rows, 0 if they are unknown.
 
-        A small batch is joined to the small ones before it.
+        Those of a small batch are joined to the ones of small batches before it.
         """
-        batch = (outputs, labels)
+        pair = (outputs, labels)
         try:
-            rows = count_rows(outputs, labels)
+            rows = rows_of_batch
+            if rows not in first_sizes(outputs):
+                rows = count_rows(outputs, labels)
             if isinstance(rows, UnknownRows):
-                return batch, 0
+                return pair, 0
             if rows >= LEAST:
-                return batch, rows
-            self.small.append((map_leaves(clone_tensor, batch), rows))
+                return pair, rows
+            self.small.append((map_leaves(_copy_leaf, pair), rows))
             pieces, sizes = zip(*self.small, strict=True)
-            return join(list(pieces), list(sizes)), sum(sizes)
+            return _join_rows(list(pieces), list(sizes)), sum(sizes)
         except Exception:  # they cannot be joined, such as sequences of different lengths
-            return batch, 0
+            return pair, 0
 
     def _judge(
-        self, functions: Mapping[str, Any], batch: tuple[Any, Any], views: Mapping[str, View]
+        self, functions: Mapping[str, Any], pair: tuple[Any, Any], views: Mapping[str, View]
     ) -> list[int]:
         """Judge each function, with random states as they were before."""
-        before = self.randomness.states()
+        judged = {}
+        for name, metric in functions.items():
+            if not _can_change_what_counts(metric):
+                judged[name] = metric
+        randomness = Randomness(self.device, [], roots=judged)
+        before = randomness.states()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as of a half without positives
                 kinds = []
-                for name, metric in functions.items():
-                    kind = _judge_function(metric, views.get(name), *batch, self.rows)
+                for name in functions:
+                    kind = LEFT_OUT
+                    if name in judged:
+                        kind = _judge_function(judged[name], views.get(name), *pair, self.rows)
                     kinds.append(kind)
                 return kinds
         finally:
-            self.randomness.restore(before)
+            randomness.restore(before)
 
 
 def _warn_of_other(name: str) -> None:
@@ -162,6 +182,29 @@ def _warn_of_other(name: str) -> None:
     )
 
 
+def _can_change_what_counts(metric: Any) -> bool:
+    """Tell whether a function can reach values that its copy shares with it.
+
+    They are the parameters of a network, with their gradients, and large tables. A method of the
+    model reaches them, and so does a function that clips gradients or averages weights.
+    """
+    visited = 0
+    try:
+        for _, value in reachable({"metric": metric}):
+            visited += 1
+            if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
+                return True
+            if isinstance(value, nn.Parameter):
+                return True
+            if isinstance(value, Tensor) and value.numel() > LARGE:
+                return True
+            if isinstance(value, np.ndarray) and value.size > LARGE:
+                return True
+    except Exception:  # an object's own attributes may raise anything
+        return True
+    return visited >= MOST  # there may be more
+
+
 def _judge_function(metric: Any, view: View | None, outputs: Any, labels: Any, rows: int) -> int:
     """Tell whether a function is a mean over rows, is not, or cannot be judged by this batch."""
     y_pred, y_true = outputs, labels
@@ -169,7 +212,7 @@ def _judge_function(metric: Any, view: View | None, outputs: Any, labels: Any, r
         function = twin_of(metric)
         whole = _compute(function, outputs, labels)
         if view is not None:
-            y_pred, y_true = twin_of(view)(*map_leaves(clone_tensor, (outputs, labels)))
+            y_pred, y_true = twin_of(view)(*map_leaves(_copy_leaf, (outputs, labels)))
     except Exception:
         return UNKNOWN
     if isinstance(whole, tuple):  # an Average is exact
@@ -193,9 +236,10 @@ def _judge_function(metric: Any, view: View | None, outputs: Any, labels: Any, r
         allowed = absolute + max(RELATIVE, tolerance) * scale
         if not abs(mean - whole) <= allowed:  # also if one of them is NaN
             try:
-                again = _compute(function, outputs, labels)
+                again = _compute(function, *_select_rows((outputs, labels), order, rows))
             except Exception:
                 return UNKNOWN
+            # not if it draws random numbers, or looks at the order of what are taken for rows
             is_repeatable = isinstance(again, float) and abs(again - whole) <= allowed
             return OTHER if is_repeatable else UNKNOWN
         if max(abs(first - whole), abs(second - whole)) > allowed:
@@ -205,12 +249,17 @@ def _judge_function(metric: Any, view: View | None, outputs: Any, labels: Any, r
 
 def _compute(function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
     """Call a function on copies, since it may work in place; return a float, a tuple or None."""
-    outputs, labels = map_leaves(clone_tensor, (outputs, labels))
+    outputs, labels = map_leaves(_copy_leaf, (outputs, labels))
     with torch.no_grad():
         value = function(outputs, labels)
     if isinstance(value, tuple):
         return value
     return float(value) if is_number(value) else None
+
+
+def _copy_leaf(leaf: Any) -> Any:
+    """Copy a leaf, since a metric may work in place."""
+    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
 def _find_tolerance(outputs: Any, labels: Any) -> float:
@@ -253,10 +302,10 @@ def _select_rows(pair: tuple[Any, Any], index: Tensor, rows: int) -> tuple[Any, 
 def _select(nest: Any, index: Tensor, rows: int) -> tuple[Any, bool]:
     """Select some rows of a nest; the second value tells whether anything in it has the rows."""
     if isinstance(nest, Tensor):
-        if nest.ndim == 0 or len(nest) != rows:
+        if not _has_rows(nest, rows):
             return nest, False
         return nest.index_select(0, index.to(nest.device)), True
-    if isinstance(nest, list) and len(nest) == rows and not _has_columns(nest, rows):
+    if _has_items_by_row(nest, rows):
         return [nest[row] for row in index.tolist()], True
     container = take_apart(nest)
     if container is None:
@@ -271,12 +320,80 @@ def _select(nest: Any, index: Tensor, rows: int) -> tuple[Any, bool]:
     return build(selected), any_has_rows
 
 
-def _has_columns(nest: list[Any], rows: int) -> bool:
-    """Tell whether the items of a list are tensors of all rows, and not an item for each row."""
-    for leaf in leaves(nest):
-        if not isinstance(leaf, Tensor) or leaf.shape[:1] != (rows,):
-            return False
+def _join_rows(pieces: list[Any], rows: list[int]) -> Any:
+    """Join the same part of several batches along the rows.
+
+    The structure stays: a tuple of two outputs is not a list of two rows, in a batch of two rows
+    either.
+
+    Raises:
+        ValueError: the parts differ in structure, or in what has no rows.
+    """
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        if all(_has_rows(piece, number) for piece, number in zip(pieces, rows, strict=True)):
+            return torch.cat(pieces)
+        if all(isinstance(piece, Tensor) and torch.equal(piece, first) for piece in pieces):
+            return first
+        raise ValueError("tensors without the rows, and with other numbers in each batch")
+    by_row = set(map(_has_items_by_row, pieces, rows))
+    if by_row == {True}:
+        return [item for piece in pieces for item in piece]
+    if by_row == {True, False}:
+        raise ValueError("lists that have an item for each row in some of the batches")
+    container = take_apart(first)
+    if container is None:
+        if all(piece == first for piece in pieces):
+            return first
+        raise ValueError("values that differ")
+    _, build = container
+    columns = []
+    for piece in pieces:
+        container = take_apart(piece)
+        if container is None or type(piece) is not type(first):
+            raise ValueError("containers of different types")
+        if names_in(piece) != names_in(first):
+            raise ValueError("containers with different names")
+        columns.append(container[0])
+    return build([_join_rows(list(parts), rows) for parts in zip(*columns, strict=True)])
+
+
+def _has_rows(leaf: Any, rows: int) -> bool:
+    """Tell whether a leaf is a tensor with the rows first."""
+    return isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,)
+
+
+def _has_items_by_row(nest: Any, rows: int) -> bool:
+    """Tell whether the items of a list are the rows, and not parts such as several outputs.
+
+    Raises:
+        ValueError: they may be either.
+    """
+    if not isinstance(nest, list) or len(nest) != rows:
+        return False
+    kinds = []
+    for item in nest:
+        kind = _describe_kind(item)
+        if kind not in kinds:
+            kinds.append(kind)
+    if len(kinds) != 1:
+        return False
+    with_rows = [[_has_rows(leaf, rows) for leaf in leaves(item)] for item in nest]
+    if all(all(item) for item in with_rows):
+        return False
+    has_one_shape = all(isinstance(item, Tensor) and item.shape == nest[0].shape for item in nest)
+    if has_one_shape or all(any(item) for item in with_rows):
+        raise ValueError("a list of as many items as rows, which may be rows or parts")
     return True
+
+
+def _describe_kind(item: Any) -> tuple[Any, ...]:
+    """Return what the items of a list have in common if each is a row."""
+    if isinstance(item, Tensor):
+        return item.dtype, item.ndim
+    if isinstance(item, Mapping):
+        return type(item), list(item)
+    return (type(item),)
 
 
 def _sort_rows(outputs: Any, labels: Any, rows: int) -> Iterator[Tensor]:
