@@ -80,6 +80,8 @@ def call_with(module: nn.Module, features: Any) -> Any:
 
 def choose_call(module: nn.Module, features: Any) -> str:
     """Tell how to call a module with such features: "whole", "unpacked" or "by name"."""
+    if isinstance(features, Tensor):
+        return "whole"
     if isinstance(features, Mapping):
         return "by name" if _takes_several(module, tuple(features.keys())) else "whole"
     if (
