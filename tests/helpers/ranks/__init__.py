@@ -11,6 +11,16 @@ any number.
 """
 
 from helpers.launch import cases_of
-from helpers.ranks import agreement, differ, loaders, metrics, planted, resume, rows, same_numbers
+from helpers.ranks import (
+    agreement,
+    differ,
+    loaders,
+    metrics,
+    orders,
+    planted,
+    resume,
+    rows,
+    same_numbers,
+)
 
-CASES = cases_of(same_numbers, metrics, rows, loaders, differ, resume, planted, agreement)
+CASES = cases_of(same_numbers, metrics, rows, loaders, differ, resume, planted, agreement, orders)
