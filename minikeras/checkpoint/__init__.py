@@ -12,5 +12,6 @@ snapshot.py   copy the state into memory, and write the copy as a file of torch.
 background.py write a file in a thread while the fit goes on
 fits.py       which fit of this process a file belongs to
 position.py   the position in an iteration of batches, and how to resume from it
+drawn_order.py  the random states of an order that another number of processes has begun
 signals.py    SIGTERM and Ctrl-C: the batch is finished and the state written first
 """

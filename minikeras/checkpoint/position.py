@@ -19,6 +19,10 @@ along(iterate)   iterates in the order of its sampler's iterator, which `iterate
 A sampler or an iterable may draw as it is read, from a generator that others draw from in between.
 If it is not known to draw all at once, it is watched: the states that its generators had when it
 drew are kept, and put back as it draws again.
+
+Several processes draw a whole order as an iteration begins, one process draws as it reads. Within
+an iteration the generators of the order have other states then. If the one resumes from a file of
+the other, they keep the states of the repeated draws: see drawn_order.py.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from minikeras.checkpoint.drawn_order import DrawnOrder, draws_ahead
 from minikeras.errors import CheckpointError
 from minikeras.sources import find_length
 from minikeras.support.checksums import batch_checksum
@@ -142,6 +147,7 @@ class Positioned:
             "loader": state,
             "steps": find_length(self.batches),
             "epochs": self.epochs,
+            "ahead": draws_ahead(self.batches),
             "draws": self._position_of_draws(),
             "first": self.first,
             "iterations": self.iterations,
@@ -193,6 +199,15 @@ class Positioned:
         # with steps_per_epoch the iteration may have begun in an earlier epoch
         self.epochs = position.get("epochs", epochs)
         put_epochs_back(self.loader, self.epochs)
+        order = None
+        is_ahead = draws_ahead(self.batches)
+        if position.get("ahead", is_ahead) != is_ahead:  # older files do not say
+            order = DrawnOrder(self.loader, self.randomness)
+            order.find_late_draws()
+            self.randomness.restore(self.start)
+            put_epochs_back(self.loader, self.epochs)
+            if is_ahead and position.get("draws"):
+                warn_of_shared_draws(self.name)
         if position["loader"] is not None:
             self.loader.load_state_dict(position["loader"])
             iterator = iter(self.batches)
@@ -210,7 +225,10 @@ class Positioned:
         else:
             iterator = iterate_after(self.batches, self.loader, self.seen, self.name, self.remedy)
         put_epochs_back(self.loader, epochs)
-        self.randomness.restore(now)
+        if order is None:
+            self.randomness.restore(now)
+        else:
+            order.keep(lambda: self.randomness.restore(now))
         return iterator
 
     def _pass_over(self, iterator: Iterator[Any], first: int | None = None) -> None:
@@ -361,6 +379,17 @@ def build_end_error(count: int, name: str, passed: int, remedy: str) -> Checkpoi
     return CheckpointError(
         f"the checkpoint was written after batch {count} and {name} ended after {passed}. Give "
         f"the same data as before. {remedy}".rstrip()
+    )
+
+
+def warn_of_shared_draws(name: str) -> None:
+    """Warn that several processes cannot repeat the draws of a sampler of one process."""
+    warnings.warn(
+        f"{name} has a sampler that draws from a random generator during the epoch, and other code "
+        "has drawn from it in between. The checkpoint was written by one process, and is resumed "
+        "by several, which draw the whole order at once: it is another one from here. Give the "
+        "sampler a separate generator, or resume on one process.",
+        stacklevel=2,
     )
 
 

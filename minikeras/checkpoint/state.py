@@ -537,8 +537,11 @@ class Checkpoint(Hook):
             if name in state["callbacks"]:
                 callback.load_state_dict(restored(state["callbacks"][name]))
         self.attributes.restore(restored(state.get("attributes", {})))
+        random = restored(state["random"])
         if takes_shared:
-            self.randomness.restore(restored(state["random"]))
+            self.randomness.restore(random)
+        else:  # a sampler may count epochs in all processes
+            self.randomness.attributes.restore(random.get("attributes", {}))
 
     def before_epoch(self, fit: Fit) -> None:
         """Note the optimizers' groups: on_epoch_begin may add some."""

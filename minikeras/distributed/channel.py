@@ -73,6 +73,7 @@ class Verb:
     number: int = 0  # the same in all processes, once they have met
     channel: Channel | None = None  # by which they have met
     put_back: Callable[[], None] | None = None  # what is replaced for this call alone
+    draws_apart: bool = False  # a fit, in which each process has random states of its own
 
     def tell_left(self, error: BaseException) -> None:
         """Note that an error ends it in this process, which will not answer in it any more."""

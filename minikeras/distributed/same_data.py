@@ -4,31 +4,46 @@ A split or a shuffle without a seed gives each process other rows, and then one 
 on rows that another trains on. Once for each call of fit, evaluate and predict are compared:
 
 row numbers                of Subsets and samplers, exactly: an error
+settings                   of DistributedSamplers, which draw the order: an error
 arrays and TensorDatasets  a sample of their numbers, but for rounding: a warning
 what a Dataset holds       lists and arrays with an item for each row: a warning
+
+The order that a custom sampler has drawn is compared when it is there: an error.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from operator import index
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DistributedSampler,
+    StackDataset,
+    Subset,
+    TensorDataset,
+)
 
 from minikeras.arrays import FetchedRows, TensorRows
 from minikeras.distributed.world import World
 from minikeras.nests import is_sharded, leaves
 from minikeras.sources import ArrayBatches, find_length
-from minikeras.support.checksums import checksum
+from minikeras.support.checksums import batch_checksum, checksum
 
 ROWS = 64  # of an array that are compared
 COLUMNS = 16  # numbers of such a row
 ITEMS = 1_000  # of a list that are compared
+SHOWN = 6  # rows, or batches, of an order in a message
+LONGEST = 60  # characters of them
 ROUNDING = 1e-4  # relative: arrays that were computed on different machines may differ by less
 
 
@@ -38,10 +53,17 @@ def check_same_data(batches: Any, world: World, name: str) -> None:
     How many there are is not compared.
 
     Raises:
-        ValueError: they have other row numbers.
+        ValueError: they have other row numbers, or a DistributedSampler with other settings.
     """
     found = world.gather(sample_of(batches)) or []
     for rank, other in enumerate(found):
+        if found[0][2] != other[2]:
+            raise ValueError(
+                f"the sampler of {name} is {found[0][2]} in process 0, and {other[2]} in process "
+                f"{rank}; expected the same settings in all processes, since each uses its share "
+                "of one order. Pass the same shuffle, seed and drop_last, and the same number to "
+                "set_epoch."
+            )
         if not are_alike(found[0][0], other[0]):
             raise ValueError(describe_difference(name, rank))
     for rank, other in enumerate(found):
@@ -51,7 +73,10 @@ def check_same_data(batches: Any, world: World, name: str) -> None:
 
 
 def sample_of(batches: Any) -> list[Any]:
-    """Return plain values of what must be the same in all processes, and of what may be rounded."""
+    """Return plain values of what must be the same in all processes.
+
+    Row numbers, numbers that may be rounded, and a sampler's settings.
+    """
     certain, possible = Sample(), Sample()
     if isinstance(batches, ArrayBatches):
         for rows in leaves(batches.arrays):
@@ -59,7 +84,19 @@ def sample_of(batches: Any) -> list[Any]:
     loader = getattr(batches, "loader", batches)
     add_samplers(loader, certain)
     add_dataset(getattr(loader, "dataset", None), certain, possible)
-    return [certain.values(), possible.values()]
+    return [certain.values(), possible.values(), describe_sampler(loader)]
+
+
+def describe_sampler(loader: Any) -> str:
+    """Return the settings by which a loader's DistributedSampler draws, or that it is another."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+        if type(sampler) is DistributedSampler:
+            return (
+                f"DistributedSampler(shuffle={sampler.shuffle}, seed={sampler.seed}, "
+                f"drop_last={sampler.drop_last}) at epoch {sampler.epoch}"
+            )
+    return "no DistributedSampler"
 
 
 def describe_difference(name: str, rank: int) -> str:
@@ -71,6 +108,45 @@ def describe_difference(name: str, rank: int) -> str:
         "generator=torch.Generator().manual_seed(0)), train_test_split(..., random_state=0), "
         "np.random.default_rng(0). If each process is to read rows of its own, pass an "
         "IterableDataset."
+    )
+
+
+@dataclass(frozen=True)
+class OrderSummary:
+    """What is compared of an order that a custom sampler has drawn."""
+
+    code: int  # a checksum of all of it
+    begin: str  # the first rows, for a message
+
+    @classmethod
+    def of(cls, order: list[Any]) -> OrderSummary:
+        """Return the summary of a list of row numbers, or of those of each batch."""
+        try:
+            rows = order
+            if order and isinstance(order[0], list):
+                rows = [len(batch) for batch in order] + list(chain(*order))
+            code = zlib.crc32(np.fromiter(map(index, rows), np.int64).tobytes())
+        except (TypeError, OverflowError):  # names of rows, or other objects
+            code = batch_checksum(order)
+        return cls(code, repr(order[:SHOWN])[1:-1][:LONGEST])
+
+
+NO_ORDER = OrderSummary(0, "")
+
+
+def raise_other_order(order: OrderSummary, sampler: Any, world: World, name: str) -> NoReturn:
+    """Raise the error that a sampler has drawn different orders in the processes."""
+    found = world.gather([order.code, order.begin]) or []
+    first_code, first_rows = found[0]
+    rank = next(rank for rank, (code, _) in enumerate(found) if code != first_code)
+    rows = found[rank][1]
+    raise ValueError(
+        f"the sampler of {name}, {type(sampler).__name__}, gives other rows in process {rank} than "
+        "in process 0; expected all rows, in the same order in all processes, since each uses its "
+        f"share of them. They begin with {first_rows} ... in process 0, and with {rows} ... in "
+        f"process {rank}. Draw the order from a generator with a seed, the same in all processes, "
+        "such as np.random.default_rng(0). If the sampler gives each process its own rows, set its "
+        f"attribute num_replicas to {world.size}: they are not divided again then."
     )
 
 

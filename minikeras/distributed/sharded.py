@@ -2,7 +2,9 @@
 
 A step is one batch for each process. The order of an epoch is drawn as rank 0 draws it: its random
 state is broadcast at the start of each iteration, each process draws from it, and then the other
-ranks put their own state back.
+ranks put their own state back. A custom sampler may still draw differently, as from a generator
+without a seed: its order is compared, in a message of its own in the first iteration, and later in
+that of the next one.
 
 rows known by number       batch_size rows for each process; the last ones are divided into parts
                            that differ by one row at most
@@ -29,12 +31,19 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from tqdm import tqdm
 
 from minikeras.distributed.in_step import InStep
-from minikeras.distributed.same_data import check_same_data, sample_of
+from minikeras.distributed.same_data import (
+    NO_ORDER,
+    OrderSummary,
+    check_same_data,
+    raise_other_order,
+    sample_of,
+)
 from minikeras.distributed.world import World
 from minikeras.phase import FillerBatch
 from minikeras.sources import ArrayBatches, find_length
 from minikeras.support.checksums import checksum
 from minikeras.support.loaders import (
+    DRAWN_AT_ONCE,
     asked,
     draw_seed,
     drawn,
@@ -54,7 +63,7 @@ def sharded(batches: Iterable[Any], world: World, name: str) -> Iterable[Any]:
     given: Any = batches if bar is None else bar.iterable
     if not is_divisible(given, world):
         return InStep(batches, world, name)
-    return Sharded(given, world, bar)
+    return Sharded(given, world, name, bar)
 
 
 def is_divisible(batches: Any, world: World) -> bool:
@@ -128,6 +137,14 @@ def is_distributed(sampler: Any, world: World) -> bool:
     return (sampler.num_replicas, sampler.rank) == (world.size, world.rank)
 
 
+def has_custom_order(loader: Any) -> bool:
+    """Tell whether a sampler decides the order that is none of torch's own, or a list."""
+    sampler = order_of(loader)
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return sampler is not None and type(sampler) not in DRAWN_AT_ONCE
+
+
 def count_rows(sampler: Any) -> int:
     """Return how many rows the samplers of all processes give together, each row once."""
     if type(sampler) is not DistributedSampler:
@@ -157,17 +174,22 @@ class Sharded:
     """One process's share of batches, if the rows or the batches are known by number.
 
     Args:
+        name: what the user calls them, for messages.
         bar: the user's bar around the batches, which shows this process's share.
     """
 
     is_exact = True  # reading again from the same random state gives the same batches
+    draws_ahead = True  # the whole order, as an iteration begins
 
-    def __init__(self, batches: Any, world: World, bar: tqdm[Any] | None = None) -> None:
+    def __init__(self, batches: Any, world: World, name: str, bar: tqdm[Any] | None = None) -> None:
         self.batches = batches
         self.world = world
+        self.name = name
         self.bar = bar
         self.loader: Any = getattr(batches, "loader", batches)  # what the user passed
         self.randomness = Randomness(torch.device("cpu"), [self.loader])
+        self.order = NO_ORDER  # of the last iteration, if a custom sampler has drawn it
+        self.is_first_pass = True
 
     @property
     def by_rows(self) -> bool:
@@ -238,6 +260,15 @@ class Sharded:
                 "processes the same data: each uses its share of it."
             )
 
+    def check_order(self, most: float, negative_least: float) -> None:
+        """Check that all processes have drawn the same order.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if most != -negative_least:
+            raise_other_order(self.order, order_of(self.loader), self.world, self.name)
+
     def __iter__(self) -> Iterator[Any]:
         return self.after(0)
 
@@ -249,10 +280,16 @@ class Sharded:
         rank = self.world.rank
         own = self.randomness.states()
         size = self.size()
-        before, sizes = self.world.broadcast_and_agree(own, size, -size)
-        self.check_sizes(*sizes)
+        code = self.order.code
+        before, found = self.world.broadcast_and_agree(own, size, -size, code, -code)
+        self.check_sizes(*found[:2])
+        self.check_order(*found[2:])
         self.randomness.restore(before)
         shares, is_filler = self.shares()
+        if self.is_first_pass and has_custom_order(self.loader):
+            code = self.order.code
+            self.check_order(*self.world.agree(code, -code, about="the order of the rows"))
+        self.is_first_pass = False
         after = self.randomness.states()
         # A loader's iterator draws a seed for its workers: on rank 0 as in one process, on the
         # others each its own.
@@ -301,7 +338,9 @@ class Sharded:
         sampler = self.sampler.sampler
         if type(sampler) is DistributedSampler:
             return rows_of_all(sampler)
-        return drawn(sampler) if draws_at_once(self.sampler) else list(sampler)
+        if draws_at_once(self.sampler):
+            return drawn(sampler)
+        return self.compared(list(sampler))
 
     def all_batches(self) -> list[Any]:
         """Return the row numbers of each batch of an epoch; of a list, the batches."""
@@ -312,8 +351,14 @@ class Sharded:
             sampler = self.loader.sampler
             if type(sampler) is DistributedSampler:
                 return rows_of_all(sampler).tolist()
-            return list(sampler)
-        return list(map(list, asked(self.loader)))
+            return self.compared(list(sampler))
+        return self.compared(list(map(list, asked(self.loader))))
+
+    def compared(self, order: list[Any]) -> list[Any]:
+        """Return an order; note it, to be compared, if a custom sampler has drawn it."""
+        if has_custom_order(self.loader):
+            self.order = OrderSummary.of(order)
+        return order
 
     def read(self, shares: list[Any], count: int) -> Iterator[Any]:
         """Return an iterator of the batches of these shares, but for the first `count`."""

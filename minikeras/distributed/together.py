@@ -22,7 +22,7 @@ import torch
 from torch.optim import Optimizer
 
 from minikeras.callback import Callback, with_method
-from minikeras.distributed.channel import OPTIMIZER_STEP, Exchange, by_value
+from minikeras.distributed.channel import OPTIMIZER_STEP, VERBS, Exchange, by_value
 from minikeras.distributed.handshake import (
     check_settings,
     check_weights,
@@ -64,20 +64,22 @@ class KeepTogether(Hook):
     def around_fit(self, fit: Fit) -> Iterator[None]:
         """Let each process draw its own numbers, for dropout.
 
-        Afterwards all have the random state of rank 0.
+        Afterwards all have the random state of rank 0, unless this fit is within another one.
         """
         world = self.world
         seed = self._begin(fit)
-        state = Randomness(torch.device("cpu"), [])
-        if world.rank:
+        is_within_another = world.draws_apart
+        if world.rank and not is_within_another:
             reseed(seed + world.rank)
-        world.draws_apart = True
+        VERBS[-1].draws_apart = True
         try:
             yield
         finally:
-            world.draws_apart = False
+            VERBS[-1].draws_apart = False
             world.follows_main = False
-        state.restore(world.broadcast(state.states()))
+        if not is_within_another:
+            state = Randomness(torch.device("cpu"), [])
+            state.restore(world.broadcast(state.states()))
 
     def _begin(self, fit: Fit) -> int:
         """Ask once whether a process may stop after any batch, and whether all monitor alike.

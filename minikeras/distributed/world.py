@@ -103,8 +103,6 @@ class World(OneProcess):
         gpus = torch.cuda.device_count() or 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % gpus))
         self.has_shared = False  # all have the weights of rank 0
-        # a fit is running: the random states of ranks differ, for dropout
-        self.draws_apart = False
         self.follows_main = False  # a fit is running, and the same callbacks monitor in all
 
     def device(self, chosen: torch.device) -> torch.device:
@@ -123,6 +121,11 @@ class World(OneProcess):
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
+
+    @property
+    def draws_apart(self) -> bool:
+        """Whether a fit is running, of any model: ranks have other random states, for dropout."""
+        return any(verb.draws_apart for verb in VERBS)
 
     @property
     def channel(self) -> Channel:

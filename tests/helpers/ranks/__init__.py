@@ -17,10 +17,22 @@ from helpers.ranks import (
     differ,
     loaders,
     metrics,
+    orders,
     planted,
     resume,
     rows,
     same_numbers,
 )
 
-CASES = cases_of(same_numbers, metrics, rows, loaders, differ, resume, planted, agreement, buffers)
+CASES = cases_of(
+    same_numbers,
+    metrics,
+    rows,
+    loaders,
+    differ,
+    resume,
+    planted,
+    agreement,
+    buffers,
+    orders,
+)
