@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -102,15 +103,25 @@ class RowMeanCheck:
         self.rows = 0
         if not batch.is_filler:
             pair, self.rows = self._collect(outputs, labels, batch.rows)
-        fewest = int(-self.world.agree(-self.rows)[0])
+        shares = [_shares_what_counts(metric) for metric in pending.values()]
+        # one that uses all processes would wait for those in which it is left out
+        negative_rows, *shares_anywhere = self.world.agree(-self.rows, *shares)
+        fewest = int(-negative_rows)
         self.batches += 1
         self.active = self.batches < BATCHES
         if fewest < LEAST:
             return {}
         self.small = []
-        kinds = self._judge(pending, pair, views)
-        kinds = [int(kind) for kind in self.world.agree(*kinds)]
-        return dict(zip(pending, kinds, strict=True))
+        judged = {}
+        for (name, metric), is_shared in zip(pending.items(), shares_anywhere, strict=True):
+            if not is_shared:
+                judged[name] = metric
+        found = dict.fromkeys(pending, LEFT_OUT)
+        if judged:
+            kinds = self.world.agree(*self._judge(judged, pair, views))
+            for name, kind in zip(judged, kinds, strict=True):
+                found[name] = int(kind)
+        return found
 
     def tell(self, found: Mapping[str, int]) -> None:
         """Warn of functions that are not means, once they have been called without an error."""
@@ -150,20 +161,14 @@ class RowMeanCheck:
         self, functions: Mapping[str, Any], pair: tuple[Any, Any], views: Mapping[str, View]
     ) -> list[int]:
         """Judge each function, with random states as they were before."""
-        judged = {}
-        for name, metric in functions.items():
-            if not _can_change_what_counts(metric):
-                judged[name] = metric
-        randomness = Randomness(self.device, [], roots=judged)
+        randomness = Randomness(self.device, [], roots=functions)
         before = randomness.states()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as of a half without positives
                 kinds = []
-                for name in functions:
-                    kind = LEFT_OUT
-                    if name in judged:
-                        kind = _judge_function(judged[name], views.get(name), *pair, self.rows)
+                for name, metric in functions.items():
+                    kind = _judge_function(metric, views.get(name), *pair, self.rows)
                     kinds.append(kind)
                 return kinds
         finally:
@@ -182,8 +187,8 @@ def _warn_of_other(name: str) -> None:
     )
 
 
-def _can_change_what_counts(metric: Any) -> bool:
-    """Tell whether a function can reach values that its copy shares with it.
+def _shares_what_counts(metric: Any) -> bool:
+    """Tell whether a function can reach values that a copy of it would share.
 
     They are the parameters of a network, with their gradients, and large tables. A method of the
     model reaches them, and so does a function that clips gradients or averages weights.
@@ -198,7 +203,7 @@ def _can_change_what_counts(metric: Any) -> bool:
                 return True
             if isinstance(value, Tensor) and value.numel() > LARGE:
                 return True
-            if isinstance(value, np.ndarray) and value.size > LARGE:
+            if isinstance(value, (np.ndarray, pd.DataFrame, pd.Series)) and value.size > LARGE:
                 return True
     except Exception:  # an object's own attributes may raise anything
         return True
