@@ -84,7 +84,7 @@ def share_buffers(world: World, model: nn.Module, run: Run) -> None:
     """
     if run.fit is not None:
         VERBS[-1].put_back = remember_buffers(model, run.loss_func)
-    world.share(buffers_of(model, run.loss_func))
+    world.share([buffer.data for buffer in buffers_of(model, run.loss_func)])
 
 
 def divided_data(given: Mapping[str, Any]) -> dict[str, Any]:
