@@ -300,6 +300,8 @@ def buffer_sums(model: nn.Module, run: Run) -> list[int]:
         is_plain = buffer.layout is torch.strided and not buffer.is_quantized
         if not is_plain or buffer.is_nested or is_sharded(buffer) or is_lazy(buffer):
             continue
+        if buffer.dtype == torch.bool:  # a mask; eight of its elements are one integer below
+            buffer = buffer.view(torch.uint8)
         bits = as_integers(buffer).reshape(-1)
         places = torch.arange(1, len(bits) + 1, device=bits.device)
         sums.append((bits * places).sum())
