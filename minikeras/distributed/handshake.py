@@ -302,7 +302,7 @@ def buffer_sums(model: nn.Module, run: Run) -> list[int]:
             continue
         if buffer.dtype == torch.bool:  # a mask; eight of its elements are one integer below
             buffer = buffer.view(torch.uint8)
-        bits = as_integers(buffer).reshape(-1)
+        bits = as_integers(buffer.contiguous()).reshape(-1)
         places = torch.arange(1, len(bits) + 1, device=bits.device)
         sums.append((bits * places).sum())
     return read_sums(sums)
