@@ -167,7 +167,8 @@ def buffers_of(model: nn.Module, loss_func: Any) -> list[Tensor]:
 def remember_buffers(model: nn.Module, loss_func: Any) -> Callable[[], None]:
     """Return a function that puts the buffers of a model and of its loss back.
 
-    They are the same tensors again, also if forward has assigned others.
+    They are the same tensors again, also if forward has assigned others. Autograd does not take
+    them for changed: a custom step may still have to call backward.
     """
     modules = list(model.modules())
     if isinstance(loss_func, nn.Module):
@@ -181,6 +182,6 @@ def remember_buffers(model: nn.Module, loss_func: Any) -> Callable[[], None]:
         for module, name, buffer, numbers in before:
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
-            buffer.detach().copy_(numbers)
+            buffer.data.copy_(numbers)
 
     return put_back

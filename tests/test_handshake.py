@@ -22,6 +22,7 @@ CASES = [
     "stepped_differently",
     "caught_and_called",
     "buffers_inside_a_fit",
+    "buffers_inside_a_step",
     "buffers_after_a_failed_fit",
     "buffers_of_fillers",
 ]
@@ -153,6 +154,13 @@ def test_buffers_in_a_callback_are_those_of_rank_0_for_that_call_alone(agreed):
     for found in agreed["buffers_inside_a_fit"]:
         for name in ("buffers", "weights", "after"):
             assert_bits(found["calls"][name], found["none"][name])
+
+
+def test_buffers_in_a_custom_step_are_those_of_rank_0_also_before_its_backward(agreed):
+    first, last = agreed["buffers_inside_a_step"]
+    assert len(first["called"]) == 4
+    torch.testing.assert_close(first["called"], first["own"])
+    torch.testing.assert_close(last["called"], first["own"])
 
 
 def test_buffers_of_model_and_loss_are_those_of_rank_0_after_a_fit(agreed):

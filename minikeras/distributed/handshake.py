@@ -85,7 +85,7 @@ def share_buffers(world: World, model: nn.Module, run: Run) -> None:
     """
     if run.fit is not None:
         VERBS[-1].put_back = remember_buffers(model, run.loss_func)
-    world.share(buffers_of(model, run.loss_func))
+    world.share([buffer.data for buffer in buffers_of(model, run.loss_func)])
 
 
 def divided_data(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def as_integers(numbers: Tensor) -> Tensor:
     change cancel each other out.
     """
     if numbers.is_complex():
-        numbers = torch.view_as_real(numbers)
+        numbers = torch.view_as_real(numbers.resolve_conj())
     size = numbers.element_size()
     flat = numbers.reshape(-1)
     if size == 8:

@@ -41,9 +41,9 @@ class Centered(nn.Module):
         return (y_pred - y_true + self.center).square().mean()
 
 
-def compiled(**kwargs):
+def compiled(kind=minikeras.Model, **kwargs):
     seed()
-    model = minikeras.Model(nn.Sequential(Norm(), nn.Linear(3, 1))).double()
+    model = kind(nn.Sequential(Norm(), nn.Linear(3, 1))).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     model.compile(Centered().double(), optimizer, device="cpu", **kwargs)
     return model
@@ -90,6 +90,26 @@ def buffers_inside_a_fit(size):
             "after": buffers_of(model),
         }
     return results
+
+
+class Looking(minikeras.Model):
+    """A model whose train_step evaluates it between forward and backward."""
+
+    def train_step(self, features, labels):
+        loss = self.compute_loss(self(features), labels)
+        self.found.append(look(self))
+        self.called.append(call(self))
+        self.backward(loss)
+        self.optimizer_step()
+        return {"loss": loss}
+
+
+def buffers_inside_a_step(size):
+    """A custom step calls evaluate and predict before its backward."""
+    model = compiled(Looking)
+    model.found, model.called = [], []
+    model.fit(1, (X, Y), batch_size=4, verbose=0)
+    return {"own": model.found, "called": model.called}
 
 
 def buffers_after_a_failed_fit(size):
