@@ -5,8 +5,9 @@
 Within one launch of two processes (gloo, one thread each) the variants take turns, in an order that
 rotates from round to round: minikeras, a bare loop round DistributedDataParallel, the same with
 gradient_as_bucket_view, and the bare loop in one process alone. Each row of the tables is the
-median over the rounds of a ratio within a round, with its quartiles. CPU time is that of both
-processes. Peak memory is measured in a launch of its own for each variant.
+median over the rounds of a ratio within a round, with its quartiles. A turn is one fit, of 3 to 5
+seconds. CPU time is that of both processes. Peak memory is measured in a launch of its own for each
+variant.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ def make_work(name: str) -> tuple[Any, int, int, Any, Any]:
     if name == "mlp":  # 1.9 million parameters
         layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
         net = nn.Sequential(*layers, nn.Linear(1024, 10))
-        return net, 256, 1, torch.randn(10240, 784), torch.randint(10, (10240,))
+        return net, 256, 1, torch.randn(40960, 784), torch.randint(10, (40960,))
     if name == "conv":  # 15 thousand parameters
         layers = []
         for inputs, outputs in ((3, 16), (16, 32), (32, 32)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
         layers.insert(4, nn.MaxPool2d(2))
         net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-        return net, 32, 1, torch.randn(1920, 3, 32, 32), torch.randint(10, (1920,))
+        return net, 32, 1, torch.randn(7680, 3, 32, 32), torch.randint(10, (7680,))
     if name == "transformer":  # 10.7 million parameters
         return make_transformer(), 8, 1, torch.randn(320, 32, 64), torch.randint(10, (320,))
     if name == "tiny":  # the ring example's network
         net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-        return net, 50, 3, torch.randn(10000, 2), torch.randint(2, (10000,))
+        return net, 50, 12, torch.randn(10000, 2), torch.randint(2, (10000,))
     net = nn.Sequential(*(nn.Linear(2000, 2000, bias=False) for _ in range(16)))
     return net, 4, 1, torch.randn(24, 2000), torch.randint(2000, (24,))
 

@@ -5,7 +5,7 @@ that learning rates and frozen layers are the same everywhere; after an epoch th
 
 after each batch        if a process has a callback for batches, or a custom step, which may decide
                         by numbers of its own
-about every 0.1 s       otherwise: after as many batches as rank 0 has counted in that time, a
+about every 0.5 s       otherwise: after as many batches as rank 0 has counted in that time, a
                         number that all receive with the agreement before. Nobody waits for it: it
                         is sent after one batch, and all read it after the next
 """
@@ -36,7 +36,7 @@ from minikeras.run import buffers_of
 from minikeras.stepper import Part
 from minikeras.support.randomness import Randomness, reseed
 
-INTERVAL = 0.1  # seconds between two agreements, where no process may decide after each batch
+INTERVAL = 0.5  # seconds between two agreements, where no process may decide after each batch
 # where callbacks are that do the same after a batch in all processes
 ALIKE = ("minikeras.callbacks.averaging", "minikeras.callbacks.rates")
 

@@ -52,7 +52,7 @@ def agreements(size):
     counts["fast"] = count_messages(size)
     together.INTERVAL = 1e-9
     counts["slow"] = count_messages(size)
-    together.INTERVAL = 0.1
+    together.INTERVAL = 0.5
     return counts
 
 
@@ -85,7 +85,7 @@ def stopped_at_an_epoch_end(size):
     model.net.register_forward_hook(look)
     together.INTERVAL = 1e-9  # every step is slow: an agreement after each
     fit(model, 5, callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
-    together.INTERVAL = 0.1
+    together.INTERVAL = 0.5
     return [len(model.history), sum(waiting), copy_weights(model)]
 
 
