@@ -1,10 +1,14 @@
 """Values that processes send to each other arrive as they were."""
 
+import os
+from collections import OrderedDict
+from pickle import PickleError, dumps
+
 import numpy as np
 import pytest
 import torch
 
-from minikeras.distributed.channel import pack, unpack
+from minikeras.distributed.packing import pack, unpack
 
 VALUES = {
     "plain": {"a": [1, 2.5, None, "b"], "c": (True, b"d")},
@@ -19,6 +23,11 @@ VALUES = {
     "conjugate": torch.tensor([1 + 2j]).conj(),
     "negative": torch.tensor([1 + 2j]).conj().imag,
     "sparse": torch.tensor([0.0, 1]).to_sparse(),
+    "text": np.array(["a", "bc"]),
+    "dtype": torch.bfloat16,
+    "shape": torch.Size([2, 3]),
+    "set": {1, 2},
+    "ordered": OrderedDict(a=1),
     "nested": [{"x": torch.ones(2, dtype=torch.uint8)}],
 }
 
@@ -49,3 +58,19 @@ def test_tensor_that_was_packed_can_be_written_to():
     found = unpack(pack(torch.zeros(3)))
     found += 1
     assert found.tolist() == [1, 1, 1]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("packer", [pack, dumps])
+def test_value_that_would_run_code_is_refused_before_it_does(packer, tmp_path):
+    packed = packer([1, Evil(tmp_path / "ran")])
+    with pytest.raises(PickleError, match="system is not a plain value"):
+        unpack(packed)
+    assert list(tmp_path.iterdir()) == []

@@ -22,8 +22,6 @@ All of it is in one group of gloo, which is created with the first message.
 from __future__ import annotations
 
 import contextlib
-import io
-import pickle
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +31,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+
+from minikeras.distributed.packing import pack, unpack
 
 # after which a lost process is an error; a group of the user's own has its own timeout
 TIMEOUT = timedelta(minutes=2)
@@ -482,38 +482,3 @@ def by_value(values: list[Any]) -> str:
         else:
             parts.append(f"{value} in processes {', '.join(shown[:-1])} and {shown[-1]}")
     return ", ".join(parts)
-
-
-class Packer(pickle.Pickler):
-    """Packs tensors on the CPU as their numbers alone, which is quick."""
-
-    def reducer_override(self, value: Any) -> Any:
-        """Return a function and its arguments that make a value again."""
-        if type(value) is not Tensor or not is_plain(value):
-            return NotImplemented
-        numbers = torch.empty(value.numel(), dtype=value.dtype)
-        numbers.view(value.shape).copy_(value.detach())
-        return make_tensor, (numbers.view(torch.uint8).numpy(), value.dtype, value.shape)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor is nothing but its numbers, on the CPU."""
-    is_dense = tensor.layout is torch.strided and not tensor.is_quantized
-    return is_dense and tensor.device.type == "cpu" and not tensor.is_nested
-
-
-def make_tensor(numbers: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """Make a packed tensor again."""
-    return torch.from_numpy(numbers).view(dtype).reshape(shape)
-
-
-def pack(value: Any) -> bytes:
-    """Return a plain value as bytes, for a process of the same job."""
-    file = io.BytesIO()
-    Packer(file, protocol=5).dump(value)
-    return file.getvalue()
-
-
-def unpack(packed: bytes) -> Any:
-    """Return the value that was packed."""
-    return pickle.loads(packed)
