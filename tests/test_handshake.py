@@ -8,7 +8,7 @@ from helpers.ranks import agreement
 from helpers.ranks.planted import DURING, PLANTED
 
 import minikeras
-from minikeras.distributed.handshake import buffer_sums
+from minikeras.distributed.handshake import buffer_sums, factors_of_blocks, sum_of_bits
 
 CASES = [
     "planted",
@@ -252,3 +252,18 @@ def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(agreed)
     )
     assert any(sentence in first for sentence in said)
     assert any(sentence in last for sentence in said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 5, 3000])
+def test_checksum_of_weights_sees_order_and_signs(rows, dtype):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, 7, generator=generator).to(dtype)
+    factors = factors_of_blocks()
+    signs = weight.clone()
+    signs[0, :2] *= -1
+    signs[-1, :2] *= -1
+    changed = [weight.flip(0), weight.flip(1), weight.roll(1, 0), signs]
+    sums = [int(sum_of_bits(tensor, factors)) for tensor in [weight, *changed]]
+    assert len(set(sums)) == len(sums)
+    assert int(sum_of_bits(weight.clone(), factors)) == sums[0]

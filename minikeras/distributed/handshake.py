@@ -394,6 +394,8 @@ def raise_drift(world: World, model: nn.Module, run: Run, sums: list[int], when:
             differing.append((number, name))
     number, name = differing[0]
     shown_norms = [f"norm {others[1][number]:.9g}" for others in gathered]
+    if len(set(shown_norms)) == 1:  # such as the same numbers in another order
+        shown_norms = [f"{shown_norms[0]}, checksum {others[0][number]}" for others in gathered]
     more = ""
     if len(differing) > 1:
         more = f" {len(differing) - 1} more parameters differ."

@@ -105,6 +105,27 @@ def freezes(model):
     return fit(model, callbacks=callback(on_epoch_begin=freeze))
 
 
+class FreezesOne(Net):
+    """From its third batch on it trains a layer that differs between processes."""
+
+    batches = 0
+
+    def forward(self, x):
+        self.batches += self.training
+        if self.batches >= 3:
+            (self.a if LAST else self.b).requires_grad_(requires_grad=False)
+        return super().forward(x)
+
+
+def permutes(model):
+    def permute(epoch, logs):
+        if LAST:
+            weight = model.net.a.weight.detach()
+            weight.copy_(weight.flip(0))
+
+    return fit(model, callbacks=callback(on_epoch_end=permute))
+
+
 def edits(model):
     def edit(epoch, logs):
         if LAST:
@@ -364,6 +385,16 @@ DURING = {
         lambda: edits(compiled()),
         "parameter net.end.bias has norm 0",
         "norm 0 in process 1",
+    ),
+    "rows of a weight in another order in one": (
+        lambda: permutes(compiled()),
+        "the weights of the processes have come to differ in this epoch: parameter net.a.weight",
+        "in process 1",
+    ),
+    "another layer frozen in forward": (
+        lambda: fit(compiled(FreezesOne())),
+        "training of net.a.weight is True in process 0, False in process 1",
+        "training of net.b.weight is False in process 0, True in process 1",
     ),
     "another optimizer's step": (
         draws,
