@@ -17,6 +17,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -343,7 +344,7 @@ def _join_rows(pieces: list[Any], rows: list[int]) -> Any:
         raise ValueError("tensors without the rows, and with other numbers in each batch")
     by_row = set(map(_has_items_by_row, pieces, rows))
     if by_row == {True}:
-        return [item for piece in pieces for item in piece]
+        return list(chain.from_iterable(pieces))
     if by_row == {True, False}:
         raise ValueError("lists that have an item for each row in some of the batches")
     container = take_apart(first)

@@ -54,9 +54,7 @@ class AllReduce(Part, Hook):
         """Listen to the gradients as they are filled."""
         self.has_default_step = not overrides(fit.model, "train_step", "backward", "optimizer_step")
         self.named = dict(fit.model.named_parameters())
-        trained: list[Tensor] = []
-        for optimizer in self.stepper.all:
-            trained += trainable_parameters_of(optimizer)
+        trained = self._owners_of(self.stepper.all)
         if self.trained != set(trained):  # until they have arrived once
             self.order = places(reversed([*fit.model.parameters(), *trained]))
             self.arrivals = []
@@ -126,9 +124,7 @@ class AllReduce(Part, Hook):
         parameters = list(self.order)
         numbers = [self.order[parameter] for parameter in arrivals if parameter in self.order]
         self.order = places(parameters[number] for number in self.world.broadcast(numbers))
-        self.trained = set()
-        for optimizer in self.stepper.all:
-            self.trained.update(trainable_parameters_of(optimizer))
+        self.trained = set(self._owners_of(self.stepper.all))
         self.arrivals = None
         self.kept = {}
 
@@ -164,12 +160,7 @@ class AllReduce(Part, Hook):
 
     def _buckets_of(self, optimizers: Iterable[Optimizer]) -> list[Bucket]:
         """Return the buckets of what these optimizers train now; parameters may be frozen."""
-        owners: dict[Tensor, Optimizer] = {}  # if several train one, the first steps with it
-        for optimizer in optimizers:
-            for parameter in self.waiting.get(optimizer, ()):
-                owners.setdefault(parameter, optimizer)
-            for parameter in trainable_parameters_of(optimizer):
-                owners.setdefault(parameter, optimizer)
+        owners = self._owners_of(optimizers)
         key = tuple(map(id, owners))
         if key not in self.kept:
             if key not in self.compared:
@@ -177,6 +168,19 @@ class AllReduce(Part, Hook):
                 self.compared.add(key)
             self.kept[key] = make_buckets(owners, self.order)
         return self.kept[key]
+
+    def _owners_of(self, optimizers: Iterable[Optimizer]) -> dict[Tensor, Optimizer]:
+        """Return the parameters that these optimizers step, each with its optimizer.
+
+        If several train one, the first steps with its gradient.
+        """
+        owners: dict[Tensor, Optimizer] = {}
+        for optimizer in optimizers:
+            for parameter in self.waiting.get(optimizer, ()):
+                owners.setdefault(parameter, optimizer)
+            for parameter in trainable_parameters_of(optimizer):
+                owners.setdefault(parameter, optimizer)
+        return owners
 
     def _compare_trained(self, owners: Mapping[Tensor, Optimizer]) -> None:
         """Check that all processes train the same parameters, if others than before.
@@ -186,11 +190,12 @@ class AllReduce(Part, Hook):
         """
         if not self.compared:  # as a fit begins
             return
-        facts = {name: str(parameter in owners) for name, parameter in self.named.items()}
+        facts = {}
+        for name, parameter in self.named.items():
+            facts[f"training of {name}"] = str(parameter in owners)
         code = checksum_of(facts)
         most, negative_least = self.world.agree(code, -code, about="what is trained")
         if most != -negative_least:
-            facts = {f"training of {name}": value for name, value in facts.items()}
             raise_difference(self.world, facts, during=True)
 
     def gradient_memory(self, optimizer: Optimizer) -> list[Tensor] | None:
