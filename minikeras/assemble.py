@@ -580,6 +580,7 @@ def make_fit(
         last = saved.open(model, run, epochs)
         saved.check_length(find_length(train))
     guard = make_guard(model, run, on_nan)
+    together = make_together(run, listed, saved)
     fit = Fit(
         model,
         run,
@@ -588,13 +589,13 @@ def make_fit(
         val,
         validation_freq,
         listed,
-        parts=make_parts_of_fit(model, run, None if on_nan == "ignore" else guard),
+        parts=make_parts_of_fit(model, run, None if on_nan == "ignore" else guard, together),
         hooks=[],
         say=say_nothing,
         take_history=leave_history,
         at=Position(first),
     )
-    fit.hooks = make_hooks(fit, saved, guard)
+    fit.hooks = make_hooks(fit, saved, guard, together)
     show_fit(fit, verbose, log_step_freq)
     return fit
 
@@ -676,7 +677,19 @@ def make_guard(model: Model, run: Run, on_nan: str) -> Any:
     return guard.NaNGuard(model, run, on_nan, scales)
 
 
-def make_parts_of_fit(model: Model, run: Run, guard: Part | None) -> list[Part]:
+def make_together(run: Run, callbacks: list[Callback], saved: Any) -> Any:
+    """What keeps several processes in lockstep; None for one."""
+    if run.world.size == 1:
+        return None
+    from minikeras.distributed.together import KeepTogether
+
+    world: Any = run.world
+    return KeepTogether(world, callbacks, None if saved is None else saved.interruptions)
+
+
+def make_parts_of_fit(
+    model: Model, run: Run, guard: Part | None, together: Part | None
+) -> list[Part]:
     """The parts of compile, and those that only a fit has, from the outermost to the innermost."""
     parts = list(run.stepper.compiled_parts)
     if guard is not None:  # it sees the loss before any other part changes it
@@ -692,6 +705,8 @@ def make_parts_of_fit(model: Model, run: Run, guard: Part | None) -> list[Part]:
 
         world: Any = run.world
         parts.append(SameSteps(world))
+    if together is not None:
+        parts.append(together)
     return parts
 
 
@@ -705,16 +720,12 @@ def has_custom_moves(model: Model) -> bool:
     return overrides(model, "train_step", "backward", "optimizer_step")
 
 
-def make_hooks(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
+def make_hooks(fit: Fit, saved: Any, guard: Any, together: Any) -> list[Hook]:
     """The hooks of a fit: of its contexts the first is the outermost."""
     run = fit.run
     hooks: list[Hook] = []
-    if run.world.size > 1:
-        from minikeras.distributed.together import KeepTogether
-
-        signals = None if saved is None else saved.interruptions
-        world: Any = run.world
-        hooks.append(KeepTogether(world, fit, signals))
+    if together is not None:
+        hooks.append(together)
     losses = sys.modules.get("minikeras.losses")  # if it is not loaded, nobody has a penalty
     if losses is not None:
         hooks.append(losses.WeightsFoundOnce())
@@ -725,7 +736,7 @@ def make_hooks(fit: Fit, saved: Any, guard: Any) -> list[Hook]:
         hooks.append(CountBareSteps())
     hooks.append(run.engine)
     for part in fit.parts:
-        if isinstance(part, Hook) and part is not guard:
+        if isinstance(part, Hook) and part not in (guard, together):
             hooks.append(part)
     if saved is not None:
         hooks.append(saved)

@@ -199,8 +199,9 @@ def run_pass(
                 on_batch_end(number, rest)
         if phase.is_training:
             run.stepper.end_pass()
+        means = phase.totals.means()
         phase.batch = NO_BATCH
-        return phase.totals.means()
+        return means
     except Exception as error:
         note_batch(error, phase, number)
         # an error that is kept must not keep a batch
@@ -221,6 +222,8 @@ def number_batches(batches: Iterable[Any], done: int, phase: Phase) -> Iterator[
         for number, batch in enumerate(remaining, start=done + 1):
             yield number, batch
     except Exception as error:
+        if getattr(error, "says_where", False):
+            raise
         phase.explanations.explain_reading(error, getattr(batches, "loader", batches))
         error.add_note(f"{phase.data}, batch {number + 1}, as it was read")
         raise

@@ -63,6 +63,10 @@ class OneProcess:
         """Return the sum over all processes."""
         return tensor
 
+    def tell_with_totals(self, here: bool, then: Callable[[bool], None]) -> None:
+        """Call `then` with whether it is so in any process, when the totals are added up next."""
+        then(here)
+
     def add_up_totals(
         self, sums: list[Tensor], counts: Mapping[str, Any]
     ) -> tuple[list[Tensor], Mapping[str, Any]]:

@@ -244,8 +244,8 @@ class Totals(BatchLogs):
     def means(self) -> dict[str, float]:
         """Return every mean so far, of all processes, read from the device together."""
         read: dict[str, float] = {}
-        if self.sums:
-            sums, counts = self.summed()
+        sums, counts = self.summed()
+        if sums:
             numbers = torch.stack(sums).tolist()  # waits for the device, once
             for name, total in zip(self.sums, numbers, strict=True):
                 read[name] = _mean(total, counts[name])

@@ -75,17 +75,17 @@ def test_handshake_names_what_has_come_to_differ_during_a_fit(planted, name):
 
 def test_agreement_after_each_batch_is_for_callbacks_of_batches_in_any_process(agreed):
     for counts in agreed["agreements"]:
-        assert counts["each"] == counts["each on one"] == counts["slow"]
-        assert counts["each"] - counts["fast"] > agreement.STEPS
+        assert counts["each"] == counts["each on one"]
+        assert counts["each"] - counts["none"] == 2 * agreement.STEPS
+        assert counts["slow validation"] - counts["validation"] > agreement.STEPS
 
 
 def test_agreement_makes_all_stop_after_the_batch_of_a_layer_in_one_process(agreed):
     first, last = agreed["stopped_by_a_layer"]
     assert first[:3] == last[:3]
     batches, epochs, has_stopped, _ = first
-    assert epochs < 1000
     assert has_stopped
-    assert batches < 1000 * agreement.STEPS
+    assert (batches, epochs) == (3, 1)
     assert_equal_tensors(first[3], last[3])
 
 
@@ -99,7 +99,7 @@ def test_agreement_on_its_way_is_not_waited_for_and_loses_no_stop(agreed):
 
 def test_fit_sends_few_small_messages(agreed):
     for counts in agreed["agreements"]:
-        assert counts["fast"] <= 17, counts
+        assert counts["none"] <= 8, counts
 
 
 def test_group_that_is_destroyed_is_said_and_one_that_is_created_again_is_used(agreed):

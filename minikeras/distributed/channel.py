@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -37,6 +37,8 @@ from minikeras.distributed.packing import pack, unpack
 # after which a lost process is an error; a group of the user's own has its own timeout
 TIMEOUT = timedelta(minutes=2)
 NUMBERS = 16  # in one message
+ATTACHED = 8  # numbers attached to it
+HEAD = 2 + NUMBERS + ATTACHED  # before a value of rank 0
 VALUE = 20_480  # bytes of a value of rank 0 in it, enough for the states of random generators
 FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
 LAST_LOOK = 4.0  # seconds between two looks at most
@@ -149,6 +151,7 @@ class Channel:
         self.of: Any = dist.group.WORLD  # the process group
         self.group: Any = dist.new_group(backend="gloo", timeout=self.notes.timeout)
         self.begun: Exchange | None = None  # on its way
+        self.attached: list[Attachment] = []  # to the next message
         self.messages = 0  # small ones begun so far
         self.sums = 0  # of gradients and other tensors on the CPU, waited for so far
         self.broken = ""  # why this process has given up waiting
@@ -180,7 +183,19 @@ class Channel:
         That is before the next message, of which all processes have the same ones. Nobody waits
         then, if it is late enough.
         """
+        self.send_attached()
         return self._begin(about, f"{len(numbers)} numbers", numbers)
+
+    def attach(
+        self, about: str, numbers: Sequence[float], then: Callable[[list[float]], None]
+    ) -> None:
+        """Send up to `ATTACHED` numbers with the next message; `then` gets the largest of each."""
+        self.attached.append(Attachment(about, numbers, then))
+
+    def send_attached(self) -> None:
+        """Send what is attached to no message yet, since tensors are to be added up now."""
+        if self.attached:
+            self._begin("", "attached", ()).largest()
 
     def broadcast(self, value: Any, about: str = "", *numbers: float) -> tuple[Any, list[float]]:
         """Return a plain value of rank 0, and the largest of each number."""
@@ -206,18 +221,22 @@ class Channel:
         self._check_in_step()
         if self.begun is not None:
             self.begun.largest()
+        attached, self.attached = self.attached, []
+        about = ", ".join(filter(None, [*(part.about for part in attached), about]))
         code = zlib.crc32(f"{describe_verbs()}: {about}: {kind}".encode())
         words = np.frombuffer(value + bytes(-len(value) % 4), np.uint32)
-        frame = np.zeros(2 + NUMBERS + VALUE // 4)
+        frame = np.zeros(HEAD + VALUE // 4)
         frame[:2] = code, -code
         frame[2 : 2 + len(numbers)] = numbers
-        frame[2 + NUMBERS : 2 + NUMBERS + len(words)] = words
+        attached_numbers = [number for part in attached for number in part.numbers]
+        frame[2 + NUMBERS : 2 + NUMBERS + len(attached_numbers)] = attached_numbers
+        frame[HEAD : HEAD + len(words)] = words
         message = torch.from_numpy(frame)
         self.messages += 1
         work = self.dist.all_reduce(
             message, self.dist.ReduceOp.MAX, group=self.group, async_op=True
         )
-        self.begun = Exchange(self, about or kind, len(numbers), frame, work)
+        self.begun = Exchange(self, about or kind, len(numbers), attached, frame, work)
         return self.begun
 
     def gather(self, value: Any, everywhere: bool = True, about: str = "") -> list[Any] | None:
@@ -358,12 +377,22 @@ class Channel:
 
 
 @dataclass(eq=False)
+class Attachment:
+    """Numbers that travel with the next message, whatever that is about."""
+
+    about: str
+    numbers: Sequence[float]
+    then: Callable[[list[float]], None]  # of the largest of each
+
+
+@dataclass(eq=False)
 class Exchange:
     """A small message that all processes send, and that may still be on its way."""
 
     channel: Channel
     about: str
     count: int  # of the numbers in it
+    attached: list[Attachment]
     frame: np.ndarray
     work: Any  # torch's handle; None once it has been waited for
 
@@ -379,12 +408,20 @@ class Exchange:
             self.channel.wait(work)
             if self.frame[0] != -self.frame[1]:
                 self.channel.explain_other_places(self.about)
+            self._tell_attached()
         found: list[float] = self.frame[2 : 2 + self.count].tolist()
         return found
 
+    def _tell_attached(self) -> None:
+        start = 2 + NUMBERS
+        for part in self.attached:
+            end = start + len(part.numbers)
+            part.then(self.frame[start:end].tolist())
+            start = end
+
     def value(self, size: int) -> bytes:
         """Return the value of rank 0, of `size` bytes, or as much as fits into a message."""
-        words = self.frame[2 + NUMBERS :].astype(np.uint32)
+        words = self.frame[HEAD:].astype(np.uint32)
         return words.tobytes()[: min(size, VALUE)]
 
 

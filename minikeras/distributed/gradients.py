@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from minikeras.distributed.world import World
 from minikeras.nests import is_sharded
 
-BUCKET = 2**23  # bytes; a bucket ends with the parameter that fills it
+BUCKET = 25 * 2**20  # bytes; a bucket ends with the parameter that fills it
 SMALL_BUCKET = 2**20  # of the first one, so that sending begins early, and of the last one
 
 

@@ -3,11 +3,12 @@
 After a batch or an epoch all processes agree whether to stop, which signals have been received, and
 that learning rates and frozen layers are the same everywhere; after an epoch that the weights are.
 
-after each batch        if a process has a callback for batches, or a custom step, which may decide
-                        by numbers of its own
-about every 0.5 s       otherwise: after as many batches as rank 0 has counted in that time, a
-                        number that all receive with the agreement before. Nobody waits for it: it
-                        is sent after one batch, and all read it after the next
+after each batch    if a process has a callback for batches, or a custom step, which may decide by
+                    numbers of its own
+when one calls      otherwise, on the CPU: a call for an agreement travels with the gradients
+about every 0.5 s   otherwise, as in validation: after as many batches as rank 0 has counted in that
+                    time, a number that all receive with the agreement before. Nobody waits for it:
+                    it is sent after one batch, and all read it after the next
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,20 +42,24 @@ INTERVAL = 0.5  # seconds between two agreements, where no process may decide af
 ALIKE = ("minikeras.callbacks.averaging", "minikeras.callbacks.rates")
 
 
-class KeepTogether(Hook):
+class KeepTogether(Part, Hook):
     """Give each process its own random state, share the buffers of rank 0, and stop together.
 
     Args:
+        callbacks: the user's; rank 0 has others to show the fit.
         signals: what has been received from the operating system; None if nothing listens.
     """
 
-    def __init__(self, world: World, fit: Fit, signals: Any = None) -> None:
+    def __init__(self, world: World, callbacks: Iterable[Callback], signals: Any = None) -> None:
         self.world = world
         self.signals = signals
-        self.callbacks = list(fit.callbacks)  # the user's; rank 0 has others to show the fit
+        self.model: Any = None  # during a fit
+        self.callbacks = list(callbacks)
         self.wants_stop = False  # in this process, which the others have not heard of yet
         self.all_stop = False  # as all have agreed
         self.after_each = True  # batch
+        self.calls = False  # an agreement is called for with the gradients
+        self.is_called = False  # all agree after this batch
         self.waiting = 0  # batches since the last agreement
         self.interval = 1  # batches from one agreement to the next
         self.agreed_at = 0.0  # by this process's clock
@@ -87,6 +92,7 @@ class KeepTogether(Hook):
         Returns:
             a seed, which rank 0 makes from its random state.
         """
+        self.model = fit.model
         seed = torch.get_rng_state().long().sum().item() + torch.initial_seed()
         seed = 0 if self.world.rank else seed % 2**53  # a float holds it
         own_step = overrides(fit.model, "train_step", "evaluate_step", "backward", "optimizer_step")
@@ -97,6 +103,8 @@ class KeepTogether(Hook):
             decides, code, -code, seed, about=about
         )
         self.after_each = bool(some_decide)
+        # from a device the numbers that come with gradients are not read
+        self.calls = not self.after_each and fit.run.device.type == "cpu"
         self.world.follows_main = most == -negative_least
         self.agreed_at = time.monotonic()
         return int(seed)
@@ -104,20 +112,37 @@ class KeepTogether(Hook):
     def on_epoch_begin(self, fit: Fit) -> None:
         """Check that callbacks have left settings alike, before a gradient is sent."""
         code = code_of_settings(fit.model, fit.run)
+
+        def hear(found: list[float]) -> None:
+            try:
+                check_settings(self.world, fit.model, fit.run, *found[1:])
+            except ValueError as error:
+                error.says_where = True  # type: ignore[attr-defined] # not in reading a batch
+                raise
+            self.is_called = bool(found[0])  # all stop after the first batch
+
         stops = fit.model.stop_training
-        found = self.world.agree(stops, code, -code, about="beginning of an epoch")
-        check_settings(self.world, fit.model, fit.run, *found[1:])
-        if found[0]:
-            self.interval = 1  # all stop after the first batch
+        self.world.agree_with_next(stops, code, -code, about="beginning of an epoch", then=hear)
 
     def on_train_end(self, fit: Fit) -> None:
         """Give all processes the buffers of rank 0: each has counted its own rows."""
         self.world.share(buffers_of(fit.model, fit.run.loss_func))
 
+    def numbers(self, optimizers: list[Optimizer]) -> list[Any]:
+        """Call for an agreement if this process wants to stop, or has received a signal."""
+        if not self.calls:
+            return []
+        return [float(self.wants_stop or self.model.stop_training or self._received() > 0)]
+
+    def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
+        """Hear whether a process has called."""
+        if sums[0] > 0:
+            self.is_called = True
+
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Let all processes stop after the same batch."""
         self.waiting += 1
-        if self.after_each:
+        if self.after_each or self.is_called:
             self._hear(fit, self._ask(fit, "end of a batch"))
             return
         if not self.all_stop:  # else it ends the pass of all
@@ -125,6 +150,8 @@ class KeepTogether(Hook):
             fit.model.stop_training = False
         if self.asked is not None:
             self._hear(fit, self.asked)
+        if self.calls and fit.run.phase.is_training:
+            return
         if self.waiting >= self.interval and not self.all_stop:
             self.asked = self._ask(fit, "end of a batch")
 
@@ -139,9 +166,7 @@ class KeepTogether(Hook):
 
     def _ask(self, fit: Fit, about: str, *numbers: float) -> Exchange:
         """Send what is to be agreed on: to stop, signals, settings, and more numbers."""
-        received = 0
-        if self.signals is not None:
-            received = self.signals.received or 0
+        received = self._received()
         stops = fit.model.stop_training or self.wants_stop
         self.wants_stop = False
         code = code_of_settings(fit.model, fit.run)
@@ -154,6 +179,7 @@ class KeepTogether(Hook):
     def _hear(self, fit: Fit, asked: Exchange) -> list[float]:
         """Do what all have agreed on; return the largest of the other numbers."""
         self.asked = None
+        self.is_called = False
         stops, received, interval, *found = asked.largest()
         check_settings(self.world, fit.model, fit.run, *found[:2])
         self.interval = int(interval)
@@ -162,6 +188,10 @@ class KeepTogether(Hook):
         if self.signals is not None:
             self.signals.agreed = int(received) or None
         return found[2:]
+
+    def _received(self) -> int:
+        """Return the number of the signal that this process has received; 0 if there is none."""
+        return 0 if self.signals is None else self.signals.received or 0
 
     def _next_interval(self) -> int:
         """Count the batches of rank 0 in `INTERVAL`: at most twice as many as the last time."""

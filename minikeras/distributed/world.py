@@ -103,6 +103,8 @@ class World(OneProcess):
         gpus = torch.cuda.device_count() or 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank % gpus))
         self.has_shared = False  # all have the weights of rank 0
+        # with the next totals: whether something is so here, and what hears if it is anywhere
+        self.told: list[tuple[bool, Callable[[bool], None]]] = []
         self.follows_main = False  # a fit is running, and the same callbacks monitor in all
 
     def device(self, chosen: torch.device) -> torch.device:
@@ -148,6 +150,9 @@ class World(OneProcess):
             raise
         finally:
             VERBS.remove(verb)
+            self.told = []
+            if verb.channel is not None:
+                verb.channel.attached = []
             if verb.put_back is not None:
                 verb.put_back()
 
@@ -166,6 +171,7 @@ class World(OneProcess):
 
     def begin_sum(self, tensor: Tensor) -> Any:
         """Begin to add up a tensor over all processes, in place; return torch's handle."""
+        self.channel.send_attached()
         try:
             return self.dist.all_reduce(tensor, async_op=True)
         except RuntimeError as error:
@@ -232,6 +238,16 @@ class World(OneProcess):
         """Do as `agree`, without waiting: the others' numbers are asked for before the next."""
         return self.channel.begin(about, *numbers)
 
+    def agree_with_next(
+        self, *numbers: float, about: str, then: Callable[[list[float]], None]
+    ) -> None:
+        """Do as `agree` with the next message, or before tensors are added up.
+
+        Args:
+            then: is called with the largest of each number.
+        """
+        self.channel.attach(about, numbers, then)
+
     def follow(self, value: float) -> float:
         """Return a value that rank 0 has read, if all processes read it in this fit."""
         if not self.follows_main:
@@ -260,18 +276,28 @@ class World(OneProcess):
         self.wait_for_sum(self.begin_sum(tensor), tensor)
         return tensor
 
+    def tell_with_totals(self, here: bool, then: Callable[[bool], None]) -> None:
+        """Call `then` with whether it is so in any process, as the totals are added up next."""
+        self.told.append((here, then))
+
     def add_up_totals(
         self, sums: list[Tensor], counts: Mapping[str, Any]
     ) -> tuple[list[Tensor], Mapping[str, Any]]:
-        """Return the sums and counts of a pass over all processes; both may be empty."""
+        """Return the sums and counts of a pass over all processes, and hear what was told."""
+        told, self.told = self.told, []
         if not sums:
+            for here, then in told:
+                then(bool(self.agree(here)[0]))
             return sums, counts
         zero = torch.zeros_like(sums[0])
         numbers = list(sums)
-        for count in counts.values():
-            numbers.append(zero + count)
-        all_sums, all_counts = self.add_up(torch.stack(numbers)).split(len(sums))
-        return list(all_sums), dict(zip(counts, all_counts, strict=True))
+        for number in [*counts.values(), *(here for here, _ in told)]:
+            numbers.append(zero + number)
+        found = list(self.add_up(torch.stack(numbers)))
+        for (_, then), processes in zip(told, found[len(sums) + len(counts) :], strict=True):
+            then(bool(processes > 0))
+        all_counts = found[len(sums) : len(sums) + len(counts)]
+        return found[: len(sums)], dict(zip(counts, all_counts, strict=True))
 
     def share_weights(self, model: nn.Module, loss_func: Any) -> None:
         """Broadcast the weights and buffers of rank 0, once; shards have them already."""

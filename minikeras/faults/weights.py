@@ -94,7 +94,12 @@ class FiniteWeights:
             NonFiniteWeights: one is not finite and was as the fit began, in any of the processes.
         """
         found = self._find(dict([*self._weights(), *self._state()]))
-        self._raise_if_any(found)
+
+        def hear(is_anywhere: bool) -> None:
+            if is_anywhere:
+                raise NonFiniteWeights(found)
+
+        self.world.tell_with_totals(bool(found), hear)
 
     def allow(self, path: Any, averages: Iterable[tuple[str, str, Tensor]] = ()) -> bool:
         """Tell whether a file may be written; with on_nan="ignore" warn if it may not.

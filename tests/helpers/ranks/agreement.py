@@ -43,15 +43,16 @@ def count_messages(size, **kwargs):
 
 
 def agreements(size):
-    """Messages of a fit: with a callback for batches, of slow and of fast steps without one."""
+    """Messages of a fit: with a callback for batches, without one, and with slow validation."""
     each = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: None)
     on_one = [each] if RANK else []
     counts = {"each": count_messages(size, callbacks=[each])}
     counts["each on one"] = count_messages(size, callbacks=on_one)
-    together.INTERVAL = 1e9  # every step is fast
-    counts["fast"] = count_messages(size)
+    counts["none"] = count_messages(size)
+    together.INTERVAL = 1e9  # every batch is fast
+    counts["validation"] = count_messages(size, dl_val=(X, Y))
     together.INTERVAL = 1e-9
-    counts["slow"] = count_messages(size)
+    counts["slow validation"] = count_messages(size, dl_val=(X, Y))
     together.INTERVAL = 0.5
     return counts
 
@@ -83,8 +84,8 @@ def stopped_at_an_epoch_end(size):
         model.stop_training = bool(RANK) and epoch == 2
 
     model.net.register_forward_hook(look)
-    together.INTERVAL = 1e-9  # every step is slow: an agreement after each
-    fit(model, 5, callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
+    together.INTERVAL = 1e-9  # every batch is slow: an agreement after each, in validation
+    fit(model, 5, dl_val=(X, Y), callbacks=[minikeras.LambdaCallback(on_epoch_end=stop)])
     together.INTERVAL = 0.5
     return [len(model.history), sum(waiting), copy_weights(model)]
 
