@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ class AllReduce(Part, Hook):
         self.order: Mapping[Tensor, int] = {}  # in which gradients arrive
         self.trained: set[Tensor] = set()  # the parameters that were, as they arrived
         self.arrivals: list[Tensor] | None = None  # in the first step: gradients as they arrive
-        self.kept: dict[tuple[int, ...], list[Bucket]] = {}  # ids of the parameters -> buckets
-        self.compared: set[tuple[int, ...]] = set()  # such ids, which are the same in all processes
+        # ids of the parameters of each optimizer -> buckets
+        self.kept: dict[tuple[tuple[int, ...], ...], list[Bucket]] = {}
+        self.compared: set[tuple[tuple[int, ...], ...]] = set()  # keys that processes have compared
         self.named: dict[str, Tensor] = {}  # the model's parameters, during a fit
         # for each optimizer what it trained in batches that wait for a step, frozen since or not
         self.waiting: dict[Optimizer, dict[Tensor, None]] = {}
@@ -158,27 +159,29 @@ class AllReduce(Part, Hook):
                 part.take_numbers(optimizers, sums[:count])
                 sums = sums[count:]
 
-    def _buckets_of(self, optimizers: Iterable[Optimizer]) -> list[Bucket]:
+    def _buckets_of(self, optimizers: Sequence[Optimizer]) -> list[Bucket]:
         """Return the buckets of what these optimizers train now; parameters may be frozen."""
-        owners = self._owners_of(optimizers)
-        key = tuple(map(id, owners))
+        key = tuple(tuple(map(id, self._trained_by(optimizer))) for optimizer in optimizers)
         if key not in self.kept:
+            owners = self._owners_of(optimizers)
             if key not in self.compared:
                 self._compare_trained(owners)
                 self.compared.add(key)
             self.kept[key] = make_buckets(owners, self.order)
         return self.kept[key]
 
-    def _owners_of(self, optimizers: Iterable[Optimizer]) -> dict[Tensor, Optimizer]:
+    def _trained_by(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return what an optimizer steps, frozen since or not; some may be in it twice."""
+        return [*self.waiting.get(optimizer, ()), *trainable_parameters_of(optimizer)]
+
+    def _owners_of(self, optimizers: Sequence[Optimizer]) -> dict[Tensor, Optimizer]:
         """Return the parameters that these optimizers step, each with its optimizer.
 
         If several train one, the first steps with its gradient.
         """
         owners: dict[Tensor, Optimizer] = {}
         for optimizer in optimizers:
-            for parameter in self.waiting.get(optimizer, ()):
-                owners.setdefault(parameter, optimizer)
-            for parameter in trainable_parameters_of(optimizer):
+            for parameter in self._trained_by(optimizer):
                 owners.setdefault(parameter, optimizer)
         return owners
 

@@ -26,6 +26,7 @@ from minikeras.nests import is_sharded
 
 BUCKET = 25 * 2**20  # bytes; a bucket ends with the parameter that fills it
 SMALL_BUCKET = 2**20  # of the first one, so that sending begins early, and of the last one
+GROUP = 2**20  # bytes of gradients that are copied together, so that they are in the cache
 
 
 class Layout:
@@ -39,6 +40,7 @@ class Layout:
     def __init__(self, parameter: Tensor) -> None:
         self.shape = parameter.shape
         self.dtype = parameter.dtype
+        self.size = view_as_real(parameter).numel()  # real numbers
         self.strides = parameter.stride()
         # dimensions from the slowest to the fastest in memory
         self.order = sorted(range(parameter.ndim), key=lambda number: -self.strides[number])
@@ -54,11 +56,11 @@ class Layout:
             return gradient.reshape(-1)
         return view_as_real(gradient.permute(self.order).resolve_conj()).reshape(-1)
 
-    def unflatten(self, memory: Tensor, start: int, size: int) -> Tensor:
+    def unflatten(self, memory: Tensor, start: int) -> Tensor:
         """Return the gradient of these real numbers of a bucket's memory."""
         if memory.dtype == self.dtype:
             return memory.as_strided(self.shape, self.strides, memory.storage_offset() + start)
-        numbers = memory[start : start + size]
+        numbers = memory[start : start + self.size]
         if self.dtype.is_complex:  # a pair begins at an even place, as a copy does
             numbers = torch.view_as_complex(numbers.clone().view(-1, 2))
         return numbers.to(self.dtype).as_strided(self.shape, self.strides)
@@ -77,8 +79,9 @@ class Bucket:
         self.device = device
         self.dtype = dtype
         self.parameters: list[Tensor] = []
-        self.sizes: list[int] = []  # of their real numbers
         self.layouts: list[Layout] = []
+        self.groups: list[list[tuple[Tensor, Layout]]] = []  # of up to `GROUP` bytes, or of one
+        self.group_sizes: list[int] = []  # real numbers
         self.size = 0  # of all
         self.bytes = 0
         self.all_exist: Tensor | None = None  # what is sent if every gradient exists here
@@ -87,11 +90,16 @@ class Bucket:
 
     def add(self, parameter: Tensor) -> None:
         """Add a parameter at the end."""
+        layout = Layout(parameter)
         self.parameters.append(parameter)
-        self.sizes.append(view_as_real(parameter).numel())
-        self.size += self.sizes[-1]
-        self.layouts.append(Layout(parameter))
+        self.layouts.append(layout)
+        self.size += layout.size
         self.bytes += parameter.numel() * parameter.element_size()
+        if not self.groups or self.group_sizes[-1] + layout.size > GROUP // self.dtype.itemsize:
+            self.groups.append([])
+            self.group_sizes.append(0)
+        self.groups[-1].append((parameter, layout))
+        self.group_sizes[-1] += layout.size
 
     def take(self, message: Tensor, share: float) -> list[bool]:
         """Take the gradients away from the parameters, times `share` into the message.
@@ -100,36 +108,41 @@ class Bucket:
             which of them exist; the others are 0 in the message.
         """
         exist = []
-        places = message.split_with_sizes(self.sizes)
-        for parameter, place, layout in zip(self.parameters, places, self.layouts, strict=True):
-            gradient = parameter.grad
-            exist.append(gradient is not None)
-            if gradient is None:
-                place.zero_()
-                continue
-            if gradient.is_sparse:
-                raise ValueError(
-                    "gradients must be dense to be added up over several processes. Build the "
-                    "embedding with sparse=False."
-                )
-            numbers = layout.flatten(gradient)
-            if numbers.dtype != self.dtype:
-                numbers = numbers.to(self.dtype)
-            torch.mul(numbers, share, out=place)
-            parameter.grad = None
+        places = message.split_with_sizes(self.group_sizes)
+        for group, place in zip(self.groups, places, strict=True):
+            numbers = []
+            for parameter, layout in group:
+                exist.append(parameter.grad is not None)
+                numbers.append(self._take_gradient(parameter, layout))
+            if len(numbers) == 1:
+                torch.mul(numbers[0], share, out=place)
+            else:
+                torch.cat(numbers, out=place).mul_(share)
         return exist
+
+    def _take_gradient(self, parameter: Tensor, layout: Layout) -> Tensor:
+        """Take a gradient away from its parameter; return its real numbers, 0 if there is none."""
+        gradient = parameter.grad
+        if gradient is None:
+            return torch.zeros(layout.size, dtype=self.dtype, device=self.device)
+        if gradient.is_sparse:
+            raise ValueError(
+                "gradients must be dense to be added up over several processes. Build the "
+                "embedding with sparse=False."
+            )
+        parameter.grad = None
+        numbers = layout.flatten(gradient)
+        return numbers if numbers.dtype == self.dtype else numbers.to(self.dtype)
 
     def give(self, memory: Tensor, exist: Sequence[bool]) -> None:
         """Give the parameters their gradients, which are parts of this memory."""
         self.memory = memory
         self.gradients = []
         start = 0
-        for parameter, size, layout, exists in zip(
-            self.parameters, self.sizes, self.layouts, exist, strict=True
-        ):
+        for parameter, layout, exists in zip(self.parameters, self.layouts, exist, strict=True):
             if exists:
-                parameter.grad = layout.unflatten(memory, start, size)
-            start += size
+                parameter.grad = layout.unflatten(memory, start)
+            start += layout.size
             self.gradients.append(parameter.grad)
 
     def holds_gradients(self) -> bool:
@@ -210,9 +223,11 @@ class GradientSums:
         flat = torch.empty(end + len(numbers), dtype=bucket.dtype, device=bucket.device)
         with torch.no_grad():  # gradients may have a graph of their own
             exist = bucket.take(flat[:size], 1 / self.world.size)
-            flat[size:end] = bucket.describe_existing(exist)
             if numbers:
-                flat[end:] = torch.cat(as_vectors(numbers, bucket.device, bucket.dtype))
+                tail = as_vectors(exist, numbers, bucket.device, bucket.dtype)
+                torch.cat(tail, out=flat[size:])
+            else:
+                flat[size:] = bucket.describe_existing(exist)
         self.sent.append((flat, self.world.begin_sum(flat), exist))
 
 
@@ -269,10 +284,12 @@ def view_as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def as_vectors(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return numbers in their order as vectors on a device; plain ones move there together."""
+def as_vectors(
+    exist: Iterable[bool], numbers: Iterable[Any], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Return these in their order as vectors on a device; plain ones move there together."""
     vectors = []
-    plain: list[float] = []
+    plain: list[float] = [*exist]
     for number in numbers:
         if not isinstance(number, Tensor) or number.device.type == "cpu":
             plain.append(float(number))

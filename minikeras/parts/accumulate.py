@@ -65,7 +65,9 @@ class Accumulate(Part):
             self.outside_graph = f"accumulate={batches}"
 
     def _window(self, optimizer: Optimizer) -> Window:
-        return self.windows.setdefault(optimizer, Window())
+        if optimizer not in self.windows:
+            self.windows[optimizer] = Window()
+        return self.windows[optimizer]
 
     def _settle_unit(self, weight: Any, is_count: bool = False) -> None:
         """Take the first batch for a full one, the same in all processes.
