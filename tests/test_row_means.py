@@ -825,6 +825,26 @@ def test_row_means_check_does_not_call_a_metric_that_changes_weights_buffers_or_
     assert optimizer.param_groups[0]["weight_decay"] == 4.0
 
 
+COUNT = """
+def count(rows):
+    calls.append(rows)
+"""
+MEAN_AND_COUNT = """
+def mean(y_pred, y_true):
+    count(len(y_true))
+    return y_pred.mean()
+"""
+
+
+def test_row_means_check_leaves_what_a_function_of_the_users_other_module_counts():
+    other = {"calls": []}  # the names of one module, and those of another that imports from it
+    exec(COUNT, other)
+    own = {"count": other["count"]}
+    exec(MEAN_AND_COUNT, own)
+    compiled(metrics_dict={"m": own["mean"]}).fit(1, points(64), batch_size=16, verbose=0)
+    assert other["calls"] == [16] * 4
+
+
 @pytest.mark.parametrize("kind", ["array", "tensor"])
 def test_row_means_check_does_not_call_a_metric_that_counts_in_a_large_table(kind):
     table = np.zeros((1100, 1100)) if kind == "array" else torch.zeros(1100, 1100)

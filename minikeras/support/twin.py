@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from minikeras.support.reachable import is_installed
+
 LARGE = 2**20  # elements; a larger table is shared, since what a metric counts in is smaller
 # where torch.compile keeps the function that it was given; the compiled one cannot be copied
 COMPILED_FROM = "_torchdynamo_orig_callable"
@@ -106,7 +108,8 @@ class Copier:
         for name, value in reached.items():
             is_function = isinstance(value, types.FunctionType)
             if is_function and value.__globals__ is not function.__globals__:
-                continue  # a function of another module
+                if is_installed(value.__code__.co_filename):
+                    continue  # a library's own
             names[name] = self.copy(value)
         return twin
 
