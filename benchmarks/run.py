@@ -178,7 +178,7 @@ def table(work: str, results: dict[str, list[Result]]) -> str:
         peak = median(result["peak_mb"] for result in rounds)
         cells = [
             name,
-            spread(ratios("seconds", rounds, tuned)),
+            spread(ratios("seconds", rounds, tuned), digits=3 if has_gpu else 2),
             f"{median(ratios('cpu_seconds', rounds, tuned)):.2f}",
             f"{median(result['seconds'] / result['steps'] for result in rounds) * 1e6:.1f}",
             f"{peak:.0f}",
@@ -197,8 +197,9 @@ def ratios(key: str, rounds: list[Result], tuned: list[Result]) -> list[float]:
     return [result[key] / base[key] for result, base in zip(rounds, tuned, strict=True)]
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    middle, low, high = (f"{of(values):.{digits}f}" for of in (median, min, max))
+    return f"{middle} ({low} - {high})"
 
 
 def gpu_memory(rounds: list[Result], tuned: list[Result]) -> str:
