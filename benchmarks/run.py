@@ -41,14 +41,14 @@ WORKS = {
     "ring0": "the same with num_workers=0",
     "mlp": "784-256-128-10, 20,000 rows, batch 128",
     "conv": "two convolutions (8, 16 channels) on 1 x 28 x 28, 4,000 rows, batch 64",
-    "loader": "the same, rows from a Dataset with __getitem__, num_workers=2",
+    "loader": "conv with rows from a Dataset with __getitem__, num_workers=2",
     "transformer": "a block of width 64 on 32 tokens, bf16, 1,024 rows, batch 32",
     "predict": "20-64-1, 1,000,000 rows, batch 1000",
 }
 WORKS_ON_A_GPU = WORKS | {
     "mlp": "784-256-128-10, 100,000 rows, batch 128",
     "conv": "two convolutions (256, 512 channels) on 1 x 28 x 28, 20,000 rows, batch 256",
-    "loader": "the same, rows from a Dataset with __getitem__, num_workers=2, pin_memory=True",
+    "loader": "conv with rows from a Dataset with __getitem__, num_workers=2, pin_memory=True",
     "transformer": "a block of width 512 on 512 tokens, bf16, 6,400 rows, batch 64",
 }
 # on a GPU: the median ratio that is wanted, and that of peak GPU memory
