@@ -40,9 +40,31 @@ WORKS = {
     "ring": "61 parameters, 4340 rows, batch 100, DataLoader with num_workers=2",
     "ring0": "the same with num_workers=0",
     "mlp": "784-256-128-10, 20,000 rows, batch 128",
-    "conv": "two convolutions on 1 x 28 x 28, 4,000 rows, batch 64",
+    "conv": "two convolutions (8, 16 channels) on 1 x 28 x 28, 4,000 rows, batch 64",
+    "loader": "conv with rows from a Dataset with __getitem__, num_workers=2",
+    "transformer": "a block of width 64 on 32 tokens, bf16, 1,024 rows, batch 32",
     "predict": "20-64-1, 1,000,000 rows, batch 1000",
 }
+WORKS_ON_A_GPU = WORKS | {
+    "mlp": "784-256-128-10, 100,000 rows, batch 128",
+    "conv": "two convolutions (256, 512 channels) on 1 x 28 x 28, 20,000 rows, batch 256",
+    "loader": "conv with rows from a Dataset with __getitem__, num_workers=2, pin_memory=True",
+    "transformer": "a block of width 512 on 512 tokens, bf16, 6,400 rows, batch 64",
+}
+# on a GPU: the median ratio that is wanted, and that of peak GPU memory
+GOALS = {
+    ("ring", "minikeras"): 1.02,
+    ("ring", "minikeras-jit"): 0.35,
+    ("mlp", "minikeras"): 1.02,
+    ("mlp", "minikeras-on-device"): 1.02,
+    ("conv", "minikeras"): 1.01,
+    ("conv", "minikeras-on-device"): 1.01,
+    ("transformer", "minikeras"): 1.01,
+    ("transformer", "minikeras-on-device"): 1.01,
+    ("predict", "minikeras"): 1.05,
+    ("predict", "minikeras-loader"): 1.05,
+}
+MEMORY_GOAL = 1.02
 SAME_BATCHES = 1e-3  # relative: rounding leads to 1e-4 on ring, another order of the rows to 1e-2
 PACKAGES = [
     "torch",
@@ -134,19 +156,29 @@ def table(work: str, results: dict[str, list[Result]]) -> str:
         return f"The tuned loop did not run: {tuned[-1]['missing']}"
     tuned_peak = median(result["peak_mb"] for result in tuned)
     naive = results.get("naive", [])
-    lines = [
-        "| variant | ratio to tuned: median (lowest - highest) | of CPU time | us a step | peak "
-        "MB | over tuned | warming up, s | same work |",
-        "|---|---|---|---|---|---|---|---|",
+    has_gpu = tuned[-1]["gpu_mb"] is not None
+    header = [
+        "variant",
+        "ratio to tuned: median (lowest - highest)",
+        "of CPU time",
+        "us a step",
+        "peak MB",
+        "over tuned",
+        "warming up, s",
+        "same work",
     ]
+    if has_gpu:
+        header += ["peak MB of the GPU", "goal"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, rounds in results.items():
         if "missing" in rounds[-1]:
-            lines.append(f"| {name} | {rounds[-1]['missing'].replace('|', '/')} | | | | | | |")
+            why = rounds[-1]["missing"].replace("|", "/")
+            lines.append(f"| {name} | {why}{' |' * (len(header) - 1)}")
             continue
         peak = median(result["peak_mb"] for result in rounds)
         cells = [
             name,
-            spread(ratios("seconds", rounds, tuned)),
+            spread(ratios("seconds", rounds, tuned), digits=3 if has_gpu else 2),
             f"{median(ratios('cpu_seconds', rounds, tuned)):.2f}",
             f"{median(result['seconds'] / result['steps'] for result in rounds) * 1e6:.1f}",
             f"{peak:.0f}",
@@ -154,6 +186,8 @@ def table(work: str, results: dict[str, list[Result]]) -> str:
             span([result["compile_seconds"] for result in rounds]),
             same_work(rounds, tuned, naive),
         ]
+        if has_gpu:
+            cells += [gpu_memory(rounds, tuned), goal(work, name, rounds, tuned)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -163,8 +197,40 @@ def ratios(key: str, rounds: list[Result], tuned: list[Result]) -> list[float]:
     return [result[key] / base[key] for result, base in zip(rounds, tuned, strict=True)]
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    middle, low, high = (f"{of(values):.{digits}f}" for of in (median, min, max))
+    return f"{middle} ({low} - {high})"
+
+
+def gpu_memory(rounds: list[Result], tuned: list[Result]) -> str:
+    """Return the peak, and its ratio to the tuned loop's; for predict also that of 20 batches."""
+    peak = median(result["gpu_mb"] for result in rounds)
+    text = f"{peak:.1f} ({median(ratios('gpu_mb', rounds, tuned)):.3f})"
+    if "gpu_mb_before" in rounds[-1]:
+        before = median(result["gpu_mb_before"] for result in rounds)
+        text += f", after 20 batches {before:.1f}"
+    return text
+
+
+def goal(work: str, name: str, rounds: list[Result], tuned: list[Result]) -> str:
+    """Say whether the median ratio and the peak of GPU memory are as wanted.
+
+    The memory of predict is to be flat: a million rows take no more than 20 batches.
+    """
+    verdicts = []
+    if (work, name) in GOALS:
+        wanted = GOALS[work, name]
+        verdicts.append(verdict("time", median(ratios("seconds", rounds, tuned)), wanted))
+    if name.startswith("minikeras") and "jit" not in name:
+        memory = ratios("gpu_mb", rounds, tuned)
+        if work == "predict":
+            memory = [result["gpu_mb"] / result["gpu_mb_before"] for result in rounds]
+        verdicts.append(verdict("memory", median(memory), MEMORY_GOAL))
+    return ", ".join(verdicts)
+
+
+def verdict(what: str, ratio: float, wanted: float) -> str:
+    return f"{what} <= {wanted}: {'yes' if ratio <= wanted else 'NO'}"
 
 
 def span(seconds: list[float]) -> str:
@@ -275,7 +341,8 @@ def main() -> None:
             parts += ["### import", import_table(repeats)]
         else:
             results = run_work(work, args.variants, repeats, args.device, args.quick)
-            parts += [f"### {work}: {WORKS[work]}", table(work, results)]
+            about = WORKS if args.device == "cpu" else WORKS_ON_A_GPU
+            parts += [f"### {work}: {about[work]}", table(work, results)]
         # After each work, so that an interrupted run leaves what it has.
         args.out.write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))

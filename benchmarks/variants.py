@@ -7,6 +7,8 @@
     final_loss       over all rows after training (for predict: the mean output)
     tolerance        of final_loss against the tuned loop's, relative
     peak_mb          of this process
+    gpu_mb           the most that torch had allocated on the device by the end of these seconds
+    gpu_mb_before    for predict: the same after 20 batches, before the clock started
     compile_seconds  what warming up took beyond what as many epochs take later
 
 Each function below is one variant: build, `with warm:` train a little, `with timed:` train, and
@@ -33,20 +35,35 @@ from works import RingLoss, RingLossAsPrinted, Work, make_work
 
 
 class Stopwatch:
-    """Measure the seconds inside `with`: wall-clock time and CPU time of this process."""
+    """Measure the seconds inside `with`: wall-clock time and CPU time of this process.
+
+    The device has nothing left to do as the clock starts and as it stops.
+    """
 
     seconds = 0.0
     cpu_seconds = 0.0
+    gpu_mb: float | None = None  # see `gpu_mb` below
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.synchronize = torch.get_device_module(device).synchronize
 
     def __enter__(self) -> None:
+        self.synchronize()
         self.started = time.perf_counter()
         self.cpu_started = time.process_time()
 
     def __exit__(self, *error: object) -> None:
-        if torch.cuda.is_initialized():  # the check itself starts nothing on the GPU
-            torch.cuda.synchronize()
+        self.synchronize()
         self.seconds = time.perf_counter() - self.started
         self.cpu_seconds = time.process_time() - self.cpu_started
+        self.gpu_mb = gpu_mb(self.device)
+
+
+def gpu_mb(device: str) -> float | None:
+    """Return the most that torch has had allocated on a device, None if it does not count."""
+    most = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return None if most is None else most() / 2**20
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> int:
@@ -64,6 +81,7 @@ def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
     loader = work.loader()
     loss_func = work.make_loss(net)
     optimizer = Adam(net.parameters(), lr=work.lr)
+    autocast = work.autocast()
     history = []
 
     def train(epochs):
@@ -73,8 +91,9 @@ def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
             for features, labels in loader:
                 features, labels = features.to(work.device), labels.to(work.device)
                 optimizer.zero_grad()
-                outputs = net(features)
-                loss = loss_func(outputs, labels)
+                with autocast:
+                    outputs = net(features)
+                    loss = loss_func(outputs, labels)
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(features)
@@ -91,14 +110,18 @@ def naive(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
 def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
     """Train by the best eager loop by hand.
 
-    Rows are permuted once an epoch, batches are slices, totals stay tensors.
+    Rows are permuted once an epoch, batches are slices, totals stay tensors. Rows that only
+    workers can read come from the loader.
     """
+    if work.by_row:
+        return tuned_loader(work, warm, timed)
     net = work.make_net()
     rows = len(work.X)
     all_X = work.X.to(work.device)
     all_y = work.y.to(work.device)
     loss_func = work.make_loss(net)
     optimizer = Adam(net.parameters(), lr=work.lr)
+    autocast = work.autocast()
     history = []
 
     def train(epochs):
@@ -110,8 +133,9 @@ def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
             for start in range(0, rows, work.batch_size):
                 features = X[start : start + work.batch_size]
                 labels = y[start : start + work.batch_size]
-                outputs = net(features)
-                loss = loss_func(outputs, labels)
+                with autocast:
+                    outputs = net(features)
+                    loss = loss_func(outputs, labels)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -127,20 +151,62 @@ def tuned(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int
     return net, steps_of(optimizer)
 
 
+def tuned_loader(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
+    """Train by the best eager loop over a DataLoader with workers.
+
+    Batches are copied without waiting from pinned memory, totals stay tensors.
+    """
+    net = work.make_net()
+    loader = work.loader()
+    loss_func = work.make_loss(net)
+    optimizer = Adam(net.parameters(), lr=work.lr)
+    autocast = work.autocast()
+    history = []
+
+    def train(epochs):
+        for _ in range(epochs):
+            net.train()
+            total, correct = torch.zeros(2, device=work.device)
+            for features, labels in loader:
+                features = features.to(work.device, non_blocking=True)
+                labels = labels.to(work.device, non_blocking=True)
+                with autocast:
+                    outputs = net(features)
+                    loss = loss_func(outputs, labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                with torch.no_grad():
+                    total.add_(loss, alpha=len(features))
+                    correct.add_(work.metric(outputs, labels), alpha=len(features))
+            history.append((total.item() / len(work.X), correct.item() / len(work.X)))
+
+    with warm:
+        train(work.warm)
+    with timed:
+        train(work.epochs)
+    return net, steps_of(optimizer)
+
+
 def compiled(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module, int]:
     """Train by the tuned loop, with torch.compile of forward, loss and metric, and of the step."""
+    if work.by_row:
+        raise NotImplementedError("its batches are slices")
     net = work.make_net()
     rows = len(work.X)
     all_X = work.X.to(work.device)
     all_y = work.y.to(work.device)
     loss_func = work.make_loss(net)
     optimizer = Adam(net.parameters(), lr=work.lr)
+    autocast = work.autocast()
     history = []
 
     @torch.compile
     def forward(features, labels):
-        outputs = net(features)
-        return loss_func(outputs, labels), work.metric(outputs.detach(), labels)
+        with autocast:
+            outputs = net(features)
+            loss = loss_func(outputs, labels)
+        return loss, work.metric(outputs.detach(), labels)
 
     @torch.compile(fullgraph=False)
     def step():
@@ -179,12 +245,14 @@ def minikeras(
     timed: Stopwatch,
     loss: str = "own",
     verbose: int = 1,
+    on_device: bool = False,
     **switches: Any,
 ) -> tuple[nn.Module, int]:
     """Train by a user's script: subclass, compile, fit with a DataLoader; bar and metric on.
 
     loss: "own" is minikeras.Regularized(minikeras.FocalLoss()) on ring, "same" what all others
     have, "printed" the one that walks over the parameters at each step.
+    on_device: the user has moved the data there, as the tuned loop has.
     """
     import minikeras
 
@@ -197,11 +265,16 @@ def minikeras(
     optimizer = Adam(model.parameters(), lr=work.lr)
     try:
         model.compile(
-            loss_func, optimizer, {"accuracy": work.metric}, device=work.device, **switches
+            loss_func,
+            optimizer,
+            {"accuracy": work.metric},
+            device=work.device,
+            precision="bf16" if work.bf16 else "fp32",
+            **switches,
         )
     except TypeError as error:
         raise NotImplementedError(str(error)) from error
-    loader = work.loader()
+    loader = work.loader_on_device() if on_device else work.loader()
     with warm:
         model.fit(work.warm, dl_train=loader, verbose=verbose)
     with timed:
@@ -383,6 +456,7 @@ def lightning(
     trainer = Trainer(
         max_epochs=work.warm + work.epochs,
         accelerator=work.device,
+        precision="bf16-mixed" if work.bf16 else "32-true",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -463,7 +537,9 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
     """Train by the loop of Accelerate's documentation; totals stay tensors."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=work.device == "cpu")
+    accelerator = Accelerator(
+        cpu=work.device == "cpu", mixed_precision="bf16" if work.bf16 else "no"
+    )
     net = work.make_net()
     loss_func = work.make_loss(net)
     model, optimizer, loader = accelerator.prepare(
@@ -496,6 +572,19 @@ def accelerate(work: Work, warm: Stopwatch, timed: Stopwatch) -> tuple[nn.Module
 
 
 def predict_tuned(work: Work) -> Any:
+    """Predict by slices: a GPU holds one batch and its outputs."""
+    net = work.make_net().eval()
+
+    def predict(X):
+        batches = X.split(work.batch_size)
+        with torch.no_grad():
+            return torch.cat([net(features.to(work.device)).cpu() for features in batches])
+
+    return predict
+
+
+def predict_on_device(work: Work) -> Any:
+    """Predict with all rows and all outputs on the device: its memory grows with the rows."""
     net = work.make_net().eval()
 
     def predict(X):
@@ -522,7 +611,7 @@ def predict_naive(work: Work) -> Any:
 def predict_minikeras(work: Work) -> Any:
     import minikeras
 
-    model = work.make_net(minikeras.Model)
+    model = work.make_net(minikeras.Model)  # not compiled: predict stays on the model's device
     return lambda X: model.predict(X, batch_size=work.batch_size)
 
 
@@ -568,6 +657,7 @@ VARIANTS: dict[str, Any] = {
     "compiled": (compiled, {}),
     "minikeras": (minikeras, {}),
     "minikeras-quiet": (minikeras, {"verbose": 0}),
+    "minikeras-on-device": (minikeras, {"on_device": True}),
     "minikeras-same-loss": (minikeras, {"loss": "same"}),
     "minikeras-printed-loss": (minikeras, {"loss": "printed"}),
     "minikeras-jit": (minikeras, {"jit": True}),
@@ -585,6 +675,7 @@ VARIANTS: dict[str, Any] = {
 PREDICT: dict[str, Any] = {
     "tuned": predict_tuned,
     "naive": predict_naive,
+    "on-device": predict_on_device,
     "minikeras": predict_minikeras,
     "minikeras-loader": predict_minikeras_loader,
     "keras": predict_keras,
@@ -594,9 +685,11 @@ PREDICT: dict[str, Any] = {
 ON_A_GPU = (
     "tuned",
     "naive",
+    "on-device",
     "compiled",
     "minikeras",
     "minikeras-quiet",
+    "minikeras-on-device",
     "minikeras-same-loss",
     "minikeras-printed-loss",
     "minikeras-jit",
@@ -606,29 +699,40 @@ ON_A_GPU = (
     "lightning-bar",
     "accelerate",
 )
+ONLY_ON_A_GPU = ("on-device", "minikeras-on-device")  # on the CPU the data is there anyway
 RING_ONLY = ("minikeras-same-loss", "minikeras-printed-loss")
 
 
 def names(work: str, device: str) -> list[str]:
     """List the variants of a work, in the order of its table."""
-    known = PREDICT if work == "predict" else VARIANTS
-    known = [name for name in known if work.startswith("ring") or name not in RING_ONLY]
-    return [name for name in known if device == "cpu" or name in ON_A_GPU]
+    known = []
+    for name in PREDICT if work == "predict" else VARIANTS:
+        if name in RING_ONLY and not work.startswith("ring"):
+            continue
+        if name in ONLY_ON_A_GPU and (device == "cpu" or work == "loader"):
+            continue
+        # the other libraries have no bf16, or take no Dataset, or only with other code
+        if name in ON_A_GPU or (device == "cpu" and work not in ("loader", "transformer")):
+            known.append(name)
+    return known
 
 
 @torch.no_grad()
 def loss_over_all_rows(work: Work, net: nn.Module) -> float:
     net.eval()
     net.to(work.device)  # some libraries move it back to the CPU
-    outputs = net(work.X.to(work.device))
     loss_func = work.make_loss(net)
-    return float(loss_func(outputs, work.y.to(work.device)))
+    total = 0.0
+    for X, y in zip(work.X.split(1000), work.y.split(1000), strict=True):
+        loss = loss_func(net(X.to(work.device)), y.to(work.device))
+        total += float(loss) * len(X)
+    return total / len(work.X)
 
 
 def measure_training(work: Work, variant: str) -> dict[str, Any]:
     function, switches = VARIANTS[variant]
-    warm = Stopwatch()
-    timed = Stopwatch()
+    warm = Stopwatch(work.device)
+    timed = Stopwatch(work.device)
     net, steps_taken = function(work, warm, timed, **switches)
     return {
         "seconds": timed.seconds,
@@ -638,6 +742,7 @@ def measure_training(work: Work, variant: str) -> dict[str, Any]:
         "steps_taken": steps_taken,
         "steps_expected": (work.warm + work.epochs) * work.steps,
         "peak_mb": peak_mb(),
+        "gpu_mb": timed.gpu_mb,
         "compile_seconds": max(0.0, warm.seconds - timed.seconds * work.warm / work.epochs),
         "final_loss": loss_over_all_rows(work, net),
     }
@@ -645,8 +750,9 @@ def measure_training(work: Work, variant: str) -> dict[str, Any]:
 
 def measure_predict(work: Work, variant: str) -> dict[str, Any]:
     predict = PREDICT[variant](work)
-    timed = Stopwatch()
+    timed = Stopwatch(work.device)
     predict(work.X[: 20 * work.batch_size])
+    gpu_mb_before = gpu_mb(work.device)
     with timed:
         for _ in range(work.epochs):
             outputs = predict(work.X)
@@ -660,6 +766,8 @@ def measure_predict(work: Work, variant: str) -> dict[str, Any]:
         "steps_taken": steps,
         "steps_expected": steps,
         "peak_mb": peak_mb(),
+        "gpu_mb": timed.gpu_mb,
+        "gpu_mb_before": gpu_mb_before,
         "compile_seconds": 0.0,
         "final_loss": float(outputs.double().mean()),
     }

@@ -2,10 +2,14 @@
 
 Everything is fixed by a seed: the data by DATA_SEED, the first weights by NET_SEED. Only the order
 of the rows changes from round to round.
+
+mlp, conv, loader and transformer have more rows or larger networks on a GPU: what takes a core
+some milliseconds takes a GPU less time than Python needs to launch it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 DATA_SEED = 0
 NET_SEED = 1
@@ -37,6 +41,8 @@ class Work:
     warm: int  # epochs before the clock starts
     epochs: int  # epochs on the clock
     tolerance: float  # of the final loss, relative: see README.md
+    by_row: bool = False  # rows come from __getitem__ in the workers, batches in pinned memory
+    bf16: bool = False  # forward and loss under torch.autocast
     device: str = "cpu"
 
     @property
@@ -50,10 +56,47 @@ class Work:
             return self.net_class(base)().to(self.device)
 
     def loader(self) -> DataLoader[Any]:
+        if self.by_row:
+            return DataLoader(
+                Rows(self.X, self.y),
+                batch_size=self.batch_size,
+                shuffle=True,
+                num_workers=self.workers,
+                pin_memory=self.device != "cpu",  # without a GPU it only warns
+                persistent_workers=True,  # the clock is for steps, not for starting workers
+            )
         dataset = TensorDataset(self.X, self.y)
         return DataLoader(
             dataset, batch_size=self.batch_size, shuffle=True, num_workers=self.workers
         )
+
+    def loader_on_device(self) -> DataLoader[Any]:
+        """Return a loader of data that the user has moved to the device, before the clock starts.
+
+        Workers cannot read it there.
+        """
+        dataset = TensorDataset(self.X.to(self.device), self.y.to(self.device))
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context for forward and loss of a loop written by hand."""
+        if self.bf16:
+            return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+class Rows(Dataset[Any]):
+    """A data set as users write one: a row at a time."""
+
+    def __init__(self, X: Tensor, y: Tensor):
+        self.X = X
+        self.y = y
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.X[row], self.y[row]
 
 
 # --- ring: rare positives, 61 parameters ---
@@ -145,7 +188,7 @@ def ring(workers: int = 2) -> Work:
     )
 
 
-# --- mlp and conv: ten classes ---
+# --- mlp, conv and loader: ten classes ---
 
 
 def mlp_net(base: type) -> type:
@@ -162,20 +205,23 @@ def mlp_net(base: type) -> type:
     return MLP
 
 
-def conv_net(base: type) -> type:
-    class ConvNet(base):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
-            self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
-            self.fc = nn.Linear(16 * 7 * 7, 10)
+def conv_net(channels: int) -> Callable[[type], type]:
+    def net(base: type) -> type:
+        class ConvNet(base):
+            def __init__(self):
+                super().__init__()
+                self.conv1 = nn.Conv2d(1, channels, 3, padding=1)
+                self.conv2 = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+                self.fc = nn.Linear(2 * channels * 7 * 7, 10)
 
-        def forward(self, x):
-            x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
-            x = F.max_pool2d(torch.relu(self.conv2(x)), 2)
-            return self.fc(x.flatten(1))
+            def forward(self, x):
+                x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
+                x = F.max_pool2d(torch.relu(self.conv2(x)), 2)
+                return self.fc(x.flatten(1))
 
-    return ConvNet
+        return ConvNet
+
+    return net
 
 
 def cross_entropy(net: nn.Module) -> nn.Module:
@@ -195,12 +241,17 @@ def templates(rows: int) -> tuple[Tensor, Tensor]:
     y = torch.randint(10, (rows,))
     blocks = F.interpolate(torch.randn(10, 1, 7, 7), size=28)
     X = torch.randn(rows, 1, 28, 28) + 0.15 * blocks[y]
-    is_redrawn = torch.rand(rows) < 0.3
-    return X, torch.where(is_redrawn, torch.randint(10, (rows,)), y)
+    return X, redrawn(y)
 
 
-def mlp() -> Work:
-    X, y = templates(20_000)
+def redrawn(y: Tensor) -> Tensor:
+    """Draw three labels in ten again."""
+    is_redrawn = torch.rand(len(y)) < 0.3
+    return torch.where(is_redrawn, torch.randint(10, y.shape), y)
+
+
+def mlp(on_gpu: bool) -> Work:
+    X, y = templates(100_000 if on_gpu else 20_000)
     return Work(
         X.flatten(1),
         y,
@@ -216,20 +267,69 @@ def mlp() -> Work:
     )
 
 
-def conv() -> Work:
-    X, y = templates(4_000)
+def conv(on_gpu: bool, by_row: bool = False) -> Work:
+    X, y = templates(20_000 if on_gpu else 4_000)
     return Work(
         X,
         y,
-        conv_net,
+        conv_net(256 if on_gpu else 8),
         cross_entropy,
         class_accuracy,
-        lr=1e-3,
-        batch_size=64,
-        workers=0,
+        lr=1e-4 if on_gpu else 1e-3,
+        batch_size=256 if on_gpu else 64,
+        workers=2 if by_row else 0,
         warm=1,
         epochs=5,
         tolerance=0.06,
+        by_row=by_row,
+    )
+
+
+# --- transformer: one block on tokens, in bf16 ---
+
+VOCABULARY = 1000
+
+
+def transformer_net(tokens: int, width: int, heads: int) -> Callable[[type], type]:
+    def net(base: type) -> type:
+        class Transformer(base):
+            def __init__(self):
+                super().__init__()
+                self.tokens = nn.Embedding(VOCABULARY, width)
+                self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
+                self.block = nn.TransformerEncoderLayer(
+                    width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+                )
+                self.fc = nn.Linear(width, 10)
+
+            def forward(self, x):
+                return self.fc(self.block(self.tokens(x) + self.places).mean(1))
+
+        return Transformer
+
+    return net
+
+
+def transformer(on_gpu: bool) -> Work:
+    """One token in ten, on average, tells the class by its last digit."""
+    rows, tokens, width, heads = (6_400, 512, 512, 8) if on_gpu else (1_024, 32, 64, 4)
+    y = torch.randint(10, (rows,))
+    X = torch.randint(VOCABULARY, (rows, tokens))
+    tells = torch.rand(rows, tokens) < 0.1
+    X = torch.where(tells, X // 10 * 10 + y.unsqueeze(1), X)
+    return Work(
+        X,
+        redrawn(y),
+        transformer_net(tokens, width, heads),
+        cross_entropy,
+        class_accuracy,
+        lr=1e-4 if on_gpu else 1e-3,
+        batch_size=64 if on_gpu else 32,
+        workers=0,
+        warm=1,
+        epochs=3 if on_gpu else 5,
+        tolerance=0.08,
+        bf16=True,
     )
 
 
@@ -249,7 +349,7 @@ def predict_net(base: type) -> type:
     return Scores
 
 
-def predict() -> Work:
+def predict(on_gpu: bool) -> Work:
     X = torch.randn(1_000_000, 20)
     return Work(
         X,
@@ -261,23 +361,25 @@ def predict() -> Work:
         batch_size=1000,
         workers=0,
         warm=1,
-        epochs=2,
+        epochs=10 if on_gpu else 2,
         tolerance=1e-5,
     )
 
 
-WORKS = {
-    "ring": ring,
-    "ring0": lambda: ring(workers=0),
+WORKS: dict[str, Callable[[bool], Work]] = {
+    "ring": lambda on_gpu: ring(),
+    "ring0": lambda on_gpu: ring(workers=0),
     "mlp": mlp,
     "conv": conv,
+    "loader": lambda on_gpu: conv(on_gpu, by_row=True),
+    "transformer": transformer,
     "predict": predict,
 }
 
 
 def make_work(name: str, quick: bool = False, device: str = "cpu") -> Work:
     torch.manual_seed(DATA_SEED)
-    work = WORKS[name]()
+    work = WORKS[name](device != "cpu")
     work.device = device
     if quick:
         work.epochs = max(1, work.epochs // 5)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import minikeras
 from minikeras import LambdaCallback
@@ -146,22 +146,50 @@ def test_fit_reads_from_the_device_as_often_in_a_long_epoch_as_in_a_short_one(ki
     assert counts[0] == counts[1]
 
 
+class Rows(Dataset):
+    """A data set that is read row by row."""
+
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, row):
+        return self.X[row], self.y[row]
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-def test_fit_has_no_step_that_waits_for_the_gpu():
+@pytest.mark.parametrize("kind", ["arrays", "loader", "larger than memory", "workers"])
+def test_fit_has_no_step_that_waits_for_the_gpu(kind, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     X, y = points(400)
+    data = {
+        "arrays": (X, y),
+        "loader": DataLoader(TensorDataset(X, y), 4, shuffle=True),
+        "larger than memory": DataLoader(TensorDataset(X, y), 4, shuffle=True),
+        "workers": DataLoader(Rows(X, y), 4, shuffle=True, num_workers=2, pin_memory=True),
+    }[kind]
+    batch_size = 4 if kind == "arrays" else None
+    if kind == "larger than memory":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     model = Net()
     model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), lr=0.1), {"accuracy": accuracy})
 
-    # from the second batch, the first is looked at closely, to the last but one
+    # from the second batch, the first is looked at closely, to the last but one: more steps than
+    # there are between two looks for a loss that is not finite
     def watch(batch, logs):
-        torch.cuda.set_sync_debug_mode("error" if batch < 9 else "default")
+        torch.cuda.set_sync_debug_mode("error" if batch < 99 else "default")
 
     try:
         model.fit(
-            2, (X, y), batch_size=40, callbacks=[LambdaCallback(on_batch_end=watch)], verbose=0
+            2,
+            data,
+            batch_size=batch_size,
+            callbacks=[LambdaCallback(on_batch_end=watch)],
+            verbose=0,
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")

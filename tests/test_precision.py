@@ -739,7 +739,9 @@ def test_precision_options_that_mean_nothing_are_refused_at_compile(options, mes
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
+# torch's own, as it loads its CUDA graphs
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "auto"])
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate": 3}, {"clip_grad_norm": 1.0}, {"jit": True}], ids=str
