@@ -21,6 +21,7 @@ SAME = [
     "uneven",
     "two_optimizers",
     "callbacks",
+    "shared_layers",
     "compiled_again",
     "nan_on_one",
     "by_the_user",
@@ -168,7 +169,23 @@ def test_fsdp_folder_that_is_no_run_is_left_alone(tmp_path):
         )
 
 
+SHARED = (
+    'are one parameter in 2 blocks; distributed="fsdp" expects each parameter in one block, since '
+    "each block is gathered by itself. Choose fsdp_blocks so that one block has all of these "
+    'names, or no block has any; or pass distributed="ddp".'
+)
+NOT_FOR_SHARDS = (
+    'cannot step the shards of distributed="fsdp": torch lacks one of its operations for them. Use '
+    'another optimizer, such as torch.optim.AdamW, or pass distributed="ddp".'
+)
+
+
 def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
+    shared = [
+        "blocks.0.parts.0.weight and blocks.1.0.weight",
+        "blocks.1.0.weight and blocks.2.0.weight",
+        "blocks.1.0.weight and first.weight",
+    ]
     said = [
         'distributed="fsdp" and jit=True do not go together. Leave one of them out.',
         'distributed="fsdp" and precision="fp16" do not go together. Pass precision="bf16".',
@@ -179,6 +196,8 @@ def test_fsdp_refuses_what_it_cannot_do_with_a_remedy(in_parts):
         'Add the class of the layer to the blocks: compile(distributed="fsdp", '
         "fsdp_blocks=(nn.Linear,)).",
         "loss.backward() bypasses training on 2 processes. Call self.backward(loss) in train_step.",
+        *(f"{names} {SHARED}" for names in shared),
+        *(f"{name} {NOT_FOR_SHARDS}" for name in ("Adafactor", "Muon", "Rprop")),
     ]
     assert [found["said"] for found in in_parts["refused"]] == [said, said]
 

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from minikeras.errors import describe, dtype_name
 from minikeras.rows import first_size
@@ -74,6 +75,13 @@ def explain_step(error: Exception, features: Any, labels: Any) -> None:
             "block that gathers them. Add the class of the layer to the blocks: "
             'compile(distributed="fsdp", fsdp_blocks=(nn.Linear,)).'
         )
+    optimizer = optimizer_of_shards(error)
+    if optimizer is not None:
+        error.add_note(
+            f'{type(optimizer).__name__} cannot step the shards of distributed="fsdp": torch '
+            "lacks one of its operations for them. Use another optimizer, such as "
+            'torch.optim.AdamW, or pass distributed="ddp".'
+        )
     wanted = re.search(r"Found dtype \w+ but expected (\w+)", str(error))
     if wanted and isinstance(labels, torch.Tensor):
         casts = {"Double": "double()", "Half": "half()", "BFloat16": "bfloat16()"}
@@ -95,6 +103,18 @@ def explain_step(error: Exception, features: Any, labels: Any) -> None:
             frame.clear()
             # if it was read before, Python keeps the values of then until it is read again
             frame.f_locals  # noqa: B018
+
+
+def optimizer_of_shards(error: Exception) -> Optimizer | None:
+    """Return the optimizer whose step torch's sharded tensors refused; None if it is not that."""
+    optimizer = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Optimizer):
+            optimizer = owner
+        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.tensor"):
+            return optimizer
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:

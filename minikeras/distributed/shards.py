@@ -50,6 +50,7 @@ def shard(
     chosen = blocks_of(model, blocks)
     before = dict(model.named_parameters())
     if not any(map(is_sharded, model.parameters())):
+        check_shared(model, chosen)
         # by itself torch takes a GPU if there is one
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in chosen:
@@ -78,7 +79,7 @@ def blocks_of(model: nn.Module, blocks: Any) -> list[nn.Module]:
     else:
         found = modules_of_classes(model, modules, blocks)
     called = []
-    for module in reversed(found):
+    for module in sorted(found, key=lambda module: len(list(module.modules()))):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are never called
             continue
         if any(True for _ in module.parameters()):
@@ -113,6 +114,41 @@ def modules_of_classes(model: nn.Module, modules: list[nn.Module], blocks: Any) 
             f"{existing or 'none'}."
         )
     return found
+
+
+def check_shared(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Check that no parameter is in several blocks, of which torch shards each by itself.
+
+    Raises:
+        ValueError: one is, as a tied parameter or by a layer that several blocks share.
+    """
+    names: dict[Tensor, dict[nn.Module, str]] = {}  # parameter -> block -> its name there
+    for name, parameter, block in parameters_in_blocks(model, model, set(blocks)):
+        names.setdefault(parameter, {}).setdefault(block, name)
+    for found in names.values():
+        if len(found) > 1:
+            raise ValueError(
+                f"{' and '.join(found.values())} are one parameter in {len(found)} blocks; "
+                'distributed="fsdp" expects each parameter in one block, since each block is '
+                "gathered by itself. Choose fsdp_blocks so that one block has all of these names, "
+                'or no block has any; or pass distributed="ddp".'
+            )
+
+
+def parameters_in_blocks(
+    module: nn.Module, block: nn.Module, blocks: set[nn.Module], prefix: str = ""
+) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """Yield the parameters by each of their names, with the innermost block round them.
+
+    Args:
+        block: the one round the module, the model itself outside all blocks.
+    """
+    if module in blocks:
+        block = module
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter, block
+    for name, child in module.named_children():
+        yield from parameters_in_blocks(child, block, blocks, f"{prefix}{name}.")
 
 
 def follow(optimizer: Optimizer, now: Mapping[Tensor, Tensor]) -> None:

@@ -7,6 +7,7 @@ On one process, or with KIND=ddp, the parameters are whole.
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -218,6 +219,26 @@ def callbacks(size):
     return result | {"evaluated": model.evaluate(doubles(30))}
 
 
+class Shared(Deep):
+    """A block that is called twice, a block in two others, and tied weights beside the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[1][0] = self.blocks[0].parts[0]
+        self.blocks.append(self.blocks[1])
+        self.twin = nn.Linear(2, 5)
+        self.twin.weight = self.begin.weight
+
+    def forward(self, x):
+        return super().forward(x + self.twin(x)[:, :2])
+
+
+def shared_layers(size):
+    seed()
+    model = compiled(Shared())
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0), doubles(5)[0])
+
+
 def compiled_again(size):
     """compile with an optimizer that has state, then compile again with sharded parameters."""
     seed()
@@ -274,7 +295,36 @@ def refused(size):
         model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0)
     except RuntimeError as error:
         said.append(str(error))
+    for model in shared_over_blocks():
+        try:
+            model.compile(nn.BCELoss(), device="cpu", distributed="fsdp")
+        except ValueError as error:
+            said.append(str(error))
+    model = Deep()
+    for name in ("Adafactor", "Muon", "Rprop"):
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        optimizer = getattr(torch.optim, name, torch.optim.Rprop)(matrices)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # biases are in no optimizer
+            model.compile(nn.BCELoss(), optimizer, device="cpu", distributed="fsdp")
+        try:
+            model.fit(1, (torch.zeros(8, 2), torch.zeros(8, 1)), verbose=0)
+        except RuntimeError as error:
+            said.append(error.__notes__[0])
     return {"said": said}
+
+
+def shared_over_blocks():
+    """Yield models in which two blocks, or a block and the rest, have a parameter in common."""
+    model = Deep()
+    model.blocks[1][0].weight = model.blocks[0].parts[0].weight
+    yield model
+    model = Deep()
+    model.blocks.append(nn.Sequential(model.blocks[1][0]))
+    yield model
+    model = Deep()
+    model.first = model.blocks[1][0]
+    yield model
 
 
 class Bare(Net):
