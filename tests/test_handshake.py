@@ -210,13 +210,12 @@ def test_step_of_one_process_alone_is_told_as_such(agreed):
         "repeat optimizer_step by a number that all have, such as the batch's number."
     )
     begin = "train_step calls optimizer_step more often in one process than in another"
+    expected = [
+        f"{begin}: fit (optimizer_step) in process 0, fit (end of a batch) in process 1. {remedy}",
+        f"{begin}: fit (end of a batch) in process 0, fit (optimizer_step) in process 1. {remedy}",
+    ]
     for said in agreed["stepped_differently"]:
-        assert said == [
-            f"{begin}: fit (optimizer_step) in process 0, fit (end of a batch) in process 1. "
-            f"{remedy}",
-            f"{begin}: fit (end of a batch) in process 0, fit (optimizer_step) in process 1. "
-            f"{remedy}",
-        ]
+        assert said == 2 * expected
 
 
 def test_error_that_one_process_catches_is_quoted_if_it_calls_the_next_verb(agreed):

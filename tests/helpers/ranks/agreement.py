@@ -168,27 +168,33 @@ def stuck(size):
 class Stepping(minikeras.Model):
     """A model whose train_step skips or repeats optimizer_step in one process."""
 
-    def __init__(self, steps):
+    def __init__(self, steps, begin):
         super().__init__(Net())
         self.steps = steps  # in each batch of rank 1
+        self.begin = begin  # from this batch on
+        self.batches = 0
 
     def train_step(self, features, labels):
+        self.batches += 1
         loss = self.compute_loss(self(features), labels)
         self.backward(loss)
-        for _ in range(self.steps if RANK else 1):
+        for _ in range(self.steps if RANK and self.batches >= self.begin else 1):
             self.optimizer_step()
         return {"loss": loss}
 
 
 def stepped_differently(size):
-    """A custom step calls optimizer_step more often in one process than in the other."""
+    """A custom step calls optimizer_step more often in one process than in the other.
+
+    In the first batch of a pass over the data, and in that of an epoch in the middle of a pass.
+    """
     said = []
-    for steps in (0, 2):
+    for steps, begin in ((0, 1), (2, 1), (0, 6), (2, 6)):
         seed()
-        model = Stepping(steps)
+        model = Stepping(steps, begin)
         model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), 0.1), device="cpu")
         try:
-            fit(model)
+            fit(model, steps_per_epoch=5)
         except RuntimeError as error:
             said.append(str(error))
     return said
