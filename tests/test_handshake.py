@@ -14,6 +14,7 @@ CASES = [
     "planted",
     "agreements",
     "stopped_by_a_layer",
+    "stopped_before_a_step",
     "stopped_at_an_epoch_end",
     "signalled",
     "followed",
@@ -86,6 +87,12 @@ def test_agreement_makes_all_stop_after_the_batch_of_a_layer_in_one_process(agre
     batches, epochs, has_stopped, _ = first
     assert has_stopped
     assert (batches, epochs) == (3, 1)
+    assert_equal_tensors(first[3], last[3])
+
+
+def test_agreement_makes_all_stop_while_gradients_wait_for_a_step(agreed):
+    first, last = agreed["stopped_before_a_step"]
+    assert first[:3] == last[:3] == [4, 1, True]
     assert_equal_tensors(first[3], last[3])
 
 

@@ -21,10 +21,10 @@ X, Y = points(400)
 STEPS = 50  # of an epoch
 
 
-def compiled():
+def compiled(**kwargs):
     seed()
     model = minikeras.Model(Net())
-    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu", **kwargs)
     return model
 
 
@@ -57,9 +57,9 @@ def agreements(size):
     return counts
 
 
-def stopped_by_a_layer(size):
+def stopped_by_a_layer(size, **kwargs):
     """A layer of one process sets stop_training: all stop after the same batch."""
-    model = compiled()
+    model = compiled(**kwargs)
     batches = []
 
     def stop(layer, inputs, output):
@@ -68,8 +68,15 @@ def stopped_by_a_layer(size):
             model.stop_training = True
 
     model.net.register_forward_hook(stop)
+    together.INTERVAL = 1e-9  # every batch is slow
     fit(model, 1000)
+    together.INTERVAL = 0.5
     return [len(batches), len(model.history), model.stop_training, copy_weights(model)]
+
+
+def stopped_before_a_step(size):
+    """The same while gradients wait for the epoch's only step."""
+    return stopped_by_a_layer(size, accumulate=1000)
 
 
 def stopped_at_an_epoch_end(size):
