@@ -38,8 +38,7 @@ from minikeras.distributed.packing import pack, unpack
 TIMEOUT = timedelta(minutes=2)
 NUMBERS = 16  # in one message
 ATTACHED = 8  # numbers attached to it
-CODES = 4  # of what is attached and of the message, each with its negative
-HEAD = CODES + NUMBERS + ATTACHED  # before a value of rank 0
+HEAD = 2 + NUMBERS + ATTACHED  # before a value of rank 0
 VALUE = 20_480  # bytes of a value of rank 0 in it, enough for the states of random generators
 FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
 LAST_LOOK = 4.0  # seconds between two looks at most
@@ -184,26 +183,19 @@ class Channel:
         That is before the next message, of which all processes have the same ones. Nobody waits
         then, if it is late enough.
         """
-        self.send_attached(about)
+        self.send_attached()
         return self._begin(about, f"{len(numbers)} numbers", numbers)
 
     def attach(
         self, about: str, numbers: Sequence[float], then: Callable[[list[float]], None]
     ) -> None:
-        """Send up to `ATTACHED` numbers with the next message; `then` gets the largest of each.
-
-        It gets them even if that message is not the same one in all processes.
-        """
+        """Send up to `ATTACHED` numbers with the next message; `then` gets the largest of each."""
         self.attached.append(Attachment(about, numbers, then))
 
-    def send_attached(self, about: str) -> None:
-        """Send what is attached to no message yet, before something that carries nothing.
-
-        Args:
-            about: what that is about.
-        """
+    def send_attached(self) -> None:
+        """Send what is attached to no message yet, since tensors are to be added up now."""
         if self.attached:
-            self._begin(about, "attached", ()).largest()
+            self._begin("", "attached", ()).largest()
 
     def broadcast(self, value: Any, about: str = "", *numbers: float) -> tuple[Any, list[float]]:
         """Return a plain value of rank 0, and the largest of each number."""
@@ -230,15 +222,14 @@ class Channel:
         if self.begun is not None:
             self.begun.largest()
         attached, self.attached = self.attached, []
-        code_of_attached = zlib.crc32(describe_attached(attached).encode())
+        about = ", ".join(filter(None, [*(part.about for part in attached), about]))
         code = zlib.crc32(f"{describe_verbs()}: {about}: {kind}".encode())
         words = np.frombuffer(value + bytes(-len(value) % 4), np.uint32)
         frame = np.zeros(HEAD + VALUE // 4)
-        frame[:CODES] = code_of_attached, -code_of_attached, code, -code
-        frame[CODES : CODES + len(numbers)] = numbers
+        frame[:2] = code, -code
+        frame[2 : 2 + len(numbers)] = numbers
         attached_numbers = [number for part in attached for number in part.numbers]
-        start = CODES + NUMBERS
-        frame[start : start + len(attached_numbers)] = attached_numbers
+        frame[2 + NUMBERS : 2 + NUMBERS + len(attached_numbers)] = attached_numbers
         frame[HEAD : HEAD + len(words)] = words
         message = torch.from_numpy(frame)
         self.messages += 1
@@ -416,15 +407,13 @@ class Exchange:
             work, self.work = self.work, None
             self.channel.wait(work)
             if self.frame[0] != -self.frame[1]:
-                self.channel.explain_other_places(describe_attached(self.attached) or self.about)
-            self._tell_attached()
-            if self.frame[2] != -self.frame[3]:
                 self.channel.explain_other_places(self.about)
-        found: list[float] = self.frame[CODES : CODES + self.count].tolist()
+            self._tell_attached()
+        found: list[float] = self.frame[2 : 2 + self.count].tolist()
         return found
 
     def _tell_attached(self) -> None:
-        start = CODES + NUMBERS
+        start = 2 + NUMBERS
         for part in self.attached:
             end = start + len(part.numbers)
             part.then(self.frame[start:end].tolist())
@@ -511,11 +500,6 @@ def describe_verbs() -> str:
     """Name the running verbs, the innermost first: "evaluate in fit"."""
     names = [verb.name for verb in reversed(VERBS)]
     return " in ".join(names) or "no call of fit, evaluate, predict, save or export"
-
-
-def describe_attached(attached: Sequence[Attachment]) -> str:
-    """Return what the numbers attached to a message are about."""
-    return ", ".join(part.about for part in attached)
 
 
 def by_value(values: list[Any]) -> str:

@@ -171,7 +171,7 @@ class World(OneProcess):
 
     def begin_sum(self, tensor: Tensor) -> Any:
         """Begin to add up a tensor over all processes, in place; return torch's handle."""
-        self.channel.send_attached("adding up tensors")
+        self.channel.send_attached()
         try:
             return self.dist.all_reduce(tensor, async_op=True)
         except RuntimeError as error:
