@@ -35,6 +35,7 @@ from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
 from minikeras.run import buffers_of
+from minikeras.sources import ContinuedBatches
 from minikeras.stepper import Part
 from minikeras.support.randomness import Randomness, reseed
 
@@ -123,8 +124,12 @@ class KeepTogether(Part, Hook):
                 raise
             self.is_called = bool(found[0])  # all stop after the first batch
 
-        stops = fit.model.stop_training
-        self.world.agree_with_next(stops, code, -code, about="beginning of an epoch", then=hear)
+        numbers = fit.model.stop_training, code, -code
+        about = "beginning of an epoch"
+        if isinstance(fit.train, ContinuedBatches) and fit.train.iterator is not None:
+            hear(self.world.agree(*numbers, about=about))
+        else:  # the data begins with a message
+            self.world.agree_with_next(*numbers, about=about, then=hear)
 
     def on_train_end(self, fit: Fit) -> None:
         """Give all processes the buffers of rank 0: each has counted its own rows."""
