@@ -199,9 +199,9 @@ def run_pass(
                 on_batch_end(number, rest)
         if phase.is_training:
             run.stepper.end_pass()
-        means = phase.totals.means()
-        phase.batch = NO_BATCH
-        return means
+        sums, counts = phase.totals.summed()  # its error for NaN weights names the last batch
+        phase.batch = NO_BATCH  # what metric objects raise now is not of that batch
+        return phase.totals.means(sums, counts)
     except Exception as error:
         note_batch(error, phase, number)
         # an error that is kept must not keep a batch

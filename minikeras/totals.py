@@ -241,10 +241,9 @@ class Totals(BatchLogs):
         """Return the values of the last batch alone."""
         return BatchValues(*self.last)
 
-    def means(self) -> dict[str, float]:
-        """Return every mean so far, of all processes, read from the device together."""
+    def means(self, sums: list[Tensor], counts: Mapping[str, Any]) -> dict[str, float]:
+        """Return every mean so far, read from the device together, from what `summed` returned."""
         read: dict[str, float] = {}
-        sums, counts = self.summed()
         if sums:
             numbers = torch.stack(sums).tolist()  # waits for the device, once
             for name, total in zip(self.sums, numbers, strict=True):

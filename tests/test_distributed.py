@@ -45,6 +45,7 @@ SAME = [
     "list_of_batches",
     "steps_per_epoch",
     "two_optimizers",
+    "shared_between_optimizers",
     "own_parameters",
     "losses_by_name",
     "layers_that_come_and_go",

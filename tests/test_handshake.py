@@ -14,6 +14,7 @@ CASES = [
     "planted",
     "agreements",
     "stopped_by_a_layer",
+    "stopped_before_a_step",
     "stopped_at_an_epoch_end",
     "signalled",
     "followed",
@@ -86,6 +87,12 @@ def test_agreement_makes_all_stop_after_the_batch_of_a_layer_in_one_process(agre
     batches, epochs, has_stopped, _ = first
     assert has_stopped
     assert (batches, epochs) == (3, 1)
+    assert_equal_tensors(first[3], last[3])
+
+
+def test_agreement_makes_all_stop_while_gradients_wait_for_a_step(agreed):
+    first, last = agreed["stopped_before_a_step"]
+    assert first[:3] == last[:3] == [4, 1, True]
     assert_equal_tensors(first[3], last[3])
 
 
@@ -210,13 +217,12 @@ def test_step_of_one_process_alone_is_told_as_such(agreed):
         "repeat optimizer_step by a number that all have, such as the batch's number."
     )
     begin = "train_step calls optimizer_step more often in one process than in another"
+    expected = [
+        f"{begin}: fit (optimizer_step) in process 0, fit (end of a batch) in process 1. {remedy}",
+        f"{begin}: fit (end of a batch) in process 0, fit (optimizer_step) in process 1. {remedy}",
+    ]
     for said in agreed["stepped_differently"]:
-        assert said == [
-            f"{begin}: fit (optimizer_step) in process 0, fit (end of a batch) in process 1. "
-            f"{remedy}",
-            f"{begin}: fit (end of a batch) in process 0, fit (optimizer_step) in process 1. "
-            f"{remedy}",
-        ]
+        assert said == 2 * expected
 
 
 def test_error_that_one_process_catches_is_quoted_if_it_calls_the_next_verb(agreed):

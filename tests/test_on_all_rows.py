@@ -325,6 +325,16 @@ def test_on_all_rows_names_the_metric_and_its_arguments_when_the_function_fails(
     ]
 
 
+def test_on_all_rows_without_memory_is_not_said_to_be_of_the_last_batch():
+    def fail(y_pred, y_true):
+        raise MemoryError
+
+    model = compiled(metrics_dict={"auc": OnAllRows(fail)})
+    with pytest.raises(MemoryError) as error:
+        model.evaluate(points(20))
+    assert not any("batch_size" in note for note in error.value.__notes__)
+
+
 @pytest.mark.parametrize("answer", [None, "0.5", (0.5, 0.25)], ids=str)
 def test_on_all_rows_refuses_a_function_that_returns_no_number(answer):
     model = compiled(metrics_dict={"m": OnAllRows(lambda p, t: answer)})

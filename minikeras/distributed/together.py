@@ -6,9 +6,10 @@ that learning rates and frozen layers are the same everywhere; after an epoch th
 after each batch    if a process has a callback for batches, or a custom step, which may decide by
                     numbers of its own
 when one calls      otherwise, on the CPU: a call for an agreement travels with the gradients
-about every 0.5 s   otherwise, as in validation: after as many batches as rank 0 has counted in that
-                    time, a number that all receive with the agreement before. Nobody waits for it:
-                    it is sent after one batch, and all read it after the next
+about every 0.5 s   otherwise, as in validation or while gradients wait for a step: after as many
+                    batches as rank 0 has counted in that time, a number that all receive with the
+                    agreement before. Nobody waits for it: it is sent after one batch, and all read
+                    it after the next
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
 from minikeras.run import buffers_of
+from minikeras.sources import ContinuedBatches
 from minikeras.stepper import Part
 from minikeras.support.randomness import Randomness, reseed
 
@@ -60,6 +62,7 @@ class KeepTogether(Part, Hook):
         self.after_each = True  # batch
         self.calls = False  # an agreement is called for with the gradients
         self.is_called = False  # all agree after this batch
+        self.has_heard = False  # gradients of this batch have told whether one calls
         self.waiting = 0  # batches since the last agreement
         self.interval = 1  # batches from one agreement to the next
         self.agreed_at = 0.0  # by this process's clock
@@ -121,11 +124,16 @@ class KeepTogether(Part, Hook):
                 raise
             self.is_called = bool(found[0])  # all stop after the first batch
 
-        stops = fit.model.stop_training
-        self.world.agree_with_next(stops, code, -code, about="beginning of an epoch", then=hear)
+        numbers = fit.model.stop_training, code, -code
+        about = "beginning of an epoch"
+        if isinstance(fit.train, ContinuedBatches) and fit.train.iterator is not None:
+            hear(self.world.agree(*numbers, about=about))
+        else:  # the data begins with a message
+            self.world.agree_with_next(*numbers, about=about, then=hear)
 
     def on_train_end(self, fit: Fit) -> None:
         """Give all processes the buffers of rank 0: each has counted its own rows."""
+        self.has_heard = False  # of the last batch, as the epoch ended
         self.world.share(buffers_of(fit.model, fit.run.loss_func))
 
     def numbers(self, optimizers: list[Optimizer]) -> list[Any]:
@@ -136,23 +144,23 @@ class KeepTogether(Part, Hook):
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
         """Hear whether a process has called."""
+        self.has_heard = True
         if sums[0] > 0:
             self.is_called = True
 
     def on_batch_end(self, fit: Fit, number: int) -> None:
         """Let all processes stop after the same batch."""
         self.waiting += 1
-        if self.after_each or self.is_called:
-            self._hear(fit, self._ask(fit, "end of a batch"))
-            return
+        has_heard = self.has_heard
+        self.has_heard = False
         if not self.all_stop:  # else it ends the pass of all
             self.wants_stop |= fit.model.stop_training
             fit.model.stop_training = False
         if self.asked is not None:
             self._hear(fit, self.asked)
-        if self.calls and fit.run.phase.is_training:
-            return
-        if self.waiting >= self.interval and not self.all_stop:
+        if self.after_each or self.is_called:
+            self._hear(fit, self._ask(fit, "end of a batch"))
+        elif self.waiting >= self.interval and not (has_heard or self.all_stop):
             self.asked = self._ask(fit, "end of a batch")
 
     def on_epoch_end(self, fit: Fit) -> None:
@@ -169,6 +177,7 @@ class KeepTogether(Part, Hook):
         received = self._received()
         stops = fit.model.stop_training or self.wants_stop
         self.wants_stop = False
+        self.is_called = False
         code = code_of_settings(fit.model, fit.run)
         interval = self._next_interval()
         self.waiting = 0
@@ -179,7 +188,6 @@ class KeepTogether(Part, Hook):
     def _hear(self, fit: Fit, asked: Exchange) -> list[float]:
         """Do what all have agreed on; return the largest of the other numbers."""
         self.asked = None
-        self.is_called = False
         stops, received, interval, *found = asked.largest()
         check_settings(self.world, fit.model, fit.run, *found[:2])
         self.interval = int(interval)

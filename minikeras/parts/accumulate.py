@@ -9,7 +9,7 @@ pass end   step with windows that are partly filled
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from minikeras.nests import widen
 from minikeras.processes import OneProcess
 from minikeras.results import Average, LossParts, get_total, losses_in, unwrap_loss
-from minikeras.stepper import Part, Restore, StepLoss
+from minikeras.stepper import Part, Restore, StepLoss, gradients_of
 
 
 @dataclass
@@ -120,15 +120,24 @@ class Accumulate(Part):
         if self.world.size == 1:
             self._divide(optimizer)
 
-    def _divide(self, optimizer: Optimizer) -> None:
-        """Divide by the rows of the window, in units; without any rows gradients stay 0."""
+    def _divide(self, optimizer: Optimizer, divided: Set[Tensor] = frozenset()) -> None:
+        """Divide by the rows of the window, in units; without any rows gradients stay 0.
+
+        Args:
+            divided: gradients that have been, for another optimizer.
+        """
         share = self._window(optimizer).weight / self.unit
         if isinstance(share, Tensor):
             share = torch.where(share == 0, 1, share)
         elif share in (0, 1):
             return
-        for memory in self.stepper.gradient_memory(optimizer):
-            memory.div_(share)
+        memory = self.stepper.gradient_memory(optimizer)
+        if divided:
+            own = gradients_of(optimizer)
+            if not divided.isdisjoint(own):
+                memory = [gradient for gradient in own if gradient not in divided]
+        for numbers in memory:
+            numbers.div_(share)
 
     def on_stepped(self, optimizer: Optimizer) -> None:
         """Begin a new window."""
@@ -147,10 +156,17 @@ class Accumulate(Part):
         return [self._window(optimizer).weight for optimizer in optimizers]
 
     def take_numbers(self, optimizers: list[Optimizer], sums: list[Any]) -> None:
-        """Divide by the mean weight over the processes, as gradients are means over them."""
+        """Divide by the mean weight over the processes, as gradients are means over them.
+
+        If several optimizers train a parameter, the first one steps with its gradient and clears
+        it: it is divided for that one alone.
+        """
+        divided: set[Tensor] = set()  # compared by identity
         for optimizer, weight in zip(optimizers, sums, strict=True):
             self._window(optimizer).weight = weight / self.world.size
-            self._divide(optimizer)
+            self._divide(optimizer, divided)
+            if len(optimizers) > 1:
+                divided.update(gradients_of(optimizer))
 
     def reset(self) -> None:
         """Forget the windows."""

@@ -21,10 +21,10 @@ X, Y = points(400)
 STEPS = 50  # of an epoch
 
 
-def compiled():
+def compiled(**kwargs):
     seed()
     model = minikeras.Model(Net())
-    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu", **kwargs)
     return model
 
 
@@ -57,9 +57,9 @@ def agreements(size):
     return counts
 
 
-def stopped_by_a_layer(size):
+def stopped_by_a_layer(size, **kwargs):
     """A layer of one process sets stop_training: all stop after the same batch."""
-    model = compiled()
+    model = compiled(**kwargs)
     batches = []
 
     def stop(layer, inputs, output):
@@ -68,8 +68,15 @@ def stopped_by_a_layer(size):
             model.stop_training = True
 
     model.net.register_forward_hook(stop)
+    together.INTERVAL = 1e-9  # every batch is slow
     fit(model, 1000)
+    together.INTERVAL = 0.5
     return [len(batches), len(model.history), model.stop_training, copy_weights(model)]
+
+
+def stopped_before_a_step(size):
+    """The same while gradients wait for the epoch's only step."""
+    return stopped_by_a_layer(size, accumulate=1000)
 
 
 def stopped_at_an_epoch_end(size):
@@ -168,27 +175,33 @@ def stuck(size):
 class Stepping(minikeras.Model):
     """A model whose train_step skips or repeats optimizer_step in one process."""
 
-    def __init__(self, steps):
+    def __init__(self, steps, begin):
         super().__init__(Net())
         self.steps = steps  # in each batch of rank 1
+        self.begin = begin  # from this batch on
+        self.batches = 0
 
     def train_step(self, features, labels):
+        self.batches += 1
         loss = self.compute_loss(self(features), labels)
         self.backward(loss)
-        for _ in range(self.steps if RANK else 1):
+        for _ in range(self.steps if RANK and self.batches >= self.begin else 1):
             self.optimizer_step()
         return {"loss": loss}
 
 
 def stepped_differently(size):
-    """A custom step calls optimizer_step more often in one process than in the other."""
+    """A custom step calls optimizer_step more often in one process than in the other.
+
+    In the first batch of a pass over the data, and in that of an epoch in the middle of a pass.
+    """
     said = []
-    for steps in (0, 2):
+    for steps, begin in ((0, 1), (2, 1), (0, 6), (2, 6)):
         seed()
-        model = Stepping(steps)
+        model = Stepping(steps, begin)
         model.compile(nn.BCELoss(), torch.optim.SGD(model.parameters(), 0.1), device="cpu")
         try:
-            fit(model)
+            fit(model, steps_per_epoch=5)
         except RuntimeError as error:
             said.append(str(error))
     return said

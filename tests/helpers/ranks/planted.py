@@ -98,11 +98,11 @@ def changes_rate(model):
     return fit(model, callbacks=callback(on_batch_end=change))
 
 
-def freezes(model):
+def freezes(model, **kwargs):
     def freeze(epoch):
         model.net.a.requires_grad_(not (LAST and epoch == 2))
 
-    return fit(model, callbacks=callback(on_epoch_begin=freeze))
+    return fit(model, callbacks=callback(on_epoch_begin=freeze), **kwargs)
 
 
 class FreezesOne(Net):
@@ -378,6 +378,11 @@ DURING = {
     ),
     "frozen in one": (
         lambda: freezes(compiled()),
+        "requires_grad of net.a.weight is True in process 0",
+        "False in process 1",
+    ),
+    "frozen in one, in the middle of a pass over the data": (
+        lambda: freezes(compiled(), steps_per_epoch=2, batch_size=2),
         "requires_grad of net.a.weight is True in process 0",
         "False in process 1",
     ),

@@ -197,6 +197,18 @@ def two_optimizers(size):
     return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
 
 
+def shared_between_optimizers(size):
+    """A parameter that two optimizers train: the first one steps with its gradient."""
+    seed()
+    model = Net().double()
+    optimizers = {
+        "all": torch.optim.SGD(model.parameters(), lr=0.5),
+        "first": torch.optim.SGD(model.fc1.parameters(), lr=0.1),
+    }
+    model = compiled(model, optimizer=optimizers)
+    return found(model, model.fit(2, doubles(45), batch_size=12 // size, verbose=0))
+
+
 def own_parameters(size):
     seed()
     model = Net().double()
