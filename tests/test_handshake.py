@@ -252,9 +252,11 @@ def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_pa
 
 def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(agreed):
     first, last = agreed["stuck"]
+    of_0 = "in evaluate in fit (beginning)"
+    of_1 = "in fit (gradients or other sums)"
     said = (
-        "process 0 is in evaluate in fit, process 1 in fit, and each waits for the other.",
-        "process 1 is in fit, process 0 in evaluate in fit, and each waits for the other.",
+        f"process 0 is {of_0}, process 1 {of_1}, and each waits for the other. All processes must",
+        f"process 1 is {of_1}, process 0 {of_0}, and each waits for the other. All processes must",
     )
     assert any(sentence in first for sentence in said)
     assert any(sentence in last for sentence in said)

@@ -58,6 +58,10 @@ REMEDY_OF_STEPS = (
     "every process. The loss and the rows of a batch differ between processes: skip or repeat "
     "optimizer_step by a number that all have, such as the batch's number."
 )
+REMEDY_WITHIN = (
+    "Within a call all processes must do the same: train the same layers in each batch, and step "
+    "equally often. Freeze a layer, or skip a step, in every process alike."
+)
 RESTART = "Mend that error, and start all processes again."
 ADVICE = (
     "Look for its error message first. Processes must make the same calls of fit, evaluate, "
@@ -210,7 +214,8 @@ class Channel:
             if self.rank == 0:
                 rest[:] = np.frombuffer(packed[VALUE:], np.uint8)
             message = torch.from_numpy(rest)
-            self.wait(self.dist.broadcast(message, 0, group=self.group, async_op=True))
+            work = self.dist.broadcast(message, 0, group=self.group, async_op=True)
+            self.wait(work, "a value of rank 0")
             packed += rest.tobytes()
         return value if self.rank == 0 else unpack(packed), largest
 
@@ -260,9 +265,10 @@ class Channel:
         if everywhere or self.rank == 0:
             parts = [torch.empty_like(packed) for _ in range(self.size)]
         if everywhere:
-            self.wait(self.dist.all_gather(parts, packed, group=self.group, async_op=True))
+            work = self.dist.all_gather(parts, packed, group=self.group, async_op=True)
         else:
-            self.wait(self.dist.gather(packed, parts, 0, group=self.group, async_op=True))
+            work = self.dist.gather(packed, parts, 0, group=self.group, async_op=True)
+        self.wait(work, "values of all")
         return parts
 
     def explain_other_places(self, about: str) -> NoReturn:
@@ -291,15 +297,18 @@ class Channel:
         """Wait for an operation on tensors such as gradients."""
         if tensor.device.type == "cpu":
             self.sums += 1
-            self.wait(work, for_sum=True)
+            self.wait(work, "gradients or other sums", for_sum=True)
             return
         try:  # it is waited for on the device
             work.wait()
         except RuntimeError as error:
             self.explain(error)
 
-    def wait(self, work: Any, for_sum: bool = False) -> None:
+    def wait(self, work: Any, about: str, for_sum: bool = False) -> None:
         """Wait for an operation, and look for the reason if it takes long.
+
+        Args:
+            about: what it is about, for the error.
 
         Raises:
             RuntimeError: it has failed, or will never end.
@@ -307,7 +316,7 @@ class Channel:
         pause = FIRST_LOOK
         try:
             while not self._has_ended(work, pause):
-                self._look(for_sum)
+                self._look(about, for_sum)
                 pause = min(2 * pause, LAST_LOOK)
         except RuntimeError as error:
             self.explain(error)
@@ -321,7 +330,7 @@ class Channel:
             work.wait()  # raises its error, if it has one
         return True
 
-    def _look(self, for_sum: bool) -> None:
+    def _look(self, about: str, for_sum: bool) -> None:
         """Write where this process waits, and give up if the notes of another say so."""
         reason = self.find_reason()
         if reason:
@@ -329,17 +338,18 @@ class Channel:
                 f"process {self.rank} of {self.size} waits for the others, and {reason}. {RESTART}",
                 reason,
             )
-        own = [self.messages, self.sums, int(for_sum), describe_verbs()]
+        own = [self.messages, self.sums, int(for_sum), describe_verbs(), about]
         self.notes.write(f"waits/{self.rank}", "|".join(map(str, own)))
         for other in {0, (self.rank + 1) % self.size} - {self.rank}:
             note = self.notes.read(f"waits/{other}")
             if note and are_stuck(own, note.split("|")):
-                place = note.split("|")[3]
+                *_, verbs, what = note.split("|")
                 why = (
-                    f"process {self.rank} is in {describe_verbs()}, process {other} in {place}, "
-                    "and each waits for the other"
+                    f"process {self.rank} is in {describe_verbs()} ({about}), process {other} in "
+                    f"{verbs} ({what}), and each waits for the other"
                 )
-                self.give_up(f"{why}. {REMEDY}", why)
+                remedy = REMEDY_WITHIN if verbs == describe_verbs() else REMEDY
+                self.give_up(f"{why}. {remedy}", why)
 
     def find_reason(self) -> str:
         """Return why another process will not answer, as far as it has said so."""
@@ -405,7 +415,7 @@ class Exchange:
         if self.work is not None:
             self.channel.begun = None
             work, self.work = self.work, None
-            self.channel.wait(work)
+            self.channel.wait(work, self.about)
             if self.frame[0] != -self.frame[1]:
                 self.channel.explain_other_places(self.about)
             self._tell_attached()
@@ -473,7 +483,7 @@ def are_stuck(own: list[Any], note: list[str]) -> bool:
     And the other way round: neither can go on then, so that the note cannot be out of date.
 
     Args:
-        own, note: messages and sums begun so far, whether a sum is waited for, the verbs.
+        own, note: messages and sums begun so far, whether a sum is waited for, and more.
     """
     messages, sums, for_sum = map(int, note[:3])
     if bool(for_sum) == bool(own[2]):
