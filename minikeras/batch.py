@@ -72,10 +72,9 @@ def call_with(module: nn.Module, features: Any) -> Any:
     They are passed whole if its forward takes one argument, unpacked if it takes several, and by
     name if it takes several and they are a mapping.
     """
-    how = choose_call(module, features)
-    if how == "whole":
+    if isinstance(features, Tensor):  # most are
         return module(features)
-    return call_as(how, module, features)
+    return call_as(choose_call(module, features), module, features)
 
 
 def choose_call(module: nn.Module, features: Any) -> str:

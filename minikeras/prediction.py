@@ -65,7 +65,7 @@ class Outputs:
     # the rows of each batch: by the labels, by the features alone, or by the outputs
     rows: dict[str, list[int | None]] = field(default_factory=dict)
     unknown: UnknownRows | None = None  # why they could not be counted, where that is so
-    features: Any = None  # of the last batch, to probe the model with
+    features: Any = None  # of the first batch, to probe the model with
 
     def note_counts(self, counts: list[Counts]) -> None:
         """Note how many rows each batch may have."""
@@ -145,8 +145,7 @@ def compute_all_outputs(
     outputs: Outputs,
 ) -> None:
     """Add the model's outputs for each batch to `outputs`, and its labels if they are wanted."""
-    compute_outputs = decorate_forward(model)
-    convert = choose_conversion(model)
+    compute_outputs = make_forward(model)
     counters = make_counters(model)
     stack = outputs.stack
     counts: list[Counts] = []
@@ -155,7 +154,8 @@ def compute_all_outputs(
     number = 0
     with keep_modes(model), torch.no_grad():
         model.eval()
-        for number, batch in enumerate(batches, start=1):
+        for batch in batches:  # enumerate would keep a batch alive until it has the next
+            number += 1
             is_filler = False
             is_same = type(batch) is Tensor and batch.shape == shape
             if is_same:  # most are: they have as many rows as the batch before
@@ -170,7 +170,7 @@ def compute_all_outputs(
                 sizes = first_sizes(features)
                 shape = batch.shape if type(batch) is Tensor and split_batch is unpack else None
                 features = to_device(features, device)
-            piece = convert(compute_outputs(features))
+            piece = compute_outputs(features)
             size_before = size
             size = 0 if stack is None else stack.add(piece)
             if not size:
@@ -187,9 +187,9 @@ def compute_all_outputs(
                 except ValueError as error:
                     refuse_single_row(model, features, error)
                     raise
+            del batch, features, piece  # so that the next batch gets their memory, still in a cache
     if not number:
         raise make_empty_error(batches, "dl")
-    outputs.features = features
     outputs.note_counts(counts)
 
 
@@ -235,13 +235,6 @@ def _note_sequence(model: Model, features: Tensor, error: ValueError) -> None:
                 "one sequence without a batch dimension. If they are one, pass X[None]."
             )
             return
-
-
-def choose_conversion(model: Model) -> Callable[[Any], Any]:
-    """Return what converts outputs to those that the user gets, in float32."""
-    if model._run is None:
-        return lambda outputs: outputs
-    return model._run.stepper.outputs_for_user
 
 
 def move_to_cpu(leaf: Any) -> Any:
@@ -323,7 +316,7 @@ def join_all(
         tried.append(rows)
         try:
             if rows == outputs.rows["features"]:
-                another = partial(probe, model, outputs.features, rows[-1], device)
+                another = partial(probe, model, outputs.features, rows[0], device)
                 joined = outputs.join(rows, another, final)
             else:  # the features cannot be cut along the rows
                 joined = outputs.join(rows, final=final)
@@ -394,17 +387,21 @@ def probe(model: Model, features: Any, rows: int, device: torch.device) -> tuple
         with keep_random_states(device), keep_modes(model), torch.no_grad(), probing:
             model.eval()
             changed_features = (features * 2)[:fewer] if by_item else map_leaves(changed, features)
-            changed_outputs = choose_conversion(model)(decorate_forward(model)(changed_features))
+            changed_outputs = make_forward(model)(changed_features)
             return map_leaves(move_to_cpu, changed_outputs), fewer
     except Exception:
         return None  # a model for batches of one size
 
 
-def decorate_forward(model: Model) -> Callable[[Any], Any]:
-    """Return what computes outputs, as the stepper's parts decorate it."""
+def make_forward(model: Model) -> Callable[[Any], Any]:
+    """Return what computes the outputs that the user gets, in float32."""
     if model._run is None:
         return model.compute_outputs
-    return model._run.stepper.decorated("around_step", model.compute_outputs)
+    stepper = model._run.stepper
+    forward = stepper.decorated("around_step", model.compute_outputs)
+    if not stepper.moments("outputs_for_user"):
+        return forward
+    return lambda features: stepper.outputs_for_user(forward(features))
 
 
 def has_hooks(model: Model) -> bool:

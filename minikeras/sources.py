@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -208,21 +209,23 @@ class ArrayBatches:
         made_wide = any(
             isinstance(rows, TensorRows) and rows.dtype != rows.tensor.dtype for rows in sources
         )
-        plain = False
-        single = isinstance(self.arrays, (TensorRows, FetchedRows))  # X alone
-        if type(self.arrays) is tuple:  # (X, y), the usual case
-            plain = all(isinstance(part, (TensorRows, FetchedRows)) for part in self.arrays)
-        for batch in batches:
-            if made_wide:
-                batch = [tensor.to(dtype) for tensor, dtype in zip(batch, dtypes, strict=True)]
-            if plain:
-                yield tuple(batch)
-                continue
-            if single:
-                yield batch[0]
-                continue
+
+        def widen(batch: list[Any]) -> list[Any]:
+            return [tensor.to(dtype) for tensor, dtype in zip(batch, dtypes, strict=True)]
+
+        def nest(batch: list[Any]) -> Any:
             remaining = iter(batch)
-            yield map_leaves(lambda _, remaining=remaining: next(remaining), self.arrays)  # type: ignore[misc]
+            return map_leaves(lambda _: next(remaining), self.arrays)
+
+        if made_wide:
+            batches = map(widen, batches)
+        if isinstance(self.arrays, (TensorRows, FetchedRows)):  # X alone
+            return map(itemgetter(0), batches)
+        if type(self.arrays) is tuple and all(
+            isinstance(part, (TensorRows, FetchedRows)) for part in self.arrays
+        ):  # (X, y), the usual case
+            return map(tuple, batches)
+        return map(nest, batches)
 
     def _fetched(
         self, sources: list[Any], tensors: list[Tensor], order: Tensor | None, batch_size: int

@@ -44,6 +44,31 @@ def test_predict_keeps_no_more_than_the_outputs():
     assert net.alive <= 1
 
 
+class Watched:
+    """Four batches; it notes how many earlier ones are still in memory as each is asked for."""
+
+    def __init__(self):
+        self.alive = []
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        earlier = []
+        for _ in range(len(self)):
+            self.alive.append(sum(batch() is not None for batch in earlier))
+            batch = torch.ones(2, 1)
+            earlier.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+
+def test_predict_keeps_no_batch_but_the_first_until_it_asks_for_the_next():
+    batches = Watched()
+    Model(nn.Linear(1, 1)).predict(batches)
+    assert batches.alive == [0, 1, 1, 1]
+
+
 class Force(nn.Module):
     """A gradient is its output."""
 

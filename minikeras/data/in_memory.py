@@ -207,6 +207,7 @@ def _in_order(
                 padded[:, :batch_size] = block.unflatten(0, (count, batch_size))
                 block = padded.flatten(0, 1)
             pieces.append(_cut(block, count, batch_size, filler))
+            del block  # its batches alone keep it, so that the next block may get its memory
         yield from map(list, zip(*pieces, strict=True))
         start = stop
     for begin in range(start, total, batch_size):
@@ -247,10 +248,8 @@ def _cut(block: Tensor, count: int, batch_size: int, filler: int) -> tuple[Tenso
 
 def _slice(tensor: Tensor, start: int, stop: int, device: torch.device | None) -> Tensor:
     """Return rows from start to stop on the device, contiguous and in memory of their own."""
-    rows = tensor[start:stop] if device is None else tensor[start:stop].to(device)
-    if rows.device == tensor.device:
-        return rows.clone(memory_format=torch.contiguous_format)
-    return rows.contiguous()
+    wanted = tensor.device if device is None else device
+    return tensor[start:stop].to(wanted, copy=True, memory_format=torch.contiguous_format)
 
 
 def _take(tensor: Tensor, rows: Tensor, device: torch.device | None) -> Tensor:
