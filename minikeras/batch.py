@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from minikeras.arrays import array_to_tensor
 from minikeras.errors import describe
@@ -40,27 +41,43 @@ def unpack(batch: Any) -> Parts:
     return features, labels, sample_weight, None
 
 
+def pins_memory(batches: Any) -> bool:
+    """Tell whether each batch gets pinned memory of its own, from which nobody waits for a copy.
+
+    Another source of pinned tensors may write the next batch into the same memory.
+    """
+    loader = getattr(batches, "loader", batches)
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    return bool(loader.pin_memory)
+
+
 def move_to_device(
-    batch: Any, device: torch.device, split_batch: Callable[[Any], Parts] = unpack
+    batch: Any,
+    device: torch.device,
+    split_batch: Callable[[Any], Parts] = unpack,
+    non_blocking: bool = False,
 ) -> Parts:
     """Split a batch as `unpack` does, and move features, labels and sample_weight to the device."""
     features, labels, weight, rows = split_batch(batch)
     return (
-        to_device(features, device),
-        to_device(labels, device),
-        None if weight is None else to_device(weight, device),
+        to_device(features, device, non_blocking),
+        to_device(labels, device, non_blocking),
+        None if weight is None else to_device(weight, device, non_blocking),
         rows,
     )
 
 
-def to_device(nest: Any, device: torch.device) -> Any:
+def to_device(nest: Any, device: torch.device, non_blocking: bool = False) -> Any:
     """Move everything in a nest that has `to` to the device; NumPy arrays become tensors."""
     if type(nest) is Tensor:
-        return nest.to(device)
+        return nest.to(device, non_blocking=non_blocking)
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiubc":
             leaf = array_to_tensor(leaf)
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=non_blocking)
         return leaf.to(device) if can_move(leaf) else leaf
 
     return map_leaves(move, nest)

@@ -37,7 +37,7 @@ import tabulate  # noqa: F401
 import torch
 from torch import nn
 
-from minikeras.batch import move_to_device
+from minikeras.batch import move_to_device, pins_memory
 from minikeras.callback import Callback, check_row, with_method
 from minikeras.engine import WAITING
 from minikeras.hooks import Fit, Hook, Position
@@ -164,6 +164,7 @@ def run_pass(
         phase.totals.reset()
     step = run.engine.step(phase)
     split_batch = run.split_batch
+    pinned = pins_memory(batches)
     number = done
     results: Any = None
     try:
@@ -172,7 +173,9 @@ def run_pass(
             if is_filler:  # repeated to keep in step with other processes: counts for nothing
                 given = given.batch
                 put_back = remember_buffers(run.engine.model, run.loss_func)
-            features, labels, sample_weight, rows = move_to_device(given, run.device, split_batch)
+            features, labels, sample_weight, rows = move_to_device(
+                given, run.device, split_batch, pinned
+            )
             batch = phase.take(number, features, labels, sample_weight, is_filler, rows)
             phase.checks.batch(step, batch)
             if on_batch_begin is not None and results is not WAITING:

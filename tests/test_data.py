@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import minikeras
-from minikeras.batch import to_device
+from minikeras.batch import pins_memory, to_device
 from minikeras.data.arrays import as_tensor
 from minikeras.nests import leaves, map_leaves
 from minikeras.rows import count_rows
@@ -284,6 +285,27 @@ def test_mapping_of_a_custom_class_is_not_written_into():
     pd.testing.assert_frame_equal(*histories)
     assert all(features[name] is parts[name] for name in parts)
     assert to_device(features, torch.device("meta"))["a"].device.type == "meta"
+
+
+class Reusing(DataLoader):
+    """A loader that may write each batch into the same memory."""
+
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("make", "pinned"),
+    [
+        (lambda rows: DataLoader(rows, pin_memory=True), True),
+        (lambda rows: SimpleNamespace(loader=DataLoader(rows, pin_memory=True)), True),
+        (lambda rows: DataLoader(rows), False),
+        (lambda rows: Reusing(rows, pin_memory=True), False),
+        (lambda rows: [torch.zeros(2)], False),
+    ],
+)
+def test_copy_is_not_waited_for_if_the_loader_pins_each_batch_anew(make, pinned):
+    assert pins_memory(make(TensorDataset(torch.zeros(4, 2)))) is pinned
 
 
 def test_packed_sequence_moves_as_one():
