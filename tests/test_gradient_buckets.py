@@ -85,7 +85,7 @@ def test_buckets_are_sent_while_backward_runs(layers, registered, unused, least)
     assert world.early() >= min(least, (layers - 1) / (layers + unused)) - 1e-3
     sizes = [size for what, size in world.log if what == "sent"]
     assert sizes[0] < 1.1 * MIB  # sending begins early
-    assert max(sizes) < 8.1 * MIB
+    assert max(sizes) < 25.1 * MIB
     assert sum(sizes) < (layers + unused + 0.01) * MIB
 
 
@@ -167,7 +167,7 @@ def test_gradients_get_the_layout_of_their_parameter(name):
     for gradient in (parameter.contiguous(), parameter.clone(), -parameter):
         numbers = layout.flatten(gradient).clone()
         assert numbers.ndim == 1
-        found = layout.unflatten(numbers, 0, len(numbers))
+        found = layout.unflatten(numbers, 0)
         assert torch.equal(found, gradient)
         assert found.dtype == parameter.dtype
         if has_gaps:

@@ -127,12 +127,16 @@ class Weighed(nn.Module):
 
 def whole_parameters_beside(size):
     seed()
-    gradients.SMALL_BUCKET = gradients.BUCKET = 8
     model = Deep().double()
     loss = Weighed()
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     model = compiled(model, loss, optimizer)
-    dfhistory = model.fit(2, doubles(45), batch_size=12 // size, verbose=0)
+    before = gradients.SMALL_BUCKET, gradients.BUCKET
+    gradients.SMALL_BUCKET = gradients.BUCKET = 8
+    try:
+        dfhistory = model.fit(2, doubles(45), batch_size=12 // size, verbose=0)
+    finally:
+        gradients.SMALL_BUCKET, gradients.BUCKET = before
     return found(model, dfhistory, logs=[log.detach() for log in loss.logs])
 
 
