@@ -233,8 +233,10 @@ class Channel:
         frame = np.zeros(HEAD + VALUE // 4)
         frame[:2] = code, -code
         frame[2 : 2 + len(numbers)] = numbers
-        attached_numbers = [number for part in attached for number in part.numbers]
-        frame[2 + NUMBERS : 2 + NUMBERS + len(attached_numbers)] = attached_numbers
+        start = 2 + NUMBERS
+        for part in attached:
+            frame[start : start + len(part.numbers)] = part.numbers
+            start += len(part.numbers)
         frame[HEAD : HEAD + len(words)] = words
         message = torch.from_numpy(frame)
         self.messages += 1

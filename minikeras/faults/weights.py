@@ -90,6 +90,8 @@ class FiniteWeights:
     def check(self) -> None:
         """Check weights, buffers and the state of the optimizers.
 
+        Several processes hear of each other's as they add up the totals, and raise it then.
+
         Raises:
             NonFiniteWeights: one is not finite and was as the fit began, in any of the processes.
         """
