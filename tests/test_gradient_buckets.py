@@ -115,13 +115,50 @@ def test_a_gradient_is_let_go_as_its_bucket_is_sent_and_then_lies_in_the_memory_
     )
     assert sums.finish(3, torch.tensor(4.0)) == [3.0, 4.0]
     assert at_sending == [None] * 6
-    begin = bucket.memory.data_ptr()
+    memory = bucket.gradient_memory()
+    begin = memory.data_ptr()
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, gradient)
-        assert begin <= parameter.grad.data_ptr() < begin + 4 * bucket.memory.numel()
-    assert bucket.holds_gradients()
+        assert begin <= parameter.grad.data_ptr() < begin + 4 * memory.numel()
     net[0].weight.grad = net[0].weight.grad.clone()
-    assert not bucket.holds_gradients()
+    assert bucket.gradient_memory() is None
+
+
+def test_memory_of_a_message_is_used_again_but_not_while_the_user_keeps_a_part_of_it():
+    memory = gradients.Memory(torch.device("cpu"), torch.float32)
+    size = gradients.LARGE
+    first = memory.lend(size).fill_(1)
+    address = first.data_ptr()
+    del first
+    second = memory.lend(size).fill_(2)
+    assert second.data_ptr() == address
+    kept = second.detach()[5:].view(-1)
+    del second
+    third = memory.lend(size).fill_(3)
+    assert third.data_ptr() != address
+    assert torch.equal(kept, torch.full((size - 5,), 2.0))
+    assert memory.lend(size).data_ptr() != third.data_ptr()
+
+
+def test_gradients_that_a_callback_keeps_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(gradients, "LARGE", 0)
+    kept, copies = [], []
+
+    class Keeping(minikeras.Model):
+        def optimizer_step(self, optimizer=None):
+            gradient = self.net.weight.grad
+            if len(copies) < 3:
+                kept.append(gradient.detach()[1:])
+                copies.append(gradient[1:].clone())
+            super().optimizer_step(optimizer)
+
+    model = Keeping(nn.Linear(64, 64))
+    model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), device="cpu")
+    model._run.stepper.compiled_parts.append(AllReduce(Watched()))
+    X = torch.randn(40, 64)
+    model.fit(1, (X, X), batch_size=4, verbose=0)
+    for gradient, copied in zip(kept, copies, strict=True):
+        assert torch.equal(gradient, copied)
 
 
 def test_buckets_of_optimizers_that_take_turns_among_the_layers_stay_few():

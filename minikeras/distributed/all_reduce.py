@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -18,8 +17,6 @@ from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of, trainable_parameters_of
-
-LARGEST_BLOCK = 2**25 - 2**13  # bytes; glibc does not count blocks above 32 MiB
 
 
 class AllReduce(Part, Hook):
@@ -59,7 +56,6 @@ class AllReduce(Part, Hook):
         if self.trained != set(trained):  # until they have arrived once
             self.order = places(reversed([*fit.model.parameters(), *trained]))
             self.arrivals = []
-        keep_freed_memory()
         try:
             yield
         finally:
@@ -124,9 +120,18 @@ class AllReduce(Part, Hook):
         """Order the buckets from now on as the gradients have arrived on rank 0."""
         parameters = list(self.order)
         numbers = [self.order[parameter] for parameter in arrivals if parameter in self.order]
-        self.order = places(parameters[number] for number in self.world.broadcast(numbers))
+        order = places(parameters[number] for number in self.world.broadcast(numbers))
+        if order != self.order:
+            self.order = order
+            self._forget_buckets()
         self.trained = set(self._owners_of(self.stepper.all))
         self.arrivals = None
+        self._listen_to(None)  # the last bucket is not listened to any more
+
+    def _forget_buckets(self) -> None:
+        """Make new buckets for the next gradients; those that are there keep their memory."""
+        for bucket in self.averaged:
+            bucket.memory.free()
         self.kept = {}
 
     # --- any step ---------------------------------------------------------------------------------
@@ -206,8 +211,9 @@ class AllReduce(Part, Hook):
         memory = []
         count = 0
         for bucket in self.averaged:
-            if bucket.optimizer is optimizer and bucket.holds_gradients():
-                memory.append(bucket.memory)
+            numbers = bucket.gradient_memory() if bucket.optimizer is optimizer else None
+            if numbers is not None:
+                memory.append(numbers)
                 count += sum(gradient is not None for gradient in bucket.gradients)
         return memory if count == len(gradients_of(optimizer)) else None
 
@@ -217,6 +223,12 @@ class AllReduce(Part, Hook):
         for bucket in self.averaged:
             if bucket.optimizer is optimizer:
                 bucket.let_go()
+
+    def on_pass_end(self) -> None:
+        """Leave memory to validation."""
+        for buckets in self.kept.values():
+            for bucket in buckets:
+                bucket.memory.free()
 
     def reset(self) -> None:
         """Forget the messages being sent."""
@@ -230,16 +242,6 @@ class AllReduce(Part, Hook):
     def way_back(self) -> Restore:
         """Return a function that forgets the messages being sent."""
         return self.reset
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MiB of freed memory instead of giving it back to the system.
-
-    What backward frees as it sends it would be fetched again in each step, page by page. glibc
-    keeps twice the largest block that was freed so far (mallopt(3), M_MMAP_THRESHOLD). This block
-    is not touched, so it takes no memory.
-    """
-    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
 
 
 def places(parameters: Iterable[Tensor]) -> dict[Tensor, int]:

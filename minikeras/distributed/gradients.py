@@ -6,17 +6,19 @@ You may skip this file. Without buckets one message would be sent after backward
     bucket 0, bucket 1, ... each sent as soon as it is full             the last bucket, sent at the
                                                                         end with the other numbers
 
-A gradient is let go as its bucket is sent, and is a part of the bucket's memory afterwards, in the
-layout of its parameter. Each bucket says which of its gradients exist, so that a gradient that no
+A gradient is let go as its bucket is sent, and is a part of the message afterwards, in the layout
+of its parameter. Each message says which of its gradients exist, so that a gradient that no
 process has stays None. All processes send the buckets in the same order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,6 +28,8 @@ from minikeras.nests import is_sharded
 
 BUCKET = 25 * 2**20  # bytes; a bucket ends with the parameter that fills it
 SMALL_BUCKET = 2**20  # of the first one, so that sending begins early, and of the last one
+LARGE = 2**16  # numbers; the C library keeps the memory of fewer by itself
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 GROUP = 2**20  # bytes of gradients that are copied together, so that they are in the cache
 
 
@@ -56,14 +60,43 @@ class Layout:
             return gradient.reshape(-1)
         return view_as_real(gradient.permute(self.order).resolve_conj()).reshape(-1)
 
-    def unflatten(self, memory: Tensor, start: int) -> Tensor:
-        """Return the gradient of these real numbers of a bucket's memory."""
-        if memory.dtype == self.dtype:
-            return memory.as_strided(self.shape, self.strides, memory.storage_offset() + start)
-        numbers = memory[start : start + self.size]
+    def unflatten(self, message: Tensor, start: int) -> Tensor:
+        """Return the gradient of real numbers of a message: a part of it, or of another dtype."""
+        if message.dtype == self.dtype:
+            return message.as_strided(self.shape, self.strides, start)
+        numbers = message[start : start + self.size]
         if self.dtype.is_complex:  # a pair begins at an even place, as a copy does
             numbers = torch.view_as_complex(numbers.clone().view(-1, 2))
         return numbers.to(self.dtype).as_strided(self.shape, self.strides)
+
+
+class Memory:
+    """Memory of a message, used again in the next step if no tensor lies in it any more.
+
+    Freed memory would go back to the system, and come again page by page. A gradient that the user
+    keeps keeps its memory as well; the next step gets other memory. torch holds the array that it
+    is lent until its last tensor ends, and memory of a GPU it uses again by itself.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.array = np.empty(0)
+        self.lent: Callable[[], Any] = lambda: None  # the array over it, as long as torch holds it
+
+    def lend(self, size: int) -> Tensor:
+        """Return a vector of this size; what is in it is undefined."""
+        if self.device.type != "cpu" or size < LARGE:
+            return torch.empty(size, dtype=self.dtype, device=self.device)
+        if len(self.array) != size or self.lent() is not None:
+            self.array = np.empty(size, NUMPY[self.dtype])
+        array = self.array[:]
+        self.lent = weakref.ref(array)
+        return torch.from_numpy(array)
+
+    def free(self) -> None:
+        """Keep nothing that is not lent."""
+        self.array = np.empty(0)
 
 
 class Bucket:
@@ -80,12 +113,14 @@ class Bucket:
         self.dtype = dtype
         self.parameters: list[Tensor] = []
         self.layouts: list[Layout] = []
+        self.starts: list[int] = []  # of each parameter in the message
         self.groups: list[list[tuple[Tensor, Layout]]] = []  # of up to `GROUP` bytes, or of one
         self.group_sizes: list[int] = []  # real numbers
         self.size = 0  # of all
         self.bytes = 0
-        self.all_exist: Tensor | None = None  # what is sent if every gradient exists here
-        self.memory = torch.empty(0)  # of the means, which are parts of it
+        self.gives_parts = True  # of the message as gradients; half precision is copied
+        self.memory = Memory(device, dtype)
+        self.message = torch.empty(0)  # with the means in it
         self.gradients: list[Tensor | None] = []  # the means as the parameters got them
 
     def add(self, parameter: Tensor) -> None:
@@ -93,36 +128,47 @@ class Bucket:
         layout = Layout(parameter)
         self.parameters.append(parameter)
         self.layouts.append(layout)
+        self.starts.append(self.size)
         self.size += layout.size
         self.bytes += parameter.numel() * parameter.element_size()
+        self.gives_parts &= layout.dtype == self.dtype
         if not self.groups or self.group_sizes[-1] + layout.size > GROUP // self.dtype.itemsize:
             self.groups.append([])
             self.group_sizes.append(0)
         self.groups[-1].append((parameter, layout))
         self.group_sizes[-1] += layout.size
 
-    def take(self, message: Tensor, share: float) -> list[bool]:
-        """Take the gradients away from the parameters, times `share` into the message.
+    @torch.no_grad()  # gradients may have a graph of their own
+    def take(self, share: float, numbers: Sequence[Any]) -> tuple[Tensor, list[bool]]:
+        """Take the gradients away from the parameters.
 
         Returns:
-            which of them exist; the others are 0 in the message.
+            the message: the gradients times `share`, 0 for one that does not exist; 1 for each that
+            does, and else 0; the numbers. And which of them exist.
         """
+        rest = len(self.parameters) + len(numbers)
+        message = self.memory.lend(self.size + rest)
+        *places, last = message.split_with_sizes([*self.group_sizes, rest])
         exist = []
-        places = message.split_with_sizes(self.group_sizes)
         for group, place in zip(self.groups, places, strict=True):
-            numbers = []
+            flat = []
             for parameter, layout in group:
-                exist.append(parameter.grad is not None)
-                numbers.append(self._take_gradient(parameter, layout))
-            if len(numbers) == 1:
-                torch.mul(numbers[0], share, out=place)
+                gradient = parameter.grad
+                parameter.grad = None
+                exist.append(gradient is not None)
+                flat.append(self._flatten(gradient, layout))
+            if len(flat) == 1:
+                torch.mul(flat[0], share, out=place)
             else:
-                torch.cat(numbers, out=place).mul_(share)
-        return exist
+                torch.cat(flat, out=place).mul_(share)
+        if last.device.type == "cpu":
+            last.numpy()[:] = [*exist, *map(float, numbers)]
+        else:
+            torch.cat(as_vectors(exist, numbers, self.device, self.dtype), out=last)
+        return message, exist
 
-    def _take_gradient(self, parameter: Tensor, layout: Layout) -> Tensor:
-        """Take a gradient away from its parameter; return its real numbers, 0 if there is none."""
-        gradient = parameter.grad
+    def _flatten(self, gradient: Tensor | None, layout: Layout) -> Tensor:
+        """Return the real numbers of a gradient, 0 if there is none."""
         if gradient is None:
             return torch.zeros(layout.size, dtype=self.dtype, device=self.device)
         if gradient.is_sparse:
@@ -130,40 +176,32 @@ class Bucket:
                 "gradients must be dense to be added up over several processes. Build the "
                 "embedding with sparse=False."
             )
-        parameter.grad = None
-        numbers = layout.flatten(gradient)
-        return numbers if numbers.dtype == self.dtype else numbers.to(self.dtype)
+        flat = layout.flatten(gradient)
+        return flat if flat.dtype == self.dtype else flat.to(self.dtype)
 
-    def give(self, memory: Tensor, exist: Sequence[bool]) -> None:
-        """Give the parameters their gradients, which are parts of this memory."""
-        self.memory = memory
+    def give(self, message: Tensor, exist: Sequence[bool]) -> None:
+        """Give the parameters their gradients, which are parts of this message."""
+        self.message = message
         self.gradients = []
-        start = 0
-        for parameter, layout, exists in zip(self.parameters, self.layouts, exist, strict=True):
-            if exists:
-                parameter.grad = layout.unflatten(memory, start)
-            start += layout.size
-            self.gradients.append(parameter.grad)
+        places = zip(self.parameters, self.layouts, self.starts, exist, strict=True)
+        for parameter, layout, start, exists in places:
+            gradient = layout.unflatten(message, start) if exists else None
+            parameter.grad = gradient
+            self.gradients.append(gradient)
 
-    def holds_gradients(self) -> bool:
-        """Tell whether the parameters' gradients are still parts of the memory."""
-        if not self.gradients or any(layout.dtype != self.dtype for layout in self.layouts):
-            return False  # cleared, or half precision: those were copied
-        pairs = zip(self.parameters, self.gradients, strict=True)
-        return all(parameter.grad is gradient for parameter, gradient in pairs)
+    def gradient_memory(self) -> Tensor | None:
+        """Return the memory whose parts the parameters' gradients are; None if some are not."""
+        if not self.gradients or not self.gives_parts:  # they have been cleared, or copied
+            return None
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is not gradient:
+                return None
+        return self.message[: self.size]
 
     def let_go(self) -> None:
-        """Keep no memory: the gradients have been cleared."""
-        self.memory = torch.empty(0)
+        """Hold no gradient: they have been cleared."""
+        self.message = torch.empty(0)
         self.gradients = []
-
-    def describe_existing(self, exist: list[bool]) -> Tensor:
-        """Return 1 for each gradient that exists and else 0, (parameters,), on the device."""
-        if not all(exist):
-            return to_device([float(exists) for exists in exist], self.device, self.dtype)
-        if self.all_exist is None:
-            self.all_exist = torch.ones(len(exist), dtype=self.dtype, device=self.device)
-        return self.all_exist
 
 
 class GradientSums:
@@ -207,28 +245,23 @@ class GradientSums:
         while len(self.sent) < len(self.buckets) - 1:
             self._send()
         self._send(*numbers)
-        sums: Tensor = torch.empty(0)
-        for bucket, (flat, work, own) in zip(self.buckets, self.sent, strict=True):
-            self.world.wait_for_sum(work, flat)
-            size, end = bucket.size, bucket.size + len(own)
-            # read from the device only if a gradient is missing here
-            exist = own if all(own) else (flat[size:end] > 0).tolist()
-            bucket.give(flat[:size], exist)
-            sums = flat[end:]
+        for bucket, (message, work, exist) in zip(self.buckets, self.sent, strict=True):
+            all_exist = all(exist)
+            if all_exist and bucket.gives_parts:  # while they are being added up
+                bucket.give(message, exist)
+                self.world.wait_for_sum(work, message)
+                continue
+            self.world.wait_for_sum(work, message)
+            if not all_exist:  # read from the device only if one is missing here
+                flags = message[bucket.size : bucket.size + len(exist)]
+                exist = (flags > 0).tolist()
+            bucket.give(message, exist)
+        sums = message[bucket.size + len(exist) :]
         return sums.tolist() if sums.device.type == "cpu" else list(sums)
 
     def _send(self, *numbers: Any) -> None:
-        bucket = self.buckets[len(self.sent)]
-        size, end = bucket.size, bucket.size + len(bucket.parameters)
-        flat = torch.empty(end + len(numbers), dtype=bucket.dtype, device=bucket.device)
-        with torch.no_grad():  # gradients may have a graph of their own
-            exist = bucket.take(flat[:size], 1 / self.world.size)
-            if numbers:
-                tail = as_vectors(exist, numbers, bucket.device, bucket.dtype)
-                torch.cat(tail, out=flat[size:])
-            else:
-                flat[size:] = bucket.describe_existing(exist)
-        self.sent.append((flat, self.world.begin_sum(flat), exist))
+        message, exist = self.buckets[len(self.sent)].take(1 / self.world.size, numbers)
+        self.sent.append((message, self.world.begin_sum(message), exist))
 
 
 def make_buckets(owners: Mapping[Tensor, Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:

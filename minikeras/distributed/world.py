@@ -171,11 +171,12 @@ class World(OneProcess):
 
     def begin_sum(self, tensor: Tensor) -> Any:
         """Begin to add up a tensor over all processes, in place; return torch's handle."""
-        self.channel.send_attached()
+        channel = self.channel
+        channel.send_attached()
         try:
-            return self.dist.all_reduce(tensor, async_op=True)
+            return channel.of.allreduce([tensor])
         except RuntimeError as error:
-            self.channel.explain(error)
+            channel.explain(error)
 
     def wait_for_sum(self, work: Any, tensor: Tensor) -> None:
         """Wait for an operation on a tensor such as gradients; an error says why there is none."""
