@@ -26,6 +26,7 @@ CASES = [
     "buffers_inside_a_step",
     "buffers_after_a_failed_fit",
     "buffers_of_fillers",
+    "slow",
 ]
 
 
@@ -248,6 +249,16 @@ def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_pa
     )
     assert "is no longer in step with the others since an earlier error" in waiting[1]
     assert "process 0 has given up, since process 1 has left fit with ValueError" in failed[1]
+
+
+def test_process_that_is_waited_for_long_is_named_in_a_warning(agreed):
+    waiting, working = agreed["slow"]
+    assert waiting == 2 * [
+        "process 0 of 2 has waited 2 s for process 1 in fit (end of an epoch). Other work there "
+        "may take long. But an operation of torch.distributed that not all processes call, such "
+        "as a barrier in a callback, does not end: call it in every process, or in none."
+    ]
+    assert working == []
 
 
 def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(agreed):

@@ -16,12 +16,16 @@ there for what others have written. There are two reasons to give up:
     a process has left the verb with an error, and will not answer any more
     a process waits for a small message of this one, which itself waits for gradients of that one
 
+After 20 s without a reason a process warns, and names those that have not come to the same place:
+they work, or wait in an operation of the user's own.
+
 All of it is in one group of gloo, which is created with the first message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +46,7 @@ HEAD = 2 + NUMBERS + ATTACHED  # before a value of rank 0
 VALUE = 20_480  # bytes of a value of rank 0 in it, enough for the states of random generators
 FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
 LAST_LOOK = 4.0  # seconds between two looks at most
+LONG_WAIT = 20.0  # seconds until a process that has found no reason warns
 LONGEST_PLACE = 200  # characters of the names of running verbs
 LONGEST_ERROR = 500  # characters of another process's error
 LONGEST_REASON = 700  # characters of why another process does not answer
@@ -316,9 +321,13 @@ class Channel:
             RuntimeError: it has failed, or will never end.
         """
         pause = FIRST_LOOK
+        waited = 0.0
         try:
             while not self._has_ended(work, pause):
                 self._look(about, for_sum)
+                waited += pause
+                if waited - pause < LONG_WAIT <= waited:  # once
+                    self._warn_of_missing(about)
                 pause = min(2 * pause, LAST_LOOK)
         except RuntimeError as error:
             self.explain(error)
@@ -352,6 +361,25 @@ class Channel:
                 )
                 remedy = REMEDY_WITHIN if verbs == describe_verbs() else REMEDY
                 self.give_up(f"{why}. {remedy}", why)
+
+    def _warn_of_missing(self, about: str) -> None:
+        """Warn of the processes that do not wait where this one does; the first that waits does."""
+        missing = []
+        for rank in range(self.size):
+            note = self.notes.read(f"waits/{rank}").split("|")
+            if note[:2] != [str(self.messages), str(self.sums)]:
+                missing.append(rank)
+            elif rank < self.rank:
+                return
+        if not missing:  # the message itself takes long
+            return
+        warnings.warn(
+            f"process {self.rank} of {self.size} has waited {LONG_WAIT:g} s for "
+            f"{name_processes(missing)} in {describe_verbs()} ({about}). Other work there may take "
+            "long. But an operation of torch.distributed that not all processes call, such as a "
+            "barrier in a callback, does not end: call it in every process, or in none.",
+            stacklevel=2,
+        )
 
     def find_reason(self) -> str:
         """Return why another process will not answer, as far as it has said so."""
@@ -520,14 +548,21 @@ def by_value(values: list[Any]) -> str:
     >>> by_value(["fit", "save", "fit"])
     'fit in processes 0 and 2, save in process 1'
     """
-    ranks: dict[str, list[str]] = {}
+    ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
-        ranks.setdefault(str(value), []).append(str(rank))
-    parts = []
-    for value, numbers in ranks.items():
-        shown = numbers if len(numbers) <= 4 else [*numbers[:3], f"{len(numbers) - 3} more"]
-        if len(shown) == 1:
-            parts.append(f"{value} in process {shown[0]}")
-        else:
-            parts.append(f"{value} in processes {', '.join(shown[:-1])} and {shown[-1]}")
-    return ", ".join(parts)
+        ranks.setdefault(str(value), []).append(rank)
+    return ", ".join(f"{value} in {name_processes(of)}" for value, of in ranks.items())
+
+
+def name_processes(ranks: list[int]) -> str:
+    """Name processes, the first three of many.
+
+    >>> name_processes([1]), name_processes([0, 2, 3, 5, 6])
+    ('process 1', 'processes 0, 2, 3 and 2 more')
+    """
+    names = list(map(str, ranks))
+    if len(names) == 1:
+        return f"process {names[0]}"
+    if len(names) > 4:
+        names = [*names[:3], f"{len(names) - 3} more"]
+    return f"processes {', '.join(names[:-1])} and {names[-1]}"

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from helpers.datasets import Rows
 from helpers.models import Net, points
 from helpers.ranks.common import RANK
 from helpers.seeds import seed
-from minikeras.distributed import together
+from minikeras.distributed import channel, together
 
 X, Y = points(400)
 STEPS = 50  # of an epoch
@@ -154,6 +155,23 @@ def caught(size):
         except (ValueError, RuntimeError) as error:
             said.append(str(error))
     return said
+
+
+def slow(size):
+    """One process works for long in a callback: what each warns of."""
+    model = compiled()
+
+    def work(epoch, logs):
+        if RANK:
+            time.sleep(4)
+
+    long_wait = channel.LONG_WAIT
+    channel.LONG_WAIT = 2.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, callbacks=[minikeras.LambdaCallback(on_epoch_end=work)])
+    channel.LONG_WAIT = long_wait
+    return [str(warning.message) for warning in caught]
 
 
 def stuck(size):
