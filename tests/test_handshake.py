@@ -1,5 +1,7 @@
 """What differs between processes is named at the beginning of a call, with the value of each."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.compare import assert_equal_tensors
@@ -8,9 +10,11 @@ from helpers.ranks import agreement
 from helpers.ranks.planted import DURING, PLANTED
 
 import minikeras
+from minikeras.distributed.channel import VERBS, Channel, Verb
 from minikeras.distributed.handshake import buffer_sums, factors_of_blocks, sum_of_bits
 
 CASES = [
+    "late",  # the first call of all
     "planted",
     "agreements",
     "stopped_by_a_layer",
@@ -251,14 +255,44 @@ def test_error_that_one_process_catches_is_told_to_those_that_wait_for_it(tmp_pa
     assert "process 0 has given up, since process 1 has left fit with ValueError" in failed[1]
 
 
+OTHER_WORK = (
+    "Other work there may take long. But an operation of torch.distributed that not all processes "
+    "call, such as a barrier in a callback, does not end: call it in every process, or in none."
+)
+
+
 def test_process_that_is_waited_for_long_is_named_in_a_warning(agreed):
     waiting, working = agreed["slow"]
-    assert waiting == 2 * [
-        "process 0 of 2 has waited 2 s for process 1 in fit (end of an epoch). Other work there "
-        "may take long. But an operation of torch.distributed that not all processes call, such "
-        "as a barrier in a callback, does not end: call it in every process, or in none."
-    ]
+    said = f"process 0 of 2 has waited 2 s for process 1 in fit (end of an epoch). {OTHER_WORK}"
+    assert waiting == [said, said]
     assert working == []
+
+
+def test_process_that_waits_long_in_the_first_call_of_all_warns(agreed):
+    waiting, working = agreed["late"]
+    said = "process 0 of 2 has waited 2 s for the others at the beginning of fit."
+    assert waiting == [f"{said} {OTHER_WORK}"]
+    assert working == []
+
+
+def test_processes_that_do_not_come_to_the_first_call_are_an_error_that_says_so():
+    def new_group(**kwargs):
+        raise torch.distributed.DistStoreError("wait timeout after 120000ms")
+
+    channel = object.__new__(Channel)
+    channel.dist = SimpleNamespace(new_group=new_group)
+    channel.notes = SimpleNamespace(timeout=None)
+    channel.rank, channel.size = 1, 2
+    said = (
+        r"process 1 of 2 has waited 0 s for the others at the beginning of evaluate, in vain\. All "
+        r"processes must make the same calls .* Torch says: wait timeout after 120000ms"
+    )
+    VERBS.append(Verb("evaluate"))
+    try:
+        with pytest.raises(RuntimeError, match=said):
+            channel._create_group()
+    finally:
+        VERBS.pop()
 
 
 def test_verb_of_one_process_is_told_while_the_other_waits_for_gradients(agreed):

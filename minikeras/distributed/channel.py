@@ -25,6 +25,8 @@ All of it is in one group of gloo, which is created with the first message.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -66,6 +68,10 @@ REMEDY_OF_STEPS = (
 REMEDY_WITHIN = (
     "Within a call all processes must do the same: train the same layers in each batch, and step "
     "equally often. Freeze a layer, or skip a step, in every process alike."
+)
+OTHER_WORK = (
+    "Other work there may take long. But an operation of torch.distributed that not all processes "
+    "call, such as a barrier in a callback, does not end: call it in every process, or in none."
 )
 RESTART = "Mend that error, and start all processes again."
 ADVICE = (
@@ -158,12 +164,43 @@ class Channel:
         self.size = dist.get_world_size()
         self.notes = Notes(f"minikeras/{number}/")
         self.of: Any = dist.group.WORLD  # the process group
-        self.group: Any = dist.new_group(backend="gloo", timeout=self.notes.timeout)
+        self.group: Any = self._create_group()
         self.begun: Exchange | None = None  # on its way
         self.attached: list[Attachment] = []  # to the next message
         self.messages = 0  # small ones begun so far
         self.sums = 0  # of gradients and other tensors on the CPU, waited for so far
         self.broken = ""  # why this process has given up waiting
+
+    def _create_group(self) -> Any:
+        """Create the group of the messages: here all processes meet for the first time.
+
+        Who is missing cannot be found out, since the store itself waits.
+
+        Raises:
+            RuntimeError: not all of them have come.
+        """
+        others = f"for the others at the beginning of {describe_verbs()}"
+
+        def warn() -> None:
+            warnings.warn(
+                f"process {self.rank} of {self.size} has waited {LONG_WAIT:g} s {others}. "
+                f"{OTHER_WORK}",
+                stacklevel=1,
+            )
+
+        timer = threading.Timer(LONG_WAIT, warn)
+        timer.daemon = True
+        timer.start()
+        begin = time.monotonic()
+        try:
+            return self.dist.new_group(backend="gloo", timeout=self.notes.timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} has waited {time.monotonic() - begin:.0f} s "
+                f"{others}, in vain. {REMEDY} Torch says: {error}"
+            ) from error
+        finally:
+            timer.cancel()
 
     def is_open(self) -> bool:
         """Tell whether the group still exists: the user may have destroyed the groups."""
@@ -375,9 +412,7 @@ class Channel:
             return
         warnings.warn(
             f"process {self.rank} of {self.size} has waited {LONG_WAIT:g} s for "
-            f"{name_processes(missing)} in {describe_verbs()} ({about}). Other work there may take "
-            "long. But an operation of torch.distributed that not all processes call, such as a "
-            "barrier in a callback, does not end: call it in every process, or in none.",
+            f"{name_processes(missing)} in {describe_verbs()} ({about}). {OTHER_WORK}",
             stacklevel=2,
         )
 

@@ -157,6 +157,25 @@ def caught(size):
     return said
 
 
+def warned(call):
+    """Return what a call warns of, where waiting for 2 s is long."""
+    long_wait = channel.LONG_WAIT
+    channel.LONG_WAIT = 2.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    channel.LONG_WAIT = long_wait
+    return [str(warning.message) for warning in caught]
+
+
+def late(size):
+    """One process comes late to the first call of all: what each warns of."""
+    model = compiled()
+    if RANK:
+        time.sleep(4)
+    return warned(lambda: fit(model))
+
+
 def slow(size):
     """One process works for long in a callback: what each warns of."""
     model = compiled()
@@ -165,13 +184,7 @@ def slow(size):
         if RANK:
             time.sleep(4)
 
-    long_wait = channel.LONG_WAIT
-    channel.LONG_WAIT = 2.0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(model, callbacks=[minikeras.LambdaCallback(on_epoch_end=work)])
-    channel.LONG_WAIT = long_wait
-    return [str(warning.message) for warning in caught]
+    return warned(lambda: fit(model, callbacks=[minikeras.LambdaCallback(on_epoch_end=work)]))
 
 
 def stuck(size):
