@@ -161,6 +161,28 @@ def test_gradients_that_a_callback_keeps_stay_as_they_are(monkeypatch):
         assert torch.equal(gradient, copied)
 
 
+def test_memory_is_kept_for_the_layers_alone_that_are_trained_now(monkeypatch):
+    monkeypatch.setattr(gradients, "LARGE", 0)
+    net = Chain(3)
+    model = minikeras.Model(net)
+    model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-3), device="cpu")
+    part = AllReduce(Watched())
+    model._run.stepper.compiled_parts.append(part)
+    kept = []
+
+    def freeze_others(batch, logs):
+        for number in range(2):
+            getattr(net, f"layer{number}").requires_grad_(bool(batch >> number & 1))
+        arrays = [bucket.memory.array for buckets in part.kept.values() for bucket in buckets]
+        kept.append(sum(array.nbytes for array in arrays))
+
+    X = torch.randn(16, 512)
+    callback = minikeras.LambdaCallback(on_batch_end=freeze_others)
+    model.fit(1, (X, X), batch_size=2, verbose=0, callbacks=[callback])
+    assert len(kept) == 8
+    assert max(kept) < 3.1 * MIB
+
+
 def test_buckets_of_optimizers_that_take_turns_among_the_layers_stay_few():
     layers = [nn.Linear(512, 512) for _ in range(20)]
     optimizers = [

@@ -388,6 +388,21 @@ def test_clipping_is_torchs_own_in_eager_and_in_the_graph(options, jit):
     assert not jit or model._run.engine.train.way == "one graph"
 
 
+def test_clipping_does_nothing_for_an_optimizer_whose_layers_are_all_frozen():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizers = {
+        "body": torch.optim.SGD(net[0].parameters(), lr=0.1),
+        "head": torch.optim.SGD(net[1].parameters(), lr=0.1),
+    }
+    model = minikeras.Model(net)
+    model.compile(nn.MSELoss(), optimizers, device="cpu", clip_grad_value=0.1, clip_grad_norm=0.1)
+    freeze = minikeras.LambdaCallback(on_batch_end=lambda batch, logs: net[0].requires_grad_(False))
+    X = torch.randn(8, 2)
+    before = copy.deepcopy(net[1])
+    model.fit(1, (X, X[:, :1]), batch_size=2, verbose=0, callbacks=[freeze])
+    assert not torch.equal(net[1].weight, before.weight)
+
+
 # --- precision ------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,20 @@ class AllReduce(Part, Hook):
                 self._compare_trained(owners)
                 self.compared.add(key)
             self.kept[key] = make_buckets(owners, self.order)
-        return self.kept[key]
+        buckets = self.kept[key]
+        if buckets is not self.averaged:
+            self._free_others(buckets)
+        return buckets
+
+    def _free_others(self, buckets: list[Bucket]) -> None:
+        """Keep no memory for other layers of these optimizers, which have been frozen by turns."""
+        optimizers = {bucket.optimizer for bucket in buckets}
+        for others in self.kept.values():
+            if others is buckets:
+                continue
+            for bucket in others:
+                if bucket.optimizer in optimizers:
+                    bucket.memory.free()
 
     def _trained_by(self, optimizer: Optimizer) -> list[Tensor]:
         """Return what an optimizer steps, frozen since or not; some may be in it twice."""

@@ -57,7 +57,7 @@ class ClipGradients(Part):
                 choose.
         """
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        if self.value is not None:
+        if self.value is not None and with_gradient:
             nn.utils.clip_grad_value_(with_gradient, self.value)
         if self.norm is None:
             return
