@@ -237,12 +237,6 @@ class AllReduce(Part, Hook):
             if bucket.optimizer is optimizer:
                 bucket.let_go()
 
-    def on_pass_end(self) -> None:
-        """Leave memory to validation."""
-        for buckets in self.kept.values():
-            for bucket in buckets:
-                bucket.memory.free()
-
     def reset(self) -> None:
         """Forget the messages being sent."""
         self.means = None
