@@ -256,7 +256,7 @@ class GradientSums:
                 flags = message[bucket.size : bucket.size + len(exist)]
                 exist = (flags > 0).tolist()
             bucket.give(message, exist)
-        sums = message[bucket.size + len(exist) :]
+        sums = message[bucket.size + len(exist) :]  # of the last one
         return sums.tolist() if sums.device.type == "cpu" else list(sums)
 
     def _send(self, *numbers: Any) -> None:
