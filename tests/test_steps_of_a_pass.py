@@ -47,9 +47,10 @@ def test_steps_take_the_first_batches_of_any_data(kind):
     size = {"batch_size": 10} if kind == "arrays" else {}
     expected = model.evaluate(BATCHES[:3])
     assert model.evaluate(KINDS[kind](), steps=3, **size) == expected
-    assert torch.equal(model.predict(KINDS[kind](), steps=3, **size), model.predict(X[:30]))
-    plain = minikeras.Model(nn.Linear(2, 1))
-    assert torch.equal(plain.predict(KINDS[kind](), steps=3, **size), plain.predict(X[:30]))
+    for predicting in (model, minikeras.Model(nn.Linear(2, 1))):
+        # in batches of the same size: others may differ in the last bit
+        rows = predicting.predict(X[:30], batch_size=10)
+        assert torch.equal(predicting.predict(KINDS[kind](), steps=3, **size), rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
