@@ -246,16 +246,15 @@ class GradientSums:
             self._send()
         self._send(*numbers)
         for bucket, (message, work, exist) in zip(self.buckets, self.sent, strict=True):
-            all_exist = all(exist)
-            if all_exist and bucket.gives_parts:  # while they are being added up
+            if all(exist) and bucket.gives_parts:  # while they are being added up
                 bucket.give(message, exist)
                 self.world.wait_for_sum(work, message)
-                continue
-            self.world.wait_for_sum(work, message)
-            if not all_exist:  # read from the device only if one is missing here
-                flags = message[bucket.size : bucket.size + len(exist)]
-                exist = (flags > 0).tolist()
-            bucket.give(message, exist)
+            else:
+                self.world.wait_for_sum(work, message)
+                if not all(exist):  # read from the device only if one is missing here
+                    flags = message[bucket.size : bucket.size + len(exist)]
+                    exist = (flags > 0).tolist()
+                bucket.give(message, exist)
         sums = message[bucket.size + len(exist) :]  # of the last one
         return sums.tolist() if sums.device.type == "cpu" else list(sums)
 

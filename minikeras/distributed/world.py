@@ -174,7 +174,7 @@ class World(OneProcess):
         channel = self.channel
         channel.send_attached()
         try:
-            return channel.of.allreduce([tensor])
+            return channel.of.allreduce([tensor])  # torch.distributed.all_reduce, less its checks
         except RuntimeError as error:
             channel.explain(error)
 
