@@ -23,7 +23,7 @@ class Watched(OneProcess):
 
     def begin_sum(self, flat):
         self.log.append(("sent", flat.numel() * flat.element_size()))
-        return SimpleNamespace(wait=lambda: None)
+        return SimpleNamespace(wait=lambda: None, is_completed=lambda: True)
 
     def wait_for_sum(self, work, flat):
         work.wait()
@@ -111,7 +111,7 @@ def test_a_gradient_is_let_go_as_its_bucket_is_sent_and_then_lies_in_the_memory_
     at_sending = []
     sums.world.begin_sum = lambda flat: (
         at_sending.extend(parameter.grad for parameter in net.parameters())
-        or SimpleNamespace(wait=lambda: None)
+        or SimpleNamespace(wait=lambda: None, is_completed=lambda: True)
     )
     assert sums.finish(3, torch.tensor(4.0)) == [3.0, 4.0]
     assert at_sending == [None] * 6
@@ -124,24 +124,28 @@ def test_a_gradient_is_let_go_as_its_bucket_is_sent_and_then_lies_in_the_memory_
     assert bucket.gradient_memory() is None
 
 
-def test_memory_of_a_message_is_used_again_but_not_while_the_user_keeps_a_part_of_it():
+@pytest.mark.parametrize("size", [10, 2**17])
+def test_memory_of_a_message_is_used_again_but_not_while_the_user_keeps_a_part_of_it(size):
     memory = gradients.Memory(torch.device("cpu"), torch.float32)
-    size = gradients.LARGE
-    first = memory.lend(size).fill_(1)
-    address = first.data_ptr()
-    del first
-    second = memory.lend(size).fill_(2)
-    assert second.data_ptr() == address
-    kept = second.detach()[5:].view(-1)
-    del second
-    third = memory.lend(size).fill_(3)
-    assert third.data_ptr() != address
+    address = memory.message_of(size).data_ptr()
+    memory.note_sent(SimpleNamespace(is_completed=lambda: True))
+    assert memory.lend(memory.message).data_ptr() == address  # and let go of at once
+    assert memory.message_of(size).fill_(2).data_ptr() == address
+    kept = memory.lend(memory.message).detach()[5:].view(-1)
+    assert memory.message_of(size).fill_(3).data_ptr() != address
     assert torch.equal(kept, torch.full((size - 5,), 2.0))
-    assert memory.lend(size).data_ptr() != third.data_ptr()
+
+
+def test_memory_of_a_message_is_not_used_again_while_it_is_being_sent():
+    memory = gradients.Memory(torch.device("cpu"), torch.float32)
+    address = memory.message_of(10).data_ptr()
+    kept = memory.message
+    memory.note_sent(SimpleNamespace(is_completed=lambda: False))
+    assert memory.message_of(10).data_ptr() != address
+    assert kept.data_ptr() == address
 
 
 def test_gradients_that_a_hook_of_the_optimizer_keeps_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(gradients, "LARGE", 0)
     kept, copies = [], []
     net = nn.Linear(64, 64)
 
@@ -163,7 +167,6 @@ def test_gradients_that_a_hook_of_the_optimizer_keeps_stay_as_they_are(monkeypat
 
 
 def test_memory_is_kept_for_the_layers_alone_that_are_trained_now(monkeypatch):
-    monkeypatch.setattr(gradients, "LARGE", 0)
     net = Chain(3)
     model = minikeras.Model(net)
     model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-3), device="cpu")

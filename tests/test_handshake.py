@@ -31,6 +31,7 @@ CASES = [
     "buffers_after_a_failed_fit",
     "buffers_of_fillers",
     "slow",
+    "freed",
 ]
 
 
@@ -273,6 +274,11 @@ def test_process_that_waits_long_in_the_first_call_of_all_warns(agreed):
     said = "process 0 of 2 has waited 2 s for the others at the beginning of fit."
     assert waiting == [f"{said} {OTHER_WORK}"]
     assert working == []
+
+
+def test_threads_of_torch_free_no_message_while_a_dataloader_may_fork(agreed):
+    for found in agreed["freed"]:
+        assert max(found.values()) < 5  # before, 50 and more
 
 
 def test_processes_that_do_not_come_to_the_first_call_are_an_error_that_says_so():

@@ -29,6 +29,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,6 +49,7 @@ HEAD = 2 + NUMBERS + ATTACHED  # before a value of rank 0
 VALUE = 20_480  # bytes of a value of rank 0 in it, enough for the states of random generators
 FIRST_LOOK = 1.0  # seconds until a process that waits looks for the reason; then ever more rarely
 LAST_LOOK = 4.0  # seconds between two looks at most
+KEPT = 64  # messages that have ended, of up to VALUE bytes
 LONG_WAIT = 20.0  # seconds until a process that has found no reason warns
 LONGEST_PLACE = 200  # characters of the names of running verbs
 LONGEST_ERROR = 500  # characters of another process's error
@@ -166,6 +168,7 @@ class Channel:
         self.of: Any = dist.group.WORLD  # the process group
         self.group: Any = self._create_group()
         self.begun: Exchange | None = None  # on its way
+        self.ended: deque[Any] = deque(maxlen=KEPT)  # torch's handles of messages
         self.attached: list[Attachment] = []  # to the next message
         self.messages = 0  # small ones begun so far
         self.sums = 0  # of gradients and other tensors on the CPU, waited for so far
@@ -313,6 +316,8 @@ class Channel:
         else:
             work = self.dist.gather(packed, parts, 0, group=self.group, async_op=True)
         self.wait(work, "values of all")
+        if len(packed) <= VALUE:
+            self.keep(work)
         return parts
 
     def explain_other_places(self, about: str) -> NoReturn:
@@ -342,6 +347,8 @@ class Channel:
         if tensor.device.type == "cpu":
             self.sums += 1
             self.wait(work, "gradients or other sums", for_sum=True)
+            if tensor.nbytes <= VALUE:
+                self.keep(work)
             return
         try:  # it is waited for on the device
             work.wait()
@@ -368,6 +375,15 @@ class Channel:
                 pause = min(2 * pause, LAST_LOOK)
         except RuntimeError as error:
             self.explain(error)
+
+    def keep(self, work: Any) -> None:
+        """Keep torch's handle of a small message that has ended, and with it the message.
+
+        A thread of torch still holds both for a moment. If it let go of them last, it would free a
+        tensor of Python, and register itself with Python for that. A worker that a DataLoader forks
+        in this moment would wait without end for the thread, which it has no copy of.
+        """
+        self.ended.append(work)
 
     def _has_ended(self, work: Any, pause: float) -> bool:
         try:
@@ -481,6 +497,7 @@ class Exchange:
             self.channel.begun = None
             work, self.work = self.work, None
             self.channel.wait(work, self.about)
+            self.channel.keep(work)
             if self.frame[0] != -self.frame[1]:
                 self.channel.explain_other_places(self.about)
             self._tell_attached()

@@ -28,7 +28,6 @@ from minikeras.nests import is_sharded
 
 BUCKET = 25 * 2**20  # bytes; a bucket ends with the parameter that fills it
 SMALL_BUCKET = 2**20  # of the first one, so that sending begins early, and of the last one
-LARGE = 2**16  # numbers; the C library keeps the memory of fewer by itself
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 GROUP = 2**20  # bytes of gradients that are copied together, so that they are in the cache
 
@@ -71,25 +70,49 @@ class Layout:
 
 
 class Memory:
-    """Memory of a message, used again in the next step if no tensor lies in it any more.
+    """Memory of a message, used again in the next step if no gradient lies in it any more.
 
     Freed memory would go back to the system, and come again page by page. A gradient that the user
-    keeps keeps its memory as well; the next step gets other memory. torch holds the array that it
-    is lent until its last tensor ends, and memory of a GPU it uses again by itself.
+    keeps keeps its memory as well; the next step gets other memory. torch holds the array that is
+    lent for gradients until the last of them ends. Memory of a GPU it uses again by itself.
+
+    The message is one tensor all the time, and the first handle holds it too, so that no thread of
+    torch is the last to let go of either: see `Channel.keep`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
         self.array = np.empty(0)
-        self.lent: Callable[[], Any] = lambda: None  # the array over it, as long as torch holds it
+        self.message = torch.empty(0)  # over the array
+        self.first: Any = None  # torch's handle of the first message in it
+        self.last: Any = None  # and of the last one
+        self.lent: Callable[[], Any] = lambda: None  # the array over it, while gradients are in it
 
-    def lend(self, size: int) -> Tensor:
-        """Return a vector of this size; what is in it is undefined."""
-        if self.device.type != "cpu" or size < LARGE:
+    def message_of(self, size: int) -> Tensor:
+        """Return a vector of this size to be sent; what is in it is undefined."""
+        if self.device.type != "cpu":
             return torch.empty(size, dtype=self.dtype, device=self.device)
-        if len(self.array) != size or self.lent() is not None:
+        if len(self.array) != size or self.is_used():
             self.array = np.empty(size, NUMPY[self.dtype])
+            self.message = torch.from_numpy(self.array)
+            self.first = None
+        return self.message
+
+    def is_used(self) -> bool:
+        """Tell whether gradients lie in it, or it is still being sent, as after an error."""
+        return self.lent() is not None or (self.last is not None and not self.last.is_completed())
+
+    def note_sent(self, work: Any) -> None:
+        """Note torch's handle of the message."""
+        if self.device.type == "cpu":
+            self.first = self.first or work
+            self.last = work
+
+    def lend(self, message: Tensor) -> Tensor:
+        """Return the same numbers as another tensor, for gradients to be parts of."""
+        if self.device.type != "cpu":
+            return message
         array = self.array[:]
         self.lent = weakref.ref(array)
         return torch.from_numpy(array)
@@ -97,6 +120,9 @@ class Memory:
     def free(self) -> None:
         """Keep nothing that is not lent."""
         self.array = np.empty(0)
+        self.message = torch.empty(0)
+        self.first = None
+        self.last = None
 
 
 class Bucket:
@@ -147,7 +173,7 @@ class Bucket:
             does, and else 0; the numbers. And which of them exist.
         """
         rest = len(self.parameters) + len(numbers)
-        message = self.memory.lend(self.size + rest)
+        message = self.memory.message_of(self.size + rest)
         *places, last = message.split_with_sizes([*self.group_sizes, rest])
         exist = []
         for group, place in zip(self.groups, places, strict=True):
@@ -181,6 +207,7 @@ class Bucket:
 
     def give(self, message: Tensor, exist: Sequence[bool]) -> None:
         """Give the parameters their gradients, which are parts of this message."""
+        message = self.memory.lend(message)
         self.message = message
         self.gradients = []
         places = zip(self.parameters, self.layouts, self.starts, exist, strict=True)
@@ -259,8 +286,11 @@ class GradientSums:
         return sums.tolist() if sums.device.type == "cpu" else list(sums)
 
     def _send(self, *numbers: Any) -> None:
-        message, exist = self.buckets[len(self.sent)].take(1 / self.world.size, numbers)
-        self.sent.append((message, self.world.begin_sum(message), exist))
+        bucket = self.buckets[len(self.sent)]
+        message, exist = bucket.take(1 / self.world.size, numbers)
+        work = self.world.begin_sum(message)
+        bucket.memory.note_sent(work)
+        self.sent.append((message, work, exist))
 
 
 def make_buckets(owners: Mapping[Tensor, Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:

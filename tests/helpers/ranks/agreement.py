@@ -2,10 +2,14 @@
 
 import os
 import signal
+import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -16,7 +20,7 @@ from helpers.datasets import Rows
 from helpers.models import Net, points
 from helpers.ranks.common import RANK
 from helpers.seeds import seed
-from minikeras.distributed import channel, together
+from minikeras.distributed import channel, gradients, together
 
 X, Y = points(400)
 STEPS = 50  # of an epoch
@@ -185,6 +189,43 @@ def slow(size):
             time.sleep(4)
 
     return warned(lambda: fit(model, callbacks=[minikeras.LambdaCallback(on_epoch_end=work)]))
+
+
+def freed(size):
+    """How many of 500 small messages, sums and gradients another thread than this one frees."""
+    threads = []
+
+    def noted(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            weakref.finalize(made, lambda: threads.append(threading.get_ident())).atexit = False
+            return made
+
+        return call
+
+    def count_others():
+        count = sum(thread != threading.get_ident() for thread in threads)
+        threads.clear()
+        return count
+
+    seed()
+    wide = nn.Sequential(nn.Linear(2, 100), nn.Linear(100, 100), nn.Linear(100, 1), nn.Sigmoid())
+    model = minikeras.Model(wide)  # its gradients are too many to be kept as a small message
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    fit(model)
+    world = model._run.world
+    found = {}
+    with mock.patch.object(np, "zeros", noted(np.zeros)):
+        for _ in range(500):
+            world.agree(1.0)
+    found["small"] = count_others()
+    for _ in range(500):
+        world.add_up(noted(torch.ones)(4))
+    found["sum"] = count_others()
+    with mock.patch.object(gradients.Memory, "message_of", noted(gradients.Memory.message_of)):
+        fit(model, 10)
+    found["gradients"] = count_others()
+    return found
 
 
 def stuck(size):
