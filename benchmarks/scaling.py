@@ -2,12 +2,13 @@
 
     python benchmarks/scaling.py --rounds 12 --works mlp conv transformer tiny
 
-Within one launch of two processes (gloo, one thread each) the variants take turns, in an order that
-rotates from round to round: minikeras, a bare loop round DistributedDataParallel, the same with
-gradient_as_bucket_view, and the bare loop in one process alone. Each row of the tables is the
-median over the rounds of a ratio within a round, with its quartiles. A turn is one fit, of 3 to 5
-seconds. CPU time is that of both processes. Peak memory is measured in a launch of its own for each
-variant.
+The variants are minikeras, a bare loop round DistributedDataParallel, the same with
+gradient_as_bucket_view, and the bare loop in one process alone. Each has processes of its own
+(gloo, one thread each), since they would share the settings of the C library's memory. They take
+turns, in an order that rotates from round to round; the others wait meanwhile. Each row of the
+tables is the median over the rounds of a ratio within a round, with its quartiles. A turn is one
+fit, of 3 to 5 seconds. CPU time is that of both processes. Peak memory is measured in new processes
+for each variant.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -117,48 +119,23 @@ def make_turn(variant: str, work: str) -> tuple[Callable[[], None], int]:
     return train, len(X) * epochs
 
 
-def measure_times(work: str, rounds: int) -> None:
-    """Let the variants take turns; rank 0 prints [wall, CPU] seconds a row of each, by round."""
+def run_in_process(variant: str, work: str) -> None:
+    """Train for one turn at each line of stdin; print [seconds, CPU seconds, MB at the peak]."""
     import torch
     import torch.distributed as dist
 
-    rank = dist.get_rank()
-    turns = {variant: make_turn(variant, work) for variant in VARIANTS}
-    if rank == 0:
-        turns["alone"] = make_turn("alone", work)
-    found: dict[str, list[list[float]]] = {name: [] for name in [*VARIANTS, "alone"]}
-    for number in range(rounds + 1):
-        shift = number % len(VARIANTS)
-        for variant in [*VARIANTS[shift:], *VARIANTS[:shift], "alone"]:
-            dist.barrier()
-            if variant not in turns:
-                continue
-            train, rows = turns[variant]
-            begin = time.perf_counter(), time.process_time()
-            train()
-            spent = torch.tensor(
-                [time.perf_counter() - begin[0], time.process_time() - begin[1]],
-                dtype=torch.float64,
-            )
-            if variant != "alone":
-                cpu = spent[1:].clone()
-                dist.all_reduce(cpu)
-                spent[1] = cpu
-            if number:  # the first round warms up
-                found[variant].append((spent / rows).tolist())
-    if rank == 0:
-        print("FOUND", json.dumps(found))
-
-
-def measure_memory(variant: str) -> None:
-    """Print by how many MB the peak of rank 0 is above what there was before training."""
-    import torch.distributed as dist
-
-    train, _ = make_turn(variant, MEMORY)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    train, rows = make_turn(variant, work)
     before = read_status("VmRSS")
-    train()
-    if dist.get_rank() == 0:
-        print("FOUND", json.dumps(read_status("VmHWM") - before))
+    for _ in sys.stdin:
+        begin = time.perf_counter(), time.process_time()
+        train()
+        spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        peak = read_status("VmHWM") - before
+        print(json.dumps([spent[0] / rows, spent[1] / rows, peak]), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def read_status(name: str) -> float:
@@ -171,19 +148,72 @@ def read_status(name: str) -> float:
 # --- outside --------------------------------------------------------------------------------------
 
 
-def launch(*arguments: str) -> Any:
-    """Run this script in two processes; return what rank 0 found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    if "returning" in arguments:
-        env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is given back at once
-    finished = subprocess.run(
-        [*command, __file__, *arguments], env=env, capture_output=True, text=True, check=False
-    )
-    for line in finished.stdout.splitlines():
-        if line.startswith("FOUND "):
-            return json.loads(line.removeprefix("FOUND "))
-    raise RuntimeError(finished.stderr)
+class Processes:
+    """The processes of one variant, which take a turn when they are told to.
+
+    Args:
+        env: environment variables of theirs alone.
+    """
+
+    def __init__(self, variant: str, work: str, **env: str) -> None:
+        size = 1 if variant == "alone" else 2
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, __file__, variant, work],
+                env=os.environ | env | {"RANK": str(rank), "WORLD_SIZE": str(size)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+
+    def take_turn(self) -> tuple[float, float, float]:
+        """Return seconds a row, CPU seconds a row of all, and the peak of memory in MB."""
+        for process in self.all:
+            assert process.stdin is not None
+            process.stdin.write("turn\n")
+            process.stdin.flush()
+        found = []
+        for process in self.all:
+            assert process.stdout is not None
+            found.append(json.loads(process.stdout.readline()))
+        return found[0][0], sum(cpu for _, cpu, _ in found), found[0][2]
+
+    def end(self) -> None:
+        """End the processes, which wait for each other."""
+        for process in self.all:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self.all:
+            process.wait()
+
+
+def measure_times(work: str, rounds: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Return what the variants have found in their turns, by round."""
+    running = {variant: Processes(variant, work) for variant in [*VARIANTS, "alone"]}
+    found: dict[str, list[tuple[float, float, float]]] = {variant: [] for variant in running}
+    for number in range(rounds + 1):
+        shift = number % len(VARIANTS)
+        for variant in [*VARIANTS[shift:], *VARIANTS[:shift], "alone"]:
+            turn = running[variant].take_turn()
+            if number:  # the first round warms up
+                found[variant].append(turn)
+    for processes in running.values():
+        processes.end()
+    return found
+
+
+def measure_memory(variant: str, **env: str) -> float:
+    """Return by how many MB the peak of rank 0 is above what there was before training."""
+    processes = Processes(variant, MEMORY, **env)
+    peak = processes.take_turn()[2]
+    processes.end()
+    return peak
 
 
 def describe_ratios(above: list[float], below: list[float]) -> str:
@@ -193,7 +223,7 @@ def describe_ratios(above: list[float], below: list[float]) -> str:
     return f"{median(ratios):.3f} ({ratios[quarter]:.3f} - {ratios[-1 - quarter]:.3f})"
 
 
-def show_times(work: str, found: dict[str, list[list[float]]]) -> None:
+def show_times(work: str, found: dict[str, list[tuple[float, float, float]]]) -> None:
     """Print the table of one work."""
     wall = {name: [turn[0] for turn in turns] for name, turns in found.items()}
     cpu = {name: [turn[1] for turn in turns] for name, turns in found.items()}
@@ -215,34 +245,20 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args()
     for work in options.works:
-        show_times(work, launch("times", work, str(options.rounds)))
+        show_times(work, measure_times(work, options.rounds))
     if options.no_memory:
         return
     print("peak memory of a process above its start, 64 million parameters (gradients: 244 MB)")
-    for title, how in (("as glibc keeps it", "keeping"), ("freed memory given back", "returning")):
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # at once
+    for title, env in (("as glibc keeps it", {}), ("freed memory given back", given_back)):
         print(f"  {title}")
         for variant in VARIANTS:
-            peaks = sorted(launch("memory", variant, how) for _ in range(5))
+            peaks = sorted(measure_memory(variant, **env) for _ in range(5))
             print(f"    {variant:15} {median(peaks):.0f} MB ({peaks[0]:.0f} - {peaks[-1]:.0f})")
-
-
-def run_in_process() -> None:
-    """Do what `launch` asks for."""
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    if sys.argv[1] == "times":
-        measure_times(sys.argv[2], int(sys.argv[3]))
-    else:
-        measure_memory(sys.argv[2])
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        run_in_process()
+        run_in_process(*sys.argv[1:])
     else:
         main()

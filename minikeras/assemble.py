@@ -42,7 +42,7 @@ from minikeras.overrides import overrides
 from minikeras.phase import NoChecks, Phase
 from minikeras.processes import OneProcess
 from minikeras.results import has_parts, losses_in, unwrap_loss
-from minikeras.run import Run, has_own_step, parameters_of, place, prepare
+from minikeras.run import Run, has_own_step, keep_freed_memory, parameters_of, place, prepare
 from minikeras.sources import (
     ContinuedBatches,
     as_batches,
@@ -125,6 +125,8 @@ def make_run(
         for data in ("dl_train", "dl_val")
     )
     place(model, loss_func, optimizers, chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if optimizer is None:
         add_default_optimizer(optimizers, parameters_of(model, loss_func), chosen)
     parts = make_parts(

@@ -2,12 +2,15 @@
 
 import copy
 import math
+import os
+import platform
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers.compare import assert_equal_tensors
+from helpers.launch import run_python
 from helpers.models import Net, accuracy, compiled, points
 from helpers.reference import accuracy64, reference_fit
 from hypothesis import given, settings
@@ -484,3 +487,29 @@ def test_fit_keeps_layers_that_work_in_place_from_the_users_data():
     model.predict(X)
     assert torch.equal(X, kept[0])
     assert torch.equal(y, kept[1])
+
+
+FAULTS = """
+import resource
+
+import torch
+from torch import nn
+
+import minikeras
+
+net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+X, y = torch.randn(320, 3, 32, 32), torch.randint(10, (320,))
+net(X[:2])
+model = minikeras.Model(net)
+model.compile(nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=1e-3), device="cpu")
+model.fit(1, (X, y), batch_size=64, verbose=0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+model.fit(20, (X, y), batch_size=64, verbose=0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has other settings")
+def test_memory_that_a_step_frees_is_not_fetched_again_page_by_page():
+    faults = int(run_python(["-c", FAULTS], env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    assert faults < 10_000  # in 100 steps, 870 in each without it

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -18,8 +17,6 @@ from minikeras.distributed.world import World
 from minikeras.hooks import Fit, Hook
 from minikeras.overrides import overrides
 from minikeras.stepper import Part, Restore, StepLoss, gradients_of, trainable_parameters_of
-
-LARGEST_BLOCK = 2**25 - 2**13  # bytes; glibc does not count blocks above 32 MiB
 
 
 class AllReduce(Part, Hook):
@@ -59,7 +56,6 @@ class AllReduce(Part, Hook):
         if self.trained != set(trained):  # until they have arrived once
             self.order = places(reversed([*fit.model.parameters(), *trained]))
             self.arrivals = []
-        keep_freed_memory()
         try:
             yield
         finally:
@@ -253,16 +249,6 @@ class AllReduce(Part, Hook):
     def way_back(self) -> Restore:
         """Return a function that forgets the messages being sent."""
         return self.reset
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MiB of freed memory instead of giving it back to the system.
-
-    What forward and backward free would be fetched again in each step, page by page: 10 % of the
-    time of a small convolutional network. glibc keeps twice the largest block that was freed so far
-    (mallopt(3), M_MMAP_THRESHOLD). This block is not touched, so it takes no memory.
-    """
-    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
 
 
 def places(parameters: Iterable[Tensor]) -> dict[Tensor, int]:
