@@ -44,8 +44,9 @@ from minikeras.hooks import Fit, Hook, Position
 from minikeras.modes import keep_modes, record_gradients
 from minikeras.phase import NO_BATCH, FillerBatch, Phase
 from minikeras.results import Result
-from minikeras.run import Run, remember_buffers
+from minikeras.run import Run, has_own_step, remember_buffers
 from minikeras.sources import make_empty_error
+from minikeras.stepper import optimizer_parameters
 
 if TYPE_CHECKING:
     from minikeras.model import Model
@@ -91,6 +92,7 @@ def run_epoch(fit: Fit) -> None:
         run.modes.enter()
         for hook in fit.hooks:
             hook.before_epoch(fit)
+        clear_other_gradients(fit.model, run)
         call(fit.callbacks, "on_epoch_begin", at.epoch)
         for hook in fit.hooks:
             hook.on_epoch_begin(fit)
@@ -359,6 +361,25 @@ def clear_gradients(model: nn.Module, run: Run) -> Iterator[None]:
         yield
     finally:
         clear()
+
+
+def clear_other_gradients(model: Model, run: Run) -> None:
+    """Clear the gradients of parameters that no optimizer has: they have added up over steps.
+
+    A callback may give such parameters to an optimizer now, as in fine-tuning. A custom train_step
+    may step by hand.
+    """
+    if has_own_step(model):
+        return
+    filled = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not filled:
+        return
+    of_optimizers = set()
+    for optimizer in run.optimizers.values():
+        of_optimizers.update(optimizer_parameters(optimizer))
+    for parameter in filled:
+        if parameter not in of_optimizers:
+            parameter.grad = None
 
 
 @contextlib.contextmanager

@@ -582,3 +582,27 @@ def test_fit_leaves_a_trainable_of_a_users_class_alone():
     model = minikeras.Model(Scale())
     model.compile(nn.MSELoss(), device="cpu")
     model.fit(1, (torch.ones(8, 2), torch.ones(8, 1)), verbose=0)
+
+
+@pytest.mark.filterwarnings("ignore:.* in no optimizer")
+def test_layer_that_an_optimizer_gets_as_an_epoch_begins_steps_with_that_epochs_gradients():
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    bare = copy.deepcopy(net)
+    optimizer = sgd(bare[2].parameters())
+    for epoch in range(3):
+        if epoch == 1:
+            optimizer.add_param_group({"params": list(bare[0].parameters())})
+        for features, labels in BATCHES:
+            bare.zero_grad()  # the optimizer's would leave those of other layers
+            nn.functional.mse_loss(bare(features), labels).backward()
+            optimizer.step()
+
+    def give(epoch):
+        if epoch == 2:
+            model.optimizer.add_param_group({"params": list(net[0].parameters())})
+
+    model = minikeras.Model(net)
+    model.compile(nn.MSELoss(), sgd(net[2].parameters()), device="cpu")
+    callback = LambdaCallback(on_epoch_begin=give)
+    model.fit(3, BATCHES, verbose=0, callbacks=[callback])
+    assert_same_weights(net, bare)
