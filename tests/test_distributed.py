@@ -357,8 +357,9 @@ def test_ddp_rows_that_all_processes_read_are_told_by_rank_0_alone(by_two):
 def test_ddp_row_numbers_that_differ_are_an_error_and_other_data_a_warning(by_two):
     said = (
         "dl_train has other rows in process 1 than in process 0; expected the same rows in the "
-        "same order in all processes, since each uses its share of them. A split or a shuffle "
-        "without a seed differs from process to process. Give it one: random_split(..., "
+        "same order in all processes, since each uses its share of them. Otherwise some rows are "
+        "used twice, and others by no process. A split or a shuffle without a seed differs from "
+        "process to process. Give it one: random_split(..., "
         "generator=torch.Generator().manual_seed(0)), train_test_split(..., random_state=0), "
         "np.random.default_rng(0). If each process is to read rows of its own, pass an "
         "IterableDataset."

@@ -103,8 +103,9 @@ def describe_difference(name: str, rank: int) -> str:
     """Return the message that one process has other rows than the first."""
     return (
         f"{name} has other rows in process {rank} than in process 0; expected the same rows in the "
-        "same order in all processes, since each uses its share of them. A split or a shuffle "
-        "without a seed differs from process to process. Give it one: random_split(..., "
+        "same order in all processes, since each uses its share of them. Otherwise some rows are "
+        "used twice, and others by no process. A split or a shuffle without a seed differs from "
+        "process to process. Give it one: random_split(..., "
         "generator=torch.Generator().manual_seed(0)), train_test_split(..., random_state=0), "
         "np.random.default_rng(0). If each process is to read rows of its own, pass an "
         "IterableDataset."
