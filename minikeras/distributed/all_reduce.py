@@ -99,9 +99,10 @@ class AllReduce(Part, Hook):
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        for number, bucket in enumerate(buckets or ()):
-            if number == len(buckets or ()) - 1 and self.arrivals is None:
-                break  # the last one is sent at the end anyway
+        listened = [bucket for bucket in buckets or () if not bucket.is_rare]
+        if self.arrivals is None:
+            listened = listened[:-1]  # the last one is sent at the end anyway
+        for number, bucket in enumerate(listened):
             for parameter in bucket.parameters:
                 if not parameter.requires_grad:  # frozen since: its bucket is sent at the end
                     continue
@@ -156,7 +157,7 @@ class AllReduce(Part, Hook):
             counts.append(len(own))
             numbers += own
         sums = means.finish(*numbers)
-        self.averaged = means.buckets
+        self.averaged = means.all
         if arrivals is not None:
             self._follow_arrivals(arrivals)
         for part, count in zip(self.stepper.counting, counts, strict=True):
@@ -172,7 +173,7 @@ class AllReduce(Part, Hook):
             if key not in self.compared:
                 self._compare_trained(owners)
                 self.compared.add(key)
-            self.kept[key] = make_buckets(owners, self.order)
+            self.kept[key] = make_buckets(owners, self.order, self.trained)
         buckets = self.kept[key]
         if buckets is not self.averaged:
             self._free_others(buckets)

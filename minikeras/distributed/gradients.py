@@ -5,6 +5,7 @@ You may skip this file. Without buckets one message would be sent after backward
     arrived first                                                       arrived last
     bucket 0, bucket 1, ... each sent as soon as it is full             the last bucket, sent at the
                                                                         end with the other numbers
+    never arrived: rare buckets, sent after the last one if a process has a gradient for them
 
 A gradient is let go as its bucket is sent, and is a part of the message afterwards, in the layout
 of its parameter. Each message says which of its gradients exist, so that a gradient that no
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,7 @@ class Bucket:
         self.group_sizes: list[int] = []  # real numbers
         self.size = 0  # of all
         self.bytes = 0
+        self.is_rare = False  # its gradients have not arrived when the others have
         self.gives_parts = True  # of the message as gradients; half precision is copied
         self.memory = Memory(device, dtype)
         self.message = torch.empty(0)  # with the means in it
@@ -163,6 +165,10 @@ class Bucket:
             self.group_sizes.append(0)
         self.groups[-1].append((parameter, layout))
         self.group_sizes[-1] += layout.size
+
+    def has_gradients(self) -> bool:
+        """Tell whether a parameter has a gradient in this process."""
+        return any(parameter.grad is not None for parameter in self.parameters)
 
     @torch.no_grad()  # gradients may have a graph of their own
     def take(self, share: float, numbers: Sequence[Any]) -> tuple[Tensor, list[bool]]:
@@ -240,9 +246,11 @@ class GradientSums:
 
     def __init__(self, world: World, buckets: list[Bucket]) -> None:
         self.world = world
-        self.buckets = buckets
-        self.missing = [len(bucket.parameters) for bucket in buckets]
-        # for each bucket what is added up, torch's handle, and which gradients exist here
+        self.all = buckets
+        self.buckets = [bucket for bucket in buckets if not bucket.is_rare]
+        self.rare = [bucket for bucket in buckets if bucket.is_rare]
+        self.missing = [len(bucket.parameters) for bucket in self.buckets]
+        # for each of `buckets` what is added up, torch's handle, and which gradients exist here
         self.sent: list[tuple[Tensor, Any, list[bool]]] = []
 
     def arrived(self, number: int) -> None:
@@ -271,42 +279,61 @@ class GradientSums:
         """
         while len(self.sent) < len(self.buckets) - 1:
             self._send()
-        self._send(*numbers)
-        for bucket, (message, work, exist) in zip(self.buckets, self.sent, strict=True):
-            if all(exist) and bucket.gives_parts:  # while they are being added up
-                bucket.give(message, exist)
-                self.world.wait_for_sum(work, message)
-            else:
-                self.world.wait_for_sum(work, message)
-                if not all(exist):  # read from the device only if one is missing here
-                    flags = message[bucket.size : bucket.size + len(exist)]
-                    exist = (flags > 0).tolist()
-                bucket.give(message, exist)
-        sums = message[bucket.size + len(exist) :]  # of the last one
-        return sums.tolist() if sums.device.type == "cpu" else list(sums)
+        self._send(*numbers, *(bucket.has_gradients() for bucket in self.rare))
+        for bucket, sent in zip(self.buckets, self.sent, strict=True):
+            self._wait(bucket, *sent)
+        message, _, exist = self.sent[-1]
+        sums = message[self.buckets[-1].size + len(exist) :]
+        found = sums.tolist() if sums.device.type == "cpu" else list(sums)
+        for bucket, processes in zip(self.rare, found[len(numbers) :], strict=True):
+            if processes > 0:
+                self._wait(bucket, *self._begin(bucket))
+        return found[: len(numbers)]
 
     def _send(self, *numbers: Any) -> None:
-        bucket = self.buckets[len(self.sent)]
+        self.sent.append(self._begin(self.buckets[len(self.sent)], *numbers))
+
+    def _begin(self, bucket: Bucket, *numbers: Any) -> tuple[Tensor, Any, list[bool]]:
         message, exist = bucket.take(1 / self.world.size, numbers)
         work = self.world.begin_sum(message)
         bucket.memory.note_sent(work)
-        self.sent.append((message, work, exist))
+        return message, work, exist
+
+    def _wait(self, bucket: Bucket, message: Tensor, work: Any, exist: list[bool]) -> None:
+        if all(exist) and bucket.gives_parts:  # while they are being added up
+            bucket.give(message, exist)
+            self.world.wait_for_sum(work, message)
+            return
+        self.world.wait_for_sum(work, message)
+        if not all(exist):  # read from the device only if one is missing here
+            flags = message[bucket.size : bucket.size + len(exist)]
+            exist = (flags > 0).tolist()
+        bucket.give(message, exist)
 
 
-def make_buckets(owners: Mapping[Tensor, Optimizer], order: Mapping[Tensor, int]) -> list[Bucket]:
-    """Return parameters in buckets.
+def make_buckets(
+    owners: Mapping[Tensor, Optimizer],
+    order: Mapping[Tensor, int],
+    known: Container[Tensor] = (),
+) -> list[Bucket]:
+    """Return parameters in buckets, rare ones at the end.
 
-    The last bucket is small: it waits for the last gradient and the other numbers, and nothing is
-    left to compute while it is sent. It also takes the parameters that `order` lacks. Sharded
-    parameters are in no bucket: backward has averaged their gradients.
+    The last other bucket is small: it waits for the last gradient and the other numbers, and
+    nothing is left to compute while it is sent. Sharded parameters are in no bucket: backward has
+    averaged their gradients.
 
     Args:
         owners: the parameters, each with the optimizer that steps with its gradient.
         order: the place of each parameter whose gradient arrives.
+        known: the parameters that were trained when the order was found.
     """
     owners = {parameter: owner for parameter, owner in owners.items() if not is_sharded(parameter)}
     arriving = sorted(filter(order.__contains__, owners), key=order.__getitem__)
-    last = [parameter for parameter in owners if parameter not in order]
+    last: list[Tensor] = []
+    rare: list[Tensor] = []
+    for parameter in owners:
+        if parameter not in order:
+            (rare if parameter in known else last).append(parameter)
     size = 0
     while arriving and size < SMALL_BUCKET:
         last.insert(0, arriving.pop())
@@ -318,7 +345,12 @@ def make_buckets(owners: Mapping[Tensor, Optimizer], order: Mapping[Tensor, int]
         else:  # not worth a message
             last = bucket.parameters + last
     buckets += fill_buckets(last, owners, math.inf, math.inf)
-    return buckets or [Bucket(None, torch.device("cpu"), torch.float64)]
+    if not buckets:  # the numbers alone
+        buckets.append(Bucket(None, torch.device("cpu"), torch.float64))
+    for bucket in fill_buckets(rare, owners, math.inf, math.inf):
+        bucket.is_rare = True
+        buckets.append(bucket)
+    return buckets
 
 
 def fill_buckets(
