@@ -184,6 +184,27 @@ def test_a_layer_without_a_gradient_in_the_first_step_is_sent_only_if_a_process_
         assert gradient is None or torch.equal(parameter.grad, gradient)
 
 
+def test_a_layer_that_is_used_again_is_sent_with_the_others_from_the_next_fit_on():
+    class Skips(Chain):
+        def forward(self, x):
+            return super().forward(x) if self.layers else self.layer0(x)
+
+    net = Skips(3)
+    net.layers = 0
+    world = Watched()
+    model = minikeras.Model(net)
+    model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-3), device="cpu")
+    model._run.stepper.compiled_parts.append(AllReduce(world))
+    X = torch.randn(4, 512)
+    sent = []
+    for layers in (0, 3, 3):
+        net.layers = layers  # 0: the first one alone
+        world.log.clear()
+        model.fit(1, (X, X), batch_size=2, verbose=0)
+        sent.append([round(size / MIB) for _, size in world.log])
+    assert sent == [[1, 1, 1, 1], [1] * 6, [1] * 6]
+
+
 def test_memory_is_kept_for_the_layers_alone_that_are_trained_now(monkeypatch):
     net = Chain(3)
     model = minikeras.Model(net)

@@ -53,7 +53,8 @@ class AllReduce(Part, Hook):
         self.has_default_step = not overrides(fit.model, "train_step", "backward", "optimizer_step")
         self.named = dict(fit.model.named_parameters())
         trained = self._owners_of(self.stepper.all)
-        if self.trained != set(trained):  # until they have arrived once
+        # until they have arrived once; rare ones may arrive with the others now
+        if self.trained != set(trained) or not self.order.keys() >= trained.keys():
             self.order = places(reversed([*fit.model.parameters(), *trained]))
             self.arrivals = []
         try:

@@ -275,7 +275,7 @@ class GradientSums:
 
         A gradient that one process has alone counts as 0 in the others; one that no process has
         stays None. The sums are plain numbers on the CPU, and 0-d tensors on another device, which
-        is not waited for.
+        is waited for only if there are rare buckets, or a gradient is missing.
         """
         while len(self.sent) < len(self.buckets) - 1:
             self._send()
