@@ -172,6 +172,7 @@ class Channel:
         self.attached: list[Attachment] = []  # to the next message
         self.messages = 0  # small ones begun so far
         self.sums = 0  # of gradients and other tensors on the CPU, waited for so far
+        self.sums_begun = 0  # on any device
         self.broken = ""  # why this process has given up waiting
 
     def _create_group(self) -> Any:
@@ -354,6 +355,24 @@ class Channel:
             work.wait()
         except RuntimeError as error:
             self.explain(error)
+
+    def check_sums(self, most: float, least: float) -> None:
+        """Check that all processes have begun as many sums, as a call begins.
+
+        Args:
+            most, least: of their `sums_begun`.
+
+        Raises:
+            RuntimeError: they have not, in all processes.
+        """
+        if most == least:
+            return
+        begun = by_value(self.gather(self.sums_begun) or [])
+        why = (
+            "an earlier call has ended with an error at different places of backward in the "
+            f"processes: expected equally many sums of gradients, got {begun}"
+        )
+        self.give_up(f"{why}. The next ones would be added to those of that call. {RESTART}", why)
 
     def wait(self, work: Any, about: str, for_sum: bool = False) -> None:
         """Wait for an operation, and look for the reason if it takes long.

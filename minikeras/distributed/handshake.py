@@ -65,8 +65,10 @@ def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, An
         zlib.crc32(repr(sums_of_buffers).encode()),
     ):
         numbers += code, -code
-    most = world.agree(*numbers, verbs_met() + 1, about="beginning")
+    begun = world.channel.sums_begun
+    most = world.agree(*numbers, verbs_met() + 1, begun, -begun, about="beginning")
     count_verb(world.channel, most[8])
+    world.channel.check_sums(most[9], -most[10])
     if most[0] != -most[1]:
         raise_difference(world, facts)
     if run is not None and most[2] != -most[3]:

@@ -173,6 +173,7 @@ class World(OneProcess):
         """Begin to add up a tensor over all processes, in place; return torch's handle."""
         channel = self.channel
         channel.send_attached()
+        channel.sums_begun += 1
         try:
             return channel.of.allreduce([tensor])  # torch.distributed.all_reduce, less its checks
         except RuntimeError as error:

@@ -244,6 +244,31 @@ def stuck(size):
     return said
 
 
+def failed_apart(size):
+    """Backward fails at another layer in each process, after one of them has sent a bucket."""
+    seed()
+    net = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 1), nn.Sigmoid())
+    model = minikeras.Model(net)
+    model.compile(nn.BCELoss(), torch.optim.Adam(model.parameters()), device="cpu")
+    gradients.SMALL_BUCKET = gradients.BUCKET = 1
+    layer = net[2 * RANK]
+    batches = []
+
+    def fail(gradient):
+        batches.append(gradient)
+        if len(batches) == 3:
+            raise ZeroDivisionError
+
+    layer.weight.register_hook(fail)
+    said = []
+    for _ in range(2):
+        try:
+            fit(model)
+        except (ZeroDivisionError, RuntimeError) as error:
+            said.append(str(error))
+    return said
+
+
 class Stepping(minikeras.Model):
     """A model whose train_step skips or repeats optimizer_step in one process."""
 
