@@ -44,7 +44,7 @@ from minikeras.hooks import Fit, Hook, Position
 from minikeras.modes import keep_modes, record_gradients
 from minikeras.phase import NO_BATCH, FillerBatch, Phase
 from minikeras.results import Result
-from minikeras.run import Run, has_own_step, remember_buffers
+from minikeras.run import Run, has_own_step, parameters_of, remember_buffers
 from minikeras.sources import make_empty_error
 from minikeras.stepper import optimizer_parameters
 
@@ -352,7 +352,8 @@ def clear_gradients(model: nn.Module, run: Run) -> Iterator[None]:
     """Keep gradients from before the fit out of its first step, and leave none of a broken step."""
 
     def clear() -> None:
-        model.zero_grad()
+        for parameter in parameters_of(model, run.loss_func):
+            parameter.grad = None
         for optimizer in run.optimizers.values():
             optimizer.zero_grad()
 
@@ -371,7 +372,10 @@ def clear_other_gradients(model: Model, run: Run) -> None:
     """
     if has_own_step(model):
         return
-    filled = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    filled = []
+    for parameter in parameters_of(model, run.loss_func):
+        if parameter.grad is not None:
+            filled.append(parameter)
     if not filled:
         return
     of_optimizers = set()

@@ -606,3 +606,34 @@ def test_layer_that_an_optimizer_gets_as_an_epoch_begins_steps_with_that_epochs_
     callback = LambdaCallback(on_epoch_begin=give)
     model.fit(3, BATCHES, verbose=0, callbacks=[callback])
     assert_same_weights(net, bare)
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, y_pred, y_true):
+        return nn.functional.mse_loss(self.scale * y_pred, y_true)
+
+
+@pytest.mark.filterwarnings("ignore:.* in no optimizer")
+def test_parameter_of_the_loss_that_an_optimizer_gets_later_steps_with_new_gradients_alone():
+    loss = Scaled()
+    at_steps = []
+
+    def give(epoch):
+        if epoch == 2:
+            model.optimizer.add_param_group({"params": [loss.scale]})
+
+    def look(optimizer, args, kwargs):
+        at_steps.append(loss.scale.grad.clone())
+
+    model = minikeras.Model(nn.Linear(2, 1))
+    model.compile(loss, torch.optim.SGD(model.parameters(), lr=0.0), device="cpu")
+    model.optimizer.register_step_pre_hook(look)
+    model.fit(2, BATCHES[:1], verbose=0, callbacks=[LambdaCallback(on_epoch_begin=give)])
+    assert torch.equal(at_steps[1], at_steps[0])  # of the same batch and weights
+    assert loss.scale.grad is None  # after the fit
