@@ -266,6 +266,8 @@ def failed_apart(size):
             fit(model)
         except (ZeroDivisionError, RuntimeError) as error:
             said.append(str(error))
+            if len(said) == 1:
+                model.save(Path(os.environ["FOLDER"], "rescued.pt"))
     return said
 
 
