@@ -120,7 +120,7 @@ def make_turn(variant: str, work: str) -> tuple[Callable[[], None], int]:
 
 
 def run_in_process(variant: str, work: str) -> None:
-    """Train for one turn at each line of stdin; print [seconds, CPU seconds, MB at the peak]."""
+    """Train for one turn at each line of stdin; print [wall, CPU] seconds a row and peak MB."""
     import torch
     import torch.distributed as dist
 

@@ -145,7 +145,7 @@ def test_memory_of_a_message_is_not_used_again_while_it_is_being_sent():
     assert kept.data_ptr() == address
 
 
-def test_gradients_that_a_hook_of_the_optimizer_keeps_stay_as_they_are(monkeypatch):
+def test_gradients_that_a_hook_of_the_optimizer_keeps_stay_as_they_are():
     kept, copies = [], []
     net = nn.Linear(64, 64)
 
@@ -205,7 +205,7 @@ def test_a_layer_that_is_used_again_is_sent_with_the_others_from_the_next_fit_on
     assert sent == [[1, 1, 1, 1], [1] * 6, [1] * 6]
 
 
-def test_memory_is_kept_for_the_layers_alone_that_are_trained_now(monkeypatch):
+def test_memory_is_kept_for_the_layers_alone_that_are_trained_now():
     net = Chain(3)
     model = minikeras.Model(net)
     model.compile(nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1e-3), device="cpu")

@@ -69,6 +69,7 @@ def meet(world: World, model: nn.Module, run: Run | None, given: Mapping[str, An
     begun = world.channel.sums_begun
     most = world.agree(*numbers, verbs_met() + 1, begun, -begun, about="beginning")
     count_verb(world.channel, most[8])
+    # buffers that differ are sent below, after the sums that are on their way
     if VERBS[-1].name not in WITHOUT_SUMS or most[6] != -most[7]:
         world.channel.check_sums(most[9], -most[10])
     if most[0] != -most[1]:
